@@ -1,0 +1,107 @@
+"""The figures of a step, and the file they are kept in: RUN/metrics.jsonl, one JSON object a line.
+
+Three kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``validation_loss``), and of an event
+(``event``, ``step``). Every line also has ``time``, in seconds since 1970. A figure that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatrain.observe.append import AppendFile
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is known of one training step once it has ended; the counts of steps and tokens include it.
+
+    ``tokens``: trained on since the run began. ``loss``: mean cross-entropy in nats over the targets of the global
+    batch, before the update. ``grad_norm``: global L2 norm before clipping. ``mfu``: fraction of the devices' peak, None
+    where that is unknown. ``skipped``: updates left out since the run began. ``parts``: seconds of each part of the
+    step (data, forward_backward, optimizer, eval, save, other), together ``step_seconds``. ``memory_bytes``: the most
+    that this rank has held.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    skipped: int
+    memory_bytes: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class MetricsWriter:
+    """Appends to RUN/metrics.jsonl, on one rank only; never raises for a disk that is full or cannot be written.
+
+    A run that resumes at step s computes the steps after s again: their first lines are dropped when the file is
+    opened, so that it holds each step once. Lines of events stay, for they did happen.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int = 0) -> None:
+        self.num_dropped_steps = 0
+        self._resume_step = resume_step
+        self._path = run_dir / METRICS_FILE
+        self._file = AppendFile(self._path, prepare=self._drop_superseded)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Append the line of a step."""
+        self._append({**vars(metrics), "parts": dict(metrics.parts)})
+
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """Append the line of a validation after ``step`` steps that took ``seconds``."""
+        self._append({"step": step, "validation_loss": loss, "seconds": seconds})
+
+    def event(self, name: str, step: int, facts: Mapping[str, Any] | None = None) -> None:
+        """Append the line of an event (start, resume, save, ...) after ``step`` steps, with what else is known."""
+        self._append({"event": name, "step": step, **(facts or {})})
+
+    def close(self) -> None:
+        """Write what was held back, if that can be done now, and close the file."""
+        self._file.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.append(orjson.dumps({**line, "time": time.time()}, option=orjson.OPT_APPEND_NEWLINE))
+
+    def _drop_superseded(self) -> None:
+        """Rewrite the file, aside and renamed, without the steps after the resumed one and without torn lines."""
+        aside = self._path.with_suffix(".tmp")
+        num_dropped = 0
+        try:
+            with self._path.open("rb") as lines, aside.open("wb") as kept:
+                for text in lines:
+                    line = parse_line(text)
+                    if line is None or ("event" not in line and line["step"] > self._resume_step):
+                        num_dropped += line is not None and "loss" in line
+                    else:
+                        kept.write(text)
+            aside.replace(self._path)
+        except FileNotFoundError:
+            return
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+        self.num_dropped_steps = num_dropped
+
+
+def parse_line(text: bytes) -> dict[str, Any] | None:
+    """The object on one line of the file; None for a line that a crash left torn."""
+    try:
+        line = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    if not (text.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("step"), int)):
+        return None
+    return line

@@ -1,0 +1,70 @@
+"""Everything that watches a run, as the one thing the trainer speaks to. Lives on rank 0 alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from megatrain.observe.console import ProgressConsole
+from megatrain.observe.metrics import MetricsWriter, StepMetrics
+from megatrain.observe.tensorboard import TensorBoardWriter
+from megatrain.observe.units import format_duration
+
+
+class Observers:
+    """Console, metrics.jsonl and TensorBoard of one run, begun at ``resume_step`` (0: from the start).
+
+    No method raises for a disk that is full or cannot be written: the run goes on, with a warning in the log.
+    """
+
+    def __init__(self, run_dir: Path, num_steps: int, resume_step: int = 0, tensorboard: bool = True) -> None:
+        self._resume_step = resume_step
+        self._console = ProgressConsole(num_steps, resume_step)
+        self._metrics = MetricsWriter(run_dir, resume_step)
+        self._tensorboard = TensorBoardWriter(run_dir, resume_step) if tensorboard else None
+
+    def start(self, facts: Mapping[str, str]) -> None:
+        """Show what is about to run (model, layout, where to look), and record that it started or resumed."""
+        self._console.start(facts)
+        dropped = {"num_steps_redone": self._metrics.num_dropped_steps} if self._resume_step else {}
+        self._metrics.event("resume" if self._resume_step else "start", self._resume_step, {**facts, **dropped})
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record and show one step."""
+        self._metrics.step(metrics)
+        if self._tensorboard:
+            self._tensorboard.step(metrics)
+        self._console.step(metrics)
+
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """Record and show the validation loss after ``step`` steps, and the seconds it took."""
+        self._metrics.validation(step, loss, seconds)
+        if self._tensorboard:
+            self._tensorboard.validation(step, loss)
+        self._console.line(f"step {step} | validation loss {loss:.4f} ({format_duration(seconds)})")
+
+    def saved(self, step: int, path: Path, seconds: float) -> None:
+        """Record and show a checkpoint that is now safe at ``path``; training stood still for ``seconds``."""
+        self._metrics.event("save", step, {"path": str(path), "seconds": seconds})
+        self._console.line(f"step {step} | saved {path} ({format_duration(seconds)})")
+
+    def event(self, name: str, step: int, message: str) -> None:
+        """Record and show what else happened after ``step`` steps: stop, finish, ..."""
+        self._metrics.event(name, step, {"message": message})
+        self._console.line(f"step {step} | {message}")
+
+    def close(self) -> None:
+        """Write what was held back, if that can be done now, and close all files."""
+        self._console.close()
+        self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Observers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

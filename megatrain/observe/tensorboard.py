@@ -1,0 +1,66 @@
+"""The figures of a run as TensorBoard events, written without torch or TensorFlow."""
+
+from __future__ import annotations
+
+import io
+import math
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from megatrain.observe.append import AppendFile
+from megatrain.observe.metrics import StepMetrics
+
+
+class TensorBoardWriter:
+    """Appends to an event file of its own in RUN/tensorboard; never raises for what cannot be written.
+
+    Where a run resumes at ``resume_step``, TensorBoard is told to forget the later steps that an earlier start showed.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int = 0) -> None:
+        # TensorBoard reads the files of a folder in the order of their names: by time, to the nanosecond.
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}"
+        self._file = AppendFile(run_dir / "tensorboard" / name)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Write all figures of a step, as one event."""
+        figures = {
+            "train/loss": metrics.loss,
+            "train/grad_norm": metrics.grad_norm,
+            "train/learning_rate": metrics.lr,
+            "train/skipped_updates": metrics.skipped,
+            "throughput/tokens_per_second": metrics.tokens_per_second,
+            "throughput/step_seconds": metrics.step_seconds,
+            "memory/peak_GiB": metrics.memory_bytes / 2**30,
+            **{f"step_parts/{part}_seconds": seconds for part, seconds in metrics.parts.items()},
+        }
+        if metrics.mfu is not None:
+            figures["throughput/mfu"] = metrics.mfu
+        self._scalars(metrics.step, figures)
+
+    def validation(self, step: int, loss: float) -> None:
+        """Write the validation loss after ``step`` steps, in a chart beside the training loss."""
+        self._scalars(step, {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))})
+
+    def close(self) -> None:
+        """Write what was held back, if that can be done now, and close the file."""
+        self._file.close()
+
+    def _scalars(self, step: int, figures: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=figure) for tag, figure in figures.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())
