@@ -9,6 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -63,3 +70,110 @@ class Piece:
     box: Box
     start: int
     length: int
+
+    @property
+    def stop(self) -> int:
+        """End of the range within the box."""
+        return self.start + self.length
+
+
+class Fragment(NamedTuple):
+    """One piece of a parameter's state on this rank.
+
+    ``kind``: "weight" (the fp32 master, or the weight itself), or the name of an optimizer state ("exp_avg", ...).
+    ``data``: 1-D tensor of ``piece.length`` elements, a view of the engine's memory where it is contiguous there.
+    """
+
+    piece: Piece
+    kind: str
+    data: Tensor
+
+
+class Window(NamedTuple):
+    """A piece, and where its elements lie in a flat range of the local parameter: a slice, or an array of indices."""
+
+    piece: Piece
+    where: slice | NDArray[np.int64]
+
+
+def windows(placement: Placement, start: int, stop: int) -> Iterator[Window]:
+    """Cut the range [start, stop) of the flattened local parameter into pieces of the global tensor.
+
+    One piece a box: the elements of a row-major range that fall into a box are a flat range of that box. Padding falls
+    into none. Indices count from ``start``.
+    """
+    if not placement.global_shape:
+        yield Window(Piece(placement.name, (), Box((), ()), 0, 1), slice(0, 1))
+        return
+    local = placement.local_shape
+    inner = math.prod(local[placement.dim + 1 :])
+    row = local[placement.dim] * inner  # elements from one step of the dimensions before ``dim`` to the next
+    offset = 0
+    for box in placement.boxes:
+        width = box.extent[placement.dim] * inner
+        first, last = _count_before(start, row, offset, width), _count_before(stop, row, offset, width)
+        if last > first:
+            piece = Piece(placement.name, placement.global_shape, box, first, last - first)
+            if width == row or box.numel == width:  # nothing lies between the box's elements
+                begin = (first // width) * row + offset + first % width - start
+                yield Window(piece, slice(begin, begin + piece.length))
+            else:
+                outer, within = np.divmod(np.arange(first, last, dtype=np.int64), width)
+                yield Window(piece, outer * row + offset + within - start)
+        offset += width
+
+
+def _count_before(position: int, row: int, offset: int, width: int) -> int:
+    """How many elements of a box (``width`` of each ``row``, from ``offset`` on) lie before a flat position."""
+    full, rest = divmod(position, row)
+    return full * width + min(max(rest - offset, 0), width)
+
+
+def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held: Piece) -> int:
+    """Copy what ``held`` (in ``source``) and ``wanted`` (in ``target``) share; the number of elements copied.
+
+    Both arrays are 1-D, one element for each of their piece. The boxes may differ: layouts cut alike tensors differently.
+    """
+    if wanted.box == held.box:
+        low, high = max(wanted.start, held.start), min(wanted.stop, held.stop)
+        if low >= high:
+            return 0
+        target[low - wanted.start : high - wanted.start] = source[low - held.start : high - held.start]
+        return high - low
+    shared = _intersect(wanted.box, held.box)
+    if shared is None:
+        return 0
+    # Trailing dimensions that all three boxes span alike, and one more, make a run that is contiguous in both.
+    split = len(shared.extent) - 1
+    while split > 0 and shared.extent[split] == wanted.box.extent[split] == held.box.extent[split]:
+        split -= 1
+    run = math.prod(shared.extent[split:])
+    in_target = _run_starts(shared, wanted.box, split) - wanted.start
+    in_source = _run_starts(shared, held.box, split) - held.start
+    low = np.maximum(0, np.maximum(-in_target, -in_source))
+    high = np.minimum(run, np.minimum(wanted.length - in_target, held.length - in_source))
+    copied = 0
+    for to, start, first, last in zip(in_target.tolist(), in_source.tolist(), low.tolist(), high.tolist(), strict=True):
+        if first < last:
+            target[to + first : to + last] = source[start + first : start + last]
+            copied += last - first
+    return copied
+
+
+def _intersect(a: Box, b: Box) -> Box | None:
+    offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
+    ends = (
+        min(x + n, y + m) for x, n, y, m in zip(a.offset, a.extent, b.offset, b.extent, strict=True)
+    )
+    extent = tuple(end - begin for end, begin in zip(ends, offset, strict=True))
+    return Box(offset, extent) if min(extent) > 0 else None
+
+
+def _run_starts(shared: Box, box: Box, split: int) -> NDArray[np.int64]:
+    """The flat index in ``box`` at which each run of ``shared`` begins, in row-major order of the runs."""
+    strides = [math.prod(box.extent[dim + 1 :]) for dim in range(len(box.extent))]
+    origin = sum((s - b) * stride for s, b, stride in zip(shared.offset, box.offset, strides, strict=True))
+    starts = np.array([origin], dtype=np.int64)
+    for extent, stride in zip(shared.extent[:split], strides[:split], strict=True):
+        starts = (starts[:, None] + np.arange(extent, dtype=np.int64) * stride).reshape(-1)
+    return starts

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatrain.distributed.fragment import Box, Piece, Placement, copy_overlap, windows
+
+
+def box_of(whole: np.ndarray, box: Box) -> np.ndarray:
+    return whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))]
+
+
+PLACEMENTS = [
+    Placement.whole("w", (6, 8)),
+    Placement("w", (6, 8), (Box((2, 0), (3, 8)),)),
+    Placement("w", (6, 8), (Box((0, 4), (6, 2)),), dim=1),
+    Placement("w", (6, 8), (Box((0, 0), (6, 2)), Box((0, 4), (6, 1)), Box((0, 7), (6, 1))), dim=1),
+    Placement("w", (6, 8), (Box((1, 0), (2, 8)), Box((4, 0), (2, 8))), dim=0),
+    Placement("w", (6, 8), (Box((4, 0), (2, 8)),), padding=3),
+    Placement("w", (4, 3, 4), (Box((0, 1, 0), (4, 1, 4)), Box((0, 2, 0), (4, 1, 4))), dim=1),
+]
+
+
+def local_part(whole: np.ndarray, placement: Placement) -> np.ndarray:
+    parts = [box_of(whole, box) for box in placement.boxes]
+    if placement.padding:
+        shape = list(placement.local_shape)
+        shape[placement.dim] = placement.padding
+        parts.append(np.full(shape, -1))
+    return np.concatenate(parts, axis=placement.dim)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_windows_of_every_range_name_exactly_the_elements_held(placement: Placement) -> None:
+    whole = np.arange(np.prod(placement.global_shape)).reshape(placement.global_shape)
+    local = local_part(whole, placement)
+    assert local.shape == placement.local_shape
+    flat = local.reshape(-1)
+    for start in range(flat.size):
+        for stop in range(start, flat.size + 1):
+            held = flat[start:stop]
+            seen = 0
+            for piece, where in windows(placement, start, stop):
+                expected = box_of(whole, piece.box).reshape(-1)[piece.start : piece.stop]
+                np.testing.assert_array_equal(held[where], expected)
+                seen += piece.length
+            assert seen == (held >= 0).sum()
+
+
+@st.composite
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    offset = tuple(draw(st.integers(0, n - 1)) for n in shape)
+    extent = tuple(draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
+    return Box(offset, extent)
+
+
+@st.composite
+def pieces(draw: st.DrawFn, shape: tuple[int, ...]) -> Piece:
+    box = draw(boxes(shape))
+    start = draw(st.integers(0, box.numel - 1))
+    return Piece("w", shape, box, start, draw(st.integers(1, box.numel - start)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), shape=st.sampled_from([(7,), (5, 6), (3, 4, 5)]))
+def test_copying_between_any_two_pieces_moves_exactly_what_they_share(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    wanted, held = data.draw(pieces(shape)), data.draw(pieces(shape))
+    whole = np.arange(np.prod(shape)).reshape(shape)
+    source = box_of(whole, held.box).reshape(-1)[held.start : held.stop]
+    expected = box_of(whole, wanted.box).reshape(-1)[wanted.start : wanted.stop]
+    target = np.full(wanted.length, -1)
+    copied = copy_overlap(target, wanted, source, held)
+    np.testing.assert_array_equal(target, np.where(np.isin(expected, source), expected, -1))
+    assert copied == np.isin(expected, source).sum()
