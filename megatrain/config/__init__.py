@@ -1,0 +1,34 @@
+"""What the user wrote: read, checked, frozen. `load` is the only way in."""
+
+from megatrain.config.load import dump, load
+from megatrain.config.problem import Problem
+from megatrain.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ObserveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeScaling,
+    RunConfig,
+    RunSection,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "ModelConfig",
+    "ObserveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Problem",
+    "RopeScaling",
+    "RunConfig",
+    "RunSection",
+    "ScheduleConfig",
+    "TrainConfig",
+    "dump",
+    "load",
+]

@@ -1,0 +1,178 @@
+"""Rules that span several keys: what each section, and the config as a whole, must satisfy on any number of ranks.
+
+Each function takes a section whose keys are right one by one, and gives all that is wrong with them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatrain.config.problem import Problem
+
+if TYPE_CHECKING:
+    from megatrain.config import schema
+
+DEFAULT_WARMUP_STEPS = 20
+
+# DeepSpeed's leaves that megatrain derives, and the key to use instead. A prefix stands for all below it.
+DERIVED_BY_MEGATRAIN = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.gradient_clipping",
+    "steps_per_print": "observe.log_every_steps",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "fp16": "train.precision, train.initial_loss_scale_power and train.loss_scale_window",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.cpu_offload": "parallel.offload",
+    "zero_optimization.cpu_offload_params": "parallel.offload",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_optimization.offload_param": "parallel.offload",
+    "activation_checkpointing": "parallel.recompute",
+    "tensor_parallel": "parallel.tensor",
+    "sequence_parallel_size": "parallel.sequence",
+    "pipeline": "parallel.pipeline",
+    "elasticity": "train.global_batch_size",
+    "tensorboard": "observe.tensorboard",
+}
+
+
+def unused(section: Any, keys: tuple[str, ...], prefix: str, why: str) -> list[Problem]:
+    """A problem for each of the keys that was moved from its default though nothing reads it."""
+    fields = type(section).model_fields
+    return [
+        Problem(f"{prefix}{key}", getattr(section, key), why, f"{key} left out")
+        for key in keys
+        if getattr(section, key) != fields[key].default
+    ]
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` on both sides of `value`, none below one `divisor`."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def nearest_divisors(value: int, whole: int) -> str:
+    """The divisors of `whole` on both sides of `value`."""
+    below = max(d for d in range(1, min(value, whole) + 1) if whole % d == 0)
+    above = next((d for d in range(value, whole + 1) if whole % d == 0), None)
+    return f"{below}" if above in (None, below) else f"{below} or {above}"
+
+
+def rope_scaling(scaling: schema.RopeScaling) -> list[Problem]:
+    """llama3 needs all of its keys, linear none of them."""
+    own = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if scaling.rope_type == "linear":
+        return unused(scaling, own, "", "used by rope_type llama3 only")
+    missing = [
+        Problem(key, None, "needed by rope_type llama3", usual)
+        for key, usual in zip(own, ("1.0", "4.0", "8192"), strict=True)
+        if getattr(scaling, key) is None
+    ]
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low is not None and high is not None and low >= high:
+        missing.append(Problem("low_freq_factor", low, f"must be less than high_freq_factor ({high})"))
+    return missing
+
+
+def model(config: schema.ModelConfig) -> list[Problem]:
+    """Heads divide what they share, and no key is set that the family does not read."""
+    problems = []
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    if config.head_dim is None and hidden % heads:
+        reason = f"must be divisible by num_attention_heads ({heads}) where head_dim is null"
+        problems.append(Problem("hidden_size", hidden, reason, nearest_multiples(hidden, heads)))
+    if config.family == "llama":
+        if heads % config.kv_heads:
+            reason = f"must divide num_attention_heads ({heads})"
+            nearest = nearest_divisors(config.kv_heads, heads)
+            problems.append(Problem("num_key_value_heads", config.kv_heads, reason, nearest))
+        if config.head_size % 2 and not problems:
+            reason = "the width of a head must be even for the rotary embedding"
+            problems.append(Problem("head_dim", config.head_size, reason, str(config.head_size + 1)))
+        return problems + unused(config, ("layer_norm_epsilon",), "", "read by family gpt2 only")
+    if config.kv_heads != heads:
+        reason = f"family gpt2 has as many as num_attention_heads ({heads})"
+        problems.append(Problem("num_key_value_heads", config.kv_heads, reason, "null"))
+    if config.head_dim is not None and config.head_dim * heads != hidden:
+        reason = f"family gpt2 has hidden_size / num_attention_heads ({hidden} / {heads})"
+        problems.append(Problem("head_dim", config.head_dim, reason, "null"))
+    return problems + unused(config, ("rms_norm_eps", "rope_theta", "rope_scaling"), "", "read by family llama only")
+
+
+def data(config: schema.DataConfig) -> list[Problem]:
+    """Some dataset must have a share."""
+    if sum(dataset.weight for dataset in config.train) > 0:
+        return []
+    return [Problem("train.0.weight", config.train[0].weight, "the weights must not all be zero", "1.0")]
+
+
+def parallel(config: schema.ParallelConfig) -> list[Problem]:
+    """What needs no model and no number of ranks to be wrong is in plan.rules with the other layout rules."""
+    if config.recompute == "full":
+        return []
+    return unused(config, ("recompute_every",), "", f"used with recompute: full only (it is {config.recompute})")
+
+
+def train(config: schema.TrainConfig) -> list[Problem]:
+    """Loss scaling belongs to fp16."""
+    if config.precision == "fp16":
+        return []
+    keys = ("initial_loss_scale_power", "loss_scale_window")
+    return unused(config, keys, "", f"used with precision: fp16 only (it is {config.precision})")
+
+
+def schedule(config: schema.ScheduleConfig) -> list[Problem]:
+    """decay_steps belongs to wsd."""
+    return [] if config.type == "wsd" else unused(config, ("decay_steps",), "", "used with type: wsd only")
+
+
+def with_default_warmup(given: Any) -> Any:
+    """The config as given, with schedule.warmup_steps = train.steps where it was left out and its default is longer."""
+    if not isinstance(given, Mapping):
+        return given
+    steps = given["train"].get("steps") if isinstance(given.get("train"), Mapping) else None
+    section = given.get("schedule", {})
+    if not isinstance(section, Mapping) or "warmup_steps" in section:
+        return given
+    if type(steps) is int and 0 < steps < DEFAULT_WARMUP_STEPS:
+        return {**given, "schedule": {**section, "warmup_steps": steps}}
+    return given
+
+
+def across_sections(config: schema.RunConfig) -> list[Problem]:
+    """What one section says about another: context against samples, warm-up against steps, DeepSpeed's own keys."""
+    problems = []
+    longest, steps = config.model.max_position_embeddings, config.train.steps
+    if config.data.seq_len > longest:
+        reason = f"must be at most model.max_position_embeddings ({longest})"
+        problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
+    warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+    if warmup > steps:
+        reason = f"must be at most train.steps ({steps})"
+        problems.append(Problem("schedule.warmup_steps", warmup, reason, str(steps)))
+    elif decay is not None and warmup + decay > steps:
+        reason = f"must be at most train.steps - schedule.warmup_steps ({steps} - {warmup})"
+        problems.append(Problem("schedule.decay_steps", decay, reason, str(steps - warmup)))
+    return problems + deepspeed(config.deepspeed)
+
+
+def deepspeed(passed: Mapping[str, Any], prefix: str = "") -> list[Problem]:
+    """A problem for each leaf that megatrain derives from its own keys."""
+    problems = []
+    for key, value in passed.items():
+        path = f"{prefix}{key}"
+        if path in DERIVED_BY_MEGATRAIN:
+            reason = "megatrain derives it from its own keys"
+            problems.append(Problem(f"deepspeed.{path}", value, reason, DERIVED_BY_MEGATRAIN[path]))
+        elif isinstance(value, Mapping):
+            problems += deepspeed(value, f"{path}.")
+    return problems

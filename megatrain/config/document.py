@@ -1,0 +1,139 @@
+"""YAML text into plain data, by the rules of YAML 1.2, remembering on which line each value stands.
+
+PyYAML follows YAML 1.1, where `3e-4` is text, `no` is false, `010` is eight and a repeated key silently wins. Here
+PyYAML only parses; scalars are read by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2), and a
+repeated key, a tag or a document that unfolds without bound is a problem with its line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from megatrain.config.problem import Problem
+from megatrain.errors import ConfigError
+
+Path = tuple[str | int, ...]
+
+MAX_CHARACTERS = 256 * 1024
+MAX_VALUES = 20_000  # aliases count as often as they are used, so that a few lines cannot unfold into gigabytes
+MAX_DEPTH = 20
+MAX_DIGITS = 400
+
+_PLAIN_TAGS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
+_INTEGER = re.compile(r"[-+]?[0-9]+\Z")
+_BASED = re.compile(r"0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_NAMED: dict[str, Any] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
+}
+
+
+@dataclass
+class Document:
+    """Plain data, the line of each value in it, and what was wrong with the text though it could be read."""
+
+    tree: Any = None
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def scalar(text: str) -> bool | int | float | str | None:
+    """The value of a plain (unquoted) scalar under YAML 1.2's core schema."""
+    if text in _NAMED:
+        value: bool | int | float | None = _NAMED[text]
+        return value
+    if len(text) > MAX_DIGITS:
+        return text
+    if _INTEGER.match(text):
+        return int(text)
+    if _BASED.match(text):
+        return int(text, 0)
+    return float(text) if _FLOAT.match(text) else text
+
+
+def read(text: str, what: str) -> Document:
+    """Parse `text`; `what` names it in the ConfigError that text which is no YAML ends with."""
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"{what}: {len(text)} characters are no config; at most {MAX_CHARACTERS} are read")
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        clauses = (error.context, error.problem) if error.context else (error.problem,)
+        reason = ", ".join(clause for clause in clauses if clause)
+        raise ConfigError(f"{what}{line}: not valid YAML: {reason}") from None
+    except yaml.reader.ReaderError as error:
+        sign = f"U+{error.character:04X}"
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{what}, line {line}: the character {sign} is not allowed in YAML") from None
+    except RecursionError:
+        raise ConfigError(f"{what}: nested too deeply; at most {MAX_DEPTH} levels are read") from None
+    document = Document()
+    if node is not None:
+        document.tree = _Unfolding(document, what).value(node, ())
+    return document
+
+
+class _Unfolding:
+    """Turns PyYAML's nodes into values, counting them, as aliases may repeat a node without end."""
+
+    def __init__(self, document: Document, what: str) -> None:
+        self.document, self.what, self.num_values = document, what, 0
+
+    def value(self, node: yaml.Node, path: Path) -> Any:
+        """The plain data of a node that stands at `path`."""
+        self.num_values += 1
+        line = node.start_mark.line + 1
+        if self.num_values > MAX_VALUES or len(path) > MAX_DEPTH:
+            limit = f"{MAX_VALUES} values" if self.num_values > MAX_VALUES else f"{MAX_DEPTH} levels"
+            raise ConfigError(f"{self.what}, line {line}: more than {limit}, aliases unfolded; no config needs that")
+        self.document.lines.setdefault(path, line)
+        if node.tag not in _PLAIN_TAGS:
+            reason = "tags are not used in a config: write the plain value"
+            self.document.problems.append(Problem(_dotted(path), node.tag, reason))
+            return None
+        if isinstance(node, yaml.MappingNode):
+            return {key: self.value(child, (*path, key)) for key, child in self._entries(node, path)}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(child, (*path, index)) for index, child in enumerate(node.value)]
+        return scalar_of(node)
+
+    def _entries(self, node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, yaml.Node]]:
+        """The entries of a mapping, the first of each key; a repeated key is noted with both lines."""
+        first_lines: dict[str, int] = {}
+        for key_node, child in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                reason = f"line {line}: a key must be one word"
+                self.document.problems.append(Problem(_dotted(path), "a list or mapping as key", reason))
+                continue
+            key = key_node.value
+            if key in first_lines:
+                reason = f"line {line}: the key stands twice, first on line {first_lines[key]}; keep one"
+                self.document.problems.append(Problem(_dotted((*path, key)), scalar_of(child), reason))
+                continue
+            first_lines[key] = line
+            self.document.lines[(*path, key)] = line
+            yield key, child
+
+
+def scalar_of(node: yaml.Node) -> object:
+    """The node's value where it is a scalar, else what kind of value it is; for messages."""
+    if isinstance(node, yaml.ScalarNode):
+        return scalar(node.value) if node.style is None else node.value
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(str(part) for part in path) or "the document"

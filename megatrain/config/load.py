@@ -1,0 +1,93 @@
+"""A config file and the command line's KEY=VALUE into a RunConfig, or one error that lists all that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatrain.config import document
+from megatrain.config.document import Path
+from megatrain.config.explain import explain
+from megatrain.config.overrides import apply_override
+from megatrain.config.problem import refusal
+from megatrain.config.schema import RunConfig
+from megatrain.errors import ConfigError
+
+COMMAND_LINE = "the command line"
+
+
+def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in the YAML file `path`, with each "section.key=value" of `overrides` put over it.
+
+    A list entry is reached by its index (`data.train.0.weight=2`); values are read as YAML; the last override of a
+    key wins. Raises ConfigError with every problem found, each with its key, its line and what would be legal.
+    """
+    read = document.read(_text(FilePath(path)), str(path))
+    if not isinstance(read.tree, dict):
+        content = "is empty" if read.tree is None else "is no mapping"
+        raise ConfigError(f"{path} {content}; a config is a YAML mapping with the sections {', '.join(_sections())}")
+    problems = list(read.problems)
+    places = {key: f"line {line}" for key, line in read.lines.items()}
+    tree = read.tree
+    for override in overrides:
+        tree, changed, found = apply_override(tree, override)
+        problems += found
+        places.update(dict.fromkeys(changed, COMMAND_LINE))
+    config = None
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems += explain(error)
+    if config is None or problems:
+        raise refusal(str(path), problems, lambda key: _place(key, places))
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The config as YAML with every default written out; `load` reads the same config from it."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _text(path: FilePath) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a config is a YAML file") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; configs/ holds ready ones") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name the YAML file in it") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the config cannot be read: {error}") from None
+
+
+def _sections() -> list[str]:
+    return list(RunConfig.model_fields)
+
+
+def _place(key: str, places: dict[Path, str]) -> str:
+    """Where the key stands; for one that is missing, where the innermost section around it does."""
+    by_key = {".".join(map(str, path)): place for path, place in places.items() if path}
+    if key in by_key:
+        return by_key[key]
+    while "." in key:
+        key = key.rpartition(".")[0]
+        if key in by_key:
+            return f"{key}: {by_key[key]}"
+    return ""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.2 would read as something other than text, such as a folder named 3e-4."""
+
+
+def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    plain: Any = document.scalar(value)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain == value else '"')
+
+
+_Dumper.add_representer(str, _represent_text)

@@ -1,0 +1,58 @@
+"""One thing that is wrong with a config, and how several of them read together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from megatrain.errors import ConfigError
+
+NOT_GIVEN = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A value that cannot stand: where it is, what it is, what is allowed, and the nearest way out.
+
+    `key` is the full path ("parallel.tensor"), `given` the value (NOT_GIVEN where a required key is missing), `reason`
+    a clause that says what is allowed or why it is refused, `nearest` the nearest legal value, key or layout.
+    """
+
+    key: str
+    given: object
+    reason: str
+    nearest: str | None = None
+
+    def below(self, prefix: str) -> Problem:
+        """The same problem with the path of its section before its key."""
+        return replace(self, key=prefix + self.key)
+
+    def text(self, place: str = "") -> str:
+        """One line for the user; `place` is where the value stands, such as "line 7"."""
+        value = "is missing" if self.given is NOT_GIVEN else f"{shown(self.given)} given"
+        head = f"{self.key} ({place})" if place else self.key
+        nearest = f"; nearest: {self.nearest}" if self.nearest is not None else ""
+        return f"{head}: {value}; {self.reason}{nearest}"
+
+
+def shown(value: object) -> str:
+    """The value as a user would write it in YAML, shortened where it is long."""
+    if value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    elif isinstance(value, str):
+        text = f'"{value}"' if value == "" or value != value.strip() or value[0].isdigit() else value
+    elif isinstance(value, (list, tuple)):
+        text = "[" + ", ".join(shown(item) for item in value[:9]) + "]"
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{key}: {shown(item)}" for key, item in list(value.items())[:9]) + "}"
+    else:
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def refusal(what: str, problems: Sequence[Problem], place: Callable[[str], str] = lambda key: "") -> ConfigError:
+    """The error that lists every problem at once; `what` is the config's name, `place` says where a key stands."""
+    lines: Iterable[str] = (problem.text(place(problem.key)) for problem in problems)
+    if len(problems) == 1:
+        return ConfigError(f"{what}: {next(iter(lines))}")
+    return ConfigError("\n".join([f"{what}: {len(problems)} problems", *(f"  {line}" for line in lines)]))

@@ -1,0 +1,333 @@
+"""The config as records: every key, its type, its default, its limits and its meaning.
+
+The records are frozen and strict: `true` is no 1, `1.0` is no integer, an unknown key is an error. What spans several
+keys of one section is checked by that section, what spans sections by RunConfig; the rules are in checks.py. Rules
+that need the number of ranks are in megatrain.plan.rules. docs/config.md is generated from the descriptions here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
+
+from megatrain.config import checks
+from megatrain.config.problem import Problem
+
+LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double, and no such run exists
+
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Path = Annotated[str, Field(min_length=1)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    def _refuse(self, problems: list[Problem]) -> None:
+        """Hand the problems to pydantic with their own keys, so that `load` can list them beside all others."""
+        if problems:
+            text = "\n".join(problem.text() for problem in problems)
+            raise PydanticCustomError("inconsistent", "{text}", {"text": text, "problems": problems})
+
+
+class RunSection(Section):
+    """Where a run lives and what it starts from."""
+
+    dir: Path = Field(description="The run folder: checkpoints, metrics and logs. An existing run in it is resumed.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=1234, description="Seed of the initial weights, the data order and dropout."
+    )
+    init_from: Path | None = Field(
+        default=None, description="A checkpoint folder to take the weights from; null: initialise them from the seed."
+    )
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched for longer contexts, under Hugging Face's names."""
+
+    rope_type: Literal["linear", "llama3"] = Field(
+        description="linear: positions divided by factor; llama3: low frequencies stretched by factor, as in Llama 3.1."
+    )
+    factor: Annotated[float, Field(ge=1.0)] = Field(description="By how much the context is stretched.")
+    low_freq_factor: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="llama3: wavelengths over original_max_position_embeddings / low_freq_factor are fully stretched.",
+    )
+    high_freq_factor: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="llama3: wavelengths under original_max_position_embeddings / high_freq_factor stay as they are.",
+    )
+    original_max_position_embeddings: Count | None = Field(
+        default=None, description="llama3: the context, in tokens, before it was stretched."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RopeScaling:
+        self._refuse(checks.rope_scaling(self))
+        return self
+
+
+class ModelConfig(Section):
+    """The decoder's shape, under Hugging Face's names, which are the same here for every family."""
+
+    family: Literal["llama", "gpt2"] = Field(default="llama", description="Which decoder.")
+    hidden_size: Count = Field(description="Width of the residual stream.")
+    intermediate_size: Count | None = Field(
+        default=None,
+        description="Width inside the MLP; null: the family's own (gpt2: 4 x hidden_size; llama: 8/3 x hidden_size, "
+        "rounded up to a multiple of 256).",
+    )
+    num_hidden_layers: Count = Field(description="Decoder layers.")
+    num_attention_heads: Count = Field(description="Query heads of a layer.")
+    num_key_value_heads: Count | None = Field(
+        default=None, description="Key and value heads of a layer (grouped-query attention); null: num_attention_heads."
+    )
+    head_dim: Count | None = Field(
+        default=None, description="Width of a head; null: hidden_size / num_attention_heads."
+    )
+    max_position_embeddings: Count = Field(
+        default=256, description="The longest context in tokens; data.seq_len may not exceed it."
+    )
+    vocab_size: Count | None = Field(
+        default=None, description="Token ids the model knows, unpadded; null: the dataset's tokenizer decides."
+    )
+    rms_norm_eps: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0e-5, description="llama: added to the mean square in RMSNorm."
+    )
+    layer_norm_epsilon: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0e-5, description="gpt2: added to the variance in LayerNorm."
+    )
+    rope_theta: Annotated[float, Field(gt=0.0)] = Field(
+        default=10000.0, description="llama: base of the rotary embedding's frequencies."
+    )
+    rope_scaling: RopeScaling | None = Field(default=None, description="llama: rotary frequencies for longer contexts.")
+    tie_word_embeddings: bool = Field(default=True, description="The output head shares the token embedding's weight.")
+    attention_dropout: Probability = Field(
+        default=0.0, description="Share of attention probabilities dropped in training."
+    )
+    hidden_dropout: Probability = Field(
+        default=0.0, description="Share of the embedding's and of each residual branch's output dropped in training."
+    )
+    initializer_range: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.02, description="Standard deviation of the initial weights."
+    )
+    init_scheme: Literal["gpt2", "normal", "depth"] = Field(
+        default="gpt2",
+        description="Scale of the projections that write to the residual stream: gpt2: 1/sqrt(2 x layers); "
+        "normal: 1; depth: 1/sqrt(2 x (layer + 1)).",
+    )
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside the MLP, derived from the family where intermediate_size is null."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        if self.family == "gpt2":
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // (3 * 256)) * 256
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of a layer."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        self._refuse(checks.model(self))
+        return self
+
+
+class TrainingDataset(Section):
+    """One dataset of the mixture."""
+
+    path: Path = Field(description="A dataset folder, as `megatrain-data tokenize` wrote it.")
+    weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="Share of the samples, relative to the other weights."
+    )
+
+
+class ValidationDataset(Section):
+    """One dataset to evaluate on."""
+
+    path: Path = Field(description="A dataset folder, as `megatrain-data tokenize` wrote it.")
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut into samples."""
+
+    train: Annotated[tuple[TrainingDataset, ...], Field(strict=False, min_length=1)] = Field(
+        description="The mixture to train on."
+    )
+    validation: Annotated[tuple[ValidationDataset, ...], Field(strict=False)] = Field(
+        default=(), description="What to evaluate on; an empty list: no evaluation."
+    )
+    seq_len: Count = Field(default=256, description="Tokens of a sample.")
+    document_mask: bool = Field(
+        default=False, description="Attention and positions start anew at each document within a sample."
+    )
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="concat: the stream of documents is cut every seq_len tokens; best_fit: documents are packed into "
+        "samples so that few are cut.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        self._refuse(checks.data(self))
+        return self
+
+
+class ParallelConfig(Section):
+    """How the model is laid out. The data degree is derived: world size / (tensor x pipeline)."""
+
+    tensor: Count = Field(default=1, description="Ranks that share each layer's matrices.")
+    pipeline: Count = Field(default=1, description="Stages that the layers are divided into.")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=1,
+        description="What data-parallel ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.",
+    )
+    sequence: bool = Field(
+        default=False, description="Norms, dropout and residuals on 1/tensor of the tokens; needs tensor > 1."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="Activations computed again in the backward pass: selective: the attention core and the MLP's "
+        "activation; full: whole layers.",
+    )
+    recompute_every: Count = Field(default=1, description="With recompute: full, every k-th layer is recomputed.")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none",
+        description="What lives in CPU memory: optimizer: the optimizer's state (zero_stage >= 1); all: the weights "
+        "too (zero_stage 3).",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        self._refuse(checks.parallel(self))
+        return self
+
+
+class TrainConfig(Section):
+    """How long, how much at once, and how precisely."""
+
+    steps: Count = Field(description="Optimizer steps of the whole run.")
+    global_batch_size: Count = Field(default=16, description="Sequences of one optimizer step, over all ranks.")
+    micro_batch_size: Count = Field(default=2, description="Sequences that one rank computes at once.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16", description="What the model computes in. Under bf16 and fp16 the optimizer keeps fp32 weights."
+    )
+    gradient_clipping: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="The largest global L2 norm of the gradient; 0.0: no clipping."
+    )
+    eval_every_steps: Count = Field(default=50, description="Steps between evaluations on data.validation.")
+    eval_batches: Count | None = Field(
+        default=16,
+        description="Global batches of an evaluation, the same ones each time; fewer where the data has fewer; null: "
+        "all of the data.",
+    )
+    hang_timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        default=600.0, description="Seconds without progress after which the run is stopped as hung."
+    )
+    initial_loss_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
+        default=16, description="fp16: the loss scale starts at 2 to this power."
+    )
+    loss_scale_window: Count = Field(
+        default=1000, description="fp16: steps without overflow after which the loss scale doubles."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        self._refuse(checks.train(self))
+        return self
+
+
+class OptimizerConfig(Section):
+    """The optimizer."""
+
+    type: Literal["adamw"] = Field(default="adamw", description="AdamW: Adam with decoupled weight decay.")
+    lr: Annotated[float, Field(ge=0.0)] = Field(default=1.0e-3, description="The peak learning rate.")
+    betas: Annotated[tuple[Probability, Probability], Field(strict=False)] = Field(
+        default=(0.9, 0.95), description="Decay of the running mean and of the running square of the gradient."
+    )
+    eps: Annotated[float, Field(gt=0.0)] = Field(default=1.0e-8, description="Added to the root of the running square.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.1, description="Decoupled weight decay of the matrices; biases and norms have none."
+    )
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps."""
+
+    type: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        default="cosine", description="After the warm-up; wsd: warm-up, stable, then a linear decay."
+    )
+    warmup_steps: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
+        default=checks.DEFAULT_WARMUP_STEPS,
+        description="Steps over which the learning rate rises from 0 to its peak. Left out, it is never more than "
+        "train.steps.",
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.1, description="The last learning rate as a share of the peak; constant has no use for it."
+    )
+    decay_steps: Count | None = Field(
+        default=None, description="wsd: steps of the decay; null: a fifth of train.steps."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        self._refuse(checks.schedule(self))
+        return self
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and how much of it is kept."""
+
+    every_steps: Count = Field(default=50, description="Steps between checkpoints; the last step is always saved.")
+    keep: Count = Field(default=3, description="The newest checkpoints kept.")
+    background: bool = Field(default=True, description="Training goes on while a checkpoint is written.")
+
+
+class ObserveConfig(Section):
+    """What is recorded."""
+
+    log_every_steps: Count = Field(default=1, description="Steps between lines of metrics.jsonl and of the console.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events too.")
+
+
+class RunConfig(Section):
+    """The whole config of a run."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+    deepspeed: Mapping[str, JsonValue] = Field(
+        default={},
+        description="Passed through to DeepSpeed's own config, such as bucket sizes. What megatrain derives from its "
+        "own keys is refused by name.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_run_warms_up_no_longer_than_it_is(cls, given: Any) -> Any:
+        return checks.with_default_warmup(given)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        self._refuse(checks.across_sections(self))
+        return self
