@@ -1,0 +1,1 @@
+"""Decoders in plain PyTorch, written as if only one device existed."""

@@ -1,0 +1,111 @@
+"""What a decoder layer needs to know of the tokens besides their activations; made once a forward, shared by all layers.
+
+B: sequences, T: tokens, S: tokens that may be attended to, H: query heads, G: key-value heads, D: head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatrain.model.rope import Rotary, RotaryEmbedding
+
+if TYPE_CHECKING:
+    from megatrain.config.schema import ModelConfig
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for every layer: what generation need not compute again."""
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0  # tokens whose keys and values every layer has stored
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+
+    def update(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values behind the old ones; return all of them, [B, S, G, D] each."""
+        stored = self._layers[layer]
+        if stored is None:
+            shape = (k_BTGD.shape[0], self.capacity, *k_BTGD.shape[2:])
+            stored = self._layers[layer] = (k_BTGD.new_empty(shape), v_BTGD.new_empty(shape))
+        end = self.length + k_BTGD.shape[1]
+        for cache, new in zip(stored, (k_BTGD, v_BTGD), strict=True):
+            cache[:, self.length : end] = new
+        return stored[0][:, :end], stored[1][:, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count ``num_tokens`` as seen, once every layer has stored them."""
+        self.length += num_tokens
+
+
+class Context(NamedTuple):
+    """Beside ``positions_BT``, ``document_ids_BT`` and ``sample_ids_B`` (see Batch), what follows from them.
+
+    ``rotary``: cosines and sines of the positions, where the family rotates.
+    ``mask_B1TS``: bool, True where a query may see a key; None: all up to itself.
+    ``document_starts``: int32, where each document starts in the B*T tokens laid end to end, and B*T; used in place of
+    the mask where the device has attention over sequences of unequal length.
+    ``cache``: keys and values of earlier tokens; None while training.
+    """
+
+    positions_BT: Tensor
+    document_ids_BT: Tensor | None = None
+    sample_ids_B: Tensor | None = None
+    rotary: Rotary | None = None
+    mask_B1TS: Tensor | None = None
+    document_starts: Tensor | None = None
+    cache: KeyValueCache | None = None
+
+
+class ContextBuilder:
+    """Makes the Context of a forward from the tensors that a pipeline hands on between its stages."""
+
+    def __init__(self, config: ModelConfig, rotates: bool) -> None:
+        self._rotary_embedding = RotaryEmbedding(config) if rotates else None
+
+    def __call__(
+        self,
+        positions_BT: Tensor,
+        document_ids_BT: Tensor | None,
+        sample_ids_B: Tensor | None,
+        dtype: torch.dtype,
+        cache: KeyValueCache | None = None,
+    ) -> Context:
+        """The context of a forward in ``dtype``."""
+        rotary = self._rotary_embedding(positions_BT, dtype) if self._rotary_embedding else None
+        mask_B1TS, starts = None, None
+        if document_ids_BT is not None:
+            if has_variable_length_attention(positions_BT.device, dtype):
+                starts = document_starts(document_ids_BT)
+            else:
+                mask_B1TS = document_mask(document_ids_BT)
+        elif cache is not None and cache.length and positions_BT.shape[1] > 1:
+            mask_B1TS = _continuation_mask(positions_BT.shape[1], cache.length, positions_BT.device)
+        return Context(positions_BT, document_ids_BT, sample_ids_B, rotary, mask_B1TS, starts, cache)
+
+
+def has_variable_length_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention over documents needs no dense mask: flash attention, so CUDA and half precision."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def document_mask(document_ids_BT: Tensor) -> Tensor:
+    """[B, 1, T, T], True where the key is in the query's document and not after it."""
+    same_BTS = document_ids_BT.unsqueeze(2) == document_ids_BT.unsqueeze(1)
+    return same_BTS.tril_().unsqueeze(1)
+
+
+def document_starts(document_ids_BT: Tensor) -> Tensor:
+    """Index of the first token of each document among the B*T tokens, and B*T at the end (int32)."""
+    is_start_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    is_start_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    starts = is_start_BT.flatten().nonzero().flatten().to(torch.int32)
+    return torch.nn.functional.pad(starts, (0, 1), value=document_ids_BT.numel())
+
+
+def _continuation_mask(num_tokens: int, num_cached: int, device: torch.device) -> Tensor:
+    # New tokens see all cached ones, and each other causally.
+    mask_TS = torch.ones(num_tokens, num_cached + num_tokens, dtype=torch.bool, device=device)
+    return mask_TS.tril_(num_cached)[None, None]

@@ -1,0 +1,76 @@
+"""A whole decoder on one device, put together from its family's layers.
+
+B: sequences, T: tokens, C: channels, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.batch import Batch
+from megatrain.model.context import Context, ContextBuilder
+from megatrain.model.families import LayerSpec, build_layers, family_of
+
+if TYPE_CHECKING:
+    from megatrain.config.schema import ModelConfig
+
+
+class Decoder(nn.Module):
+    """Token ids to logits, or to the loss. Parameters have Hugging Face's names; they are not initialised here.
+
+    Layers are looked up by name in every forward, so that a parallel layout can put others in their places.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        """``seed`` is that of dropout."""
+        super().__init__()
+        self.config = config
+        self.make_context = ContextBuilder(config, family_of(config).rotates)
+        specs = build_layers(config, seed)
+        attach_layers(self, specs)
+        *self.body_names, self.head_name = (spec.prefix for spec in specs)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let head and token embedding share one parameter, where the config says so; again after replacing either."""
+        if self.config.tie_word_embeddings:
+            self.get_submodule(self.head_name).weight = self.get_submodule(self.body_names[0]).weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropy (nats) over the batch's scored targets: an fp32 scalar."""
+        context = self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
+        x_BTC = self.hidden(batch.tokens_BT, context)
+        loss = self.get_submodule(self.head_name).loss_sum(x_BTC, batch.targets_BT, batch.loss_mask_BT)
+        return loss  # type: ignore[no-any-return, operator]
+
+    def logits(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        """[B, T, V], in the type of the weights."""
+        return self.get_submodule(self.head_name)(self.hidden(tokens_BT, context))  # type: ignore[no-any-return]
+
+    def hidden(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        """Activations before the head, [B, T, C]."""
+        x = tokens_BT
+        for name in self.body_names:
+            x = self.get_submodule(name)(x, context)
+        return x
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the decoder computes in: that of its weights."""
+        return next(self.parameters()).dtype
+
+
+def attach_layers(parent: nn.Module, specs: Sequence[LayerSpec]) -> None:
+    """Build the layers and register each under its dotted prefix, so that state_dict() has the canonical names."""
+    for spec in specs:
+        *path, name = spec.prefix.split(".")
+        module = parent
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.add_module(name, spec.build())

@@ -1,0 +1,82 @@
+"""The output head and its loss: cross-entropy without ever holding the fp32 logits of all tokens.
+
+B: sequences, T: tokens in a sequence, N: tokens (B * T), C: channels, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# fp32 work space of the softmax: small enough to stay in the cache of a CPU core, large enough to fill a GPU.
+_WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+class OutputHead(nn.Module):
+    """Activations to logits, one for each token id."""
+
+    def __init__(self, vocab_size: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Logits, in the activations' type."""
+        return functional.linear(x_BTC, self.weight)
+
+    def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
+        """Sum over the scored targets of their cross-entropy in nats: an fp32 scalar."""
+        mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
+        loss = LinearCrossEntropy.apply(x_BTC.flatten(0, 1), self.weight, targets_BT.flatten(), mask_N)
+        return loss  # type: ignore[no-any-return]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Head and cross-entropy in one: sum over n of logsumexp(x_n W^T) - (x_n W^T)[target_n].
+
+    The logits exist once, in the type of the weights, and their gradient (softmax minus one-hot) replaces them in place;
+    the softmax itself is computed in fp32, a few rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, mask_N: Tensor | None) -> Tensor:
+        logits_NV = x_NC @ weight_VC.t()
+        needs_gradient = any(ctx.needs_input_grad)
+        losses_N = torch.empty(len(x_NC), dtype=torch.float32, device=x_NC.device)
+        num_rows = max(1, _WORKSPACE_BYTES.get(x_NC.device.type, 256 << 20) // (4 * logits_NV.shape[1]))
+        for start in range(0, len(x_NC), num_rows):
+            rows = slice(start, start + num_rows)
+            _cross_entropy(logits_NV[rows], targets_N[rows], losses_N[rows], needs_gradient)
+        if mask_N is not None:
+            losses_N.mul_(mask_N)
+            if needs_gradient:
+                logits_NV.mul_(mask_N.unsqueeze(-1))
+        if needs_gradient:
+            ctx.save_for_backward(x_NC, weight_VC, logits_NV)
+        return losses_N.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        x_NC, weight_VC, grad_NV = ctx.saved_tensors
+        # The scale goes to the small factors, before the sum over tokens: in fp16 that sum might overflow without it.
+        scale = grad.to(x_NC.dtype)
+        grad_x_NC = (grad_NV @ weight_VC).mul_(scale) if ctx.needs_input_grad[0] else None
+        grad_weight_VC = grad_NV.t() @ (x_NC * scale) if ctx.needs_input_grad[1] else None
+        return grad_x_NC, grad_weight_VC, None, None
+
+
+def _cross_entropy(logits_NV: Tensor, targets_N: Tensor, losses_N: Tensor, needs_gradient: bool) -> None:
+    """Write each row's loss, and in place of its logits their gradient."""
+    shifted_NV = logits_NV.float()
+    if shifted_NV is logits_NV:
+        shifted_NV = logits_NV.clone()
+    shifted_NV.sub_(shifted_NV.amax(-1, keepdim=True))
+    target_logits_N1 = shifted_NV.gather(-1, targets_N.unsqueeze(-1))
+    sums_N1 = shifted_NV.exp_().sum(-1, keepdim=True)
+    torch.sub(sums_N1.log().squeeze(-1), target_logits_N1.squeeze(-1), out=losses_N)
+    if needs_gradient:
+        torch.div(shifted_NV, sums_N1, out=shifted_NV)
+        shifted_NV.scatter_add_(-1, targets_N.unsqueeze(-1), torch.full_like(target_logits_N1, -1.0))
+        logits_NV.copy_(shifted_NV)
