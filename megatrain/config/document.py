@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+import yaml.reader
 
 from megatrain.config.problem import Problem
 from megatrain.errors import ConfigError
@@ -74,9 +75,8 @@ def read(text: str, what: str) -> Document:
         reason = ", ".join(clause for clause in clauses if clause)
         raise ConfigError(f"{what}{line}: not valid YAML: {reason}") from None
     except yaml.reader.ReaderError as error:
-        sign = f"U+{error.character:04X}"
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{what}, line {line}: the character {sign} is not allowed in YAML") from None
+        line = text.count("\n", 0, int(error.position)) + 1
+        raise ConfigError(f"{what}, line {line}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{what}: nested too deeply; at most {MAX_DEPTH} levels are read") from None
     document = Document()
