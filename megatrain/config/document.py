@@ -75,8 +75,8 @@ def read(text: str, what: str) -> Document:
         reason = ", ".join(clause for clause in clauses if clause)
         raise ConfigError(f"{what}{line}: not valid YAML: {reason}") from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, int(error.position)) + 1
-        raise ConfigError(f"{what}, line {line}: not valid YAML: {str(error).splitlines()[0]}") from None
+        number = text.count("\n", 0, int(error.position)) + 1
+        raise ConfigError(f"{what}, line {number}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{what}: nested too deeply; at most {MAX_DEPTH} levels are read") from None
     document = Document()

@@ -1,0 +1,97 @@
+"""docs/config.md, written from the schema: `python -m megatrain.config.reference > docs/config.md`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from megatrain.config.checks import DERIVED_BY_MEGATRAIN
+from megatrain.config.keys import is_list, is_section, record_of
+from megatrain.config.problem import shown
+from megatrain.config.schema import LARGEST_COUNT, RunConfig, Section
+
+_INTRODUCTION = """\
+# The config
+
+A run is described by one YAML file, checked as a whole before anything is allocated. An unknown key, a value of the
+wrong type or an impossible combination ends with exit code 2 and a list of everything that is wrong: the key's full
+path, the line, what was given, what is allowed and the nearest legal value.
+
+- `KEY=VALUE` on the command line sets any key over the file: `parallel.tensor=2`, `data.train.0.weight=0.5`,
+  `optimizer.betas.1=0.98`. The value is read as YAML; of several for one key the last holds.
+- Text is read by the rules of YAML 1.2: `3e-4` is a number, `no` is text, a key that stands twice is an error.
+- Types are strict: `1` is a number where one is asked for, but `1.0` is no integer and `true` is no 1.
+- Batch sizes count sequences. A batch size that the layout does not divide is refused, not rounded.
+- The resolved config, every default written out, is in the run folder: `RUN/config.yaml`.
+
+This page is generated from `megatrain/config/schema.py`; a test keeps the two equal.
+"""
+
+_DEEPSPEED = """\
+These keys of DeepSpeed are derived by megatrain, and refused here with all that is below them:
+
+| DeepSpeed's key | use instead |
+|---|---|
+"""
+
+
+def reference() -> str:
+    """The whole page, as Markdown."""
+    parts = [_INTRODUCTION]
+    for name, field in RunConfig.model_fields.items():
+        record = record_of(field.annotation)
+        if record is not None:
+            parts += _tables(name, record)
+    derived = "\n".join(f"| `{key}` | `{instead}` |" for key, instead in DERIVED_BY_MEGATRAIN.items())
+    description = RunConfig.model_fields["deepspeed"].description
+    parts.append(f"## deepspeed\n\n{description}\n\n{_DEEPSPEED}{derived.replace(' and ', '` and `')}\n")
+    return "\n".join(parts)
+
+
+def _tables(path: str, record: type[Section]) -> list[str]:
+    """The section's own table, and one for each kind of record inside it."""
+    properties = record.model_json_schema()["properties"]
+    head = f"## {path}\n\n{record.__doc__}\n\n| key | allowed | default | meaning |\n|---|---|---|---|\n"
+    rows, inner_tables = [], []
+    for name, field in record.model_fields.items():
+        default = "required" if field.is_required() else f"`{shown(field.default)}`"
+        inner = record_of(field.annotation)
+        if inner is not None and not is_section(field):
+            below = f"{path}.{name}.N" if is_list(field) else f"{path}.{name}"
+            allowed = (
+                f"a list of [{below}](#{_anchor(below)})" if is_list(field) else f"[keys](#{_anchor(below)}), null"
+            )
+            inner_tables += _tables(below, inner)
+        else:
+            allowed = _allowed(properties[name])
+        rows.append(f"| `{name}` | {allowed} | {default} | {field.description} |")
+    return [head + "\n".join(rows) + "\n", *inner_tables]
+
+
+def _anchor(heading: str) -> str:
+    return heading.lower().replace(".", "")
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return ", ".join(_allowed(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "array":
+        items = schema["prefixItems"]
+        return f"[{', '.join('number' for _ in items)}], each {_bounds(items[0])}"
+    words = {"string": "text", "boolean": "true, false"}
+    return " ".join(part for part in (words.get(schema["type"], schema["type"]), _bounds(schema)) if part)
+
+
+def _bounds(schema: dict[str, Any]) -> str:
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [
+        f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema and abs(schema[key]) < LARGEST_COUNT
+    ]
+    return " and ".join(bounds)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
