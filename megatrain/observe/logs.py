@@ -48,12 +48,12 @@ def setup_logging(run_dir: Path, rank: int, console: bool) -> None:
     Replaces the handlers that an earlier call has set; safe to call again.
     """
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, RankLogHandler | StderrHandler)]:
+    for handler in [h for h in root.handlers if isinstance(h, RankLogHandler | StderrHandler | logging.NullHandler)]:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(logging.INFO)
-    if console:  # first, so that it can tell of a log file that cannot be written
-        root.addHandler(StderrHandler())
+    # First, so that it can tell of a log file that cannot be written. Without any handler Python itself would print.
+    root.addHandler(StderrHandler() if console else logging.NullHandler())
     root.addHandler(RankLogHandler(run_dir / "logs" / f"rank-{rank:05d}.log"))
 
 

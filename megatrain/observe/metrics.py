@@ -24,7 +24,7 @@ class StepMetrics:
     """What is known of one training step once it has ended; the counts of steps and tokens include it.
 
     ``tokens``: trained on since the run began. ``loss``: mean cross-entropy in nats over the targets of the global
-    batch, before the update. ``grad_norm``: global L2 norm before clipping. ``mfu``: fraction of the devices' peak, None
+    batch, before the update. ``grad_norm``: global L2 norm before clipping. ``mfu``: share of the devices' peak, None
     where that is unknown. ``skipped``: updates left out since the run began. ``parts``: seconds of each part of the
     step (data, forward_backward, optimizer, eval, save, other), together ``step_seconds``. ``memory_bytes``: the most
     that this rank has held.

@@ -1,0 +1,119 @@
+"""What a run left behind, read back: the columns of metrics.jsonl, its events, its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatrain.errors import DataError
+from megatrain.observe.metrics import METRICS_FILE, parse_line
+
+CONFIG_FILE = "config.yaml"
+
+Column = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as recorded. Each column has one figure a logged step, NaN where it was not finite or not known.
+
+    ``parts``: seconds of each part of a step. ``validation_steps`` and ``validation_losses``: one entry a validation.
+    ``events``: the lines of events, in the order they happened.
+    """
+
+    name: str
+    columns: Mapping[str, Column]
+    parts: Mapping[str, Column]
+    validation_steps: Column
+    validation_losses: Column
+    events: Sequence[Mapping[str, Any]]
+    config_text: str
+
+    @property
+    def steps(self) -> Column:
+        """The logged steps, in order."""
+        return self.columns["step"]
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """The steps after which the run was resumed."""
+        return [event["step"] for event in self.events if event["event"] == "resume"]
+
+
+COLUMNS = (
+    "step",
+    "time",
+    "tokens",
+    "loss",
+    "grad_norm",
+    "lr",
+    "step_seconds",
+    "tokens_per_second",
+    "mfu",
+    "skipped",
+    "memory_bytes",
+)
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read RUN/metrics.jsonl and RUN/config.yaml, of a finished run or of one that still writes.
+
+    Raises ``DataError`` for a folder that holds no metrics or whose metrics cannot be read.
+    """
+    steps: dict[int, Mapping[str, Any]] = {}  # by step: where lines of one step are found twice, the later one counts
+    validations: dict[int, float] = {}
+    events: list[Mapping[str, Any]] = []
+    for line in _read_lines(run_dir):
+        if "event" in line:
+            events.append(line)
+        elif "validation_loss" in line:
+            validations[line["step"]] = _number(line["validation_loss"])
+        elif "loss" in line:
+            steps[line["step"]] = line
+    if not steps:
+        raise DataError(
+            f"{run_dir / METRICS_FILE}: no training step has been logged yet, so there is nothing to report."
+        )
+    lines = [steps[step] for step in sorted(steps)]
+    parts = [line["parts"] if isinstance(line.get("parts"), dict) else {} for line in lines]
+    part_names = dict.fromkeys(name for part in parts for name in part)
+    return RunRecord(
+        name=run_dir.resolve().name,
+        columns={name: _column(lines, name) for name in COLUMNS},
+        parts={name: np.nan_to_num(_column(parts, name)) for name in part_names},
+        validation_steps=np.array(sorted(validations), dtype=np.float64),
+        validation_losses=np.array([validations[step] for step in sorted(validations)], dtype=np.float64),
+        events=events,
+        config_text=_read_config(run_dir),
+    )
+
+
+def _read_lines(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        with (run_dir / METRICS_FILE).open("rb") as file:
+            return [line for text in file if (line := parse_line(text)) is not None]
+    except OSError as error:
+        raise DataError(
+            f"{run_dir / METRICS_FILE}: {error.strerror}. Give the folder of a run (run.dir of its config), which "
+            f"holds {METRICS_FILE} once its first step is logged."
+        ) from None
+
+
+def _read_config(run_dir: Path) -> str:
+    try:
+        return (run_dir / CONFIG_FILE).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _column(lines: Sequence[Mapping[str, Any]], name: str) -> Column:
+    return np.array([_number(line.get(name)) for line in lines], dtype=np.float64)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

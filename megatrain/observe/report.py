@@ -1,0 +1,154 @@
+"""A run on one page: a self-contained HTML file, or a picture, for a person to look at."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from megatrain.errors import ConfigError
+from megatrain.observe.charts import CHARTS, draw_all, draw_chart
+from megatrain.observe.record import Column, RunRecord, read_run
+from megatrain.observe.units import format_bytes, format_count, format_duration
+
+PAGES = (".html", ".htm")
+PICTURES = (".png", ".svg", ".pdf")
+MAX_SAVES_LISTED = 5
+
+
+def write_report(run_dir: Path, out: Path) -> None:
+    """Write the report of the run in ``run_dir`` to ``out``: a page (.html) or a picture (.png, .svg, .pdf).
+
+    Raises ``DataError`` where the folder holds no metrics of a step, ``ConfigError`` where ``out`` cannot be written.
+    """
+    kind = out.suffix.lower()
+    if kind not in PAGES + PICTURES:
+        raise ConfigError(f"--out {out}: the report is written as one of {', '.join(PAGES + PICTURES)}.")
+    run = read_run(run_dir)
+    content = _picture(run, kind) if kind in PICTURES else _page(run).encode()
+    aside = out.with_name(out.name + ".tmp")
+    try:
+        aside.write_bytes(content)
+        aside.replace(out)
+    except OSError as error:
+        aside.unlink(missing_ok=True) if aside.parent.is_dir() else None
+        raise ConfigError(f"--out {out}: {error.strerror}. Give a place that can be written.") from None
+
+
+def _picture(run: RunRecord, kind: str) -> bytes:
+    return _render(draw_all(run, f"{run.name}: {_status(run)}"), kind)
+
+
+def _page(run: RunRecord) -> str:
+    charts = {title: _data_uri(draw_chart(draw, run)) for title, draw in CHARTS.items()}
+    # Always escaped: names, paths and the config are somebody else's text.
+    environment = Environment(
+        loader=PackageLoader("megatrain.observe", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        name=run.name,
+        status=_status(run),
+        summary=_summary(run),
+        charts=charts,
+        parts=_parts(run),
+        events=_events(run),
+        config=run.config_text,
+    )
+
+
+def _summary(run: RunRecord) -> dict[str, str]:
+    """What one wants to know first, ready to be shown; what is not known is left out."""
+    columns = run.columns
+    began = min([float(columns["time"][0]), *(event["time"] for event in run.events if "time" in event)])
+    facts = {
+        "steps": f"{run.steps[-1]:,.0f}",
+        "tokens": format_count(columns["tokens"][-1]),
+        "training loss, last": _figure(columns["loss"][-1], ".4f"),
+    }
+    if len(run.validation_losses):
+        facts["validation loss, last"] = _figure(run.validation_losses[-1], ".4f")
+    facts["tokens a second, median"] = format_count(_median(columns["tokens_per_second"]))
+    if np.isfinite(columns["mfu"]).any():
+        facts["MFU, median"] = _figure(_median(columns["mfu"]), ".1%")
+    facts["peak memory, rank 0"] = format_bytes(float(np.nan_to_num(columns["memory_bytes"]).max()))
+    facts["from first to last step"] = format_duration(float(columns["time"][-1]) - began)
+    facts["resumed"] = f"{len(run.resumed_at)} times" if len(run.resumed_at) != 1 else "once"
+    facts["skipped updates"] = _figure(columns["skipped"][-1], ".0f")
+    return facts
+
+
+def _status(run: RunRecord) -> str:
+    last = [event for event in run.events if event["event"] not in ("save", "start", "resume")]
+    message = last[-1].get("message") if last and last[-1]["step"] >= run.steps[-1] else None
+    logged = f"step {run.steps[-1]:.0f} logged on {_when(run.columns['time'][-1])} UTC"
+    return f"{logged}; {message}" if message else logged
+
+
+def _parts(run: RunRecord) -> list[dict[str, str]]:
+    """The table of where the time went, longest first."""
+    means = {name: float(seconds.mean()) for name, seconds in run.parts.items()}
+    total = sum(means.values()) or 1.0
+    longest_first = sorted(means, key=lambda name: -means[name])
+    return [
+        {"name": name.replace("_", ", "), "share": f"{means[name] / total:.1%}", "seconds": f"{means[name]:.4f}"}
+        for name in longest_first
+    ]
+
+
+def _events(run: RunRecord) -> list[dict[str, str]]:
+    """The table of events: all of them, but of the saves only the last few."""
+    saves = [event for event in run.events if event["event"] == "save"]
+    unlisted = saves[:-MAX_SAVES_LISTED]
+    rows = [
+        {
+            "time": _when(event.get("time")),
+            "name": str(event["event"]),
+            "step": str(event["step"]),
+            "detail": _detail(event),
+        }
+        for event in run.events
+        if not any(event is other for other in unlisted)
+    ]
+    if unlisted:
+        rows.append({"time": "", "name": "save", "step": "", "detail": f"{len(unlisted)} earlier saves are not listed"})
+    return rows
+
+
+def _detail(event: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key.replace('_', ' ')}: {value:.3g}" if isinstance(value, float) else f"{key.replace('_', ' ')}: {value}"
+        for key, value in event.items()
+        if key not in ("event", "step", "time")
+    )
+
+
+def _when(time: object) -> str:
+    if not isinstance(time, int | float) or not np.isfinite(time):
+        return "unknown"
+    return datetime.fromtimestamp(float(time), timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _median(column: Column) -> float:
+    return float(np.nanmedian(column)) if np.isfinite(column).any() else float("nan")
+
+
+def _figure(value: float, form: str) -> str:
+    return format(value, form) if np.isfinite(value) else "not finite"
+
+
+def _data_uri(figure: Figure) -> str:
+    """The chart as an image within the page: scripts and names inside an image reach nothing outside it."""
+    return "data:image/svg+xml;base64," + base64.b64encode(_render(figure, ".svg")).decode()
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format=kind[1:], dpi=150)
+    return content.getvalue()

@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+from megatrain.observe.metrics import MetricsWriter
+
+INTERFACE_KEYS = {"step", "tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second", "mfu", "skipped"}
+
+
+def read(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_line_has_every_key_of_the_interface(tmp_path, make_step):
+    writer = MetricsWriter(tmp_path)
+    writer.step(make_step(1))
+    [line] = read(tmp_path)
+    assert line.keys() >= INTERFACE_KEYS
+    assert (line["step"], line["tokens"], line["loss"]) == (1, 2048, 8.99)
+    assert sum(line["parts"].values()) == line["step_seconds"]
+    writer.close()
+
+
+def test_figures_that_are_not_finite_or_not_known_are_null(tmp_path, make_step):
+    writer = MetricsWriter(tmp_path)
+    writer.step(make_step(1, loss=float("nan"), grad_norm=float("inf"), mfu=None))
+    writer.validation(1, float("-inf"), 0.1)
+    step, validation = read(tmp_path)
+    assert step["loss"] is step["grad_norm"] is step["mfu"] is None
+    assert validation["validation_loss"] is None
+    writer.close()
+
+
+def test_after_a_resume_each_step_is_there_once_and_events_stay(tmp_path, make_step):
+    first = MetricsWriter(tmp_path)
+    first.event("start", 0)
+    for step in range(1, 8):
+        first.step(make_step(step, loss=1.0))
+        if step % 2 == 0:
+            first.validation(step, 3.0, 0.1)
+    first.event("save", 6)
+    first.close()
+
+    second = MetricsWriter(tmp_path, resume_step=4)
+    assert second.num_dropped_steps == 3
+    second.event("resume", 4)
+    for step in range(5, 9):
+        second.step(make_step(step, loss=2.0))
+    second.close()
+
+    lines = read(tmp_path)
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert losses == {step: 1.0 if step <= 4 else 2.0 for step in range(1, 9)}
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
+    assert [line["event"] for line in lines if "event" in line] == ["start", "save", "resume"]
+
+
+def test_a_line_torn_by_a_crash_is_dropped_and_does_not_spoil_the_next(tmp_path, make_step):
+    first = MetricsWriter(tmp_path)
+    first.step(make_step(1))
+    first.step(make_step(2))
+    first.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+
+    second = MetricsWriter(tmp_path, resume_step=1)
+    second.step(make_step(2))
+    second.close()
+    assert [line["step"] for line in read(tmp_path)] == [1, 2]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_folder_that_cannot_be_written_stops_nothing(tmp_path, make_step):
+    (tmp_path / "run").write_text("a file where the run folder should be")
+    writer = MetricsWriter(tmp_path / "run")
+    writer.step(make_step(1))
+    (tmp_path / "run").unlink()
+    writer.step(make_step(2))
+    writer.close()
+    assert [line["step"] for line in read(tmp_path / "run")] == [1, 2]

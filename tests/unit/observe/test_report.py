@@ -1,0 +1,130 @@
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from megatrain.errors import ConfigError, DataError
+from megatrain.observe.metrics import MetricsWriter
+from megatrain.observe.record import read_run
+from megatrain.observe.report import write_report
+
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> $\\frac$ {{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """The tags, the addresses and the text of a page, as a browser would take them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def run_dir(tmp_path, make_step) -> Path:
+    """A run of 40 steps that was killed after step 25 and resumed at step 20."""
+    run = tmp_path / "demo"
+    for first, last, resume in ((1, 25, 0), (21, 40, 20)):
+        writer = MetricsWriter(run, resume)
+        redone = {"num_steps_redone": writer.num_dropped_steps}
+        writer.event("resume" if resume else "start", resume, {"layout": "2 ranks", "note": HOSTILE, **redone})
+        for step in range(first, last + 1):
+            writer.step(make_step(step))
+            if step % 10 == 0:
+                writer.validation(step, 9.5 - step / 100, 0.2)
+                writer.event("save", step, {"path": f"step-{step}", "seconds": 0.1})
+        writer.close()
+    (run / "config.yaml").write_text(f"run: {{dir: runs/demo}}\nnote: {HOSTILE}\n")
+    return run
+
+
+def test_the_page_stands_alone_and_tells_what_happened(run_dir, tmp_path):
+    write_report(run_dir, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("img") == 6
+    assert len(page.addresses) == 6
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert "8.6000" in page.text  # the last training loss
+    assert "9.1000" in page.text  # the last validation loss
+    assert "num steps redone: 5" in page.text
+    assert "runs/demo" in page.text
+
+
+def test_text_from_a_config_or_an_event_is_shown_and_never_run(run_dir, tmp_path):
+    write_report(run_dir, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) == 3  # the config and two events, letter by letter
+
+
+def test_a_run_folder_with_a_hostile_name_is_drawn_and_escaped(run_dir, tmp_path):
+    named = run_dir.rename(tmp_path / "a $b^{ <script> c")
+    write_report(named, tmp_path / "report.html")
+    write_report(named, tmp_path / "report.png")
+    assert "script" not in Page((tmp_path / "report.html").read_text()).tags
+    assert imread(tmp_path / "report.png").shape[:2] == (1560, 1860)
+
+
+def test_a_picture_is_written_where_one_is_asked_for(run_dir, tmp_path):
+    write_report(run_dir, tmp_path / "report.png")
+    pixels = imread(tmp_path / "report.png")[:, :, :3]
+    blue = np.abs(pixels - np.array([0x2C, 0x6F, 0xAD]) / 255).max(-1) < 0.02
+    assert blue.sum() > 5000  # lines were drawn, not only axes
+    assert [path.name for path in tmp_path.glob("*.tmp")] == []
+
+
+def test_the_record_reads_what_the_trainer_wrote(run_dir):
+    run = read_run(run_dir)
+    assert run.steps.tolist() == list(range(1, 41))
+    assert run.validation_steps.tolist() == [10, 20, 30, 40]
+    assert run.resumed_at == [20]
+    assert run.parts["forward_backward"].tolist() == [0.4] * 40
+
+
+def test_a_long_run_and_one_of_a_single_bad_step_are_drawn(tmp_path, make_step):
+    long, short = MetricsWriter(tmp_path / "long"), MetricsWriter(tmp_path / "short")
+    for step in range(1, 3001):
+        long.step(make_step(step, grad_norm=10.0 ** (step % 5), loss=float("nan") if step < 1000 else 2.0))
+    short.step(make_step(1, loss=float("nan"), grad_norm=float("inf"), mfu=None, parts={}))
+    long.close()
+    short.close()
+    for name in ("long", "short"):
+        write_report(tmp_path / name, tmp_path / f"{name}.html")
+    assert "not finite" in Page((tmp_path / "short.html").read_text()).text
+    assert (tmp_path / "long.html").stat().st_size < 2_000_000
+
+
+def test_lines_that_are_torn_or_make_no_sense_are_passed_over(run_dir):
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n"x"\n{"step": "7", "loss": 1}\n\x00\x00\n{"step":41,"loss":"high","parts":3}\n{"step":42,"lo')
+    run = read_run(run_dir)
+    assert run.steps[-1] == 41
+    assert np.isnan(run.columns["loss"][-1])
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"event":"start","step":0}\n'])
+def test_a_folder_without_a_logged_step_is_an_error_of_the_data(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=r"metrics\.jsonl"):
+        write_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("out", ["report.docx", "missing/report.html"])
+def test_an_output_that_cannot_be_written_is_an_error_of_usage(run_dir, tmp_path, out):
+    with pytest.raises(ConfigError, match="--out"):
+        write_report(run_dir, tmp_path / out)

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from megatrain.config.schema import ModelConfig
+from megatrain.plan.flops import flops_per_token, matrix_parameters, num_parameters
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "vocab_size": 101,
+}
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())  # a tied one is listed once
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        LLAMA_8B,
+        {**SMALL, "tie_word_embeddings": True},
+        {**SMALL, "tie_word_embeddings": False, "num_key_value_heads": 2},
+        {**SMALL, "tie_word_embeddings": True, "head_dim": 24},
+    ],
+    ids=["8b", "tied", "grouped", "wide heads"],
+)
+def test_llama_has_as_many_parameters_as_in_transformers(keys):
+    with torch.device("meta"):
+        reference = LlamaForCausalLM(LlamaConfig(**keys))
+    assert num_parameters(ModelConfig(family="llama", **keys)) == count(reference)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("intermediate", [None, 200])
+def test_gpt2_has_as_many_parameters_as_in_transformers(tied, intermediate):
+    config = GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, n_inner=intermediate, n_positions=32, vocab_size=101, tie_word_embeddings=tied
+    )
+    with torch.device("meta"):
+        reference = GPT2LMHeadModel(config)
+    keys = {**SMALL, "intermediate_size": intermediate, "tie_word_embeddings": tied}
+    assert num_parameters(ModelConfig(family="gpt2", **keys)) == count(reference)
+
+
+def test_the_124m_gpt2_has_the_published_size():
+    keys = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 1024}
+    assert num_parameters(ModelConfig(family="gpt2", vocab_size=50257, **keys)) == 124_439_808
+
+
+def test_matrix_parameters_are_the_weights_of_all_linear_layers_with_the_head_counted_where_it_is_tied():
+    with torch.device("meta"):
+        reference = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True, num_key_value_heads=2))
+    linear = [module for module in reference.modules() if isinstance(module, torch.nn.Linear)]
+    expected = sum(module.weight.numel() for module in linear)
+    assert matrix_parameters(ModelConfig(family="llama", **SMALL, num_key_value_heads=2)) == expected
+
+
+def test_flops_of_a_token_follow_the_definition_of_the_interface():
+    """6 x matrix parameters, output head included, + 12 x layers x heads x head size x seq_len: by hand for an 8B."""
+    matrices = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336) + 4096 * 128256
+    assert flops_per_token(ModelConfig(family="llama", **LLAMA_8B), 8192) == 6 * matrices + 12 * 32 * 32 * 128 * 8192
