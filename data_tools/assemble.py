@@ -1,0 +1,249 @@
+"""From the parts of all units to the shards of the dataset, in document order.
+
+Shard k holds the documents whose first token is token [k * shard_tokens, (k + 1) * shard_tokens) of all documents laid
+end to end. So what is in a shard follows from the documents alone, and any process can write any shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from data_tools.readers import Unit
+from data_tools.tokenizer import TokenizerFile
+from data_tools.work import Advance, PartStore, run_tasks
+from megatrain.data.dataset import Shard
+from megatrain.data.format import (
+    BATCH_TOKENS,
+    MANIFEST_FILE,
+    SHARD_TABLE_FILE,
+    SHARD_TABLE_SCHEMA,
+    Manifest,
+    commit_bytes,
+    committed,
+    content_digest,
+    document_schema,
+    file_checksum,
+    shard_metadata,
+    shard_name,
+    token_dtype,
+)
+from megatrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What, beside the documents, goes into a dataset's files."""
+
+    tokenizer: TokenizerFile
+    options: dict[str, str]
+    shard_tokens: int
+    job: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Documents [first, last) of a part, and where their rows come from."""
+
+    part: Path
+    files: tuple[str, ...]
+    first_row: int
+    """Row in the file at which the part begins."""
+    first: int
+    last: int
+
+
+@dataclass
+class ShardPlan:
+    """What goes into one shard."""
+
+    index: int
+    slices: list[Slice] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """Names the plan: a shard written by another plan is written again."""
+        return xxhash.xxh3_128_hexdigest(repr(self).encode())
+
+
+def assemble(out: Path, units: Sequence[Unit], store: PartStore, recipe: Recipe, num_workers: int) -> Manifest:
+    """Write the shards, their table and the manifest of the dataset whose units are all finished."""
+    plans, num_empty = plan_shards(units, store, recipe.shard_tokens)
+    if not plans:
+        raise DataError(f"The input holds no text: {num_empty} documents, all of them empty.")
+    write = partial(write_shard, out, store.folder, recipe)
+    run_tasks(write, plans, num_workers, lambda _: None)
+    rows = [orjson.loads(_stats_path(store.folder, plan.index).read_bytes())["row"] for plan in plans]
+    for stale in set(out.glob("shard-*.arrow")) - {out / shard_name(plan.index) for plan in plans}:
+        stale.unlink()
+    rows = [{**row, "checksum": bytes.fromhex(row["checksum"])} for row in rows]
+    table = pa.Table.from_pylist(rows, schema=SHARD_TABLE_SCHEMA)
+    with committed(out / SHARD_TABLE_FILE, store.folder) as path, pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    tokenizer = recipe.tokenizer
+    manifest = Manifest(
+        digest=content_digest(tokenizer.sha256, recipe.options, _document_hashes(out, plans)),
+        num_shards=len(plans),
+        num_documents=sum(row["documents"] for row in rows),
+        num_tokens=sum(row["tokens"] for row in rows),
+        text_bytes=sum(row["text_bytes"] for row in rows),
+        num_empty_documents=num_empty,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        eod_token=tokenizer.eod_token,
+        tokenizer_sha256=tokenizer.sha256,
+        options=recipe.options,
+        job=recipe.job,
+        shard_table_checksum=file_checksum(out / SHARD_TABLE_FILE).hex(),
+    )
+    commit_bytes(out / MANIFEST_FILE, manifest.dump(), store.folder)
+    return manifest
+
+
+def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> tuple[list[ShardPlan], int]:
+    """Which documents go into which shard, and how many empty documents were left out."""
+    plans: list[ShardPlan] = []
+    position = num_empty = first_row = 0
+    last_shard = -1
+    for unit in units:
+        if unit.start == 0:
+            first_row = 0
+        for path in store.parts(unit):
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            lengths = _lengths(reader)
+            starts = position + np.cumsum(lengths) - lengths
+            for shard, first, last in _runs(starts // shard_tokens):
+                if shard != last_shard:
+                    plans.append(ShardPlan(len(plans)))
+                    last_shard = shard
+                plans[-1].slices.append(Slice(path, tuple(file.name for file in unit.files), first_row, first, last))
+            counts = orjson.loads(reader.schema.metadata[b"megatrain"])
+            first_row += counts["num_rows"]
+            num_empty += counts["num_empty"]
+            position += int(lengths.sum())
+    return plans, num_empty
+
+
+def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance: Advance) -> None:
+    """Write one shard, and beside the parts what the table of shards is to say of it; nothing if both are there."""
+    path, stats_path = out / shard_name(plan.index), _stats_path(work, plan.index)
+    if path.exists() and stats_path.exists() and orjson.loads(stats_path.read_bytes())["plan"] == plan.key:
+        return
+    pieces = [piece for part in plan.slices for piece in _pieces(part)]
+    lengths = np.concatenate([np.diff(_offsets(piece.batch)) for piece in pieces])
+    totals = {
+        "documents": len(lengths),
+        "tokens": int(lengths.sum()),
+        "text_bytes": sum(int(pc.sum(piece.batch["text_bytes"]).as_py()) for piece in pieces),
+    }
+    tokenizer = recipe.tokenizer
+    same_for_all = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "eod_token": tokenizer.eod_token,
+    }
+    metadata = shard_metadata(same_for_all, plan.index, totals["documents"], totals["tokens"], totals["text_bytes"])
+    schema = document_schema(token_dtype(tokenizer.vocab_size), metadata)
+    with committed(path, work) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
+        for group in _group_by_tokens(pieces, lengths):
+            writer.write_batch(_shard_batch(group, schema))
+    row = {**totals, "bytes": path.stat().st_size, "checksum": file_checksum(path).hex()}
+    commit_bytes(stats_path, orjson.dumps({"plan": plan.key, "row": row}))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    batch: pa.RecordBatch
+    files: tuple[str, ...]
+    first_row: int
+
+
+def _pieces(part: Slice) -> Iterator[_Piece]:
+    """The record batches of a slice, mapped."""
+    table = pa.ipc.open_file(pa.memory_map(str(part.part))).read_all()
+    for batch in table.slice(part.first, part.last - part.first).to_batches():
+        yield _Piece(batch, part.files, part.first_row)
+
+
+def _group_by_tokens(pieces: list[_Piece], lengths: npt.NDArray[np.int64]) -> Iterator[list[_Piece]]:
+    """Cut the pieces where a record batch of the shard ends: see BATCH_TOKENS."""
+    numbers = (np.cumsum(lengths) - lengths) // BATCH_TOKENS
+    group: list[_Piece] = []
+    document = 0
+    current = 0
+    for piece in pieces:
+        for number, first, last in _runs(numbers[document : document + piece.batch.num_rows]):
+            if number != current and group:
+                yield group
+                group = []
+            current = number
+            group.append(_Piece(piece.batch.slice(first, last - first), piece.files, piece.first_row))
+        document += piece.batch.num_rows
+    yield group
+
+
+def _shard_batch(pieces: list[_Piece], schema: pa.Schema) -> pa.RecordBatch:
+    """One record batch of a shard, its buffers new and contiguous."""
+    shard = Shard.from_batches([piece.batch for piece in pieces])
+    lengths = np.concatenate([np.diff(offsets) for offsets in shard.offsets])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids, files, rows = [], [], []
+    for piece in pieces:
+        file = pa.array(piece.files, pa.string()).take(piece.batch["file"])
+        row = pc.add(piece.batch["row"], pa.scalar(piece.first_row, pa.uint64()))
+        files.append(file)
+        rows.append(row)
+        ids.append(pc.coalesce(piece.batch["id"], pc.binary_join_element_wise(file, row.cast(pa.string()), ":")))
+    source_fields = list(schema.field("source").type)
+    columns = [
+        pa.LargeListArray.from_arrays(
+            offsets, pa.array(np.concatenate(shard.values)), type=schema.field("tokens").type
+        ),
+        pa.concat_arrays(ids),
+        pa.concat_arrays([piece.batch["hash"] for piece in pieces]),
+        pa.StructArray.from_arrays([pa.concat_arrays(files), pa.concat_arrays(rows)], fields=source_fields),
+        pa.concat_arrays([piece.batch["text_bytes"] for piece in pieces]),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _document_hashes(out: Path, plans: Sequence[ShardPlan]) -> Iterator[pa.Array]:
+    for plan in plans:
+        reader = pa.ipc.open_file(pa.memory_map(str(out / shard_name(plan.index))))
+        yield from (reader.get_batch(i)["hash"] for i in range(reader.num_record_batches))
+
+
+def _lengths(reader: Any) -> npt.NDArray[np.int64]:
+    """Tokens of each document of a part."""
+    batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    return np.concatenate([np.empty(0, np.int64), *(np.diff(_offsets(batch)) for batch in batches)])
+
+
+def _offsets(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+    offsets: npt.NDArray[np.int64] = batch["tokens"].offsets.to_numpy()
+    return offsets
+
+
+def _runs(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """Each run of equal values: the value, its first index, and the one behind its last."""
+    borders = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    for first, last in pairwise(borders):
+        if last > first:
+            yield int(values[first]), first, last
+
+
+def _stats_path(work: Path, index: int) -> Path:
+    return work / f"{shard_name(index)}.json"

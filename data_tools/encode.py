@@ -1,0 +1,130 @@
+"""One unit of the input: read, encoded, and committed part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from data_tools.engines import Encoder, make_encoder
+from data_tools.inputs import Kind
+from data_tools.readers import Part, ReadOptions, Unit, read_parts
+from data_tools.tokenizer import TokenizerFile
+from data_tools.work import Advance, PartStore
+from megatrain.data.format import canonical_json, token_dtype
+
+ENCODE_CHARACTERS = 1 << 20
+"""About how much text the encoder is given at once."""
+
+
+def part_schema(dtype: np.dtype[Any], metadata: dict[str, int]) -> pa.Schema:
+    """Columns of a part: those of a shard, but for what only the whole input tells.
+
+    `file` is the index in the unit's files, `row` is counted from the start of the part.
+    """
+    columns = {
+        "tokens": pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)),
+        "id": pa.string(),
+        "hash": pa.binary(16),
+        "file": pa.uint32(),
+        "row": pa.uint64(),
+        "text_bytes": pa.uint64(),
+    }
+    return pa.schema(list(columns.items()), metadata={b"megatrain": canonical_json(metadata)})
+
+
+class _Document(NamedTuple):
+    text: str
+    id: str | None
+    file: int
+    row: int
+
+
+class UnitEncoder:
+    """Encodes units with the chosen engine; the encoder itself is built on first use, in the process that uses it."""
+
+    def __init__(self, store: PartStore, tokenizer: TokenizerFile, options: ReadOptions, engine: str) -> None:
+        self._store = store
+        self._tokenizer = tokenizer
+        self._options = options
+        self._engine = engine
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return make_encoder(self._engine, self._tokenizer.json)
+
+    def __call__(self, unit: Unit, advance: Advance) -> None:
+        """Commit the parts of the unit that are not there yet, and then that the unit is finished."""
+        numbers = []
+        for part in read_parts(unit, self._options, advance):
+            if not self._store.part_path(unit, part.number).exists():
+                self._commit(unit, part)
+            numbers.append(part.number)
+        self._store.finish_unit(unit, numbers)
+
+    def _commit(self, unit: Unit, part: Part) -> None:
+        is_text = unit.files[0].kind is Kind.TEXT
+        counts = {"num_rows": 0, "num_empty": 0}
+        batches = [self._encode(documents) for documents in _in_batches(part, is_text, counts)]
+        self._store.commit_part(unit, part.number, part_schema(self._dtype, counts), batches)
+
+    def _encode(self, documents: list[_Document]) -> pa.RecordBatch:
+        texts = [document.text for document in documents]
+        ids, offsets = self._encoder.encode(texts)
+        if np.any(ids == self._tokenizer.eod_id):
+            raise RuntimeError(f"The encoder {self._encoder.name} turned text into the end-of-document token.")
+        tokens, offsets = self._end_documents(ids, offsets)
+        item_bytes = self._dtype.itemsize
+        data = tokens.data.cast("B")
+        borders = (offsets * item_bytes).tolist()
+        hashes = [xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(borders)]
+        schema = part_schema(self._dtype, {})
+        columns = [
+            pa.LargeListArray.from_arrays(offsets, pa.array(tokens), type=schema.field("tokens").type),
+            pa.array([document.id for document in documents], pa.string()),
+            pa.array(hashes, pa.binary(16)),
+            pa.array([document.file for document in documents], pa.uint32()),
+            pa.array([document.row for document in documents], pa.uint64()),
+            pa.array([len(text.encode()) for text in texts], pa.uint64()),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    def _end_documents(
+        self, ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """The ids with the end-of-document id behind each document, in the dataset's type; and the new offsets."""
+        num_documents = len(offsets) - 1
+        ends = offsets[1:] + np.arange(num_documents)
+        tokens = np.empty(len(ids) + num_documents, self._dtype)
+        is_text = np.ones(len(tokens), bool)
+        is_text[ends] = False
+        tokens[is_text] = ids
+        tokens[ends] = self._tokenizer.eod_id
+        return tokens, offsets + np.arange(num_documents + 1)
+
+
+def _in_batches(part: Part, is_text: bool, counts: dict[str, int]) -> Iterator[list[_Document]]:
+    """The documents of a part, some at a time; empty ones are left out and counted, as all rows are."""
+    documents: list[_Document] = []
+    num_characters = 0
+    for row, record in enumerate(part.rows):
+        counts["num_rows"] += 1
+        if record is None:
+            continue
+        if not record.text:
+            counts["num_empty"] += 1
+            continue
+        documents.append(_Document(record.text, record.id, record.file, 0 if is_text else row))
+        num_characters += len(record.text)
+        if num_characters >= ENCODE_CHARACTERS:
+            yield documents
+            documents, num_characters = [], 0
+    if documents:
+        yield documents

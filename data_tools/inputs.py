@@ -1,0 +1,129 @@
+"""Which files an INPUT argument names, in which order, and what each of them is."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import IO, cast
+
+import xxhash
+
+from megatrain.errors import DataError
+
+
+class Kind(Enum):
+    """How documents lie in a file."""
+
+    JSON_LINES = "jsonl"
+    PARQUET = "parquet"
+    ARROW = "arrow"
+    TEXT = "text"
+
+
+SUFFIXES = {
+    ".jsonl": Kind.JSON_LINES,
+    ".ndjson": Kind.JSON_LINES,
+    ".parquet": Kind.PARQUET,
+    ".arrow": Kind.ARROW,
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file, by the name the user gave it (its folder's or pattern's name included)."""
+
+    name: str
+    num_bytes: int
+    version: str
+    """Changes when the content does, as far as the file system tells: a modification time or an ETag."""
+
+    @property
+    def compression(self) -> str | None:
+        """`gzip`, `zstd` or None, by the last suffix."""
+        return COMPRESSIONS.get(_suffixes(self.name)[-1])
+
+    @property
+    def kind(self) -> Kind:
+        """By the suffix before the compression's; anything unknown is a text file."""
+        suffixes = _suffixes(self.name)
+        return SUFFIXES.get(suffixes[-2] if self.compression else suffixes[-1], Kind.TEXT)
+
+    @property
+    def key(self) -> str:
+        """Names this version of this file."""
+        return xxhash.xxh3_128_hexdigest("\0".join([self.name, str(self.num_bytes), self.version]).encode())
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the name is an fsspec URL."""
+        return "://" in self.name
+
+    def open(self) -> IO[bytes]:
+        """The raw bytes of the file. Raises DataError where it cannot be opened."""
+        try:
+            if not self.is_remote:
+                return Path(self.name).open("rb")
+            import fsspec
+
+            return cast("IO[bytes]", fsspec.open(self.name, "rb").open())
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be opened: {error.strerror or error}.") from None
+
+
+def _suffixes(name: str) -> list[str]:
+    """The last two suffixes, lower case; empty texts where there are fewer."""
+    parts = name.rsplit("/", 1)[-1].lower().split(".")[1:]
+    return ["", "", *(f".{part}" for part in parts)][-2:]
+
+
+def find_inputs(arguments: Sequence[str]) -> list[InputFile]:
+    """The files that the arguments name, in the order of the arguments; within a folder or pattern, sorted by name.
+
+    A folder stands for every file below it but hidden ones (a name that begins with a dot).
+    Raises DataError for an argument that names nothing.
+    """
+    files: list[InputFile] = []
+    for argument in arguments:
+        found = sorted(_find_remote(argument) if "://" in argument else _find_local(argument), key=lambda f: f.name)
+        if not found:
+            raise DataError(f"Input {argument} names no file. Give a file, a folder with files, a glob or a URL.")
+        files += found
+    return files
+
+
+def _find_local(argument: str) -> Iterator[InputFile]:
+    path = Path(argument)
+    if path.is_dir():
+        paths = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    elif path.exists():
+        paths = [path]
+    else:
+        paths = [Path(name) for name in glob.glob(argument, recursive=True)]  # noqa: PTH207 (Path.glob refuses "/x/*")
+    for found in paths:
+        if found.is_dir():
+            continue
+        try:
+            status = found.stat()
+        except OSError as error:
+            raise DataError(f"Input {found} cannot be read: {error.strerror}.") from None
+        yield InputFile(found.as_posix(), status.st_size, str(status.st_mtime_ns))
+
+
+def _find_remote(argument: str) -> Iterator[InputFile]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(argument)
+        names = filesystem.find(path) if filesystem.isdir(path) else filesystem.glob(path)
+        for name in names:
+            if filesystem.isdir(name) or name.rsplit("/", 1)[-1].startswith("."):
+                continue
+            info = filesystem.info(name)
+            version = "".join(str(info.get(key, "")) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified"))
+            yield InputFile(filesystem.unstrip_protocol(name), int(info.get("size") or 0), version)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"Input {argument} cannot be listed: {error}. Check the address and your access.") from None

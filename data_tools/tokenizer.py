@@ -1,0 +1,103 @@
+"""The tokenizer of a dataset: trained here, or brought along as a tokenizer.json."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from data_tools.inputs import find_inputs
+from data_tools.readers import ReadOptions, plan_units, read_parts
+from megatrain.data.format import commit_bytes
+from megatrain.errors import ConfigError, DataError
+
+EOD_TOKEN = "<|endoftext|>"
+NUM_BYTE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer.json, and what a dataset needs to know of it."""
+
+    json: bytes
+    sha256: str
+    vocab_size: int
+    """One more than the largest id."""
+    eod_id: int
+    eod_token: str
+
+
+def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN) -> TokenizerFile:
+    """Read a tokenizer.json. Raises ConfigError where it is missing, broken, or has no token `eod_token`."""
+    from tokenizers import Tokenizer
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"The tokenizer {path} cannot be read ({error.strerror}). `megatrain-data train-tokenizer` makes one."
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+        ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    except Exception as error:  # noqa: BLE001 (the library raises plain Exception for whatever is wrong)
+        raise ConfigError(f"{path} is no tokenizer.json that `tokenizers` can read: {error}.") from None
+    if eod_token not in ids:
+        special = [token["content"] for token in orjson.loads(data).get("added_tokens", []) if token["special"]]
+        raise ConfigError(
+            f"{path} has no token {eod_token!r} to end a document with. Name one with --eod-token; "
+            f"its special tokens are {', '.join(special[:20]) or 'none'}."
+        )
+    return TokenizerFile(
+        data, hashlib.sha256(data).hexdigest(), max(ids.values()) + 1, eod_id=ids[eod_token], eod_token=eod_token
+    )
+
+
+def train_tokenizer(inputs: Sequence[str], vocab_size: int, out: Path, options: ReadOptions) -> int:
+    """Train a byte-level BPE on the text of the inputs, write it to `out`, and return its true vocabulary size.
+
+    Every byte has a token of its own, so no text is ever unknown. The same text gives the same file. The size is
+    smaller than asked for where the text has not enough pairs to merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    smallest = NUM_BYTE_TOKENS + 1
+    if vocab_size < smallest:
+        raise ConfigError(f"--vocab-size {vocab_size} is too small: the bytes and {EOD_TOKEN} need {smallest}.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"There is no folder {out.parent} for --out {out}: make it first.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = _TextIterator(inputs, options)
+    tokenizer.train_from_iterator(texts, trainer)
+    if texts.error is not None:
+        raise texts.error
+    commit_bytes(out, tokenizer.to_str(pretty=True).encode())
+    return int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+class _TextIterator:
+    """The texts of the inputs, streamed. Keeps what went wrong, which `tokenizers` would blur."""
+
+    def __init__(self, inputs: Sequence[str], options: ReadOptions) -> None:
+        self.error: DataError | None = None
+        self._inputs = inputs
+        self._options = options
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for unit in plan_units(find_inputs(self._inputs)):
+                for part in read_parts(unit, self._options):
+                    yield from (record.text for record in part.rows if record is not None)
+        except DataError as error:
+            self.error = error

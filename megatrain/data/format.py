@@ -1,0 +1,239 @@
+"""The Arrow format of a tokenised dataset: its files, their columns, and how they are written and checked.
+
+A dataset is a folder:
+
+    manifest.json          totals, tokenizer, digest, and the checksums of the two files below; its own checksum too
+    tokenizer.json         the tokenizer that made the tokens, byte for byte
+    shards.arrow           one row a shard: how many documents, tokens and bytes it holds, and its checksum
+    shard-000000.arrow     the documents, in order: uncompressed Arrow IPC files, see `document_schema`
+
+The name of a shard follows from its number, so nothing read from a manifest ever becomes a path.
+Checksums are xxh3 (128 bits) of whole files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import xxhash
+
+from megatrain.errors import DataError
+
+FORMAT_NAME = "megatrain-dataset"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+SHARD_TABLE_FILE = "shards.arrow"
+BATCH_TOKENS = 1 << 20
+"""A document belongs to record batch (its first token's place in the shard) // BATCH_TOKENS."""
+
+SHARD_TABLE_SCHEMA = pa.schema(
+    [
+        pa.field("documents", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("text_bytes", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("checksum", pa.binary(16), nullable=False),
+    ]
+)
+
+
+def shard_name(index: int) -> str:
+    """File name of shard number `index` (0-based)."""
+    return f"shard-{index:06d}.arrow"
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest unsigned integer that holds every id below `vocab_size`."""
+    return np.dtype(np.min_scalar_type(max(vocab_size - 1, 0)))
+
+
+def document_schema(dtype: np.dtype[Any], metadata: dict[str, Any] | None = None) -> pa.Schema:
+    """Columns of a shard, one document a row.
+
+    tokens      the document's ids, the end-of-document id last
+    id          the record's own id; where it had none, `file:row`
+    hash        xxh3 (128 bits, big-endian digest) of the tokens' bytes as stored (little-endian, `dtype` wide)
+    source      the input file as the user named it, and the 0-based row or line in it
+    text_bytes  UTF-8 bytes of the text behind the tokens
+    """
+    source = pa.struct([pa.field("file", pa.string(), nullable=False), pa.field("row", pa.uint64(), nullable=False)])
+    columns = [
+        pa.field("tokens", pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("hash", pa.binary(16), nullable=False),
+        pa.field("source", source, nullable=False),
+        pa.field("text_bytes", pa.uint64(), nullable=False),
+    ]
+    return pa.schema(columns, metadata=None if metadata is None else {b"megatrain": canonical_json(metadata)})
+
+
+def canonical_json(value: object) -> bytes:
+    """The one JSON text of a value: keys sorted, indented, a newline at the end."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def checksum(data: bytes | memoryview | pa.Buffer) -> bytes:
+    """xxh3 (128 bits) of the bytes."""
+    return xxhash.xxh3_128_digest(memoryview(data))
+
+
+def file_checksum(path: Path) -> bytes:
+    """xxh3 (128 bits) of a whole file, read through a memory map."""
+    if path.stat().st_size == 0:
+        return checksum(b"")
+    with pa.memory_map(str(path)) as source:
+        return checksum(source.read_buffer())
+
+
+@contextmanager
+def committed(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Yield a path to write to, which becomes `path` in one rename once it is whole and on disk.
+
+    The unfinished file lies in `scratch` (on the same file system), or beside `path`. If the body fails, it is removed.
+    """
+    unfinished = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def commit_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Write `data` to `path`: either all of it gets there, or nothing."""
+    with committed(path, scratch) as unfinished:
+        unfinished.write_bytes(data)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says. Written last, so a folder that has one is a whole dataset."""
+
+    digest: str
+    """See `content_digest`."""
+    num_shards: int
+    num_documents: int
+    num_tokens: int
+    text_bytes: int
+    num_empty_documents: int
+    """Documents without text, which were left out."""
+    dtype: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    tokenizer_sha256: str
+    options: dict[str, str]
+    """What decides, beside the tokenizer, how a text becomes tokens."""
+    job: str
+    """Names the command that made the dataset: its inputs, tokenizer and options."""
+    shard_table_checksum: str
+    format: str = FORMAT_NAME
+    format_version: int = FORMAT_VERSION
+
+    def dump(self) -> bytes:
+        """The bytes of manifest.json, its own checksum included."""
+        body = asdict(self)
+        return canonical_json({**body, "checksum": checksum(canonical_json(body)).hex()})
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Read and check the manifest of a dataset folder.
+
+        Raises DataError where the folder is missing, is no dataset, or its manifest is not what was written.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(_not_a_dataset(folder, error)) from None
+        broken = f"{path} is damaged or is no megatrain manifest"
+        try:
+            body = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"{broken}: it is not JSON ({error}). Copy it again, or tokenize again.") from None
+        if not isinstance(body, dict) or body.get("format") != FORMAT_NAME:
+            raise DataError(f"{broken}: it does not say format {FORMAT_NAME!r}. Give the folder `tokenize` wrote.")
+        if body.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path} says format version {body.get('format_version')!r}; this megatrain reads version "
+                f"{FORMAT_VERSION}. If it was copied whole, use the megatrain that wrote it, or tokenize again."
+            )
+        body.pop("checksum", None)
+        problem = _manifest_problem(body)
+        if problem:
+            raise DataError(f"{broken}: {problem}. Copy it again, or tokenize again.")
+        manifest = Manifest(**body)
+        if manifest.dump() != data:
+            raise DataError(f"{broken}: its checksum does not match its content. Copy it again, or tokenize again.")
+        return manifest
+
+
+def _not_a_dataset(folder: Path, error: OSError) -> str:
+    if not folder.exists():
+        return f"There is no dataset at {folder}. Give the folder that `megatrain-data tokenize --out` wrote."
+    if isinstance(error, FileNotFoundError) and (folder / ".work").is_dir():
+        return f"{folder} is an unfinished dataset. Run the `megatrain-data tokenize` command that began it again."
+    return (
+        f"{folder} is no dataset: {MANIFEST_FILE} cannot be read ({error.strerror}). "
+        "Give the folder that `megatrain-data tokenize --out` wrote."
+    )
+
+
+def _manifest_problem(body: dict[str, Any]) -> str | None:
+    """What is wrong with the values of a manifest, whoever wrote it."""
+    types: dict[str, type] = {"int": int, "str": str, "dict[str, str]": dict}
+    expected = {field.name: types[str(field.type)] for field in fields(Manifest)}
+    if set(body) != set(expected):
+        return f"its keys should be {', '.join(sorted(expected))}"
+    for name, kind in expected.items():
+        value: object = body[name]
+        if type(value) is not kind:
+            return f"{name} should be a {kind.__name__}, not {value!r:.80}"
+        if isinstance(value, int) and not 0 <= value < 2**62:
+            return f"{name} is {value}, which cannot be"
+    if not 0 < body["vocab_size"] <= 2**32 or body["eod_id"] >= body["vocab_size"]:
+        return f"vocab_size {body['vocab_size']} and eod_id {body['eod_id']} cannot both be right"
+    if body["dtype"] != token_dtype(body["vocab_size"]).name:
+        return f"dtype {body['dtype']!r} does not fit a vocabulary of {body['vocab_size']}"
+    if not re.fullmatch("[0-9a-f]{32}", body["shard_table_checksum"]):
+        return "shard_table_checksum is no checksum"
+    return None
+
+
+def shard_metadata(
+    manifest_part: dict[str, Any], index: int, num_documents: int, num_tokens: int, text_bytes: int
+) -> dict[str, Any]:
+    """Schema metadata of one shard (JSON under the key `megatrain`); `manifest_part` is the same for all shards."""
+    counts = {"num_documents": num_documents, "num_tokens": num_tokens, "text_bytes": text_bytes}
+    return {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, "shard": index, **manifest_part, **counts}
+
+
+def content_digest(tokenizer_sha256: str, options: dict[str, str], hashes: Iterable[pa.Array]) -> str:
+    """SHA-256 over tokenizer, options, and the 16-byte `hash` of every document in order; `hashes` come in batches.
+
+    It names tokens, document borders, tokenizer and options; not input format, shard size, ids, file names, workers.
+    """
+    header = {"format_version": FORMAT_VERSION, "options": options, "tokenizer_sha256": tokenizer_sha256}
+    digest = hashlib.sha256(canonical_json(header))
+    for batch in hashes:
+        digest.update(memoryview(batch.buffers()[1])[16 * batch.offset : 16 * (batch.offset + len(batch))])
+    return digest.hexdigest()
