@@ -103,7 +103,7 @@ def draw_learning_rate(axes: Axes, run: RunRecord) -> None:
 
 def draw_time(axes: Axes, run: RunRecord) -> None:
     """Where the time of a step went, by step, one part upon the other."""
-    axes.set_title("Where the time went")
+    axes.set_title("Where the time went", pad=26)  # the legend is between title and axes
     steps, _, _ = _binned(run.steps, MAX_BARS)
     names = [*(n for n in PART_COLOURS if n in run.parts), *(n for n in run.parts if n not in PART_COLOURS)]
     heights = [_binned(run.parts[name], MAX_BARS)[0] for name in names]
@@ -114,7 +114,6 @@ def draw_time(axes: Axes, run: RunRecord) -> None:
         totals = np.sum(heights, axis=0)
         axes.set_ylim(0, min(totals.max() * 1.05, 3 * np.median(totals)) or 1.0)  # a slow first step hides no other
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(names), borderaxespad=0, handlelength=1)
-        axes.set_title("Where the time went", pad=26)
     axes.set_ylabel("seconds a step")
     _finish(axes, run, mark=False)
 

@@ -6,6 +6,7 @@ Three kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ class MetricsWriter:
                         num_dropped += line is not None and "loss" in line
                     else:
                         kept.write(text)
+                kept.flush()
+                os.fsync(kept.fileno())  # or a power cut after the rename may leave an empty file
             aside.replace(self._path)
         except FileNotFoundError:
             return
