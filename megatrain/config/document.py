@@ -7,7 +7,6 @@ repeated key, a tag or a document that unfolds without bound is a problem with i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 import yaml.reader
 
 from megatrain.config.problem import Problem
+from megatrain.config.scalar import scalar
 from megatrain.errors import ConfigError
 
 Path = tuple[str | int, ...]
@@ -23,20 +23,8 @@ Path = tuple[str | int, ...]
 MAX_CHARACTERS = 256 * 1024
 MAX_VALUES = 20_000  # aliases count as often as they are used, so that a few lines cannot unfold into gigabytes
 MAX_DEPTH = 20
-MAX_DIGITS = 400
 
 _PLAIN_TAGS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
-_INTEGER = re.compile(r"[-+]?[0-9]+\Z")
-_BASED = re.compile(r"0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
-_NAMED: dict[str, Any] = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
-    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
-}
 
 
 @dataclass
@@ -46,20 +34,6 @@ class Document:
     tree: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-
-
-def scalar(text: str) -> bool | int | float | str | None:
-    """The value of a plain (unquoted) scalar under YAML 1.2's core schema."""
-    if text in _NAMED:
-        value: bool | int | float | None = _NAMED[text]
-        return value
-    if len(text) > MAX_DIGITS:
-        return text
-    if _INTEGER.match(text):
-        return int(text)
-    if _BASED.match(text):
-        return int(text, 0)
-    return float(text) if _FLOAT.match(text) else text
 
 
 def read(text: str, what: str) -> Document:

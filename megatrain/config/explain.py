@@ -11,7 +11,10 @@ from pydantic_core import ErrorDetails
 from megatrain.config.keys import nearest_key, record_at
 from megatrain.config.problem import NOT_GIVEN, Problem, shown
 
-_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "y", "1"), "true"),
+    **dict.fromkeys(("false", "no", "off", "n", "0"), "false"),
+}
 
 
 def explain(error: ValidationError) -> list[Problem]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -14,6 +13,7 @@ from megatrain.config.document import Path
 from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
 from megatrain.config.problem import refusal
+from megatrain.config.scalar import scalar
 from megatrain.config.schema import RunConfig
 from megatrain.errors import ConfigError
 
@@ -36,7 +36,10 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         tree, changed, found = apply_override(tree, override)
         problems += found
-        places.update(dict.fromkeys(changed, COMMAND_LINE))
+        for changed_path in changed:
+            places[changed_path] = COMMAND_LINE
+            for end in range(1, len(changed_path)):  # sections that the file leaves out
+                places.setdefault(changed_path[:end], COMMAND_LINE)
     config = None
     try:
         config = RunConfig.model_validate(tree)
@@ -86,7 +89,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
-    plain: Any = document.scalar(value)
+    plain = scalar(value)
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain == value else '"')
 
 

@@ -42,7 +42,10 @@ def _with(node: Any, parts: Sequence[str], depth: int, value: Any) -> Any:
     if isinstance(node, list):
         index = int(parts[depth]) if parts[depth].isdecimal() else len(node)
         if index >= len(node):
-            raise LookupError(f"{'.'.join(parts[:depth])} is a list with the entries 0 to {len(node) - 1}")
+            entries = f"a list with the entries 0 to {len(node) - 1}" if node else "an empty list"
+            raise LookupError(
+                f"{'.'.join(parts[:depth])} is {entries}; a whole list is set by {'.'.join(parts[:depth])}=[...]"
+            )
         return [*node[:index], _with(node[index], parts, depth + 1, value), *node[index + 1 :]]
     if node is None:
         node = _default(".".join(parts[:depth]))

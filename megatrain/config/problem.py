@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from megatrain.config.scalar import scalar
 from megatrain.errors import ConfigError
 
 NOT_GIVEN = object()
@@ -40,7 +41,8 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
     elif isinstance(value, str):
-        text = f'"{value}"' if value == "" or value != value.strip() or value[0].isdigit() else value
+        is_plain = value == value.strip() and scalar(value) == value
+        text = value if is_plain else f'"{value}"'
     elif isinstance(value, (list, tuple)):
         text = "[" + ", ".join(shown(item) for item in value[:9]) + "]"
     elif isinstance(value, dict):

@@ -1,0 +1,224 @@
+"""What is refused, and that the message has the key, the line, the value and the way out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatrain.config import dump, load
+from megatrain.errors import EXIT_USAGE, ConfigError
+
+
+def test_all_that_is_wrong_is_said_at_once_with_key_line_value_and_way_out(refused):
+    text = """\
+run: {dir: runs/x, dri: y}
+model:
+  hidden_size: 100
+  num_hidden_layers: 2.0
+  num_attention_heads: 4
+data:
+  train:
+    - path: data/code
+      weight: -1
+  document_mask: yes
+train: {stepz: 5, precision: bf17}
+optimizer: {betas: [0.9, 1.0], lr: true}
+paralel: {tensor: 2}
+"""
+    message = refused("parallel.tensor=true", text=text)
+    for line in [
+        "run.dri (line 1): y given; no such key; nearest: run.dir",
+        "model.num_hidden_layers (line 4): 2.0 given; must be an integer; nearest: 2",
+        "data.train.0.weight (line 9): -1 given; must be at least 0.0; nearest: 0.0",
+        "data.document_mask (line 10): yes given; must be true or false; nearest: true",
+        "parallel.tensor (the command line): true given; must be an integer; nearest: 1",
+        "train.steps (train: line 11): is missing; a required key",
+        "train.stepz (line 11): 5 given; no such key; nearest: train.steps",
+        "train.precision (line 11): bf17 given; must be one of bf16, fp16, fp32; nearest: bf16",
+        "optimizer.betas.1 (line 12): 1.0 given; must be less than 1.0",
+        "optimizer.lr (line 12): true given; must be a number; nearest: 1.0",
+        "paralel (line 13): {tensor: 2} given; no such key; nearest: parallel",
+    ]:
+        assert f"  {line}\n" in message + "\n"
+    assert message.splitlines()[0].endswith("run.yaml: 11 problems")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=1.0", "must be an integer; nearest: 1"),
+        ("train.steps=true", "must be an integer; nearest: 1"),
+        ("train.steps='5'", 'train.steps (the command line): "5" given; must be an integer; nearest: 5'),
+        ("train.steps=0", "must be at least 1; nearest: 1"),
+        ("train.steps=", "null given; must be an integer"),
+        ("parallel.zero_stage=true", "must be an integer; nearest: 1"),
+        ("parallel.zero_stage=4", "must be at most 3; nearest: 3"),
+        ("parallel.sequence=1", "must be true or false; nearest: true"),
+        ("checkpoint.background=no", "no given; must be true or false; nearest: false"),
+        ("observe.tensorboard='true'", "must be true or false; nearest: true"),
+        ("optimizer.lr=false", "must be a number; nearest: 0.0"),
+        ("optimizer.lr=-1e-3", "must be at least 0.0; nearest: 0.0"),
+        ("optimizer.lr=.inf", "must be finite"),
+        ("optimizer.lr=.nan", "must be finite"),
+        ("optimizer.lr=1e999", "must be finite"),
+        ("optimizer.eps=0", "must be more than 0.0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas.1"),
+        ("optimizer.betas=[0.9, 0.95, 0.99]", "optimizer.betas"),
+        ("optimizer.betas=0.9", "must be a list"),
+        ("optimizer.type=adam", "must be one of adamw; nearest: adamw"),
+        ("model.attention_dropout=1.0", "must be less than 1.0"),
+        ("model.family=lama", "must be one of llama, gpt2; nearest: llama"),
+        ("run.dir=''", "must not be empty"),
+        ("run.dir=2024", 'must be text; nearest: "2024"'),
+        ("data.train=[]", "must have at least one entry"),
+        ("data.train=data/code", "must be a list"),
+        ("data.train=[data/code]", "data.train.0 (the command line): data/code given; must be a mapping"),
+        ("model.rope_scaling={rope_type: yarn, factor: 2}", "must be one of linear, llama3"),
+        ("train.lr=1", "no such key; nearest: optimizer.lr"),
+        ("model.n_layers=1", "model.n_layers (the command line): 1 given; no such key; nearest: model.num"),
+        ("train.global_batchsize=1", "no such key; nearest: train.global_batch_size"),
+        ("precision=bf16", "no such key; nearest: train.precision"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_with_the_nearest_legal_one(refused, override, expected):
+    message = refused(override)
+    assert expected in message
+    assert override.partition("=")[0] in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.hidden_size=66"], "model.hidden_size (the command line): 66 given; must be divisible by "),
+        (["model.hidden_size=66"], "nearest: 64 or 68"),
+        (["model.num_key_value_heads=3"], "must divide num_attention_heads (4); nearest: 2 or 4"),
+        (["model.head_dim=15"], "must be even for the rotary embedding; nearest: 16"),
+        (["model.layer_norm_epsilon=1e-6"], "read by family gpt2 only"),
+        (["model.family=gpt2", "model.num_key_value_heads=2"], "family gpt2 has as many as num_attention_heads (4)"),
+        (["model.family=gpt2", "model.head_dim=8"], "family gpt2 has hidden_size / num_attention_heads"),
+        (["model.family=gpt2", "model.rope_theta=5e5"], "model.rope_theta (the command line): 500000.0 given; read by"),
+        (["model.rope_scaling={rope_type: llama3, factor: 8}"], "model.rope_scaling.low_freq_factor"),
+        (
+            ["model.rope_scaling={rope_type: linear, factor: 8, low_freq_factor: 1}"],
+            "used by rope_type llama3 only",
+        ),
+        (
+            [
+                "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4,"
+                " original_max_position_embeddings: 64}"
+            ],
+            "must be less than high_freq_factor (4.0)",
+        ),
+        (["data.train.0.weight=0"], "the weights must not all be zero"),
+        (["data.seq_len=300"], "must be at most model.max_position_embeddings (256); nearest: 256"),
+        (["schedule.warmup_steps=201"], "must be at most train.steps (200); nearest: 200"),
+        (["schedule.type=wsd", "schedule.decay_steps=190"], "(200 - 20); nearest: 180"),
+        (["schedule.decay_steps=10"], "used with type: wsd only"),
+        (["parallel.recompute_every=2"], "used with recompute: full only (it is none)"),
+        (["train.loss_scale_window=5"], "used with precision: fp16 only (it is bf16)"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(refused, overrides, expected):
+    assert expected in refused(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.head_dim=32", "model.hidden_size=66"],
+        ["model.family=gpt2", "model.layer_norm_epsilon=1e-6", "model.head_dim=16", "model.num_key_value_heads=4"],
+        [
+            "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4,"
+            " original_max_position_embeddings: 64}"
+        ],
+        ["schedule.type=wsd", "schedule.decay_steps=180"],
+        ["parallel.recompute=full", "parallel.recompute_every=2"],
+        ["train.precision=fp16", "train.initial_loss_scale_power=8"],
+        ["schedule.warmup_steps=200"],
+        ["optimizer.lr=1"],
+        ["deepspeed.zero_optimization.reduce_bucket_size=5000000"],
+        ["train.eval_batches=null"],
+    ],
+)
+def test_what_belongs_together_is_accepted_and_written_out_so_that_it_loads_again(loaded, overrides):
+    config = loaded(*overrides)
+    assert loaded(text=dump(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        ("zero_optimization.stage=3", "parallel.zero_stage"),
+        ("zero_optimization.offload_optimizer.device=cpu", "parallel.offload"),
+        ("zero_optimization.offload_param={device: cpu}", "parallel.offload"),
+        ("train_batch_size=8", "train.global_batch_size"),
+        ("train_micro_batch_size_per_gpu=8", "train.micro_batch_size"),
+        ("gradient_accumulation_steps=8", "train.global_batch_size and train.micro_batch_size"),
+        ("bf16.enabled=true", "train.precision"),
+        ("fp16.loss_scale_window=8", "train.precision, train.initial_loss_scale_power and train.loss_scale_window"),
+        ("gradient_clipping=1.0", "train.gradient_clipping"),
+        ("optimizer.type=Adam", "optimizer"),
+        ("scheduler.type=WarmupLR", "schedule"),
+        ("steps_per_print=1", "observe.log_every_steps"),
+    ],
+)
+def test_what_megatrain_derives_cannot_be_passed_to_deepspeed(refused, override, instead):
+    message = refused(f"deepspeed.{override}")
+    assert message.endswith(f"megatrain derives it from its own keys; nearest: {instead}")
+
+
+def test_bucket_sizes_reach_deepspeed_as_they_are(loaded):
+    config = loaded("deepspeed.zero_optimization.reduce_bucket_size=5000000", "deepspeed.wall_clock_breakdown=true")
+    assert config.deepspeed == {
+        "zero_optimization": {"reduce_bucket_size": 5000000},
+        "wall_clock_breakdown": True,
+    }
+
+
+def test_a_text_that_looks_like_a_number_survives_being_written_out(loaded):
+    for folder in ("3e-4", "0o17", "true", "~", "1_000", "2024-01-01", "no", "a: b", "# c", "ünïcode", " x "):
+        config = loaded(f"run.dir={folder!r}")
+        assert config.run.dir == folder
+        assert loaded(text=dump(config)) == config
+
+
+def test_a_missing_file_a_folder_and_a_file_that_is_no_text_are_named(tmp_path):
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"run: \xff\xfe")
+    for path, reason in [
+        (tmp_path / "none.yaml", "no such config file"),
+        (tmp_path, "is a folder"),
+        (binary, "not UTF-8 text (byte 5)"),
+        (tmp_path / "none" / "\0.yaml", "cannot be read"),
+        (binary / "run.yaml", "cannot be read"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just words\n", "--- null\n"])
+def test_a_file_that_holds_no_sections_is_refused(refused, text):
+    assert "a config is a YAML mapping with the sections run, model, data" in refused(text=text)
+
+
+def test_loading_imports_no_torch_and_takes_well_under_a_second(tmp_path):
+    """0.12 s beyond the interpreter's start on the machine it was written on; the limit leaves room for a busy one."""
+    program = (
+        "import sys; from megatrain.config import load; from megatrain.plan import rules;"
+        "rules.check(load('configs/llama_8b_64xh100.yaml'), 64);"
+        "assert not {'torch', 'deepspeed', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+
+    def seconds(code: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds(program) for _ in range(3)) - min(seconds("pass") for _ in range(3)) < 0.6

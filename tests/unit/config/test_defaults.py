@@ -1,0 +1,98 @@
+"""Every default is the one that the documentation of the config promises."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from megatrain.config import ModelConfig, RunConfig
+
+DEFAULTS = yaml.safe_load("""
+run:        {seed: 1234, init_from: null}
+model:      {family: llama, intermediate_size: null, num_key_value_heads: null, head_dim: null,
+             max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
+             rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
+             rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2}
+data:       {validation: [], seq_len: 256, document_mask: false, packing: concat}
+parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}
+train:      {global_batch_size: 16, micro_batch_size: 2, precision: bf16, gradient_clipping: 1.0,
+             eval_every_steps: 50, eval_batches: 16, hang_timeout_seconds: 600,
+             initial_loss_scale_power: 16, loss_scale_window: 1000}
+optimizer:  {type: adamw, lr: 1.0e-3, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
+schedule:   {type: cosine, warmup_steps: 20, min_lr_ratio: 0.1, decay_steps: null}
+checkpoint: {every_steps: 50, keep: 3, background: true}
+observe:    {log_every_steps: 1, tensorboard: true}
+deepspeed:  {}
+""")
+
+REQUIRED = {
+    "run": {"dir"},
+    "model": {"hidden_size", "num_hidden_layers", "num_attention_heads"},
+    "data": {"train"},
+    "train": {"steps"},
+}
+
+
+def test_every_key_left_out_has_its_documented_default(loaded):
+    resolved = loaded().model_dump(mode="json")
+    assert {name: keys_but_required(name, section) for name, section in resolved.items()} == DEFAULTS
+    assert resolved["data"]["train"] == [{"path": "data/code", "weight": 1.0}]
+
+
+def keys_but_required(name: str, section: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in section.items() if key not in REQUIRED.get(name, ())}
+
+
+def test_exactly_the_required_keys_are_required(refused):
+    message = refused(text="run: {}\nmodel: {}\ndata: {}\ntrain: {}\n")
+    missing = {line.split()[0] for line in message.splitlines()[1:] if "is missing" in line}
+    assert missing == {f"{section}.{key}" for section, keys in REQUIRED.items() for key in keys}
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 5), (19, 19), (20, 20), (200, 20)])
+def test_a_short_run_needs_no_warmup_of_its_own(loaded, steps, warmup):
+    assert loaded(f"train.steps={steps}").schedule.warmup_steps == warmup
+
+
+def test_a_config_cannot_be_changed_once_it_is_checked(loaded):
+    config = loaded()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 7
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train = config.train
+    assert isinstance(config.data.train, tuple)
+    assert isinstance(config.optimizer.betas, tuple)
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden_size", "intermediate_size", "ffn_size"),
+    [("gpt2", 768, None, 3072), ("llama", 256, None, 768), ("llama", 4096, None, 11008), ("llama", 96, 100, 100)],
+)
+def test_the_mlp_is_as_wide_as_the_family_says_or_as_given(family, hidden_size, intermediate_size, ffn_size):
+    model = ModelConfig(
+        family=family,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    assert model.ffn_size == ffn_size
+
+
+def test_heads_left_out_follow_the_model(loaded):
+    model = loaded().model
+    assert (model.kv_heads, model.head_size) == (4, 16)
+    model = loaded("model.num_key_value_heads=2", "model.head_dim=32").model
+    assert (model.kv_heads, model.head_size) == (2, 32)
+
+
+def test_every_key_says_what_it_means():
+    def undescribed(record, prefix=""):
+        for name, field in record.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                yield from undescribed(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                yield f"{prefix}{name}"
+
+    assert list(undescribed(RunConfig)) == []

@@ -1,0 +1,76 @@
+"""KEY=VALUE on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_any_leaf_can_be_set_from_the_command_line(loaded):
+    config = loaded(
+        "run.dir=runs/other",
+        "data.train.0.weight=2",
+        "optimizer.betas.1=0.98",
+        "optimizer.lr=3e-4",
+        "model.rope_scaling.rope_type=linear",
+        "model.rope_scaling.factor=2",
+        "parallel.recompute=full",
+        "run.init_from=runs/first",
+        "observe.tensorboard=false",
+    )
+    assert config.run.dir == "runs/other"
+    assert config.data.train[0].weight == 2.0
+    assert config.optimizer.betas == (0.9, 0.98)
+    assert config.optimizer.lr == 3e-4
+    assert config.model.rope_scaling is not None
+    assert config.model.rope_scaling.factor == 2.0
+    assert config.run.init_from == "runs/first"
+    assert config.observe.tensorboard is False
+
+
+def test_a_whole_list_can_be_set(loaded):
+    config = loaded("data.train=[{path: a, weight: 3}, {path: b}]", "data.validation=[{path: c}]")
+    assert [(dataset.path, dataset.weight) for dataset in config.data.train] == [("a", 3.0), ("b", 1.0)]
+    assert config.data.validation[0].path == "c"
+
+
+def test_the_last_of_several_values_for_a_key_holds(loaded):
+    assert loaded("train.steps=5", "train.steps=7").train.steps == 7
+
+
+def test_a_value_may_hold_an_equals_sign(loaded):
+    assert loaded("run.dir=runs/lr=3").run.dir == "runs/lr=3"
+
+
+def test_a_wrong_value_in_the_file_can_be_put_right_from_the_command_line(loaded, with_line):
+    text = with_line("optimizer: {lr: fast}")
+    assert loaded("optimizer.lr=0.1", text=text).optimizer.lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps", "an override is KEY=VALUE, such as parallel.tensor=2"),
+        ("=5", "an override is KEY=VALUE"),
+        ("train..steps=5", "an override is KEY=VALUE"),
+        ("", "an override is KEY=VALUE"),
+        ("parallel={tensor: 2}", "is a section: set its keys one by one, such as parallel.tensor=..."),
+        ("data.train.1.path=b", "data.train is a list with the entries 0 to 0"),
+        ("data.train.-1.path=b", "data.train is a list with the entries 0 to 0"),
+        ("data.train.first.path=b", "data.train is a list with the entries 0 to 0"),
+        ("data.validation.0.path=b", "data.validation is an empty list"),
+        ("train.steps.more=5", "train.steps has no keys below it"),
+        ("train.eval_batches.more=5", "train.eval_batches (the command line): {more: 5} given; must be an integer"),
+        ("train.steps={", "not valid YAML"),
+        ("train.steps=[1", "train.steps"),
+        ("paralel.tensor=2", "paralel (the command line): {tensor: 2} given; no such key; nearest: parallel"),
+    ],
+)
+def test_an_override_that_goes_nowhere_is_refused(refused, override, expected):
+    assert expected in refused(override)
+
+
+def test_overrides_and_file_are_blamed_each_for_its_own(refused, with_line):
+    message = refused("train.steps=0", "optimizer.eps=0", text=with_line("optimizer: {lr: x}"))
+    assert "train.steps (the command line)" in message
+    assert "optimizer.eps (the command line)" in message
+    assert "optimizer.lr (line 5)" in message
