@@ -8,70 +8,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatrain.config.problem import Problem
+from megatrain.config.arithmetic import divisors_around, multiples_around
+from megatrain.config.deepspeed_keys import deepspeed
+from megatrain.config.problem import Problem, either
 
 if TYPE_CHECKING:
     from megatrain.config import schema
+    from megatrain.config.schema import Section
 
 DEFAULT_WARMUP_STEPS = 20
 
-# DeepSpeed's leaves that megatrain derives, and the key to use instead. A prefix stands for all below it.
-DERIVED_BY_MEGATRAIN = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "train.gradient_clipping",
-    "steps_per_print": "observe.log_every_steps",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "fp16": "train.precision, train.initial_loss_scale_power and train.loss_scale_window",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "zero_optimization.cpu_offload": "parallel.offload",
-    "zero_optimization.cpu_offload_params": "parallel.offload",
-    "zero_optimization.offload_optimizer": "parallel.offload",
-    "zero_optimization.offload_param": "parallel.offload",
-    "activation_checkpointing": "parallel.recompute",
-    "tensor_parallel": "parallel.tensor",
-    "sequence_parallel_size": "parallel.sequence",
-    "pipeline": "parallel.pipeline",
-    "elasticity": "train.global_batch_size",
-    "tensorboard": "observe.tensorboard",
-}
 
-
-def unused(section: Any, keys: tuple[str, ...], prefix: str, why: str) -> list[Problem]:
+def unused(section: Section, keys: tuple[str, ...], why: str) -> list[Problem]:
     """A problem for each of the keys that was moved from its default though nothing reads it."""
     fields = type(section).model_fields
-    return [
-        Problem(f"{prefix}{key}", getattr(section, key), why, f"{key} left out")
-        for key in keys
-        if getattr(section, key) != fields[key].default
-    ]
-
-
-def nearest_multiples(value: int, divisor: int) -> str:
-    """The multiples of `divisor` on both sides of `value`, none below one `divisor`."""
-    below, above = value // divisor * divisor, -(-value // divisor) * divisor
-    return f"{below} or {above}" if below else f"{above}"
-
-
-def nearest_divisors(value: int, whole: int) -> str:
-    """The divisors of `whole` on both sides of `value`."""
-    below = max(d for d in range(1, min(value, whole) + 1) if whole % d == 0)
-    above = next((d for d in range(value, whole + 1) if whole % d == 0), None)
-    return f"{below}" if above in (None, below) else f"{below} or {above}"
+    moved = ((key, getattr(section, key)) for key in keys if getattr(section, key) != fields[key].default)
+    return [Problem(key, value, why, f"{key} left out") for key, value in moved]
 
 
 def rope_scaling(scaling: schema.RopeScaling) -> list[Problem]:
     """llama3 needs all of its keys, linear none of them."""
     own = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if scaling.rope_type == "linear":
-        return unused(scaling, own, "", "used by rope_type llama3 only")
+        return unused(scaling, own, "used by rope_type llama3 only")
     missing = [
         Problem(key, None, "needed by rope_type llama3", usual)
         for key, usual in zip(own, ("1.0", "4.0", "8192"), strict=True)
@@ -89,23 +48,23 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     heads, hidden = config.num_attention_heads, config.hidden_size
     if config.head_dim is None and hidden % heads:
         reason = f"must be divisible by num_attention_heads ({heads}) where head_dim is null"
-        problems.append(Problem("hidden_size", hidden, reason, nearest_multiples(hidden, heads)))
+        problems.append(Problem("hidden_size", hidden, reason, either(multiples_around(hidden, heads))))
     if config.family == "llama":
         if heads % config.kv_heads:
             reason = f"must divide num_attention_heads ({heads})"
-            nearest = nearest_divisors(config.kv_heads, heads)
+            nearest = either(divisors_around(config.kv_heads, heads))
             problems.append(Problem("num_key_value_heads", config.kv_heads, reason, nearest))
         if config.head_size % 2 and not problems:
             reason = "the width of a head must be even for the rotary embedding"
             problems.append(Problem("head_dim", config.head_size, reason, str(config.head_size + 1)))
-        return problems + unused(config, ("layer_norm_epsilon",), "", "read by family gpt2 only")
+        return problems + unused(config, ("layer_norm_epsilon",), "read by family gpt2 only")
     if config.kv_heads != heads:
         reason = f"family gpt2 has as many as num_attention_heads ({heads})"
         problems.append(Problem("num_key_value_heads", config.kv_heads, reason, "null"))
     if config.head_dim is not None and config.head_dim * heads != hidden:
         reason = f"family gpt2 has hidden_size / num_attention_heads ({hidden} / {heads})"
         problems.append(Problem("head_dim", config.head_dim, reason, "null"))
-    return problems + unused(config, ("rms_norm_eps", "rope_theta", "rope_scaling"), "", "read by family llama only")
+    return problems + unused(config, ("rms_norm_eps", "rope_theta", "rope_scaling"), "read by family llama only")
 
 
 def data(config: schema.DataConfig) -> list[Problem]:
@@ -119,7 +78,7 @@ def parallel(config: schema.ParallelConfig) -> list[Problem]:
     """What needs no model and no number of ranks to be wrong is in plan.rules with the other layout rules."""
     if config.recompute == "full":
         return []
-    return unused(config, ("recompute_every",), "", f"used with recompute: full only (it is {config.recompute})")
+    return unused(config, ("recompute_every",), f"used with recompute: full only (it is {config.recompute})")
 
 
 def train(config: schema.TrainConfig) -> list[Problem]:
@@ -127,12 +86,12 @@ def train(config: schema.TrainConfig) -> list[Problem]:
     if config.precision == "fp16":
         return []
     keys = ("initial_loss_scale_power", "loss_scale_window")
-    return unused(config, keys, "", f"used with precision: fp16 only (it is {config.precision})")
+    return unused(config, keys, f"used with precision: fp16 only (it is {config.precision})")
 
 
 def schedule(config: schema.ScheduleConfig) -> list[Problem]:
     """decay_steps belongs to wsd."""
-    return [] if config.type == "wsd" else unused(config, ("decay_steps",), "", "used with type: wsd only")
+    return [] if config.type == "wsd" else unused(config, ("decay_steps",), "used with type: wsd only")
 
 
 def with_default_warmup(given: Any) -> Any:
@@ -163,16 +122,3 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
         reason = f"must be at most train.steps - schedule.warmup_steps ({steps} - {warmup})"
         problems.append(Problem("schedule.decay_steps", decay, reason, str(steps - warmup)))
     return problems + deepspeed(config.deepspeed)
-
-
-def deepspeed(passed: Mapping[str, Any], prefix: str = "") -> list[Problem]:
-    """A problem for each leaf that megatrain derives from its own keys."""
-    problems = []
-    for key, value in passed.items():
-        path = f"{prefix}{key}"
-        if path in DERIVED_BY_MEGATRAIN:
-            reason = "megatrain derives it from its own keys"
-            problems.append(Problem(f"deepspeed.{path}", value, reason, DERIVED_BY_MEGATRAIN[path]))
-        elif isinstance(value, Mapping):
-            problems += deepspeed(value, f"{path}.")
-    return problems

@@ -52,6 +52,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def either(values: Iterable[object]) -> str:
+    """The values as alternatives: "8 or 16"."""
+    return " or ".join(map(str, values))
+
+
 def refusal(what: str, problems: Sequence[Problem], place: Callable[[str], str] = lambda key: "") -> ConfigError:
     """The error that lists every problem at once; `what` is the config's name, `place` says where a key stands."""
     lines: Iterable[str] = (problem.text(place(problem.key)) for problem in problems)

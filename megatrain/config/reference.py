@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatrain.config.checks import DERIVED_BY_MEGATRAIN
+from megatrain.config.deepspeed_keys import DERIVED, PASSED_THROUGH, ZERO_PASSED_THROUGH
 from megatrain.config.keys import is_list, is_section, record_of
 from megatrain.config.problem import shown
-from megatrain.config.schema import LARGEST_COUNT, RunConfig, Section
+from megatrain.config.schema import LARGEST_SIZE, RunConfig, Section
 
 _INTRODUCTION = """\
 # The config
@@ -28,7 +28,7 @@ This page is generated from `megatrain/config/schema.py`; a test keeps the two e
 """
 
 _DEEPSPEED = """\
-These keys of DeepSpeed are derived by megatrain, and refused here with all that is below them:
+Refused, because megatrain derives them from its own keys, with all that is below them:
 
 | DeepSpeed's key | use instead |
 |---|---|
@@ -42,9 +42,10 @@ def reference() -> str:
         record = record_of(field.annotation)
         if record is not None:
             parts += _tables(name, record)
-    derived = "\n".join(f"| `{key}` | `{instead}` |" for key, instead in DERIVED_BY_MEGATRAIN.items())
+    derived = "\n".join(f"| `{key}` | `{instead.replace(', ', '`, `')}` |" for key, instead in DERIVED.items())
     description = RunConfig.model_fields["deepspeed"].description
-    parts.append(f"## deepspeed\n\n{description}\n\n{_DEEPSPEED}{derived.replace(' and ', '` and `')}\n")
+    passed = f"Passed on: {_listed(PASSED_THROUGH)}; in `zero_optimization`: {_listed(ZERO_PASSED_THROUGH)}."
+    parts.append(f"## deepspeed\n\n{description}\n\n{passed}\n\n{_DEEPSPEED}{derived}\n")
     return "\n".join(parts)
 
 
@@ -68,6 +69,10 @@ def _tables(path: str, record: type[Section]) -> list[str]:
     return [head + "\n".join(rows) + "\n", *inner_tables]
 
 
+def _listed(names: set[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
 def _anchor(heading: str) -> str:
     return heading.lower().replace(".", "")
 
@@ -88,7 +93,7 @@ def _allowed(schema: dict[str, Any]) -> str:
 def _bounds(schema: dict[str, Any]) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [
-        f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema and abs(schema[key]) < LARGEST_COUNT
+        f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema and abs(schema[key]) < LARGEST_SIZE
     ]
     return " and ".join(bounds)
 

@@ -16,8 +16,10 @@ from pydantic_core import PydanticCustomError
 from megatrain.config import checks
 from megatrain.config.problem import Problem
 
-LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double, and no such run exists
+LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
+LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
 
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Path = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -62,7 +64,7 @@ class RopeScaling(Section):
         default=None,
         description="llama3: wavelengths under original_max_position_embeddings / high_freq_factor stay as they are.",
     )
-    original_max_position_embeddings: Count | None = Field(
+    original_max_position_embeddings: Size | None = Field(
         default=None, description="llama3: the context, in tokens, before it was stretched."
     )
 
@@ -76,24 +78,22 @@ class ModelConfig(Section):
     """The decoder's shape, under Hugging Face's names, which are the same here for every family."""
 
     family: Literal["llama", "gpt2"] = Field(default="llama", description="Which decoder.")
-    hidden_size: Count = Field(description="Width of the residual stream.")
-    intermediate_size: Count | None = Field(
+    hidden_size: Size = Field(description="Width of the residual stream.")
+    intermediate_size: Size | None = Field(
         default=None,
         description="Width inside the MLP; null: the family's own (gpt2: 4 x hidden_size; llama: 8/3 x hidden_size, "
         "rounded up to a multiple of 256).",
     )
-    num_hidden_layers: Count = Field(description="Decoder layers.")
-    num_attention_heads: Count = Field(description="Query heads of a layer.")
-    num_key_value_heads: Count | None = Field(
+    num_hidden_layers: Size = Field(description="Decoder layers.")
+    num_attention_heads: Size = Field(description="Query heads of a layer.")
+    num_key_value_heads: Size | None = Field(
         default=None, description="Key and value heads of a layer (grouped-query attention); null: num_attention_heads."
     )
-    head_dim: Count | None = Field(
-        default=None, description="Width of a head; null: hidden_size / num_attention_heads."
-    )
-    max_position_embeddings: Count = Field(
+    head_dim: Size | None = Field(default=None, description="Width of a head; null: hidden_size / num_attention_heads.")
+    max_position_embeddings: Size = Field(
         default=256, description="The longest context in tokens; data.seq_len may not exceed it."
     )
-    vocab_size: Count | None = Field(
+    vocab_size: Size | None = Field(
         default=None, description="Token ids the model knows, unpadded; null: the dataset's tokenizer decides."
     )
     rms_norm_eps: Annotated[float, Field(gt=0.0)] = Field(
@@ -171,7 +171,7 @@ class DataConfig(Section):
     validation: Annotated[tuple[ValidationDataset, ...], Field(strict=False)] = Field(
         default=(), description="What to evaluate on; an empty list: no evaluation."
     )
-    seq_len: Count = Field(default=256, description="Tokens of a sample.")
+    seq_len: Size = Field(default=256, description="Tokens of a sample.")
     document_mask: bool = Field(
         default=False, description="Attention and positions start anew at each document within a sample."
     )
@@ -190,8 +190,8 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """How the model is laid out. The data degree is derived: world size / (tensor x pipeline)."""
 
-    tensor: Count = Field(default=1, description="Ranks that share each layer's matrices.")
-    pipeline: Count = Field(default=1, description="Stages that the layers are divided into.")
+    tensor: Size = Field(default=1, description="Ranks that share each layer's matrices.")
+    pipeline: Size = Field(default=1, description="Stages that the layers are divided into.")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=1,
         description="What data-parallel ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.",
@@ -204,7 +204,7 @@ class ParallelConfig(Section):
         description="Activations computed again in the backward pass: selective: the attention core and the MLP's "
         "activation; full: whole layers.",
     )
-    recompute_every: Count = Field(default=1, description="With recompute: full, every k-th layer is recomputed.")
+    recompute_every: Size = Field(default=1, description="With recompute: full, every k-th layer is recomputed.")
     offload: Literal["none", "optimizer", "all"] = Field(
         default="none",
         description="What lives in CPU memory: optimizer: the optimizer's state (zero_stage >= 1); all: the weights "
@@ -221,8 +221,8 @@ class TrainConfig(Section):
     """How long, how much at once, and how precisely."""
 
     steps: Count = Field(description="Optimizer steps of the whole run.")
-    global_batch_size: Count = Field(default=16, description="Sequences of one optimizer step, over all ranks.")
-    micro_batch_size: Count = Field(default=2, description="Sequences that one rank computes at once.")
+    global_batch_size: Size = Field(default=16, description="Sequences of one optimizer step, over all ranks.")
+    micro_batch_size: Size = Field(default=2, description="Sequences that one rank computes at once.")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="What the model computes in. Under bf16 and fp16 the optimizer keeps fp32 weights."
     )
@@ -252,7 +252,7 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The optimizer."""
+    """What updates the weights."""
 
     type: Literal["adamw"] = Field(default="adamw", description="AdamW: Adam with decoupled weight decay.")
     lr: Annotated[float, Field(ge=0.0)] = Field(default=1.0e-3, description="The peak learning rate.")
@@ -319,7 +319,7 @@ class RunConfig(Section):
     deepspeed: Mapping[str, JsonValue] = Field(
         default={},
         description="Passed through to DeepSpeed's own config, such as bucket sizes. What megatrain derives from its "
-        "own keys is refused by name.",
+        "own keys is refused by name, and so is a key that DeepSpeed would ignore.",
     )
 
     @model_validator(mode="before")

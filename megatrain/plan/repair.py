@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatrain.config.arithmetic import divisors, multiples_around
 from megatrain.plan.layout import OFFLOADS, Layout, Value
 
 MAX_CHANGES = 4
 MAX_CANDIDATES = 8
-LARGEST_SEARCHED = 4096
 LESS_PREFERRED = 100.0  # more than any distance
 
 ToFix = Callable[[Layout], tuple[str, ...] | None]
@@ -64,9 +64,9 @@ def candidates(layout: Layout, field: str) -> list[Value]:
     now: Value = getattr(layout, field)
     values: list[Value]
     if field == "tensor":
-        values = [*_divisors(layout.num_heads)]
+        values = [*divisors(layout.num_heads)]
     elif field == "pipeline":
-        values = [*_divisors(layout.world_size, layout.num_layers)]
+        values = [stages for stages in divisors(layout.world_size) if stages <= layout.num_layers]
     elif field == "zero_stage":
         values = [0, 1, 2, 3]
     elif field == "sequence":
@@ -74,11 +74,11 @@ def candidates(layout: Layout, field: str) -> list[Value]:
     elif field == "offload":
         values = [*OFFLOADS]
     elif field == "micro_batch":
-        values = [*_divisors(layout.global_batch)]
+        values = [*divisors(layout.global_batch)]
     elif field == "seq_len":
-        values = [v for v in _multiples(layout.seq_len, layout.tensor) if v <= layout.max_seq_len]
+        values = [v for v in multiples_around(layout.seq_len, layout.tensor) if v <= layout.max_seq_len]
     else:
-        values = [*_multiples(layout.global_batch, layout.micro_batch * (layout.data or 1))]
+        values = [*multiples_around(layout.global_batch, layout.micro_batch * (layout.data or 1))]
     others = (value for value in values if value != now)
     return sorted(others, key=lambda value: distance(layout, field, value))[:MAX_CANDIDATES]
 
@@ -91,16 +91,3 @@ def distance(layout: Layout, field: str, value: Value) -> float:
     if field in ("zero_stage", "sequence"):
         return float(abs(int(value) - int(now)))
     return abs(math.log2(int(value) / int(now)))
-
-
-def _divisors(whole: int, most: int | None = None) -> list[int]:
-    """The divisors of `whole`, none above `most`."""
-    small = [d for d in range(1, min(math.isqrt(whole), LARGEST_SEARCHED) + 1) if whole % d == 0]
-    divisors = {*small, *(whole // d for d in small)}
-    return sorted(d for d in divisors if most is None or d <= most)
-
-
-def _multiples(value: int, unit: int) -> list[int]:
-    """The two multiples of `unit` around `value`."""
-    below = value // unit * unit
-    return [below, below + unit] if below else [unit]

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatrain.config import Problem, RunConfig
-from megatrain.config.checks import nearest_multiples
-from megatrain.config.problem import refusal
+from megatrain.config.arithmetic import multiples_around
+from megatrain.config.problem import either, refusal
 from megatrain.plan.layout import KEYS, Layout, Value, layout_of
 from megatrain.plan.repair import Change, candidates, repair
 
@@ -86,7 +86,7 @@ def _ranks_divide(layout: Layout) -> Objection | None:
     if layout.data is not None:
         return None
     fields = ("tensor", "pipeline") if layout.world_size % layout.tensor else ("pipeline", "tensor")
-    would_do = nearest_multiples(layout.world_size, layout.model_ranks)
+    would_do = either(multiples_around(layout.world_size, layout.model_ranks))
     reason = (
         f"tensor x pipeline ({layout.tensor} x {layout.pipeline}) must divide the {layout.world_size} ranks "
         f"({would_do} would do)"

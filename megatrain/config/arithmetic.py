@@ -1,0 +1,27 @@
+"""Divisors and multiples, for messages that name the nearest legal number."""
+
+from __future__ import annotations
+
+import math
+
+
+def divisors(whole: int) -> list[int]:
+    """All divisors of `whole`, ascending."""
+    small = [divisor for divisor in range(1, math.isqrt(whole) + 1) if whole % divisor == 0]
+    return sorted({*small, *(whole // divisor for divisor in small)})
+
+
+def multiples_around(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` on both sides of `value`, or `value` alone where it is one; never 0."""
+    below = value // unit * unit
+    if below == value:
+        return [value]
+    return [below, below + unit] if below else [unit]
+
+
+def divisors_around(value: int, whole: int) -> list[int]:
+    """The divisors of `whole` on both sides of `value`, or `value` alone where it is one."""
+    all_divisors = divisors(whole)
+    below = [divisor for divisor in all_divisors if divisor <= value][-1:]
+    above = [divisor for divisor in all_divisors if divisor >= value][:1]
+    return sorted({*below, *above})
