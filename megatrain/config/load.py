@@ -29,7 +29,9 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
     read = document.read(_text(FilePath(path)), str(path))
     if not isinstance(read.tree, dict):
         content = "is empty" if read.tree is None else "is no mapping"
-        raise ConfigError(f"{path} {content}; a config is a YAML mapping with the sections {', '.join(_sections())}")
+        raise ConfigError(
+            f"{path} {content}; a config is a YAML mapping with the sections {', '.join(RunConfig.model_fields)}"
+        )
     problems = list(read.problems)
     places = {key: f"line {line}" for key, line in read.lines.items()}
     tree = read.tree
@@ -66,10 +68,6 @@ def _text(path: FilePath) -> str:
         raise ConfigError(f"{path} is a folder; name the YAML file in it") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: the config cannot be read: {error}") from None
-
-
-def _sections() -> list[str]:
-    return list(RunConfig.model_fields)
 
 
 def _place(key: str, places: dict[Path, str]) -> str:

@@ -9,6 +9,7 @@ from megatrain.config import document
 from megatrain.config.document import Path
 from megatrain.config.keys import is_section, leaves
 from megatrain.config.problem import Problem
+from megatrain.config.scalar import scalar
 from megatrain.config.schema import RunConfig
 from megatrain.errors import ConfigError
 
@@ -26,12 +27,16 @@ def apply_override(tree: Any, override: str) -> tuple[Any, list[Path], list[Prob
     section = RunConfig.model_fields.get(key)
     if section is not None and is_section(section):
         example = f"{key}.{next(path for path, _ in leaves() if path.startswith(key)).rpartition('.')[2]}"
-        return tree, [path], [Problem(key, text, f"is a section: set its keys one by one, such as {example}=...")]
+        return (
+            tree,
+            [path],
+            [Problem(key, scalar(text), f"is a section: set its keys one by one, such as {example}=...")],
+        )
     try:
         read = document.read(text, "the value")
         changed = _with(tree, parts, 0, read.tree)
     except (ConfigError, LookupError) as error:
-        return tree, [path], [Problem(key, text, str(error.args[0]))]
+        return tree, [path], [Problem(key, scalar(text), str(error.args[0]))]
     return changed, [path, *((*path, *below) for below in read.lines)], read.problems
 
 
