@@ -77,13 +77,15 @@ class ShardPlan:
         return xxhash.xxh3_128_hexdigest(repr(self).encode())
 
 
-def assemble(out: Path, units: Sequence[Unit], store: PartStore, recipe: Recipe, num_workers: int) -> Manifest:
+def assemble(
+    out: Path, units: Sequence[Unit], store: PartStore, recipe: Recipe, num_workers: int, advance: Advance
+) -> Manifest:
     """Write the shards, their table and the manifest of the dataset whose units are all finished."""
     plans, num_empty = plan_shards(units, store, recipe.shard_tokens)
     if not plans:
         raise DataError(f"The input holds no text: {num_empty} documents, all of them empty.")
     write = partial(write_shard, out, store.folder, recipe)
-    run_tasks(write, plans, num_workers, lambda _: None)
+    run_tasks(write, plans, num_workers, advance)
     rows = [orjson.loads(_stats_path(store.folder, plan.index).read_bytes())["row"] for plan in plans]
     for stale in set(out.glob("shard-*.arrow")) - {out / shard_name(plan.index) for plan in plans}:
         stale.unlink()
@@ -160,8 +162,10 @@ def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance:
     with committed(path, work) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
         for group in _group_by_tokens(pieces, lengths):
             writer.write_batch(_shard_batch(group, schema))
-    row = {**totals, "bytes": path.stat().st_size, "checksum": file_checksum(path).hex()}
+    num_bytes = path.stat().st_size
+    row = {**totals, "bytes": num_bytes, "checksum": file_checksum(path).hex()}
     commit_bytes(stats_path, orjson.dumps({"plan": plan.key, "row": row}))
+    advance(num_bytes)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def tokenize(
     from data_tools.tokenize import tokenize as run
 
     options = TokenizeOptions(ReadOptions(text_key, id_key, errors.value), eod_token, shard_tokens)
-    num_workers = workers or len(os.sched_getaffinity(0))
+    num_workers = workers or _num_cores()
     effort = Effort(num_workers, engine.value, show_progress, lambda text: typer.echo(f"Warning: {text}", err=True))
     manifest = run(inputs, tokenizer, out, options, effort)
     typer.echo(
@@ -107,14 +107,14 @@ def tokenize(
 @app.command()
 def inspect(
     dataset: DatasetArgument,
-    document: Annotated[int, typer.Option(help="Show document K as text beside its tokens.")] = 0,
+    document: Annotated[int | None, typer.Option(metavar="K", help="Document K (from 0), text and tokens.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What a dataset holds: counts, lengths, and a document as text beside its tokens."""
-    from data_tools.inspect import describe, show
+    from data_tools.inspect import describe, describe_json, show
 
     if as_json:
-        sys.stdout.buffer.write(describe(dataset, document))
+        sys.stdout.buffer.write(describe_json(describe(dataset, document)))
     else:
         show(dataset, document)
 
@@ -127,6 +127,11 @@ def verify(dataset: DatasetArgument) -> None:
 
     manifest = verify_dataset(dataset, show_progress)
     typer.echo(f"{dataset} is whole: {manifest.num_documents} documents, {manifest.num_tokens} tokens.")
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -110,6 +111,8 @@ def _find_local(argument: str) -> Iterator[InputFile]:
             status = found.stat()
         except OSError as error:
             raise DataError(f"Input {found} cannot be read: {error.strerror}.") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"Input {found} is no regular file, so it cannot be read twice. Write it to a file first.")
         yield InputFile(found.as_posix(), status.st_size, str(status.st_mtime_ns))
 
 

@@ -66,42 +66,46 @@ class Unit:
     """A line that begins at or behind this byte belongs to another unit."""
     num_bytes: int = 0
     """About how many bytes there are to be read; for showing progress."""
+    part_bytes: int = PART_BYTES
 
     @property
     def key(self) -> str:
         """Names the unit's content: the files, their versions, and the range."""
-        return xxhash.xxh3_128_hexdigest(f"{[file.key for file in self.files]} {self.start} {self.stop}".encode())
+        return xxhash.xxh3_128_hexdigest(
+            f"{[file.key for file in self.files]} {self.start} {self.stop} {self.part_bytes}".encode()
+        )
 
 
-def plan_units(files: list[InputFile]) -> Iterator[Unit]:
-    """Cut the files into units, in document order."""
+def plan_units(files: list[InputFile], part_bytes: int = PART_BYTES) -> Iterator[Unit]:
+    """Cut the files into units of about `part_bytes` where they can be read from the middle, in document order."""
     for is_text, group in groupby(files, key=lambda file: file.kind is Kind.TEXT):
         if is_text:
-            yield from _group_texts(group)
+            yield from _group_texts(group, part_bytes)
             continue
         for file in group:
             if file.kind is Kind.PARQUET:
                 num_groups = _open_parquet(file).num_row_groups
-                yield from (Unit((file,), k, num_bytes=file.num_bytes // num_groups) for k in range(num_groups))
+                group_bytes = file.num_bytes // max(num_groups, 1)
+                yield from (Unit((file,), k, None, group_bytes, part_bytes) for k in range(num_groups))
             elif file.kind is Kind.JSON_LINES and file.compression is None:
-                for start in range(0, file.num_bytes, PART_BYTES):
-                    stop = min(start + PART_BYTES, file.num_bytes)
-                    yield Unit((file,), start, stop, stop - start)
+                for start in range(0, file.num_bytes, part_bytes):
+                    stop = min(start + part_bytes, file.num_bytes)
+                    yield Unit((file,), start, stop, stop - start, part_bytes)
             else:
-                yield Unit((file,), num_bytes=file.num_bytes)
+                yield Unit((file,), num_bytes=file.num_bytes, part_bytes=part_bytes)
 
 
-def _group_texts(files: Iterable[InputFile]) -> Iterator[Unit]:
+def _group_texts(files: Iterable[InputFile], part_bytes: int) -> Iterator[Unit]:
     group: list[InputFile] = []
     size = 0
     for file in files:
         group.append(file)
         size += file.num_bytes
-        if size >= PART_BYTES or len(group) == ROWS_AT_ONCE:
-            yield Unit(tuple(group), num_bytes=size)
+        if size >= part_bytes or len(group) == ROWS_AT_ONCE:
+            yield Unit(tuple(group), num_bytes=size, part_bytes=part_bytes)
             group, size = [], 0
     if group:
-        yield Unit(tuple(group), num_bytes=size)
+        yield Unit(tuple(group), num_bytes=size, part_bytes=part_bytes)
 
 
 def read_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None) -> Iterator[Part]:
@@ -119,7 +123,7 @@ def read_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], None] 
 
 def _read_json_lines(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
     file = unit.files[0]
-    for number, lines in groupby(_lines(unit, advance), key=lambda line: (line[0] - unit.start) // PART_BYTES):
+    for number, lines in groupby(_lines(unit, advance), key=lambda line: (line[0] - unit.start) // unit.part_bytes):
         yield Part(number, (_parse_line(file, offset, line, options) for offset, line in lines))
 
 
@@ -296,13 +300,18 @@ def _decode(data: bytes, options: ReadOptions, place: str) -> str:
 
 def _read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
     file = unit.files[0]
+    if file.kind is Kind.PARQUET:
+        first_row, batches = _parquet_batches(file, unit.start, options)
+    else:
+        first_row, batches = 0, _arrow_batches(file, options)
+    placed = _placed(_guarded(file, batches), first_row)
+    for number, group in groupby(placed, key=lambda each: each[0] // unit.part_bytes):
+        yield Part(number, _table_rows(file, group, options, advance))
+
+
+def _guarded(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     try:
-        if file.kind is Kind.PARQUET:
-            first_row, batches = _parquet_batches(file, unit.start, options)
-        else:
-            first_row, batches = 0, _arrow_batches(file, options)
-        for number, group in groupby(_placed(batches, first_row), key=lambda placed: placed[0] // PART_BYTES):
-            yield Part(number, _table_rows(file, group, options, advance))
+        yield from batches
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file.name} is cut off or damaged: {error}. Download or write it again.") from None
 
@@ -340,8 +349,11 @@ def _binary(column: pa.Array, name: str, file: InputFile) -> pa.Array:
         column = column.dictionary_decode()
     if column.type not in (pa.string(), pa.large_string(), pa.string_view()):
         raise DataError(f"{file.name}: the column {name!r} holds {column.type}, not text.")
-    column = column.cast(pa.large_binary())
-    column.validate(full=True)
+    try:
+        column = column.cast(pa.large_binary())
+        column.validate(full=True)
+    except pa.ArrowException as error:
+        raise DataError(f"{file.name}: the column {name!r} is damaged: {error}.") from None
     return column
 
 
@@ -356,7 +368,8 @@ def _open_parquet(file: InputFile) -> pq.ParquetFile:
     if file.compression:
         raise DataError(f"{file.name} is a compressed parquet file, which cannot be read in place: decompress it.")
     try:
-        return pq.ParquetFile(file.open() if file.is_remote else file.name)
+        source = file.open() if file.is_remote else file.name
+        return pq.ParquetFile(source, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file.name} is no whole parquet file: {error}. Download or write it again.") from None
 

@@ -15,14 +15,14 @@ from data_tools.assemble import Recipe, assemble
 from data_tools.encode import UnitEncoder
 from data_tools.engines import choose_engine
 from data_tools.inputs import InputFile, find_inputs
-from data_tools.readers import ReadOptions, Unit, plan_units, read_parts
+from data_tools.readers import PART_BYTES, ReadOptions, Unit, plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.work import Advance, PartStore, run_tasks
 from megatrain.data.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest, canonical_json, commit_bytes
 from megatrain.errors import ConfigError
 
 SAMPLE_UNITS = 8
-SAMPLE_CHARACTERS = 1 << 17
+SAMPLE_CHARACTERS = 1 << 16
 DEFAULT_SHARD_TOKENS = 1 << 28
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
@@ -46,6 +46,8 @@ class Effort:
     engine: str
     progress: Progress
     warn: Callable[[str], None]
+    part_bytes: int = PART_BYTES
+    """About how much text is committed at a time."""
 
 
 def tokenize(
@@ -62,23 +64,26 @@ def tokenize(
     command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
     job = hashlib.sha256(canonical_json([command, [[file.name, file.num_bytes] for file in files]])).hexdigest()
     work = out / ".work"
-    if (out / MANIFEST_FILE).exists():
-        manifest = _finished(out, job, files)
-        shutil.rmtree(work, ignore_errors=True)
-        return manifest
+    if (out / MANIFEST_FILE).exists() and not work.exists():
+        return _finished(out, job, files)
     _make_folder(out, work)
     try:
         with FileLock(work / "lock", timeout=0):
-            _join_command(out, work, command)
-            commit_bytes(out / TOKENIZER_FILE, tokenizer.json, scratch=work)
-            units = list(plan_units(files))
-            store = PartStore(work)
-            _encode(units, store, tokenizer, options, effort)
-            recipe = Recipe(tokenizer, {"errors": options.read.errors}, options.shard_tokens, job)
-            manifest = assemble(out, units, store, recipe, effort.num_workers)
+            if (out / MANIFEST_FILE).exists():
+                manifest = _finished(out, job, files)
+            else:
+                _join_command(out, work, command)
+                commit_bytes(out / TOKENIZER_FILE, tokenizer.json, scratch=work)
+                units = list(plan_units(files, effort.part_bytes))
+                _encode(units, PartStore(work), tokenizer, options, effort)
+                recipe = Recipe(tokenizer, {"errors": options.read.errors}, options.shard_tokens, job)
+                with effort.progress(
+                    "write shards", sum(path.stat().st_size for path in work.glob("*.arrow"))
+                ) as advance:
+                    manifest = assemble(out, units, PartStore(work), recipe, effort.num_workers, advance)
+            shutil.rmtree(work)
     except Timeout:
         raise ConfigError(f"Another process is writing {out} just now. Wait for it, or give another --out.") from None
-    shutil.rmtree(work)
     return manifest
 
 

@@ -78,7 +78,7 @@ def run_tasks(
     workers = [_Worker.start(function) for _ in range(num_workers)]
     try:
         for worker in workers:
-            worker.connection.send(waiting.pop())
+            worker.send(waiting.pop())
         busy = {worker.connection: worker for worker in workers}
         while busy:
             for connection in wait(list(busy)):
@@ -89,7 +89,7 @@ def run_tasks(
                 elif kind == "error":
                     raise value
                 elif waiting:
-                    worker.connection.send(waiting.pop())
+                    worker.send(waiting.pop())
                 else:
                     worker.connection.close()
                     del busy[worker.connection]
@@ -115,18 +115,27 @@ class _Worker:
         theirs.close()
         return _Worker(process, ours)
 
+    def send(self, task: object) -> None:
+        try:
+            self.connection.send(task)
+        except ConnectionError:
+            raise self._death() from None
+
     def receive(self) -> tuple[str, Any]:
         try:
             kind, value = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            code = self.process.exitcode or 0
-            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            raise RankError(
-                f"A worker process {cause} in the middle of its work (out of memory?). Nothing half written was kept: "
-                "run the same command again to go on, with fewer --workers if memory was short."
-            ) from None
+        except (EOFError, ConnectionError):
+            raise self._death() from None
         return kind, value
+
+    def _death(self) -> RankError:
+        self.process.join()
+        code = self.process.exitcode or 0
+        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return RankError(
+            f"A worker process {cause} in the middle of its work (out of memory?). Nothing half written was kept: "
+            "run the same command again to go on, with fewer --workers if memory was short."
+        )
 
 
 def _work(function: Callable[[Any, Advance], None], connection: Connection) -> None:

@@ -92,11 +92,12 @@ class Shard:
     document_starts: list[int]
 
     @staticmethod
-    def map(path: Path, dtype: np.dtype[Any], num_documents: int, num_tokens: int, num_bytes: int) -> Shard:
-        """Map a shard and check that its structure is the one the dataset's table promises, or raise DataError."""
+    def read(
+        path: Path, buffer: pa.Buffer, dtype: np.dtype[Any], num_documents: int, num_tokens: int, num_bytes: int
+    ) -> Shard:
+        """Take the views of a mapped shard file; raise DataError if its structure is not what the dataset promises."""
         advice = "Copy the shard again, or tokenize again; `megatrain-data verify` checks the whole dataset."
         try:
-            buffer = pa.memory_map(str(path)).read_buffer()
             if buffer.size != num_bytes:
                 raise DataError(f"{path} has {buffer.size} bytes where the dataset says {num_bytes}. {advice}")
             reader = pa.ipc.open_file(buffer)
@@ -184,12 +185,21 @@ class Dataset:
         """Number of shard files."""
         return self.manifest.num_shards
 
+    def shard_rows(self) -> list[dict[str, int]]:
+        """For each shard its documents, tokens and bytes on disk."""
+        columns = [column.tolist() for column in self._columns.values()]
+        return [dict(zip(self._columns, row, strict=True)) for row in zip(*columns, strict=True)]
+
     def shard(self, index: int) -> Shard:
         """Shard number `index`, mapped. At most MAX_MAPPED_SHARDS stay mapped, the oldest goes first."""
         shard = self._mapped.get(index)
         if shard is None:
-            documents, tokens, size = (int(column[index]) for column in self._columns.values())
-            shard = Shard.map(self.path / shard_name(index), self.dtype, documents, tokens, size)
+            path = self.path / shard_name(index)
+            try:
+                buffer = pa.memory_map(str(path)).read_buffer()
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error}. Copy it again, or tokenize again.") from None
+            shard = Shard.read(path, buffer, self.dtype, *(int(column[index]) for column in self._columns.values()))
             # Two threads may both map it, which is harmless; single dict operations need no lock.
             self._mapped[index] = shard
             for oldest in list(self._mapped)[:-MAX_MAPPED_SHARDS]:

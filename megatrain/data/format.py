@@ -37,6 +37,8 @@ SHARD_TABLE_FILE = "shards.arrow"
 BATCH_TOKENS = 1 << 20
 """A document belongs to record batch (its first token's place in the shard) // BATCH_TOKENS."""
 
+MAX_MANIFEST_BYTES = 1 << 20
+
 SHARD_TABLE_SCHEMA = pa.schema(
     [
         pa.field("documents", pa.int64(), nullable=False),
@@ -161,11 +163,13 @@ class Manifest:
         Raises DataError where the folder is missing, is no dataset, or its manifest is not what was written.
         """
         path = folder / MANIFEST_FILE
+        broken = f"{path} is damaged or is no megatrain manifest"
         try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise DataError(f"{broken}: it is far too long. Copy it again, or tokenize again.")
             data = path.read_bytes()
         except OSError as error:
             raise DataError(_not_a_dataset(folder, error)) from None
-        broken = f"{path} is damaged or is no megatrain manifest"
         try:
             body = orjson.loads(data)
         except orjson.JSONDecodeError as error:
