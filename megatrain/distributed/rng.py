@@ -53,8 +53,8 @@ def bits_32(key: int, sample_ids_B: Tensor, shape: Sequence[int], offsets: Seque
     """32 random bits (int32) for each element of a tensor of ``shape``, whose first dimension is the samples.
 
     An element's bits depend on ``key``, its sample's id, and its index in each further dimension plus that dimension's
-    entry of ``offsets`` (where a rank holds a slice), on nothing else. All but the last dimension are hashed in 64 bits;
-    the last one, where the cost is, in 32 by the finalizer "lowbias32" (C. Wellons, hash-prospector).
+    entry of ``offsets`` (where a rank holds a slice), on nothing else. All but the last dimension are hashed in 64
+    bits; the last one, where the cost is, in 32 by the finalizer "lowbias32" (C. Wellons, hash-prospector).
     """
     device = sample_ids_B.device
     rows = bits_64(key, sample_ids_B)

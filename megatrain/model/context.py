@@ -1,6 +1,6 @@
-"""What a decoder layer needs to know of the tokens besides their activations; made once a forward, shared by all layers.
+"""What a decoder layer needs to know of its tokens, besides activations; made once a forward, shared by all layers.
 
-B: sequences, T: tokens, S: tokens that may be attended to, H: query heads, G: key-value heads, D: head dimension.
+B: sequences, T: tokens, S: tokens seen so far, G: key-value heads, D: head dimension.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class KeyValueCache:
 
     def update(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values behind the old ones; return all of them, [B, S, G, D] each."""
+        if self.length and k_BTGD.shape[1] > 1:
+            raise ValueError("after the prompt a cache takes one token at a time")
         stored = self._layers[layer]
         if stored is None:
             shape = (k_BTGD.shape[0], self.capacity, *k_BTGD.shape[2:])
@@ -44,9 +46,8 @@ class Context(NamedTuple):
     """Beside ``positions_BT``, ``document_ids_BT`` and ``sample_ids_B`` (see Batch), what follows from them.
 
     ``rotary``: cosines and sines of the positions, where the family rotates.
-    ``mask_B1TS``: bool, True where a query may see a key; None: all up to itself.
-    ``document_starts``: int32, where each document starts in the B*T tokens laid end to end, and B*T; used in place of
-    the mask where the device has attention over sequences of unequal length.
+    ``document_starts``: int32, where each document starts in the B*T tokens laid end to end, and B*T; None where the
+    device has no attention over sequences of unequal length.
     ``cache``: keys and values of earlier tokens; None while training.
     """
 
@@ -54,7 +55,6 @@ class Context(NamedTuple):
     document_ids_BT: Tensor | None = None
     sample_ids_B: Tensor | None = None
     rotary: Rotary | None = None
-    mask_B1TS: Tensor | None = None
     document_starts: Tensor | None = None
     cache: KeyValueCache | None = None
 
@@ -75,26 +75,15 @@ class ContextBuilder:
     ) -> Context:
         """The context of a forward in ``dtype``."""
         rotary = self._rotary_embedding(positions_BT, dtype) if self._rotary_embedding else None
-        mask_B1TS, starts = None, None
-        if document_ids_BT is not None:
-            if has_variable_length_attention(positions_BT.device, dtype):
-                starts = document_starts(document_ids_BT)
-            else:
-                mask_B1TS = document_mask(document_ids_BT)
-        elif cache is not None and cache.length and positions_BT.shape[1] > 1:
-            mask_B1TS = _continuation_mask(positions_BT.shape[1], cache.length, positions_BT.device)
-        return Context(positions_BT, document_ids_BT, sample_ids_B, rotary, mask_B1TS, starts, cache)
+        starts = None
+        if document_ids_BT is not None and has_variable_length_attention(positions_BT.device, dtype):
+            starts = document_starts(document_ids_BT)
+        return Context(positions_BT, document_ids_BT, sample_ids_B, rotary, starts, cache)
 
 
 def has_variable_length_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention over documents needs no dense mask: flash attention, so CUDA and half precision."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-
-
-def document_mask(document_ids_BT: Tensor) -> Tensor:
-    """[B, 1, T, T], True where the key is in the query's document and not after it."""
-    same_BTS = document_ids_BT.unsqueeze(2) == document_ids_BT.unsqueeze(1)
-    return same_BTS.tril_().unsqueeze(1)
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:
@@ -103,9 +92,3 @@ def document_starts(document_ids_BT: Tensor) -> Tensor:
     is_start_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     starts = is_start_BT.flatten().nonzero().flatten().to(torch.int32)
     return torch.nn.functional.pad(starts, (0, 1), value=document_ids_BT.numel())
-
-
-def _continuation_mask(num_tokens: int, num_cached: int, device: torch.device) -> Tensor:
-    # New tokens see all cached ones, and each other causally.
-    mask_TS = torch.ones(num_tokens, num_cached + num_tokens, dtype=torch.bool, device=device)
-    return mask_TS.tril_(num_cached)[None, None]

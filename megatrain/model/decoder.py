@@ -6,14 +6,16 @@ B: sequences, T: tokens, C: channels, V: vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from megatrain.batch import Batch
 from megatrain.model.context import Context, ContextBuilder
+from megatrain.model.embedding import TokenEmbedding
 from megatrain.model.families import LayerSpec, build_layers, family_of
+from megatrain.model.loss import OutputHead
 
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
@@ -38,18 +40,17 @@ class Decoder(nn.Module):
     def tie_weights(self) -> None:
         """Let head and token embedding share one parameter, where the config says so; again after replacing either."""
         if self.config.tie_word_embeddings:
-            self.get_submodule(self.head_name).weight = self.get_submodule(self.body_names[0]).weight
+            self.head.weight = cast(TokenEmbedding, self.get_submodule(self.body_names[0])).weight
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy (nats) over the batch's scored targets: an fp32 scalar."""
         context = self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
-        x_BTC = self.hidden(batch.tokens_BT, context)
-        loss = self.get_submodule(self.head_name).loss_sum(x_BTC, batch.targets_BT, batch.loss_mask_BT)
-        return loss  # type: ignore[no-any-return, operator]
+        return self.head.loss_sum(self.hidden(batch.tokens_BT, context), batch.targets_BT, batch.loss_mask_BT)
 
     def logits(self, tokens_BT: Tensor, context: Context) -> Tensor:
         """[B, T, V], in the type of the weights."""
-        return self.get_submodule(self.head_name)(self.hidden(tokens_BT, context))  # type: ignore[no-any-return]
+        logits_BTV: Tensor = self.head(self.hidden(tokens_BT, context))
+        return logits_BTV
 
     def hidden(self, tokens_BT: Tensor, context: Context) -> Tensor:
         """Activations before the head, [B, T, C]."""
@@ -59,9 +60,19 @@ class Decoder(nn.Module):
         return x
 
     @property
+    def head(self) -> OutputHead:
+        """The output head, or what a parallel layout put in its place."""
+        return cast(OutputHead, self.get_submodule(self.head_name))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type the decoder computes in: that of its weights."""
         return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
 
 def attach_layers(parent: nn.Module, specs: Sequence[LayerSpec]) -> None:

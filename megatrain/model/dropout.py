@@ -10,8 +10,8 @@ from megatrain.distributed import rng
 class Dropout(nn.Module):
     """Drops by a hash of (seed, ``site``, sample, index of the element within the sample): see ``distributed.rng``.
 
-    ``offsets``: where the tensor starts in each dimension after the first, (token, channel) of activations, (head, query,
-    key) of attention probabilities. Zero but where a parallel layout gives a rank a slice, and sets them.
+    ``offsets``: where the tensor starts in each dimension after the first, (token, channel) of activations, (head,
+    query, key) of attention probabilities. Zero but where a parallel layout gives a rank a slice, and sets them.
     """
 
     def __init__(self, probability: float, seed: int, site: str, num_offsets: int = 2) -> None:
@@ -27,12 +27,18 @@ class Dropout(nn.Module):
         return self.training and self.probability > 0.0
 
     def forward(self, x: Tensor, sample_ids_B: Tensor | None) -> Tensor:
-        """``x`` with its first dimension over the samples ``sample_ids_B``."""
-        if not self.is_active:
-            return x
+        """``x``, or where dropout is active :meth:`drop` of it."""
+        return self.drop(x, sample_ids_B) if self.is_active else x
+
+    def drop(self, x: Tensor, sample_ids_B: Tensor | None, first_row: int = 0) -> Tensor:
+        """Drop, whatever the mode. ``x``: first dimension the samples; its rows (last dimension but one) may be a part.
+
+        ``first_row``: index of the first of them. Called again with the same arguments it drops the same elements.
+        """
         if sample_ids_B is None:
             raise ValueError(f"dropout at {self.site} needs the ids of the samples")
-        return rng.dropout(x, self.probability, self._key, sample_ids_B, self.offsets)
+        offsets = (*self.offsets[:-2], self.offsets[-2] + first_row, self.offsets[-1])
+        return rng.dropout(x, self.probability, self._key, sample_ids_B, offsets)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -58,9 +58,9 @@ class Split:
 class Family:
     """What is particular to a family.
 
-    ``build_layers``: config and seed of dropout to the ordered stack. ``splits``: last parts of a module's name to how it is
-    cut; what is not listed is whole on every rank. ``residual_projections``: the modules that write to the residual
-    stream. ``rotates``: positions enter by rotation of queries and keys.
+    ``build_layers``: config and seed of dropout to the ordered stack. ``splits``: last parts of a module's name to how
+    it is cut; what is not listed is whole on every rank. ``residual_projections``: the modules that write to the
+    residual stream. ``rotates``: positions enter by rotation of queries and keys.
     """
 
     build_layers: Callable[[ModelConfig, int], list[LayerSpec]]
@@ -83,7 +83,7 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def vocab_size(config: ModelConfig) -> int:
+def required_vocab_size(config: ModelConfig) -> int:
     """The vocabulary's size, which by now must be known."""
     if config.vocab_size is None:
         raise ValueError("model.vocab_size is to be taken from the dataset before a model is built")
@@ -91,7 +91,7 @@ def vocab_size(config: ModelConfig) -> int:
 
 
 def _llama_layers(config: ModelConfig, seed: int) -> list[LayerSpec]:
-    vocab, size = vocab_size(config), config.hidden_size
+    vocab, size = required_vocab_size(config), config.hidden_size
 
     def embedding() -> nn.Module:
         return TokenEmbedding(vocab, size, Dropout(config.hidden_dropout, seed, "model.embed_tokens"))
@@ -109,7 +109,7 @@ def _llama_layers(config: ModelConfig, seed: int) -> list[LayerSpec]:
 
 
 def _gpt2_layers(config: ModelConfig, seed: int) -> list[LayerSpec]:
-    vocab, size = vocab_size(config), config.hidden_size
+    vocab, size = required_vocab_size(config), config.hidden_size
 
     def positions() -> nn.Module:
         dropout = Dropout(config.hidden_dropout, seed, "transformer.wpe")

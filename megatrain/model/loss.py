@@ -29,15 +29,16 @@ class OutputHead(nn.Module):
     def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
         """Sum over the scored targets of their cross-entropy in nats: an fp32 scalar."""
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
-        loss = LinearCrossEntropy.apply(x_BTC.flatten(0, 1), self.weight, targets_BT.flatten(), mask_N)
-        return loss  # type: ignore[no-any-return]
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+        loss: Tensor = _LinearCrossEntropy.apply(x_NC, self.weight, targets_N, mask_N)  # type: ignore[no-untyped-call]
+        return loss
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy in one: sum over n of logsumexp(x_n W^T) - (x_n W^T)[target_n].
 
-    The logits exist once, in the type of the weights, and their gradient (softmax minus one-hot) replaces them in place;
-    the softmax itself is computed in fp32, a few rows at a time.
+    The logits exist once, in the type of the weights, and their gradient (softmax minus one-hot) replaces them in
+    place; the softmax itself is computed in fp32, a few rows at a time.
     """
 
     @staticmethod
@@ -58,7 +59,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_NC, weight_VC, grad_NV = ctx.saved_tensors
         # The scale goes to the small factors, before the sum over tokens: in fp16 that sum might overflow without it.
         scale = grad.to(x_NC.dtype)

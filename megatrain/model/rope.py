@@ -23,7 +23,7 @@ class Rotary(NamedTuple):
 
 
 class RotaryEmbedding:
-    """Positions to cosines and sines. No module: neither a cast of the weights nor a meta device may touch its angles."""
+    """Positions to cosines and sines. No module: no cast of the weights may touch its angles."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._inverse_frequencies = {torch.device("cpu"): inverse_frequencies(config)}
@@ -53,7 +53,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 def _scale_llama3(frequencies_E: Tensor, scaling: Any) -> Tensor:
     """Llama 3.1's: long wavelengths are stretched by ``factor``, short ones kept, those between interpolated.
 
-    Operation by operation that of transformers (``_compute_llama3_parameters``), so that the figures are equal in all bits.
+    Operation by operation that of transformers (``_compute_llama3_parameters``), so that all bits are equal.
     """
     original = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -74,7 +74,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x_BTHD, cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(grad_BTHD, cos, sin, -1.0), None, None
 
@@ -90,4 +90,5 @@ def _rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tenso
 
 def rotate(x_BTHD: Tensor, rotary: Rotary) -> Tensor:
     """Queries or keys, rotated by the angle of their position."""
-    return _Rotate.apply(x_BTHD, rotary.cos_BT1E, rotary.sin_BT1E)  # type: ignore[no-any-return, no-untyped-call]
+    out: Tensor = _Rotate.apply(x_BTHD, rotary.cos_BT1E, rotary.sin_BT1E)  # type: ignore[no-untyped-call]
+    return out

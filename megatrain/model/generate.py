@@ -1,0 +1,107 @@
+"""Sampling from a decoder on one device, token by token, with a cache of keys and values.
+
+B: sequences (one here), T: tokens, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatrain.errors import ConfigError
+from megatrain.model.context import KeyValueCache
+from megatrain.model.decoder import Decoder
+from megatrain.model.families import required_vocab_size
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: the likeliest at ``temperature`` 0, else at random in the order the fields stand here.
+
+    ``top_k``: among the k likeliest; ``top_p``: among the likeliest whose probabilities just reach p (Holtzman et al.
+    2020). None: among all.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def choose(self, logits_V: Tensor, generator: torch.Generator) -> int:
+        """An id, for fp32 logits."""
+        if self.temperature == 0.0:
+            return int(logits_V.argmax())
+        sorted_V, ids_V = (logits_V / self.temperature).sort(descending=True)
+        if self.top_k is not None:
+            sorted_V, ids_V = sorted_V[: self.top_k], ids_V[: self.top_k]
+        probabilities_V = sorted_V.softmax(-1)
+        if self.top_p is not None:
+            before_V = probabilities_V.cumsum(-1) - probabilities_V
+            probabilities_V = probabilities_V.where(before_V < self.top_p, 0.0)
+        return int(ids_V[torch.multinomial(probabilities_V.cpu(), 1, generator=generator)])
+
+
+def generate(
+    model: Decoder,
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[int]:
+    """Yield new tokens one by one, up to ``max_new_tokens``, or up to and without ``eos_id``.
+
+    The model is to be in evaluation mode. Ids from ``vocab_size`` on (the tokenizer's; None: the model's) are never
+    chosen. The same arguments give the same tokens. Raises ConfigError, at once, for an empty prompt, an id out of
+    range, or more tokens than the model has positions.
+    """
+    limit = model.config.max_position_embeddings
+    model_ids = required_vocab_size(model.config)
+    num_ids = model_ids if vocab_size is None else min(vocab_size, model_ids)
+    if not tokens:
+        raise ConfigError("The prompt is empty: give at least one token to go on from.")
+    if not all(0 <= token < num_ids for token in tokens):
+        raise ConfigError(f"The prompt has token ids outside of 0 to {num_ids - 1}: was it made by another tokenizer?")
+    if len(tokens) + max_new_tokens > limit:
+        raise ConfigError(
+            f"The prompt's {len(tokens)} tokens and {max_new_tokens} new ones are more than the model's {limit} "
+            f"positions (model.max_position_embeddings): ask for at most {max(0, limit - len(tokens))} new tokens, "
+            "or shorten the prompt."
+        )
+    return _stream(model, tokens, max_new_tokens, sampling, seed, eos_id, num_ids)
+
+
+def _stream(
+    model: Decoder,
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    eos_id: int | None,
+    num_ids: int,
+) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)
+    cache = KeyValueCache(model.config.num_hidden_layers, len(tokens) + max_new_tokens)
+    new = list(tokens)
+    for _ in range(max_new_tokens):
+        token = sampling.choose(next_logits(model, new, cache)[:num_ids], generator)
+        if token == eos_id:
+            return
+        yield token
+        new = [token]
+
+
+@torch.inference_mode()
+def next_logits(model: Decoder, tokens: Sequence[int], cache: KeyValueCache) -> Tensor:
+    """fp32 logits [V] of the token after ``tokens``, which follow those in the cache and join them there."""
+    device = model.device
+    tokens_BT = torch.tensor([list(tokens)], device=device)
+    positions_BT = torch.arange(cache.length, cache.length + len(tokens), device=device).unsqueeze(0)
+    context = model.make_context(positions_BT, None, None, model.dtype, cache)
+    x_BTC = model.hidden(tokens_BT, context)
+    cache.advance(len(tokens))
+    logits_V: Tensor = model.head(x_BTC[:, -1:])[0, 0].float()
+    return logits_V
