@@ -60,6 +60,11 @@ class Placement:
         shape[self.dim] = sum(box.extent[self.dim] for box in self.boxes) + self.padding
         return tuple(shape)
 
+    @property
+    def local_numel(self) -> int:
+        """Elements of the rank's parameter, padding included."""
+        return math.prod(self.local_shape)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -1,0 +1,95 @@
+"""manifest.json: what a checkpoint is, and which files it has. Its appearance makes the checkpoint exist."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import orjson
+import xxhash
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, field_validator
+
+from megatrain.checkpoint.pieces import Written
+from megatrain.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_MAX_BYTES = 64 << 20
+
+
+class FileEntry(BaseModel):
+    """A file of the checkpoint. ``checksum``: xxh3-128; of a ``.safetensors`` file, that of its header and block table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    file: str
+    bytes: NonNegativeInt
+    checksum: str
+
+    @field_validator("file")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if PurePosixPath(name).name != name or name in {"", ".", ".."} or "\0" in name:
+            raise ValueError("a file's name must be plain, without a folder")
+        return name
+
+    @property
+    def written(self) -> Written:
+        """The same, as the piece files know it."""
+        return Written(self.file, self.bytes, self.checksum)
+
+
+class Manifest(BaseModel):
+    """The contents of manifest.json.
+
+    ``layout``: the degrees and the ZeRO stage it was written under (for the curious; loading does not depend on it).
+    ``state``: what the trainer needs to go on, besides tensors. ``config``: the resolved config of the run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format_version: int = FORMAT_VERSION
+    step: NonNegativeInt
+    tokens: NonNegativeInt
+    parameters: NonNegativeInt
+    layout: dict[str, int | str | bool]
+    state: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    files: tuple[FileEntry, ...]
+
+    def encode(self) -> bytes:
+        """The bytes of manifest.json; its last key is the checksum of what comes before."""
+        body = self.model_dump(mode="json")
+        checksum = xxhash.xxh3_128(orjson.dumps(body)).hexdigest()
+        return orjson.dumps({**body, "checksum": checksum}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint folder. Raises CheckpointError naming it."""
+    path = folder / MANIFEST
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+    if len(text) > _MAX_BYTES:
+        raise CheckpointError(f"{path} is larger than any manifest ({_MAX_BYTES >> 20} MiB).")
+    try:
+        body = orjson.loads(text)
+        checksum = body.pop("checksum")
+        if type(body) is not dict or xxhash.xxh3_128(orjson.dumps(body)).hexdigest() != checksum:
+            raise CheckpointError(f"{path} is not what was written: its checksum does not match.")
+        if body.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {body.get('format_version')!r}; this megatrain reads {FORMAT_VERSION}."
+            )
+        manifest = Manifest.model_validate_json(orjson.dumps(body))
+    except (orjson.JSONDecodeError, ValidationError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a manifest: {str(error).splitlines()[0]}.") from None
+    if text != manifest.encode():
+        raise CheckpointError(f"{path} is not what was written: a byte outside of its values has changed.")
+    return manifest

@@ -1,0 +1,263 @@
+"""The file a rank writes: a plain safetensors file whose header also says where each piece lies in the whole.
+
+Bytes: [8: length of the header] [header, JSON] [data] [block table]. Each tensor of the file is one piece, flat. The
+header's ``__metadata__`` holds ``pieces``, a JSON table ``{key: [name, kind, global shape, box offset, box extent,
+start]}``. The last tensor, ``__blocks__``, is the xxh3-128 digest of each 16 MiB block of the data before it, so that
+a range can be checked as it is read. The file's checksum (in the manifest) is the xxh3-128 of header and block table:
+it vouches for the table, and the table for the data. The file is written front to back, each byte once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatrain.distributed.fragment import Box, Fragment, Piece, copy_overlap
+from megatrain.errors import CheckpointError
+
+BLOCK_BYTES = 16 << 20
+BLOCKS_KEY = "__blocks__"
+FORMAT = "megatrain-pieces-1"
+_DIGEST_BYTES = 16
+_MAX_HEADER_BYTES = 1 << 28
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """One entry of a file's table. ``begin``: its first byte, from the start of the data."""
+
+    piece: Piece
+    kind: str
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the piece's data."""
+        return self.piece.length * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file became: its size, and the checksum that vouches for all of it."""
+
+    file: str
+    bytes: int
+    checksum: str
+
+
+def write_pieces(path: Path, fragments: Sequence[Fragment]) -> Written:
+    """Write ``fragments`` to a new file at ``path`` and wait until the disk has it.
+
+    The fragments' data must not change meanwhile. Raises OSError, having left what it could write: the caller removes it.
+    """
+    header = _encode_header(fragments)
+    digests = bytearray()
+    block = xxhash.xxh3_128()
+    room = BLOCK_BYTES
+    with path.open("xb", buffering=0) as file:
+        _write_all(file.fileno(), memoryview(header))
+        for fragment in fragments:
+            data = _bytes_of(fragment.data)
+            while data:
+                part, data = data[:room], data[room:]
+                _write_all(file.fileno(), part)
+                block.update(part)
+                room -= len(part)
+                if not room:
+                    digests += block.digest()
+                    block, room = xxhash.xxh3_128(), BLOCK_BYTES
+        if room < BLOCK_BYTES:
+            digests += block.digest()
+        _write_all(file.fileno(), memoryview(digests))
+        os.fsync(file.fileno())
+        size = file.tell()
+    return Written(path.name, size, xxhash.xxh3_128(header + bytes(digests)).hexdigest())
+
+
+def read_written(path: Path) -> Written:
+    """What ``write_pieces`` returned for a file, from the file's header and block table alone. Raises OSError, or
+    CheckpointError where it is no file of pieces."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path}: its header's length is impossible.")
+        head = length.to_bytes(8, "little") + file.read(length)
+        begin, end = orjson.loads(head[8:])[BLOCKS_KEY]["data_offsets"]
+        file.seek(len(head) + begin)
+        table = file.read(end - begin)
+    return Written(path.name, size, xxhash.xxh3_128(head + table).hexdigest())
+
+
+class PieceFile:
+    """A file of pieces, mapped into memory; every block is checked the first time it is read.
+
+    Opening checks the header and the block table against ``written``. Nothing in the file is trusted further than it
+    has been checked: lengths are compared with the file's before anything is allocated. Raises CheckpointError naming
+    the file.
+    """
+
+    def __init__(self, folder: Path, written: Written) -> None:
+        self.path = folder / written.file
+        self._bytes = self._map(written)
+        length = int.from_bytes(self._bytes[:8].tobytes(), "little")
+        if length > min(_MAX_HEADER_BYTES, written.bytes - 8):
+            raise self._damaged("its header's length is impossible")
+        self._data_begin = 8 + length
+        head = self._bytes[: self._data_begin].tobytes()
+        try:
+            self.pieces, data_bytes = _decode_header(orjson.loads(head[8:]))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise self._damaged(f"its header cannot be read ({error})") from None
+        num_blocks = -(-data_bytes // BLOCK_BYTES)
+        if self._data_begin + data_bytes + num_blocks * _DIGEST_BYTES != written.bytes:
+            raise self._damaged("its parts do not add up to its size")
+        table = self._bytes[self._data_begin + data_bytes :].tobytes()
+        if xxhash.xxh3_128(head + table).hexdigest() != written.checksum:
+            raise self._damaged("its header or block table does not match the manifest's checksum")
+        self._data = self._bytes[self._data_begin : self._data_begin + data_bytes]
+        self._table = table
+        self._checked = np.zeros(num_blocks, dtype=bool)
+
+    def read(self, stored: StoredPiece) -> NDArray[Any]:
+        """The data of one of ``pieces``, flat, as a view of the mapped file (bfloat16 as its uint16 bit patterns)."""
+        end = stored.begin + stored.num_bytes
+        self.check(stored.begin, end)
+        return self._data[stored.begin : end].view(_numpy_dtype(stored.dtype))
+
+    def check(self, begin: int = 0, end: int | None = None) -> None:
+        """Compare the blocks behind data bytes [begin, end) with the block table, those not yet checked."""
+        end = self._data.size if end is None else end
+        for block in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
+            if self._checked[block]:
+                continue
+            first = block * BLOCK_BYTES
+            digest = xxhash.xxh3_128(self._data[first : first + BLOCK_BYTES].data).digest()
+            if digest != self._table[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES]:
+                last = min(first + BLOCK_BYTES, self._data.size)
+                place = f"{self._data_begin + first} to {self._data_begin + last}"
+                raise self._damaged(f"bytes {place} are not what was written")
+            self._checked[block] = True
+
+    def _map(self, written: Written) -> NDArray[np.uint8]:
+        try:
+            size = self.path.stat().st_size
+            if size != written.bytes:
+                raise self._damaged(f"it has {size:,} bytes instead of {written.bytes:,}")
+            if size < 8:
+                raise self._damaged("it is too short to be one of pieces")
+            mapped: NDArray[np.uint8] = np.memmap(self.path, dtype=np.uint8, mode="r")
+            return mapped
+        except FileNotFoundError:
+            raise self._damaged("it is missing") from None
+        except OSError as error:
+            raise self._damaged(f"it cannot be read ({error.strerror})") from None
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}.")
+
+
+def copy_into(target: Tensor, wanted: Piece, file: PieceFile, stored: StoredPiece) -> int:
+    """Copy what ``stored`` holds of ``wanted`` into ``target`` (1-D, on the CPU); the number of elements copied.
+
+    A type other than the target's is converted, as ``Tensor.to`` does.
+    """
+    if not _may_overlap(wanted, stored.piece):
+        return 0
+    source = file.read(stored)
+    if stored.dtype == target.dtype:
+        bits = target.view(torch.uint16) if _is_bits(target.dtype) else target
+        return copy_overlap(bits.numpy(), wanted, source, stored.piece)
+    converted = torch.from_numpy(source.copy()).view(stored.dtype).to(target.dtype)
+    return copy_overlap(target.numpy(), wanted, converted.numpy(), stored.piece)
+
+
+def _may_overlap(wanted: Piece, held: Piece) -> bool:
+    if wanted.box == held.box:
+        return wanted.start < held.stop and held.start < wanted.stop
+    return all(
+        x < y + m and y < x + n
+        for x, n, y, m in zip(wanted.box.offset, wanted.box.extent, held.box.offset, held.box.extent, strict=True)
+    )
+
+
+def _encode_header(fragments: Sequence[Fragment]) -> bytes:
+    table: dict[str, list[Any]] = {}
+    tensors: dict[str, Any] = {}
+    begin = 0
+    for number, (piece, kind, data) in enumerate(fragments):
+        if data.numel() != piece.length:
+            raise ValueError(f"{piece.name} {kind}: {data.numel()} elements for a piece of {piece.length}")
+        key = f"{piece.name}:{kind}:{number}"
+        table[key] = [piece.name, kind, piece.global_shape, piece.box.offset, piece.box.extent, piece.start]
+        end = begin + data.numel() * data.element_size()
+        tensors[key] = {"dtype": _CODES[data.dtype], "shape": [piece.length], "data_offsets": [begin, end]}
+        begin = end
+    table_bytes = -(-begin // BLOCK_BYTES) * _DIGEST_BYTES
+    tensors[BLOCKS_KEY] = {"dtype": "U8", "shape": [table_bytes], "data_offsets": [begin, begin + table_bytes]}
+    metadata = {"format": FORMAT, "block_bytes": str(BLOCK_BYTES), "pieces": orjson.dumps(table).decode()}
+    text = orjson.dumps({"__metadata__": metadata, **tensors})
+    text += b" " * (-(len(text) + 8) % 64)  # data aligned for every element type
+    return len(text).to_bytes(8, "little") + text
+
+
+def _decode_header(header: dict[str, Any]) -> tuple[list[StoredPiece], int]:
+    metadata = header["__metadata__"]
+    if metadata["format"] != FORMAT or metadata["block_bytes"] != str(BLOCK_BYTES):
+        raise ValueError(f"format {metadata['format']!r} is not {FORMAT!r}")
+    pieces = []
+    expected = 0
+    for key, (name, kind, shape, offset, extent, start) in orjson.loads(metadata["pieces"]).items():
+        entry = header[key]
+        dtype = _DTYPES[entry["dtype"]]
+        begin, end = entry["data_offsets"]
+        length = (end - begin) // dtype.itemsize
+        box = Box(tuple(offset), tuple(extent))
+        inside = len(shape) == len(offset) == len(extent) and all(
+            0 <= o and 0 < n and o + n <= size for o, n, size in zip(offset, extent, shape, strict=True)
+        )
+        if begin != expected or end < begin or not inside or not 0 <= start <= start + length <= box.numel:
+            raise ValueError(f"the piece {key!r} lies outside of its tensor or its file")
+        pieces.append(StoredPiece(Piece(name, tuple(shape), box, start, length), kind, dtype, begin))
+        expected = end
+    if header[BLOCKS_KEY]["data_offsets"][0] != expected:
+        raise ValueError("the block table is not where the data ends")
+    return pieces, expected
+
+
+def _is_bits(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype("<u2") if _is_bits(dtype) else torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _bytes_of(data: Tensor) -> memoryview:
+    flat = data.detach().to("cpu").contiguous().view(torch.uint8)
+    return flat.numpy().data
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

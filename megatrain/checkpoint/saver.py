@@ -1,0 +1,147 @@
+"""One rank's part in saving: copy in memory, write in the background, and agree with the others before it counts.
+
+All ranks go through the same states at the same steps, because each change follows from votes that were summed over all
+of them: idle, writing (until every rank has written or failed), committing (rank 0 lets the checkpoint appear), idle.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.manifest import FileEntry, Manifest
+from megatrain.checkpoint.pieces import Written, read_written, write_pieces
+from megatrain.checkpoint.store import CheckpointStore, add_file
+from megatrain.distributed.fragment import Fragment
+from megatrain.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class Votes(NamedTuple):
+    """What a rank has to say of the save under way, or the sums of that over all ranks."""
+
+    written: float = 0.0
+    failed: float = 0.0
+    committed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended. ``path``: where the checkpoint is, None if it failed. ``stall_seconds``: training stood still
+    for the copy; ``seconds``: from the copy to the commit."""
+
+    step: int
+    path: Path | None
+    stall_seconds: float
+    seconds: float
+
+
+class CheckpointSaver:
+    """Saves this rank's fragments into ``rank-00000.safetensors`` of a checkpoint."""
+
+    def __init__(self, store: CheckpointStore, rank: int, world_size: int, keep: int) -> None:
+        self._store, self._rank, self._world_size, self._keep = store, rank, world_size, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._state: Literal["idle", "writing", "committing"] = "idle"
+        self._future: Future[Any] | None = None
+        self._copies: dict[tuple[str, str, int, int], Tensor] = {}
+        self._manifest: Callable[[Sequence[FileEntry]], Manifest] | None = None
+        self._files: tuple[tuple[str, bytes], ...] = ()
+        self._step, self._began, self._stall = 0, 0.0, 0.0
+        self.problem: str | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way: the same on all ranks."""
+        return self._state != "idle"
+
+    def begin(
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        manifest: Callable[[Sequence[FileEntry]], Manifest],
+        files: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        """Copy the fragments in memory and start to write them. ``manifest`` and the small ``files`` are rank 0's part."""
+        assert not self.is_busy
+        self._began = time.perf_counter()
+        copies = [self._copy(fragment) for fragment in fragments]
+        self._stall = time.perf_counter() - self._began
+        self._step, self._manifest, self._files, self._state, self.problem = step, manifest, tuple(files), "writing", None
+        self._future = self._thread.submit(self._write, copies)
+
+    def votes(self, wait: bool = False) -> Votes:
+        """What this rank has to say now; with ``wait``, once its part is done."""
+        if self._future is None or not (wait or self._future.done()):
+            return Votes()
+        error = self._future.exception()
+        if error is not None:
+            if not isinstance(error, (OSError, CheckpointError)):
+                raise error
+            self.problem = _describe(error)
+            return Votes(failed=1.0)
+        return Votes(written=1.0) if self._state == "writing" else Votes(committed=1.0)
+
+    def settle(self, total: Votes) -> Outcome | None:
+        """Act on the votes of all ranks; how the save ended, once it has."""
+        if self._state == "writing" and total.written + total.failed == self._world_size:
+            if total.failed:
+                return self._end(None)
+            self._state = "committing"
+            self._future = self._thread.submit(self._commit) if self._rank == 0 else None
+        elif self._state == "committing" and total.failed:
+            return self._end(None)
+        elif self._state == "committing" and total.committed:
+            return self._end(self._store.finished(self._step))
+        return None
+
+    def close(self) -> None:
+        """Stop the thread, once it has written what it is writing."""
+        self._thread.shutdown(wait=True)
+
+    def _end(self, path: Path | None) -> Outcome:
+        self._state, self._future = "idle", None
+        if path is None and self._rank == 0:
+            self._store.abandon(self._step)
+        return Outcome(self._step, path, self._stall, time.perf_counter() - self._began)
+
+    def _copy(self, fragment: Fragment) -> Fragment:
+        key = (fragment.piece.name, fragment.kind, fragment.piece.start, fragment.piece.length)
+        if key not in self._copies:
+            self._copies[key] = torch.empty(
+                fragment.data.shape, dtype=fragment.data.dtype, pin_memory=fragment.data.is_cuda
+            )
+        return fragment._replace(data=self._copies[key].copy_(fragment.data))
+
+    def _write(self, fragments: Sequence[Fragment]) -> None:
+        folder = self._store.begin(self._step)
+        write_pieces(folder / rank_file(self._rank), fragments)
+
+    def _commit(self) -> None:
+        assert self._manifest is not None
+        folder = self._store.unfinished(self._step)
+        written = [read_written(folder / rank_file(rank)) for rank in range(self._world_size)]
+        entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
+        entries += [add_file(folder, name, content) for name, content in self._files]
+        self._store.commit(self._manifest(entries))
+        self._store.prune(self._keep)
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _describe(error: OSError | CheckpointError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file of the checkpoint'}: {error.strerror or error}"
+    return str(error)

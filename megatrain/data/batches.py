@@ -1,0 +1,184 @@
+"""Datasets to micro-batches: the share of one data rank in the k-th global batch, and in an evaluation.
+
+B: sequences, T: tokens in a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatrain.batch import Batch
+from megatrain.data.dataset import Dataset
+from megatrain.data.order import DataOrder
+from megatrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A dataset cut every ``seq_len`` tokens: window k's inputs are tokens [kL, kL + L), its targets one token on.
+
+    What is left at the end and fills no window is not used. With ``document_mask``, a window also says where documents
+    begin in it, so that attention and positions can start anew there.
+    """
+
+    dataset: Dataset
+    seq_len: int
+    document_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
+            raise DataError(
+                f"{self.dataset.path} has {self.dataset.num_tokens:,} tokens, too few for one sample of data.seq_len="
+                f"{self.seq_len} and its last target: tokenize more text, or set data.seq_len to less."
+            )
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the dataset."""
+        return max(self.dataset.num_tokens - 1, 0) // self.seq_len
+
+    @property
+    def num_targets(self) -> int:
+        """Scored targets of a window."""
+        return self.seq_len
+
+    def fill(self, window: int, tokens: NDArray[np.int64], document_ids: NDArray[np.int32] | None) -> None:
+        """Write a window's seq_len + 1 tokens, and for each of its seq_len inputs the number of its document."""
+        start = window * self.seq_len
+        tokens[:] = self.dataset.window(start, self.seq_len + 1)
+        if document_ids is not None:
+            begins = self.dataset.document_starts(start, self.seq_len)
+            document_ids[:] = 0
+            document_ids[begins[begins > 0]] = 1
+            np.cumsum(document_ids, out=document_ids)
+
+
+class BatchMaker:
+    """Micro-batches from windows of several sources."""
+
+    def __init__(self, sources: Sequence[Windows], micro_batch_size: int) -> None:
+        self.sources = tuple(sources)
+        self.micro_batch_size = micro_batch_size
+        self._seq_len = sources[0].seq_len
+        self._document_mask = sources[0].document_mask
+
+    def make(
+        self, source: NDArray[np.int64], window: NDArray[np.int64], number: NDArray[np.int64], num_scored: int | None = None
+    ) -> list[Batch]:
+        """The windows in micro-batches. ``num_scored``: how many of them count, the rest is filling (None: all)."""
+        count, length = len(window), self._seq_len
+        tokens = np.empty((count, length + 1), dtype=np.int64)
+        ids = np.empty((count, length), dtype=np.int32) if self._document_mask else None
+        for row in range(count):
+            self.sources[source[row]].fill(int(window[row]), tokens[row], None if ids is None else ids[row])
+        positions = np.broadcast_to(np.arange(length), (count, length)) if ids is None else _positions(ids)
+        mask = None if num_scored is None else np.broadcast_to((np.arange(count) < num_scored)[:, None], (count, length))
+        batches = []
+        for first in range(0, count, self.micro_batch_size):
+            rows = slice(first, first + self.micro_batch_size)
+            batches.append(
+                Batch(
+                    tokens_BT=torch.from_numpy(tokens[rows, :-1].copy()),
+                    targets_BT=torch.from_numpy(tokens[rows, 1:].copy()),
+                    loss_mask_BT=None if mask is None else torch.from_numpy(mask[rows].copy()),
+                    positions_BT=torch.from_numpy(positions[rows].copy()),
+                    document_ids_BT=None if ids is None else torch.from_numpy(ids[rows]),
+                    sample_ids_B=torch.from_numpy(number[rows]),
+                )
+            )
+        return batches
+
+
+class TrainingBatches:
+    """The micro-batches of one data rank, step by step; the next step's are made while this one computes."""
+
+    def __init__(self, maker: BatchMaker, order: DataOrder, data_rank: int, num_data_ranks: int) -> None:
+        self.order = order
+        self._maker = maker
+        self._data_rank, self._num_data_ranks = data_rank, num_data_ranks
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's share of the global batch of ``step`` (counted from 0), in the order of the samples."""
+        ready = self._next[1].result() if self._next and self._next[0] == step else self._make(step)
+        self._next = (step + 1, self._thread.submit(self._make, step + 1))
+        return ready
+
+    def num_targets(self, step: int) -> int:
+        """Scored targets of the whole global batch."""
+        return self.order.global_batch_size(step) * self._maker.sources[0].num_targets
+
+    def close(self) -> None:
+        """Stop working ahead."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, step: int) -> list[Batch]:
+        share = self.order.global_batch_size(step) // self._num_data_ranks
+        samples = self.order.batch(step, self._data_rank * share, (self._data_rank + 1) * share)
+        return self._maker.make(samples.dataset, samples.window, samples.number)
+
+
+class EvaluationBatches:
+    """The windows of an evaluation, the same each time, shared out to the data ranks.
+
+    ``limit``: the most windows to take; they are spread evenly over the sources and over each source. Every rank gets
+    equally many micro-batches, the last ones filled up with windows that are not scored.
+    """
+
+    def __init__(
+        self, maker: BatchMaker, data_rank: int, num_data_ranks: int, limit: int | None = None
+    ) -> None:
+        self._maker = maker
+        each = None if limit is None else -(-limit // len(maker.sources))
+        chosen = [_spread(windows.num_windows, each) for windows in maker.sources]
+        source = np.repeat(np.arange(len(chosen)), [len(windows) for windows in chosen])
+        window = np.concatenate(chosen)
+        self.num_targets = sum(maker.sources[s].num_targets for s in source.tolist())
+        per_round = maker.micro_batch_size * num_data_ranks
+        share = -(-len(window) // per_round) * maker.micro_batch_size
+        mine = slice(data_rank * share, (data_rank + 1) * share)
+        self._source, self._window = source[mine], window[mine]
+        self._num_scored = len(self._window)
+        filling = np.zeros(share - self._num_scored, dtype=np.int64)
+        self._source = np.concatenate([self._source, filling])
+        self._window = np.concatenate([self._window, filling])
+
+    @property
+    def windows(self) -> list[tuple[Windows, int]]:
+        """The scored windows of this rank: source, and number in it."""
+        pairs = zip(self._source[: self._num_scored].tolist(), self._window[: self._num_scored].tolist(), strict=True)
+        return [(self._maker.sources[source], window) for source, window in pairs]
+
+    def __len__(self) -> int:
+        return -(-len(self._window) // self._maker.micro_batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = self._maker.micro_batch_size
+        for first in range(0, len(self._window), size):
+            rows = slice(first, first + size)
+            scored = min(max(self._num_scored - first, 0), size)
+            number = np.arange(first, first + size)
+            yield from self._maker.make(self._source[rows], self._window[rows], number, scored if scored < size else None)
+
+
+def _spread(count: int, limit: int | None) -> NDArray[np.int64]:
+    """``limit`` of ``count`` windows at even distances; all where there are no more."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.arange(limit) * count // limit
+
+
+def _positions(document_ids: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The position of each token in its document's part of the window."""
+    index = np.broadcast_to(np.arange(document_ids.shape[1]), document_ids.shape)
+    begins = np.zeros(document_ids.shape, dtype=np.int64)
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    begins[:, 1:] = np.where(changes, index[:, 1:], 0)
+    return index - np.maximum.accumulate(begins, axis=1)

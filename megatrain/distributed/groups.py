@@ -1,0 +1,73 @@
+"""The process groups of a run: made once from the topology, handed to whoever communicates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatrain.distributed.topology import Axis, Coordinate, Topology
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place, and its group along each axis (a group of one has a process group too)."""
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    data: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    model: dist.ProcessGroup  # along pipeline and tensor: the ranks that together hold one copy of the model
+    alone: dist.ProcessGroup  # this rank by itself
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """This rank's place in the mesh."""
+        return self.topology.coordinate(self.rank)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all ranks, in double precision. Every rank must call it at the same point."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        summed: list[float] = totals.tolist()
+        return summed
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum([0.0])
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The device of a rank: its GPU by its rank on the node, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def make_groups(topology: Topology, rank: int, device: torch.device, timeout_seconds: float) -> Groups:
+    """Make this rank's groups; collective over all ranks. The default process group must exist.
+
+    Each group is made by its members alone, so that the cost does not grow with the number of groups.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+
+    def along(*axes: Axis) -> dist.ProcessGroup:
+        ranks = topology.group(rank, *axes)
+        group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+        return group
+
+    return Groups(
+        topology=topology,
+        rank=rank,
+        device=device,
+        data=along("data"),
+        tensor=along("tensor"),
+        pipeline=along("pipeline"),
+        model=along("pipeline", "tensor"),
+        alone=along(),
+    )

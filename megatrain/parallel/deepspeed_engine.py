@@ -1,0 +1,169 @@
+"""What megatrain changes in DeepSpeed's engines, and how they are started. DeepSpeed's own globals end here.
+
+- ZeRO stage 0 in bf16: DeepSpeed would accumulate gradients in bf16. Its ZeRO-1 optimizer for bf16 sums whole fp32
+  gradients over the data ranks and cuts only the optimizer's state, so given a group of one to cut among, it is stage 0.
+- ZeRO stage 0 in fp32: DeepSpeed clips, but forgets the gradient's norm, and would apply one that is not finite.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from megatrain.distributed.groups import Groups
+
+_SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
+def start_deepspeed(timeout_seconds: float) -> None:
+    """Join the default process group (NCCL on GPUs, gloo on CPUs) through DeepSpeed.
+
+    DeepSpeed's all-reduce through shared memory is left out: compiling it takes over a minute on first use, and a
+    build that is killed leaves a lock on which every later start waits for ever.
+    """
+    from datetime import timedelta
+
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+class Mesh:
+    """The groups under the names by which DeepSpeed asks for them (its ``mpu``)."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """All ranks of one copy of the model."""
+        return self._groups.model
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank among them."""
+        return dist.get_rank(self._groups.model)
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return dist.get_world_size(self._groups.model)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same part of the model."""
+        return self._groups.data
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank among them."""
+        return dist.get_rank(self._groups.data)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return dist.get_world_size(self._groups.data)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their ranks in the world."""
+        return dist.get_process_group_ranks(self._groups.data)
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that share each layer's matrices."""
+        return self._groups.tensor
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This rank among them."""
+        return dist.get_rank(self._groups.tensor)
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return dist.get_world_size(self._groups.tensor)
+
+
+class StageZero:
+    """Mixed into DeepSpeed's engines: what stage 0 lacks there (see the module's docstring)."""
+
+    alone: dist.ProcessGroup
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+        if self.zero_optimization_stage() == 0 and self.bfloat16_enabled():  # type: ignore[attr-defined]
+            return "bf16"
+        return super()._do_optimizer_sanity_check(basic_optimizer)  # type: ignore[misc]
+
+    def _configure_bf16_optimizer(self, optimizer: Any) -> Any:
+        if self.zero_optimization_stage() != 0:  # type: ignore[attr-defined]
+            return super()._configure_bf16_optimizer(optimizer)  # type: ignore[misc]
+        shared = self.seq_data_parallel_group
+        self.seq_data_parallel_group = self.alone
+        try:
+            return super()._configure_bf16_optimizer(optimizer)  # type: ignore[misc]
+        finally:
+            self.seq_data_parallel_group = shared
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if not isinstance(self.optimizer, torch.optim.Optimizer):  # type: ignore[has-type]
+            super()._take_model_step(lr_kwargs)  # type: ignore[misc]
+            return
+        norm = clip_gradients(list(self.module.parameters()), self.gradient_clipping(), self.mpu)  # type: ignore[attr-defined]
+        if not torch.isfinite(norm):
+            self.zero_grad()  # type: ignore[attr-defined]
+            self.skipped_steps += 1  # type: ignore[attr-defined]
+            self.global_steps += 1  # type: ignore[attr-defined]
+        else:
+            super()._take_model_step(lr_kwargs)  # type: ignore[misc]
+        self._global_grad_norm = norm
+
+    def clip_fp32_gradients(self) -> None:
+        """Done before, with the norm."""
+
+
+class PlainDeepSpeedEngine(StageZero, DeepSpeedEngine):  # type: ignore[misc]
+    """DeepSpeed's engine for models without pipeline stages."""
+
+
+def make_plain_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], groups: Groups
+) -> PlainDeepSpeedEngine:
+    """What ``deepspeed.initialize`` does, for our engine."""
+    mesh = Mesh(groups)
+    PlainDeepSpeedEngine.alone = groups.alone
+    return PlainDeepSpeedEngine(
+        args=None,
+        model=module,
+        optimizer=optimizer,
+        mpu=mesh,
+        dist_init_required=False,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, mesh),
+    )
+
+
+def forget_mesh() -> None:
+    """Let another engine, of another layout, be made in this process."""
+    deepspeed_groups.mpu = None
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest: float, mesh: Mesh) -> torch.Tensor:
+    """Scale the gradients to a global L2 norm of at most ``largest`` (0: do not); the norm before.
+
+    A parameter that tensor ranks hold alike is counted on the first of them.
+    """
+    first = mesh.get_tensor_model_parallel_rank() == 0
+    counted = [p.grad for p in parameters if p.grad is not None and (first or getattr(p, "model_parallel", False))]
+    square = torch.zeros(1, device=parameters[0].device)
+    if counted:
+        square += torch.nn.utils.get_total_norm(counted).float() ** 2
+    dist.all_reduce(square, group=mesh.get_model_parallel_group())
+    norm = square.sqrt().squeeze()
+    if largest > 0.0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm

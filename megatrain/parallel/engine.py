@@ -1,0 +1,207 @@
+"""The engine: one interface to a model on many ranks, whether DeepSpeed pipelines it or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.batch import Batch
+from megatrain.config import OptimizerConfig, RunConfig
+from megatrain.distributed.fragment import Fragment, Piece, Placement, windows
+from megatrain.distributed.groups import Groups
+from megatrain.parallel import deepspeed_engine
+from megatrain.parallel.deepspeed_config import deepspeed_config
+from megatrain.parallel.state import MasterSlice, link_state, master_slices, publish_masters, torch_optimizer
+
+WEIGHT = "weight"
+ADAM_STATES = ("exp_avg", "exp_avg_sq")
+
+
+class PieceSource(Protocol):
+    """Where state comes from: a checkpoint, or the computed initial weights."""
+
+    def read(self, wanted: Piece, kind: str) -> Tensor:
+        """The elements of a piece: 1-D, fp32, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """This rank's part of the model. ``placements``: by canonical name, of each parameter once (tied weights too)."""
+
+    module: nn.Module
+    placements: Mapping[str, Placement]
+    parameters: Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. ``loss_sum``: this rank's share of the sum over all ranks of the target tokens' cross-entropy
+    (nats, before the update). ``grad_norm``: the global one, before clipping. ``skipped``: no update was made.
+    ``optimizer_seconds``: of the step's time, the part after the last backward pass."""
+
+    loss_sum: float
+    grad_norm: float
+    skipped: bool
+    optimizer_seconds: float
+
+
+class Engine:
+    """A model that trains: batches in, figures out; its state as pieces that know nothing of the layout."""
+
+    def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
+        self.groups = groups
+        self._model = model
+        num_parameters = sum(placement.local_numel for placement in model.placements.values())
+        settings = deepspeed_config(config, groups.topology.world_size, num_parameters)
+        optimizer = make_optimizer(config.optimizer, model)
+        self._deepspeed = deepspeed_engine.make_plain_engine(model.module, optimizer, settings, groups)
+
+    def train_batch(self, micro_batches: Sequence[Batch], num_targets: int, lr: float) -> StepResult:
+        """One optimizer step on this data rank's share of a global batch with ``num_targets`` target tokens.
+
+        The gradient is that of the mean loss over all targets of the global batch, however they lie on the ranks.
+        """
+        engine = self._deepspeed
+        self._set_lr(lr)
+        skipped_before = engine.skipped_steps
+        # DeepSpeed averages over micro-batches and data ranks; ours is one sum, divided once.
+        scale = len(micro_batches) * self.groups.topology.data / num_targets
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for batch in micro_batches:
+            loss = engine(batch.to(self.groups.device))
+            engine.backward(loss * scale)
+            loss_sum += loss.detach()
+            began = time.perf_counter()
+            engine.step()  # updates after the last micro-batch, counts before
+        own = float(loss_sum) if self.groups.coordinate.tensor == 0 else 0.0
+        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps > skipped_before
+        return StepResult(own, norm, skipped, time.perf_counter() - began)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> float:
+        """This rank's share of the sum of the cross-entropy over the scored targets; nothing is learned."""
+        engine = self._deepspeed
+        engine.eval()
+        total = sum(float(engine(batch.to(self.groups.device))) for batch in micro_batches)
+        engine.train()
+        return total if self.groups.coordinate.tensor == 0 else 0.0
+
+    def state_fragments(self) -> Iterator[Fragment]:
+        """The pieces of weights and optimizer state that this rank is to save: over all ranks, each element once.
+
+        The data are views of live memory where they can be: copy them before the next step.
+        """
+        states = torch_optimizer(self._deepspeed.optimizer).state
+        for name, held in self._slices():
+            for start, stop in self._owned(name, held):
+                state = states.get(held.buffer, {})
+                buffers = {WEIGHT: held.buffer, **{key: state[key] for key in ADAM_STATES if key in state}}
+                for piece, where in windows(self._model.placements[name], start, stop):
+                    for kind, buffer in buffers.items():
+                        data = held.of(buffer)[start - held.start : stop - held.start]
+                        index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
+                        yield Fragment(piece, kind, data[index])
+
+    @torch.no_grad()
+    def load_fragments(self, source: PieceSource, num_updates: int) -> None:
+        """Take the weights from ``source``, and the optimizer's state too if it has made ``num_updates`` > 0.
+
+        Not collective: where no rank's ``source`` has failed, ``publish`` completes it.
+        """
+        optimizer = self._deepspeed.optimizer
+        states = torch_optimizer(optimizer).state
+        for name, held in self._slices():
+            kinds = {WEIGHT: held.buffer}
+            if num_updates:
+                kinds |= {key: value for key, value in _adam_state(states, held.buffer, num_updates).items() if key in ADAM_STATES}
+            for piece, where in windows(self._model.placements[name], held.start, held.start + held.length):
+                for kind, buffer in kinds.items():
+                    target = held.of(buffer)
+                    index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
+                    target[index] = source.read(piece, kind).to(target)
+            for kind, buffer in kinds.items():
+                _clear_padding(self._model.placements[name], held, held.of(buffer))
+        if num_updates:
+            link_state(optimizer)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """After all ranks have loaded: give each the weights it computes with. Collective."""
+        publish_masters(self._deepspeed.optimizer)
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """The state of fp16's dynamic loss scale; None under another precision."""
+        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)
+        if scaler is None or not self._deepspeed.fp16_enabled():
+            return None
+        return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_STATE}
+
+    def load_loss_scale(self, state: Mapping[str, float]) -> None:
+        """Go on with a loss scale that was saved."""
+        scaler = self._deepspeed.optimizer.loss_scaler
+        for key in _LOSS_SCALER_STATE:
+            setattr(scaler, key, type(getattr(scaler, key))(state[key]))
+
+    def close(self) -> None:
+        """Free DeepSpeed's hooks and globals, so that another engine can be made in this process."""
+        self._deepspeed.destroy()
+        deepspeed_engine.forget_mesh()
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _slices(self) -> Iterator[tuple[str, MasterSlice]]:
+        names = {id(parameter): name for name, parameter in self._model.parameters.items()}
+        for held in master_slices(self._deepspeed.optimizer, list(self._model.parameters.values())):
+            yield names[id(held.parameter)], held
+
+    def _owned(self, name: str, held: MasterSlice) -> Iterator[tuple[int, int]]:
+        """The part of a slice that this rank saves: what several ranks hold alike is shared out among them."""
+        replicas, index = 1, 0
+        if held.length == self._model.placements[name].local_numel and self._replicates_state():
+            replicas, index = self.groups.topology.data, self.groups.coordinate.data
+        if not getattr(held.parameter, "model_parallel", False):
+            replicas, index = replicas * self.groups.topology.tensor, index * self.groups.topology.tensor + self.groups.coordinate.tensor
+        share = -(-held.length // replicas)
+        start, stop = index * share, min((index + 1) * share, held.length)
+        if start < stop:
+            yield held.start + start, held.start + stop
+
+    def _replicates_state(self) -> bool:
+        return self._deepspeed.zero_optimization_stage() == 0
+
+
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def make_optimizer(config: OptimizerConfig, model: ShardedModel) -> torch.optim.Optimizer:
+    """AdamW in two groups: matrices decay, vectors (norms and biases) do not. Torch's fused one, the fastest here."""
+    matrices = [p for name, p in model.parameters.items() if len(model.placements[name].global_shape) > 1]
+    vectors = [p for name, p in model.parameters.items() if len(model.placements[name].global_shape) <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def _adam_state(states: Any, buffer: Tensor, num_updates: int) -> dict[str, Tensor]:
+    """The state of a buffer as it is after ``num_updates`` steps; made if there was none."""
+    if buffer not in states or not states[buffer]:
+        states[buffer] = {key: torch.zeros_like(buffer) for key in ADAM_STATES}
+    states[buffer]["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=buffer.device)
+    state: dict[str, Tensor] = states[buffer]
+    return state
+
+
+def _clear_padding(placement: Placement, held: MasterSlice, data: Tensor) -> None:
+    if placement.padding:
+        first = placement.local_numel - placement.padding * (placement.local_numel // placement.local_shape[placement.dim])
+        data[max(first - held.start, 0) :] = 0.0

@@ -1,0 +1,78 @@
+"""The trainer as a module: what every launcher starts, once a rank. `megatrain train` starts it through `deepspeed`.
+
+    deepspeed --module megatrain.train CONFIG [KEY=VALUE...]       srun ... python -m megatrain.train CONFIG
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from megatrain.checkpoint.lock import locked
+from megatrain.config import RunConfig, load
+from megatrain.distributed import failures
+from megatrain.distributed.bootstrap import RankInfo, export_rank, job_identity, read_rank
+from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError
+from megatrain.plan import rules
+
+
+def main(arguments: list[str]) -> int:
+    """Train as this rank of the config named in ``arguments``; the exit code."""
+    rank, run_dir = None, None
+    try:
+        rank = read_rank()
+        path, *overrides = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))] or [""]
+        config = load(path, overrides)
+        run_dir = Path(config.run.dir)
+        rules.check(config, rank.world_size)
+        with contextlib.ExitStack() as held:
+            if rank.rank == 0:
+                held.enter_context(locked(run_dir, job_identity()))
+            return _train(config, rank, run_dir)
+    except MegatrainError as error:
+        return _fail(rank, run_dir, error.exit_code, str(error))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
+        if _is_lost_peer(error):
+            lost = RankError(f"Rank {rank.rank if rank else '?'} lost the others in the middle of a step: {error}")
+            return _fail(rank, run_dir, lost.exit_code, str(lost))
+        return _fail(rank, run_dir, EXIT_BUG, traceback.format_exc())
+
+
+def _train(config: RunConfig, rank: RankInfo, run_dir: Path) -> int:
+    from megatrain.observe.logs import setup_logging
+    from megatrain.train.start import train
+
+    if rank.rank == 0:
+        failures.forget(run_dir)
+    setup_logging(run_dir, rank.rank, console=rank.rank == 0)
+    export_rank(rank)
+    train(config, rank)
+    return EXIT_OK
+
+
+def _fail(rank: RankInfo | None, run_dir: Path | None, exit_code: int, message: str) -> int:
+    number = rank.rank if rank else 0
+    logging.getLogger("megatrain").log(logging.INFO, "rank %d ends with code %d: %s", number, exit_code, message)
+    speaks = number == 0 if run_dir is None else failures.claim(run_dir, failures.Failure(number, exit_code, message))
+    if speaks:
+        sys.stderr.write(message.rstrip() + "\n")
+    return exit_code
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective ended because a peer died or no longer answers: gloo and NCCL say so in their own words."""
+    text = str(error)
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(code)  # threads and process groups of a broken run must not keep the rank from ending

@@ -1,0 +1,122 @@
+"""The only place where the parts meet: a config and a rank become a run that is ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatrain.checkpoint.store import CheckpointStore
+from megatrain.config import RunConfig
+from megatrain.data import Dataset, open_dataset
+from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
+from megatrain.data.order import DataOrder
+from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.groups import Groups, local_device, make_groups
+from megatrain.distributed.topology import Topology
+from megatrain.errors import ConfigError, DataError
+from megatrain.model.attention import CoreAttention
+from megatrain.model.decoder import Decoder
+from megatrain.model.families import build_layers
+from megatrain.model.initial import InitialWeights
+from megatrain.model.llama import GatedActivation
+from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.parallel.engine import Engine
+from megatrain.parallel.shard import shard_model
+from megatrain.plan import rules
+
+
+@dataclass
+class Run:
+    """Everything a trainer works with, on one rank."""
+
+    config: RunConfig
+    rank: RankInfo
+    groups: Groups
+    engine: Engine
+    initial_weights: InitialWeights
+    datasets: Sequence[Dataset]
+    order: DataOrder
+    maker: BatchMaker
+    validation: EvaluationBatches | None
+    store: CheckpointStore
+
+    def training_batches(self, order: DataOrder) -> TrainingBatches:
+        """This rank's micro-batches in ``order``."""
+        return TrainingBatches(self.maker, order, self.groups.coordinate.data, self.groups.topology.data)
+
+
+def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
+    """The datasets to train and to validate on, opened. Raises DataError where one cannot be, or they do not fit together."""
+    train = [open_dataset(entry.path) for entry in config.data.train]
+    validation = [open_dataset(entry.path) for entry in config.data.validation]
+    first = train[0]
+    for other in [*train, *validation]:
+        if other.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+            raise DataError(
+                f"{other.path} was tokenized with another tokenizer than {first.path}: a model knows one vocabulary. "
+                "Tokenize both with the same tokenizer.json."
+            )
+    return train, validation
+
+
+def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The config with the vocabulary that the dataset's tokenizer decides, where the user left it open."""
+    given = config.model.vocab_size
+    if given is None:
+        model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
+        return config.model_copy(update={"model": model})
+    if given < dataset.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {given}, but {dataset.path} has token ids up to {dataset.vocab_size - 1}: set it to "
+            f"{dataset.vocab_size} or more, or leave it null."
+        )
+    return config
+
+
+def assemble(config: RunConfig, rank: RankInfo) -> Run:
+    """Open the data, join the other ranks, build the model on this one. Collective; the weights are not yet filled in."""
+    train, validation = open_training_data(config)
+    config = resolve_vocabulary(config, train[0])
+    sources = [_windows(config, dataset) for dataset in train]
+    held_out = [_windows(config, dataset) for dataset in validation]
+    device = local_device(rank.local_rank)
+    start_deepspeed(config.train.hang_timeout_seconds)
+    topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
+    groups = make_groups(topology, rank.rank, device, config.train.hang_timeout_seconds)
+    micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
+    evaluation = None
+    if held_out:
+        batches = config.train.eval_batches
+        limit = None if batches is None else batches * config.train.global_batch_size
+        evaluation = EvaluationBatches(BatchMaker(held_out, micro_batch_size), data_rank, topology.data, limit)
+    weights = [entry.weight for entry in config.data.train]
+    num_windows = [windows.num_windows for windows in sources]
+    return Run(
+        config=config,
+        rank=rank,
+        groups=groups,
+        engine=build_engine(config, groups),
+        initial_weights=InitialWeights(config.model, config.run.seed),
+        datasets=train,
+        order=DataOrder.begin(config.run.seed, num_windows, weights, config.train.global_batch_size),
+        maker=BatchMaker(sources, micro_batch_size),
+        validation=evaluation,
+        store=CheckpointStore(Path(config.run.dir)),
+    )
+
+
+def build_engine(config: RunConfig, groups: Groups) -> Engine:
+    """The model of the config under the layout of the groups. Collective; its weights are not yet filled in."""
+    rules.check(config, groups.topology.world_size)
+    with torch.device("meta"):
+        model = Decoder(config.model, config.run.seed)
+    layers = [model.get_submodule(spec.prefix) for spec in build_layers(config.model) if spec.kind == "decoder"]
+    sharded = shard_model(model, config, groups, layers, (CoreAttention, GatedActivation))
+    return Engine(config, sharded, groups)
+
+
+def _windows(config: RunConfig, dataset: Dataset) -> Windows:
+    return Windows(dataset, config.data.seq_len, config.data.document_mask)

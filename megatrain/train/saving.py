@@ -1,0 +1,170 @@
+"""When state is saved and what is said about it: the trainer's side of checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from megatrain.checkpoint.manifest import FileEntry, Manifest
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes, rank_file
+from megatrain.checkpoint.store import CheckpointFolder, resolve
+from megatrain.errors import CheckpointError
+from megatrain.plan.flops import num_parameters
+from megatrain.train.assemble import Run
+from megatrain.train.progress import Progress, refuse_changes, resume_order
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer.json"
+_VERSIONS = ("megatrain", "torch", "deepspeed")
+
+
+class Saving:
+    """Saves a run's state at its pace; the same calls at the same steps on all ranks."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._saver = CheckpointSaver(run.store, run.rank.rank, run.rank.world_size, run.config.checkpoint.keep)
+        self.last_saved: int | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._saver.is_busy
+
+    def begin(self, progress: Progress) -> list[Outcome]:
+        """Start to save; first wait for the save before, if it is still under way. What ended meanwhile."""
+        ended = self.finish()
+        run = self._run
+        tokenizer = run.datasets[0].tokenizer_path.read_bytes() if run.rank.rank == 0 else b""
+        self._saver.begin(
+            progress.step,
+            run.engine.state_fragments(),
+            lambda files: _manifest(run, progress, files),
+            [(TOKENIZER, tokenizer)],
+        )
+        return ended if run.config.checkpoint.background else [*ended, *self.finish()]
+
+    def votes(self) -> Votes:
+        """What this rank says of the save under way."""
+        return self._saver.votes()
+
+    def settle(self, total: Votes) -> list[Outcome]:
+        """Act on the sum of all ranks' votes."""
+        outcome = self._saver.settle(total)
+        return [self._note(outcome)] if outcome else []
+
+    def finish(self) -> list[Outcome]:
+        """Wait until no save is under way. Collective."""
+        ended: list[Outcome] = []
+        while self.is_busy:
+            ended += self.settle(Votes(*self._run.groups.sum(list(self._saver.votes(wait=True)))))
+        return ended
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        self._saver.close()
+
+    @property
+    def problem(self) -> str | None:
+        """Why this rank's part of the last save failed."""
+        return self._saver.problem
+
+    def _note(self, outcome: Outcome) -> Outcome:
+        if outcome.path is not None:
+            self.last_saved = outcome.step
+        elif self._saver.problem:
+            logger.error("checkpoint of step %d failed on this rank: %s", outcome.step, self._saver.problem)
+        return outcome
+
+
+def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
+    """Fill the engine from the newest good checkpoint, or with the initial weights where there is none. Collective.
+
+    A checkpoint that turns out damaged on any rank is passed over on all, for the next older one; the third value says
+    which and why. Raises CheckpointError where there are checkpoints but none is good.
+    """
+    damaged: set[CheckpointFolder] = set()
+    complaints: list[str] = []
+    while True:
+        found = _agree_on_newest(run, damaged)
+        if found is None:
+            return _begin(run), None, complaints
+        problem = None
+        try:
+            progress = _load(run, found)
+        except CheckpointError as error:
+            problem = str(error)
+        if not run.groups.sum([float(problem is not None)])[0]:
+            run.engine.publish()
+            return progress, found, complaints
+        complaints.append(problem or f"{found.path}: another rank found it damaged; its log says where.")
+        logger.error("%s", complaints[-1])
+        damaged.add(found)
+
+
+def _agree_on_newest(run: Run, damaged: set[CheckpointFolder]) -> CheckpointFolder | None:
+    """Rank 0 looks, all go by what it saw: folders may not appear everywhere at once."""
+    step, problem = -1.0, None
+    if run.rank.rank == 0:
+        try:
+            newest = run.store.newest_good(frozenset(folder.path for folder in damaged))
+            step = float(newest.step) if newest else -1.0
+        except CheckpointError as error:
+            step, problem = -2.0, error
+    (agreed,) = run.groups.sum([step])
+    if problem is not None:
+        raise problem
+    if agreed == -2.0:
+        raise CheckpointError(f"{run.store.folder} has checkpoints, and none is good.")
+    return None if agreed < 0 else CheckpointFolder(int(agreed), run.store.finished(int(agreed)), None)
+
+
+def _begin(run: Run) -> Progress:
+    config = run.config
+    if config.run.init_from is None:
+        run.engine.load_fragments(run.initial_weights, num_updates=0)
+    else:
+        folder = resolve(Path(config.run.init_from))
+        run.engine.load_fragments(CheckpointReader(folder, near=rank_file(run.rank.rank)), num_updates=0)
+    run.engine.publish()
+    return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))
+
+
+def _load(run: Run, folder: CheckpointFolder) -> Progress:
+    reader = CheckpointReader(folder.path, near=rank_file(run.rank.rank))
+    manifest = reader.manifest
+    refuse_changes(run.config, manifest.config)
+    progress = Progress.from_state(manifest.step, manifest.tokens, manifest.state)
+    order = resume_order(run.config, progress, run.datasets, run.order)
+    run.engine.load_fragments(reader, progress.updates)
+    if progress.loss_scale and run.engine.loss_scale:
+        run.engine.load_loss_scale(progress.loss_scale)
+    run.order = order
+    return Progress(**{**vars(progress), "segments": order.segments})
+
+
+def _manifest(run: Run, progress: Progress, files: Sequence[FileEntry]) -> Manifest:
+    config, topology = run.config, run.groups.topology
+    return Manifest(
+        step=progress.step,
+        tokens=progress.tokens,
+        parameters=num_parameters(config.model),
+        layout={
+            "world_size": topology.world_size,
+            "data": topology.data,
+            "tensor": topology.tensor,
+            "pipeline": topology.pipeline,
+            "zero_stage": config.parallel.zero_stage,
+            "precision": config.train.precision,
+        },
+        state=progress.to_state(),
+        config=config.model_dump(mode="json"),
+        versions={name: version(name) for name in _VERSIONS},
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        files=tuple(files),
+    )

@@ -1,0 +1,74 @@
+"""From a checked config to a finished run, on one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+import torch
+
+from megatrain.checkpoint.store import write_synced
+from megatrain.config import RunConfig, dump
+from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.signals import StopRequest
+from megatrain.observe.logs import adopt_logger
+from megatrain.observe.observers import Observers
+from megatrain.plan.flops import num_parameters
+from megatrain.train.assemble import Run, assemble
+from megatrain.train.progress import Progress
+from megatrain.train.saving import restore
+from megatrain.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, rank: RankInfo) -> Progress:
+    """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
+
+    Raises Preempted after a request to stop, once the state is saved.
+    """
+    stop = StopRequest()
+    adopt_logger("DeepSpeed")
+    run = assemble(config, rank)
+    if rank.rank == 0:
+        run.store.clean()
+        _write_config(run.config)
+    progress, folder, complaints = restore(run)
+    with contextlib.ExitStack() as stack:
+        observers = None
+        if rank.rank == 0:
+            observers = stack.enter_context(
+                Observers(Path(config.run.dir), config.train.steps, progress.step, config.observe.tensorboard)
+            )
+            observers.start(_facts(run, str(folder.path) if folder else None))
+            for complaint in complaints:
+                observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
+        return Trainer(run, progress, stop, observers).run()
+
+
+def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
+    config, topology = run.config, run.groups.topology
+    device = run.groups.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    facts = {
+        "model": f"{config.model.family}, {num_parameters(config.model):,} parameters, {config.train.precision}",
+        "layout": f"{topology.world_size} rank(s): data {topology.data} x tensor {topology.tensor} x pipeline "
+        f"{topology.pipeline}, ZeRO {config.parallel.zero_stage}, recompute {config.parallel.recompute}",
+        "device": name,
+        "data": ", ".join(f"{d.path} ({d.num_tokens:,} tokens)" for d in run.datasets),
+        "run": config.run.dir,
+    }
+    return facts | ({"resumed from": resumed_from} if resumed_from else {})
+
+
+def _write_config(config: RunConfig) -> None:
+    """RUN/config.yaml, aside and renamed. A disk that cannot take it does not stop the run."""
+    path = Path(config.run.dir) / "config.yaml"
+    aside = path.with_suffix(".tmp")
+    try:
+        aside.unlink(missing_ok=True)
+        write_synced(aside, dump(config).encode())
+        aside.replace(path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror)

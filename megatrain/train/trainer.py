@@ -1,0 +1,184 @@
+"""The loop: one global batch a step, now and then an evaluation or a save, until it is done or asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+
+
+
+from megatrain.batch import Batch
+from megatrain.checkpoint.saver import Outcome, Votes
+from megatrain.distributed.signals import StopRequest
+from megatrain.errors import CheckpointError, Preempted
+from megatrain.observe.flops import mfu, peak_flops
+from megatrain.observe.memory import peak_memory_bytes
+from megatrain.observe.metrics import StepMetrics
+from megatrain.observe.observers import Observers
+from megatrain.plan.flops import flops_per_token
+from megatrain.train.assemble import Run
+from megatrain.train.progress import Progress
+from megatrain.train.saving import Saving
+from megatrain.train.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stopwatch:
+    """Where the time since the last lap went, by part."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the time inside to ``part``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - began
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count ``seconds`` of ``source`` to ``target``."""
+        self.parts[source] -= seconds
+        self.parts[target] = self.parts.get(target, 0.0) + seconds
+
+    def lap(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last lap and its parts, with "other" for the rest; start the next lap."""
+        now = time.perf_counter()
+        seconds, parts = now - self._began, self.parts
+        parts["other"] = max(seconds - sum(parts.values()), 0.0)
+        self.parts, self._began = {}, now
+        return seconds, parts
+
+
+class Trainer:
+    """Trains a run from where ``progress`` stands. ``observers``: on rank 0 alone."""
+
+    def __init__(self, run: Run, progress: Progress, stop: StopRequest, observers: Observers | None) -> None:
+        self._run, self._config = run, run.config
+        self.progress = progress
+        self._stop, self._observers = stop, observers
+        self._saving = Saving(run)
+        self._watch = Stopwatch()
+        self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
+        self._peak = peak_flops(run.groups.device, run.config.train.precision) if observers else None
+        self._first_step = progress.step
+
+    def run(self) -> Progress:
+        """Train to the last step. Raises Preempted once state is saved after a request to stop, CheckpointError where the
+        last state could not be saved."""
+        batches = self._run.training_batches(self._run.order)
+        try:
+            stopping = False
+            while self.progress.step < self._config.train.steps and not stopping:
+                metrics, stopping = self._step(batches.micro_batches, batches.num_targets)
+                self._evaluate_if_due()
+                self._save_if_due(stopping)
+                self._report(metrics)
+        finally:
+            batches.close()
+        self._end(stopping)
+        return self.progress
+
+    def _step(self, micro_batches: Callable[[int], list[Batch]], num_targets: Callable[[int], int]) -> tuple[StepMetrics, bool]:
+        run, step, watch = self._run, self.progress.step, self._watch
+        lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
+        with watch.measure("data"):
+            batch, count = micro_batches(step), num_targets(step)
+        with watch.measure("forward_backward"):
+            result = run.engine.train_batch(batch, count, lr)
+            # One exchange a step: the loss, who was asked to stop, and how the save under way is doing.
+            sums = run.groups.sum([result.loss_sum, float(self._stop.signal is not None), *self._saving.votes()])
+        watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
+        self._tell(self._saving.settle(Votes(*sums[2:])))
+        self.progress = self.progress.after_step(count, result.skipped)
+        metrics = StepMetrics(
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            loss=sums[0] / count,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            step_seconds=math.nan,
+            tokens_per_second=math.nan,
+            mfu=None,
+            skipped=self.progress.skipped,
+            memory_bytes=0,
+        )
+        return metrics, sums[1] > 0
+
+    def _evaluate_if_due(self) -> None:
+        run, step = self._run, self.progress.step
+        due = step % self._config.train.eval_every_steps == 0 or step == self._config.train.steps
+        if run.validation is None or not due:
+            return
+        began = time.perf_counter()
+        with self._watch.measure("eval"):
+            (total,) = run.groups.sum([run.engine.evaluate(run.validation)])
+        if self._observers:
+            self._observers.validation(step, total / run.validation.num_targets, time.perf_counter() - began)
+
+    def _save_if_due(self, stopping: bool) -> None:
+        step = self.progress.step
+        last = stopping or step == self._config.train.steps
+        if not last and step % self._config.checkpoint.every_steps:
+            return
+        with self._watch.measure("save"):
+            progress = replace(self.progress, loss_scale=self._run.engine.loss_scale)
+            self._tell(self._saving.begin(progress))
+            if last:
+                self._tell(self._saving.finish())
+
+    def _end(self, stopping: bool) -> None:
+        self._saving.close()
+        self._stop.ignore_further()
+        step, saved = self.progress.step, self._saving.last_saved
+        if saved != step and step != self._first_step:
+            raise CheckpointError(
+                f"The run ended after step {step}, but that state could not be saved in {self._run.store.folder}"
+                f"{f': {self._saving.problem}' if self._saving.problem else '; the logs of the ranks say why'}. "
+                "Make room or mend the cause, then start it again: it goes on from the newest checkpoint."
+            )
+        if stopping and step < self._config.train.steps:
+            name = self._stop.signal.name if self._stop.signal else "a signal to another rank"
+            message = f"stopped early on request ({name}), state saved: start it again to go on"
+            if self._observers:
+                self._observers.event("stop", step, message)
+            raise Preempted(f"Step {step}: {message}.")
+        if self._observers:
+            self._observers.event("finish", step, "training is complete")
+
+    def _report(self, metrics: StepMetrics) -> None:
+        seconds, parts = self._watch.lap()
+        observers, every = self._observers, self._config.observe.log_every_steps
+        if observers is None or (metrics.step % every and metrics.step != self._config.train.steps):
+            return
+        computing = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
+        tokens = self._config.train.global_batch_size * self._config.data.seq_len
+        speed = tokens / computing
+        observers.step(
+            replace(
+                metrics,
+                step_seconds=seconds,
+                tokens_per_second=speed,
+                mfu=mfu(speed, self._flops_per_token, self._peak, self._run.rank.world_size),
+                memory_bytes=peak_memory_bytes(self._run.groups.device),
+                parts=parts,
+            )
+        )
+
+    def _tell(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.path is not None and self._observers:
+                self._observers.saved(outcome.step, outcome.path, outcome.seconds)
+            elif outcome.path is None and self._observers:
+                cause = self._saving.problem or "another rank's log says why"
+                text = f"the checkpoint could not be saved ({cause}); training goes on, the one before stays"
+                self._observers.event("save failed", outcome.step, text)
