@@ -26,7 +26,7 @@ from megatrain.model.families import family_of
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
 
-# Elements made at once: their 64-bit counters and what is made of them stay in a CPU's cache.
+# Elements made at once on a CPU: their 64-bit counters stay in its cache.
 CHUNK_ELEMENTS = 1 << 16
 
 _TABLE_BITS = 14  # intervals of the table, as a power of two
@@ -65,14 +65,15 @@ def init_flat(out: Tensor, name: str, global_shape: Sequence[int], start: int, c
     """
     num_elements = max(0, min(len(out), math.prod(global_shape) - start))
     out[num_elements:].zero_()
-    for first in range(0, num_elements, CHUNK_ELEMENTS):
-        last = min(first + CHUNK_ELEMENTS, num_elements)
+    chunk = _chunk_elements(out.device)
+    for first in range(0, num_elements, chunk):
+        last = min(first + chunk, num_elements)
         index = torch.arange(start + first, start + last, device=out.device)
         out[first:last] = _values(index, name, len(global_shape), config, seed)
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
-    """Of a matrix or embedding: ``initializer_range``, scaled by ``init_scheme`` where it writes to the residual stream.
+    """Of a matrix or embedding: ``initializer_range``, scaled by ``init_scheme`` where it writes to the residual.
 
     "gpt2": 1 / sqrt(2 x layers) (Radford et al. 2019); "depth": 1 / sqrt(2 x (layer + 1)); "normal": not scaled.
     """
@@ -87,17 +88,19 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
 def normal(key: int, index: Tensor) -> Tensor:
     """A standard normal fp32 number for each counter (int64) of the stream ``key``; within 4.3 of zero."""
     bits = rng.bits_64(key, index)
-    table = _quantiles().to(index.device)
+    points, steps = _quantiles(index.device)
     place = (bits >> _FRACTION_BITS) & ((1 << _TABLE_BITS) - 1)
     fraction = (bits & ((1 << _FRACTION_BITS) - 1)).float().mul_(2.0**-_FRACTION_BITS)
-    lower, upper = table[place], table[place + 1]
-    magnitude = upper.sub_(lower).mul_(fraction).add_(lower)
+    magnitude = steps[place].mul_(fraction).add_(points[place])
     return magnitude.mul_((bits >> 63).mul_(2).add_(1))  # the top bit, shifted down arithmetically, is 0 or -1
 
 
 @functools.cache
-def _quantiles() -> Tensor:
-    """Quantiles of |z| for a standard normal z, at 0, 1/K, ... 1, the last made finite, scaled to unit variance."""
+def _quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Quantiles of |z| for a standard normal z at 0, 1/K, ... (K-1)/K, and the step from each to the next.
+
+    The step to the last, which is infinite, is made finite, and all are scaled so that the variance is one.
+    """
     num_intervals = 1 << _TABLE_BITS
     inverse = NormalDist().inv_cdf
     points = [inverse(0.5 + 0.5 * i / num_intervals) for i in range(num_intervals)]
@@ -105,7 +108,12 @@ def _quantiles() -> Tensor:
     # A number drawn uniformly between a and b has the mean square (a^2 + ab + b^2) / 3.
     squares = math.fsum((a * a + a * b + b * b) / 3 for a, b in itertools.pairwise(points))
     scale = 1.0 / math.sqrt(squares / num_intervals)
-    return torch.tensor([point * scale for point in points], dtype=torch.float32, device="cpu")
+    scaled = torch.tensor(points, dtype=torch.float64, device="cpu") * scale
+    return scaled[:-1].float().to(device), scaled.diff().float().to(device)
+
+
+def _chunk_elements(device: torch.device) -> int:
+    return CHUNK_ELEMENTS if device.type == "cpu" else 1 << 24
 
 
 def _values(index: Tensor, name: str, num_dims: int, config: ModelConfig, seed: int) -> Tensor:
@@ -127,7 +135,7 @@ def _fill_box(part: Tensor, box: Box, placement: Placement, config: ModelConfig,
 def _row_blocks(part: Tensor) -> Iterator[tuple[slice, ...]]:
     """Blocks of whole rows (entries of the first dimension), each about a chunk, or one row where rows are longer."""
     num_rows = len(part) if part.dim() else 0
-    rows_at_once = max(1, CHUNK_ELEMENTS // max(1, math.prod(part.shape[1:])))
+    rows_at_once = max(1, _chunk_elements(part.device) // max(1, math.prod(part.shape[1:])))
     rest = tuple(slice(0, size) for size in part.shape[1:])
     for first in range(0, num_rows, rows_at_once):
         yield (slice(first, min(first + rows_at_once, num_rows)), *rest)

@@ -31,7 +31,7 @@ class RmsNorm(nn.Module):
 
 
 class _RmsNormOnCpu(torch.autograd.Function):
-    """What functional.rms_norm computes, which has no fused kernel on a CPU: it is slow there, and saves fp32 copies."""
+    """What functional.rms_norm computes; that has no fused kernel on a CPU: it is slow there, and saves fp32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x_BTC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
