@@ -44,6 +44,18 @@ def mix_64(x: Tensor) -> Tensor:
     return x.bitwise_xor_(_shift_right(x, 31, 64))
 
 
+def mix_32(columns: Tensor, rows: Tensor) -> Tensor:
+    """A hash of each column's counter (int32) and each row's 64 bits (int64): int32, [*rows.shape, columns].
+
+    The finalizer "lowbias32" (C. Wellons, hash-prospector), with half of the row's bits put in before each product.
+    """
+    low, high = rows.to(torch.int32).unsqueeze(-1), (rows >> 32).to(torch.int32).unsqueeze(-1)
+    x = columns ^ low
+    x.bitwise_xor_(_shift_right(x, 16, 32)).mul_(signed(0x7FEB352D, 32)).add_(high)
+    x.bitwise_xor_(_shift_right(x, 15, 32)).mul_(signed(0x846CA68B, 32))
+    return x.bitwise_xor_(_shift_right(x, 16, 32))
+
+
 def bits_64(key: int, index: Tensor) -> Tensor:
     """64 random bits for each counter in ``index`` (int64) of the stream ``key``: SplitMix64 at that position."""
     return mix_64(index * signed(_GOLDEN) + key)
@@ -54,7 +66,7 @@ def bits_32(key: int, sample_ids_B: Tensor, shape: Sequence[int], offsets: Seque
 
     An element's bits depend on ``key``, its sample's id, and its index in each further dimension plus that dimension's
     entry of ``offsets`` (where a rank holds a slice), on nothing else. All but the last dimension are hashed in 64
-    bits; the last one, where the cost is, in 32 by the finalizer "lowbias32" (C. Wellons, hash-prospector).
+    bits; the last, where the cost is, in 32.
     """
     device = sample_ids_B.device
     rows = bits_64(key, sample_ids_B)
@@ -63,11 +75,7 @@ def bits_32(key: int, sample_ids_B: Tensor, shape: Sequence[int], offsets: Seque
         rows = bits_64(key, rows.unsqueeze(-1) + index)
     columns = torch.arange(offsets[-1], offsets[-1] + shape[-1], device=device)
     columns = mix_64(columns * signed(_GOLDEN) + key).to(torch.int32)
-    low, high = rows.to(torch.int32).unsqueeze(-1), (rows >> 32).to(torch.int32).unsqueeze(-1)
-    x = columns ^ low
-    x.bitwise_xor_(_shift_right(x, 16, 32)).mul_(signed(0x7FEB352D, 32)).add_(high)
-    x.bitwise_xor_(_shift_right(x, 15, 32)).mul_(signed(0x846CA68B, 32))
-    return x.bitwise_xor_(_shift_right(x, 16, 32))
+    return mix_32(columns, rows)
 
 
 def dropout(x: Tensor, probability: float, key: int, sample_ids_B: Tensor, offsets: Sequence[int]) -> Tensor:

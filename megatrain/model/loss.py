@@ -22,12 +22,16 @@ class OutputHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """Logits, in the activations' type."""
-        return functional.linear(x_BTC, self.weight)
-
     def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
         """Sum over the scored targets of their cross-entropy in nats: an fp32 scalar."""
+        # Through forward, whose hooks gather the weight where a layout keeps it in pieces.
+        loss: Tensor = self(x_BTC, targets_BT, loss_mask_BT)
+        return loss
+
+    def forward(self, x_BTC: Tensor, targets_BT: Tensor | None = None, loss_mask_BT: Tensor | None = None) -> Tensor:
+        """Without targets: logits, in the activations' type. With targets: what :meth:`loss_sum` says."""
+        if targets_BT is None:
+            return functional.linear(x_BTC, self.weight)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
         x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
         loss: Tensor = _LinearCrossEntropy.apply(x_NC, self.weight, targets_N, mask_N)  # type: ignore[no-untyped-call]
@@ -62,10 +66,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_NC, weight_VC, grad_NV = ctx.saved_tensors
         # The scale goes to the small factors, before the sum over tokens: in fp16 that sum might overflow without it.
-        scale = grad.to(x_NC.dtype)
-        grad_x_NC = (grad_NV @ weight_VC).mul_(scale) if ctx.needs_input_grad[0] else None
-        grad_weight_VC = grad_NV.t() @ (x_NC * scale) if ctx.needs_input_grad[1] else None
+        grad_x_NC = _scaled(grad_NV @ weight_VC, grad) if ctx.needs_input_grad[0] else None
+        grad_weight_VC = grad_NV.t() @ _scaled(x_NC, grad) if ctx.needs_input_grad[1] else None
         return grad_x_NC, grad_weight_VC, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    # In fp32: a scale rounded to bf16 would make every gradient of the model wrong by the same 0.2%.
+    return (x.float() * scale).to(x.dtype)
 
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor, losses_N: Tensor, needs_gradient: bool) -> None:

@@ -1,0 +1,72 @@
+"""Small models beside their transformers twins, with the same random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from megatrain.batch import Batch
+from megatrain.config.schema import ModelConfig
+from megatrain.model.decoder import Decoder
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "vocab_size": 131,
+}
+
+
+def twin(config: ModelConfig) -> PreTrainedModel:
+    """The transformers model of the same shape, with fresh random weights (large enough to matter), in fp32."""
+    torch.manual_seed(1)
+    shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    shared |= {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.05}
+    if config.family == "gpt2":
+        width = {
+            "n_embd": config.hidden_size,
+            "n_layer": config.num_hidden_layers,
+            "n_head": config.num_attention_heads,
+        }
+        model = GPT2LMHeadModel(
+            GPT2Config(**width, **shared, n_inner=config.intermediate_size, n_positions=config.max_position_embeddings)
+        )
+    else:
+        rope = {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.model_dump()
+        rope |= {"rope_theta": config.rope_theta}
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps")
+        width = {name: getattr(config, name) for name in names}
+        width |= {"intermediate_size": config.ffn_size, "num_key_value_heads": config.kv_heads}
+        width |= {"head_dim": config.head_size}
+        model = LlamaForCausalLM(LlamaConfig(**width, **shared, rope_parameters=rope))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def decoder_like(twin_model: PreTrainedModel, config: ModelConfig) -> Decoder:
+    """A Decoder with the twin's weights."""
+    model = Decoder(config)
+    model.load_state_dict(twin_model.state_dict())
+    return model.eval()
+
+
+def logits(model: Decoder, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """Logits of whole sequences."""
+    if positions_BT is None:
+        positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    return model.logits(tokens_BT, model.make_context(positions_BT, None, None, model.dtype))
+
+
+def random_batch(num_sequences: int, num_tokens: int, vocab_size: int = SIZES["vocab_size"]) -> Batch:
+    """A batch of whole sequences, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab_size, (num_sequences, num_tokens + 1), generator=generator)
+    positions_BT = torch.arange(num_tokens).expand(num_sequences, -1)
+    return Batch(tokens[:, :-1], tokens[:, 1:], None, positions_BT, None, torch.arange(num_sequences) + 100)

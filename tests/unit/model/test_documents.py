@@ -1,0 +1,65 @@
+"""Several documents in one sequence: each is computed as if it were alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model_samples import SIZES, logits, random_batch
+from torch import Tensor
+
+from megatrain.config.schema import ModelConfig
+from megatrain.model.attention import CoreAttention
+from megatrain.model.context import Context, document_starts
+from megatrain.model.decoder import Decoder
+from megatrain.model.dropout import Dropout
+from megatrain.model.init import init_model
+
+LENGTHS = (70, 1, 131, 54)  # one that crosses a block of rows, one of a single token
+
+
+@pytest.mark.parametrize("longest_blockwise", [2048, 0], ids=["blockwise", "fused"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_document_gives_the_logits_it_gives_alone(
+    family: Any, longest_blockwise: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoreAttention, "max_blockwise_tokens", longest_blockwise)
+    config = ModelConfig(**SIZES, family=family, initializer_range=0.1)
+    model = Decoder(config).eval()
+    init_model(model, config, seed=1)
+    tokens_BT = random_batch(2, sum(LENGTHS)).tokens_BT
+    positions_BT = torch.cat([torch.arange(n) for n in LENGTHS]).expand(2, -1)
+    with torch.no_grad():
+        together = model.logits(tokens_BT, model.make_context(positions_BT, _document_ids(2), None, torch.float32))
+        alone = torch.cat([logits(model, part) for part in tokens_BT.split(LENGTHS, 1)], 1)
+        blind = logits(model, tokens_BT, positions_BT)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert (blind - alone).abs().max() > 1e-2
+
+
+def test_no_gradient_crosses_a_document_border() -> None:
+    q, k, v = (torch.randn(1, sum(LENGTHS), 2, 8, requires_grad=True) for _ in range(3))
+    out = CoreAttention(Dropout(0.0, 0, "core", num_offsets=3))(q, k, v, _context(_document_ids(1)))
+    start, end = 71, 202  # the third document
+    out[:, start:end].sum().backward()
+    for x in (k, v):
+        assert x.grad is not None
+        assert x.grad[:, start:end].abs().sum() > 0
+        assert x.grad[:, :start].abs().sum() == 0
+        assert x.grad[:, end:].abs().sum() == 0
+
+
+def test_document_starts_are_those_of_each_sequence_and_the_end() -> None:
+    ids_BT = torch.tensor([[5, 5, 6, 6], [6, 6, 6, 7]], dtype=torch.int32)
+    assert document_starts(ids_BT).tolist() == [0, 2, 4, 7, 8]
+    assert document_starts(ids_BT).dtype == torch.int32
+
+
+def _document_ids(num_sequences: int) -> Tensor:
+    ids = torch.cat([torch.full((n,), i, dtype=torch.int32) for i, n in enumerate(LENGTHS)])
+    return ids.expand(num_sequences, -1)
+
+
+def _context(document_ids_BT: Tensor) -> Context:
+    return Context(torch.zeros_like(document_ids_BT), document_ids_BT)

@@ -1,0 +1,51 @@
+"""The table of splits names real modules, and cutting by it gives slices that compute the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model_samples import SIZES
+
+from megatrain.config.schema import ModelConfig
+from megatrain.model.decoder import Decoder
+from megatrain.model.families import build_layers, family_of
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_matrix_but_learned_positions_is_split_along_a_dimension_it_has(family: Any) -> None:
+    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
+    table = family_of(config)
+    used = set()
+    for name, module in Decoder(config).named_modules():
+        weight = getattr(module, "weight", None)
+        split = table.split_of(name)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and name != "transformer.wpe":
+            assert split is not None, name
+            assert weight.shape[split.weight_dim] % (2 * split.num_parts) in (0, 1)  # 131 token ids: padding is due
+            used.add(split)
+        else:
+            assert split is None, name
+    assert used == set(table.splits.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_stage_builds_just_its_own_layers_under_their_canonical_names(family: Any) -> None:
+    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
+    specs = build_layers(config)
+    names = [f"{spec.prefix}.{name}" for spec in specs for name, _ in spec.build().named_parameters()]
+    assert names == [name for name, _ in Decoder(config).named_parameters()]
+    kinds = [spec.kind for spec in specs if spec.kind != "embedding"]
+    assert kinds == ["decoder"] * config.num_hidden_layers + ["norm", "head"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_meta_model_costs_no_memory_and_no_time(family: Any) -> None:
+    config = ModelConfig(
+        family=family, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, vocab_size=128_256
+    )
+    with torch.device("meta"):
+        model = Decoder(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) > 50e9

@@ -1,0 +1,102 @@
+"""Generation: what transformers generates, the same with and without a cache, within the model's limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model_samples import SIZES, decoder_like, logits, random_batch, twin
+
+from megatrain.config.schema import ModelConfig
+from megatrain.errors import ConfigError
+from megatrain.model.context import KeyValueCache
+from megatrain.model.decoder import Decoder
+from megatrain.model.generate import Sampling, generate, next_logits
+
+PROMPT = [5, 17, 99, 3, 64]
+GREEDY = Sampling()
+RANDOM = Sampling(temperature=1.0)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest) -> Decoder:
+    return small_model(request.param)
+
+
+def small_model(family: Any) -> Decoder:
+    config = ModelConfig(**SIZES | {"max_position_embeddings": 64}, family=family)
+    return decoder_like(twin(config), config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_tokens_are_those_of_transformers(family: Any) -> None:
+    config = ModelConfig(**SIZES, family=family)
+    reference = twin(config)
+    expected = reference.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
+    assert list(generate(decoder_like(reference, config), PROMPT, 40, GREEDY)) == expected
+
+
+def test_cached_logits_equal_those_of_the_whole_sequence(model: Decoder) -> None:
+    tokens_BT = random_batch(1, 30).tokens_BT
+    cache = KeyValueCache(model.config.num_hidden_layers, capacity=30)
+    cached = [next_logits(model, tokens_BT[0, :20].tolist(), cache)]
+    cached += [next_logits(model, [token], cache) for token in tokens_BT[0, 20:].tolist()]
+    with torch.no_grad():
+        whole = logits(model, tokens_BT)[0, 19:]
+    torch.testing.assert_close(torch.stack(cached), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_the_seed_decides(model: Decoder) -> None:
+    one, again, other = (list(generate(model, PROMPT, 30, RANDOM, seed)) for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
+def test_ids_beyond_the_tokenizers_are_never_chosen(model: Decoder) -> None:
+    tokens = [
+        t for seed in range(4) for t in generate(model, [1, 2], 50, Sampling(temperature=5.0), seed, vocab_size=20)
+    ]
+    assert set(tokens) <= set(range(20))
+    assert max(tokens) > 10
+
+
+def test_it_stops_before_the_end_token(model: Decoder) -> None:
+    tokens = list(generate(model, PROMPT, 20, RANDOM, seed=1))
+    assert list(generate(model, PROMPT, 20, RANDOM, seed=1, eos_id=tokens[7])) == tokens[: tokens.index(tokens[7])]
+
+
+def test_top_k_of_one_and_a_tiny_top_p_are_greedy(model: Decoder) -> None:
+    greedy = list(generate(model, PROMPT, 20, GREEDY))
+    assert list(generate(model, PROMPT, 20, Sampling(temperature=1.0, top_k=1))) == greedy
+    assert list(generate(model, PROMPT, 20, Sampling(temperature=1.0, top_p=1e-6))) == greedy
+
+
+def test_top_p_and_top_k_choose_among_the_likeliest_by_their_shares() -> None:
+    logits_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    generator = torch.Generator().manual_seed(0)
+    for sampling, shares in (
+        (Sampling(temperature=1.0, top_p=0.65), {1: 4 / 7, 3: 3 / 7}),
+        (Sampling(temperature=1.0, top_k=3), {1: 4 / 9, 3: 3 / 9, 2: 2 / 9}),
+    ):
+        chosen = [sampling.choose(logits_V, generator) for _ in range(2000)]
+        assert {i: chosen.count(i) / 2000 for i in set(chosen)} == pytest.approx(shares, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_new", "says"),
+    [
+        (PROMPT, 60, "at most 59"),
+        ([1] * 80, 1, "at most 0"),
+        ([], 5, "empty"),
+        ([131], 5, "0 to 130"),
+        ([-1], 5, "0 to"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_first_token(prompt: list[int], num_new: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        generate(small_model("llama"), prompt, num_new, GREEDY)
+
+
+def test_the_last_position_can_be_filled(model: Decoder) -> None:
+    assert len(list(generate(model, PROMPT, 59, GREEDY))) == 59

@@ -1,0 +1,140 @@
+"""Initial weights: the same whichever slice is asked for, and normal with the right standard deviation."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+from model_samples import SIZES
+from torch import Tensor
+
+from megatrain.config.schema import ModelConfig
+from megatrain.distributed.fragment import Box, Placement
+from megatrain.distributed.rng import stream_key
+from megatrain.model.decoder import Decoder
+from megatrain.model.init import init_flat, init_model, init_parameter, normal, standard_deviation
+
+CONFIG = ModelConfig(**SIZES)
+NAME = "model.layers.1.self_attn.q_proj.weight"
+
+
+def whole(shape: tuple[int, ...], name: str = NAME, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    init_parameter(out, Placement.whole(name, shape), CONFIG, seed)
+    return out
+
+
+def test_numbers_are_normal() -> None:
+    x = normal(99, torch.arange(4_000_000)).double()
+    num = len(x)
+    assert x.mean().abs().item() < 4 / math.sqrt(num)
+    assert x.std().item() == pytest.approx(1.0, abs=1e-3)
+    assert (x**3).mean().abs().item() < 0.01
+    assert (x**4).mean().item() == pytest.approx(3.0, abs=0.02)
+    assert 4.0 < x.abs().max().item() < 4.5
+    for share in (0.0001, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 0.9999):
+        below = (x < NormalDist().inv_cdf(share)).double().mean().item()
+        assert below == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / num))
+
+
+def test_neighbours_are_independent() -> None:
+    x = normal(99, torch.arange(1_000_000)).double()
+    for lag in (1, 2, 64, 512):
+        assert (x[lag:] * x[:-lag]).mean().abs().item() < 4.5e-3
+
+
+def test_the_first_values_never_change() -> None:
+    # Golden: a change here changes every run's start.
+    values = normal(stream_key(1234, "lm_head.weight"), torch.arange(4))
+    assert values.tolist() == [0.14939476549625397, 0.033420663326978683, 0.8387506008148193, 1.1439522504806519]
+
+
+def test_a_slice_is_the_wholes_slice() -> None:
+    expected = whole((300, 700))
+    placement = Placement(NAME, (300, 700), (Box((100, 35), (150, 600)),))
+    part = torch.empty(placement.local_shape)
+    init_parameter(part, placement, CONFIG, 1)
+    assert torch.equal(part, expected[100:250, 35:635])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_several_boxes_lie_one_behind_the_other_and_padding_is_zero(dim: int) -> None:
+    expected = whole((120, 120))
+    boxes = []
+    for start in (10, 50, 90):  # a third of each of three parts
+        offset, extent = [0, 0], [120, 120]
+        offset[dim], extent[dim] = start, 13
+        boxes.append(Box(tuple(offset), tuple(extent)))
+    placement = Placement(NAME, (120, 120), tuple(boxes), dim=dim, padding=5)
+    part = torch.full(placement.local_shape, math.nan)
+    init_parameter(part, placement, CONFIG, 1)
+    rows = torch.cat([torch.arange(start, start + 13) for start in (10, 50, 90)])
+    assert torch.equal(part.narrow(dim, 0, 39), expected.index_select(dim, rows))
+    assert not part.narrow(dim, 39, 5).any()
+
+
+def test_a_flat_range_is_the_flattened_wholes_and_zero_past_its_end() -> None:
+    expected = whole((300, 700)).flatten()
+    out = torch.full((90_000,), math.nan)
+    init_flat(out, NAME, (300, 700), 150_000, CONFIG, 1)
+    assert torch.equal(out[:60_000], expected[150_000:])
+    assert not out[60_000:].any()
+    init_flat(out, NAME, (300, 700), 1_000_000, CONFIG, 1)
+    assert not out.any()
+
+
+def test_rows_longer_than_a_chunk_are_filled() -> None:
+    shape = (3, 200_000)
+    expected = torch.empty(600_000)
+    init_flat(expected, NAME, shape, 0, CONFIG, 1)
+    assert torch.equal(whole(shape).flatten(), expected)
+
+
+def test_names_and_seeds_differ() -> None:
+    one = whole((64, 64))
+    assert not torch.equal(one, whole((64, 64), seed=2))
+    assert not torch.equal(one, whole((64, 64), name="model.layers.0.self_attn.q_proj.weight"))
+    assert torch.equal(one, whole((64, 64)))
+
+
+def test_bfloat16_is_the_rounded_fp32() -> None:
+    assert torch.equal(whole((64, 64), dtype=torch.bfloat16), whole((64, 64)).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "expected"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_proj.weight", 0.02 / math.sqrt(4)),
+        ("gpt2", "transformer.h.1.mlp.c_proj.weight", 0.02 / math.sqrt(4)),
+        ("gpt2", "transformer.h.1.attn.c_attn.weight", 0.02),
+        ("gpt2", "transformer.wte.weight", 0.02),
+        ("depth", "transformer.h.0.mlp.c_proj.weight", 0.02 / math.sqrt(2)),
+        ("depth", "transformer.h.1.mlp.c_proj.weight", 0.02 / math.sqrt(4)),
+        ("normal", "transformer.h.1.mlp.c_proj.weight", 0.02),
+    ],
+)
+def test_scheme_scales_what_writes_to_the_residual_stream(scheme: str, name: str, expected: float) -> None:
+    config = ModelConfig(**SIZES, family="gpt2", init_scheme=scheme)  # type: ignore[arg-type]
+    assert standard_deviation(name, config) == pytest.approx(expected)
+    out = torch.empty(400, 400)
+    init_parameter(out, Placement.whole(name, out.shape), config, 1)
+    assert out.std().item() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_starts_with_unit_norms_zero_biases_and_the_loss_of_a_guess(family: str) -> None:
+    config = ModelConfig(**SIZES, family=family)  # type: ignore[arg-type]
+    model = Decoder(config)
+    init_model(model, config, 1)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
+        else:
+            assert parameter.std().item() == pytest.approx(standard_deviation(name, config), rel=0.05), name
+
+
+def test_a_parameter_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="placement says"):
+        init_parameter(torch.empty(3, 4), Placement.whole(NAME, (4, 3)), CONFIG, 1)

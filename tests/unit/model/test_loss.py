@@ -1,0 +1,90 @@
+"""Head and cross-entropy in one function: the loss and gradients of F.cross_entropy, in less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatrain.model.loss import OutputHead
+
+
+def head_and_inputs(
+    dtype: torch.dtype = torch.float32, num_tokens: int = 96
+) -> tuple[OutputHead, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = OutputHead(vocab_size=20000, size=32)
+    torch.nn.init.normal_(head.weight, std=0.5)
+    x_BTC = torch.randn(2, num_tokens, 32)
+    targets_BT = torch.randint(0, 20000, (2, num_tokens))
+    mask_BT = torch.rand(2, num_tokens) < 0.7
+    return head.to(dtype), x_BTC.to(dtype).requires_grad_(), targets_BT, mask_BT
+
+
+def reference_loss(head: OutputHead, x_BTC: Tensor, targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    logits = head(x_BTC).float()
+    if mask_BT is not None:
+        targets_BT = targets_BT.where(mask_BT, -100)
+    return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fp32_loss_and_gradients_equal_cross_entropy(masked: bool) -> None:
+    head, x, targets, mask = head_and_inputs()
+    loss = head.loss_sum(x, targets, mask if masked else None)
+    expected = reference_loss(head, x, targets, mask if masked else None)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours = torch.autograd.grad(loss / 7, [x, head.weight])
+    theirs = torch.autograd.grad(expected / 7, [x, head.weight])
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_is_as_near_to_fp32_as_fp32_logits_are() -> None:
+    head, x, targets, mask = head_and_inputs(torch.bfloat16)
+    exact_head, exact_x, _, _ = head_and_inputs()
+    exact_head.load_state_dict(head.state_dict())
+    exact_x = x.detach().float().requires_grad_()
+    loss = head.loss_sum(x, targets, mask)
+    expected = reference_loss(exact_head, exact_x, targets, mask)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    # A third is no bf16 number: were the scale rounded, all gradients would be off by 0.2%.
+    ours = torch.autograd.grad(loss / 3, [x, head.weight])
+    theirs = torch.autograd.grad(expected / 3, [exact_x, exact_head.weight])
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert (mine - reference).norm() < 0.01 * reference.norm()
+        assert mine.float().flatten() @ reference.flatten() / reference.norm() ** 2 == pytest.approx(1.0, abs=5e-4)
+
+
+def test_unscored_tokens_get_no_gradient_and_no_loss() -> None:
+    head, x, targets, mask = head_and_inputs()
+    loss = head.loss_sum(x, targets, torch.zeros_like(mask))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+def test_a_huge_logit_gives_a_finite_loss() -> None:
+    head, x, targets, _ = head_and_inputs()
+    loss = head.loss_sum(x * 1000, targets, None)
+    assert torch.isfinite(loss)
+
+
+def test_without_gradients_nothing_is_kept_for_them() -> None:
+    head, x, targets, _ = head_and_inputs()
+    with torch.no_grad():
+        assert not head.loss_sum(x, targets, None).requires_grad
+    loss = head.loss_sum(x.detach(), targets, None)
+    loss.backward()
+    assert head.weight.grad is not None
+
+
+def test_a_frozen_head_still_passes_the_gradient_on() -> None:
+    head, x, targets, _ = head_and_inputs()
+    head.requires_grad_(False)
+    head.loss_sum(x, targets, None).backward()
+    assert x.grad is not None
+    assert head.weight.grad is None
