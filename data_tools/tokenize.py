@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import orjson
@@ -19,7 +20,7 @@ from data_tools.readers import PART_BYTES, ReadOptions, Unit, plan_units, read_p
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.work import Advance, PartStore, run_tasks
 from megatrain.data.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest, canonical_json, commit_bytes
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, DataError
 
 SAMPLE_UNITS = 8
 SAMPLE_CHARACTERS = 1 << 16
@@ -106,13 +107,14 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
     texts = []
     for unit in units[:: -(-len(units) // SAMPLE_UNITS)]:
         remaining = SAMPLE_CHARACTERS
-        part = next(iter(read_parts(unit, options)), None)
-        for record in part.rows if part else ():
-            if record is not None:
-                texts.append(record.text[:remaining])
-                remaining -= len(texts[-1])
-            if remaining <= 0:
-                break
+        # Broken input is reported by the worker that comes to it, when what is before it has been committed.
+        with suppress(DataError):
+            for record in (record for part in islice(read_parts(unit, options), 1) for record in part.rows):
+                if record is not None:
+                    texts.append(record.text[:remaining])
+                    remaining -= len(texts[-1])
+                if remaining <= 0:
+                    break
     return texts
 
 

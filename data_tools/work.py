@@ -51,7 +51,7 @@ class PartStore:
 
     def is_finished(self, unit: Unit) -> bool:
         """Whether all parts of the unit are there."""
-        return self._marker(unit).exists()
+        return self._marker(unit).exists() and all(path.exists() for path in self.parts(unit))
 
     def parts(self, unit: Unit) -> list[Path]:
         """The parts of a finished unit, in order."""

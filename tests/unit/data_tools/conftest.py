@@ -1,0 +1,64 @@
+"""Fixtures: documents, a tokenizer trained on them, and the two ways to run the data tools."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from data_samples import Document, MakeDataset, RunCommand, json_lines, make_documents
+
+from data_tools import cli
+from data_tools.readers import ReadOptions
+from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenizer import train_tokenizer
+from megatrain.data.format import Manifest
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[Document]:
+    return make_documents()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory, documents: list[Document]) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "a.jsonl").write_bytes(json_lines(documents))
+    train_tokenizer([str(folder / "a.jsonl")], 600, folder / "tokenizer.json", ReadOptions())
+    return folder / "tokenizer.json"
+
+
+@contextmanager
+def _silent(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda amount: None
+
+
+@pytest.fixture
+def make_dataset(tokenizer_path: Path) -> MakeDataset:
+    """Tokenises through the Python interface, in small parts unless told otherwise."""
+
+    def make(
+        source: Path, out: Path, workers: int = 1, part_bytes: int = 40_000, engine: str = "auto", **options: int
+    ) -> Manifest:
+        warnings: list[str] = []
+        effort = Effort(workers, engine, _silent, warnings.append, part_bytes)
+        return tokenize([str(source)], tokenizer_path, out, TokenizeOptions(**options), effort)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunCommand:
+    """Runs `megatrain-data` in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["megatrain-data", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        return int(code or 0), *capfd.readouterr()
+
+    return run

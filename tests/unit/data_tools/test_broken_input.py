@@ -1,0 +1,151 @@
+"""Broken input stops with code 3 (usage with 2), the file and the place, in a short paragraph."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from data_samples import RunCommand
+
+from megatrain.data import open_dataset
+
+GOOD = b'{"text": "good", "id": 7}\n'
+INCOMPRESSIBLE = orjson.dumps({"text": bytes(range(32, 90)).decode() * 30_000, "id": "x"}) + b"\n"
+
+
+def table_bytes(table: pa.Table, kind: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    if kind == "parquet":
+        pq.write_table(table, sink)
+    else:
+        with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    return bytes(sink.getvalue())
+
+
+WORDS = pa.table({"text": [f"word {number}" for number in range(100)]})
+BAD_UTF8 = pa.table({"text": pa.array([b"good", b"\xff\xfe"]).view(pa.string())})
+
+BROKEN: dict[str, tuple[str, bytes, str]] = {
+    "bad JSON": ("a.jsonl", GOOD * 5 + b'{"text": "x"\n', "a.jsonl, line 6: bad JSON"),
+    "a line that is no object": ("a.jsonl", GOOD + b"[1]\n", "a.jsonl, line 2: the line is no JSON object"),
+    "no text key": ("a.jsonl", GOOD + b'{"body": "x"}\n', "line 2: the record has no key 'text', its keys are 'body'"),
+    "text that is a number": ("a.jsonl", b'\n\n{"text": 5}\n', "a.jsonl, line 3: 'text' should be text, not 5"),
+    "null text": ("a.jsonl", b'{"text": null}\n', "line 1: 'text' should be text, not None"),
+    "invalid UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl, line 2: invalid UTF-8"),
+    "a lone surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "a.jsonl, line 2: invalid UTF-8"),
+    "bad JSON in zstd": ("a.jsonl.zst", zstandard.compress(GOOD * 9 + b"{\n"), "a.jsonl.zst, line 10: bad JSON"),
+    "cut-off zstd": ("a.jsonl.zst", zstandard.compress(GOOD * 999 + INCOMPRESSIBLE)[:-9], "a.jsonl.zst is cut off"),
+    "damaged zstd": ("a.jsonl.zst", b"not zstd at all", "a.jsonl.zst is damaged or is not zstd"),
+    "empty zstd": ("a.jsonl.zst", b"", "a.jsonl.zst is cut off"),
+    "cut-off gzip": ("a.jsonl.gz", gzip.compress(GOOD * 999)[:-9], "a.jsonl.gz is cut off"),
+    "damaged gzip": ("a.jsonl.gz", b"not gzip at all", "a.jsonl.gz is cut off or damaged"),
+    "cut-off parquet": ("a.parquet", table_bytes(WORDS, "parquet")[:-20], "a.parquet is no whole parquet file"),
+    "parquet without the column": (
+        "a.parquet", table_bytes(WORDS.rename_columns(["body"]), "parquet"), "a.parquet has no column 'text'"
+    ),
+    "parquet of numbers": ("a.parquet", table_bytes(pa.table({"text": [1]}), "parquet"), "'text' holds int64, not"),
+    "null in parquet": ("a.parquet", table_bytes(pa.table({"text": ["a", None]}), "parquet"), "row 1: 'text' should"),
+    "invalid UTF-8 in parquet": ("a.parquet", table_bytes(BAD_UTF8, "parquet"), "a.parquet, row 1: invalid UTF-8"),
+    "invalid UTF-8 in Arrow": ("a.arrow", table_bytes(BAD_UTF8, "file"), "a.arrow, row 1: invalid UTF-8"),
+    "cut-off Arrow stream": ("a.arrow", table_bytes(WORDS, "stream")[:-300], "a.arrow is cut off or damaged"),
+    "cut-off Arrow file": ("a.arrow", table_bytes(WORDS, "file")[:-20], "a.arrow is cut off or damaged"),
+    "no Arrow": ("a.arrow", b"", "a.arrow is empty"),
+    "invalid UTF-8 in a text file": ("a.txt", b"good \xff", "a.txt: invalid UTF-8 at byte 5"),
+    "nothing but empty documents": ("a.jsonl", b'{"text": ""}\n', "The input holds no text: 1 documents"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_broken_input_is_named_with_its_place(
+    case: str, tmp_path: Path, tokenizer_path: Path, run_command: RunCommand
+) -> None:
+    name, data, message = BROKEN[case]
+    (tmp_path / name).write_bytes(data)
+    code, out, err = run_command(
+        "tokenize", tmp_path / name, "--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--workers", 1
+    )
+    assert code == 3
+    assert message in err
+    assert str(tmp_path / name) in err or "no text" in message
+    assert "Traceback" not in err
+    assert len(err) < 600
+    assert out == ""
+    assert not list(tmp_path.glob("out/*.json")) or not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_place_is_right_behind_a_part_border(tmp_path: Path, make_dataset: Callable[..., object]) -> None:
+    lines = [GOOD] * 3000
+    lines[2345] = b"{\n"
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(Exception, match=r"a\.jsonl, line 2346: bad JSON"):
+        make_dataset(tmp_path / "a.jsonl", tmp_path / "out", part_bytes=30_000)
+
+
+def test_usage_errors_are_code_2(tmp_path: Path, tokenizer_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    out = tmp_path / "out"
+    missing_tokenizer = ("tokenize", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "none.json", "--out", out)
+    broken_tokenizer = ("tokenize", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "a.jsonl", "--out", out)
+    unknown_eod = ("tokenize", tmp_path / "a.jsonl", "--tokenizer", tokenizer_path, "--out", out, "--eod-token", "</s>")
+    tiny_vocabulary = ("train-tokenizer", tmp_path / "a.jsonl", "--vocab-size", 256, "--out", tmp_path / "t.json")
+    for arguments in (missing_tokenizer, broken_tokenizer, unknown_eod, tiny_vocabulary, ("no-such-command",)):
+        code, _, err = run_command(*arguments)
+        assert code == 2, arguments
+        assert "Traceback" not in err
+        assert err.strip()
+    assert not out.exists()
+
+
+def test_missing_input_is_code_3(tmp_path: Path, tokenizer_path: Path, run_command: RunCommand) -> None:
+    for missing in (tmp_path / "none.jsonl", tmp_path / "*.parquet", "memory://nothing/here.jsonl"):
+        code, _, err = run_command("tokenize", missing, "--tokenizer", tokenizer_path, "--out", tmp_path / "out")
+        assert code == 3
+        assert str(missing) in err
+        code, _, _ = run_command("train-tokenizer", missing, "--vocab-size", 300, "--out", tmp_path / "t.json")
+        assert code == 3
+
+
+def test_errors_replace_keeps_what_is_not_utf8(tmp_path: Path, tokenizer_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xffb"}\n{"text": "c\\ud800d"}\n{"text": "\xc3\xa9"}\n')
+    (tmp_path / "b.txt").write_bytes(b"e\xfff")
+    (tmp_path / "c.parquet").write_bytes(table_bytes(BAD_UTF8, "parquet"))
+    arguments = ("--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--errors", "replace", "--workers", 1)
+    code, _, _ = run_command("tokenize", *(tmp_path / name for name in ("a.jsonl", "b.txt", "c.parquet")), *arguments)
+    assert code == 0
+    texts = []
+    for k in range(open_dataset(tmp_path / "out").num_documents):
+        _, out, _ = run_command("inspect", tmp_path / "out", "--document", k, "--json")
+        texts.append(orjson.loads(out)["document"]["text"])
+    assert texts == ["a\ufffdb", "c\ufffdd", "\u00e9", "e\ufffdf", "good", "\ufffd\ufffd"]
+
+
+def test_inputs_may_be_mixed_globbed_nested_and_remote(
+    tmp_path: Path, tokenizer_path: Path, run_command: RunCommand
+) -> None:
+    import fsspec
+
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / ".hidden").write_bytes(b"\xff")
+    (tmp_path / "in" / "b.jsonl").write_bytes(GOOD)
+    (tmp_path / "in" / "deep" / "a.txt").write_bytes(b"text")
+    (tmp_path / "x1.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
+    (tmp_path / "x2.ndjson").write_bytes(GOOD.rstrip())
+    with fsspec.open("memory://bucket/r.jsonl", "wb") as file:
+        file.write(GOOD * 2)
+    code, _, err = run_command(
+        "tokenize", tmp_path / "x*.*json*", tmp_path / "in", "memory://bucket/*.jsonl",
+        "--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--workers", 1,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    dataset = open_dataset(tmp_path / "out")
+    infos = [dataset.document_info(k) for k in range(dataset.num_documents)]
+    names = [info.source_file.rsplit("/", 1)[-1] for info in infos]
+    assert names == ["x1.jsonl", "x2.ndjson", "b.jsonl", "a.txt", "r.jsonl", "r.jsonl"]
+    assert [info.id for info in infos[:2]] == ["7", "7"]
