@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data_tools.readers import Unit
 from data_tools.tokenizer import TokenizerFile
+from data_tools.units import Unit
 from data_tools.work import Advance, PartStore, run_tasks
 from megatrain.data.dataset import Shard
 from megatrain.data.format import (

@@ -6,6 +6,7 @@ Only what parses the command line is imported here; each command imports what it
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -64,8 +65,8 @@ def train_tokenizer_command(
     errors: ErrorsOption = Errors.STRICT,
 ) -> None:
     """Train a byte-level BPE tokenizer; no text is ever unknown to it."""
-    from data_tools.readers import ReadOptions
     from data_tools.tokenizer import train_tokenizer
+    from data_tools.units import ReadOptions
 
     size = train_tokenizer(inputs, vocab_size, out, ReadOptions(text_key, errors=errors.value))
     if size < vocab_size:
@@ -89,9 +90,9 @@ def tokenize(
 ) -> None:
     """Turn text into a dataset. The same command again goes on where it was stopped."""
     from data_tools.progress import show_progress
-    from data_tools.readers import ReadOptions
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
+    from data_tools.units import ReadOptions
 
     options = TokenizeOptions(ReadOptions(text_key, id_key, errors.value), eod_token, shard_tokens)
     num_workers = workers or _num_cores()
@@ -144,7 +145,7 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read our output has gone: keep Python's own flush at exit from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_DATA)
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         typer.echo(f"megatrain-data: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
         sys.exit(EXIT_DATA)

@@ -14,8 +14,9 @@ import xxhash
 
 from data_tools.engines import Encoder, make_encoder
 from data_tools.inputs import Kind
-from data_tools.readers import Part, ReadOptions, Unit, read_parts
+from data_tools.readers import read_parts
 from data_tools.tokenizer import TokenizerFile
+from data_tools.units import Part, ReadOptions, Unit
 from data_tools.work import Advance, PartStore
 from megatrain.data.format import canonical_json, token_dtype
 

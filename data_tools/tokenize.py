@@ -16,8 +16,9 @@ from data_tools.assemble import Recipe, assemble
 from data_tools.encode import UnitEncoder
 from data_tools.engines import choose_engine
 from data_tools.inputs import InputFile, find_inputs
-from data_tools.readers import PART_BYTES, ReadOptions, Unit, plan_units, read_parts
+from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
+from data_tools.units import PART_BYTES, ReadOptions, Unit
 from data_tools.work import Advance, PartStore, run_tasks
 from megatrain.data.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest, canonical_json, commit_bytes
 from megatrain.errors import ConfigError, DataError

@@ -10,7 +10,8 @@ from pathlib import Path
 import orjson
 
 from data_tools.inputs import find_inputs
-from data_tools.readers import ReadOptions, plan_units, read_parts
+from data_tools.readers import plan_units, read_parts
+from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
 from megatrain.errors import ConfigError, DataError
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import orjson
 import pyarrow as pa
 
-from data_tools.readers import Unit
+from data_tools.units import Unit
 from megatrain.data.format import commit_bytes, committed
 from megatrain.errors import MegatrainError, RankError
 

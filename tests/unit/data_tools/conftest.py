@@ -11,9 +11,9 @@ import pytest
 from data_samples import Document, MakeDataset, RunCommand, json_lines, make_documents
 
 from data_tools import cli
-from data_tools.readers import ReadOptions
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
+from data_tools.units import ReadOptions
 from megatrain.data.format import Manifest
 
 

@@ -87,14 +87,14 @@ def test_workers_and_part_size_change_no_byte(
 def test_killed_runs_go_on_where_they_were_and_give_the_same_bytes(
     name: str, tmp_path: Path, documents: list[Document], tokenizer_path: Path, make_dataset: MakeDataset
 ) -> None:
-    WRITERS[name](tmp_path / name, documents * 20)
-    make_dataset(tmp_path / name, tmp_path / "straight", part_bytes=200_000, shard_tokens=100_000)
+    WRITERS[name](tmp_path / name, documents * 10)
+    make_dataset(tmp_path / name, tmp_path / "straight", part_bytes=150_000, shard_tokens=100_000)
     out, work = tmp_path / "killed", tmp_path / "killed" / ".work"
     script = (
         "import sys; from pathlib import Path; from contextlib import nullcontext\n"
         "from data_tools.tokenize import Effort, TokenizeOptions, tokenize\n"
         "if __name__ == '__main__':\n"
-        "    effort = Effort(2, 'auto', lambda *_: nullcontext(lambda n: None), print, part_bytes=200_000)\n"
+        "    effort = Effort(2, 'auto', lambda *_: nullcontext(lambda n: None), print, part_bytes=150_000)\n"
         "    options = TokenizeOptions(shard_tokens=100_000)\n"
         "    tokenize([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), options, effort)\n"
     )
@@ -112,7 +112,7 @@ def test_killed_runs_go_on_where_they_were_and_give_the_same_bytes(
     kept = {path: path.stat().st_mtime_ns for path in work.glob("*.arrow")}
     assert kept
     assert not (out / "manifest.json").exists()
-    make_dataset(tmp_path / name, out, part_bytes=200_000, shard_tokens=100_000)
+    make_dataset(tmp_path / name, out, part_bytes=150_000, shard_tokens=100_000)
     assert folder_bytes(out) == folder_bytes(tmp_path / "straight")
 
 

@@ -1,0 +1,135 @@
+"""Documents out of parquet and Arrow files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_tools.inputs import InputFile, Kind
+from data_tools.units import Part, ReadOptions, Record, Unit, decode
+from megatrain.errors import DataError
+
+ROWS_AT_ONCE = 1024
+
+
+def read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
+    """The rows of a unit, in parts by the size of what is before them. Raises DataError with file and row."""
+    file = unit.files[0]
+    if file.kind is Kind.PARQUET:
+        first_row, batches = _parquet_batches(file, unit.start, options)
+    else:
+        first_row, batches = 0, _arrow_batches(file, options)
+    placed = _placed(_guarded(file, batches), first_row)
+    for number, group in groupby(placed, key=lambda each: each[0] // unit.part_bytes):
+        yield Part(number, _table_rows(file, group, options, advance))
+
+
+def _guarded(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file.name} is cut off or damaged: {error}. Download or write it again.") from None
+
+
+def _placed(batches: Iterator[pa.RecordBatch], row: int) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+    """Each batch, with the bytes before it in the unit and the rows before it in the file."""
+    position = 0
+    for batch in batches:
+        yield position, row, batch
+        position += batch.nbytes
+        row += batch.num_rows
+
+
+def _table_rows(
+    file: InputFile,
+    placed: Iterable[tuple[int, int, pa.RecordBatch]],
+    options: ReadOptions,
+    advance: Callable[[int], None],
+) -> Iterator[Record | None]:
+    for _, first_row, batch in placed:
+        texts = _binary(batch.column(options.text_key), options.text_key, file).to_pylist()
+        for row, (text, identity) in enumerate(zip(texts, _ids(batch, options, file), strict=True), start=first_row):
+            place = f"{file.name}, row {row}"
+            if text is None:
+                raise DataError(f"{place}: {options.text_key!r} should be text, not null.")
+            if isinstance(identity, bytes):
+                identity = decode(identity, options, place)
+            yield Record(decode(text, options, place), None if identity is None else str(identity), 0)
+        advance(batch.nbytes)
+
+
+def _ids(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> list[object]:
+    """The ids of a batch: bytes where the column is text, for the same reason as the text's."""
+    if options.id_key not in batch.schema.names:
+        return [None] * batch.num_rows
+    column = batch.column(options.id_key)
+    ids: list[object] = (_binary(column, options.id_key, file) if _is_text(column) else column).to_pylist()
+    return ids
+
+
+def _is_text(column: pa.Array) -> bool:
+    value_type = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return value_type in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _binary(column: pa.Array, name: str, file: InputFile) -> pa.Array:
+    """A text column as bytes: Arrow does not check that text is UTF-8, and neither does this."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionarydecode()
+    if column.type not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise DataError(f"{file.name}: the column {name!r} holds {column.type}, not text.")
+    try:
+        column = column.cast(pa.large_binary())
+        column.validate(full=True)
+    except pa.ArrowException as error:
+        raise DataError(f"{file.name}: the column {name!r} is damaged: {error}.") from None
+    return column
+
+
+def _columns(names: list[str], options: ReadOptions, file: InputFile) -> list[str]:
+    if options.text_key not in names:
+        listed = ", ".join(map(repr, names[:20]))
+        raise DataError(f"{file.name} has no column {options.text_key!r}, its columns are {listed}; see --text-key.")
+    return [options.text_key, *({options.id_key} & set(names) - {options.text_key})]
+
+
+def open_parquet(file: InputFile) -> pq.ParquetFile:
+    """The file, its footer read. Raises DataError where there is none."""
+    if file.compression:
+        raise DataError(f"{file.name} is a compressed parquet file, which cannot be read in place: decompress it.")
+    try:
+        source = file.open() if file.is_remote else file.name
+        return pq.ParquetFile(source, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file.name} is no whole parquet file: {error}. Download or write it again.") from None
+
+
+def _parquet_batches(file: InputFile, group: int, options: ReadOptions) -> tuple[int, Iterator[pa.RecordBatch]]:
+    """The first row of a row group in the file, and the row group in batches."""
+    parquet = open_parquet(file)
+    columns = _columns(parquet.schema_arrow.names, options, file)
+    first_row = sum(parquet.metadata.row_group(k).num_rows for k in range(group))
+    return first_row, parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _arrow_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    if file.compression:
+        raise DataError(f"{file.name} is a compressed Arrow file, which cannot be read in place: decompress it.")
+    if file.num_bytes == 0:
+        raise DataError(f"{file.name} is empty: no Arrow data. Download or write it again.")
+    with file.open() as head:
+        is_file = head.read(6) == b"ARROW1"
+    source = file.open() if file.is_remote else pa.memory_map(file.name)
+    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    columns = _columns(reader.schema.names, options, file)
+    batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+    for batch in batches:
+        yield from _slices(batch.select(columns))
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+        yield batch.slice(start, ROWS_AT_ONCE)

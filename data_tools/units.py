@@ -1,0 +1,77 @@
+"""Into which pieces the input is cut, whoever reads them.
+
+A `Unit` is what one worker reads on its own: a byte range of a plain JSON-lines file, a row group of a parquet file, a
+whole compressed or Arrow file, or some text files. It comes apart into numbered `Part`s of about PART_BYTES, by where
+in the unit a document begins. So the same files give the same parts, whoever reads them, and however often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import xxhash
+
+from data_tools.inputs import InputFile
+from megatrain.errors import DataError
+
+PART_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How text is found in records, and what is done with bytes that are not UTF-8 (`strict` or `replace`)."""
+
+    text_key: str = "text"
+    id_key: str = "id"
+    errors: str = "strict"
+
+
+class Record(NamedTuple):
+    """One document as it stands in a file."""
+
+    text: str
+    id: str | None
+    file: int
+    """Index in the unit's files."""
+
+
+class Part(NamedTuple):
+    """Part number `number` of a unit. Its rows are to be read before the next part is asked for, or not at all."""
+
+    number: int
+    rows: Iterator[Record | None]
+    """None is a row without a document: a blank line."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker reads on its own."""
+
+    files: tuple[InputFile, ...]
+    start: int = 0
+    """First byte (JSON lines) or the row group (parquet)."""
+    stop: int | None = None
+    """A line that begins at or behind this byte belongs to another unit."""
+    num_bytes: int = 0
+    """About how many bytes there are to be read; for showing progress."""
+    part_bytes: int = PART_BYTES
+
+    @property
+    def key(self) -> str:
+        """Names the unit's content: the files, their versions, and the range."""
+        return xxhash.xxh3_128_hexdigest(
+            f"{[file.key for file in self.files]} {self.start} {self.stop} {self.part_bytes}".encode()
+        )
+
+
+def decode(data: bytes, options: ReadOptions, place: str) -> str:
+    """The text that the bytes stand for. Raises DataError with the place where they are not UTF-8 and should be."""
+    try:
+        return data.decode(errors=options.errors)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place}: invalid UTF-8 at byte {error.start} ({error.reason}); "
+            "--errors replace keeps such text, with U+FFFD for the bad bytes."
+        ) from None
