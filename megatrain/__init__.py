@@ -1,0 +1,1 @@
+"""Distributed pretraining of decoder language models that proves itself before you spend the GPU hours."""

@@ -74,7 +74,7 @@ class CheckpointReader:
             self._found[stored.piece.name, stored.kind].append((file, stored))
 
 
-def verify(folder: Path) -> Iterator[tuple[FileEntry, str | None]]:
+def check_files(folder: Path) -> Iterator[tuple[FileEntry, str | None]]:
     """Check every byte of a checkpoint: for each file, what is wrong with it, or None. Reads all of it.
 
     Raises CheckpointError where the manifest itself is damaged.

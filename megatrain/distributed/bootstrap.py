@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatrain.errors import ConfigError
 
@@ -83,10 +84,19 @@ def child_environment(num_ranks: int, *, has_gpu: bool) -> dict[str, str]:
     env = dict(os.environ)
     env.setdefault("MASTER_PORT", str(free_port()))
     if not has_gpu:
+        env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // num_ranks)))
         env.setdefault("OMP_WAIT_POLICY", "passive")
         env.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     return env
+
+
+def num_local_gpus() -> int:
+    """GPUs that this process may use, without importing torch: as CUDA_VISIBLE_DEVICES says, or as the driver lists."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def free_port() -> int:

@@ -28,7 +28,7 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
     failures.forget(run_dir)
     env = child_environment(num_ranks, has_gpu=has_gpu)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null/none"]
-    command += ["--num_accelerators", str(num_ranks), "--master_port", env["MASTER_PORT"], "--no_local_rank"]
+    command += ["--num_accelerators", str(num_ranks), "--master_port", env["MASTER_PORT"], "--no_local_rank", "--quiet"]
     command += ["--module", _TRAINER, config, *overrides]
     # A session of its own: Ctrl-C reaches the ranks through us alone, once.
     launcher = subprocess.Popen(command, env=env, start_new_session=True)

@@ -1,22 +1,28 @@
 """What megatrain changes in DeepSpeed's engines, and how they are started. DeepSpeed's own globals end here.
 
-- ZeRO stage 0 in bf16: DeepSpeed would accumulate gradients in bf16. Its ZeRO-1 optimizer for bf16 sums whole fp32
-  gradients over the data ranks and cuts only the optimizer's state, so given a group of one to cut among, it is stage 0.
+- ZeRO stage 0 in bf16 and fp16: DeepSpeed would accumulate gradients in that type. Its ZeRO-1 optimizer for bf16 sums
+  whole fp32 gradients over the data ranks and cuts only the optimizer's state, so given a group of one to cut among, it
+  is stage 0. For fp16 it lacks the loss scale, which ``ScaledOptimizer`` adds.
 - ZeRO stage 0 in fp32: DeepSpeed clips, but forgets the gradient's norm, and would apply one that is not finite.
 """
 
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.timer import NoopTimer
 from torch import nn
 
 from megatrain.distributed.groups import Groups
@@ -30,10 +36,10 @@ def start_deepspeed(timeout_seconds: float) -> None:
     DeepSpeed's all-reduce through shared memory is left out: compiling it takes over a minute on first use, and a
     build that is killed leaves a lock on which every later start waits for ever.
     """
-    from datetime import timedelta
-
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+    if not torch.cuda.is_available():  # torch computes fp16 on any CPU, only slowly; DeepSpeed asks for fast hardware
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,
@@ -89,25 +95,53 @@ class Mesh:
         return dist.get_world_size(self._groups.tensor)
 
 
+class ScaledOptimizer(BF16_Optimizer):  # type: ignore[misc]
+    """The same for fp16, with a dynamic loss scale."""
+
+    loss_scaler: DynamicLossScaler
+
+    def use_scale(self, settings: dict[str, Any]) -> None:
+        """Scale as DeepSpeed's fp16 ``settings`` say."""
+        self.loss_scaler = CreateLossScaler(
+            torch.float16, static_loss_scale=0, dynamic_scaling=True, dynamic_loss_args=settings
+        )
+
+    def step(self, closure: Any = None) -> None:
+        """Update with the unscaled gradients; an overflow leaves the update out and lowers the scale."""
+        for gradients in self.fp32_groups_gradients_flat:
+            gradients.div_(self.loss_scaler.cur_scale)
+        super().step(closure)
+        self.loss_scaler.update_scale(self.overflow)
+
+
 class StageZero:
     """Mixed into DeepSpeed's engines: what stage 0 lacks there (see the module's docstring)."""
 
     alone: dist.ProcessGroup
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
-        if self.zero_optimization_stage() == 0 and self.bfloat16_enabled():  # type: ignore[attr-defined]
+        half = self.bfloat16_enabled() or self.fp16_enabled()  # type: ignore[attr-defined]
+        if self.zero_optimization_stage() == 0 and half:  # type: ignore[attr-defined]
             return "bf16"
         return super()._do_optimizer_sanity_check(basic_optimizer)  # type: ignore[misc]
 
     def _configure_bf16_optimizer(self, optimizer: Any) -> Any:
         if self.zero_optimization_stage() != 0:  # type: ignore[attr-defined]
             return super()._configure_bf16_optimizer(optimizer)  # type: ignore[misc]
-        shared = self.seq_data_parallel_group
-        self.seq_data_parallel_group = self.alone
-        try:
-            return super()._configure_bf16_optimizer(optimizer)  # type: ignore[misc]
-        finally:
-            self.seq_data_parallel_group = shared
+        kind = ScaledOptimizer if self.fp16_enabled() else BF16_Optimizer  # type: ignore[attr-defined]
+        whole = kind(
+            optimizer,
+            self.param_names,  # type: ignore[attr-defined]
+            bfloat16_config=DeepSpeedBF16Config(enabled=True),
+            mpu=self.mpu,  # type: ignore[attr-defined]
+            clip_grad=self.gradient_clipping(),  # type: ignore[attr-defined]
+            dp_process_group=self.alone,
+            timers=NoopTimer(),
+            grad_acc_dtype=torch.float32,
+        )
+        if isinstance(whole, ScaledOptimizer):
+            whole.use_scale(self.dynamic_loss_scale_args())  # type: ignore[attr-defined]
+        return whole
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not isinstance(self.optimizer, torch.optim.Optimizer):  # type: ignore[has-type]

@@ -138,16 +138,16 @@ class Engine:
     @property
     def loss_scale(self) -> dict[str, float] | None:
         """The state of fp16's dynamic loss scale; None under another precision."""
-        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)
-        if scaler is None or not self._deepspeed.fp16_enabled():
+        if not self._deepspeed.fp16_enabled():
             return None
+        scaler = self._deepspeed.optimizer.loss_scaler
         return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_STATE}
 
     def load_loss_scale(self, state: Mapping[str, float]) -> None:
         """Go on with a loss scale that was saved."""
         scaler = self._deepspeed.optimizer.loss_scaler
-        for key in _LOSS_SCALER_STATE:
-            setattr(scaler, key, type(getattr(scaler, key))(state[key]))
+        for key in state.keys() & set(_LOSS_SCALER_STATE):
+            setattr(scaler, key, state[key] if key == "cur_scale" else int(state[key]))
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and globals, so that another engine can be made in this process."""

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -40,13 +39,6 @@ def master_slices(optimizer: Any, parameters: list[nn.Parameter]) -> Iterator[Ma
         yield from _mapped_slices(optimizer.fp32_groups_flat_partition, parameters)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         yield from _mapped_slices(optimizer.single_partition_of_fp32_groups, parameters)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        masters = {
-            id(low): high
-            for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            for low, high in zip(lows, highs, strict=True)
-        }
-        yield from (MasterSlice(p, 0, p.numel(), masters[id(p)], 0) for p in parameters)
     else:  # fp32 without ZeRO: torch's own optimizer on the parameters themselves
         yield from (MasterSlice(p, 0, p.numel(), p, 0) for p in parameters)
 
@@ -61,13 +53,8 @@ def publish_masters(optimizer: Any) -> None:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.persistent_parameters and optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif isinstance(optimizer, (BF16_Optimizer, DeepSpeedZeroOptimizer)):
         optimizer.update_lp_params()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for low, high in zip(lows, highs, strict=True):
-                low.data.copy_(high.data)
 
 
 def link_state(optimizer: Any) -> None:

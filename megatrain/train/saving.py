@@ -20,6 +20,7 @@ from megatrain.train.progress import Progress, refuse_changes, resume_order
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
+_NONE, _ALL_BAD, _FIRST_STEP = 0, 1, 2  # what rank 0 tells of the checkpoints: a number, so that one sum says it
 _VERSIONS = ("megatrain", "torch", "deepspeed")
 
 
@@ -109,19 +110,20 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
 
 def _agree_on_newest(run: Run, damaged: set[CheckpointFolder]) -> CheckpointFolder | None:
     """Rank 0 looks, all go by what it saw: folders may not appear everywhere at once."""
-    step, problem = -1.0, None
+    verdict, problem = _NONE, None
     if run.rank.rank == 0:
         try:
             newest = run.store.newest_good(frozenset(folder.path for folder in damaged))
-            step = float(newest.step) if newest else -1.0
+            verdict = _FIRST_STEP + newest.step if newest else _NONE
         except CheckpointError as error:
-            step, problem = -2.0, error
-    (agreed,) = run.groups.sum([step])
+            verdict, problem = _ALL_BAD, error
+    agreed = int(run.groups.sum([float(verdict if run.rank.rank == 0 else 0)])[0])
     if problem is not None:
         raise problem
-    if agreed == -2.0:
+    if agreed == _ALL_BAD:
         raise CheckpointError(f"{run.store.folder} has checkpoints, and none is good.")
-    return None if agreed < 0 else CheckpointFolder(int(agreed), run.store.finished(int(agreed)), None)
+    step = agreed - _FIRST_STEP
+    return None if agreed == _NONE else CheckpointFolder(step, run.store.finished(step), None)
 
 
 def _begin(run: Run) -> Progress:

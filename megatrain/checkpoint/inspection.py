@@ -1,0 +1,40 @@
+"""What a user sees of checkpoints: which there are, what is in one, whether every byte is what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.manifest import read_manifest
+from megatrain.checkpoint.reader import check_files
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, resolve
+from megatrain.errors import CheckpointError
+
+
+def list_checkpoints(run: Path) -> list[CheckpointFolder]:
+    """The checkpoints of a run folder. Raises CheckpointError where there is no such folder or it has none."""
+    store = CheckpointStore(run.parent if run.name == "checkpoints" else run)
+    found = store.list()
+    if not found:
+        raise CheckpointError(f"{run} is no run folder with checkpoints: {store.folder} has none.")
+    return found
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint's manifest, for people and programs."""
+    folder = resolve(path)
+    manifest = read_manifest(folder)
+    described = manifest.model_dump(mode="json", include={"step", "tokens", "parameters", "layout", "created", "versions"})
+    files = [entry.model_dump() for entry in manifest.files]
+    return {"path": str(folder), **described, "files": files}
+
+
+def verify(path: Path) -> tuple[list[str], int, int]:
+    """Read all of a checkpoint: what is wrong with it, and how many files and bytes were read."""
+    folder = resolve(path)
+    problems, num_files, num_bytes = [], 0, 0
+    for entry, problem in check_files(folder):
+        num_files, num_bytes = num_files + 1, num_bytes + entry.bytes
+        if problem:
+            problems.append(problem)
+    return problems, num_files, num_bytes

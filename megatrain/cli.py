@@ -1,0 +1,215 @@
+"""The command `megatrain`: parse, call, turn errors into exit codes.
+
+Only what parses the command line is imported here; each command imports what it needs, so that --help is quick and a
+wrong config fails before torch is there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, MegatrainError
+
+if TYPE_CHECKING:
+    from megatrain.config import RunConfig
+
+app = typer.Typer(
+    help="Pretrain decoder language models; rehearse it on a laptop first.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML config: see docs/config.md and configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of single keys, such as train.steps=10.")
+]
+CheckpointPath = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its newest good checkpoint.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else.")]
+
+
+@app.command()
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node, one a GPU.")] = None,
+    procs: Annotated[int | None, typer.Option(min=1, help="Ranks in all, where there are no GPUs.")] = None,
+) -> None:
+    """Is this config right? Lists all that is wrong with it and its layout. Needs no torch and no data."""
+    from megatrain.config import load
+    from megatrain.plan import rules
+
+    loaded = load(config, overrides or ())
+    if procs is not None and (nodes is not None or gpus_per_node is not None):
+        raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
+    if procs is None and nodes is None and gpus_per_node is None:
+        world_size = rules.model_ranks(loaded)
+    else:
+        world_size = procs or (nodes or 1) * (gpus_per_node or 1)
+    rules.check(loaded, world_size)
+    data = rules.data_degree(loaded, world_size)
+    typer.echo(
+        f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
+        f"{loaded.parallel.pipeline}, {rules.num_micro_batches(loaded, world_size)} micro-batch(es) a step."
+    )
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start on this machine; left out: one a GPU, or one.")
+    ] = None,
+) -> None:
+    """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
+    from megatrain.checkpoint.lock import refuse_if_locked
+    from megatrain.config import load
+    from megatrain.distributed.bootstrap import num_local_gpus
+    from megatrain.distributed.supervisor import launch
+    from megatrain.plan import rules
+
+    loaded = load(config, overrides or ())
+    gpus = num_local_gpus()
+    num_ranks = procs or max(gpus, 1)
+    if gpus and num_ranks > gpus:
+        raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
+    rules.check(loaded, num_ranks)
+    _check_data(loaded)
+    run_dir = Path(loaded.run.dir)
+    refuse_if_locked(run_dir)
+    raise typer.Exit(launch(config, overrides or (), num_ranks, run_dir, has_gpu=gpus > 0))
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointPath,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that sum to this.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many of the likeliest tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Let a trained model go on from a prompt."""
+    from megatrain.train.inference import generate_text
+
+    for text in generate_text(
+        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    ):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CheckpointPath,
+    data: Annotated[Path, typer.Option(help="A dataset folder, tokenized with the checkpoint's tokenizer.")],
+    as_json: AsJson = False,
+) -> None:
+    """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once."""
+    from megatrain.train.inference import evaluate_checkpoint
+
+    figures = evaluate_checkpoint(checkpoint, data, show_progress=sys.stderr.isatty())
+    if as_json:
+        _print_json(figures)
+    else:
+        for name, value in figures.items():
+            typer.echo(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value:,}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .html, or .png for a picture.")] = Path("report.html"),
+) -> None:
+    """One page about a run: loss, throughput, gradient norm, where time went, what was resumed when."""
+    from megatrain.observe.report import write_report
+
+    write_report(run, out)
+    typer.echo(f"{out} shows {run}.")
+
+
+@checkpoint_app.command("list")
+def list_checkpoints(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: AsJson = False) -> None:
+    """The checkpoints of a run, oldest first, and whether they look whole."""
+    from megatrain.checkpoint.inspection import list_checkpoints
+
+    rows = list_checkpoints(run)
+    if as_json:
+        _print_json([{"step": row.step, "path": str(row.path), "good": row.good} for row in rows])
+        return
+    for row in rows:
+        typer.echo(f"step {row.step:>8}  {row.path}  {'good' if row.good else f'NOT GOOD: {row.problem}'}")
+
+
+@checkpoint_app.command("inspect")
+def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
+    """What a checkpoint holds: step, tokens, layout, files."""
+    from megatrain.checkpoint.inspection import describe
+
+    figures = describe(path)
+    if as_json:
+        _print_json(figures)
+        return
+    for name in ("path", "step", "tokens", "parameters", "created", "layout", "versions"):
+        typer.echo(f"{name:11} {figures[name]}")
+    for entry in figures["files"]:
+        typer.echo(f"{entry['bytes']:>15,}  {entry['checksum']}  {entry['file']}")
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
+    """Read every byte of a checkpoint and compare checksums; exit code 4 where anything differs."""
+    from megatrain.checkpoint.inspection import verify
+
+    problems, num_files, num_bytes = verify(path)
+    if as_json:
+        _print_json({"path": str(path), "good": not problems, "files": num_files, "bytes": num_bytes, "problems": problems})
+    else:
+        for problem in problems:
+            typer.echo(problem, err=True)
+        typer.echo(f"{path}: {num_files} files, {num_bytes:,} bytes: {'NOT GOOD' if problems else 'all as written'}.")
+    if problems:
+        raise typer.Exit(EXIT_CHECKPOINT)
+
+
+def main() -> None:
+    """The console command."""
+    try:
+        app()
+    except MegatrainError as error:
+        typer.echo(f"megatrain: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BUG)
+
+
+def _check_data(config: RunConfig) -> None:
+    """Find missing or broken datasets before ranks are started."""
+    from megatrain.data import open_dataset
+
+    for path in [*(e.path for e in config.data.train), *(e.path for e in config.data.validation)]:
+        open_dataset(path)
+
+
+def _print_json(value: object) -> None:
+    import orjson
+
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What a checkpoint is used for on one device: to generate text, to be evaluated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+
+from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.reader import CheckpointReader, check_plain_file
+from megatrain.checkpoint.store import resolve
+from megatrain.config import ModelConfig
+from megatrain.data import Dataset, open_dataset
+from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
+from megatrain.distributed.fragment import Placement
+from megatrain.errors import CheckpointError, DataError
+from megatrain.model.decoder import Decoder
+from megatrain.model.generate import Sampling, generate
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+_TOKENS_AT_ONCE = 8192
+
+
+def load_decoder(path: Path, dtype: torch.dtype | None = None) -> tuple[Decoder, Manifest, Path]:
+    """The whole model of a checkpoint on this process's device, in evaluation mode; its manifest and folder.
+
+    ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
+    """
+    folder = resolve(path)
+    reader = CheckpointReader(folder)
+    config = ModelConfig.model_validate(reader.manifest.config["model"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read_parameter(Placement.whole(name, parameter.shape), "weight"))
+    return model.eval(), reader.manifest, folder
+
+
+def generate_text(
+    path: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
+) -> Iterator[str]:
+    """Yield the prompt, then what the model goes on with, piece by piece as it can be shown."""
+    model, manifest, folder = load_decoder(path)
+    tokenizer = _load_tokenizer(manifest, folder)
+    encoding = tokenizer.encode(prompt, add_special_tokens=False)
+    room = model.config.max_position_embeddings - len(encoding.ids)
+    sampling = Sampling(temperature, top_k, top_p if top_p < 1.0 else None)
+    eos = tokenizer.token_to_id("<|endoftext|>")
+    tokens = generate(
+        model,
+        encoding.ids,
+        min(max_new_tokens, room) if room > 0 else max_new_tokens,
+        sampling,
+        seed,
+        eos,
+        tokenizer.get_vocab_size(),
+    )
+    yield prompt
+    yield from _decode_stream(tokenizer, tokens)
+
+
+def evaluate_checkpoint(path: Path, data: Path, *, show_progress: bool) -> dict[str, Any]:
+    """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
+
+    Windows are as long as those the model was trained on.
+    """
+    dataset = open_dataset(data)
+    model, manifest, folder = load_decoder(path)
+    _check_tokenizer(dataset, manifest, folder)
+    seq_len, mask = manifest.config["data"]["seq_len"], manifest.config["data"]["document_mask"]
+    windows = Windows(dataset, seq_len, mask)
+    batches = EvaluationBatches(BatchMaker([windows], max(1, _TOKENS_AT_ONCE // seq_len)), 0, 1)
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.inference_mode():
+        for batch in track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True):
+            total += float(model(batch.to(device)))
+    num_bytes = dataset.window_bytes(1, batches.num_targets)  # targets are the tokens after the first
+    loss = total / batches.num_targets
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan,
+        "tokens": batches.num_targets,
+        "bytes": num_bytes,
+    }
+
+
+def _load_tokenizer(manifest: Manifest, folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    entry = next((entry for entry in manifest.files if entry.file == TOKENIZER), None)
+    if entry is None:
+        raise CheckpointError(f"{folder} holds no {TOKENIZER}: text cannot be encoded for this model.")
+    check_plain_file(folder, entry)
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises the bare class
+        raise CheckpointError(f"{folder / TOKENIZER} is no tokenizer: {error}.") from None
+
+
+def _check_tokenizer(dataset: Dataset, manifest: Manifest, folder: Path) -> None:
+    entry = next((entry for entry in manifest.files if entry.file == TOKENIZER), None)
+    if entry is None:
+        return
+    check_plain_file(folder, entry)
+    if (folder / TOKENIZER).read_bytes() != dataset.tokenizer_path.read_bytes():
+        raise DataError(
+            f"{dataset.path} was tokenized with another tokenizer than the one {folder} was trained with: its loss would "
+            f"mean nothing. Tokenize the text again with --tokenizer {folder / TOKENIZER}."
+        )
+
+
+def _decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """Text as soon as it is whole: a character's bytes may be spread over several tokens."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids, skip_special_tokens=False)[len(shown) :] if ids else ""

@@ -1,0 +1,104 @@
+"""A rank that trains one case after another: what comes on its standard input, until that ends.
+
+Starting ranks costs far more than building another engine on ranks that are up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saver import rank_file
+from megatrain.config import RunConfig
+from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
+from megatrain.data.order import DataOrder
+from megatrain.distributed.bootstrap import read_rank
+from megatrain.distributed.groups import make_groups
+from megatrain.distributed.topology import Topology
+from megatrain.model.initial import InitialWeights
+from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.train.assemble import build_engine, open_training_data, resolve_vocabulary
+from megatrain.train.schedule import learning_rate
+
+TIMEOUT_SECONDS = 120.0
+
+
+@dataclass
+class Case:
+    """What to train. ``load``: a checkpoint to begin from; ``save``: a folder for the pieces at the end."""
+
+    config: dict[str, Any]
+    first_step: int = 0
+    num_steps: int = 12
+    load: str | None = None
+    save: str | None = None
+
+
+def train(case: Case) -> dict[str, Any]:
+    """Train a case on this rank; its figures, the same on all ranks."""
+    rank = read_rank()
+    config = RunConfig.model_validate(case.config)
+    train_sets, _ = open_training_data(config)
+    config = resolve_vocabulary(config, train_sets[0])
+    topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
+    groups = make_groups(topology, rank.rank, torch.device("cpu"), TIMEOUT_SECONDS)
+    engine = build_engine(config, groups)
+    if case.load:
+        reader = CheckpointReader(Path(case.load), near=rank_file(rank.rank))
+        engine.load_fragments(reader, num_updates=case.first_step)
+    else:
+        engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
+    engine.publish()
+    sources = [Windows(dataset, config.data.seq_len, config.data.document_mask) for dataset in train_sets]
+    maker = BatchMaker(sources, config.train.micro_batch_size)
+    weights = [entry.weight for entry in config.data.train]
+    order = DataOrder.begin(config.run.seed, [s.num_windows for s in sources], weights, config.train.global_batch_size)
+    batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
+    losses, norms = [], []
+    for step in range(case.first_step, case.first_step + case.num_steps):
+        lr = learning_rate(config.schedule, config.optimizer.lr, step, config.train.steps)
+        count = batches.num_targets(step)
+        result = engine.train_batch(batches.micro_batches(step), count, lr)
+        losses.append(groups.sum([result.loss_sum])[0] / count)
+        norms.append(result.grad_norm)
+    batches.close()
+    evaluation = EvaluationBatches(maker, groups.coordinate.data, topology.data, limit=5)
+    (validation,) = groups.sum([engine.evaluate(evaluation)])
+    if case.save:
+        folder = Path(case.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_pieces(folder / rank_file(rank.rank), list(engine.state_fragments()))
+    groups.barrier()
+    engine.close()
+    return {"losses": losses, "norms": norms, "validation": validation / evaluation.num_targets}
+
+
+def main() -> None:
+    """Serve cases; rank 0 answers with a line each, on the file descriptor that is named in the arguments."""
+    answers = os.fdopen(int(sys.argv[1]), "w")
+    torch.set_num_threads(1)
+    start_deepspeed(TIMEOUT_SECONDS)
+    rank = read_rank()
+    for line in sys.stdin:
+        try:
+            answer = train(Case(**json.loads(line)))
+        except Exception:  # noqa: BLE001 - the test shows it
+            answer = {"error": traceback.format_exc(), "rank": rank.rank}
+        if rank.rank == 0 or "error" in answer:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        if "error" in answer:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
