@@ -16,7 +16,9 @@ import typer
 
 from megatrain.errors import EXIT_DATA, MegatrainError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Text in, datasets out."
+)
 
 
 class Errors(str, Enum):
@@ -79,11 +81,10 @@ def tokenize(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json.")],
     out: Annotated[Path, typer.Option(metavar="DATASET", help="The dataset folder to write.")],
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. [default: one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core unless given.")] = None,
     text_key: TextKey = "text",
     id_key: Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")] = "id",
-    shard_tokens: Annotated[int, typer.Option(min=1, help="A shard ends with the document that reaches this.")] = 1
-    << 28,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="About how many tokens a shard holds.")] = 2**28,
     errors: ErrorsOption = Errors.STRICT,
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
     engine: Annotated[Engine, typer.Option(help="auto: fastokens if it gives the ids of tokenizers.")] = Engine.AUTO,
