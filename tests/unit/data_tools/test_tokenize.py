@@ -15,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pytest
 from data_samples import WRITERS, Document, MakeDataset, folder_bytes, json_lines
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.engines import NASTY_TEXTS, FastokensEncoder, ReferenceEncoder, choose_engine
 from megatrain.data import open_dataset
@@ -223,14 +223,16 @@ def test_a_shard_is_plain_arrow_with_its_facts_in_the_schema(
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer_path.read_bytes()
 
 
-def test_an_engine_that_differs_is_refused_with_a_reason(tokenizer_path: Path) -> None:
-    description = orjson.loads(tokenizer_path.read_bytes())
-    description["pre_tokenizer"]["type"] = "Unheard"
-    broken = orjson.dumps(description)
-    with pytest.raises(Exception, match=r"Unheard|untagged|variant"):
-        ReferenceEncoder(broken)
-    name, warning = choose_engine("auto", tokenizer_path.read_bytes(), ["text"])
-    assert (name, warning) == ("fastokens", None)
+def test_fastokens_is_used_only_where_it_can_what_the_tokenizer_asks(tokenizer_path: Path) -> None:
+    assert choose_engine("auto", tokenizer_path.read_bytes(), ["text"]) == ("fastokens", None)
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "[UNK]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    name, warning = choose_engine("auto", words.to_str().encode(), ["a b"])
+    assert name == "tokenizers"
+    assert warning is not None
+    assert "Whitespace" in warning
+    with pytest.raises(ConfigError, match="Whitespace"):
+        choose_engine("fastokens", words.to_str().encode(), ["a b"])
 
 
 def test_both_engines_agree_on_the_nastiest_texts(tokenizer_path: Path) -> None:
