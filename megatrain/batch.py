@@ -30,4 +30,5 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor to ``device`` (without waiting for it, where the memory is pinned)."""
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        moved = {name: None if x is None else x.to(device, non_blocking=True) for name, x in self._asdict().items()}
+        return self._replace(**moved)

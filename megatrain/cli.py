@@ -31,7 +31,9 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML config: se
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of single keys, such as train.steps=10.")
 ]
-CheckpointPath = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its newest good checkpoint.")]
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="A checkpoint folder, or a run folder: its newest good checkpoint.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else.")]
 
 
@@ -95,7 +97,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that sum to this.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that sum to this.")
+    ] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many of the likeliest tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
 ) -> None:
@@ -174,7 +178,9 @@ def verify_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
 
     problems, num_files, num_bytes = verify(path)
     if as_json:
-        _print_json({"path": str(path), "good": not problems, "files": num_files, "bytes": num_bytes, "problems": problems})
+        _print_json(
+            {"path": str(path), "good": not problems, "files": num_files, "bytes": num_bytes, "problems": problems}
+        )
     else:
         for problem in problems:
             typer.echo(problem, err=True)

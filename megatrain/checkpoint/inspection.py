@@ -24,7 +24,9 @@ def describe(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint's manifest, for people and programs."""
     folder = resolve(path)
     manifest = read_manifest(folder)
-    described = manifest.model_dump(mode="json", include={"step", "tokens", "parameters", "layout", "created", "versions"})
+    described = manifest.model_dump(
+        mode="json", include={"step", "tokens", "parameters", "layout", "created", "versions"}
+    )
     files = [entry.model_dump() for entry in manifest.files]
     return {"path": str(folder), **described, "files": files}
 

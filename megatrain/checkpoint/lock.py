@@ -22,7 +22,9 @@ def locked(run_dir: Path, job: Mapping[str, str]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise CheckpointError(f"{run_dir} is in use by {_holder(run_dir)}: stop that run, or use another run.dir.") from None
+        raise CheckpointError(
+            f"{run_dir} is in use by {_holder(run_dir)}: stop that run, or use another run.dir."
+        ) from None
     with contextlib.suppress(OSError):
         (run_dir / _HOLDER).write_bytes(orjson.dumps(dict(job)))
     try:
@@ -44,7 +46,9 @@ def _open(run_dir: Path) -> FileLock:
         run_dir.mkdir(parents=True, exist_ok=True)
         return FileLock(run_dir / _LOCK)
     except OSError as error:
-        raise CheckpointError(f"The run folder {run_dir} cannot be made: {error.strerror}. Set run.dir elsewhere.") from None
+        raise CheckpointError(
+            f"The run folder {run_dir} cannot be made: {error.strerror}. Set run.dir elsewhere."
+        ) from None
 
 
 def _holder(run_dir: Path) -> str:

@@ -18,7 +18,7 @@ _MAX_BYTES = 64 << 20
 
 
 class FileEntry(BaseModel):
-    """A file of the checkpoint. ``checksum``: xxh3-128; of a ``.safetensors`` file, that of its header and block table."""
+    """A file of the checkpoint. ``checksum``: xxh3-128, of a ``.safetensors`` file that of header and block table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

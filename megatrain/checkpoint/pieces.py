@@ -68,7 +68,7 @@ class Written:
 def write_pieces(path: Path, fragments: Sequence[Fragment]) -> Written:
     """Write ``fragments`` to a new file at ``path`` and wait until the disk has it.
 
-    The fragments' data must not change meanwhile. Raises OSError, having left what it could write: the caller removes it.
+    The fragments' data must not change meanwhile. Raises OSError; what could be written is left to the caller.
     """
     header = _encode_header(fragments)
     digests = bytearray()
@@ -234,7 +234,7 @@ def _decode_header(header: dict[str, Any]) -> tuple[list[StoredPiece], int]:
         length = (end - begin) // dtype.itemsize
         box = Box(tuple(offset), tuple(extent))
         inside = len(shape) == len(offset) == len(extent) and all(
-            0 <= o and 0 < n and o + n <= size for o, n, size in zip(offset, extent, shape, strict=True)
+            o >= 0 and n > 0 and o + n <= size for o, n, size in zip(offset, extent, shape, strict=True)
         )
         if begin != expected or end < begin or not inside or not 0 <= start <= start + length <= box.numel:
             raise ValueError(f"the piece {key!r} lies outside of its tensor or its file")

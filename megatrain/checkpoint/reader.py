@@ -33,7 +33,7 @@ class CheckpointReader:
         self._found: dict[tuple[str, str], list[tuple[PieceFile, StoredPiece]]] = defaultdict(list)
 
     def read(self, wanted: Piece, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The elements of a piece as a 1-D CPU tensor. Raises CheckpointError where the checkpoint lacks any of them."""
+        """The elements of a piece as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
         target = torch.empty(wanted.length, dtype=dtype)
         missing = wanted.length
         for file, stored in self._candidates(wanted.name, kind):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.manifest import FileEntry, Manifest
-from megatrain.checkpoint.pieces import Written, read_written, write_pieces
+from megatrain.checkpoint.pieces import read_written, write_pieces
 from megatrain.checkpoint.store import CheckpointStore, add_file
 from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError
@@ -71,12 +71,18 @@ class CheckpointSaver:
         manifest: Callable[[Sequence[FileEntry]], Manifest],
         files: Sequence[tuple[str, bytes]] = (),
     ) -> None:
-        """Copy the fragments in memory and start to write them. ``manifest`` and the small ``files`` are rank 0's part."""
+        """Copy the fragments in memory and start to write. ``manifest`` and the small ``files`` are rank 0's part."""
         assert not self.is_busy
         self._began = time.perf_counter()
         copies = [self._copy(fragment) for fragment in fragments]
         self._stall = time.perf_counter() - self._began
-        self._step, self._manifest, self._files, self._state, self.problem = step, manifest, tuple(files), "writing", None
+        self._step, self._manifest, self._files, self._state, self.problem = (
+            step,
+            manifest,
+            tuple(files),
+            "writing",
+            None,
+        )
         self._future = self._thread.submit(self._write, copies)
 
     def votes(self, wait: bool = False) -> Votes:

@@ -112,7 +112,7 @@ class CheckpointStore:
                     shutil.rmtree(path, ignore_errors=True)
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` good checkpoints (at least one stays); damaged ones are left to be seen."""
+        """Delete all but the newest ``keep`` good checkpoints (at least one stays); damaged ones stay to be seen."""
         good = [checkpoint for checkpoint in self.list() if checkpoint.good]
         for checkpoint in good[: -max(keep, 1)]:
             self._remove(checkpoint.path)
@@ -136,7 +136,9 @@ def resolve(path: Path) -> Path:
     if path.name == "checkpoints" and not store.folder.is_dir():
         store = CheckpointStore(path.parent)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a checkpoint folder (RUN/checkpoints/step-...) or a run folder.")
+        raise CheckpointError(
+            f"{path} does not exist: give a checkpoint folder (RUN/checkpoints/step-...) or a run folder."
+        )
     newest = store.newest_good()
     if newest is None:
         raise CheckpointError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints.")

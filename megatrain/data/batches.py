@@ -69,7 +69,11 @@ class BatchMaker:
         self._document_mask = sources[0].document_mask
 
     def make(
-        self, source: NDArray[np.int64], window: NDArray[np.int64], number: NDArray[np.int64], num_scored: int | None = None
+        self,
+        source: NDArray[np.int64],
+        window: NDArray[np.int64],
+        number: NDArray[np.int64],
+        num_scored: int | None = None,
     ) -> list[Batch]:
         """The windows in micro-batches. ``num_scored``: how many of them count, the rest is filling (None: all)."""
         count, length = len(window), self._seq_len
@@ -78,7 +82,9 @@ class BatchMaker:
         for row in range(count):
             self.sources[source[row]].fill(int(window[row]), tokens[row], None if ids is None else ids[row])
         positions = np.broadcast_to(np.arange(length), (count, length)) if ids is None else _positions(ids)
-        mask = None if num_scored is None else np.broadcast_to((np.arange(count) < num_scored)[:, None], (count, length))
+        mask = (
+            None if num_scored is None else np.broadcast_to((np.arange(count) < num_scored)[:, None], (count, length))
+        )
         batches = []
         for first in range(0, count, self.micro_batch_size):
             rows = slice(first, first + self.micro_batch_size)
@@ -132,9 +138,7 @@ class EvaluationBatches:
     equally many micro-batches, the last ones filled up with windows that are not scored.
     """
 
-    def __init__(
-        self, maker: BatchMaker, data_rank: int, num_data_ranks: int, limit: int | None = None
-    ) -> None:
+    def __init__(self, maker: BatchMaker, data_rank: int, num_data_ranks: int, limit: int | None = None) -> None:
         self._maker = maker
         each = None if limit is None else -(-limit // len(maker.sources))
         chosen = [_spread(windows.num_windows, each) for windows in maker.sources]
@@ -165,7 +169,9 @@ class EvaluationBatches:
             rows = slice(first, first + size)
             scored = min(max(self._num_scored - first, 0), size)
             number = np.arange(first, first + size)
-            yield from self._maker.make(self._source[rows], self._window[rows], number, scored if scored < size else None)
+            yield from self._maker.make(
+                self._source[rows], self._window[rows], number, scored if scored < size else None
+            )
 
 
 def _spread(count: int, limit: int | None) -> NDArray[np.int64]:

@@ -47,7 +47,9 @@ def _apportion(share: NDArray[np.float64]) -> NDArray[np.int64]:
     quotas[(quotas == 0) & (share > 0)] = 1
     remainder = share * BLOCK - quotas
     while (gap := BLOCK - int(quotas.sum())) != 0:
-        chosen = np.argsort(-remainder if gap > 0 else np.where(quotas > 1, remainder, np.inf), kind="stable")[: abs(gap)]
+        chosen = np.argsort(-remainder if gap > 0 else np.where(quotas > 1, remainder, np.inf), kind="stable")[
+            : abs(gap)
+        ]
         quotas[chosen] += np.sign(gap)
         remainder[chosen] -= np.sign(gap)
     return quotas

@@ -32,7 +32,7 @@ class Permutation:
 
     def __call__(self, index: Indices) -> Indices:
         """Map each index; all must lie in [0, size)."""
-        value = self._encrypt(index.astype(np.uint64))
+        value: NDArray[np.uint64] = self._encrypt(index.astype(np.uint64))
         outside = value >= self.size
         while outside.any():  # the domain is less than four times the size: few walks
             value[outside] = self._encrypt(value[outside])
@@ -45,7 +45,8 @@ class Permutation:
 
     @cached_property
     def _round_keys(self) -> NDArray[np.uint64]:
-        return np.random.SeedSequence(self.key).generate_state(_NUM_ROUNDS, np.uint64)
+        keys: NDArray[np.uint64] = np.random.SeedSequence(self.key).generate_state(_NUM_ROUNDS, np.uint64)
+        return keys
 
     def _encrypt(self, value: NDArray[np.uint64]) -> NDArray[np.uint64]:
         bits = np.uint64(self._half_bits)

@@ -32,7 +32,13 @@ class RankInfo:
 
 _DIALECTS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "deepspeed or torchrun"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "mpirun"),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "mpirun",
+    ),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpirun"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "srun"),
 )
@@ -53,8 +59,15 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
         local_rank = _whole(env, local_key) if local_key in env else 0
         local_world_size = _local_size(env, local_size_key, world_size)
         if not 0 <= rank < world_size:
-            raise ConfigError(f"{rank_key}={rank} is outside of {size_key}={world_size}: the launcher's variables are broken.")
-        if world_size > 1 and "MASTER_ADDR" not in env and "SLURM_NODELIST" not in env and local_world_size < world_size:
+            raise ConfigError(
+                f"{rank_key}={rank} is outside of {size_key}={world_size}: the launcher's variables are broken."
+            )
+        if (
+            world_size > 1
+            and "MASTER_ADDR" not in env
+            and "SLURM_NODELIST" not in env
+            and local_world_size < world_size
+        ):
             raise ConfigError(
                 f"{world_size} ranks on several nodes ({launcher}), but MASTER_ADDR is not set: export it as the "
                 "name of the first node, and MASTER_PORT if that port may be in use."

@@ -137,7 +137,7 @@ def _count_before(position: int, row: int, offset: int, width: int) -> int:
 def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held: Piece) -> int:
     """Copy what ``held`` (in ``source``) and ``wanted`` (in ``target``) share; the number of elements copied.
 
-    Both arrays are 1-D, one element for each of their piece. The boxes may differ: layouts cut alike tensors differently.
+    Both arrays are 1-D, one element for each of their piece. The boxes may differ: layouts cut differently.
     """
     if wanted.box == held.box:
         low, high = max(wanted.start, held.start), min(wanted.stop, held.stop)
@@ -155,10 +155,12 @@ def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held
     run = math.prod(shared.extent[split:])
     in_target = _run_starts(shared, wanted.box, split) - wanted.start
     in_source = _run_starts(shared, held.box, split) - held.start
-    low = np.maximum(0, np.maximum(-in_target, -in_source))
-    high = np.minimum(run, np.minimum(wanted.length - in_target, held.length - in_source))
+    lows = np.maximum(0, np.maximum(-in_target, -in_source))
+    highs = np.minimum(run, np.minimum(wanted.length - in_target, held.length - in_source))
     copied = 0
-    for to, start, first, last in zip(in_target.tolist(), in_source.tolist(), low.tolist(), high.tolist(), strict=True):
+    for to, start, first, last in zip(
+        in_target.tolist(), in_source.tolist(), lows.tolist(), highs.tolist(), strict=True
+    ):
         if first < last:
             target[to + first : to + last] = source[start + first : start + last]
             copied += last - first
@@ -167,9 +169,7 @@ def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held
 
 def _intersect(a: Box, b: Box) -> Box | None:
     offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
-    ends = (
-        min(x + n, y + m) for x, n, y, m in zip(a.offset, a.extent, b.offset, b.extent, strict=True)
-    )
+    ends = (min(x + n, y + m) for x, n, y, m in zip(a.offset, a.extent, b.offset, b.extent, strict=True))
     extent = tuple(end - begin for end, begin in zip(ends, offset, strict=True))
     return Box(offset, extent) if min(extent) > 0 else None
 

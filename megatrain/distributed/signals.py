@@ -17,7 +17,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def ignore_further(self) -> None:
-        """From here on the process ends by itself: the launcher's TERM to the ranks that are not yet done must not hurt."""
+        """From here on the process ends by itself: the launcher's TERM to ranks not yet done must not hurt."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

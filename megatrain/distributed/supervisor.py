@@ -28,7 +28,15 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
     failures.forget(run_dir)
     env = child_environment(num_ranks, has_gpu=has_gpu)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null/none"]
-    command += ["--num_accelerators", str(num_ranks), "--master_port", env["MASTER_PORT"], "--no_local_rank", "--quiet"]
+    command += [
+        "--num_accelerators",
+        str(num_ranks),
+        "--master_port",
+        env["MASTER_PORT"],
+        "--no_local_rank",
+        "--log_level",
+        "critical",
+    ]
     command += ["--module", _TRAINER, config, *overrides]
     # A session of its own: Ctrl-C reaches the ranks through us alone, once.
     launcher = subprocess.Popen(command, env=env, start_new_session=True)
@@ -88,7 +96,9 @@ def _verdict(status: int, run_dir: Path) -> int:
             return first.exit_code
         sys.stderr.write("A rank failed after the state was saved; the logs of the ranks say why.\n")
         return EXIT_RANK
-    signal_number = -status if status < 0 else status - 128 if 128 < status < 192 else 256 - status if status > 192 else 0
+    signal_number = (
+        -status if status < 0 else status - 128 if 128 < status < 192 else 256 - status if status > 192 else 0
+    )
     if signal_number:
         name = signal.Signals(signal_number).name if signal_number in set(signal.Signals) else str(signal_number)
         sys.stderr.write(f"A rank was killed ({name}). Start the run again: it goes on from the newest checkpoint.\n")

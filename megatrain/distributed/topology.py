@@ -60,10 +60,7 @@ class Topology:
             for axis in ("pipeline", "data", "tensor")
         }
         return [
-            self.rank(Coordinate(p, d, t))
-            for p in ranges["pipeline"]
-            for d in ranges["data"]
-            for t in ranges["tensor"]
+            self.rank(Coordinate(p, d, t)) for p in ranges["pipeline"] for d in ranges["data"] for t in ranges["tensor"]
         ]
 
     def groups(self, *axes: Axis) -> list[list[int]]:

@@ -27,7 +27,11 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
     }
     if parallel.zero_stage == 3:
         # Parameters that stay whole would be counted once a tensor rank in the gradient's norm.
-        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket, "sub_group_size": bucket}
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": bucket,
+            "sub_group_size": bucket,
+        }
         zero |= {"stage3_max_live_parameters": bucket, "stage3_max_reuse_distance": bucket}
     settings: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +38,8 @@ def start_deepspeed(timeout_seconds: float) -> None:
     build that is killed leaves a lock on which every later start waits for ever.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has given new ones; nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
     if not torch.cuda.is_available():  # torch computes fp16 on any CPU, only slowly; DeepSpeed asks for fast hardware
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
@@ -118,6 +121,7 @@ class StageZero:
     """Mixed into DeepSpeed's engines: what stage 0 lacks there (see the module's docstring)."""
 
     alone: dist.ProcessGroup
+    optimizer: Any
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         half = self.bfloat16_enabled() or self.fp16_enabled()  # type: ignore[attr-defined]
@@ -144,7 +148,7 @@ class StageZero:
         return whole
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        if not isinstance(self.optimizer, torch.optim.Optimizer):  # type: ignore[has-type]
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
             super()._take_model_step(lr_kwargs)  # type: ignore[misc]
             return
         norm = clip_gradients(list(self.module.parameters()), self.gradient_clipping(), self.mpu)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,7 +84,7 @@ class Engine:
         return StepResult(own, norm, skipped, time.perf_counter() - began)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> float:
+    def evaluate(self, micro_batches: Iterable[Batch]) -> float:
         """This rank's share of the sum of the cross-entropy over the scored targets; nothing is learned."""
         engine = self._deepspeed
         engine.eval()
@@ -119,13 +119,17 @@ class Engine:
         for name, held in self._slices():
             kinds = {WEIGHT: held.buffer}
             if num_updates:
-                kinds |= {key: value for key, value in _adam_state(states, held.buffer, num_updates).items() if key in ADAM_STATES}
+                kinds |= {
+                    key: value
+                    for key, value in _adam_state(states, held.buffer, num_updates).items()
+                    if key in ADAM_STATES
+                }
             for piece, where in windows(self._model.placements[name], held.start, held.start + held.length):
                 for kind, buffer in kinds.items():
                     target = held.of(buffer)
                     index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
                     target[index] = source.read(piece, kind).to(target)
-            for kind, buffer in kinds.items():
+            for buffer in kinds.values():
                 _clear_padding(self._model.placements[name], held, held.of(buffer))
         if num_updates:
             link_state(optimizer)
@@ -169,14 +173,17 @@ class Engine:
         if held.length == self._model.placements[name].local_numel and self._replicates_state():
             replicas, index = self.groups.topology.data, self.groups.coordinate.data
         if not getattr(held.parameter, "model_parallel", False):
-            replicas, index = replicas * self.groups.topology.tensor, index * self.groups.topology.tensor + self.groups.coordinate.tensor
+            replicas, index = (
+                replicas * self.groups.topology.tensor,
+                index * self.groups.topology.tensor + self.groups.coordinate.tensor,
+            )
         share = -(-held.length // replicas)
         start, stop = index * share, min((index + 1) * share, held.length)
         if start < stop:
             yield held.start + start, held.start + stop
 
     def _replicates_state(self) -> bool:
-        return self._deepspeed.zero_optimization_stage() == 0
+        return bool(self._deepspeed.zero_optimization_stage() == 0)
 
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -203,5 +210,7 @@ def _adam_state(states: Any, buffer: Tensor, num_updates: int) -> dict[str, Tens
 
 def _clear_padding(placement: Placement, held: MasterSlice, data: Tensor) -> None:
     if placement.padding:
-        first = placement.local_numel - placement.padding * (placement.local_numel // placement.local_shape[placement.dim])
+        first = placement.local_numel - placement.padding * (
+            placement.local_numel // placement.local_shape[placement.dim]
+        )
         data[max(first - held.start, 0) :] = 0.0

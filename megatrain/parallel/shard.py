@@ -48,18 +48,23 @@ def shard_model(
 
 
 def _allocate(model: Any, config: RunConfig, groups: Groups) -> None:
-    """Memory for every parameter; under ZeRO 3 layer by layer, each cut among the data ranks before the next is made."""
+    """Memory for every parameter; under ZeRO 3 each module's is cut among the data ranks at once."""
     model.to(DTYPES[config.train.precision])
     if config.parallel.zero_stage < 3:
         model.to_empty(device=groups.device)
         model.tie_weights()
         return
     model.tie_weights()
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
     for parent in model.modules():
         own = [child for child in parent.children() if next(child.parameters(recurse=False), None) is not None]
         for child in own:
             if any(p.is_meta for p in child.parameters(recurse=False)):
                 child.to_empty(device=groups.device, recurse=False)
     model.tie_weights()
-    deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=DTYPES[config.train.precision], mpu=Mesh(groups))
+    deepspeed.zero.Init(
+        module=model, config_dict_or_path=settings, dtype=DTYPES[config.train.precision], mpu=Mesh(groups)
+    )

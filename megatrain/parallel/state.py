@@ -1,8 +1,8 @@
 """Where DeepSpeed keeps a rank's share of the weights and the optimizer's state, under each of its optimizers.
 
-DeepSpeed flattens parameters into buffers and cuts those among the data ranks. Whatever it does, a rank's share is a list
-of slices: elements [start, start + length) of one flattened local parameter lie at ``offset`` of a flat fp32 buffer, which
-is also the key of the state of the torch optimizer underneath.
+DeepSpeed flattens parameters into buffers and cuts those among the data ranks. Whatever it does, a rank's share is a
+list of slices: elements [start, start + length) of one flattened local parameter lie at ``offset`` of a flat fp32
+buffer, which is also the key of the state of the torch optimizer underneath.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def master_slices(optimizer: Any, parameters: list[nn.Parameter]) -> Iterator[Ma
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer underneath, whose ``state`` is keyed by the masters' buffers."""
-    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer  # type: ignore[no-any-return]
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
 def publish_masters(optimizer: Any) -> None:

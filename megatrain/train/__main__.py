@@ -1,6 +1,6 @@
 """The trainer as a module: what every launcher starts, once a rank. `megatrain train` starts it through `deepspeed`.
 
-    deepspeed --module megatrain.train CONFIG [KEY=VALUE...]       srun ... python -m megatrain.train CONFIG
+deepspeed --module megatrain.train CONFIG [KEY=VALUE...]       srun ... python -m megatrain.train CONFIG
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def main(arguments: list[str]) -> int:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
         if _is_lost_peer(error):
-            lost = RankError(f"Rank {rank.rank if rank else '?'} lost the others in the middle of a step: {error}")
+            lost = RankError(
+                f"Rank {rank.rank if rank else '?'} lost the others in the middle of a step: another rank or its node "
+                f"died, or does not answer ({str(error).splitlines()[0][:200]}). Start the run again: it goes on from "
+                "the newest checkpoint."
+            )
             return _fail(rank, run_dir, lost.exit_code, str(lost))
         return _fail(rank, run_dir, EXIT_BUG, traceback.format_exc())
 
@@ -66,7 +70,14 @@ def _fail(rank: RankInfo | None, run_dir: Path | None, exit_code: int, message: 
 def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective ended because a peer died or no longer answers: gloo and NCCL say so in their own words."""
     text = str(error)
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "NCCL",
+        "gloo",
+    )
     return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 

@@ -49,7 +49,7 @@ class Run:
 
 
 def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
-    """The datasets to train and to validate on, opened. Raises DataError where one cannot be, or they do not fit together."""
+    """The datasets to train and to validate on. Raises DataError where one is broken, or their tokenizers differ."""
     train = [open_dataset(entry.path) for entry in config.data.train]
     validation = [open_dataset(entry.path) for entry in config.data.validation]
     first = train[0]
@@ -77,7 +77,7 @@ def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 
 def assemble(config: RunConfig, rank: RankInfo) -> Run:
-    """Open the data, join the other ranks, build the model on this one. Collective; the weights are not yet filled in."""
+    """Open the data, join the other ranks, build the model on this one. Collective; weights are not filled in yet."""
     train, validation = open_training_data(config)
     config = resolve_vocabulary(config, train[0])
     sources = [_windows(config, dataset) for dataset in train]

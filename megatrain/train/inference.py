@@ -117,8 +117,8 @@ def _check_tokenizer(dataset: Dataset, manifest: Manifest, folder: Path) -> None
     check_plain_file(folder, entry)
     if (folder / TOKENIZER).read_bytes() != dataset.tokenizer_path.read_bytes():
         raise DataError(
-            f"{dataset.path} was tokenized with another tokenizer than the one {folder} was trained with: its loss would "
-            f"mean nothing. Tokenize the text again with --tokenizer {folder / TOKENIZER}."
+            f"{dataset.path} was tokenized with another tokenizer than the one {folder} was trained with: its loss "
+            f"would mean nothing. Tokenize the text again with --tokenizer {folder / TOKENIZER}."
         )
 
 

@@ -24,7 +24,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run after ``step`` steps. ``updates``: steps that changed the weights; ``skipped``: those that did not.
+    """The state of a run after ``step`` steps. ``updates``: steps that changed the weights; ``skipped``: the others.
 
     ``tokens``: trained on so far. ``digests``: of the training datasets, in the config's order.
     """
@@ -82,8 +82,8 @@ def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
             problems.append(f"{path} was {before} and is now {after} ({reason})")
     if problems:
         raise CheckpointError(
-            f"This config cannot go on from the checkpoints in {config.run.dir}: {'; '.join(problems)}. Put it back, or "
-            "start a new run in another run.dir (with run.init_from to take the weights along)."
+            f"This config cannot go on from the checkpoints in {config.run.dir}: {'; '.join(problems)}. Put it back, "
+            "or start a new run in another run.dir (with run.init_from to take the weights along)."
         )
 
 
@@ -96,8 +96,8 @@ def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Datas
     if digests != progress.digests:
         changed = [str(dataset.path) for dataset in datasets if dataset.digest not in progress.digests]
         raise CheckpointError(
-            f"data.train is not what this run was trained on ({', '.join(changed) or 'their number or order changed'}): "
-            "a run goes on with the same datasets, in the same order. Put them back, or start a new run in another run.dir."
+            f"data.train is not what this run was trained on ({', '.join(changed) or 'number or order changed'}): a "
+            "run goes on with the same datasets, in the same order. Put them back, or start a new run in another run.dir."
         )
     weights = [entry.weight for entry in config.data.train]
     going_on = replace(order, segments=progress.segments)

@@ -11,8 +11,8 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, num_steps: i
     """The learning rate of ``step`` (counted from 0) of ``num_steps``.
 
     It rises linearly over the warm-up, reaching ``peak`` in its last step, then goes down to ``peak * min_lr_ratio`` in
-    the last step: along half a cosine (Loshchilov and Hutter 2017), along a line, or, for wsd, along a line over the last
-    ``decay_steps`` alone (Hu et al. 2024, MiniCPM); constant stays.
+    the last step: along half a cosine (Loshchilov and Hutter 2017), along a line, or, for wsd, along a line over the
+    last ``decay_steps`` alone (Hu et al. 2024, MiniCPM); constant stays.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

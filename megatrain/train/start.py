@@ -50,7 +50,11 @@ def train(config: RunConfig, rank: RankInfo) -> Progress:
 def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
     config, topology = run.config, run.groups.topology
     device = run.groups.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    )
     facts = {
         "model": f"{config.model.family}, {num_parameters(config.model):,} parameters, {config.train.precision}",
         "layout": f"{topology.world_size} rank(s): data {topology.data} x tensor {topology.tensor} x pipeline "

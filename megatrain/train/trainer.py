@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-
-
-
-from megatrain.batch import Batch
 from megatrain.checkpoint.saver import Outcome, Votes
+from megatrain.data.batches import TrainingBatches
 from megatrain.distributed.signals import StopRequest
 from megatrain.errors import CheckpointError, Preempted
 from megatrain.observe.flops import mfu, peak_flops
@@ -73,13 +70,15 @@ class Trainer:
         self._first_step = progress.step
 
     def run(self) -> Progress:
-        """Train to the last step. Raises Preempted once state is saved after a request to stop, CheckpointError where the
-        last state could not be saved."""
+        """Train to the last step.
+
+        Raises Preempted once state is saved after a request to stop, CheckpointError where it could not be saved.
+        """
         batches = self._run.training_batches(self._run.order)
         try:
             stopping = False
             while self.progress.step < self._config.train.steps and not stopping:
-                metrics, stopping = self._step(batches.micro_batches, batches.num_targets)
+                metrics, stopping = self._step(batches)
                 self._evaluate_if_due()
                 self._save_if_due(stopping)
                 self._report(metrics)
@@ -88,13 +87,13 @@ class Trainer:
         self._end(stopping)
         return self.progress
 
-    def _step(self, micro_batches: Callable[[int], list[Batch]], num_targets: Callable[[int], int]) -> tuple[StepMetrics, bool]:
+    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, bool]:
         run, step, watch = self._run, self.progress.step, self._watch
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
         with watch.measure("data"):
-            batch, count = micro_batches(step), num_targets(step)
+            micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
         with watch.measure("forward_backward"):
-            result = run.engine.train_batch(batch, count, lr)
+            result = run.engine.train_batch(micro_batches, count, lr)
             # One exchange a step: the loss, who was asked to stop, and how the save under way is doing.
             sums = run.groups.sum([result.loss_sum, float(self._stop.signal is not None), *self._saving.votes()])
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
