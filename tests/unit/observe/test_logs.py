@@ -11,6 +11,7 @@ noisy.propagate = False
 setup_logging(Path(sys.argv[1]), rank=int(sys.argv[2]), console=sys.argv[2] == "0")
 adopt_logger("noisy")
 logging.getLogger("megatrain.x").warning("watch out")
+logging.getLogger("noisy").warning("me too")
 logging.getLogger("noisy").info("by the way")
 """
 
@@ -21,14 +22,14 @@ def log_from(run_dir, rank):
     )
 
 
-def test_every_rank_has_a_file_and_only_rank_0_is_heard(tmp_path):
+def test_every_rank_has_a_file_and_only_warnings_of_rank_0_are_heard(tmp_path):
     first, second = log_from(tmp_path, 0), log_from(tmp_path, 1)
     assert first.stdout == ""
-    assert first.stderr == "WARNING: watch out\nINFO: by the way\n"
+    assert first.stderr == "WARNING: watch out\nWARNING: me too\n"
     assert (second.stdout, second.stderr) == ("", "")
     for rank in ("00000", "00001"):
         lines = (tmp_path / "logs" / f"rank-{rank}.log").read_text().splitlines()
-        assert len(lines) == 2
+        assert len(lines) == 3
         assert lines[0].endswith("WARNING megatrain.x: watch out")
 
 
