@@ -7,7 +7,7 @@ from typing import Any
 
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.reader import check_files
-from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, resolve
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, is_checkpoint, resolve
 from megatrain.errors import CheckpointError
 
 
@@ -32,11 +32,15 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> tuple[list[str], int, int]:
-    """Read all of a checkpoint: what is wrong with it, and how many files and bytes were read."""
-    folder = resolve(path)
+    """Read all of a checkpoint, or of every one of a run: what is wrong, and how many files and bytes were read."""
+    folders = [path] if is_checkpoint(path) else [checkpoint.path for checkpoint in list_checkpoints(path)]
     problems, num_files, num_bytes = [], 0, 0
-    for entry, problem in check_files(folder):
-        num_files, num_bytes = num_files + 1, num_bytes + entry.bytes
-        if problem:
-            problems.append(problem)
+    for folder in folders:
+        try:
+            for entry, problem in check_files(folder):
+                num_files, num_bytes = num_files + 1, num_bytes + entry.bytes
+                if problem:
+                    problems.append(problem)
+        except CheckpointError as error:  # the manifest itself is damaged
+            problems.append(str(error))
     return problems, num_files, num_bytes

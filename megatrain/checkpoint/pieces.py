@@ -29,7 +29,7 @@ BLOCK_BYTES = 16 << 20
 BLOCKS_KEY = "__blocks__"
 FORMAT = "megatrain-pieces-1"
 _DIGEST_BYTES = 16
-_MAX_HEADER_BYTES = 1 << 28
+_MAX_HEADER_BYTES = 1 << 26
 
 _CODES = {
     torch.float64: "F64",
@@ -99,13 +99,14 @@ def read_written(path: Path) -> Written:
     CheckpointError where it is no file of pieces."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path}: its header's length is impossible.")
-        head = length.to_bytes(8, "little") + file.read(length)
-        begin, end = orjson.loads(head[8:])[BLOCKS_KEY]["data_offsets"]
-        file.seek(len(head) + begin)
-        table = file.read(end - begin)
+        length = file.read(8)
+        try:
+            begin, end = _data_range(size, length)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}.") from None
+        head = length + file.read(begin - 8)
+        file.seek(end)
+        table = file.read(size - end)
     return Written(path.name, size, xxhash.xxh3_128(head + table).hexdigest())
 
 
@@ -120,24 +121,19 @@ class PieceFile:
     def __init__(self, folder: Path, written: Written) -> None:
         self.path = folder / written.file
         self._bytes = self._map(written)
-        length = int.from_bytes(self._bytes[:8].tobytes(), "little")
-        if length > min(_MAX_HEADER_BYTES, written.bytes - 8):
-            raise self._damaged("its header's length is impossible")
-        self._data_begin = 8 + length
-        head = self._bytes[: self._data_begin].tobytes()
         try:
-            self.pieces, data_bytes = _decode_header(orjson.loads(head[8:]))
+            self._data_begin, end = _data_range(written.bytes, self._bytes[:8].tobytes())
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+        head, self._table = self._bytes[: self._data_begin].tobytes(), self._bytes[end:].tobytes()
+        if xxhash.xxh3_128(head + self._table).hexdigest() != written.checksum:
+            raise self._damaged("its header or block table does not match the manifest's checksum")
+        self._data = self._bytes[self._data_begin : end]
+        try:
+            self.pieces = _decode_header(orjson.loads(head[8:]), self._data.size)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from None
-        num_blocks = -(-data_bytes // BLOCK_BYTES)
-        if self._data_begin + data_bytes + num_blocks * _DIGEST_BYTES != written.bytes:
-            raise self._damaged("its parts do not add up to its size")
-        table = self._bytes[self._data_begin + data_bytes :].tobytes()
-        if xxhash.xxh3_128(head + table).hexdigest() != written.checksum:
-            raise self._damaged("its header or block table does not match the manifest's checksum")
-        self._data = self._bytes[self._data_begin : self._data_begin + data_bytes]
-        self._table = table
-        self._checked = np.zeros(num_blocks, dtype=bool)
+        self._checked = np.zeros(len(self._table) // _DIGEST_BYTES, dtype=bool)
 
     def read(self, stored: StoredPiece) -> NDArray[Any]:
         """The data of one of ``pieces``, flat, as a view of the mapped file (bfloat16 as its uint16 bit patterns)."""
@@ -221,7 +217,17 @@ def _encode_header(fragments: Sequence[Fragment]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _decode_header(header: dict[str, Any]) -> tuple[list[StoredPiece], int]:
+def _data_range(file_bytes: int, length: bytes) -> tuple[int, int]:
+    """Where a file's data begins and ends, from its size and its first 8 bytes; the rest is the block table."""
+    header_bytes = int.from_bytes(length, "little")
+    if header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
+        raise ValueError("its header's length is impossible")
+    begin = 8 + header_bytes
+    num_blocks = -(-(file_bytes - begin) // (BLOCK_BYTES + _DIGEST_BYTES))
+    return begin, max(begin, file_bytes - num_blocks * _DIGEST_BYTES)
+
+
+def _decode_header(header: dict[str, Any], data_bytes: int) -> list[StoredPiece]:
     metadata = header["__metadata__"]
     if metadata["format"] != FORMAT or metadata["block_bytes"] != str(BLOCK_BYTES):
         raise ValueError(f"format {metadata['format']!r} is not {FORMAT!r}")
@@ -230,19 +236,24 @@ def _decode_header(header: dict[str, Any]) -> tuple[list[StoredPiece], int]:
     for key, (name, kind, shape, offset, extent, start) in orjson.loads(metadata["pieces"]).items():
         entry = header[key]
         dtype = _DTYPES[entry["dtype"]]
-        begin, end = entry["data_offsets"]
-        length = (end - begin) // dtype.itemsize
-        box = Box(tuple(offset), tuple(extent))
-        inside = len(shape) == len(offset) == len(extent) and all(
-            o >= 0 and n > 0 and o + n <= size for o, n, size in zip(offset, extent, shape, strict=True)
-        )
-        if begin != expected or end < begin or not inside or not 0 <= start <= start + length <= box.numel:
+        begin, end = _whole(entry["data_offsets"])
+        length, rest = divmod(end - begin, dtype.itemsize)
+        box = Box(_whole(offset), _whole(extent))
+        inside = all(n > 0 and o + n <= size for o, n, size in zip(box.offset, box.extent, _whole(shape), strict=True))
+        (first,) = _whole([start])
+        if begin != expected or rest or not inside or not first <= first + length <= box.numel:
             raise ValueError(f"the piece {key!r} lies outside of its tensor or its file")
-        pieces.append(StoredPiece(Piece(name, tuple(shape), box, start, length), kind, dtype, begin))
+        pieces.append(StoredPiece(Piece(str(name), tuple(shape), box, first, length), str(kind), dtype, begin))
         expected = end
-    if header[BLOCKS_KEY]["data_offsets"][0] != expected:
+    if expected != data_bytes or header[BLOCKS_KEY]["data_offsets"][0] != expected:
         raise ValueError("the block table is not where the data ends")
-    return pieces, expected
+    return pieces
+
+
+def _whole(values: list[Any]) -> tuple[int, ...]:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values} are not whole numbers")
+    return tuple(values)
 
 
 def _is_bits(dtype: torch.dtype) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.pieces import read_written, write_pieces
 from megatrain.checkpoint.store import CheckpointStore, add_file
-from megatrain.distributed.fragment import Fragment
+from megatrain.distributed.fragment import Fragment, Piece
 from megatrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._state: Literal["idle", "writing", "committing"] = "idle"
         self._future: Future[Any] | None = None
-        self._copies: dict[tuple[str, str, int, int], Tensor] = {}
+        self._copies: dict[tuple[Piece, str], Tensor] = {}
         self._manifest: Callable[[Sequence[FileEntry]], Manifest] | None = None
         self._files: tuple[tuple[str, bytes], ...] = ()
         self._step, self._began, self._stall = 0, 0.0, 0.0
@@ -91,9 +92,9 @@ class CheckpointSaver:
             return Votes()
         error = self._future.exception()
         if error is not None:
-            if not isinstance(error, (OSError, CheckpointError)):
+            if not isinstance(error, CheckpointError):
                 raise error
-            self.problem = _describe(error)
+            self.problem = str(error)
             return Votes(failed=1.0)
         return Votes(written=1.0) if self._state == "writing" else Votes(committed=1.0)
 
@@ -121,7 +122,7 @@ class CheckpointSaver:
         return Outcome(self._step, path, self._stall, time.perf_counter() - self._began)
 
     def _copy(self, fragment: Fragment) -> Fragment:
-        key = (fragment.piece.name, fragment.kind, fragment.piece.start, fragment.piece.length)
+        key = (fragment.piece, fragment.kind)
         if key not in self._copies:
             self._copies[key] = torch.empty(
                 fragment.data.shape, dtype=fragment.data.dtype, pin_memory=fragment.data.is_cuda
@@ -129,17 +130,20 @@ class CheckpointSaver:
         return fragment._replace(data=self._copies[key].copy_(fragment.data))
 
     def _write(self, fragments: Sequence[Fragment]) -> None:
-        folder = self._store.begin(self._step)
-        write_pieces(folder / rank_file(self._rank), fragments)
+        path = self._store.unfinished(self._step) / rank_file(self._rank)
+        with _naming(path):
+            self._store.begin(self._step)
+            write_pieces(path, fragments)
 
     def _commit(self) -> None:
         assert self._manifest is not None
         folder = self._store.unfinished(self._step)
-        written = [read_written(folder / rank_file(rank)) for rank in range(self._world_size)]
-        entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
-        entries += [add_file(folder, name, content) for name, content in self._files]
-        self._store.commit(self._manifest(entries))
-        self._store.prune(self._keep)
+        with _naming(folder):
+            written = [read_written(folder / rank_file(rank)) for rank in range(self._world_size)]
+            entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
+            entries += [add_file(folder, name, content) for name, content in self._files]
+            self._store.commit(self._manifest(entries))
+            self._store.prune(self._keep, self._step)
 
 
 def rank_file(rank: int) -> str:
@@ -147,7 +151,10 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def _describe(error: OSError | CheckpointError) -> str:
-    if isinstance(error, OSError):
-        return f"{error.filename or 'a file of the checkpoint'}: {error.strerror or error}"
-    return str(error)
+@contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names its file, or ``place`` where it knows none (a failed write)."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from error

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import xxhash
 
@@ -53,21 +55,21 @@ class CheckpointStore:
                 found.append(CheckpointFolder(int(match[1]), path, _find_problem(path)))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
-    def newest_good(self, besides: frozenset[Path] = frozenset()) -> CheckpointFolder | None:
+    def newest_good(self, damaged: Mapping[Path, str] = MappingProxyType({})) -> CheckpointFolder | None:
         """The newest checkpoint to resume from, None where there is none at all.
 
-        ``besides``: those that turned out damaged on reading. Raises CheckpointError where there are checkpoints, but
-        none is good: starting afresh would be no answer.
+        ``damaged``: those that turned out so on reading, and why. Raises CheckpointError where there are checkpoints,
+        but none is good: starting afresh would be no answer.
         """
         every = self.list()
-        good = [checkpoint for checkpoint in every if checkpoint.good and checkpoint.path not in besides]
+        good = [checkpoint for checkpoint in every if checkpoint.good and checkpoint.path not in damaged]
         if good:
             return good[-1]
         if every:
             last = every[-1]
             raise CheckpointError(
                 f"{self.folder} has {len(every)} checkpoint(s), and none is good; the newest: "
-                f"{last.problem or f'{last.path} is damaged.'} Restore one, or start again in another run.dir."
+                f"{last.problem or damaged[last.path]} Restore one, or start again in another run.dir."
             )
         return None
 
@@ -111,9 +113,12 @@ class CheckpointStore:
                 if path.name.startswith((_UNFINISHED, _DELETED)):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` good checkpoints (at least one stays); damaged ones stay to be seen."""
-        good = [checkpoint for checkpoint in self.list() if checkpoint.good]
+    def prune(self, keep: int, last_step: int) -> None:
+        """Of the good checkpoints up to ``last_step``, delete all but the newest ``keep`` (at least one stays).
+
+        Damaged ones stay to be seen. So do later ones: the run went back because it could not read them.
+        """
+        good = [checkpoint for checkpoint in self.list() if checkpoint.good and checkpoint.step <= last_step]
         for checkpoint in good[: -max(keep, 1)]:
             self._remove(checkpoint.path)
 
@@ -124,12 +129,17 @@ class CheckpointStore:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint folder, by its manifest or by its name (a damaged one has no manifest)."""
+    return (path / MANIFEST).exists() or (path.is_dir() and _NAME.fullmatch(path.name) is not None)
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint folder that a user means by ``path``: itself, or the newest good one of a run folder.
 
     Raises CheckpointError where it is neither.
     """
-    if (path / MANIFEST).exists() or _NAME.fullmatch(path.name):
+    if is_checkpoint(path):
         read_manifest(path)
         return path
     store = CheckpointStore(path)

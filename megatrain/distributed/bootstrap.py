@@ -15,6 +15,7 @@ from pathlib import Path
 from megatrain.errors import ConfigError
 
 DEFAULT_MASTER_PORT = 29500
+_SUPERVISOR = "MEGATRAIN_SUPERVISOR_PID"
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,21 @@ def export_rank(info: RankInfo) -> None:
 def child_environment(num_ranks: int, *, has_gpu: bool) -> dict[str, str]:
     """The environment to start ``num_ranks`` local ranks with: threads shared out, no spinning, a free port.
 
-    What the user has set wins. On a CPU, spinning OpenMP threads collapse when ranks share cores, and malloc keeps
-    freed activations unless large blocks are mapped one by one.
+    What the user has set wins. On a CPU, spinning OpenMP threads collapse when ranks share cores.
     """
-    env = dict(os.environ)
+    env = {**os.environ, _SUPERVISOR: str(os.getpid())}
     env.setdefault("MASTER_PORT", str(free_port()))
     if not has_gpu:
         env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // num_ranks)))
         env.setdefault("OMP_WAIT_POLICY", "passive")
-        env.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     return env
+
+
+def supervisor_pid(environ: Mapping[str, str] | None = None) -> int | None:
+    """The `megatrain train` process that started this rank; None under another launcher."""
+    text = (os.environ if environ is None else environ).get(_SUPERVISOR, "")
+    return int(text) if text.isdigit() else None
 
 
 def num_local_gpus() -> int:

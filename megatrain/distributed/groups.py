@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatrain.distributed.topology import Axis, Coordinate, Topology
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Groups:
         dist.all_reduce(totals)
         summed: list[float] = totals.tolist()
         return summed
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, for what happens once a run. Every rank must call it at the same point."""
+        values: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from types import FrameType
+
+import psutil
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -16,6 +21,10 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
+    def follow(self, supervisor: int) -> None:
+        """From here on the death of process ``supervisor`` is a request to stop too: it can pass none on any more."""
+        threading.Thread(target=_signal_after, args=(supervisor,), name="supervisor", daemon=True).start()
+
     def ignore_further(self) -> None:
         """From here on the process ends by itself: the launcher's TERM to ranks not yet done must not hurt."""
         for number in STOP_SIGNALS:
@@ -23,3 +32,13 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
+
+
+def _signal_after(pid: int) -> None:
+    try:
+        process = psutil.Process(pid)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1.0)
+    except psutil.NoSuchProcess:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -5,10 +5,12 @@ The launcher alone would leave orphans when it is told to stop, and answer with 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from megatrain.distributed.bootstrap import child_environment
 from megatrain.distributed.signals import STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
-_GRACE_SECONDS = 20.0
+_GRACE_SECONDS = 60.0
+_POLL_SECONDS = 0.2
 _TRAINER = "megatrain.train"
 
 
@@ -38,24 +41,42 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
         "critical",
     ]
     command += ["--module", _TRAINER, config, *overrides]
+    requested: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda got, _frame: requested.append(got))
     # A session of its own: Ctrl-C reaches the ranks through us alone, once.
     launcher = subprocess.Popen(command, env=env, start_new_session=True)
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda got, _frame: _pass_on(launcher.pid, got))
+    told: set[tuple[int, int]] = set()
     try:
-        status = launcher.wait()
+        while launcher.poll() is None:
+            _pass_on(launcher.pid, requested, told)
+            time.sleep(_POLL_SECONDS)
     finally:
-        _end_orphans(launcher.pid)
-    return _verdict(status, run_dir)
+        num_orphans = _end_orphans(launcher.pid)
+    return _verdict(launcher.returncode, num_orphans, run_dir)
 
 
-def _pass_on(launcher: int, number: int) -> None:
-    """A signal to the ranks alone: the launcher would answer by killing them in the middle of their save."""
-    for process in _ranks(launcher):
-        try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
+def _pass_on(launcher: int, requested: Sequence[int], told: set[tuple[int, int]]) -> None:
+    """Requests to stop go to the ranks alone, to each as soon as it listens: one that comes while they start is kept.
+
+    The launcher would answer a signal by killing the ranks in the middle of their save.
+    """
+    for number in {signal.SIGTERM if number == signal.SIGINT else number for number in requested}:
+        for process in _ranks(launcher):
+            if (process.pid, number) not in told and _listens(process.pid, number):
+                told.add((process.pid, number))
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+
+def _listens(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, as Linux tells; elsewhere it is taken to have one."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return not Path("/proc/self/status").exists()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:
@@ -76,24 +97,31 @@ def _session(process: psutil.Process) -> int | None:
         return None
 
 
-def _end_orphans(launcher: int) -> None:
-    """End the ranks that outlived their launcher: TERM, and KILL for those that do not listen."""
+def _end_orphans(launcher: int) -> int:
+    """Ask the ranks that outlived their launcher to save and stop, KILL those that do not; how many there were."""
     ranks = _ranks(launcher)
     for process in ranks:
-        process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     _, alive = psutil.wait_procs(ranks, timeout=_GRACE_SECONDS)
     for process in alive:
         process.kill()
+    return len(ranks)
 
 
-def _verdict(status: int, run_dir: Path) -> int:
+def _verdict(status: int, num_orphans: int, run_dir: Path) -> int:
     """The launcher's status, in our codes."""
-    if status == 0:
+    if status == 0 and not num_orphans:
         return 0
     first = failures.read(run_dir)
+    if first is not None and first.exit_code != EXIT_PREEMPTED:
+        return first.exit_code
+    if num_orphans:
+        sys.stderr.write("The `deepspeed` launcher died; its ranks have been stopped. Start the run again.\n")
+        return EXIT_RANK
     if first is not None:
-        if first.exit_code != EXIT_PREEMPTED or status == EXIT_PREEMPTED:
-            return first.exit_code
+        if status == EXIT_PREEMPTED:
+            return EXIT_PREEMPTED
         sys.stderr.write("A rank failed after the state was saved; the logs of the ranks say why.\n")
         return EXIT_RANK
     signal_number = (

@@ -15,24 +15,28 @@ from pathlib import Path
 from megatrain.checkpoint.lock import locked
 from megatrain.config import RunConfig, load
 from megatrain.distributed import failures
-from megatrain.distributed.bootstrap import RankInfo, export_rank, job_identity, read_rank
+from megatrain.distributed.bootstrap import RankInfo, export_rank, job_identity, read_rank, supervisor_pid
+from megatrain.distributed.signals import StopRequest
 from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError
 from megatrain.plan import rules
 
 
 def main(arguments: list[str]) -> int:
     """Train as this rank of the config named in ``arguments``; the exit code."""
+    stop = StopRequest()  # first of all: a signal while torch is being imported must not be lost
     rank, run_dir = None, None
     try:
         rank = read_rank()
+        if (supervisor := supervisor_pid()) is not None:
+            stop.follow(supervisor)
         path, *overrides = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))] or [""]
         config = load(path, overrides)
-        run_dir = Path(config.run.dir)
         rules.check(config, rank.world_size)
         with contextlib.ExitStack() as held:
             if rank.rank == 0:
-                held.enter_context(locked(run_dir, job_identity()))
-            return _train(config, rank, run_dir)
+                held.enter_context(locked(Path(config.run.dir), job_identity()))
+            run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
+            return _train(config, rank, run_dir, stop)
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
@@ -46,7 +50,7 @@ def main(arguments: list[str]) -> int:
         return _fail(rank, run_dir, EXIT_BUG, traceback.format_exc())
 
 
-def _train(config: RunConfig, rank: RankInfo, run_dir: Path) -> int:
+def _train(config: RunConfig, rank: RankInfo, run_dir: Path, stop: StopRequest) -> int:
     from megatrain.observe.logs import setup_logging
     from megatrain.train.start import train
 
@@ -54,7 +58,7 @@ def _train(config: RunConfig, rank: RankInfo, run_dir: Path) -> int:
         failures.forget(run_dir)
     setup_logging(run_dir, rank.rank, console=rank.rank == 0)
     export_rank(rank)
-    train(config, rank)
+    train(config, rank, stop)
     return EXIT_OK
 
 

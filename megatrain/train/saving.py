@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.reader import CheckpointReader
@@ -20,7 +23,7 @@ from megatrain.train.progress import Progress, refuse_changes, resume_order
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
-_NONE, _ALL_BAD, _FIRST_STEP = 0, 1, 2  # what rank 0 tells of the checkpoints: a number, so that one sum says it
+T = TypeVar("T")
 _VERSIONS = ("megatrain", "torch", "deepspeed")
 
 
@@ -87,43 +90,63 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
     """Fill the engine from the newest good checkpoint, or with the initial weights where there is none. Collective.
 
     A checkpoint that turns out damaged on any rank is passed over on all, for the next older one; the third value says
-    which and why. Raises CheckpointError where there are checkpoints but none is good.
+    which and why (on rank 0). Raises CheckpointError where there are checkpoints but none is good, or where the config
+    changes what a run cannot change.
     """
-    damaged: set[CheckpointFolder] = set()
-    complaints: list[str] = []
-    while True:
-        found = _agree_on_newest(run, damaged)
-        if found is None:
-            return _begin(run), None, complaints
-        problem = None
-        try:
-            progress = _load(run, found)
-        except CheckpointError as error:
-            problem = str(error)
-        if not run.groups.sum([float(problem is not None)])[0]:
+    damaged: dict[Path, str] = {}
+    while (found := _newest_good(run, damaged)) is not None:
+        reader, problem = _on_all_ranks(run, partial(CheckpointReader, found.path, near=rank_file(run.rank.rank)))
+        if reader is not None:
+            progress = _check_progress(run, reader.manifest)
+            _, problem = _on_all_ranks(run, partial(run.engine.load_fragments, reader, progress.updates))
+        if problem is None:
+            if progress.loss_scale and run.engine.loss_scale:
+                run.engine.load_loss_scale(progress.loss_scale)
             run.engine.publish()
-            return progress, found, complaints
-        complaints.append(problem or f"{found.path}: another rank found it damaged; its log says where.")
-        logger.error("%s", complaints[-1])
-        damaged.add(found)
+            return progress, found, [*_torn(run, found.step), *damaged.values()]
+        logger.info("passing over %s: %s", found.path, problem)
+        damaged[found.path] = problem
+    return _begin(run), None, []
 
 
-def _agree_on_newest(run: Run, damaged: set[CheckpointFolder]) -> CheckpointFolder | None:
+def _newest_good(run: Run, damaged: Mapping[Path, str]) -> CheckpointFolder | None:
     """Rank 0 looks, all go by what it saw: folders may not appear everywhere at once."""
-    verdict, problem = _NONE, None
+    newest, problem = None, None
     if run.rank.rank == 0:
         try:
-            newest = run.store.newest_good(frozenset(folder.path for folder in damaged))
-            verdict = _FIRST_STEP + newest.step if newest else _NONE
+            newest = run.store.newest_good(damaged)
         except CheckpointError as error:
-            verdict, problem = _ALL_BAD, error
-    agreed = int(run.groups.sum([float(verdict if run.rank.rank == 0 else 0)])[0])
+            problem = str(error)
+    newest, problem = run.groups.gather((newest, problem))[0]
     if problem is not None:
-        raise problem
-    if agreed == _ALL_BAD:
-        raise CheckpointError(f"{run.store.folder} has checkpoints, and none is good.")
-    step = agreed - _FIRST_STEP
-    return None if agreed == _NONE else CheckpointFolder(step, run.store.finished(step), None)
+        raise CheckpointError(problem)
+    return newest
+
+
+def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Do it on every rank. Its result; or, where any rank raised a CheckpointError, what the first of them said."""
+    result, problem = None, None
+    try:
+        result = action()
+    except CheckpointError as error:
+        problem = str(error)
+    first = next((text for text in run.groups.gather(problem) if text is not None), None)
+    return (result, None) if first is None else (None, first)
+
+
+def _check_progress(run: Run, manifest: Manifest) -> Progress:
+    """Where the checkpoint's run stood, with the data's order from there on, which becomes the run's."""
+    refuse_changes(run.config, manifest.config)
+    progress = Progress.from_state(manifest.step, manifest.tokens, manifest.state)
+    run.order = resume_order(run.config, progress, run.datasets, run.order)
+    return replace(progress, segments=run.order.segments)
+
+
+def _torn(run: Run, step: int) -> list[str]:
+    """What is wrong with those after ``step`` that could not even be considered."""
+    if run.rank.rank != 0:
+        return []
+    return [checkpoint.problem for checkpoint in run.store.list() if checkpoint.problem and checkpoint.step > step]
 
 
 def _begin(run: Run) -> Progress:
@@ -135,19 +158,6 @@ def _begin(run: Run) -> Progress:
         run.engine.load_fragments(CheckpointReader(folder, near=rank_file(run.rank.rank)), num_updates=0)
     run.engine.publish()
     return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))
-
-
-def _load(run: Run, folder: CheckpointFolder) -> Progress:
-    reader = CheckpointReader(folder.path, near=rank_file(run.rank.rank))
-    manifest = reader.manifest
-    refuse_changes(run.config, manifest.config)
-    progress = Progress.from_state(manifest.step, manifest.tokens, manifest.state)
-    order = resume_order(run.config, progress, run.datasets, run.order)
-    run.engine.load_fragments(reader, progress.updates)
-    if progress.loss_scale and run.engine.loss_scale:
-        run.engine.load_loss_scale(progress.loss_scale)
-    run.order = order
-    return Progress(**{**vars(progress), "segments": order.segments})
 
 
 def _manifest(run: Run, progress: Progress, files: Sequence[FileEntry]) -> Manifest:

@@ -22,7 +22,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, num_steps: i
         return peak
     if schedule.type == "wsd":
         decay = schedule.decay_steps or max(1, num_steps // 5)
-        first = max(first, num_steps - decay) - 1
+        first = max(first, num_steps - decay, 1) - 1
     progress = min(max((step - first) / max(last - first, 1), 0.0), 1.0)
     if schedule.type == "cosine":
         return low + (peak - low) * (1.0 + math.cos(math.pi * progress)) / 2.0

@@ -23,18 +23,18 @@ from megatrain.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, rank: RankInfo) -> Progress:
+def train(config: RunConfig, rank: RankInfo, stop: StopRequest) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
     Raises Preempted after a request to stop, once the state is saved.
     """
-    stop = StopRequest()
     adopt_logger("DeepSpeed")
     run = assemble(config, rank)
     if rank.rank == 0:
         run.store.clean()
-        _write_config(run.config)
     progress, folder, complaints = restore(run)
+    if rank.rank == 0:
+        _write_config(run.config)
     with contextlib.ExitStack() as stack:
         observers = None
         if rank.rank == 0:

@@ -80,8 +80,8 @@ class Trainer:
             while self.progress.step < self._config.train.steps and not stopping:
                 metrics, stopping = self._step(batches)
                 self._evaluate_if_due()
+                self._report(metrics)  # before the save: a step that a checkpoint holds is one that was logged
                 self._save_if_due(stopping)
-                self._report(metrics)
         finally:
             batches.close()
         self._end(stopping)
