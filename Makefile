@@ -1,0 +1,34 @@
+# Every target installs first, into .venv; a second time that costs nothing.
+
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help setup demo test lint acceptance clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 14
+
+setup: $(READY)  ## install: .venv with everything at the versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt tools/setup.sh
+	@tools/setup.sh
+	@touch $(READY)
+
+demo: $(READY)  ## everything once, on real text: data, training, a kill, a resume, evaluation, a sample, a report
+	@$(BIN)/python tools/demo.py demo
+
+test: $(READY)  ## the tests that are run before every change
+	$(BIN)/pytest -m "not slow"
+
+lint: $(READY)  ## what CI checks of the code itself
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+acceptance: $(READY)  ## every long suite in full (hours); see docs/proofs.md
+	MEGATRAIN_ACCEPTANCE=1 $(BIN)/pytest
+
+clean:  ## remove what make has made, and nothing else: .venv, demo/, caches
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

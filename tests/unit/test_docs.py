@@ -1,0 +1,93 @@
+"""The documentation says what is: its commands exist, its links lead somewhere, its code runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatrain.checkpoint.pieces import write_pieces
+from megatrain.distributed.fragment import Box, Fragment, Piece
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+MODULES = {"megatrain": "megatrain", "megatrain-data": "data_tools"}
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """The words of each line in a code block that calls one of our commands, after the command's name."""
+    blocks = re.findall(r"```(?:console|bash)?\n(.*?)```", text, re.DOTALL) + re.findall(r"(?:^ {4}.*\n)+", text, re.M)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip().removeprefix("$ ").split() for line in lines if re.match(r"\s*(\$ )?megatrain(-data)? ", line)]
+
+
+@cache
+def help_of(command: str, *subcommands: str) -> str:
+    words = [sys.executable, "-m", MODULES[command], *subcommands, "--help"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True, env={"COLUMNS": "200", "TERM": "dumb"})
+    return shown.stdout
+
+
+def names_in(help_text: str) -> set[str]:
+    """Commands and options that a --help lists."""
+    return set(re.findall(r"[│|]\s*\*?\s*(--[\w-]+|[a-z-]+)\s", help_text))
+
+
+def used_commands() -> dict[tuple[str, ...], set[str]]:
+    """Each command that a page uses, with its subcommands, and the options it is used with."""
+    used: dict[tuple[str, ...], set[str]] = {}
+    for page in PAGES:
+        for command, *words in command_lines(page.read_text(encoding="utf-8")):
+            depth = 2 if words[0] == "checkpoint" else 1
+            options = {word.split("=")[0] for word in words[depth:] if word.startswith("--")}
+            used.setdefault((command, *words[:depth]), set()).update(options)
+    return used
+
+
+@pytest.mark.parametrize(("command", "options"), used_commands().items(), ids=lambda value: " ".join(sorted(value)))
+def test_a_command_in_the_documentation_exists_with_its_options(command, options):
+    *before, last = command
+    assert last in names_in(help_of(*before)), f"{' '.join(command)} is not a command"
+    assert options - {"--help"} <= names_in(help_of(*command))
+
+
+def test_the_tour_is_among_the_commands():
+    assert {("megatrain", "train"), ("megatrain-data", "tokenize")} <= used_commands().keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_folders_that_a_page_links_to_exist(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_module_has_its_line_in_the_architecture():
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = [REPOSITORY / name for name in ("megatrain", "data_tools", "launcher")]
+    modules = {path.name for folder in folders for path in folder.rglob("*.py")} - {"__init__.py"}
+    assert [name for name in sorted(modules) if f"`{name}`" not in text] == []
+
+
+def test_the_reader_in_the_checkpoint_page_reads_what_two_ranks_wrote(tmp_path):
+    weight = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    left, right = Box((0, 0), (4, 2)), Box((0, 2), (4, 4))  # as two tensor ranks would cut it
+    fragments = [
+        [Fragment(Piece("w", (4, 6), left, 0, 8), "weight", weight[:, :2].flatten())],
+        [
+            Fragment(Piece("w", (4, 6), right, 0, 5), "weight", weight[:, 2:].flatten()[:5]),
+            Fragment(Piece("w", (4, 6), right, 5, 11), "weight", weight[:, 2:].flatten()[5:]),
+        ],
+    ]
+    written = [write_pieces(tmp_path / f"rank-{rank:05d}.safetensors", own) for rank, own in enumerate(fragments)]
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": [vars(entry) for entry in written]}))
+    page = (REPOSITORY / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1], names)
+    assert np.array_equal(names["read_checkpoint"](tmp_path)["w"], weight.numpy())
