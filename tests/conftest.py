@@ -15,6 +15,7 @@ from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from tests.runs import TinyData
+from tests.served import ServedRanks
 
 VOCAB_SIZE = 512
 
@@ -43,3 +44,17 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 @contextmanager
 def _silent(name: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda amount: None
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[ServedRanks]:
+    ranks = ServedRanks(1)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[ServedRanks]:
+    ranks = ServedRanks(2)
+    yield ranks
+    ranks.stop()

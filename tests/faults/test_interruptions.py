@@ -1,0 +1,177 @@
+"""Runs through `megatrain train` that are killed or asked to stop: what was trained is not lost, and nothing differs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from megatrain.checkpoint.store import CheckpointStore
+from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
+
+NUM_STEPS = 20
+
+
+class Stretch(NamedTuple):
+    """One start of a run: how it ended, and what it left."""
+
+    code: int
+    output: str
+    saved: list[int]
+    metrics: Metrics
+    num_orphans: int
+
+
+class Starts:
+    """Starts a config again and again, each time interrupted as told."""
+
+    def __init__(self, data: TinyData, folder: Path) -> None:
+        self.config = write_config(
+            folder / "run.yaml", tiny_config(data, folder / "run", train={"steps": NUM_STEPS, "precision": "bf16"})
+        )
+        self.run_dir = folder / "run"
+
+    def start(self, interrupt: Callable[[TrainProcess], None] = lambda train: None) -> Stretch:
+        """Two ranks, until they have ended."""
+        train = TrainProcess(self.config, 2)
+        try:
+            interrupt(train)
+            code, output = train.wait()
+            wait_until(lambda: train.process.returncode != -signal.SIGKILL or not train.ranks())
+            num_orphans = len(train.ranks())
+        finally:
+            train.kill_all()
+        saved = [checkpoint.step for checkpoint in CheckpointStore(self.run_dir).list() if checkpoint.good]
+        return Stretch(code, output, saved, Metrics.read(self.run_dir), num_orphans)
+
+
+def _signal_rank(rank: int, number: int, step: int) -> Callable[[TrainProcess], None]:
+    def interrupt(train: TrainProcess) -> None:
+        train.wait_for_step(step)
+        train.ranks()[rank].send_signal(number)
+
+    return interrupt
+
+
+def _signal_command(number: int, step: int) -> Callable[[TrainProcess], None]:
+    def interrupt(train: TrainProcess) -> None:
+        train.wait_for_step(step)
+        train.process.send_signal(number)
+
+    return interrupt
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Stretch:
+    stretch = Starts(tiny_data, tmp_path_factory.mktemp("straight")).start()
+    assert stretch.code == 0, stretch.output
+    return stretch
+
+
+def _check_same(metrics: Metrics, straight: Stretch) -> None:
+    assert metrics.steps == list(range(1, NUM_STEPS + 1))
+    assert metrics.losses == straight.metrics.losses
+    assert metrics.norms == straight.metrics.norms
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Stretch]]:
+    """Rank 1 is killed once step 11 is done; then the run is started again."""
+    starts = Starts(tiny_data, tmp_path_factory.mktemp("killed"))
+    yield [starts.start(_signal_rank(1, signal.SIGKILL, 11)), starts.start()]
+
+
+def test_a_killed_rank_ends_the_run_with_code_5(killed: list[Stretch]) -> None:
+    assert killed[0].code == 5, killed[0].output
+    assert "Traceback" not in killed[0].output
+    assert "Start the run again" in killed[0].output
+    assert killed[0].num_orphans == 0
+
+
+def test_after_a_kill_the_losses_and_norms_are_the_same_to_the_last_bit(
+    killed: list[Stretch], straight: Stretch
+) -> None:
+    assert killed[1].code == 0, killed[1].output
+    assert killed[0].saved[-1] >= 5
+    resumed_at = [event["step"] for event in killed[1].metrics.events if event["event"] == "resume"]
+    assert resumed_at == [killed[0].saved[-1]]
+    _check_same(killed[1].metrics, straight)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Stretch]:
+    """TERM to the command; TERM to rank 1; then to the end."""
+    starts = Starts(tiny_data, tmp_path_factory.mktemp("stopped"))
+    interruptions = [_signal_command(signal.SIGTERM, 3), _signal_rank(1, signal.SIGTERM, 8), lambda train: None]
+    return [starts.start(interrupt) for interrupt in interruptions]
+
+
+def test_a_signal_to_the_command_or_to_one_rank_saves_all_and_exits_75(stopped: list[Stretch]) -> None:
+    for stretch in stopped[:2]:
+        assert stretch.code == 75, stretch.output
+        assert stretch.saved[-1] == stretch.metrics.steps[-1]
+        assert "start it again" in stretch.output
+        assert "Traceback" not in stretch.output
+        assert stretch.num_orphans == 0
+    assert stopped[0].metrics.steps[-1] < stopped[1].metrics.steps[-1] < NUM_STEPS
+
+
+def test_after_requests_to_stop_the_losses_and_norms_are_the_same_to_the_last_bit(
+    stopped: list[Stretch], straight: Stretch
+) -> None:
+    assert stopped[2].code == 0, stopped[2].output
+    _check_same(stopped[2].metrics, straight)
+
+
+def test_a_request_to_stop_while_ranks_start_is_kept(tiny_data: TinyData, tmp_path: Path) -> None:
+    def interrupt(train: TrainProcess) -> None:
+        wait_until(lambda: len(psutil.Process(train.process.pid).children(recursive=True)) > 0)
+        train.process.send_signal(signal.SIGUSR1)
+
+    stretch = Starts(tiny_data, tmp_path).start(interrupt)
+    assert stretch.code == 75, stretch.output
+    assert stretch.saved == [1]
+
+
+@pytest.mark.slow
+def test_killing_the_command_itself_leaves_no_orphans_and_loses_nothing(
+    tiny_data: TinyData, straight: Stretch, tmp_path: Path
+) -> None:
+    starts = Starts(tiny_data, tmp_path)
+    first = starts.start(_signal_command(signal.SIGKILL, 3))
+    assert (first.code, first.num_orphans) == (-signal.SIGKILL, 0)
+    second = starts.start()
+    assert second.code == 0, second.output
+    _check_same(second.metrics, straight)
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_ends_the_ranks_with_their_state_saved(
+    tiny_data: TinyData, straight: Stretch, tmp_path: Path
+) -> None:
+    def interrupt(train: TrainProcess) -> None:
+        train.wait_for_step(3)
+        for process in psutil.Process(train.process.pid).children(recursive=True):
+            if "deepspeed.launcher.launch" in process.cmdline():
+                process.kill()
+
+    starts = Starts(tiny_data, tmp_path)
+    first = starts.start(interrupt)
+    assert (first.code, first.num_orphans) == (5, 0), first.output
+    second = starts.start()
+    assert second.code == 0, second.output
+    _check_same(second.metrics, straight)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_with_code_5(tiny_data: TinyData, tmp_path: Path) -> None:
+    starts = Starts(tiny_data, tmp_path)
+    starts.config.write_text(starts.config.read_text().replace("precision: bf16", "hang_timeout_seconds: 10.0"))
+    stretch = starts.start(_signal_rank(1, signal.SIGSTOP, 3))
+    assert stretch.code == 5, stretch.output
+    assert stretch.num_orphans == 0
+    assert "Traceback" not in stretch.output

@@ -1,0 +1,159 @@
+"""What may change when a run goes on, what may not, and that no layout matters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import orjson
+import pytest
+
+from megatrain.checkpoint.manifest import read_manifest
+from megatrain.train.progress import Progress
+from tests.faults.conftest import Copy
+from tests.runs import Metrics, TinyData, tiny_config, write_config
+from tests.served import ServedRanks
+
+LAYOUTS = {"1 rank, ZeRO 0": (1, 0), "1 rank, ZeRO 3": (1, 3)} | {f"2 ranks, ZeRO {z}": (2, z) for z in range(4)}
+# Each layout writes once and reads once here; the slow test has all pairs.
+PAIRS = [
+    ("1 rank, ZeRO 0", "2 ranks, ZeRO 2"),
+    ("2 ranks, ZeRO 2", "1 rank, ZeRO 3"),
+    ("1 rank, ZeRO 3", "2 ranks, ZeRO 0"),
+    ("2 ranks, ZeRO 0", "2 ranks, ZeRO 3"),
+    ("2 ranks, ZeRO 3", "2 ranks, ZeRO 1"),
+    ("2 ranks, ZeRO 1", "1 rank, ZeRO 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "before", "after"),
+    [
+        (["model.hidden_size=64", "model.rms_norm_eps=1.0e-6"], "model.hidden_size", "32", "64"),
+        (["model.rms_norm_eps=1.0e-6"], "model.rms_norm_eps", "1e-05", "1e-06"),
+        (["data.seq_len=32"], "data.seq_len", "64", "32"),
+        (["run.seed=8"], "run.seed", "7", "8"),
+        (["data.document_mask=true"], "data.document_mask", "False", "True"),
+    ],
+)
+def test_a_change_that_a_run_cannot_make_is_refused_by_key(
+    overrides: list[str], key: str, before: str, after: str, copy_run: Callable[[], Copy], two_ranks: ServedRanks
+) -> None:
+    run = copy_run()
+    config_before = (run.run_dir / "config.yaml").read_bytes()
+    ended = two_ranks.train(run.config, "train.steps=8", *overrides)
+    assert ended.codes == [4, 4]
+    spoken = "".join(ended.output)
+    assert f"{key} was {before} and is now {after}" in spoken
+    assert "none is good" not in spoken
+    assert "damaged" not in spoken
+    assert "Traceback" not in spoken
+    assert (run.run_dir / "config.yaml").read_bytes() == config_before
+
+
+def test_another_dataset_is_refused_by_name(
+    copy_run: Callable[[], Copy], two_ranks: ServedRanks, tiny_data: TinyData
+) -> None:
+    run = copy_run()
+    ended = two_ranks.train(run.config, "train.steps=8", f"data.train.1.path={tiny_data.held_out}")
+    assert ended.codes == [4, 4]
+    assert str(tiny_data.held_out) in "".join(ended.output)
+
+
+def test_another_batch_size_and_other_weights_begin_a_segment(
+    copy_run: Callable[[], Copy], two_ranks: ServedRanks, losses: list[float]
+) -> None:
+    run = copy_run()
+    two_ranks.finish(run.config, "train.steps=8", "train.global_batch_size=4", "data.train.0.weight=5.0")
+    manifest = read_manifest(run.checkpoint(8))
+    segments = Progress.from_state(manifest.step, manifest.tokens, manifest.state).segments
+    assert [segment.first_step for segment in segments] == [0, 6]
+    assert [segment.global_batch_size for segment in segments] == [8, 4]
+    assert segments[1].samples_before == 6 * 8
+    assert sum(segments[1].consumed) == 6 * 8
+    assert manifest.tokens == (6 * 8 + 2 * 4) * 64
+    assert Metrics.read(run.run_dir).losses[:6] == losses
+
+
+@pytest.fixture(scope="module")
+def layouts(
+    tiny_data: TinyData, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[ServedRanks, Path, Path]]:
+    """For a layout: its ranks, and the run folder and config of three steps under it, made when first asked for."""
+    made: dict[str, tuple[ServedRanks, Path, Path]] = {}
+
+    def make(name: str) -> tuple[ServedRanks, Path, Path]:
+        if name not in made:
+            num_ranks, stage = LAYOUTS[name]
+            folder = tmp_path_factory.mktemp("layout")
+            sections = {"train": {"steps": 3}, "parallel": {"zero_stage": stage}, "checkpoint": {"every_steps": 3}}
+            config = write_config(folder / "run.yaml", tiny_config(tiny_data, folder / "run", **sections))
+            ranks = one_rank if num_ranks == 1 else two_ranks
+            ranks.finish(config)
+            made[name] = ranks, folder / "run", config
+        return made[name]
+
+    return make
+
+
+def _check_continues(
+    first: str, second: str, layouts: Callable[[str], tuple[ServedRanks, Path, Path]], losses: list[float], tmp_path: Path
+) -> None:
+    _, written, _ = layouts(first)
+    ranks, _, config = layouts(second)
+    shutil.copytree(written, tmp_path / "run")
+    ranks.finish(config, f"run.dir={tmp_path / 'run'}", "train.steps=6")
+    assert Metrics.read(tmp_path / "run").losses == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=[" to ".join(pair) for pair in PAIRS])
+def test_a_checkpoint_goes_on_under_another_layout(
+    first: str,
+    second: str,
+    layouts: Callable[[str], tuple[ServedRanks, Path, Path]],
+    losses: list[float],
+    tmp_path: Path,
+) -> None:
+    _check_continues(first, second, layouts, losses, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_a_checkpoint_goes_on_under_every_layout(
+    first: str, layouts: Callable[[str], tuple[ServedRanks, Path, Path]], losses: list[float], tmp_path: Path
+) -> None:
+    for number, second in enumerate(LAYOUTS):
+        _check_continues(first, second, layouts, losses, tmp_path / str(number))
+
+
+def test_resuming_a_finished_run_trains_nothing(copy_run: Callable[[], Copy], two_ranks: ServedRanks) -> None:
+    run = copy_run()
+    steps = [line for line in (run.run_dir / "metrics.jsonl").read_bytes().splitlines() if b'"loss"' in line]
+    two_ranks.finish(run.config)
+    lines = (run.run_dir / "metrics.jsonl").read_bytes().splitlines()
+    assert [line for line in lines if b'"loss"' in line] == steps
+    assert orjson.loads(lines[-1])["event"] == "finish"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_goes_on_to_the_last_bit(
+    precision: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    figures = []
+    for name, pauses in (("straight", [6]), ("paused", [3, 6])):
+        config = write_config(tmp_path / f"{name}.yaml", tiny_config(tiny_data, tmp_path / name))
+        for steps in pauses:
+            two_ranks.finish(config, f"train.steps={steps}", f"train.precision={precision}")
+        figures.append(Metrics.read(tmp_path / name))
+    straight, paused = figures
+    assert (paused.steps, paused.losses, paused.norms) == (straight.steps, straight.losses, straight.norms)
+
+
+def test_weights_are_taken_from_another_runs_checkpoint(
+    finished_run: Path, two_ranks: ServedRanks, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run"))
+    two_ranks.finish(config, "train.steps=2", f"run.init_from={finished_run}")
+    assert Metrics.read(tmp_path / "run").losses[0] < Metrics.read(finished_run).losses[0] - 0.02

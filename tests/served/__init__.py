@@ -1,0 +1,82 @@
+"""Ranks that stay up and run the whole trainer, one config after another: starting them costs far more than training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from megatrain.distributed.bootstrap import free_port
+
+
+class Ended(NamedTuple):
+    """How a run ended: every rank's exit code, and what each printed."""
+
+    codes: list[int]
+    output: list[str]
+
+
+class ServedRanks:
+    """``num_ranks`` processes of ``tests.served.worker``, started on first use, and again after one has failed."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._processes: list[subprocess.Popen[str]] = []
+        self._logs = Path(tempfile.mkdtemp(prefix=f"served-{num_ranks}-"))
+
+    def train(self, config: Path, *overrides: str) -> Ended:
+        """What `python -m megatrain.train CONFIG OVERRIDES` does on every rank."""
+        if not self._processes:
+            self._start()
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([str(config), *overrides]) + "\n")
+            process.stdin.flush()
+        answers = [process.stdout.readline() for process in self._processes if process.stdout is not None]
+        if not all(answers):
+            logs = [self._log(rank) for rank in range(self.num_ranks)]
+            self.stop()
+            raise AssertionError("a rank died:\n" + "\n".join(logs))
+        read = [json.loads(answer) for answer in answers]
+        ended = Ended([answer["code"] for answer in read], [answer["output"] for answer in read])
+        if not set(ended.codes) <= {0, 3, 4, 75}:  # what is left of torch's groups is of no more use
+            self.stop()
+        return ended
+
+    def finish(self, config: Path, *overrides: str) -> None:
+        """Train to the end; a failure shows what the ranks said."""
+        ended = self.train(config, *overrides)
+        assert ended.codes == [0] * self.num_ranks, "\n".join(ended.output)
+
+    def stop(self) -> None:
+        """End the ranks."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._processes = []
+
+    def _start(self) -> None:
+        port = str(free_port())
+        for rank in range(self.num_ranks):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.num_ranks, "LOCAL_WORLD_SIZE": self.num_ranks}
+            env = {**os.environ, **{name: str(value) for name, value in names.items()}}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            env |= {"OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+            with (self._logs / f"{rank}.log").open("wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.served.worker"],
+                    env=env,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    cwd=Path(__file__).parents[2],
+                )
+            self._processes.append(process)
+
+    def _log(self, rank: int) -> str:
+        return f"--- rank {rank}\n" + (self._logs / f"{rank}.log").read_text(errors="replace")[-3000:]

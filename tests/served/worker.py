@@ -1,0 +1,34 @@
+"""A rank that runs the trainer's own entry point for each line of its standard input, and answers a line to each."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import sys
+
+import torch
+
+from megatrain.parallel.deepspeed_engine import forget_mesh
+from megatrain.train.__main__ import main
+
+
+def serve() -> None:
+    """Until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints by itself goes to the log
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            code = main(json.loads(line))
+        forget_mesh()
+        gc.collect()
+        answers.write(json.dumps({"code": code, "output": output.getvalue()}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()
