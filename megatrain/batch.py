@@ -5,7 +5,7 @@ B: sequences in a micro-batch, T: tokens in a sequence.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,5 +30,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor to ``device`` (without waiting for it, where the memory is pinned)."""
-        moved = {name: None if x is None else x.to(device, non_blocking=True) for name, x in self._asdict().items()}
-        return self._replace(**moved)
+        moved: dict[str, Any] = {
+            name: None if x is None else x.to(device, non_blocking=True) for name, x in self._asdict().items()
+        }
+        return Batch(**moved)

@@ -45,8 +45,7 @@ class Permutation:
 
     @cached_property
     def _round_keys(self) -> NDArray[np.uint64]:
-        keys: NDArray[np.uint64] = np.random.SeedSequence(self.key).generate_state(_NUM_ROUNDS, np.uint64)
-        return keys
+        return np.asarray(np.random.SeedSequence(self.key).generate_state(_NUM_ROUNDS, np.uint64), dtype=np.uint64)
 
     def _encrypt(self, value: NDArray[np.uint64]) -> NDArray[np.uint64]:
         bits = np.uint64(self._half_bits)

@@ -21,26 +21,61 @@ if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
 
 
-class Decoder(nn.Module):
-    """Token ids to logits, or to the loss. Parameters have Hugging Face's names; they are not initialised here.
+class DecoderStage(nn.Module):
+    """Consecutive layers of a decoder: all of them, or those of one pipeline stage.
 
-    Layers are looked up by name in every forward, so that a parallel layout can put others in their places.
+    Parameters have Hugging Face's names; they are not initialised here. Layers are looked up by name in every forward,
+    so that a parallel layout can put others in their places.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        """``seed`` is that of dropout."""
+    def __init__(self, config: ModelConfig, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
         self.config = config
         self.make_context = ContextBuilder(config, family_of(config).rotates)
-        specs = build_layers(config, seed)
         attach_layers(self, specs)
-        *self.body_names, self.head_name = (spec.prefix for spec in specs)
-        self.tie_weights()
+        self.body_names = [spec.prefix for spec in specs if spec.kind != "head"]
+        self.head_name = next((spec.prefix for spec in specs if spec.kind == "head"), None)
+        self.embedding_names = [spec.prefix for spec in specs if spec.kind == "embedding"]
+        self.decoder_names = [spec.prefix for spec in specs if spec.kind == "decoder"]
+
+    def hidden(self, x: Tensor, context: Context) -> Tensor:
+        """Token ids (the first stage's input) or activations, through all layers but the head: [B, T, C]."""
+        for name in self.body_names:
+            x = self.get_submodule(name)(x, context)
+        return x
+
+    @property
+    def head(self) -> OutputHead:
+        """The output head, or what a parallel layout put in its place; only the last stage has one."""
+        assert self.head_name is not None
+        return cast(OutputHead, self.get_submodule(self.head_name))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the layers compute in: that of their weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     def tie_weights(self) -> None:
-        """Let head and token embedding share one parameter, where the config says so; again after replacing either."""
-        if self.config.tie_word_embeddings:
-            self.head.weight = cast(TokenEmbedding, self.get_submodule(self.body_names[0])).weight
+        """Let head and token embedding share one parameter, where the config says so and both are in this stage.
+
+        To be called again after replacing either.
+        """
+        if self.config.tie_word_embeddings and self.head_name is not None and self.embedding_names:
+            self.head.weight = cast(TokenEmbedding, self.get_submodule(self.embedding_names[0])).weight
+
+
+class Decoder(DecoderStage):
+    """A whole decoder: token ids to logits, or to the loss."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        """``seed`` is that of dropout."""
+        super().__init__(config, build_layers(config, seed))
+        self.tie_weights()
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy (nats) over the batch's scored targets: an fp32 scalar."""
@@ -51,28 +86,6 @@ class Decoder(nn.Module):
         """[B, T, V], in the type of the weights."""
         logits_BTV: Tensor = self.head(self.hidden(tokens_BT, context))
         return logits_BTV
-
-    def hidden(self, tokens_BT: Tensor, context: Context) -> Tensor:
-        """Activations before the head, [B, T, C]."""
-        x = tokens_BT
-        for name in self.body_names:
-            x = self.get_submodule(name)(x, context)
-        return x
-
-    @property
-    def head(self) -> OutputHead:
-        """The output head, or what a parallel layout put in its place."""
-        return cast(OutputHead, self.get_submodule(self.head_name))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type the decoder computes in: that of its weights."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
 
 
 def attach_layers(parent: nn.Module, specs: Sequence[LayerSpec]) -> None:

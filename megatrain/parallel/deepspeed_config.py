@@ -44,6 +44,8 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
+    if parallel.sequence:  # else DeepSpeed sends 1/t of each activation, trusting that tensor ranks have the same
+        settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if train.precision == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
     elif train.precision == "fp16":

@@ -23,6 +23,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScal
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from deepspeed.utils.timer import NoopTimer
 from torch import nn
 
@@ -190,13 +191,19 @@ def forget_mesh() -> None:
     deepspeed_groups.mpu = None
 
 
-def clip_gradients(parameters: list[nn.Parameter], largest: float, mesh: Mesh) -> torch.Tensor:
+def clip_gradients(parameters: list[nn.Parameter], largest: float, mesh: Any) -> torch.Tensor:
     """Scale the gradients to a global L2 norm of at most ``largest`` (0: do not); the norm before.
 
-    A parameter that tensor ranks hold alike is counted on the first of them.
+    A parameter that tensor ranks hold alike is counted on the first of them, one that stages tie on the first stage.
     """
-    first = mesh.get_tensor_model_parallel_rank() == 0
-    counted = [p.grad for p in parameters if p.grad is not None and (first or getattr(p, "model_parallel", False))]
+    first = bwc_tensor_model_parallel_rank(mesh) == 0
+    counted = [
+        parameter.grad
+        for parameter in parameters
+        if parameter.grad is not None
+        and (first or getattr(parameter, "model_parallel", False))
+        and not getattr(parameter, "ds_pipe_replicated", False)
+    ]
     square = torch.zeros(1, device=parameters[0].device)
     if counted:
         square += torch.nn.utils.get_total_norm(counted).float() ** 2

@@ -14,8 +14,9 @@ from megatrain.batch import Batch
 from megatrain.config import OptimizerConfig, RunConfig
 from megatrain.distributed.fragment import Fragment, Piece, Placement, windows
 from megatrain.distributed.groups import Groups
-from megatrain.parallel import deepspeed_engine
 from megatrain.parallel.deepspeed_config import deepspeed_config
+from megatrain.parallel.deepspeed_engine import forget_mesh, make_plain_engine
+from megatrain.parallel.shard import LocalParameter, ShardedModel
 from megatrain.parallel.state import MasterSlice, link_state, master_slices, publish_masters, torch_optimizer
 
 WEIGHT = "weight"
@@ -28,15 +29,6 @@ class PieceSource(Protocol):
     def read(self, wanted: Piece, kind: str) -> Tensor:
         """The elements of a piece: 1-D, fp32, on the CPU."""
         ...
-
-
-@dataclass(frozen=True)
-class ShardedModel:
-    """This rank's part of the model. ``placements``: by canonical name, of each parameter once (tied weights too)."""
-
-    module: nn.Module
-    placements: Mapping[str, Placement]
-    parameters: Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,12 @@ class Engine:
     def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
         self.groups = groups
         self._model = model
-        num_parameters = sum(placement.local_numel for placement in model.placements.values())
+        num_parameters = sum(local.placement.local_numel for local in model.parameters.values())
         settings = deepspeed_config(config, groups.topology.world_size, num_parameters)
-        optimizer = make_optimizer(config.optimizer, model)
-        self._deepspeed = deepspeed_engine.make_plain_engine(model.module, optimizer, settings, groups)
+        self._deepspeed: Any = self._start(make_optimizer(config.optimizer, model), settings)
+
+    def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+        return make_plain_engine(self._model.module, optimizer, settings, self.groups)
 
     def train_batch(self, micro_batches: Sequence[Batch], num_targets: int, lr: float) -> StepResult:
         """One optimizer step on this data rank's share of a global batch with ``num_targets`` target tokens.
@@ -98,11 +92,11 @@ class Engine:
         The data are views of live memory where they can be: copy them before the next step.
         """
         states = torch_optimizer(self._deepspeed.optimizer).state
-        for name, held in self._slices():
-            for start, stop in self._owned(name, held):
+        for local, held in self._slices():
+            for start, stop in self._owned(local, held):
                 state = states.get(held.buffer, {})
                 buffers = {WEIGHT: held.buffer, **{key: state[key] for key in ADAM_STATES if key in state}}
-                for piece, where in windows(self._model.placements[name], start, stop):
+                for piece, where in windows(local.placement, start, stop):
                     for kind, buffer in buffers.items():
                         data = held.of(buffer)[start - held.start : stop - held.start]
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
@@ -116,21 +110,17 @@ class Engine:
         """
         optimizer = self._deepspeed.optimizer
         states = torch_optimizer(optimizer).state
-        for name, held in self._slices():
+        for local, held in self._slices():
             kinds = {WEIGHT: held.buffer}
             if num_updates:
-                kinds |= {
-                    key: value
-                    for key, value in _adam_state(states, held.buffer, num_updates).items()
-                    if key in ADAM_STATES
-                }
-            for piece, where in windows(self._model.placements[name], held.start, held.start + held.length):
+                kinds |= _adam_state(states, held.buffer, num_updates)
+            for piece, where in windows(local.placement, held.start, held.start + held.length):
                 for kind, buffer in kinds.items():
                     target = held.of(buffer)
                     index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
                     target[index] = source.read(piece, kind).to(target)
             for buffer in kinds.values():
-                _clear_padding(self._model.placements[name], held, held.of(buffer))
+                _clear_padding(local.placement, held, held.of(buffer))
         if num_updates:
             link_state(optimizer)
 
@@ -156,34 +146,26 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's hooks and globals, so that another engine can be made in this process."""
         self._deepspeed.destroy()
-        deepspeed_engine.forget_mesh()
+        forget_mesh()
 
     def _set_lr(self, lr: float) -> None:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
 
-    def _slices(self) -> Iterator[tuple[str, MasterSlice]]:
-        names = {id(parameter): name for name, parameter in self._model.parameters.items()}
-        for held in master_slices(self._deepspeed.optimizer, list(self._model.parameters.values())):
-            yield names[id(held.parameter)], held
+    def _slices(self) -> Iterator[tuple[LocalParameter, MasterSlice]]:
+        locals_by_id = {id(local.parameter): local for local in self._model.parameters.values()}
+        for held in master_slices(self._deepspeed.optimizer, [p.parameter for p in self._model.parameters.values()]):
+            yield locals_by_id[id(held.parameter)], held
 
-    def _owned(self, name: str, held: MasterSlice) -> Iterator[tuple[int, int]]:
+    def _owned(self, local: LocalParameter, held: MasterSlice) -> Iterator[tuple[int, int]]:
         """The part of a slice that this rank saves: what several ranks hold alike is shared out among them."""
-        replicas, index = 1, 0
-        if held.length == self._model.placements[name].local_numel and self._replicates_state():
-            replicas, index = self.groups.topology.data, self.groups.coordinate.data
-        if not getattr(held.parameter, "model_parallel", False):
-            replicas, index = (
-                replicas * self.groups.topology.tensor,
-                index * self.groups.topology.tensor + self.groups.coordinate.tensor,
-            )
+        replicas, index = local.num_replicas, local.replica
+        if self._deepspeed.zero_optimization_stage() == 0:
+            replicas, index = replicas * self.groups.topology.data, index + replicas * self.groups.coordinate.data
         share = -(-held.length // replicas)
         start, stop = index * share, min((index + 1) * share, held.length)
-        if start < stop:
+        if start < stop and not local.is_copy:
             yield held.start + start, held.start + stop
-
-    def _replicates_state(self) -> bool:
-        return bool(self._deepspeed.zero_optimization_stage() == 0)
 
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -191,8 +173,10 @@ _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 def make_optimizer(config: OptimizerConfig, model: ShardedModel) -> torch.optim.Optimizer:
     """AdamW in two groups: matrices decay, vectors (norms and biases) do not. Torch's fused one, the fastest here."""
-    matrices = [p for name, p in model.parameters.items() if len(model.placements[name].global_shape) > 1]
-    vectors = [p for name, p in model.parameters.items() if len(model.placements[name].global_shape) <= 1]
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for local in model.parameters.values():
+        (matrices if len(local.placement.global_shape) > 1 else vectors).append(local.parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
@@ -204,8 +188,7 @@ def _adam_state(states: Any, buffer: Tensor, num_updates: int) -> dict[str, Tens
     if buffer not in states or not states[buffer]:
         states[buffer] = {key: torch.zeros_like(buffer) for key in ADAM_STATES}
     states[buffer]["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=buffer.device)
-    state: dict[str, Tensor] = states[buffer]
-    return state
+    return {key: states[buffer][key] for key in ADAM_STATES}
 
 
 def _clear_padding(placement: Placement, held: MasterSlice, data: Tensor) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -13,58 +15,105 @@ from megatrain.config import RunConfig
 from megatrain.distributed.fragment import Placement
 from megatrain.distributed.groups import Groups
 from megatrain.parallel.deepspeed_engine import Mesh
-from megatrain.parallel.engine import ShardedModel
 from megatrain.parallel.recompute import recompute_cores, recompute_layers
+from megatrain.parallel.tensor import Heads, Shard, Split, TensorRanks, mark_parameters, split_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class TiedModule(Protocol):
-    """A model that can share its head's weight with its embedding once its modules have been replaced."""
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter of this rank. ``placement``: where it lies in the whole.
 
-    def tie_weights(self) -> None:
-        """Share it, where the config says so."""
-
-
-def shard_model(
-    model: nn.Module,
-    config: RunConfig,
-    groups: Groups,
-    layers: Sequence[nn.Module],
-    cores: tuple[type[nn.Module], ...],
-) -> ShardedModel:
-    """Give a model that was built on the meta device its memory on this rank.
-
-    ``layers``: its decoder layers; ``cores``: the types of submodules that selective recomputation recomputes.
+    ``num_replicas`` ranks along the tensor axis hold the same, this one as number ``replica``. ``is_copy``: another
+    pipeline stage holds the same tied weight and speaks for it.
     """
-    placements = {name: Placement.whole(name, p.shape) for name, p in model.named_parameters()}
+
+    parameter: nn.Parameter
+    placement: Placement
+    num_replicas: int
+    replica: int
+    is_copy: bool = False
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """This rank's part of the model, and its parameters, tied ones once."""
+
+    module: nn.Module
+    parameters: Mapping[str, LocalParameter]
+
+
+Model: TypeAlias = Any
+"""A module that tells of its layers by name: megatrain.model.decoder.DecoderStage, which this package does not know."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a family is cut: its table by a module's name, and the types that selective recomputation recomputes."""
+
+    split_of: Callable[[str], Split | None]
+    cores: tuple[type[nn.Module], ...]
+
+
+def shard_model(model: Model, config: RunConfig, groups: Groups, cut: Cut) -> ShardedModel:
+    """Cut a model that was built on the meta device to this rank's part, and give that its memory."""
+    heads = Heads(config.model.num_attention_heads, config.model.kv_heads, config.model.head_size)
+    ranks = TensorRanks.of(groups.tensor, heads, sequence=config.parallel.sequence, seq_len=config.data.seq_len)
+    if ranks.size > 1:
+        shards = split_model(model, cut.split_of, heads, ranks, model.decoder_names)
+    else:
+        whole = {name: Placement.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
+        shards = {name: Shard(placement, 1, 0) for name, placement in whole.items()}
+    layers = [model.get_submodule(name) for name in model.decoder_names]
     if config.parallel.recompute == "full":
         recompute_layers(layers, config.parallel.recompute_every)
     elif config.parallel.recompute == "selective":
-        recompute_cores(layers, cores)
+        recompute_cores(layers, cut.cores)
     _allocate(model, config, groups)
     parameters = dict(model.named_parameters())
-    return ShardedModel(model, placements, {name: parameters[name] for name in placements})
+    mark_parameters(parameters, shards, ranks, model.embedding_names)
+    return ShardedModel(
+        model,
+        {
+            name: LocalParameter(p, s.placement, s.num_replicas, s.replica)
+            for name, p in parameters.items()
+            if (s := shards[name])
+        },
+    )
 
 
-def _allocate(model: Any, config: RunConfig, groups: Groups) -> None:
+def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> ShardedModel:
+    """Let the head of the last stage stand for the embedding's weight, which the first stage speaks for."""
+    name = f"{head}.weight"
+    local = model.parameters[name]
+    placement = dataclasses.replace(local.placement, name=f"{embedding}.weight")
+    copy = dataclasses.replace(local, placement=placement, is_copy=True)
+    return ShardedModel(model.module, {**model.parameters, name: copy})
+
+
+def _allocate(model: Model, config: RunConfig, groups: Groups) -> None:
     """Memory for every parameter; under ZeRO 3 each module's is cut among the data ranks at once."""
-    model.to(DTYPES[config.train.precision])
+    dtype = DTYPES[config.train.precision]
+    model.to(dtype)
     if config.parallel.zero_stage < 3:
         model.to_empty(device=groups.device)
         model.tie_weights()
         return
     model.tie_weights()
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    for parent in model.modules():
-        own = [child for child in parent.children() if next(child.parameters(recurse=False), None) is not None]
-        for child in own:
-            if any(p.is_meta for p in child.parameters(recurse=False)):
-                child.to_empty(device=groups.device, recurse=False)
-    model.tie_weights()
-    deepspeed.zero.Init(
-        module=model, config_dict_or_path=settings, dtype=DTYPES[config.train.precision], mpu=Mesh(groups)
-    )
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    for name, module in list(model.named_modules()):
+        if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue
+        if name == model.head_name:  # a tied head takes the embedding's weight, which is there by now
+            model.tie_weights()
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=groups.device, recurse=False)
+            deepspeed.zero.Init(
+                module=module,
+                data_parallel_group=groups.data,
+                config_dict_or_path=settings,
+                dtype=dtype,
+                mpu=Mesh(groups),
+            )

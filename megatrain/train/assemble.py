@@ -18,14 +18,17 @@ from megatrain.distributed.groups import Groups, local_device, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.errors import ConfigError, DataError
 from megatrain.model.attention import CoreAttention
-from megatrain.model.decoder import Decoder
-from megatrain.model.families import build_layers
+from megatrain.model.decoder import Decoder, DecoderStage
+from megatrain.model.families import LayerSpec, build_layers, family_of
+from megatrain.model.gpt2 import Activation
 from megatrain.model.initial import InitialWeights
 from megatrain.model.llama import GatedActivation
 from megatrain.parallel.deepspeed_engine import start_deepspeed
 from megatrain.parallel.engine import Engine
-from megatrain.parallel.shard import shard_model
+from megatrain.parallel.pipeline import PipelinedEngine
+from megatrain.parallel.shard import Cut, shard_model, tie_across_stages
 from megatrain.plan import rules
+from megatrain.plan.stages import decoder_stages
 
 
 @dataclass
@@ -111,11 +114,27 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
 def build_engine(config: RunConfig, groups: Groups) -> Engine:
     """The model of the config under the layout of the groups. Collective; its weights are not yet filled in."""
     rules.check(config, groups.topology.world_size)
+    cut = Cut(family_of(config.model).split_of, (CoreAttention, GatedActivation, Activation))
+    pipeline = groups.topology.pipeline
     with torch.device("meta"):
-        model = Decoder(config.model, config.run.seed)
-    layers = [model.get_submodule(spec.prefix) for spec in build_layers(config.model) if spec.kind == "decoder"]
-    sharded = shard_model(model, config, groups, layers, (CoreAttention, GatedActivation))
-    return Engine(config, sharded, groups)
+        specs = build_layers(config.model, config.run.seed)
+        mine = _stage_layers(config, specs, groups.coordinate.pipeline, pipeline)
+        stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
+    sharded = shard_model(stage, config, groups, cut)
+    if pipeline == 1:
+        return Engine(config, sharded, groups)
+    if config.model.tie_word_embeddings and stage.head_name is not None:
+        sharded = tie_across_stages(sharded, stage.head_name, specs[0].prefix)
+    return PipelinedEngine(config, sharded, groups)
+
+
+def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:
+    counts = decoder_stages(config.model, config.data.seq_len, num_stages)
+    first = sum(counts[:stage])
+    before = [spec for spec in specs if spec.kind == "embedding"] if stage == 0 else []
+    after = [spec for spec in specs if spec.kind in ("norm", "head")] if stage == num_stages - 1 else []
+    decoders = [spec for spec in specs if spec.kind == "decoder"]
+    return [*before, *decoders[first : first + counts[stage]], *after]
 
 
 def _windows(config: RunConfig, dataset: Dataset) -> Windows:

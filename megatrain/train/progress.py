@@ -97,7 +97,7 @@ def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Datas
         changed = [str(dataset.path) for dataset in datasets if dataset.digest not in progress.digests]
         raise CheckpointError(
             f"data.train is not what this run was trained on ({', '.join(changed) or 'number or order changed'}): a "
-            "run goes on with the same datasets in the same order. Put them back, or start a new run in another run.dir."
+            "run goes on with the same datasets in the same order. Put them back, or start a new run elsewhere."
         )
     weights = [entry.weight for entry in config.data.train]
     going_on = replace(order, segments=progress.segments)

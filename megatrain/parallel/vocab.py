@@ -1,0 +1,129 @@
+"""The vocabulary cut among tensor ranks: embedding, output head and cross-entropy. No rank ever has all logits.
+
+The vocabulary is padded to a multiple of the ranks; padding rows are zero, get no gradient, and no probability.
+
+B: sequences, T: tokens, N: B * T, C: channels, V: this rank's part of the vocabulary, padding included.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatrain.distributed.fragment import Placement
+from megatrain.parallel.collectives import sum_over_group
+
+_WORKSPACE_ELEMENTS = 1 << 22
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Looks up the tokens of this rank's part of the vocabulary; the sum over the ranks is the embedding."""
+
+    def __init__(self, embedding: nn.Module, placement: Placement, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.dropout = embedding.dropout
+        self._range, self._group = _vocabulary(placement), group
+
+    def forward(self, tokens_BT: Tensor, context: Any) -> Tensor:
+        """[B, T, C], alike on all ranks."""
+        first, count = self._range
+        local_BT = tokens_BT - first
+        is_here_BT = (local_BT >= 0) & (local_BT < count)
+        x_BTC = functional.embedding(local_BT * is_here_BT, self.weight)  # type: ignore[arg-type]
+        x_BTC = sum_over_group(x_BTC * is_here_BT.unsqueeze(-1), self._group)
+        return x_BTC if self.dropout is None else self.dropout(x_BTC, context.sample_ids_B)  # type: ignore[operator, no-any-return]
+
+
+class VocabParallelHead(nn.Module):
+    """The output head over this rank's part of the vocabulary, with the loss over all of it."""
+
+    def __init__(self, head: nn.Module, placement: Placement, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self._range, self._group = _vocabulary(placement), group
+
+    def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
+        """Sum over the scored targets of their cross-entropy in nats: an fp32 scalar, alike on all ranks."""
+        loss: Tensor = self(x_BTC, targets_BT, loss_mask_BT)
+        return loss
+
+    def forward(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
+        """What ``loss_sum`` says, through the hooks that bring the activations together."""
+        mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+        loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x_NC, self.weight, targets_N, mask_N, self._range, self._group
+        )
+        return loss
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Sum over n of logsumexp(x_n W^T) - (x_n W^T)[target_n], where W's rows are spread over the ranks.
+
+    Each rank sends its largest logit, its sum of exponentials and, if it has it, the target's logit: 3 numbers a token.
+    The gradient with respect to x is this rank's part; the hook before the head sums it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NC: Tensor,
+        weight_VC: Tensor,
+        targets_N: Tensor,
+        mask_N: Tensor | None,
+        vocabulary: tuple[int, int],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        first, count = vocabulary
+        logits_NV = x_NC @ weight_VC.t()
+        logits_NV[:, count:] = -math.inf
+        if count:
+            largest_N = logits_NV.amax(-1).float()
+        else:
+            largest_N = torch.full((len(x_NC),), -math.inf, dtype=torch.float32, device=x_NC.device)
+        dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
+        local_N = targets_N - first
+        is_here_N = (local_N >= 0) & (local_N < count)
+        local_N = local_N * is_here_N
+        sums_2N = torch.zeros((2, len(x_NC)), dtype=torch.float32, device=x_NC.device)
+        for rows in _blocks(logits_NV):
+            shifted_NV = logits_NV[rows] - largest_N[rows].unsqueeze(-1)  # in fp32: the wider type wins
+            sums_2N[1, rows] = shifted_NV.gather(-1, local_N[rows].unsqueeze(-1)).squeeze(-1).nan_to_num(neginf=0.0)
+            sums_2N[0, rows] = shifted_NV.exp_().sum(-1)
+        sums_2N[1].mul_(is_here_N)
+        dist.all_reduce(sums_2N, group=group)
+        losses_N = sums_2N[0].log() - sums_2N[1]
+        if any(ctx.needs_input_grad):
+            for rows in _blocks(logits_NV):
+                shifted_NV = (logits_NV[rows] - largest_N[rows].unsqueeze(-1)).exp_()
+                shifted_NV.div_(sums_2N[0, rows].unsqueeze(-1))
+                one_hot_N1 = -is_here_N[rows].unsqueeze(-1).float()
+                logits_NV[rows] = shifted_NV.scatter_add_(-1, local_N[rows].unsqueeze(-1), one_hot_N1)
+            if mask_N is not None:
+                logits_NV.mul_(mask_N.unsqueeze(-1))
+            ctx.save_for_backward(x_NC, weight_VC, logits_NV)
+        return (losses_N if mask_N is None else losses_N * mask_N).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_NC, weight_VC, grad_NV = ctx.saved_tensors
+        scale = grad.to(x_NC.dtype)
+        grad_x_NC = (grad_NV @ weight_VC).mul_(scale) if ctx.needs_input_grad[0] else None
+        grad_weight_VC = grad_NV.t() @ (x_NC * scale) if ctx.needs_input_grad[1] else None
+        return grad_x_NC, grad_weight_VC, None, None, None, None
+
+
+def _vocabulary(placement: Placement) -> tuple[int, int]:
+    """First token id and number of ids that a rank holds."""
+    return (placement.boxes[0].offset[0], placement.boxes[0].extent[0]) if placement.boxes else (0, 0)
+
+
+def _blocks(logits_NV: Tensor) -> list[slice]:
+    num_rows = max(1, _WORKSPACE_ELEMENTS // max(1, logits_NV.shape[1]))
+    return [slice(start, start + num_rows) for start in range(0, len(logits_NV), num_rows)]
