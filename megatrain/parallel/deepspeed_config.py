@@ -33,6 +33,7 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
             "sub_group_size": bucket,
         }
         zero |= {"stage3_max_live_parameters": bucket, "stage3_max_reuse_distance": bucket}
+    zero |= offload_settings(config)
     settings: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -56,6 +57,17 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
             "loss_scale_window": train.loss_scale_window,
         }
     return _overlay(settings, config.deepspeed)
+
+
+def offload_settings(config: RunConfig) -> dict[str, Any]:
+    """What of ZeRO's state lives in CPU memory."""
+    offload = config.parallel.offload
+    settings: dict[str, Any] = {}
+    if offload != "none":
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if offload == "all":
+        settings["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return settings
 
 
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import nn
 from megatrain.config import RunConfig
 from megatrain.distributed.fragment import Placement
 from megatrain.distributed.groups import Groups
+from megatrain.parallel.deepspeed_config import offload_settings
 from megatrain.parallel.deepspeed_engine import Mesh
 from megatrain.parallel.recompute import recompute_cores, recompute_layers
 from megatrain.parallel.tensor import Heads, Shard, Split, TensorRanks, mark_parameters, split_model
@@ -101,7 +102,7 @@ def _allocate(model: Model, config: RunConfig, groups: Groups) -> None:
         model.tie_weights()
         return
     model.tie_weights()
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **offload_settings(config)}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     for name, module in list(model.named_modules()):
         if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
