@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.distributed import rng
-from megatrain.distributed.fragment import Box, Placement
+from megatrain.distributed.fragment import Box, Piece
 from megatrain.model.families import family_of
 
 if TYPE_CHECKING:
@@ -33,43 +32,37 @@ _TABLE_BITS = 14  # intervals of the table, as a power of two
 _FRACTION_BITS = 24  # what an fp32 holds exactly
 
 
+class InitialWeights:
+    """The initial weights as a source of pieces: like a checkpoint that is computed instead of read."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config, self._seed = config, seed
+
+    def read(self, wanted: Piece, kind: str) -> Tensor:
+        """The piece's initial weights: 1-D, fp32, on the CPU. The optimizer has no initial state (ValueError)."""
+        if kind != "weight":
+            raise ValueError(f"there is no initial {kind}")
+        out = torch.empty(wanted.length)
+        for first in range(0, wanted.length, CHUNK_ELEMENTS):
+            last = min(first + CHUNK_ELEMENTS, wanted.length)
+            index = _global_index(torch.arange(wanted.start + first, wanted.start + last), wanted)
+            out[first:last] = self._values(index, wanted.name, len(wanted.global_shape))
+        return out
+
+    def _values(self, index: Tensor, name: str, num_dims: int) -> Tensor:
+        if num_dims == 1:  # norms and biases
+            return torch.full(index.shape, 0.0 if name.endswith(".bias") else 1.0)
+        return normal(rng.stream_key(self._seed, name), index).mul_(standard_deviation(name, self._config))
+
+
+@torch.no_grad()
 def init_model(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of a model that one device holds whole, under canonical names."""
+    """Fill a whole model on one device."""
+    weights = InitialWeights(config, seed)
     for name, parameter in model.named_parameters():
-        init_parameter(parameter, Placement.whole(name, parameter.shape), config, seed)
-
-
-@torch.no_grad()
-def init_parameter(local: Tensor, placement: Placement, config: ModelConfig, seed: int) -> None:
-    """Fill a rank's parameter with its slice of the initial weights; padding becomes zero.
-
-    Works for any type and device, in memory bounded by the chunk, whatever the parameter's size.
-    """
-    if tuple(local.shape) != placement.local_shape:
-        raise ValueError(f"{placement.name}: shape {tuple(local.shape)}, its placement says {placement.local_shape}")
-    if placement.padding:
-        local.narrow(placement.dim, local.shape[placement.dim] - placement.padding, placement.padding).zero_()
-    start = 0
-    for box in placement.boxes:
-        extent = box.extent[placement.dim] if box.extent else 1
-        part = local.narrow(placement.dim, start, extent) if box.extent else local
-        start += extent
-        _fill_box(part, box, placement, config, seed)
-
-
-@torch.no_grad()
-def init_flat(out: Tensor, name: str, global_shape: Sequence[int], start: int, config: ModelConfig, seed: int) -> None:
-    """Fill the vector ``out`` with elements ``[start, start + len(out))`` of the flattened parameter.
-
-    What lies past the parameter's end, where ZeRO pads, becomes zero.
-    """
-    num_elements = max(0, min(len(out), math.prod(global_shape) - start))
-    out[num_elements:].zero_()
-    chunk = _chunk_elements(out.device)
-    for first in range(0, num_elements, chunk):
-        last = min(first + chunk, num_elements)
-        index = torch.arange(start + first, start + last, device=out.device)
-        out[first:last] = _values(index, name, len(global_shape), config, seed)
+        shape = tuple(parameter.shape)
+        piece = Piece(name, shape, Box((0,) * len(shape), shape), 0, parameter.numel())
+        parameter.copy_(weights.read(piece, "weight").view(shape))
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
@@ -116,26 +109,14 @@ def _chunk_elements(device: torch.device) -> int:
     return CHUNK_ELEMENTS if device.type == "cpu" else 1 << 24
 
 
-def _values(index: Tensor, name: str, num_dims: int, config: ModelConfig, seed: int) -> Tensor:
-    if num_dims == 1:  # norms and biases
-        return torch.full(index.shape, 0.0 if name.endswith(".bias") else 1.0, device=index.device)
-    return normal(rng.stream_key(seed, name), index).mul_(standard_deviation(name, config))
-
-
-def _fill_box(part: Tensor, box: Box, placement: Placement, config: ModelConfig, seed: int) -> None:
-    for rows in _row_blocks(part):
-        index = torch.zeros((), dtype=torch.int64, device=part.device)
-        for dim, size in enumerate(placement.global_shape):
-            first = box.offset[dim] + rows[dim].start
-            coordinate = torch.arange(first, first + rows[dim].stop - rows[dim].start, device=part.device)
-            index = index.unsqueeze(-1) * size + coordinate
-        part[rows] = _values(index, placement.name, len(placement.global_shape), config, seed)
-
-
-def _row_blocks(part: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Blocks of whole rows (entries of the first dimension), each about a chunk, or one row where rows are longer."""
-    num_rows = len(part) if part.dim() else 0
-    rows_at_once = max(1, _chunk_elements(part.device) // max(1, math.prod(part.shape[1:])))
-    rest = tuple(slice(0, size) for size in part.shape[1:])
-    for first in range(0, num_rows, rows_at_once):
-        yield (slice(first, min(first + rows_at_once, num_rows)), *rest)
+def _global_index(local: Tensor, piece: Piece) -> Tensor:
+    """Flat indices in a piece's box to flat indices in the global tensor."""
+    if piece.box.extent == piece.global_shape:
+        return local
+    index, stride = torch.zeros_like(local), 1
+    dims = list(zip(piece.box.offset, piece.box.extent, piece.global_shape, strict=True))
+    for offset, extent, size in reversed(dims):
+        index += (local % extent + offset) * stride
+        local = local // extent
+        stride *= size
+    return index

@@ -21,7 +21,7 @@ from megatrain.model.attention import CoreAttention
 from megatrain.model.decoder import Decoder, DecoderStage
 from megatrain.model.families import LayerSpec, build_layers, family_of
 from megatrain.model.gpt2 import Activation
-from megatrain.model.initial import InitialWeights
+from megatrain.model.init import InitialWeights
 from megatrain.model.llama import GatedActivation
 from megatrain.parallel.deepspeed_engine import start_deepspeed
 from megatrain.parallel.engine import Engine

@@ -11,19 +11,27 @@ from model_samples import SIZES
 from torch import Tensor
 
 from megatrain.config.schema import ModelConfig
-from megatrain.distributed.fragment import Box, Placement
+from megatrain.distributed.fragment import Box, Piece, Placement, windows
 from megatrain.distributed.rng import stream_key
 from megatrain.model.decoder import Decoder
-from megatrain.model.init import init_flat, init_model, init_parameter, normal, standard_deviation
+from megatrain.model.init import InitialWeights, normal, standard_deviation
 
 CONFIG = ModelConfig(**SIZES)
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
 
-def whole(shape: tuple[int, ...], name: str = NAME, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    out = torch.empty(shape, dtype=dtype)
-    init_parameter(out, Placement.whole(name, shape), CONFIG, seed)
-    return out
+def held(placement: Placement, seed: int = 1, config: ModelConfig = CONFIG) -> Tensor:
+    """What a rank with this placement fills its parameter with."""
+    flat = torch.zeros(placement.local_numel)
+    for piece, where in windows(placement, 0, flat.numel()):
+        flat[where if isinstance(where, slice) else torch.from_numpy(where)] = InitialWeights(config, seed).read(
+            piece, "weight"
+        )
+    return flat.view(placement.local_shape)
+
+
+def whole(shape: tuple[int, ...], name: str = NAME, seed: int = 1) -> Tensor:
+    return held(Placement.whole(name, shape), seed)
 
 
 def test_numbers_are_normal() -> None:
@@ -54,9 +62,7 @@ def test_the_first_values_never_change() -> None:
 def test_a_slice_is_the_wholes_slice() -> None:
     expected = whole((300, 700))
     placement = Placement(NAME, (300, 700), (Box((100, 35), (150, 600)),))
-    part = torch.empty(placement.local_shape)
-    init_parameter(part, placement, CONFIG, 1)
-    assert torch.equal(part, expected[100:250, 35:635])
+    assert torch.equal(held(placement), expected[100:250, 35:635])
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -68,28 +74,22 @@ def test_several_boxes_lie_one_behind_the_other_and_padding_is_zero(dim: int) ->
         offset[dim], extent[dim] = start, 13
         boxes.append(Box(tuple(offset), tuple(extent)))
     placement = Placement(NAME, (120, 120), tuple(boxes), dim=dim, padding=5)
-    part = torch.full(placement.local_shape, math.nan)
-    init_parameter(part, placement, CONFIG, 1)
+    part = held(placement)
     rows = torch.cat([torch.arange(start, start + 13) for start in (10, 50, 90)])
     assert torch.equal(part.narrow(dim, 0, 39), expected.index_select(dim, rows))
     assert not part.narrow(dim, 39, 5).any()
 
 
-def test_a_flat_range_is_the_flattened_wholes_and_zero_past_its_end() -> None:
-    expected = whole((300, 700)).flatten()
-    out = torch.full((90_000,), math.nan)
-    init_flat(out, NAME, (300, 700), 150_000, CONFIG, 1)
-    assert torch.equal(out[:60_000], expected[150_000:])
-    assert not out[60_000:].any()
-    init_flat(out, NAME, (300, 700), 1_000_000, CONFIG, 1)
-    assert not out.any()
+def test_a_flat_range_is_that_of_the_flattened_whole() -> None:
+    shape = (300, 700)
+    piece = Piece(NAME, shape, Box((0, 0), shape), 150_000, 60_000)
+    assert torch.equal(InitialWeights(CONFIG, 1).read(piece, "weight"), whole(shape).flatten()[150_000:])
 
 
-def test_rows_longer_than_a_chunk_are_filled() -> None:
-    shape = (3, 200_000)
-    expected = torch.empty(600_000)
-    init_flat(expected, NAME, shape, 0, CONFIG, 1)
-    assert torch.equal(whole(shape).flatten(), expected)
+def test_there_is_no_initial_optimizer_state() -> None:
+    piece = Piece(NAME, (4, 4), Box((0, 0), (4, 4)), 0, 16)
+    with pytest.raises(ValueError, match="exp_avg"):
+        InitialWeights(CONFIG, 1).read(piece, "exp_avg")
 
 
 def test_names_and_seeds_differ() -> None:
@@ -97,10 +97,6 @@ def test_names_and_seeds_differ() -> None:
     assert not torch.equal(one, whole((64, 64), seed=2))
     assert not torch.equal(one, whole((64, 64), name="model.layers.0.self_attn.q_proj.weight"))
     assert torch.equal(one, whole((64, 64)))
-
-
-def test_bfloat16_is_the_rounded_fp32() -> None:
-    assert torch.equal(whole((64, 64), dtype=torch.bfloat16), whole((64, 64)).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -118,23 +114,16 @@ def test_bfloat16_is_the_rounded_fp32() -> None:
 def test_scheme_scales_what_writes_to_the_residual_stream(scheme: str, name: str, expected: float) -> None:
     config = ModelConfig(**SIZES, family="gpt2", init_scheme=scheme)  # type: ignore[arg-type]
     assert standard_deviation(name, config) == pytest.approx(expected)
-    out = torch.empty(400, 400)
-    init_parameter(out, Placement.whole(name, out.shape), config, 1)
+    out = held(Placement.whole(name, (400, 400)), config=config)
     assert out.std().item() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_model_starts_with_unit_norms_zero_biases_and_the_loss_of_a_guess(family: str) -> None:
     config = ModelConfig(**SIZES, family=family)  # type: ignore[arg-type]
-    model = Decoder(config)
-    init_model(model, config, 1)
-    for name, parameter in model.named_parameters():
+    for name, empty in Decoder(config).named_parameters():
+        parameter = held(Placement.whole(name, empty.shape), config=config)
         if parameter.dim() == 1:
             assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
         else:
             assert parameter.std().item() == pytest.approx(standard_deviation(name, config), rel=0.05), name
-
-
-def test_a_parameter_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="placement says"):
-        init_parameter(torch.empty(3, 4), Placement.whole(NAME, (4, 3)), CONFIG, 1)
