@@ -99,7 +99,11 @@ def layouts(
 
 
 def _check_continues(
-    first: str, second: str, layouts: Callable[[str], tuple[ServedRanks, Path, Path]], losses: list[float], tmp_path: Path
+    first: str,
+    second: str,
+    layouts: Callable[[str], tuple[ServedRanks, Path, Path]],
+    losses: list[float],
+    tmp_path: Path,
 ) -> None:
     _, written, _ = layouts(first)
     ranks, _, config = layouts(second)

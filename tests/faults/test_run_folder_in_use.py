@@ -1,0 +1,52 @@
+"""Two jobs, one run folder: the second ends at once and says who has it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatrain.checkpoint.lock import locked
+from megatrain.distributed.bootstrap import job_identity
+from tests.runs import TinyData, tiny_config, write_config
+
+
+def test_the_second_start_ends_with_code_4_naming_host_and_pid_before_torch_is_imported(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir))
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = [sys.executable, "-m", "megatrain", "train", str(config)]
+    with locked(run_dir, job_identity()):
+        began = time.monotonic()
+        ended = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(blocked)}, timeout=60
+        )
+        seconds = time.monotonic() - began
+    assert ended.returncode == 4, ended.stderr
+    assert f"host {socket.gethostname()}, pid {os.getpid()}" in ended.stderr
+    assert str(run_dir) in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert seconds < 10  # 1 on an idle machine
+
+
+def test_a_rank_that_finds_the_folder_in_use_leaves_the_other_jobs_records_alone(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir))
+    with locked(run_dir, job_identity()):
+        ended = subprocess.run(
+            [sys.executable, "-m", "megatrain.train", str(config)], capture_output=True, text=True, timeout=60
+        )
+        assert sorted(path.name for path in run_dir.iterdir()) == [".lock", ".lock-holder.json"]
+    assert ended.returncode == 4
+    assert "in use by" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1

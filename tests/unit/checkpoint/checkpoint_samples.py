@@ -1,0 +1,60 @@
+"""A small checkpoint written by the real parts, without a trainer."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatrain.checkpoint.manifest import FileEntry, Manifest
+from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.saver import rank_file
+from megatrain.checkpoint.store import CheckpointStore, add_file
+from megatrain.distributed.fragment import Fragment, Placement, windows
+
+SHAPES = {"embed.weight": (300, 16), "layer.weight": (48, 16), "norm.weight": (16,)}
+KINDS = ("weight", "exp_avg")
+
+
+def whole(name: str, kind: str) -> torch.Tensor:
+    """The values of a tensor of the sample."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {kind}".encode()))
+    return torch.randn(SHAPES[name], generator=generator)
+
+
+def fragments(rank: int, num_ranks: int) -> list[Fragment]:
+    """What a rank holds: its share of each flattened tensor."""
+    found = []
+    for name, shape in SHAPES.items():
+        placement = Placement.whole(name, shape)
+        share = -(-placement.local_numel // num_ranks)
+        start, stop = rank * share, min((rank + 1) * share, placement.local_numel)
+        for piece, _ in windows(placement, start, stop):
+            found += [Fragment(piece, kind, whole(name, kind).view(-1)[start:stop]) for kind in KINDS]
+    return found
+
+
+def manifest(step: int, files: Sequence[FileEntry]) -> Manifest:
+    """A manifest of the sample."""
+    return Manifest(
+        step=step,
+        tokens=step * 100,
+        parameters=5000,
+        layout={"world_size": 2},
+        state={"updates": step},
+        config={"model": {"hidden_size": 16}},
+        versions={"megatrain": "0"},
+        created="2030-01-01T00:00:00+00:00",
+        files=tuple(files),
+    )
+
+
+def write_checkpoint(run_dir: Path, step: int, num_ranks: int = 2) -> Path:
+    """A whole checkpoint of the sample, with a plain file beside the pieces."""
+    store = CheckpointStore(run_dir)
+    folder = store.begin(step)
+    written = [write_pieces(folder / rank_file(rank), fragments(rank, num_ranks)) for rank in range(num_ranks)]
+    entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
+    return store.commit(manifest(step, [*entries, add_file(folder, "tokenizer.json", b'{"model": {}}' * 20)]))

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoint_samples import write_checkpoint
+
+from megatrain import cli
+
+NUM_FLIPS = 40
+
+
+@pytest.fixture
+def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, str]]:
+    """Runs `megatrain checkpoint verify` in this process: exit code and standard error."""
+
+    def run(path: Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["megatrain", "checkpoint", "verify", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def test_one_flipped_bit_anywhere_is_found_and_its_file_named(
+    tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
+) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    assert verify(folder) == (0, "")
+    files = sorted(folder.iterdir())
+    chance = random.Random(5)
+    for number in range(NUM_FLIPS):
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        position, bit = chance.randrange(len(whole)), chance.randrange(8)
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        code, message = verify(folder)
+        assert code == 4, (path.name, position, bit)
+        assert path.name in message, (message, position, bit)
+        assert "Traceback" not in message
+        path.write_bytes(whole)
+    assert verify(folder) == (0, "")
+
+
+@pytest.mark.parametrize("change", ["missing", "cut", "longer", "empty", "stray"])
+def test_a_file_that_is_missing_or_of_another_size_or_unknown_is_named(
+    change: str, tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
+) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    path = folder / "rank-00001.safetensors"
+    content = path.read_bytes()
+    if change == "missing":
+        path.unlink()
+    elif change == "stray":
+        path = folder / "left-behind.bin"
+        path.write_bytes(b"x")
+    else:
+        path.write_bytes({"cut": content[:-1], "longer": content + b"x", "empty": b""}[change])
+    code, message = verify(folder)
+    assert code == 4
+    assert path.name in message
+
+
+def test_of_a_run_every_checkpoint_is_verified(tmp_path: Path, verify: Callable[[Path], tuple[int, str]]) -> None:
+    write_checkpoint(tmp_path, 1)
+    newest = write_checkpoint(tmp_path, 2)
+    assert verify(tmp_path) == (0, "")
+    (newest / "manifest.json").write_bytes(b"{}")
+    code, message = verify(tmp_path)
+    assert code == 4
+    assert str(newest / "manifest.json") in message

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatrain.data import Dataset, open_dataset
+from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
+from megatrain.data.order import DataOrder
+from megatrain.errors import DataError
+from tests.runs import TinyData
+
+SEQ_LEN = 48
+
+
+@pytest.fixture(scope="module")
+def prose(tiny_data: TinyData) -> Dataset:
+    return open_dataset(tiny_data.prose)
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_data: TinyData) -> Dataset:
+    return open_dataset(tiny_data.held_out)
+
+
+def _all_tokens(dataset: Dataset) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.concatenate([dataset.document(k) for k in range(dataset.num_documents)]).astype(np.int64)
+
+
+def test_window_k_is_tokens_from_k_times_the_length_on_and_targets_are_one_further(prose: Dataset) -> None:
+    tokens = _all_tokens(prose)
+    windows = Windows(prose, SEQ_LEN)
+    assert windows.num_windows == (len(tokens) - 1) // SEQ_LEN
+    chosen = np.array([0, 7, windows.num_windows - 1])
+    (batch,) = BatchMaker([windows], 3).make(np.zeros(3, np.int64), chosen, np.arange(3))
+    for row, k in enumerate(chosen.tolist()):
+        assert batch.tokens_BT[row].tolist() == tokens[k * SEQ_LEN : (k + 1) * SEQ_LEN].tolist()
+        assert batch.targets_BT[row].tolist() == tokens[k * SEQ_LEN + 1 : (k + 1) * SEQ_LEN + 1].tolist()
+        assert batch.positions_BT[row].tolist() == list(range(SEQ_LEN))
+    assert batch.document_ids_BT is None
+    assert batch.loss_mask_BT is None
+
+
+def test_a_dataset_shorter_than_one_sample_is_refused_by_name(tmp_path: Path, held_out: Dataset) -> None:
+    with pytest.raises(DataError, match=r"held-out has .* too few for one sample of data\.seq_len=1000000"):
+        Windows(held_out, 1_000_000)
+
+
+def test_under_a_document_mask_ids_and_positions_start_anew_at_each_document(prose: Dataset) -> None:
+    windows = Windows(prose, SEQ_LEN, document_mask=True)
+    begins = {prose.document_range(k)[0] for k in range(prose.num_documents)}
+    inside = [k for k in range(windows.num_windows) if begins & set(range(k * SEQ_LEN + 1, (k + 1) * SEQ_LEN))]
+    exact = [k for k in range(windows.num_windows) if k * SEQ_LEN in begins]
+    chosen = np.array([*inside[:20], *exact[:3], 1])
+    (batch,) = BatchMaker([windows], len(chosen)).make(np.zeros_like(chosen), chosen, chosen)
+    assert batch.document_ids_BT is not None
+    for row, k in enumerate(chosen.tolist()):
+        document, position = 0, 0
+        for column in range(SEQ_LEN):
+            if column > 0 and k * SEQ_LEN + column in begins:
+                document, position = document + 1, 0
+            assert batch.document_ids_BT[row, column] == document
+            assert batch.positions_BT[row, column] == position
+            position += 1
+    assert inside
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_ranks_and_micro_batches_share_out_the_same_global_batch(
+    num_ranks: int, micro_batch_size: int, prose: Dataset, held_out: Dataset
+) -> None:
+    sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]
+    order = DataOrder.begin(3, [source.num_windows for source in sources], [1.0, 1.0], 8)
+    found = []
+    for rank in range(num_ranks):
+        batches = TrainingBatches(BatchMaker(sources, micro_batch_size), order, rank, num_ranks)
+        for step in (0, 1, 5):
+            micro = batches.micro_batches(step)
+            assert len(micro) == 8 // num_ranks // micro_batch_size
+            found += [
+                (int(number), tuple(tokens))
+                for batch in micro
+                for number, tokens in zip(batch.sample_ids_B, batch.tokens_BT.tolist(), strict=True)
+            ]
+        assert batches.num_targets(0) == 8 * SEQ_LEN
+        batches.close()
+    (whole,) = BatchMaker(sources, 24).make(
+        *(
+            np.concatenate([getattr(order.batch(step), field) for step in (0, 1, 5)])
+            for field in ("dataset", "window", "number")
+        )
+    )
+    expected = zip(whole.sample_ids_B.tolist(), map(tuple, whole.tokens_BT.tolist()), strict=True)
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 7, 10_000])
+def test_an_evaluation_scores_each_of_its_windows_once_on_equally_many_micro_batches(
+    num_ranks: int, limit: int | None, prose: Dataset, held_out: Dataset
+) -> None:
+    sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]
+    scored: Counter[tuple[int, ...]] = Counter()
+    num_targets, lengths = 0, set()
+    for rank in range(num_ranks):
+        evaluation = EvaluationBatches(BatchMaker(sources, 4), rank, num_ranks, limit)
+        batches = list(evaluation)
+        lengths.add((len(batches), len(evaluation), evaluation.num_targets))
+        for batch in batches:
+            mask = (
+                torch.ones_like(batch.tokens_BT, dtype=torch.bool) if batch.loss_mask_BT is None else batch.loss_mask_BT
+            )
+            num_targets += int(mask.sum())
+            assert bool((mask.all(dim=1) | ~mask.any(dim=1)).all())
+            scored.update(tuple(row) for row, kept in zip(batch.tokens_BT.tolist(), mask[:, 0], strict=True) if kept)
+    assert len(lengths) == 1
+    total = sum(source.num_windows for source in sources)
+    if limit == 7:
+        assert num_targets == 8 * SEQ_LEN  # four of each source
+    else:
+        every = Counter(
+            tuple(source.dataset.window(k * SEQ_LEN, SEQ_LEN).tolist())
+            for source in sources
+            for k in range(source.num_windows)
+        )
+        assert scored == every
+        assert num_targets == total * SEQ_LEN
+    assert lengths.pop()[2] == num_targets

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatrain.data.mixture import BLOCK, Mixture
+
+weights = st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=6)
+
+
+@given(weights)
+def test_a_block_holds_each_dataset_by_its_weight(given_weights: list[float]) -> None:
+    mixture = Mixture(given_weights)
+    share = np.asarray(given_weights) / sum(given_weights)
+    assert mixture.quotas.sum() == BLOCK
+    assert np.abs(mixture.quotas - share * BLOCK).max() <= len(given_weights)
+    assert mixture.quotas.min() >= 1
+
+
+@given(weights, st.integers(0, 3 * BLOCK), st.integers(1, 500))
+def test_a_samples_number_in_its_dataset_counts_those_before_it(
+    given_weights: list[float], first: int, length: int
+) -> None:
+    mixture = Mixture(given_weights)
+    dataset, count = mixture.lookup(np.arange(first, first + length))
+    seen = mixture.counts_before(first).copy()
+    for source, nth in zip(dataset, count, strict=True):
+        assert nth == seen[source]
+        seen[source] += 1
+    assert np.array_equal(seen, mixture.counts_before(first + length))
+
+
+@given(weights, st.integers(0, 2 * BLOCK), st.integers(1, 2000))
+def test_any_stretch_sees_the_weights_that_were_asked_for(given_weights: list[float], first: int, length: int) -> None:
+    mixture = Mixture(given_weights)
+    seen = mixture.counts_before(first + length) - mixture.counts_before(first)
+    assert np.abs(seen - length * mixture.quotas / BLOCK).max() <= len(given_weights) + 1
+
+
+def test_a_weight_of_zero_is_never_drawn() -> None:
+    dataset, _ = Mixture([1.0, 0.0, 3.0]).lookup(np.arange(BLOCK))
+    assert np.bincount(dataset, minlength=3).tolist() == [BLOCK // 4, 0, 3 * BLOCK // 4]
+
+
+@pytest.mark.parametrize("wrong", [[], [0.0], [0.0, 0.0], [-1.0, 2.0], [float("nan")], [float("inf"), 1.0]])
+def test_weights_that_make_no_mixture_are_refused(wrong: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        Mixture(wrong)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatrain.distributed.bootstrap import (
+    child_environment,
+    free_port,
+    num_local_gpus,
+    read_rank,
+    supervisor_pid,
+)
+from megatrain.errors import ConfigError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29400"}
+DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
+OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "node0"}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+SRUN = {
+    "SLURM_PROCID": "6",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "2",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_NODELIST": "gpu[003-004],login1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 0, 1, "127.0.0.1", 29500)),
+        (TORCHRUN, (5, 8, 1, 4, "node0", 29400)),
+        (DEEPSPEED, (1, 2, 1, 2, "127.0.0.1", 29501)),
+        (OPENMPI, (3, 4, 1, 2, "node0", 29500)),
+        (MPICH, (1, 2, 1, 2, "127.0.0.1", 29500)),
+        (SRUN, (6, 8, 2, 4, "gpu003", 23456)),
+        ({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, (6, 8, 2, 4, "10.0.0.1", 1234)),
+        ({**SRUN, "SLURM_NODELIST": "a1"}, (6, 8, 2, 4, "a1", 23456)),
+        ({**SRUN, "SLURM_NODELIST": "rack[7,9-12]"}, (6, 8, 2, 4, "rack7", 23456)),
+    ],
+    ids=["alone", "torchrun", "deepspeed", "openmpi", "mpich", "srun", "srun with an address", "one node", "a list"],
+)
+def test_each_launchers_variables_give_the_rank(
+    environment: dict[str, str], expected: tuple[int, int, int, int, str, int]
+) -> None:
+    info = read_rank(environment)
+    found = (info.rank, info.world_size, info.local_rank, info.local_world_size, info.master_addr, info.master_port)
+    assert found == expected
+
+
+def test_what_deepspeed_sets_inside_of_srun_wins() -> None:
+    assert read_rank({**SRUN, **DEEPSPEED}).rank == 1
+
+
+@pytest.mark.parametrize("step_id", [None, "batch", "4294967291"])
+def test_a_batch_script_is_no_task_of_its_job(step_id: str | None) -> None:
+    environment = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"}
+    if step_id is not None:
+        environment["SLURM_STEP_ID"] = step_id
+    info = read_rank(environment)
+    assert (info.rank, info.world_size) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"RANK": "8"}, "RANK=8 is outside of WORLD_SIZE=8"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "one"}, "RANK is 'one'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+    ],
+)
+def test_broken_variables_are_named(change: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_rank({**TORCHRUN, **change})
+    assert named in str(refused.value)
+
+
+def test_several_nodes_without_an_address_are_refused() -> None:
+    environment = {key: value for key, value in OPENMPI.items() if key != "MASTER_ADDR"}
+    with pytest.raises(ConfigError, match="MASTER_ADDR is not set"):
+        read_rank(environment)
+
+
+def test_ranks_on_a_cpu_share_the_threads_and_know_their_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("OMP_NUM_THREADS", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.delenv(key, raising=False)
+    cores = len(os.sched_getaffinity(0))
+    environment = child_environment(cores, has_gpu=False)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["DS_ACCELERATOR"] == "cpu"
+    assert 1024 <= int(environment["MASTER_PORT"]) < 65536
+    assert supervisor_pid(environment) == os.getpid()
+    assert supervisor_pid({}) is None
+
+
+def test_what_the_user_has_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MASTER_PORT", "4000")
+    environment = child_environment(2, has_gpu=False)
+    assert (environment["OMP_NUM_THREADS"], environment["MASTER_PORT"]) == ("7", "4000")
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("0", 1), ("0,1,3", 3), ("-1", 0), ("GPU-5f,GPU-6a", 2)])
+def test_visible_gpus_are_counted(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert num_local_gpus() == count
+
+
+def test_free_ports_can_be_bound() -> None:
+    assert free_port() > 1023

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatrain.config import ScheduleConfig
+from megatrain.train.schedule import learning_rate
+
+PEAK = 2.0
+TYPES = ("cosine", "wsd", "linear", "constant")
+
+
+def rates(num_steps: int, **keys: Any) -> list[float]:
+    schedule = ScheduleConfig(**keys)
+    return [learning_rate(schedule, PEAK, step, num_steps) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_warm_up_rises_in_equal_steps_to_the_peak(kind: str) -> None:
+    assert rates(20, type=kind, warmup_steps=4)[:4] == [0.5, 1.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_without_warm_up_the_first_step_has_the_peak(kind: str) -> None:
+    assert rates(20, type=kind, warmup_steps=0)[0] == PEAK
+
+
+@pytest.mark.parametrize(("kind", "last"), [("cosine", 0.2), ("wsd", 0.2), ("linear", 0.2), ("constant", 2.0)])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_last_step_has_the_least_rate(kind: str, last: float, warmup: int) -> None:
+    assert rates(20, type=kind, warmup_steps=warmup, min_lr_ratio=0.1)[-1] == pytest.approx(last, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_run_of_one_step_has_the_peak(kind: str, warmup: int) -> None:
+    assert rates(1, type=kind, warmup_steps=warmup) == [PEAK]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_warm_up_as_long_as_the_run_only_rises(kind: str) -> None:
+    assert rates(4, type=kind, warmup_steps=4) == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    found = rates(13, type="cosine", warmup_steps=2, min_lr_ratio=0.5)
+    assert found[2] == PEAK
+    assert found[7] == pytest.approx(1.5)
+    assert found[4] == pytest.approx(1.0 + 0.5 * (1 + math.cos(math.pi * 2 / 10)))
+
+
+def test_linear_falls_by_the_same_amount_each_step() -> None:
+    found = rates(12, type="linear", warmup_steps=1, min_lr_ratio=0.0)
+    assert [a - b for a, b in zip(found[1:], found[2:], strict=False)] == pytest.approx([0.2] * 10)
+
+
+def test_wsd_stays_at_the_peak_until_its_decay() -> None:
+    found = rates(20, type="wsd", warmup_steps=2, decay_steps=5, min_lr_ratio=0.0)
+    assert found[1:15] == [PEAK] * 14
+    assert found[15:] == pytest.approx([1.6, 1.2, 0.8, 0.4, 0.0])
+
+
+def test_wsd_decays_over_a_fifth_of_the_run_by_itself() -> None:
+    found = rates(20, type="wsd", warmup_steps=0, min_lr_ratio=0.5)
+    assert found[:16] == [PEAK] * 16
+    assert found[16:] == pytest.approx([1.75, 1.5, 1.25, 1.0])
+
+
+@given(
+    kind=st.sampled_from(TYPES),
+    num_steps=st.integers(1, 300),
+    warmup=st.integers(0, 300),
+    ratio=st.floats(0.0, 1.0),
+)
+def test_it_never_rises_after_the_warm_up_nor_leaves_its_bounds(
+    kind: str, num_steps: int, warmup: int, ratio: float
+) -> None:
+    warmup = min(warmup, num_steps)
+    found = rates(num_steps, type=kind, warmup_steps=warmup, min_lr_ratio=ratio)
+    after = found[max(warmup - 1, 0) :]
+    assert after[0] == PEAK
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert min(after) >= PEAK * ratio - 1e-12
+    assert all(rate > 0 for rate in found[:warmup])
