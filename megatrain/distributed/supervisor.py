@@ -22,7 +22,7 @@ from megatrain.distributed.signals import STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
 _GRACE_SECONDS = 60.0
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 _TRAINER = "megatrain.train"
 
 
@@ -111,9 +111,9 @@ def _end_orphans(launcher: int) -> int:
 
 def _verdict(status: int, num_orphans: int, run_dir: Path) -> int:
     """The launcher's status, in our codes."""
-    if status == 0 and not num_orphans:
-        return 0
     first = failures.read(run_dir)
+    if status == 0 and not num_orphans and first is None:
+        return 0
     if first is not None and first.exit_code != EXIT_PREEMPTED:
         return first.exit_code
     if num_orphans:

@@ -1,4 +1,4 @@
-"""Runs through `megatrain train` that are killed or asked to stop: what was trained is not lost, and nothing differs."""
+"""Runs through `megatrain train`, killed or asked to stop: what was trained is not lost, and nothing differs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Stretch(NamedTuple):
 class Starts:
     """Starts a config again and again, each time interrupted as told."""
 
-    def __init__(self, data: TinyData, folder: Path) -> None:
-        self.config = write_config(
-            folder / "run.yaml", tiny_config(data, folder / "run", train={"steps": NUM_STEPS, "precision": "bf16"})
-        )
+    def __init__(self, data: TinyData, folder: Path, num_steps: int = NUM_STEPS) -> None:
+        slow_enough_to_be_met = {"global_batch_size": 32, "precision": "bf16", "hang_timeout_seconds": 20.0}
+        sections = {"train": {"steps": num_steps, **slow_enough_to_be_met}}
+        self.config = write_config(folder / "run.yaml", tiny_config(data, folder / "run", **sections))
         self.run_dir = folder / "run"
 
     def start(self, interrupt: Callable[[TrainProcess], None] = lambda train: None) -> Stretch:
@@ -138,40 +138,30 @@ def test_a_request_to_stop_while_ranks_start_is_kept(tiny_data: TinyData, tmp_pa
 
 
 @pytest.mark.slow
-def test_killing_the_command_itself_leaves_no_orphans_and_loses_nothing(
-    tiny_data: TinyData, straight: Stretch, tmp_path: Path
-) -> None:
-    starts = Starts(tiny_data, tmp_path)
-    first = starts.start(_signal_command(signal.SIGKILL, 3))
-    assert (first.code, first.num_orphans) == (-signal.SIGKILL, 0)
-    second = starts.start()
-    assert second.code == 0, second.output
-    _check_same(second.metrics, straight)
+def test_killing_the_command_itself_makes_the_ranks_save_and_end(tiny_data: TinyData, tmp_path: Path) -> None:
+    stretch = Starts(tiny_data, tmp_path, num_steps=1000).start(_signal_command(signal.SIGKILL, 3))
+    assert (stretch.code, stretch.num_orphans) == (-signal.SIGKILL, 0)
+    assert 3 < stretch.metrics.steps[-1] < 1000
+    assert stretch.saved[-1] == stretch.metrics.steps[-1]
 
 
 @pytest.mark.slow
-def test_killing_the_launcher_ends_the_ranks_with_their_state_saved(
-    tiny_data: TinyData, straight: Stretch, tmp_path: Path
-) -> None:
+def test_killing_the_launcher_ends_the_ranks_with_their_state_saved(tiny_data: TinyData, tmp_path: Path) -> None:
     def interrupt(train: TrainProcess) -> None:
         train.wait_for_step(3)
         for process in psutil.Process(train.process.pid).children(recursive=True):
             if "deepspeed.launcher.launch" in process.cmdline():
                 process.kill()
 
-    starts = Starts(tiny_data, tmp_path)
-    first = starts.start(interrupt)
-    assert (first.code, first.num_orphans) == (5, 0), first.output
-    second = starts.start()
-    assert second.code == 0, second.output
-    _check_same(second.metrics, straight)
+    stretch = Starts(tiny_data, tmp_path, num_steps=1000).start(interrupt)
+    assert (stretch.code, stretch.num_orphans) == (5, 0), stretch.output
+    assert 3 < stretch.metrics.steps[-1] < 1000
+    assert stretch.saved[-1] == stretch.metrics.steps[-1]
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_with_code_5(tiny_data: TinyData, tmp_path: Path) -> None:
-    starts = Starts(tiny_data, tmp_path)
-    starts.config.write_text(starts.config.read_text().replace("precision: bf16", "hang_timeout_seconds: 10.0"))
-    stretch = starts.start(_signal_rank(1, signal.SIGSTOP, 3))
+    stretch = Starts(tiny_data, tmp_path, num_steps=1000).start(_signal_rank(1, signal.SIGSTOP, 3))
     assert stretch.code == 5, stretch.output
     assert stretch.num_orphans == 0
     assert "Traceback" not in stretch.output

@@ -1,4 +1,4 @@
-"""Ranks that stay up and run the whole trainer, one config after another: starting them costs far more than training."""
+"""Ranks that stay up and run the whole trainer, one config after another: starting them costs more than training."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from megatrain.errors import CheckpointError
 
 
 def _read_independently(folder: Path) -> dict[tuple[str, str], np.ndarray[Any, Any]]:
-    """All tensors of a checkpoint by safetensors, json and NumPy alone: what anyone could write from the format's text."""
+    """All tensors of a checkpoint by safetensors, json and NumPy alone, as anyone could from the format's text."""
     names = [entry["file"] for entry in json.loads((folder / "manifest.json").read_text())["files"]]
     tensors: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
     for name in names:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
 
 def test_linear_falls_by_the_same_amount_each_step() -> None:
     found = rates(12, type="linear", warmup_steps=1, min_lr_ratio=0.0)
-    assert [a - b for a, b in zip(found[1:], found[2:], strict=False)] == pytest.approx([0.2] * 10)
+    assert [a - b for a, b in pairwise(found[1:])] == pytest.approx([0.2] * 10)
 
 
 def test_wsd_stays_at_the_peak_until_its_decay() -> None:
@@ -83,6 +84,6 @@ def test_it_never_rises_after_the_warm_up_nor_leaves_its_bounds(
     found = rates(num_steps, type=kind, warmup_steps=warmup, min_lr_ratio=ratio)
     after = found[max(warmup - 1, 0) :]
     assert after[0] == PEAK
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(after))
     assert min(after) >= PEAK * ratio - 1e-12
     assert all(rate > 0 for rate in found[:warmup])
