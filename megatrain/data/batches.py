@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,38 @@ from megatrain.batch import Batch
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import DataOrder
 from megatrain.errors import DataError
+
+
+class SampleSource(Protocol):
+    """A dataset as samples of ``seq_len`` inputs and as many targets: ``Windows``, or ``packing.PackedWindows``."""
+
+    @property
+    def seq_len(self) -> int:
+        """Inputs of a sample."""
+
+    @property
+    def document_mask(self) -> bool:
+        """Whether attention and positions start anew at each document."""
+
+    @property
+    def num_windows(self) -> int:
+        """Samples of the dataset."""
+
+    @property
+    def all_scored(self) -> bool:
+        """Whether every target of every sample counts."""
+
+    def num_targets(self, windows: NDArray[np.int64]) -> int:
+        """Scored targets of these samples together."""
+
+    def fill(
+        self,
+        window: int,
+        tokens: NDArray[np.int64],
+        document_ids: NDArray[np.int32] | None,
+        scored: NDArray[np.bool_] | None,
+    ) -> None:
+        """Write a sample's seq_len + 1 tokens; the document's number of each input; which targets count."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +77,24 @@ class Windows:
         return max(self.dataset.num_tokens - 1, 0) // self.seq_len
 
     @property
-    def num_targets(self) -> int:
-        """Scored targets of a window."""
-        return self.seq_len
+    def all_scored(self) -> bool:
+        """Every target of a window counts, also where it begins the next document."""
+        return True
 
-    def fill(self, window: int, tokens: NDArray[np.int64], document_ids: NDArray[np.int32] | None) -> None:
-        """Write a window's seq_len + 1 tokens, and for each of its seq_len inputs the number of its document."""
+    def num_targets(self, windows: NDArray[np.int64]) -> int:
+        """Scored targets of these windows together."""
+        return len(windows) * self.seq_len
+
+    def fill(
+        self,
+        window: int,
+        tokens: NDArray[np.int64],
+        document_ids: NDArray[np.int32] | None,
+        scored: NDArray[np.bool_] | None,
+    ) -> None:
+        """Write a window's seq_len + 1 tokens; the document's number of each input; which targets count."""
+        if scored is not None:
+            scored[:] = True
         start = window * self.seq_len
         tokens[:] = self.dataset.window(start, self.seq_len + 1)
         if document_ids is not None:
@@ -60,13 +105,18 @@ class Windows:
 
 
 class BatchMaker:
-    """Micro-batches from windows of several sources."""
+    """Micro-batches from samples of several sources, all of one length and kind."""
 
-    def __init__(self, sources: Sequence[Windows], micro_batch_size: int) -> None:
+    def __init__(self, sources: Sequence[SampleSource], micro_batch_size: int) -> None:
         self.sources = tuple(sources)
         self.micro_batch_size = micro_batch_size
         self._seq_len = sources[0].seq_len
         self._document_mask = sources[0].document_mask
+        self._all_scored = all(source.all_scored for source in sources)
+
+    def num_targets(self, source: NDArray[np.int64], window: NDArray[np.int64]) -> int:
+        """Scored targets of these samples together."""
+        return sum(self.sources[k].num_targets(window[source == k]) for k in np.unique(source).tolist())
 
     def make(
         self,
@@ -79,12 +129,14 @@ class BatchMaker:
         count, length = len(window), self._seq_len
         tokens = np.empty((count, length + 1), dtype=np.int64)
         ids = np.empty((count, length), dtype=np.int32) if self._document_mask else None
+        mask = None if self._all_scored and num_scored is None else np.empty((count, length), dtype=np.bool_)
         for row in range(count):
-            self.sources[source[row]].fill(int(window[row]), tokens[row], None if ids is None else ids[row])
+            self.sources[source[row]].fill(
+                int(window[row]), tokens[row], None if ids is None else ids[row], None if mask is None else mask[row]
+            )
+        if mask is not None and num_scored is not None:
+            mask[num_scored:] = False
         positions = np.broadcast_to(np.arange(length), (count, length)) if ids is None else _positions(ids)
-        mask = (
-            None if num_scored is None else np.broadcast_to((np.arange(count) < num_scored)[:, None], (count, length))
-        )
         batches = []
         for first in range(0, count, self.micro_batch_size):
             rows = slice(first, first + self.micro_batch_size)
@@ -92,7 +144,7 @@ class BatchMaker:
                 Batch(
                     tokens_BT=torch.from_numpy(tokens[rows, :-1].copy()),
                     targets_BT=torch.from_numpy(tokens[rows, 1:].copy()),
-                    loss_mask_BT=None if mask is None else torch.from_numpy(mask[rows].copy()),
+                    loss_mask_BT=None if mask is None else torch.from_numpy(mask[rows]),
                     positions_BT=torch.from_numpy(positions[rows].copy()),
                     document_ids_BT=None if ids is None else torch.from_numpy(ids[rows]),
                     sample_ids_B=torch.from_numpy(number[rows]),
@@ -109,26 +161,33 @@ class TrainingBatches:
         self._maker = maker
         self._data_rank, self._num_data_ranks = data_rank, num_data_ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._made: dict[int, Future[tuple[list[Batch], int]]] = {}
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's share of the global batch of ``step`` (counted from 0), in the order of the samples."""
-        ready = self._next[1].result() if self._next and self._next[0] == step else self._make(step)
-        self._next = (step + 1, self._thread.submit(self._make, step + 1))
-        return ready
+        return self._get(step)[0]
 
     def num_targets(self, step: int) -> int:
-        """Scored targets of the whole global batch."""
-        return self.order.global_batch_size(step) * self._maker.sources[0].num_targets
+        """Scored targets of the whole global batch of ``step``."""
+        return self._get(step)[1]
 
     def close(self) -> None:
         """Stop working ahead."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, step: int) -> list[Batch]:
-        share = self.order.global_batch_size(step) // self._num_data_ranks
-        samples = self.order.batch(step, self._data_rank * share, (self._data_rank + 1) * share)
-        return self._maker.make(samples.dataset, samples.window, samples.number)
+    def _get(self, step: int) -> tuple[list[Batch], int]:
+        for wanted in (step, step + 1):
+            if wanted not in self._made:
+                self._made[wanted] = self._thread.submit(self._make, wanted)
+        self._made = {wanted: self._made[wanted] for wanted in (step, step + 1)}
+        return self._made[step].result()
+
+    def _make(self, step: int) -> tuple[list[Batch], int]:
+        every = self.order.batch(step)
+        share = len(every.number) // self._num_data_ranks
+        mine = slice(self._data_rank * share, (self._data_rank + 1) * share)
+        batches = self._maker.make(every.dataset[mine], every.window[mine], every.number[mine])
+        return batches, self._maker.num_targets(every.dataset, every.window)
 
 
 class EvaluationBatches:
@@ -144,7 +203,7 @@ class EvaluationBatches:
         chosen = [_spread(windows.num_windows, each) for windows in maker.sources]
         source = np.repeat(np.arange(len(chosen)), [len(windows) for windows in chosen])
         window = np.concatenate(chosen)
-        self.num_targets = sum(maker.sources[s].num_targets for s in source.tolist())
+        self.num_targets = maker.num_targets(source, window)
         per_round = maker.micro_batch_size * num_data_ranks
         share = -(-len(window) // per_round) * maker.micro_batch_size
         mine = slice(data_rank * share, (data_rank + 1) * share)
@@ -153,12 +212,6 @@ class EvaluationBatches:
         filling = np.zeros(share - self._num_scored, dtype=np.int64)
         self._source = np.concatenate([self._source, filling])
         self._window = np.concatenate([self._window, filling])
-
-    @property
-    def windows(self) -> list[tuple[Windows, int]]:
-        """The scored windows of this rank: source, and number in it."""
-        pairs = zip(self._source[: self._num_scored].tolist(), self._window[: self._num_scored].tolist(), strict=True)
-        return [(self._maker.sources[source], window) for source, window in pairs]
 
     def __len__(self) -> int:
         return -(-len(self._window) // self._maker.micro_batch_size)

@@ -11,8 +11,9 @@ import torch
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
+from megatrain.data.batches import BatchMaker, EvaluationBatches, SampleSource, TrainingBatches, Windows
 from megatrain.data.order import DataOrder
+from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups, local_device, make_groups
 from megatrain.distributed.topology import Topology
@@ -83,12 +84,12 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
     """Open the data, join the other ranks, build the model on this one. Collective; weights are not filled in yet."""
     train, validation = open_training_data(config)
     config = resolve_vocabulary(config, train[0])
-    sources = [_windows(config, dataset) for dataset in train]
     held_out = [_windows(config, dataset) for dataset in validation]
     device = local_device(rank.local_rank)
     start_deepspeed(config.train.hang_timeout_seconds)
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = make_groups(topology, rank.rank, device, config.train.hang_timeout_seconds)
+    sources = training_sources(config, train, groups)
     micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
     evaluation = None
     if held_out:
@@ -109,6 +110,23 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
         validation=evaluation,
         store=CheckpointStore(Path(config.run.dir)),
     )
+
+
+def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Groups) -> list[SampleSource]:
+    """The samples of each dataset as ``data.packing`` asks for them. Collective: rank 0 plans, the others map it.
+
+    Validation and `megatrain eval` take concat windows whatever the packing: every token counts there.
+    """
+    if config.data.packing == "concat":
+        return [_windows(config, dataset) for dataset in datasets]
+    folder, seq_len = Path(config.run.dir) / "packing", config.data.seq_len
+    if groups.rank == 0:
+        for dataset in datasets:
+            store_plan(dataset, seq_len, folder)
+    groups.barrier()
+    plans = [open_plan(dataset, seq_len, folder) for dataset in datasets]
+    pairs = zip(datasets, plans, strict=True)
+    return [PackedWindows(dataset, plan, seq_len, config.data.document_mask) for dataset, plan in pairs]
 
 
 def build_engine(config: RunConfig, groups: Groups) -> Engine:

@@ -1,0 +1,296 @@
+"""Documents packed into samples so that few are cut: best-fit packing, planned once, stored, mapped by every rank.
+
+Ding et al., "Fewer Truncations Improve Language Modeling" (2024). A document of n tokens gives n - 1 pairs of a token
+and the one after it. A document of more than seq_len tokens is first cut into pieces that fill a sample each, whose
+last target is the next piece's first input, and a rest. Documents and rests then go, longest first, where the least
+space that holds them is left. So each pair of each document is scored once an epoch, in one sample, and no other pair
+is. A document's last token is an input as well: it has no target, and divides the document from the next.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from megatrain.data.dataset import Dataset
+from megatrain.data.format import checksum, committed
+from megatrain.errors import DataError
+
+Ints = NDArray[np.int64]
+
+BLOCK_DOCUMENTS = 1 << 22
+"""About so many documents are packed at a time, which bounds the memory that planning takes (some 100 bytes each)."""
+
+PLAN_VERSION = 1
+CHECKSUM_BYTES = 16
+
+PLAN_COLUMNS = [
+    pa.field("piece_start", pa.large_list(pa.int64()), nullable=False),
+    pa.field("piece_targets", pa.large_list(pa.int32()), nullable=False),
+    pa.field("targets", pa.int32(), nullable=False),
+]
+"""A row a sample. Its pieces, by where in the dataset their tokens begin; the scored targets of each; those of all."""
+
+
+def best_fit(sizes: Ints, capacity: int) -> Ints:
+    """The number of the bin that each item goes to, best fit decreasing; equal items go in their order.
+
+    Each size must be in [1, capacity]. Items of one size, and bins with one space left, are taken together, so that
+    after the sort the work is O(capacity log capacity) steps on whole arrays.
+    """
+    order = np.argsort((capacity - sizes).astype(np.min_scalar_type(capacity)), kind="stable")
+    values, counts = np.unique(sizes, return_counts=True)
+    bins = np.empty(len(sizes), dtype=np.int64)
+    with_space = _BinsBySpace()
+    num_bins = first = 0
+    for size, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        items, first = order[first : first + count], first + count
+        while len(items):
+            space, open_bins = with_space.take_tightest(size) or (capacity, None)
+            each = space // size  # a bin stays the tightest until no further item of this size fits
+            num_used = -(-len(items) // each)
+            if open_bins is None:
+                open_bins = np.arange(num_bins, num_bins + num_used)
+                num_bins += num_used
+            used, unused = open_bins[:num_used], open_bins[num_used:]
+            placed, items = items[: each * len(used)], items[each * len(used) :]
+            bins[placed] = np.repeat(used, each)[: len(placed)]
+            in_last = len(placed) - each * (len(used) - 1)
+            with_space.add(space, unused)
+            with_space.add(space - each * size, used[:-1])
+            with_space.add(space - in_last * size, used[-1:])
+    return bins
+
+
+class _BinsBySpace:
+    """The open bins, found by the space that is left in them."""
+
+    def __init__(self) -> None:
+        self._spaces: list[int] = []
+        self._bins: dict[int, list[Ints]] = {}
+
+    def add(self, space: int, bins: Ints) -> None:
+        """Keep bins with so much space. A full bin is of no more use."""
+        if space == 0 or not len(bins):
+            return
+        if space not in self._bins:
+            insort(self._spaces, space)
+        self._bins.setdefault(space, []).append(bins)
+
+    def take_tightest(self, size: int) -> tuple[int, Ints] | None:
+        """All bins with the least space that is at least ``size``, and that space; None where there are none."""
+        at = bisect_left(self._spaces, size)
+        if at == len(self._spaces):
+            return None
+        space = self._spaces.pop(at)
+        return space, np.concatenate(self._bins.pop(space))
+
+
+def pack_documents(starts: Ints, lengths: Ints, seq_len: int) -> pa.RecordBatch:
+    """Samples of these documents (where each begins, and its tokens): a row of PLAN_COLUMNS each.
+
+    Samples of one whole piece come first, in the order of the documents; within a sample, pieces are in that order.
+    """
+    num_whole = (lengths - 1) // seq_len
+    rest = lengths - num_whole * seq_len  # in [1, seq_len]; a single token predicts nothing and is left out
+    within = np.arange(num_whole.sum()) - np.repeat(np.cumsum(num_whole) - num_whole, num_whole)
+    whole_starts = np.repeat(starts, num_whole) + within * seq_len
+    rest_starts, rest = (starts + num_whole * seq_len)[rest > 1], rest[rest > 1]
+    bins = best_fit(rest, seq_len)
+    order = np.argsort(bins, kind="stable")
+    num_bins = int(bins.max()) + 1 if len(bins) else 0
+    pieces = np.concatenate([np.ones_like(whole_starts), np.bincount(bins, minlength=num_bins)])
+    offsets = np.concatenate([[0], np.cumsum(pieces)])
+    piece_start = np.concatenate([whole_starts, rest_starts[order]])
+    piece_targets = np.concatenate([np.full_like(whole_starts, seq_len), rest[order] - 1]).astype(np.int32)
+    targets = np.add.reduceat(piece_targets, offsets[:-1]) if len(pieces) else piece_targets
+    columns = [
+        pa.LargeListArray.from_arrays(offsets, piece_start),
+        pa.LargeListArray.from_arrays(offsets, piece_targets),
+        pa.array(targets),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(PLAN_COLUMNS))
+
+
+class Block(NamedTuple):
+    """Mapped samples: piece j of sample k is piece offsets[k] + j."""
+
+    offsets: Ints
+    piece_start: Ints
+    piece_targets: NDArray[np.int32]
+    targets: NDArray[np.int32]
+
+
+class PackingPlan:
+    """Which pieces of documents each sample of a dataset holds. Made by ``open_plan``."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self._blocks = blocks
+        self._firsts = [0, *np.cumsum([len(block.targets) for block in blocks]).tolist()]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return int(self._firsts[-1])
+
+    def pieces(self, sample: int) -> Iterator[tuple[int, int]]:
+        """Each piece's first position in the dataset and number of targets, in the order they lie in the sample.
+
+        The piece's tokens are one more than its targets.
+        """
+        index = bisect_right(self._firsts, sample) - 1
+        block, row = self._blocks[index], sample - self._firsts[index]
+        rows = slice(block.offsets[row], block.offsets[row + 1])
+        return zip(block.piece_start[rows].tolist(), block.piece_targets[rows].tolist(), strict=True)
+
+    def num_targets(self, samples: Ints) -> int:
+        """Scored targets of these samples together."""
+        index = np.searchsorted(self._firsts, samples, side="right") - 1
+        total = 0
+        for number in np.unique(index).tolist():
+            rows = samples[index == number] - self._firsts[number]
+            total += int(self._blocks[number].targets[rows].sum(dtype=np.int64))
+        return total
+
+
+def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
+    """See to it that ``folder`` holds a whole plan of this dataset; whether it had to be made. For one process alone.
+
+    A plan depends on the dataset's content and seq_len only. Raises DataError where it cannot be written.
+    """
+    path = _plan_path(dataset, seq_len, folder)
+    if _is_whole(path, dataset, seq_len):
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with committed(path) as unfinished:
+            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _schema(dataset, seq_len)) as writer:
+                for starts, lengths in _documents(dataset):
+                    writer.write_batch(pack_documents(starts, lengths, seq_len))
+            with pa.memory_map(str(unfinished)) as source:
+                digest = checksum(source.read_buffer())
+            with unfinished.open("ab") as file:
+                file.write(digest)
+    except OSError as error:
+        raise DataError(
+            f"The packing plan {path} cannot be written: {error.strerror or error}. Make room or give write access "
+            "there, or set data.packing to concat."
+        ) from None
+    return True
+
+
+def open_plan(dataset: Dataset, seq_len: int, folder: Path) -> PackingPlan:
+    """Map the plan that ``store_plan`` left. Raises DataError where there is none or it belongs to something else."""
+    path = _plan_path(dataset, seq_len, folder)
+    try:
+        buffer = pa.memory_map(str(path)).read_buffer()
+        reader = pa.ipc.open_file(buffer.slice(0, max(buffer.size - CHECKSUM_BYTES, 0)))
+        if not reader.schema.equals(_schema(dataset, seq_len), check_metadata=True):
+            raise DataError(f"{path} is not the packing plan of {dataset.path}. Delete it and start again.")
+        blocks = [_block(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"The packing plan {path} cannot be read: {error}. Delete it and start again.") from None
+    return PackingPlan(blocks)
+
+
+@dataclass(frozen=True)
+class PackedWindows:
+    """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as ``Windows`` is.
+
+    What a sample's pieces leave free is filled with end-of-document tokens, behind them: not scored, seen by none of
+    them, and with ``document_mask`` a document of its own.
+    """
+
+    dataset: Dataset
+    plan: PackingPlan
+    seq_len: int
+    document_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
+            raise DataError(
+                f"{self.dataset.path} has no document of two tokens or more, so nothing to predict: tokenize text."
+            )
+
+    @property
+    def num_windows(self) -> int:
+        """Samples of the dataset."""
+        return self.plan.num_samples
+
+    @property
+    def all_scored(self) -> bool:
+        """Ends of documents and filling are not scored."""
+        return False
+
+    def num_targets(self, windows: Ints) -> int:
+        """Scored targets of these samples together."""
+        return self.plan.num_targets(windows)
+
+    def fill(
+        self, window: int, tokens: Ints, document_ids: NDArray[np.int32] | None, scored: NDArray[np.bool_] | None
+    ) -> None:
+        """Write a sample's seq_len + 1 tokens, for each input the number of its piece, and which targets count."""
+        at = number = 0
+        if scored is not None:
+            scored[:] = False
+        for number, (start, num_targets) in enumerate(self.plan.pieces(window)):
+            tokens[at : at + num_targets + 1] = self.dataset.window(start, num_targets + 1)
+            if scored is not None:
+                scored[at : at + num_targets] = True
+            if document_ids is not None:
+                document_ids[at : at + num_targets + 1] = number
+            at += num_targets + 1
+        tokens[at:] = self.dataset.eod_id
+        if document_ids is not None:
+            document_ids[at:] = number + 1
+
+
+def _block(batch: pa.RecordBatch) -> Block:
+    pieces, piece_targets = batch.column("piece_start"), batch.column("piece_targets")
+    views = (pieces.offsets, pieces.values, piece_targets.values, batch.column("targets"))
+    return Block(*(view.to_numpy() for view in views))
+
+
+def _documents(dataset: Dataset) -> Iterator[tuple[Ints, Ints]]:
+    """Where documents begin and how long they are, about BLOCK_DOCUMENTS at a time: whole record batches."""
+    base, held, lengths = 0, 0, [np.empty(0, dtype=np.int64)]
+    for index in range(dataset.num_shards):
+        for offsets in dataset.shard(index).offsets:
+            lengths.append(np.diff(offsets))
+            held += len(lengths[-1])
+            if held >= BLOCK_DOCUMENTS:
+                block = np.concatenate(lengths)
+                yield base + np.cumsum(block) - block, block
+                base, held, lengths = base + int(block.sum()), 0, [np.empty(0, dtype=np.int64)]
+    block = np.concatenate(lengths)
+    yield base + np.cumsum(block) - block, block
+
+
+def _schema(dataset: Dataset, seq_len: int) -> pa.Schema:
+    names = {"packing_plan": PLAN_VERSION, "digest": dataset.digest, "seq_len": seq_len}
+    return pa.schema(PLAN_COLUMNS, metadata={name: str(value) for name, value in names.items()})
+
+
+def _plan_path(dataset: Dataset, seq_len: int, folder: Path) -> Path:
+    return folder / f"{dataset.digest}-{seq_len}.arrow"
+
+
+def _is_whole(path: Path, dataset: Dataset, seq_len: int) -> bool:
+    """Whether the plan is there, this dataset's, and what was written: its last bytes are the checksum of the rest."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            buffer = source.read_buffer()
+            body, end = buffer[:-CHECKSUM_BYTES], buffer[-CHECKSUM_BYTES:]
+            if buffer.size <= CHECKSUM_BYTES or checksum(body) != end.to_pybytes():
+                return False
+        open_plan(dataset, seq_len, path.parent)
+    except (OSError, pa.ArrowException, DataError):
+        return False
+    return True
