@@ -132,6 +132,29 @@ def evaluate(
 
 
 @app.command()
+def export(
+    checkpoint: CheckpointPath,
+    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist yet.")],
+) -> None:
+    """Write a checkpoint as a folder that Hugging Face transformers loads."""
+    from megatrain.train.convert import export_checkpoint
+
+    typer.echo(f"{out} is {export_checkpoint(checkpoint, out)} for transformers.")
+
+
+@app.command("import")
+def import_command(
+    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and safetensors.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to make; it must not exist yet.")],
+) -> None:
+    """Make a checkpoint of a Hugging Face folder (llama, gpt2), for run.init_from, eval and generate."""
+    from megatrain.train.convert import import_folder
+
+    manifest = import_folder(folder, out)
+    typer.echo(f"{out} holds {folder}: {manifest.parameters:,} parameters. Start from it with run.init_from={out}.")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path, typer.Option(help="The file to write: .html, or .png for a picture.")] = Path("report.html"),
