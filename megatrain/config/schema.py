@@ -178,7 +178,7 @@ class DataConfig(Section):
     packing: Literal["concat", "best_fit"] = Field(
         default="concat",
         description="concat: the stream of documents is cut every seq_len tokens; best_fit: documents are packed into "
-        "samples so that few are cut.",
+        "samples so that none is cut that fits into one (planned once, in RUN/packing). Validation is always concat.",
     )
 
     @model_validator(mode="after")
