@@ -19,14 +19,14 @@ from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import rank_file
 from megatrain.config import RunConfig
-from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
+from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder
 from megatrain.distributed.bootstrap import read_rank
 from megatrain.distributed.groups import make_groups
 from megatrain.distributed.topology import Topology
-from megatrain.model.initial import InitialWeights
+from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed_engine import start_deepspeed
-from megatrain.train.assemble import build_engine, open_training_data, resolve_vocabulary
+from megatrain.train.assemble import build_engine, open_training_data, resolve_vocabulary, training_sources
 from megatrain.train.schedule import learning_rate
 
 TIMEOUT_SECONDS = 120.0
@@ -58,7 +58,7 @@ def train(case: Case) -> dict[str, Any]:
     else:
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
     engine.publish()
-    sources = [Windows(dataset, config.data.seq_len, config.data.document_mask) for dataset in train_sets]
+    sources = training_sources(config, train_sets, groups)
     maker = BatchMaker(sources, config.train.micro_batch_size)
     weights = [entry.weight for entry in config.data.train]
     order = DataOrder.begin(config.run.seed, [s.num_windows for s in sources], weights, config.train.global_batch_size)
@@ -79,6 +79,7 @@ def train(case: Case) -> dict[str, Any]:
         write_pieces(folder / rank_file(rank.rank), list(engine.state_fragments()))
     groups.barrier()
     engine.close()
+    groups.close()
     return {"losses": losses, "norms": norms, "validation": validation / evaluation.num_targets}
 
 
