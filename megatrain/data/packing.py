@@ -26,7 +26,7 @@ from megatrain.errors import DataError
 Ints = NDArray[np.int64]
 
 BLOCK_DOCUMENTS = 1 << 22
-"""About so many documents are packed at a time, which bounds the memory that planning takes (some 100 bytes each)."""
+"""About so many documents are packed at a time, which bounds the memory that planning takes (some 160 bytes each)."""
 
 PLAN_VERSION = 1
 CHECKSUM_BYTES = 16
