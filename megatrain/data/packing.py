@@ -170,6 +170,8 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
         return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in folder.glob(f".{path.name}.*.tmp"):
+            left_by_a_kill.unlink()
         with committed(path) as unfinished:
             with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _schema(dataset, seq_len)) as writer:
                 for starts, lengths in _documents(dataset):

@@ -217,8 +217,10 @@ def test_a_torn_damaged_or_foreign_plan_is_made_again(dataset: Dataset, tmp_path
     torn = [b"", good[:7], good[:16], good[: len(good) // 2], good[:-1], good + b"\0"]
     for bad in [*torn, *map(bytes, flipped), other.read_bytes()]:
         path.write_bytes(bad)
+        (tmp_path / f".{path.name}.1.tmp").write_bytes(bad)
         assert store_plan(dataset, SEQ_LEN, tmp_path), "it was taken for good"
         assert path.read_bytes() == good
+        assert sorted(tmp_path.iterdir()) == sorted([path, other.parent]), "what a kill left half done is gone"
 
 
 def test_a_plan_that_is_not_there_or_cannot_be_written_is_named(dataset: Dataset, tmp_path: Path) -> None:
