@@ -1,0 +1,34 @@
+"""Ranks that all parity tests share, and a dataset whose documents are shorter than a sample."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parity.figures import Pool
+from tests.runs import TinyData
+
+
+@pytest.fixture(scope="session")
+def pool(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    ranks = Pool(tiny_data, tmp_path_factory.mktemp("weights"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def short_documents(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two or three documents begin in each sample."""
+    folder = tmp_path_factory.mktemp("short")
+    lines = [line.strip() for topic in sorted(pydoc_data.topics.topics.values()) for line in topic.splitlines()]
+    text = "".join(json.dumps({"text": line}) + "\n" for line in lines[:2000] if line)
+    (folder / "short.jsonl").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "data_tools", "tokenize", str(folder / "short.jsonl"), "--out", str(folder / "set")]
+    subprocess.run([*command, "--tokenizer", str(tiny_data.tokenizer)], check=True, capture_output=True)
+    return folder / "set"

@@ -1,0 +1,120 @@
+"""What a layout computed, and how it compares with what one rank did."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatrain.checkpoint.pieces import PieceFile, copy_into, read_written
+from megatrain.distributed.fragment import Box, Piece
+from tests.parity.matrix import parity_config
+from tests.parity.ranks import Ranks
+from tests.runs import TinyData
+
+# Adam turns a gradient that is zero but for rounding into a full step. So it is with the bias of attention's keys,
+# which adds the same to all logits of a query: softmax does not see it.
+KEY_BIAS = "attn.c_attn.bias"
+
+
+@dataclass
+class Figures:
+    """Of each step, loss and gradient norm; at the end the validation loss and the gathered weights."""
+
+    losses: list[float]
+    norms: list[float]
+    validation: float
+    weights: dict[str, torch.Tensor]
+
+    def assert_equals(
+        self, other: Figures, *, loss: float = 1e-4, norm: float = 1e-3, weight: float | None = 1e-4
+    ) -> None:
+        """Losses within ``loss``, gradient norms and weights (each parameter as a whole) relative to the other's."""
+        assert max(map(abs, np.subtract(self.losses, other.losses))) < loss, (self.losses, other.losses)
+        assert np.abs(np.divide(self.norms, other.norms) - 1).max() < norm, (self.norms, other.norms)
+        assert abs(self.validation - other.validation) < loss, (self.validation, other.validation)
+        if weight is not None:
+            far = {name: d for name, d in self.distances(other).items() if not d < weight}
+            assert not far, f"weights differ by more than {weight}: {far}"
+
+    def assert_is(self, other: Figures) -> None:
+        """All equal to the last bit."""
+        assert self.losses == other.losses
+        assert self.norms == other.norms
+        assert self.validation == other.validation
+        assert self.weights.keys() == other.weights.keys()
+        assert [name for name, weight in self.weights.items() if not torch.equal(weight, other.weights[name])] == []
+
+    def distances(self, other: Figures) -> dict[str, float]:
+        """Of each parameter, the norm of the difference over the other's norm."""
+        assert self.weights.keys() == other.weights.keys()
+        return {
+            name: float((_seen(name, weight) - (ours := _seen(name, other.weights[name]))).norm() / ours.norm())
+            for name, weight in self.weights.items()
+        }
+
+
+class Pool:
+    """Ranks in every number, started when they are first asked for, and what one rank computed, once for each config."""
+
+    def __init__(self, data: TinyData, folder: Path) -> None:
+        self.data = data
+        self._folder = folder
+        self._ranks: dict[int, Ranks] = {}
+        self._alone: dict[str, Figures] = {}
+
+    def train(self, world_size: int, config: dict[str, Any], num_steps: int = 12) -> Figures:
+        """Train on so many ranks."""
+        ranks = self._ranks.setdefault(world_size, Ranks(world_size))
+        folder = self._folder / "case"
+        shutil.rmtree(folder, ignore_errors=True)
+        answer = ranks.train({"config": config, "num_steps": num_steps, "save": str(folder)})
+        return Figures(answer["losses"], answer["norms"], answer["validation"], gather_weights(folder))
+
+    def alone(self, model: str, num_steps: int = 12, /, **sections: dict[str, Any]) -> Figures:
+        """What one rank computes, without ZeRO and recomputation, in one micro-batch."""
+        train = {"micro_batch_size": 8, **sections.pop("train", {})}
+        config = parity_config(self.data, model, parallel={"zero_stage": 0}, train=train, **sections)
+        key = json.dumps([config, num_steps], sort_keys=True)
+        if key not in self._alone:
+            self._alone[key] = self.train(1, config, num_steps)
+        return self._alone[key]
+
+    def stop(self) -> None:
+        """End all ranks."""
+        for ranks in self._ranks.values():
+            ranks.stop()
+
+
+def gather_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The whole weights from the files of all ranks, as a checkpoint is read; every element must be there once."""
+    weights: dict[str, torch.Tensor] = {}
+    missing: dict[str, int] = {}
+    for path in sorted(folder.iterdir()):
+        file = PieceFile(folder, read_written(path))
+        for stored in file.pieces:
+            if stored.kind != "weight":
+                continue
+            name, shape = stored.piece.name, stored.piece.global_shape
+            count = math.prod(shape)
+            flat = weights.setdefault(name, torch.full((count,), math.nan))
+            whole = Piece(name, shape, Box((0,) * len(shape), shape), 0, count)
+            missing[name] = missing.get(name, count) - copy_into(flat, whole, file, stored)
+    wrong = {name: number for name, number in missing.items() if number}
+    assert not wrong, f"elements missing (or saved more than once, where negative): {wrong}"
+    assert all(flat.isfinite().all() for flat in weights.values())
+    return weights
+
+
+def _seen(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter that the loss depends on."""
+    if not name.endswith(KEY_BIAS):
+        return weight
+    query, _, value = weight.chunk(3)
+    return torch.cat([query, value])

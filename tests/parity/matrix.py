@@ -1,0 +1,134 @@
+"""Which layouts are proven against one rank: all legal ones, a pairwise cover of them, and the few of `make test`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.runs import TinyData, tiny_config
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama", "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "llama_tied": {"family": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "llama_mqa": {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "gpt2": {"family": "gpt2", "num_key_value_heads": None, "tie_word_embeddings": False},
+    "gpt2_tied": {"family": "gpt2", "num_key_value_heads": None, "tie_word_embeddings": True},
+}
+DEGREES = (1, 2, 4)
+WORLD_SIZES = (2, 4, 8)
+ZERO_STAGES = (0, 1, 2, 3)
+RECOMPUTE = ("none", "selective", "full")
+SEQUENCES = 8  # of a step; enough for two micro-batches on each of four data ranks
+ODD_VOCABULARY = 517  # so that tensor ranks have padding, and the last has fewer ids
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of one model. A cover looks at pairs of these fields."""
+
+    data: int
+    tensor: int
+    pipeline: int
+    zero_stage: int
+    sequence: bool
+    recompute: str
+    model: str
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def micro_batch_size(self) -> int:
+        """So that all layouts have one micro-batch or more: 1 or 2, pipelines 2 or 4 (fewer where 2 sequences are left)."""
+        num_micro_batches = (1 + self.zero_stage % 2) * (2 if self.pipeline > 1 else 1)
+        return max(SEQUENCES // self.data // num_micro_batches, 1)
+
+    @property
+    def is_legal(self) -> bool:
+        """As the project promises it, not as plan.rules computes it; the degrees divide the model in any case."""
+        return (self.zero_stage < 2 or self.pipeline == 1) and (self.tensor > 1 or not self.sequence)
+
+    def __str__(self) -> str:
+        sequence = "-sequence" if self.sequence else ""
+        degrees = f"{self.world_size}-d{self.data}-t{self.tensor}-p{self.pipeline}"
+        return f"{degrees}-zero{self.zero_stage}{sequence}-{self.recompute}-{self.model}"
+
+    def config(self, data: TinyData) -> dict[str, Any]:
+        """The config that a rank trains."""
+        parallel = {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "zero_stage": self.zero_stage,
+            "sequence": self.sequence,
+            "recompute": self.recompute,
+        }
+        return parity_config(data, self.model, parallel=parallel, train={"micro_batch_size": self.micro_batch_size})
+
+
+def parity_config(data: TinyData, model: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A tiny model that every degree up to 4 divides; ``sections`` are laid over it."""
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    own: dict[str, dict[str, Any]] = {
+        "model": {**size, "max_position_embeddings": 64, "vocab_size": ODD_VOCABULARY, **MODELS[model]},
+        "data": {"seq_len": 32},
+        "train": {"steps": 12, "global_batch_size": SEQUENCES},
+    }
+    config = tiny_config(data, Path("unused"))
+    for layer in (own, sections):
+        config = {name: {**config.get(name, {}), **layer.get(name, {})} for name in config.keys() | layer.keys()}
+    return config
+
+
+def all_cases() -> list[Case]:
+    """Every legal case on 2, 4 and 8 ranks, ordered by the number of ranks."""
+    axes = (DEGREES, DEGREES, DEGREES, ZERO_STAGES, (False, True), RECOMPUTE, MODELS)
+    cases = (Case(*values) for values in itertools.product(*axes))
+    return by_world_size(case for case in cases if case.is_legal and case.world_size in WORLD_SIZES)
+
+
+def quick_cases() -> list[Case]:
+    """Those of `make test`: the most dangerous mixes on 2 and 4 ranks, and what is missing of each axis' values."""
+    return by_world_size(cover([case for case in all_cases() if case.world_size <= 4], DANGEROUS, at_most=20))
+
+
+def cover_cases() -> list[Case]:
+    """The quick ones, and on them every pair of values that any legal case has."""
+    return by_world_size(cover(all_cases(), quick_cases(), at_most=80))
+
+
+DANGEROUS = (
+    Case(1, 2, 2, 1, True, "full", "llama_tied"),
+    Case(1, 2, 2, 0, True, "selective", "gpt2_tied"),
+    Case(1, 1, 4, 1, False, "none", "gpt2_tied"),
+    Case(2, 1, 2, 1, False, "selective", "llama_tied"),
+    Case(1, 4, 1, 0, True, "none", "llama_mqa"),
+    Case(1, 4, 1, 3, False, "selective", "llama_tied"),
+    Case(2, 2, 1, 3, True, "full", "llama_mqa"),
+    Case(2, 2, 1, 2, True, "selective", "gpt2"),
+    Case(2, 2, 1, 3, False, "none", "gpt2_tied"),
+    Case(2, 1, 1, 3, False, "full", "llama"),
+)
+
+
+def by_world_size(cases: Iterator[Case] | Sequence[Case]) -> list[Case]:
+    """Ordered so that each number of ranks is started once."""
+    return sorted(cases, key=lambda case: (case.world_size, astuple(case)))
+
+
+def cover(cases: Sequence[Case], begin: Sequence[Case], at_most: int) -> list[Case]:
+    """``begin``, and case by case the one with the most pairs of values that none before had, until none is missing."""
+    chosen = list(begin)
+    missing = set().union(*map(_pairs, cases)) - set().union(*map(_pairs, chosen))
+    while missing and len(chosen) < at_most:
+        best = max(cases, key=lambda case: len(_pairs(case) & missing))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return chosen
+
+
+def _pairs(case: Case) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
+    return set(itertools.combinations(enumerate(astuple(case)), 2))

@@ -1,0 +1,71 @@
+"""Layouts that are refused: these, no others, and by the command itself before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatrain.config import RunConfig
+from megatrain.plan import rules
+from tests.parity.matrix import DEGREES, WORLD_SIZES, ZERO_STAGES, Case, parity_config
+from tests.runs import TinyData, write_config
+
+NO_DATA = TinyData(Path("none"), Path("none"), Path("none"), Path("none"))  # `check` reads none
+
+
+def test_only_zero_2_and_3_in_a_pipeline_sequence_without_tensor_and_undivided_ranks_are_refused():
+    axes = (WORLD_SIZES, DEGREES, DEGREES, ZERO_STAGES, (False, True))
+    for world_size, tensor, pipeline, zero_stage, sequence in itertools.product(*axes):
+        data = max(world_size // (tensor * pipeline), 1)
+        case = Case(data, tensor, pipeline, zero_stage, sequence, "none", "llama_mqa")
+        is_legal = case.is_legal and case.world_size == world_size
+        problems = rules.problems(RunConfig.model_validate(case.config(NO_DATA)), world_size)
+        assert (problems == []) == is_legal, (world_size, str(case), problems)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "key", "reason", "nearest"),
+    [
+        ("parallel.pipeline=2 parallel.zero_stage=2", 4, "zero_stage", "a pipeline accumulates", "zero_stage=1"),
+        ("parallel.pipeline=2 parallel.zero_stage=3", 4, "zero_stage", "a pipeline accumulates", "zero_stage=1"),
+        ("parallel.sequence=true", 2, "sequence", "divided over the ranks of parallel.tensor", "sequence=false"),
+        ("parallel.tensor=4", 2, "tensor", "must divide the 2 ranks", "tensor=2"),
+        ("parallel.tensor=2 train.global_batch_size=12", 3, "tensor", "must divide the 3 ranks", "tensor=1"),
+        ("parallel.pipeline=3", 4, "pipeline", "must divide the 4 ranks", "pipeline=4"),
+        ("parallel.pipeline=8", 8, "pipeline", "must be at most model.num_hidden_layers (4)", "pipeline=4"),
+        ("parallel.tensor=8", 8, "tensor", "must divide model.num_attention_heads (4)", "tensor=4"),
+        ("parallel.zero_stage=0 parallel.offload=optimizer", 2, "offload", "needs parallel.zero_stage 1", "zero_stage=1"),
+        ("parallel.zero_stage=1 parallel.offload=all", 2, "offload", "needs parallel.zero_stage 3", "zero_stage=3"),
+    ],
+)
+def test_an_illegal_mix_is_refused_with_its_key_the_reason_and_the_nearest_legal_layout(
+    overrides, num_ranks, key, reason, nearest, tmp_path: Path
+):
+    config = write_config(tmp_path / "run.yaml", parity_config(NO_DATA, "llama_tied"))
+    refused = check(config, overrides.split(), num_ranks)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert "Traceback" not in refused.stderr
+    for expected in (f"parallel.{key}", reason, f"parallel.{nearest}"):
+        assert expected in refused.stderr, refused.stderr
+    mended = dict(override.split("=") for override in [*overrides.split(), f"parallel.{nearest}"])
+    legal = check(config, [f"{name}={value}" for name, value in mended.items()], num_ranks)
+    assert legal.returncode == 0, legal.stderr
+
+
+def test_all_that_is_wrong_is_said_at_once_with_one_layout_that_mends_it(tmp_path: Path):
+    config = write_config(tmp_path / "run.yaml", parity_config(NO_DATA, "llama_tied"))
+    wrong = ["parallel.sequence=true", "parallel.pipeline=2", "parallel.zero_stage=3", "parallel.offload=optimizer"]
+    refused = check(config, [*wrong, "train.micro_batch_size=3"], 2)
+    assert refused.returncode == 2
+    for key in ("parallel.sequence", "parallel.zero_stage", "train.global_batch_size", "nearest legal layout"):
+        assert key in refused.stderr, refused.stderr
+
+
+def check(config: Path, overrides: list[str], num_ranks: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatrain", "check", str(config), *overrides, "--procs", str(num_ranks)]
+    return subprocess.run(command, capture_output=True, text=True)

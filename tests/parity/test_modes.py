@@ -1,0 +1,119 @@
+"""What goes beside the layouts: dropout, document masks, recomputation, precisions, micro-batches, uneven stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatrain.data import open_dataset
+from tests.parity.figures import Pool
+from tests.parity.matrix import parity_config
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "data": (2, {"zero_stage": 0}),
+    "zero 1": (2, {"zero_stage": 1}),
+    "zero 2": (2, {"zero_stage": 2}),
+    "zero 3": (2, {"zero_stage": 3}),
+    "tensor": (2, {"tensor": 2}),
+    "sequence": (2, {"tensor": 2, "sequence": True}),
+    "pipeline": (2, {"pipeline": 2}),
+    "all axes": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+}
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
+NUM_STEPS = 4
+
+
+def layouts(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("num_ranks", "parallel"), [LAYOUTS[name] for name in names], ids=names)
+
+
+@pytest.mark.parametrize("model", ["llama_tied", "gpt2"])
+@layouts("data", "sequence", "pipeline", "all axes")
+def test_every_layout_drops_what_one_process_drops(model, num_ranks, parallel, pool: Pool):
+    config = parity_config(pool.data, model, model=DROPOUT, parallel=parallel)
+    alone = pool.alone(model, NUM_STEPS, model=DROPOUT)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(alone)
+    assert alone.losses != pool.alone(model, NUM_STEPS).losses
+
+
+def test_dropout_is_the_same_in_every_run_and_another_at_every_step(pool: Pool):
+    """A step is an epoch and nothing is learned: without dropout, all losses are one number."""
+    windows = (open_dataset(pool.data.held_out).num_tokens - 1) // 32
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"train": [{"path": str(pool.data.held_out)}]},
+        "train": {"global_batch_size": windows, "micro_batch_size": windows},
+        "optimizer": {"lr": 0.0},
+    }
+    plain = pool.train(1, parity_config(pool.data, "llama", **sections), NUM_STEPS)
+    assert max(plain.losses) - min(plain.losses) < 1e-5
+    config = parity_config(pool.data, "llama", model=DROPOUT, **sections)
+    dropped = pool.train(1, config, NUM_STEPS)
+    assert min(abs(a - b) for a, b in zip(dropped.losses, dropped.losses[1:], strict=False)) > 1e-5
+    pool.train(1, config, NUM_STEPS).assert_is(dropped)
+
+
+@pytest.mark.parametrize("model", ["llama_tied", "gpt2"])
+@layouts("zero 3", "tensor", "sequence", "pipeline", "all axes")
+def test_documents_are_kept_apart_as_on_one_rank(model, num_ranks, parallel, pool: Pool, short_documents: Path):
+    data: dict[str, Any] = {"train": [{"path": str(short_documents)}], "document_mask": True}
+    alone = pool.alone(model, NUM_STEPS, data=data)
+    config = parity_config(pool.data, model, data=data, parallel=parallel)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(alone)
+    unmasked = pool.alone(model, NUM_STEPS, data={**data, "document_mask": False})
+    assert min(abs(a - b) for a, b in zip(alone.losses, unmasked.losses, strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("llama_tied", "zero 3"), ("llama_mqa", "sequence"), ("gpt2_tied", "pipeline"), ("gpt2", "all axes")],
+)
+def test_recomputation_changes_no_bit(model, layout, pool: Pool):
+    num_ranks, parallel = LAYOUTS[layout]
+
+    def train(**recompute: Any) -> Any:
+        config = parity_config(pool.data, model, model=DROPOUT, parallel={**parallel, **recompute})
+        return pool.train(num_ranks, config, NUM_STEPS)
+
+    kept = train(recompute="none")
+    train(recompute="selective").assert_is(kept)
+    train(recompute="full").assert_is(kept)
+    train(recompute="full", recompute_every=2).assert_is(kept)
+
+
+@layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline")
+def test_bf16_under_a_layout_is_bf16_on_one_rank(num_ranks, parallel, pool: Pool):
+    train = {"precision": "bf16"}
+    config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)
+    alone = pool.alone("llama_tied", train=train)
+    pool.train(num_ranks, config).assert_equals(alone, loss=2e-3, norm=2e-2, weight=None)
+
+
+@layouts("sequence", "pipeline")
+def test_fp16_under_a_layout_is_fp16_on_one_rank(num_ranks, parallel, pool: Pool):
+    train = {"precision": "fp16", "initial_loss_scale_power": 8}
+    config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)
+    alone = pool.alone("llama_tied", NUM_STEPS, train=train)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(alone, loss=2e-3, norm=1e-2, weight=None)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2_tied"])
+def test_gradients_of_micro_batches_add_up_to_those_of_one(model, pool: Pool):
+    small = pool.alone(model, train={"micro_batch_size": 1})
+    small.assert_equals(pool.alone(model, train={"micro_batch_size": 4}), loss=1e-5, norm=1e-5)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4, 8])
+def test_a_pipeline_takes_any_number_of_micro_batches(num_micro_batches, pool: Pool):
+    """Fewer than its four stages, as many, and more."""
+    train = {"micro_batch_size": 8 // num_micro_batches}
+    config = parity_config(pool.data, "llama_tied", train=train, parallel={"pipeline": 4})
+    pool.train(4, config, NUM_STEPS).assert_equals(pool.alone("llama_tied", NUM_STEPS))
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages"), [(3, 2), (5, 2), (5, 4), (7, 4)])
+def test_stages_need_not_have_equally_many_layers(num_layers, num_stages, pool: Pool):
+    model = {"num_hidden_layers": num_layers}
+    config = parity_config(pool.data, "gpt2_tied", model=model, parallel={"pipeline": num_stages})
+    pool.train(num_stages, config, NUM_STEPS).assert_equals(pool.alone("gpt2_tied", NUM_STEPS, model=model))
