@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ class Groups:
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     model: dist.ProcessGroup  # along pipeline and tensor: the ranks that together hold one copy of the model
+    ends: dist.ProcessGroup  # on the first and last stage: the two of them; elsewhere this rank by itself
     alone: dist.ProcessGroup  # this rank by itself
 
     @property
@@ -50,6 +52,13 @@ class Groups:
         self.sum([0.0])
 
 
+def release(groups: Iterable[object]) -> None:
+    """Free process groups (each has its own threads and connections); what is none, or is the whole world, is left."""
+    for group in {id(group): group for group in groups}.values():
+        if isinstance(group, dist.ProcessGroup) and group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def local_device(local_rank: int) -> torch.device:
     """The device of a rank: its GPU by its rank on the node, or the CPU where there is none."""
     if torch.cuda.is_available():
@@ -61,7 +70,8 @@ def local_device(local_rank: int) -> torch.device:
 def make_groups(topology: Topology, rank: int, device: torch.device, timeout_seconds: float) -> Groups:
     """Make this rank's groups; collective over all ranks. The default process group must exist.
 
-    Each group is made by its members alone, so that the cost does not grow with the number of groups.
+    Each group is made by its members alone, so that the cost does not grow with the number of groups. Torch names such
+    a group by its ranks and by how many groups there are: every rank must make equally many, and none may be freed.
     """
     timeout = timedelta(seconds=timeout_seconds)
 
@@ -70,6 +80,9 @@ def make_groups(topology: Topology, rank: int, device: torch.device, timeout_sec
         group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
         return group
 
+    here = topology.coordinate(rank)
+    stages = (0, topology.pipeline - 1) if here.pipeline in (0, topology.pipeline - 1) else (here.pipeline,)
+    ends = sorted({topology.rank(Coordinate(stage, here.data, here.tensor)) for stage in stages})
     return Groups(
         topology=topology,
         rank=rank,
@@ -78,5 +91,6 @@ def make_groups(topology: Topology, rank: int, device: torch.device, timeout_sec
         tensor=along("tensor"),
         pipeline=along("pipeline"),
         model=along("pipeline", "tensor"),
+        ends=dist.new_group(ends, timeout=timeout, use_local_synchronization=True),
         alone=along(),
     )

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
-from megatrain.distributed.groups import Groups
-from megatrain.distributed.topology import Coordinate
+from megatrain.distributed.groups import Groups, release
 from megatrain.parallel.deepspeed_engine import StageZero
 from megatrain.parallel.engine import Engine, StepResult
 from megatrain.parallel.shard import ShardedModel
@@ -68,6 +67,12 @@ class PipelinedEngine(Engine):
         if not self._deepspeed.is_last_stage() or self.groups.coordinate.tensor != 0:
             return 0.0
         return sum(float(loss) for loss in losses)
+
+    def close(self) -> None:
+        """See Engine."""
+        pipe = self._deepspeed.module
+        super().close()
+        release([pipe.world_group, *vars(pipe.mpu()).values()])
 
     def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         self._layers = StageLayers(self._model.module, self._carries)
@@ -163,18 +168,15 @@ class StagePipe(PipelineModule):  # type: ignore[misc]
 
     def _index_tied_modules(self) -> dict[str, Any]:
         """The tied weight: its gradients are summed over the first and last stage, its norm counted on the first."""
-        mesh, here = self._groups.topology, self._groups.coordinate
-        ends = [mesh.rank(Coordinate(stage, here.data, here.tensor)) for stage in (0, mesh.pipeline - 1)]
-        # Ranks must make equally many groups, or torch names their next common one differently on each.
-        is_end = here.pipeline in (0, mesh.pipeline - 1)
-        group = dist.new_group(ends if is_end else [self._groups.rank], use_local_synchronization=True)
-        if not self._tied or not is_end:
+        ends = dist.get_process_group_ranks(self._groups.ends)
+        if not self._tied or len(ends) < 2:
             return {}
+        here = self._groups.coordinate
         stage = getattr(self, str(self.stage_id)).stage
         module = stage.head if here.pipeline else stage.get_submodule(stage.embedding_names[0])
         self.tied_modules["embedding"] = module
         module.weight.ds_pipe_replicated = here.pipeline > 0
-        return {"embedding": {"ranks": ends, "group": group, "weight_attr": ["weight"], "module": module}}
+        return {"embedding": {"ranks": ends, "group": self._groups.ends, "weight_attr": ["weight"], "module": module}}
 
     def _synchronize_tied_weights(self) -> None:
         """Nothing: both ends are filled from the same source."""

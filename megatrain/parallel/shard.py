@@ -60,7 +60,7 @@ class Cut:
 def shard_model(model: Model, config: RunConfig, groups: Groups, cut: Cut) -> ShardedModel:
     """Cut a model that was built on the meta device to this rank's part, and give that its memory."""
     heads = Heads(config.model.num_attention_heads, config.model.kv_heads, config.model.head_size)
-    ranks = TensorRanks.of(groups.tensor, heads, sequence=config.parallel.sequence, seq_len=config.data.seq_len)
+    ranks = TensorRanks.of(groups, heads, sequence=config.parallel.sequence, seq_len=config.data.seq_len)
     if ranks.size > 1:
         shards = split_model(model, cut.split_of, heads, ranks, model.decoder_names)
     else:
@@ -74,14 +74,11 @@ def shard_model(model: Model, config: RunConfig, groups: Groups, cut: Cut) -> Sh
     _allocate(model, config, groups)
     parameters = dict(model.named_parameters())
     mark_parameters(parameters, shards, ranks, model.embedding_names)
-    return ShardedModel(
-        model,
-        {
-            name: LocalParameter(p, s.placement, s.num_replicas, s.replica)
-            for name, p in parameters.items()
-            if (s := shards[name])
-        },
-    )
+    mine = {
+        name: LocalParameter(parameter, shards[name].placement, shards[name].num_replicas, shards[name].replica)
+        for name, parameter in parameters.items()
+    }
+    return ShardedModel(model, mine)
 
 
 def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> ShardedModel:
@@ -90,7 +87,7 @@ def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> Sharded
     local = model.parameters[name]
     placement = dataclasses.replace(local.placement, name=f"{embedding}.weight")
     copy = dataclasses.replace(local, placement=placement, is_copy=True)
-    return ShardedModel(model.module, {**model.parameters, name: copy})
+    return dataclasses.replace(model, parameters={**model.parameters, name: copy})
 
 
 def _allocate(model: Model, config: RunConfig, groups: Groups) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatrain.distributed.fragment import Box, Placement
+from megatrain.distributed.groups import Groups
 from megatrain.parallel.collectives import (
     copy_to_group,
     gather_sequence,
@@ -85,12 +86,14 @@ class TensorRanks:
     seq_len: int
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, heads: Heads, *, sequence: bool, seq_len: int) -> TensorRanks:
-        """Find the sharers of heads in ``group``. Collective over it."""
-        num_sharers = max(1, dist.get_world_size(group) // heads.key_value)
-        first = dist.get_rank(group) // num_sharers * num_sharers
-        sharers = dist.get_process_group_ranks(group)[first : first + num_sharers]
-        return cls(group, dist.new_group(sharers, use_local_synchronization=True), sequence, seq_len)
+    def of(cls, groups: Groups, heads: Heads, *, sequence: bool, seq_len: int) -> TensorRanks:
+        """Find the sharers of heads; collective over the world where there are any."""
+        num_sharers = groups.topology.tensor // heads.key_value
+        if num_sharers < 2:
+            return cls(groups.tensor, groups.alone, sequence, seq_len)
+        first = groups.coordinate.tensor // num_sharers * num_sharers
+        sharers = groups.topology.group(groups.rank, "tensor")[first : first + num_sharers]
+        return cls(groups.tensor, dist.new_group(sharers, use_local_synchronization=True), sequence, seq_len)
 
     @property
     def size(self) -> int:

@@ -5,6 +5,7 @@ Starting ranks costs far more than building another engine on ranks that are up.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from megatrain.config import RunConfig
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder
 from megatrain.distributed.bootstrap import read_rank
-from megatrain.distributed.groups import make_groups
+from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed_engine import start_deepspeed
@@ -43,6 +44,12 @@ class Case:
     save: str | None = None
 
 
+@functools.cache
+def groups_of(topology: Topology) -> Groups:
+    """The groups of a mesh; made once, for they cannot be freed and each has its own threads."""
+    return make_groups(topology, read_rank().rank, torch.device("cpu"), TIMEOUT_SECONDS)
+
+
 def train(case: Case) -> dict[str, Any]:
     """Train a case on this rank; its figures, the same on all ranks."""
     rank = read_rank()
@@ -50,7 +57,7 @@ def train(case: Case) -> dict[str, Any]:
     train_sets, _ = open_training_data(config)
     config = resolve_vocabulary(config, train_sets[0])
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = make_groups(topology, rank.rank, torch.device("cpu"), TIMEOUT_SECONDS)
+    groups = groups_of(topology)
     engine = build_engine(config, groups)
     if case.load:
         reader = CheckpointReader(Path(case.load), near=rank_file(rank.rank))
@@ -79,7 +86,6 @@ def train(case: Case) -> dict[str, Any]:
         write_pieces(folder / rank_file(rank.rank), list(engine.state_fragments()))
     groups.barrier()
     engine.close()
-    groups.close()
     return {"losses": losses, "norms": norms, "validation": validation / evaluation.num_targets}
 
 
