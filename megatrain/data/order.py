@@ -97,6 +97,7 @@ class DataOrder:
     num_windows: tuple[int, ...]
     segments: tuple[Segment, ...]
     _mixtures: dict[tuple[float, ...], Mixture] = field(default_factory=dict, repr=False, compare=False)
+    _shuffles: dict[int, Permutation] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def begin(
@@ -130,10 +131,9 @@ class DataOrder:
         nth = count + np.asarray(segment.consumed, dtype=np.int64)[dataset]
         epoch, position = np.divmod(nth, np.asarray(self.num_windows, dtype=np.int64)[dataset])
         window = np.empty_like(position)
-        for source, lap in {(int(d), int(e)) for d, e in zip(dataset, epoch, strict=True)}:
+        for source, lap in np.unique(np.stack([dataset, epoch]), axis=1).T.tolist():
             chosen = (dataset == source) & (epoch == lap)
-            shuffle = Permutation(self.num_windows[source], (self.seed, source, lap))
-            window[chosen] = shuffle(position[chosen])
+            window[chosen] = self._shuffle(source, lap)(position[chosen])
         return Samples(dataset, epoch, window, numbers + segment.samples_before)
 
     def num_samples_before(self, step: int) -> int:
@@ -147,6 +147,14 @@ class DataOrder:
 
     def _segment(self, step: int) -> Segment:
         return next(segment for segment in reversed(self.segments) if segment.first_step <= step)
+
+    def _shuffle(self, source: int, lap: int) -> Permutation:
+        """The permutation of a dataset's epoch; the one used last is kept, for its keys take longer than its use."""
+        shuffle = self._shuffles.get(source)
+        if shuffle is None or shuffle.key[-1] != lap:
+            shuffle = Permutation(self.num_windows[source], (self.seed, source, lap))
+            self._shuffles[source] = shuffle
+        return shuffle
 
     def _mixture(self, weights: tuple[float, ...]) -> Mixture:
         return self._mixtures.setdefault(weights, Mixture(weights))
