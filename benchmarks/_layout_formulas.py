@@ -1,0 +1,194 @@
+"""What a layout should cost a rank, by the formulas of the papers, in this project's types and for its llama layers.
+
+Sources, by row:
+
+- Parameters, gradients, optimizer state: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). Its mixed precision is
+  2 + 2 + 12 bytes a parameter; here gradients are summed in fp32, so 2 + 4 + 12 in bf16, and 4 + 4 + 8 in fp32.
+- Tensor-parallel messages: Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053). Four all-reduces of b s h a layer and
+  micro-batch, one for the embedding, one for the head's gradient, and three fp32 numbers a token for the loss.
+- Sequence parallelism, activations: Korthikanti et al. 2022 (arXiv:2205.05198), whose layer keeps
+  s b h (34 + 5 a s / h) bytes. That has biases, GELU and dropout. A llama layer in e bytes an element, with query width
+  q, key-value width k and MLP width f, keeps, for N = b s tokens, causal attention in blocks of r = 128 rows, and no
+  dropout:
+
+      N e (4 h + 2 q + 2 k + 4 f) + 8 N + e a b s^2 (1 + r / s) / 2
+
+  4 h: the inputs of two norms and of two groups of column-parallel layers; 2 q + 2 k: query, key, value and attention's
+  output; 4 f: gate, silu(gate), up, and their product; 8 N: the norms' fp32 scales; the rest: probabilities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatrain.config import RunConfig
+from megatrain.distributed.topology import Topology
+from megatrain.model.blockwise_attention import BLOCK_ROWS
+from megatrain.plan.stages import decoder_stages
+
+
+def all_reduce(num_bytes: float, size: int) -> float:
+    """Bytes a rank sends for the all-reduce of ``num_bytes`` by a ring of ``size`` ranks."""
+    return 2 * scatter(num_bytes, size)
+
+
+def scatter(num_bytes: float, size: int) -> float:
+    """The same for a reduce-scatter, and for the all-gather of shards that are ``num_bytes`` together."""
+    return num_bytes * (size - 1) / size
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a model that a rank of pipeline stage ``stage`` computes."""
+
+    config: RunConfig
+    mesh: Topology
+    stage: int
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the stage."""
+        return decoder_stages(self.config.model, self.config.data.seq_len, self.mesh.pipeline)[self.stage]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the final norm and the head."""
+        return self.stage == self.mesh.pipeline - 1
+
+    @property
+    def element_bytes(self) -> int:
+        """Of weights and activations."""
+        return 4 if self.config.train.precision == "fp32" else 2
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.config.train.micro_batch_size * self.config.data.seq_len
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a step."""
+        return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.mesh.data)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one [B, T, hidden] tensor, whole."""
+        return self.tokens * self.config.model.hidden_size * self.element_bytes
+
+    @property
+    def widths(self) -> tuple[float, float, float, float]:
+        """Of queries, keys, MLP and vocabulary, on one tensor rank."""
+        model, size = self.config.model, self.mesh.tensor
+        keys = max(model.kv_heads / size, 1) * model.head_size
+        queries = model.num_attention_heads * model.head_size / size
+        return queries, keys, model.ffn_size / size, (model.vocab_size or 0) / size
+
+    @property
+    def num_parameters(self) -> float:
+        """That this rank computes with."""
+        hidden = self.config.model.hidden_size
+        queries, keys, ffn, vocab = self.widths
+        layers = self.num_layers * (hidden * (2 * queries + 2 * keys + 3 * ffn) + 2 * hidden)
+        num_tables = self.is_first + self.is_last
+        if self.config.model.tie_word_embeddings and self.mesh.pipeline == 1:
+            num_tables = 1
+        return layers + num_tables * vocab * hidden + self.is_last * hidden
+
+    @property
+    def largest_layer(self) -> float:
+        """Parameters of its largest layer: a decoder layer, or the embedding."""
+        hidden = self.config.model.hidden_size
+        queries, keys, ffn, vocab = self.widths
+        return max(hidden * (2 * queries + 2 * keys + 3 * ffn) + 2 * hidden, vocab * hidden)
+
+
+def memory(part: Part) -> dict[str, float]:
+    """Bytes of each kind that a rank holds."""
+    size, stage, data = part.num_parameters, part.config.parallel.zero_stage, part.mesh.data
+    optimizer = 8 if part.config.train.precision == "fp32" else 12
+    held = {
+        "parameters": part.element_bytes * size / (data if stage >= 3 else 1),
+        "gradients": 4 * size / (data if stage >= 2 else 1),
+        "optimizer": optimizer * size / (data if stage >= 1 else 1),
+        "buffers": 0.0,
+        "activations": _activations(part),
+    }
+    if stage == 3:  # what the passes have gathered at one time: a layer
+        held["whole parameters"] = part.element_bytes * part.largest_layer
+    return held
+
+
+def sent(part: Part) -> dict[str, float]:
+    """Bytes that a rank sends in a step, by kind of collective."""
+    total: dict[str, float] = {}
+    for messages in (_data(part), _tensor(part), _pipeline(part)):
+        for kind, num_bytes in messages.items():
+            total[kind] = total.get(kind, 0.0) + num_bytes
+    return total
+
+
+def _activations(part: Part) -> float:
+    hidden, bytes_, tokens, tensor = part.config.model.hidden_size, part.element_bytes, part.tokens, part.mesh.tensor
+    parallel = part.config.parallel
+    queries, keys, ffn, vocab = part.widths
+    shared = tensor if parallel.sequence else 1  # between blocks
+    seq_len = part.config.data.seq_len
+    heads = part.config.model.num_attention_heads / tensor
+    attention = bytes_ * heads * tokens * seq_len * (1 + BLOCK_ROWS / seq_len) / 2
+    outside = 4 * hidden * tokens * bytes_ / shared + 8 * tokens / shared
+    layer = outside + tokens * bytes_ * (2 * queries + 2 * keys + 4 * ffn) + attention
+    if parallel.recompute == "selective":
+        layer = outside + tokens * bytes_ * (2 * queries + 2 * keys + 3 * ffn)
+    num_recomputed = -(-part.num_layers // parallel.recompute_every) if parallel.recompute == "full" else 0
+    layers = num_recomputed * hidden * tokens * bytes_ / shared + (part.num_layers - num_recomputed) * layer
+    rotary = tokens * part.config.model.head_size * bytes_
+    embedding = 8 * tokens if part.is_first else 0  # the token ids
+    head = tokens * bytes_ * (2 * hidden / shared + vocab) + 4 * tokens / shared if part.is_last else 0
+    in_flight = min(part.mesh.pipeline - part.stage, part.num_micro_batches)
+    return in_flight * (layers + rotary + embedding + head)
+
+
+def _data(part: Part) -> dict[str, float]:
+    """ZeRO, section 7: 2 psi elements for stages 0 to 2, 3 psi for stage 3; gradients in fp32."""
+    data, stage = part.mesh.data, part.config.parallel.zero_stage
+    gradients, weights = 4 * part.num_parameters, part.element_bytes * part.num_parameters
+    times = part.num_micro_batches if stage >= 2 else 1  # partitioned gradients cannot wait for the last one
+    if stage == 0:
+        return {"all-reduce": all_reduce(gradients, data)}
+    gathers = 2 * times if stage == 3 else 1
+    return {"reduce-scatter": times * scatter(gradients, data), "all-gather": gathers * scatter(weights, data)}
+
+
+def _tensor(part: Part) -> dict[str, float]:
+    size, x, times = part.mesh.tensor, part.activation_bytes, part.num_micro_batches
+    layers, ends = part.num_layers, part.is_first + part.is_last
+    recomputed = -(-layers // part.config.parallel.recompute_every) if part.config.parallel.recompute == "full" else 0
+    loss = all_reduce(12 * part.tokens, size) if part.is_last else 0.0
+    if not part.config.parallel.sequence:
+        # Recomputation stops where the last saved tensor is, before the MLP's all-reduce.
+        num_sums = 4 * layers + recomputed + ends
+        return {"all-reduce": times * (num_sums * all_reduce(x, size) + loss)}
+    return {
+        "all-reduce": times * (part.is_first * all_reduce(x, size) + loss),
+        "all-gather": times * (4 * layers + 2 * recomputed + ends) * scatter(x, size),
+        "reduce-scatter": times * (4 * layers + recomputed + part.is_last) * scatter(x, size),
+    }
+
+
+def _pipeline(part: Part) -> dict[str, float]:
+    """A [B, T, hidden] tensor on to the next stage, its gradient back; 1/t of it a rank, gathered on arrival."""
+    if part.mesh.pipeline == 1:
+        return {}
+    num_borders = (not part.is_first) + (not part.is_last)
+    x, size, times = part.activation_bytes, part.mesh.tensor, part.num_micro_batches
+    messages = {"point-to-point": times * num_borders * x / size}
+    if size > 1 and not part.config.parallel.sequence:
+        messages["all-gather"] = times * num_borders * scatter(x, size)
+    if part.config.model.tie_word_embeddings and (part.is_first or part.is_last):
+        messages["all-reduce"] = all_reduce(4 * part.widths[3] * part.config.model.hidden_size, 2)
+    return messages

@@ -1,0 +1,257 @@
+"""One rank of benchmarks/layouts.py: trains each layout for some steps and measures what it holds and what it sends.
+
+Memory is counted by storage, not by tensor: views and tied weights once. Messages are counted where PyTorch hands them
+to the process group, whoever called: this project, DeepSpeed or torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatrain.batch import Batch
+from megatrain.config import RunConfig
+from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.groups import Groups, make_groups
+from megatrain.distributed.topology import Topology
+from megatrain.model.init import InitialWeights
+from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.parallel.state import master_slices, torch_optimizer
+from megatrain.train.assemble import build_engine
+
+TIMEOUT_SECONDS = 300.0
+NUM_STEPS = 2  # the state of the optimizer is made in the first, the second is measured
+
+_OPS = torch.ops.c10d
+_KINDS = {
+    _OPS.allreduce_.default: "all-reduce",
+    _OPS._allgather_base_.default: "all-gather",
+    _OPS.allgather_.default: "all-gather",
+    _OPS._reduce_scatter_base_.default: "reduce-scatter",
+    _OPS.reduce_scatter_.default: "reduce-scatter",
+    _OPS.reduce_.default: "reduce",
+    _OPS.broadcast_.default: "broadcast",
+    _OPS.alltoall_base_.default: "all-to-all",
+    _OPS.send.default: "point-to-point",
+}
+# Where DeepSpeed's optimizers keep gradients beside .grad: BF16_Optimizer, stages 1 and 2, stage 3.
+_GRADIENTS = ("fp32_groups_gradients_flat", "averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")
+_SENDS_NOTHING = {_OPS.recv_.default, _OPS.barrier.default}
+
+
+class SentBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what this rank sends, by kind of collective, as the ring algorithms send it.
+
+    With g ranks and n bytes on each: all-reduce 2 (g - 1) / g n; reduce-scatter and all-to-all (g - 1) / g n;
+    all-gather (g - 1) n, n being a shard; a point-to-point message n; reduce and broadcast in a chain: n, but for its
+    last rank. ``payload``: n by itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes: Counter[str] = Counter()
+        self.payload: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and func not in _SENDS_NOTHING:
+            self._count(_KINDS[func], args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, kind: str, args: Any) -> None:
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        size = group.size()
+        # The operations with an output and an input have the output first.
+        given = args[1] if kind in ("all-gather", "reduce-scatter", "all-to-all") else args[0]
+        num_bytes = sum(x.numel() * x.element_size() for x in _tensors(given))
+        factor = {
+            "all-reduce": 2 * (size - 1) / size,
+            "reduce-scatter": (size - 1) / size,
+            "all-to-all": (size - 1) / size,
+            "all-gather": size - 1,
+            "point-to-point": 1,
+        }.get(kind)
+        if factor is None:
+            root = next(arg for arg in args if isinstance(arg, int))
+            is_last = group.rank() == ((root if kind == "reduce" else root - 1) % size)
+            factor = 0 if is_last else 1
+        self.payload[kind] += num_bytes if size > 1 else 0
+        self.bytes[kind] += round(factor * num_bytes)
+
+
+class Activations:
+    """The largest number of bytes that autograd kept at one time for backward passes, parameters apart.
+
+    What is freed in the meantime is no longer counted, so that in a pipeline it is the micro-batches in flight.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.now = self.peak = self.peak_parameters = 0
+        self._parameters = parameters
+        self._num_uses: Counter[int] = Counter()
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """Watch what is saved in this context."""
+        return saved_tensors_hooks(lambda x: _Saved(x, self), lambda saved: saved.tensor)
+
+    def kept(self, tensor: Tensor) -> bool:
+        """Count a tensor; False if it is a parameter's."""
+        place = tensor.untyped_storage().data_ptr()
+        whole = {storage.data_ptr(): storage.nbytes() for storage in (p.untyped_storage() for p in self._parameters)}
+        self.peak_parameters = max(self.peak_parameters, sum(whole.values()))  # under ZeRO 3 they come and go
+        if place in whole:
+            return False
+        self._num_uses[place] += 1
+        if self._num_uses[place] == 1:
+            self.now += tensor.untyped_storage().nbytes()
+            self.peak = max(self.peak, self.now)
+        return True
+
+    def freed(self, tensor: Tensor) -> None:
+        """Count a tensor no longer."""
+        place = tensor.untyped_storage().data_ptr()
+        self._num_uses[place] -= 1
+        if self._num_uses[place] == 0:
+            self.now -= tensor.untyped_storage().nbytes()
+
+
+class _Saved:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: Tensor, activations: Activations) -> None:
+        self.tensor = tensor
+        self._activations = activations if activations.kept(tensor) else None
+
+    def __del__(self) -> None:
+        if self._activations is not None:
+            self._activations.freed(self.tensor)
+
+
+def measure_cases(rank: RankInfo, cases: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Measure each case, a config, on all ranks: each rank's figures, in rank order. Collective."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    start_deepspeed(TIMEOUT_SECONDS)
+    made: dict[Topology, Groups] = {}  # a mesh's groups cannot be freed
+    for case in cases:
+        config = RunConfig.model_validate(case)
+        topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
+        if topology not in made:
+            made[topology] = make_groups(topology, rank.rank, torch.device("cpu"), TIMEOUT_SECONDS)
+        groups = made[topology]
+        others = _live_tensors()
+        engine = build_engine(config, groups)
+        engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
+        engine.publish()
+        found = _measure(engine, config, topology.data, others)
+        found["stage"] = groups.coordinate.pipeline
+        yield groups.gather(found)
+        engine.close()
+        del engine, others
+        gc.collect()
+
+
+def _measure(engine: Any, config: RunConfig, data: int, others: list[Tensor]) -> dict[str, Any]:
+    num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * data)
+    shape = (config.train.micro_batch_size, config.data.seq_len)
+    batches = [_batch(shape, config.model.vocab_size or 0, seed) for seed in range(num_micro_batches)]
+    num_targets = config.train.global_batch_size * config.data.seq_len
+    for _ in range(NUM_STEPS - 1):
+        engine.train_batch(batches, num_targets, 1e-4)
+    held, sent = Held(engine, others), SentBytes()
+    with sent, held.watch():
+        engine.train_batch(batches, num_targets, 1e-4)
+    return {**held.bytes, "sent": dict(sent.bytes), "payload": dict(sent.payload)}
+
+
+class Held:
+    """What a rank holds in a step, in bytes, each storage in the first kind it belongs to.
+
+    Activations and whole parameters: the most at any time. Gradients: the most between passes. The others: between the
+    last backward pass and the update. What was there before the engine (``others``) is not counted.
+    """
+
+    def __init__(self, engine: Any, others: list[Tensor]) -> None:
+        self.bytes: Counter[str] = Counter()
+        self._module = engine._model.module
+        self._parameters = list(self._module.parameters())
+        self._optimizer = engine._deepspeed.optimizer
+        self._others = others
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Fill ``bytes`` from the step that is made in this context."""
+        step, activations = self._optimizer.step, Activations(self._parameters)
+
+        def measured_step(*args: Any, **kwargs: Any) -> Any:
+            self._take()
+            return step(*args, **kwargs)
+
+        hook = self._module.register_forward_pre_hook(lambda *_: self._take_gradients())
+        self._optimizer.step = measured_step
+        with activations.watch():
+            yield
+        self._optimizer.step = step
+        hook.remove()
+        self.bytes |= {"activations": activations.peak, "whole parameters": activations.peak_parameters}
+
+    def _take(self) -> None:
+        gc.collect()
+        states = torch_optimizer(self._optimizer).state
+        weights = [*self._parameters, *(p.ds_tensor for p in self._parameters if hasattr(p, "ds_tensor"))]
+        state = [*self._masters(), *(x for values in states.values() for x in _tensors(values))]
+        rest = _live_tensors()
+        seen: set[int] = set()
+        _storage_bytes(self._others, seen)
+        self.bytes |= {"parameters": _storage_bytes(weights, seen), "optimizer": _storage_bytes(state, seen)}
+        self._take_gradients(seen)
+        self.bytes["buffers"] = _storage_bytes(rest, seen)
+
+    def _take_gradients(self, seen: set[int] | None = None) -> None:
+        owners = [*self._parameters, *self._masters()]
+        gradients = [getattr(x, name, None) for x in owners for name in ("grad", "grad_accum")]
+        gradients += [getattr(self._optimizer, name, None) for name in _GRADIENTS]
+        size = _storage_bytes(_tensors(gradients), set() if seen is None else seen)
+        self.bytes["gradients"] = max(self.bytes["gradients"], size)
+
+    def _masters(self) -> list[Tensor]:
+        return [held.buffer for held in master_slices(self._optimizer, self._parameters)]
+
+
+def _live_tensors() -> list[Tensor]:
+    return [x for x in gc.get_objects() if type(x) is Tensor]
+
+
+def _storage_bytes(tensors: list[Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.device.type == "cpu" and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    if isinstance(nested, Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = list(nested.values())
+    return [x for item in nested for x in _tensors(item)] if isinstance(nested, (list, tuple)) else []
+
+
+def _batch(shape: tuple[int, int], vocab_size: int, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT, targets_BT = torch.randint(vocab_size, (2, *shape), generator=generator)
+    positions_BT = torch.arange(shape[1]).expand(shape)
+    sample_ids_B = torch.arange(shape[0])
+    return Batch(tokens_BT, targets_BT, None, positions_BT, None, sample_ids_B)

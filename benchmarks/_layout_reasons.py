@@ -1,0 +1,34 @@
+"""Why a figure differs from the papers' formula: one reason a kind of row, each checked by an experiment.
+
+The experiments change the setting that is named, or look up the storage in question, and find the formula's figure.
+"""
+
+from __future__ import annotations
+
+from benchmarks._layout_formulas import Part
+
+UNEXPLAINED = "unexplained"
+
+
+def why(kind: str, part: Part) -> str:
+    """The reason for a row that is off by more than the tolerance; UNEXPLAINED where none is known."""
+    stage, is_fp32 = part.config.parallel.zero_stage, part.config.train.precision == "fp32"
+    if kind == "gradients" and stage <= 1 and not is_fp32:
+        return "DeepSpeed's BF16_Optimizer keeps the bf16 gradients beside their fp32 sum: 2 bytes a parameter more"
+    if kind == "optimizer" and stage >= 1 and is_fp32:
+        return "DeepSpeed's ZeRO keeps fp32 master weights beside fp32 weights: 12 bytes a parameter in place of 8"
+    if kind == "buffers" and stage == 3:
+        return "reduce_bucket_size: stage 3 holds an fp32 bucket for a rank's whole model, 2 GiB at most"
+    if kind == "buffers" and part.mesh.pipeline > 1 and part.is_last:
+        return "DeepSpeed's pipe buffers hold the last micro-batches' received activations and gradients until the next"
+    if kind == "sent: all-gather" and part.mesh.pipeline > 1 and part.mesh.tensor > 1:
+        return "DeepSpeed keeps 1/t of what a stage sends on, and gathers that again before its backward pass"
+    if kind == "whole parameters":
+        return "stage3_max_live_parameters: models of up to 2^29 parameters stay whole until the backward pass"
+    if kind == "sent: all-gather" and stage == 3:
+        return "gathered once a micro-batch, not twice: whole until the backward pass (stage3_max_live_parameters)"
+    if kind in ("sent: all-reduce", "sent: reduce-scatter") and stage in (1, 2):
+        return "DeepSpeed all-reduces gradients under stages 1 and 2, twice the bytes of the paper's reduce-scatter"
+    if kind == "activations" and part.config.parallel.sequence:
+        return "gathered inputs of column-parallel layers are kept whole; the paper gathers them again in backward"
+    return UNEXPLAINED
