@@ -28,7 +28,8 @@ def short_documents(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("short")
     lines = [line.strip() for topic in sorted(pydoc_data.topics.topics.values()) for line in topic.splitlines()]
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines[:2000] if line)
-    (folder / "short.jsonl").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "data_tools", "tokenize", str(folder / "short.jsonl"), "--out", str(folder / "set")]
-    subprocess.run([*command, "--tokenizer", str(tiny_data.tokenizer)], check=True, capture_output=True)
-    return folder / "set"
+    source, dataset = folder / "short.jsonl", folder / "set"
+    source.write_text(text, encoding="utf-8")
+    options = [str(source), "--tokenizer", str(tiny_data.tokenizer), "--out", str(dataset)]
+    subprocess.run([sys.executable, "-m", "data_tools", "tokenize", *options], check=True, capture_output=True)
+    return dataset

@@ -61,7 +61,7 @@ class Figures:
 
 
 class Pool:
-    """Ranks in every number, started when they are first asked for, and what one rank computed, once for each config."""
+    """Ranks in every number, started when they are first asked for, and what one rank computed of each config."""
 
     def __init__(self, data: TinyData, folder: Path) -> None:
         self.data = data

@@ -43,7 +43,7 @@ class Case:
 
     @property
     def micro_batch_size(self) -> int:
-        """So that all layouts have one micro-batch or more: 1 or 2, pipelines 2 or 4 (fewer where 2 sequences are left)."""
+        """One or two micro-batches, in pipelines two or four: each layout has both, where sequences are enough."""
         num_micro_batches = (1 + self.zero_stage % 2) * (2 if self.pipeline > 1 else 1)
         return max(SEQUENCES // self.data // num_micro_batches, 1)
 

@@ -24,6 +24,8 @@ class Ranks:
 
     def train(self, case: dict[str, Any]) -> dict[str, Any]:
         """Train one case on all ranks; its losses, gradient norms and validation loss."""
+        if any(process.poll() is not None for process in self._processes):  # one died after its last answer
+            self.stop()
         if not self._processes:
             self._start()
         line = json.dumps(case) + "\n"
