@@ -1,6 +1,7 @@
-"""Why a figure differs from the papers' formula: one reason a kind of row, each checked by an experiment.
+"""Why a figure differs from the papers' formula: one reason for each kind of row.
 
-The experiments change the setting that is named, or look up the storage in question, and find the formula's figure.
+Those that name a setting were checked by changing it: the formula's figure came out. Of the others, the size of what
+is named is the whole difference.
 """
 
 from __future__ import annotations
