@@ -169,13 +169,17 @@ class PlainDeepSpeedEngine(StageZero, DeepSpeedEngine):  # type: ignore[misc]
     """DeepSpeed's engine for models without pipeline stages."""
 
 
-def make_plain_engine(
-    module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], groups: Groups
-) -> PlainDeepSpeedEngine:
-    """What ``deepspeed.initialize`` does, for our engine."""
-    mesh = Mesh(groups)
-    PlainDeepSpeedEngine.alone = groups.alone
-    return PlainDeepSpeedEngine(
+def make_engine(
+    kind: Any,
+    module: nn.Module,
+    mesh: Any,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    groups: Groups,
+) -> Any:
+    """What ``deepspeed.initialize`` does, for ``kind``: an engine of DeepSpeed's with StageZero mixed in."""
+    kind.alone = groups.alone
+    return kind(
         args=None,
         model=module,
         optimizer=optimizer,

@@ -15,7 +15,7 @@ from megatrain.config import OptimizerConfig, RunConfig
 from megatrain.distributed.fragment import Fragment, Piece, Placement, windows
 from megatrain.distributed.groups import Groups
 from megatrain.parallel.deepspeed_config import deepspeed_config
-from megatrain.parallel.deepspeed_engine import forget_mesh, make_plain_engine
+from megatrain.parallel.deepspeed_engine import Mesh, PlainDeepSpeedEngine, forget_mesh, make_engine
 from megatrain.parallel.shard import LocalParameter, ShardedModel
 from megatrain.parallel.state import MasterSlice, link_state, master_slices, publish_masters, torch_optimizer
 
@@ -54,7 +54,9 @@ class Engine:
         self._deepspeed: Any = self._start(make_optimizer(config.optimizer, model), settings)
 
     def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-        return make_plain_engine(self._model.module, optimizer, settings, self.groups)
+        return make_engine(
+            PlainDeepSpeedEngine, self._model.module, Mesh(self.groups), optimizer, settings, self.groups
+        )
 
     def train_batch(self, micro_batches: Sequence[Batch], num_targets: int, lr: float) -> StepResult:
         """One optimizer step on this data rank's share of a global batch with ``num_targets`` target tokens.

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, ReduceTiedGrads
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.distributed.groups import Groups, release
-from megatrain.parallel.deepspeed_engine import StageZero
+from megatrain.parallel.deepspeed_engine import StageZero, make_engine
 from megatrain.parallel.engine import Engine, StepResult
 from megatrain.parallel.shard import ShardedModel
 
@@ -78,17 +77,7 @@ class PipelinedEngine(Engine):
         self._layers = StageLayers(self._model.module, self._carries)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its plans
             module = StagePipe(self._layers, self.groups, self._tied)
-            mesh = module.mpu()
-            StagedDeepSpeedEngine.alone = self.groups.alone
-            return StagedDeepSpeedEngine(
-                args=None,
-                model=module,
-                optimizer=optimizer,
-                mpu=mesh,
-                dist_init_required=False,
-                config=settings,
-                config_class=DeepSpeedConfig(settings, mesh),
-            )
+            return make_engine(StagedDeepSpeedEngine, module, module.mpu(), optimizer, settings, self.groups)
 
     def _feed(self, micro_batches: Sequence[Batch]) -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
         for batch in micro_batches:
