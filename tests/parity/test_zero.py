@@ -1,0 +1,64 @@
+"""ZeRO stages, precisions, micro-batches, recomputation and document masks: one model, however it is computed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.parity.figures import Pool
+from tests.parity.matrix import parity_config
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_zero_stage_on_one_and_two_ranks_trains_the_same_in_fp32(
+    num_ranks: int, zero_stage: int, pool: Pool
+) -> None:
+    config = parity_config(pool.data, "llama_tied", parallel={"zero_stage": zero_stage})
+    found, expected = pool.train(num_ranks, config), pool.alone("llama_tied")
+    for ours, theirs in zip(found.losses, expected.losses, strict=True):
+        assert math.isclose(ours, theirs, rel_tol=1e-4)
+    for ours, theirs in zip(found.norms, expected.norms, strict=True):
+        assert math.isclose(ours, theirs, rel_tol=1e-3)
+    found.assert_equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "num_ranks", "zero_stage"),
+    [("bf16", 1, 0), *(("bf16", 2, stage) for stage in range(4)), ("fp16", 2, 0), ("fp16", 2, 2)],
+)
+def test_half_precision_stays_close_to_fp32_under_every_stage(
+    precision: str, num_ranks: int, zero_stage: int, pool: Pool
+) -> None:
+    train = {"precision": precision, **({"initial_loss_scale_power": 8} if precision == "fp16" else {})}
+    config = parity_config(pool.data, "llama_tied", parallel={"zero_stage": zero_stage}, train=train)
+    pool.train(num_ranks, config).assert_equals(pool.alone("llama_tied"), loss=0.02, norm=0.05, weight=None)
+
+
+def test_the_size_of_a_micro_batch_does_not_matter(pool: Pool) -> None:
+    found = [
+        pool.train(1, parity_config(pool.data, "llama", train={"micro_batch_size": size}, parallel={"zero_stage": 1}))
+        for size in (1, 4)
+    ]
+    found[0].assert_equals(found[1])
+    found[0].assert_equals(pool.alone("llama"))
+
+
+@pytest.mark.parametrize("model", ["llama_tied", "gpt2"])
+def test_recomputation_changes_no_bit(model: str, pool: Pool) -> None:
+    plain = parity_config(pool.data, model)
+    plain["model"] |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    found = pool.train(1, {**plain, "parallel": {"recompute": "none"}})
+    for parallel in ({"recompute": "selective"}, {"recompute": "full"}, {"recompute": "full", "recompute_every": 2}):
+        pool.train(1, {**plain, "parallel": parallel}).assert_is(found)
+
+
+def test_a_document_mask_trains_the_same_on_two_ranks_and_not_as_without(pool: Pool) -> None:
+    masked, plain = (parity_config(pool.data, "llama") for _ in range(2))
+    masked["data"] |= {"document_mask": True}
+    found = pool.train(2, masked, num_steps=24)  # enough that some samples have a border of documents in them
+    found.assert_equals(pool.train(1, masked, num_steps=24))
+    without = pool.train(1, plain, num_steps=24)
+    assert found.losses != without.losses
+    assert max(abs(a - b) for a, b in zip(found.losses, without.losses, strict=True)) < 0.1
