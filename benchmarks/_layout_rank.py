@@ -84,6 +84,8 @@ class SentBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             root = next(arg for arg in args if isinstance(arg, int))
             is_last = group.rank() == ((root if kind == "reduce" else root - 1) % size)
             factor = 0 if is_last else 1
+            if kind == "reduce":  # each rank is sent what it owns: together a reduce-scatter
+                kind = "reduce-scatter"
         self.payload[kind] += num_bytes if size > 1 else 0
         self.bytes[kind] += round(factor * num_bytes)
 

@@ -28,8 +28,8 @@ def why(kind: str, part: Part) -> str:
         return "stage3_max_live_parameters: models of up to 2^29 parameters stay whole until the backward pass"
     if kind == "sent: all-gather" and stage == 3:
         return "gathered once a micro-batch, not twice: whole until the backward pass (stage3_max_live_parameters)"
-    if kind in ("sent: all-reduce", "sent: reduce-scatter") and stage in (1, 2):
-        return "DeepSpeed all-reduces gradients under stages 1 and 2, twice the bytes of the paper's reduce-scatter"
+    if kind in ("sent: all-reduce", "sent: reduce-scatter") and stage == 1 and not is_fp32:
+        return "DeepSpeed's BF16_Optimizer all-reduces gradients: twice the bytes of the paper's reduce-scatter"
     if kind == "activations" and part.config.parallel.sequence:
         return "gathered inputs of column-parallel layers are kept whole; the paper gathers them again in backward"
     return UNEXPLAINED

@@ -87,7 +87,10 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return x_BTC.chunk(dist.get_world_size(group), 1)[dist.get_rank(group)].contiguous()
+        # A copy: a view would keep the whole sequence alive.
+        return x_BTC.chunk(dist.get_world_size(group), 1)[dist.get_rank(group)].clone(
+            memory_format=torch.contiguous_format
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None]:

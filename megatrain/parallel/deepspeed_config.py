@@ -24,6 +24,7 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
         "stage": parallel.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        "use_multi_rank_bucket_allreduce": False,  # else gradients that one rank needs are sent to all
     }
     if parallel.zero_stage == 3:
         # Parameters that stay whole would be counted once a tensor rank in the gradient's norm.
