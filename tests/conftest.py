@@ -8,13 +8,14 @@ import pydoc_data.topics
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
-from tests.runs import TinyData
+from tests.runs import TinyData, finished_config, write_config
 from tests.served import ServedRanks
 
 VOCAB_SIZE = 512
@@ -36,13 +37,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     tokenizer = folder / "tokenizer.json"
     train_tokenizer([str(folder / "prose.jsonl"), str(folder / "code.jsonl")], VOCAB_SIZE, tokenizer, ReadOptions())
     for name in texts:
-        effort = Effort(1, "tokenizers", _silent, lambda warning: None)
+        effort = Effort(1, "tokenizers", silent, lambda warning: None)
         tokenize([str(folder / f"{name}.jsonl")], tokenizer, folder / name, TokenizeOptions(), effort)
     return TinyData(folder / "prose", folder / "code", folder / "held-out", tokenizer)
 
 
 @contextmanager
-def _silent(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def silent(name: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda amount: None
 
 
@@ -58,3 +59,11 @@ def two_ranks() -> Iterator[ServedRanks]:
     ranks = ServedRanks(2)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that two ranks trained under ZeRO 1, to the end. Not to be changed."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    two_ranks.finish(write_config(run_dir.parent / "run.yaml", finished_config(tiny_data, run_dir)))
+    return run_dir

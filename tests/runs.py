@@ -54,6 +54,11 @@ def tiny_config(data: TinyData, run_dir: Path, **sections: Mapping[str, Any]) ->
     return config
 
 
+def finished_config(data: TinyData, run_dir: Path) -> dict[str, Any]:
+    """The config of the run that tests look at and damage: six steps, checkpoints after 2, 4 and 6."""
+    return tiny_config(data, run_dir, train={"steps": 6, "eval_batches": None}, checkpoint={"every_steps": 2})
+
+
 def write_config(path: Path, config: Mapping[str, Any]) -> Path:
     """The config as a YAML file."""
     path.parent.mkdir(parents=True, exist_ok=True)

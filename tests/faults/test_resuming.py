@@ -160,3 +160,23 @@ def test_weights_are_taken_from_another_runs_checkpoint(
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run"))
     two_ranks.finish(config, "train.steps=2", f"run.init_from={finished_run}")
     assert Metrics.read(tmp_path / "run").losses[0] < Metrics.read(finished_run).losses[0] - 0.02
+
+
+def test_an_overflow_under_fp16_leaves_an_update_out_says_so_and_stays_counted_over_a_resume(
+    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    too_high = {"steps": 6, "precision": "fp16", "initial_loss_scale_power": 28}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", train=too_high))
+    two_ranks.finish(config, "train.steps=3")
+    two_ranks.finish(config)
+    lines = [orjson.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    skipped = [line["skipped"] for line in steps]
+    assert skipped[0] == 1
+    assert skipped == sorted(skipped)
+    assert steps[0]["grad_norm"] is None  # it was not finite
+    assert all(line["loss"] is not None for line in steps)
+    progress = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000006")
+    assert progress.state["skipped"] == skipped[-1]
+    assert progress.state["updates"] == 6 - skipped[-1]
+    assert progress.state["loss_scale"]["cur_scale"] < 2.0**28

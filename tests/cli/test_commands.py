@@ -1,0 +1,109 @@
+"""Every command on a real run: what it prints, and what programs read from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Megatrain
+from tests.runs import TinyData, finished_config, write_config
+
+
+def test_check_tells_the_layout(megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", finished_config(tiny_data, tmp_path / "run"))
+    assert megatrain("check", config, "--procs", 2) == (
+        0,
+        f"{config} is right on 2 rank(s): data 2 x tensor 1 x pipeline 1, 2 micro-batch(es) a step.\n",
+        "",
+    )
+    ended = megatrain("check", config, "parallel.tensor=2", "--nodes", 2, "--gpus-per-node", 2)
+    assert "4 rank(s): data 2 x tensor 2 x pipeline 1" in ended.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_needs_no_data_where_the_vocabulary_is_given(
+    megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config = finished_config(tiny_data, tmp_path / "run")
+    config["model"]["vocab_size"] = 512
+    config["data"] = {"train": [{"path": "nowhere"}], "seq_len": 64}
+    assert megatrain("check", write_config(tmp_path / "run.yaml", config)).code == 0
+
+
+def test_checkpoints_are_listed_oldest_first(megatrain: Megatrain, finished_run: Path) -> None:
+    rows = json.loads(megatrain("checkpoint", "list", finished_run, "--json").out)
+    assert [(row["step"], row["good"]) for row in rows] == [(2, True), (4, True), (6, True)]
+    assert all(Path(row["path"]).is_dir() for row in rows)
+    text = megatrain("checkpoint", "list", finished_run).out
+    assert text.count("good") == 3
+
+
+def test_a_checkpoint_is_described_as_it_is(megatrain: Megatrain, finished_run: Path) -> None:
+    described = json.loads(megatrain("checkpoint", "inspect", finished_run, "--json").out)
+    assert described["step"] == 6
+    assert described["tokens"] == 6 * 8 * 64
+    assert described["layout"] | {"world_size": 2, "zero_stage": 1} == described["layout"]
+    folder = Path(described["path"])
+    assert {entry["file"]: entry["bytes"] for entry in described["files"]} == {
+        path.name: path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json"
+    }
+    older = json.loads(megatrain("checkpoint", "inspect", folder.with_name("step-00000002"), "--json").out)
+    assert older["step"] == 2
+    assert "rank-00001.safetensors" in megatrain("checkpoint", "inspect", finished_run).out
+
+
+def test_a_whole_checkpoint_is_verified(megatrain: Megatrain, finished_run: Path) -> None:
+    ended = megatrain("checkpoint", "verify", finished_run / "checkpoints" / "step-00000006", "--json")
+    assert ended.code == 0
+    assert json.loads(ended.out)["good"] is True
+    assert json.loads(ended.out)["files"] == 3
+    assert "all as written" in megatrain("checkpoint", "verify", finished_run).out
+
+
+def test_eval_gives_the_validation_loss_and_bits_per_byte(
+    megatrain: Megatrain, finished_run: Path, tiny_data: TinyData
+) -> None:
+    ended = megatrain("eval", finished_run, "--data", tiny_data.held_out, "--json")
+    assert ended.code == 0, ended.err
+    figures = json.loads(ended.out)
+    lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    (validation,) = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert figures["loss"] == pytest.approx(validation, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    bits = figures["loss"] * figures["tokens"] / math.log(2)
+    assert figures["bits_per_byte"] == pytest.approx(bits / figures["bytes"])
+    assert 1 < figures["bytes"] / figures["tokens"] < 6
+    assert "bits_per_byte" in megatrain("eval", finished_run, "--data", tiny_data.held_out).out
+
+
+def test_generate_goes_on_from_the_prompt_the_same_way_for_the_same_seed(
+    megatrain: Megatrain, finished_run: Path
+) -> None:
+    def text(*options: object) -> str:
+        ended = megatrain("generate", finished_run, "--prompt", "The statement", "--max-new-tokens", 20, *options)
+        assert ended.code == 0, ended.err
+        assert ended.out.startswith("The statement")
+        return ended.out
+
+    assert text("--seed", 3) == text("--seed", 3)
+    assert text("--seed", 3) != text("--seed", 4)
+    assert text("--temperature", 0, "--seed", 3) == text("--temperature", 0, "--seed", 4)
+    assert text("--top-k", 1) == text("--temperature", 0)
+
+
+def test_generate_stops_where_the_context_is_full(megatrain: Megatrain, finished_run: Path) -> None:
+    ended = megatrain("generate", finished_run, "--prompt", "a", "--max-new-tokens", 10_000)
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("suffix", ["html", "png"])
+def test_report_writes_a_page_or_a_picture(
+    suffix: str, megatrain: Megatrain, finished_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / f"report.{suffix}"
+    ended = megatrain("report", finished_run, "--out", out)
+    assert ended.code == 0, ended.err
+    assert out.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<!")
