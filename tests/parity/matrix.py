@@ -97,9 +97,13 @@ def quick_cases() -> list[Case]:
 
 def cover_cases() -> list[Case]:
     """The quick ones, and on them every pair of values that any legal case has."""
-    return by_world_size(cover(all_cases(), quick_cases(), at_most=80))
+    return by_world_size(cover(all_cases(), [*quick_cases(), *ALL_AXES], at_most=80))
 
 
+ALL_AXES = (
+    Case(2, 2, 2, 1, True, "full", "llama_tied"),
+    Case(2, 2, 2, 0, False, "none", "gpt2_tied"),
+)
 DANGEROUS = (
     Case(1, 2, 2, 1, True, "full", "llama_tied"),
     Case(1, 2, 2, 0, True, "selective", "gpt2_tied"),

@@ -11,6 +11,8 @@ from megatrain.data import open_dataset
 from tests.parity.figures import Pool
 from tests.parity.matrix import parity_config
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data": (2, {"zero_stage": 0}),
     "zero 1": (2, {"zero_stage": 1}),
@@ -20,13 +22,25 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sequence": (2, {"tensor": 2, "sequence": True}),
     "pipeline": (2, {"pipeline": 2}),
     "all axes": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "zero 1, optimizer offloaded": (2, {"zero_stage": 1, "offload": "optimizer"}),
+    "zero 2, optimizer offloaded": (2, {"zero_stage": 2, "offload": "optimizer"}),
+    "zero 3, all offloaded": (2, {"zero_stage": 3, "offload": "all"}),
+    "pipeline, optimizer offloaded": (2, {"pipeline": 2, "offload": "optimizer"}),
+    "tensor, all offloaded": (2, {"tensor": 2, "zero_stage": 3, "offload": "all"}),
 }
+OFFLOADED = [name for name in LAYOUTS if name.endswith("offloaded")]
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
 NUM_STEPS = 4
 
 
 def layouts(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("num_ranks", "parallel"), [LAYOUTS[name] for name in names], ids=names)
+
+
+@layouts(*OFFLOADED)
+def test_what_lives_in_cpu_memory_trains_the_same(num_ranks, parallel, pool: Pool):
+    config = parity_config(pool.data, "llama_tied", parallel=parallel)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone("llama_tied", NUM_STEPS))
 
 
 @pytest.mark.parametrize("model", ["llama_tied", "gpt2"])
