@@ -195,8 +195,11 @@ def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
 
 
 @checkpoint_app.command("verify")
-def verify_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
-    """Read every byte of a checkpoint and compare checksums; exit code 4 where anything differs."""
+def verify_checkpoint(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: all of its checkpoints.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte and compare checksums; exit code 4 where anything differs."""
     from megatrain.checkpoint.inspection import verify
 
     problems, num_files, num_bytes = verify(path)
