@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from datetime import timedelta
@@ -179,15 +181,16 @@ def make_engine(
 ) -> Any:
     """What ``deepspeed.initialize`` does, for ``kind``: an engine of DeepSpeed's with StageZero mixed in."""
     kind.alone = groups.alone
-    return kind(
-        args=None,
-        model=module,
-        optimizer=optimizer,
-        mpu=mesh,
-        dist_init_required=False,
-        config=settings,
-        config_class=DeepSpeedConfig(settings, mesh),
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it finds
+        return kind(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=mesh,
+            dist_init_required=False,
+            config=settings,
+            config_class=DeepSpeedConfig(settings, mesh),
+        )
 
 
 def forget_mesh() -> None:
