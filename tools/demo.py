@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -103,15 +104,15 @@ class Demo:
         return figures
 
     def _sum_up(self, repeated: dict[int, tuple[float, float]], figures: dict[str, dict[str, float]]) -> None:
-        losses = list(self._losses().values())
-        first, last = losses[0], sum(losses[-5:]) / len(losses[-5:])
+        losses = self._losses()
+        step, first = next(iter(losses.items()))
+        last = statistics.mean(list(losses.values())[-5:])
+        gain = first - last
         print("\n=== Done")
         for name, seconds in self._seconds.items():
             print(f"{name:12}{seconds:7.0f} s")
         print(f"{'together':12}{sum(self._seconds.values()):7.0f} s\n")
-        print(
-            f"loss         {first:.2f} at first, {last:.2f} over the last logged steps: down by {first - last:.2f} nats"
-        )
+        print(f"loss         {first:.2f} at step {step}, {last:.2f} over the last 5 lines: down by {gain:.2f} nats")
         for name, figure in figures.items():
             print(f"{name:12} {figure['bits_per_byte']:.3f} bits per byte, perplexity {figure['perplexity']:.1f}")
         print(f"resumed      from the checkpoint of step {self._resumed_from()}")
@@ -123,7 +124,7 @@ class Demo:
             )
         print(f"\nLook at      {self._folder / 'report.html'}")
         print(f"             tensorboard --logdir {self._folder / self._run_dir}")
-        if first - last < LEAST_GAIN_NATS or any(before != after for before, after in repeated.values()):
+        if gain < LEAST_GAIN_NATS or any(before != after for before, after in repeated.values()):
             sys.exit("The demo did not do what it should: see the lines above.")
 
     def _kill_a_rank(self, process: subprocess.Popen[str], after_step: int) -> None:
