@@ -49,7 +49,7 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     if config.head_dim is None and hidden % heads:
         reason = f"must be divisible by num_attention_heads ({heads}) where head_dim is null"
         problems.append(Problem("hidden_size", hidden, reason, either(multiples_around(hidden, heads))))
-    if config.family == "llama":
+    if config.family != "gpt2":
         if heads % config.kv_heads:
             reason = f"must divide num_attention_heads ({heads})"
             nearest = either(divisors_around(config.kv_heads, heads))
@@ -64,7 +64,8 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     if config.head_dim is not None and config.head_dim * heads != hidden:
         reason = f"family gpt2 has hidden_size / num_attention_heads ({hidden} / {heads})"
         problems.append(Problem("head_dim", config.head_dim, reason, "null"))
-    return problems + unused(config, ("rms_norm_eps", "rope_theta", "rope_scaling"), "read by family llama only")
+    others = ("rms_norm_eps", "rope_theta", "rope_scaling")
+    return problems + unused(config, others, "read by the other families, not by gpt2")
 
 
 def data(config: schema.DataConfig) -> list[Problem]:

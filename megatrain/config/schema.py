@@ -77,12 +77,15 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The decoder's shape, under Hugging Face's names, which are the same here for every family."""
 
-    family: Literal["llama", "gpt2"] = Field(default="llama", description="Which decoder.")
+    family: Literal["llama", "mistral", "qwen3", "gpt2"] = Field(
+        default="llama",
+        description="Which decoder; mistral: llama under another name; qwen3: llama with queries and keys normalised.",
+    )
     hidden_size: Size = Field(description="Width of the residual stream.")
     intermediate_size: Size | None = Field(
         default=None,
-        description="Width inside the MLP; null: the family's own (gpt2: 4 x hidden_size; llama: 8/3 x hidden_size, "
-        "rounded up to a multiple of 256).",
+        description="Width inside the MLP; null: the family's own (gpt2: 4 x hidden_size; the others: 8/3 x "
+        "hidden_size, rounded up to a multiple of 256).",
     )
     num_hidden_layers: Size = Field(description="Decoder layers.")
     num_attention_heads: Size = Field(description="Query heads of a layer.")
@@ -97,15 +100,17 @@ class ModelConfig(Section):
         default=None, description="Token ids the model knows, unpadded; null: the dataset's tokenizer decides."
     )
     rms_norm_eps: Annotated[float, Field(gt=0.0)] = Field(
-        default=1.0e-5, description="llama: added to the mean square in RMSNorm."
+        default=1.0e-5, description="All but gpt2: added to the mean square in RMSNorm."
     )
     layer_norm_epsilon: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0e-5, description="gpt2: added to the variance in LayerNorm."
     )
     rope_theta: Annotated[float, Field(gt=0.0)] = Field(
-        default=10000.0, description="llama: base of the rotary embedding's frequencies."
+        default=10000.0, description="All but gpt2: base of the rotary embedding's frequencies."
     )
-    rope_scaling: RopeScaling | None = Field(default=None, description="llama: rotary frequencies for longer contexts.")
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="All but gpt2: rotary frequencies for longer contexts."
+    )
     tie_word_embeddings: bool = Field(default=True, description="The output head shares the token embedding's weight.")
     attention_dropout: Probability = Field(
         default=0.0, description="Share of attention probabilities dropped in training."

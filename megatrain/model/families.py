@@ -6,7 +6,8 @@ A pipeline stage builds the layers that are its own; a whole Decoder builds all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
 
 LayerKind = Literal["embedding", "decoder", "norm", "head"]
-SplitKind = Literal["column", "row", "vocab"]
+SplitKind = Literal["column", "row", "vocab", "shared"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class LayerSpec:
 class Split:
     """How tensor parallelism cuts one module's parameters.
 
-    ``kind``: "column" cuts the outputs, "row" the inputs (its bias stays whole), "vocab" the token ids.
+    ``kind``: "column" cuts the outputs, "row" the inputs (its bias stays whole), "vocab" the token ids; "shared" cuts
+    nothing, but each rank applies the whole to heads of its own, so that it sees a part of the gradient.
     ``weight_dim``: the dimension of the weight that is cut (a gpt2 Conv1D is [in, out], a Linear [out, in]).
     ``num_parts``: tensors that lie side by side along it, each of which is cut (three in a fused query-key-value).
     ``by_heads``: "query" or "key_value" where the cut must fall between heads.
@@ -90,7 +92,7 @@ def required_vocab_size(config: ModelConfig) -> int:
     return config.vocab_size
 
 
-def _llama_layers(config: ModelConfig, seed: int) -> list[LayerSpec]:
+def _llama_layers(config: ModelConfig, seed: int, *, head_norms: bool) -> list[LayerSpec]:
     vocab, size = required_vocab_size(config), config.hidden_size
 
     def embedding() -> nn.Module:
@@ -98,7 +100,7 @@ def _llama_layers(config: ModelConfig, seed: int) -> list[LayerSpec]:
 
     def decoder(layer: int) -> LayerSpec:
         prefix = f"model.layers.{layer}"
-        return LayerSpec(prefix, "decoder", lambda: LlamaLayer(config, layer, seed, prefix))
+        return LayerSpec(prefix, "decoder", lambda: LlamaLayer(config, layer, seed, prefix, head_norms))
 
     return [
         LayerSpec("model.embed_tokens", "embedding", embedding),
@@ -129,7 +131,7 @@ def _gpt2_layers(config: ModelConfig, seed: int) -> list[LayerSpec]:
 
 
 LLAMA = Family(
-    build_layers=_llama_layers,
+    build_layers=partial(_llama_layers, head_norms=False),
     splits={
         "embed_tokens": Split("vocab", weight_dim=0),
         "q_proj": Split("column", weight_dim=0, by_heads="query"),
@@ -143,6 +145,16 @@ LLAMA = Family(
     },
     residual_projections=("self_attn.o_proj", "mlp.down_proj"),
     rotates=True,
+)
+
+QWEN3 = replace(
+    LLAMA,
+    build_layers=partial(_llama_layers, head_norms=True),
+    splits={
+        **LLAMA.splits,
+        "q_norm": Split("shared", weight_dim=0),
+        "k_norm": Split("shared", weight_dim=0),
+    },
 )
 
 GPT2 = Family(
@@ -159,4 +171,5 @@ GPT2 = Family(
     rotates=False,
 )
 
-FAMILIES: Mapping[str, Family] = {"llama": LLAMA, "gpt2": GPT2}
+# Mistral's layers are llama's, as long as no attention window is shorter than the context.
+FAMILIES: Mapping[str, Family] = {"llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3, "gpt2": GPT2}

@@ -1,4 +1,5 @@
-"""The llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Hugging Face's names and shapes.
+"""The layers of llama, mistral and qwen3: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Hugging Face's
+names and shapes.
 
 B: sequences, T: tokens, C: channels (hidden size), H: query heads, G: key-value heads, D: head dimension, F: MLP width.
 Head counts are read off the projections' outputs: the same code runs where a rank holds some of the heads.
@@ -30,9 +31,9 @@ class GatedActivation(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Attention with its projections."""
+    """Attention with its projections. ``head_norms``: queries and keys are normalised, each head by itself (qwen3)."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, prefix: str, head_norms: bool) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_size
@@ -42,13 +43,15 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_norm = RmsNorm(self.head_dim, config.rms_norm_eps) if head_norms else nn.Identity()
+        self.k_norm = RmsNorm(self.head_dim, config.rms_norm_eps) if head_norms else nn.Identity()
         self.core = CoreAttention(Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3))
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """Mix tokens."""
         assert context.rotary is not None
-        q_BTHD = rotate(self.q_proj(x_BTC).unflatten(-1, (-1, self.head_dim)), context.rotary)
-        k_BTGD = rotate(self.k_proj(x_BTC).unflatten(-1, (-1, self.head_dim)), context.rotary)
+        q_BTHD = rotate(self.q_norm(self.q_proj(x_BTC).unflatten(-1, (-1, self.head_dim))), context.rotary)
+        k_BTGD = rotate(self.k_norm(self.k_proj(x_BTC).unflatten(-1, (-1, self.head_dim))), context.rotary)
         v_BTGD = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
         if context.cache is not None:
             k_BTGD, v_BTGD = context.cache.update(self.layer, k_BTGD, v_BTGD)
@@ -75,9 +78,9 @@ class LlamaMlp(nn.Module):
 class LlamaLayer(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, prefix: str, head_norms: bool) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer, seed, f"{prefix}.self_attn")
+        self.self_attn = LlamaAttention(config, layer, seed, f"{prefix}.self_attn", head_norms)
         self.mlp = LlamaMlp(config)
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)

@@ -11,7 +11,7 @@ B: sequences, T: tokens, N: B * T, C: channels, V: vocabulary (this rank's part 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
@@ -34,8 +34,9 @@ class Split(Protocol):
     """A row of the family's table (megatrain.model.families.Split)."""
 
     @property
-    def kind(self) -> Literal["column", "row", "vocab"]:
-        """What is cut: a linear layer's outputs, its inputs, or the token ids."""
+    def kind(self) -> Literal["column", "row", "vocab", "shared"]:
+        """What is cut: a linear layer's outputs, its inputs, or the token ids; "shared": nothing, but each rank applies
+        it to heads of its own."""
 
     @property
     def weight_dim(self) -> int:
@@ -127,7 +128,7 @@ def split_model(
             shard = _shard(path, parameter, split, key, heads, ranks)
             shards[path] = shard
             module.register_parameter(key, nn.Parameter(parameter.new_empty(shard.placement.local_shape)))
-        if split is None:
+        if split is None or split.kind == "shared":
             continue
         parent_name = name.rpartition(".")[0]
         if split.kind == "column":
@@ -160,7 +161,7 @@ def mark_parameters(
         # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
         parameter.model_parallel = shard.num_replicas < ranks.size and shard.replica == 0  # type: ignore[attr-defined]
         if shard.partial:
-            _sum_gradients(parameter, ranks.head_sharers)
+            _sum_gradients(parameter, ranks.group if shard.num_replicas == ranks.size else ranks.head_sharers)
         elif ranks.sequence and shard.num_replicas > 1 and name.rpartition(".")[0] not in embedding_names:
             _sum_gradients(parameter, ranks.group)
 
@@ -201,6 +202,8 @@ def _shard(path: str, parameter: Tensor, split: Split | None, key: str, heads: H
     whole = Shard(Placement.whole(path, shape), ranks.size, ranks.index)
     if split is None or (key == "bias" and split.kind == "row"):
         return whole
+    if split.kind == "shared":
+        return replace(whole, partial=True)
     dim = 0 if key == "bias" else split.weight_dim
     if split.kind == "vocab":
         per_rank = -(-shape[dim] // ranks.size)

@@ -19,7 +19,8 @@ def num_parameters(model: ModelConfig) -> int:
         final_norm = 2 * hidden
         positions = model.max_position_embeddings * hidden
     else:
-        layer_vectors, final_norm, positions = 2 * hidden, hidden, 0
+        head_norms = 2 * model.head_size if model.family == "qwen3" else 0
+        layer_vectors, final_norm, positions = 2 * hidden + head_norms, hidden, 0
     embedding = _vocab_size(model) * hidden
     head = 0 if model.tie_word_embeddings else embedding
     layers = model.num_hidden_layers * (_layer_matrices(model) + layer_vectors)

@@ -17,6 +17,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2", "num_key_value_heads": None, "tie_word_embeddings": False},
     "gpt2_tied": {"family": "gpt2", "num_key_value_heads": None, "tie_word_embeddings": True},
 }
+# Proven on some layouts, by test_families.py: the layers are llama's but for one norm.
+FURTHER_MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"family": "qwen3", "num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 24},
+    "qwen3_mqa": {"family": "qwen3", "num_key_value_heads": 1, "tie_word_embeddings": False, "head_dim": 8},
+    "mistral": {"family": "mistral", "num_key_value_heads": 2, "tie_word_embeddings": False},
+}
 DEGREES = (1, 2, 4)
 WORLD_SIZES = (2, 4, 8)
 ZERO_STAGES = (0, 1, 2, 3)
@@ -72,8 +78,9 @@ class Case:
 def parity_config(data: TinyData, model: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A tiny model that every degree up to 4 divides; ``sections`` are laid over it."""
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    kind = {**MODELS, **FURTHER_MODELS}[model]
     own: dict[str, dict[str, Any]] = {
-        "model": {**size, "max_position_embeddings": 64, "vocab_size": ODD_VOCABULARY, **MODELS[model]},
+        "model": {**size, "max_position_embeddings": 64, "vocab_size": ODD_VOCABULARY, **kind},
         "data": {"seq_len": 32},
         "train": {"steps": 12, "global_batch_size": SEQUENCES},
     }

@@ -73,7 +73,7 @@ paralel: {tensor: 2}
         ("optimizer.betas=0.9", "must be a list"),
         ("optimizer.type=adam", "must be one of adamw; nearest: adamw"),
         ("model.attention_dropout=1.0", "must be less than 1.0"),
-        ("model.family=lama", "must be one of llama, gpt2; nearest: llama"),
+        ("model.family=lama", "must be one of llama, mistral, qwen3, gpt2; nearest: llama"),
         ("run.dir=''", "must not be empty"),
         ("run.dir=2024", 'must be text; nearest: "2024"'),
         ("data.train=[]", "must have at least one entry"),

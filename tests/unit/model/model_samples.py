@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatrain.batch import Batch
 from megatrain.config.schema import ModelConfig
@@ -42,12 +52,20 @@ def twin(config: ModelConfig) -> PreTrainedModel:
         width = {name: getattr(config, name) for name in names}
         width |= {"intermediate_size": config.ffn_size, "num_key_value_heads": config.kv_heads}
         width |= {"head_dim": config.head_size}
-        model = LlamaForCausalLM(LlamaConfig(**width, **shared, rope_parameters=rope))
+        model = _rotary_model(config.family, {**width, **shared, "rope_parameters": rope})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def _rotary_model(family: str, keys: dict[str, Any]) -> PreTrainedModel:
+    if family == "mistral":
+        return MistralForCausalLM(MistralConfig(**keys, sliding_window=None))
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**keys))
+    return LlamaForCausalLM(LlamaConfig(**keys))
 
 
 def decoder_like(twin_model: PreTrainedModel, config: ModelConfig) -> Decoder:

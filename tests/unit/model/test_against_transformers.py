@@ -21,6 +21,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-wide-heads": {"head_dim": 32, "num_key_value_heads": 1, "intermediate_size": 96},
     "llama-linear-rope": {"rope_scaling": RopeScaling(rope_type="linear", factor=4.0)},
     "llama-llama3-rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "mistral": {"family": "mistral", "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "qwen3-tied": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 24},
+    "qwen3-untied": {"family": "qwen3", "head_dim": 32, "hidden_size": 60, "tie_word_embeddings": False},
     "gpt2-tied": {"family": "gpt2"},
     "gpt2-untied": {"family": "gpt2", "tie_word_embeddings": False, "intermediate_size": 80},
 }
@@ -73,7 +76,7 @@ def test_far_positions_rotate_alike() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_bfloat16_loss_is_near_that_of_fp32(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family)
     model = decoder_like(twin(config), config)

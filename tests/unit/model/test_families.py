@@ -13,7 +13,7 @@ from megatrain.model.decoder import Decoder
 from megatrain.model.families import build_layers, family_of
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
 def test_every_matrix_but_learned_positions_is_split_along_a_dimension_it_has(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
     table = family_of(config)
@@ -25,12 +25,15 @@ def test_every_matrix_but_learned_positions_is_split_along_a_dimension_it_has(fa
             assert split is not None, name
             assert weight.shape[split.weight_dim] % (2 * split.num_parts) in (0, 1)  # 131 token ids: padding is due
             used.add(split)
+        elif name.endswith(("q_norm", "k_norm")) and family == "qwen3":
+            assert split is not None and split.kind == "shared", name
+            used.add(split)
         else:
             assert split is None, name
     assert used == set(table.splits.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
 def test_a_stage_builds_just_its_own_layers_under_their_canonical_names(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
     specs = build_layers(config)
@@ -40,7 +43,7 @@ def test_a_stage_builds_just_its_own_layers_under_their_canonical_names(family: 
     assert kinds == ["decoder"] * config.num_hidden_layers + ["norm", "head"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
 def test_a_meta_model_costs_no_memory_and_no_time(family: Any) -> None:
     config = ModelConfig(
         family=family, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, vocab_size=128_256

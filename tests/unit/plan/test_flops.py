@@ -1,6 +1,15 @@
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatrain.config.schema import ModelConfig
 from megatrain.plan.flops import flops_per_token, matrix_parameters, num_parameters
@@ -43,6 +52,24 @@ def test_llama_has_as_many_parameters_as_in_transformers(keys):
     with torch.device("meta"):
         reference = LlamaForCausalLM(LlamaConfig(**keys))
     assert num_parameters(ModelConfig(family="llama", **keys)) == count(reference)
+
+
+def test_mistral_and_qwen3_have_as_many_parameters_as_in_transformers():
+    keys = {**SMALL, "head_dim": 24, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    with torch.device("meta"):
+        mistral = MistralForCausalLM(MistralConfig(**keys))
+        qwen3 = Qwen3ForCausalLM(Qwen3Config(**keys))
+    assert num_parameters(ModelConfig(family="mistral", **keys)) == count(mistral)
+    assert num_parameters(ModelConfig(family="qwen3", **keys)) == count(qwen3)
+
+
+def test_the_0_6b_qwen3_has_the_published_size():
+    """Qwen3-0.6B: "0.6B, non-embedding 0.44B" (its model card); heads of 128 where hidden_size / heads is 64."""
+    keys = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    config = ModelConfig(family="qwen3", **keys, num_key_value_heads=8, head_dim=128, vocab_size=151936)
+    assert num_parameters(config) == 596_049_920
+    per_layer = 2 * (16 + 8) * 128 * 1024 + 3 * 1024 * 3072
+    assert flops_per_token(config, 4096) == 6 * (28 * per_layer + 1024 * 151936) + 12 * 28 * 16 * 128 * 4096
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,0 +1,33 @@
+"""Families beside llama and gpt2: qwen3, whose norms of queries and keys see a part of the heads each, and mistral."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parity.figures import Pool
+from tests.parity.matrix import parity_config
+
+slow = pytest.mark.slow
+NUM_STEPS = 5
+
+
+@pytest.mark.parametrize(
+    ("model", "num_ranks", "parallel"),
+    [
+        ("qwen3", 2, {"tensor": 2}),
+        ("qwen3", 2, {"pipeline": 2}),
+        ("mistral", 2, {"tensor": 2, "sequence": True}),
+        pytest.param("mistral", 2, {"pipeline": 2}, marks=slow),
+        pytest.param("qwen3", 2, {"tensor": 2, "sequence": True, "recompute": "full"}, marks=slow),
+        pytest.param("qwen3", 2, {"zero_stage": 3}, marks=slow),
+        pytest.param("qwen3_mqa", 4, {"tensor": 4, "zero_stage": 2}, marks=slow),
+        pytest.param("qwen3_mqa", 4, {"tensor": 2, "zero_stage": 3, "recompute": "selective"}, marks=slow),
+        pytest.param("qwen3", 4, {"tensor": 2, "pipeline": 2, "sequence": True}, marks=slow),
+        pytest.param("qwen3", 4, {"tensor": 4, "sequence": True}, marks=slow),
+    ],
+)
+def test_a_layout_trains_as_one_rank_does(model: str, num_ranks: int, parallel: dict[str, Any], pool: Pool) -> None:
+    config = parity_config(pool.data, model, parallel=parallel)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone(model, NUM_STEPS))
