@@ -127,7 +127,10 @@ def _parse_line(file: InputFile, offset: int, line: bytes, options: ReadOptions)
             _fail(file, offset, f"the record has no key {options.text_key!r}, its keys are {keys}; see --text-key")
         _fail(file, offset, f"{options.text_key!r} should be text, not {text!r:.40}")
     identity = record.get(options.id_key)
-    return Record(text, identity if identity is None or isinstance(identity, str) else _scalar(identity), 0)
+    extra = record if options.whole_records else {}
+    for key in (options.text_key, options.id_key):
+        extra.pop(key, None)
+    return Record(text, identity if identity is None or isinstance(identity, str) else _scalar(identity), 0, extra)
 
 
 def _parse_bad_line(file: InputFile, offset: int, line: bytes, options: ReadOptions, error: Exception) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,13 +52,14 @@ def _table_rows(
 ) -> Iterator[Record | None]:
     for _, first_row, batch in placed:
         texts = _binary(batch.column(options.text_key), options.text_key, file).to_pylist()
-        for row, (text, identity) in enumerate(zip(texts, _ids(batch, options, file), strict=True), start=first_row):
+        columns = (texts, _ids(batch, options, file), _extras(batch, options, f"{file.name}, row {first_row}"))
+        for row, (text, identity, extra) in enumerate(zip(*columns, strict=True), start=first_row):
             place = f"{file.name}, row {row}"
             if text is None:
                 raise DataError(f"{place}: {options.text_key!r} should be text, not null.")
             if isinstance(identity, bytes):
                 identity = decode(identity, options, place)
-            yield Record(decode(text, options, place), None if identity is None else str(identity), 0)
+            yield Record(decode(text, options, place), None if identity is None else str(identity), 0, extra)
         advance(batch.nbytes)
 
 
@@ -68,6 +70,16 @@ def _ids(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> list[o
     column = batch.column(options.id_key)
     ids: list[object] = (_binary(column, options.id_key, file) if _is_text(column) else column).to_pylist()
     return ids
+
+
+def _extras(batch: pa.RecordBatch, options: ReadOptions, place: str) -> list[dict[str, Any]]:
+    """The other columns of a batch, row by row."""
+    names = [name for name in batch.schema.names if name not in (options.text_key, options.id_key)]
+    try:
+        rows: list[dict[str, Any]] = batch.select(names).to_pylist() if names else [{}] * batch.num_rows
+    except (UnicodeDecodeError, ValueError) as error:
+        raise DataError(f"{place} or soon after: a column beside the text cannot be read ({error}).") from None
+    return rows
 
 
 def _is_text(column: pa.Array) -> bool:
@@ -93,6 +105,8 @@ def _columns(names: list[str], options: ReadOptions, file: InputFile) -> list[st
     if options.text_key not in names:
         listed = ", ".join(map(repr, names[:20]))
         raise DataError(f"{file.name} has no column {options.text_key!r}, its columns are {listed}; see --text-key.")
+    if options.whole_records:
+        return names
     return [options.text_key, *({options.id_key} & set(names) - {options.text_key})]
 
 

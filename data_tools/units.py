@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -26,6 +26,8 @@ class ReadOptions:
     text_key: str = "text"
     id_key: str = "id"
     errors: str = "strict"
+    whole_records: bool = False
+    """Whether a record's other keys are read as well."""
 
 
 class Record(NamedTuple):
@@ -35,6 +37,8 @@ class Record(NamedTuple):
     id: str | None
     file: int
     """Index in the unit's files."""
+    extra: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
+    """The record's other keys, if they were asked for."""
 
 
 class Part(NamedTuple):
