@@ -185,6 +185,11 @@ class DataConfig(Section):
         description="concat: the stream of documents is cut every seq_len tokens; best_fit: documents are packed into "
         "samples so that none is cut that fits into one (planned once, in RUN/packing). Validation is always concat.",
     )
+    num_new_epochs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
+        default=0,
+        description="Raised by one, the resume that sees it gives up what is left of every dataset's epoch and begins "
+        "the next: then seq_len and packing may change at will. It counts such requests, and stays as it is after.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

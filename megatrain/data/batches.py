@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatrain.batch import Batch
 from megatrain.data.dataset import Dataset
-from megatrain.data.order import DataOrder
+from megatrain.data.order import DataOrder, Samples
 from megatrain.errors import DataError
 
 
@@ -114,25 +114,24 @@ class BatchMaker:
         self._document_mask = sources[0].document_mask
         self._all_scored = all(source.all_scored for source in sources)
 
-    def num_targets(self, source: NDArray[np.int64], window: NDArray[np.int64]) -> int:
+    def num_targets(self, samples: Samples) -> int:
         """Scored targets of these samples together."""
-        return sum(self.sources[k].num_targets(window[source == k]) for k in np.unique(source).tolist())
+        present = np.unique(samples.dataset).tolist()
+        return sum(self.sources[k].num_targets(samples.window[samples.dataset == k]) for k in present)
 
-    def make(
-        self,
-        source: NDArray[np.int64],
-        window: NDArray[np.int64],
-        number: NDArray[np.int64],
-        num_scored: int | None = None,
-    ) -> list[Batch]:
-        """The windows in micro-batches. ``num_scored``: how many of them count, the rest is filling (None: all)."""
-        count, length = len(window), self._seq_len
+    def make(self, samples: Samples, num_scored: int | None = None) -> list[Batch]:
+        """The samples in micro-batches. ``num_scored``: how many of them count, the rest is filling (None: all)."""
+        count, length = len(samples), self._seq_len
         tokens = np.empty((count, length + 1), dtype=np.int64)
         ids = np.empty((count, length), dtype=np.int32) if self._document_mask else None
         mask = None if self._all_scored and num_scored is None else np.empty((count, length), dtype=np.bool_)
         for row in range(count):
-            self.sources[source[row]].fill(
-                int(window[row]), tokens[row], None if ids is None else ids[row], None if mask is None else mask[row]
+            source = self.sources[samples.dataset[row]]
+            source.fill(
+                int(samples.window[row]),
+                tokens[row],
+                None if ids is None else ids[row],
+                None if mask is None else mask[row],
             )
         if mask is not None and num_scored is not None:
             mask[num_scored:] = False
@@ -147,7 +146,7 @@ class BatchMaker:
                     loss_mask_BT=None if mask is None else torch.from_numpy(mask[rows]),
                     positions_BT=torch.from_numpy(positions[rows].copy()),
                     document_ids_BT=None if ids is None else torch.from_numpy(ids[rows]),
-                    sample_ids_B=torch.from_numpy(number[rows]),
+                    sample_ids_B=torch.from_numpy(samples.number[rows]),
                 )
             )
         return batches
@@ -184,10 +183,9 @@ class TrainingBatches:
 
     def _make(self, step: int) -> tuple[list[Batch], int]:
         every = self.order.batch(step)
-        share = len(every.number) // self._num_data_ranks
+        share = len(every) // self._num_data_ranks
         mine = slice(self._data_rank * share, (self._data_rank + 1) * share)
-        batches = self._maker.make(every.dataset[mine], every.window[mine], every.number[mine])
-        return batches, self._maker.num_targets(every.dataset, every.window)
+        return self._maker.make(every.rows(mine)), self._maker.num_targets(every)
 
 
 class EvaluationBatches:
@@ -202,29 +200,29 @@ class EvaluationBatches:
         each = None if limit is None else -(-limit // len(maker.sources))
         chosen = [_spread(windows.num_windows, each) for windows in maker.sources]
         source = np.repeat(np.arange(len(chosen)), [len(windows) for windows in chosen])
-        window = np.concatenate(chosen)
-        self.num_targets = maker.num_targets(source, window)
+        every = _in_order(source, np.concatenate(chosen))
+        self.num_targets = maker.num_targets(every)
         per_round = maker.micro_batch_size * num_data_ranks
-        share = -(-len(window) // per_round) * maker.micro_batch_size
-        mine = slice(data_rank * share, (data_rank + 1) * share)
-        self._source, self._window = source[mine], window[mine]
-        self._num_scored = len(self._window)
-        filling = np.zeros(share - self._num_scored, dtype=np.int64)
-        self._source = np.concatenate([self._source, filling])
-        self._window = np.concatenate([self._window, filling])
+        share = -(-len(every) // per_round) * maker.micro_batch_size
+        mine = every.rows(slice(data_rank * share, (data_rank + 1) * share))
+        self._num_scored = len(mine)
+        filling = np.zeros(share - len(mine), dtype=np.int64)
+        self._samples = _in_order(np.append(mine.dataset, filling), np.append(mine.window, filling))
 
     def __len__(self) -> int:
-        return -(-len(self._window) // self._maker.micro_batch_size)
+        return -(-len(self._samples) // self._maker.micro_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         size = self._maker.micro_batch_size
-        for first in range(0, len(self._window), size):
-            rows = slice(first, first + size)
+        for first in range(0, len(self._samples), size):
             scored = min(max(self._num_scored - first, 0), size)
-            number = np.arange(first, first + size)
-            yield from self._maker.make(
-                self._source[rows], self._window[rows], number, scored if scored < size else None
-            )
+            rows = self._samples.rows(slice(first, first + size))
+            yield from self._maker.make(rows, scored if scored < size else None)
+
+
+def _in_order(source: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
+    """Samples of the first epoch, numbered as they come."""
+    return Samples(source, np.zeros_like(source), window, np.arange(len(source)))
 
 
 def _spread(count: int, limit: int | None) -> NDArray[np.int64]:

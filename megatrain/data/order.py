@@ -1,14 +1,15 @@
 """The k-th sample of a run: which window of which dataset, for any k, from a few integers. No state, no torch.
 
-Three pure steps. A run's steps fall into segments (one, unless the batch size or the weights were changed at a resume);
-a segment's mixture says which dataset the j-th sample comes from and how many of that dataset came before; and a
-permutation of each epoch says which window that is. Within an epoch of a dataset no window is seen twice or skipped,
-whatever the segments, because each segment goes on counting where the one before stopped.
+Three pure steps. A run's steps fall into segments (one, unless the batch size, the weights or the sequence length were
+changed at a resume); a segment's mixture says which dataset the j-th sample comes from and how many of that dataset
+came before; and a shuffle of each epoch says which window that is. Nothing here grows with the corpus.
+
+Within an epoch of a dataset no window is seen twice or skipped, whatever the segments: each goes on where the one
+before stopped. Where windows become shorter in the middle of an epoch, those not yet seen are cut up and shuffled anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,67 +17,111 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.data.mixture import Mixture
+from megatrain.data.permutation import shuffle, shuffle_keys
 
 Indices = NDArray[np.int64]
 
-_NUM_ROUNDS = 6
+
+@dataclass(frozen=True)
+class Terms:
+    """What a segment is read under. For each dataset its weight, its windows of ``seq_len`` and its packing plan.
+
+    ``plans``: names of the packing plans; empty where documents are not packed. ``num_new_epochs``: how often the run
+    has been told to leave the rest of its epochs and begin the next ones.
+    """
+
+    global_batch_size: int
+    weights: tuple[float, ...]
+    seq_len: int
+    num_windows: tuple[int, ...]
+    plans: tuple[str, ...] = ()
+    num_new_epochs: int = 0
 
 
 @dataclass(frozen=True)
-class Permutation:
-    """A bijection of [0, size), chosen by ``key``: a Feistel network on the next even number of bits, walked along its
-    cycle until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002)."""
+class Cut:
+    """Of an epoch of ``num_windows``, ``used`` had been seen; each of the others became ``factor`` windows."""
 
-    size: int
-    key: tuple[int, ...]
+    num_windows: int
+    used: int
+    factor: int
 
-    def __call__(self, index: Indices) -> Indices:
-        """Map each index; all must lie in [0, size)."""
-        value: NDArray[np.uint64] = self._encrypt(index.astype(np.uint64))
-        outside = value >= self.size
-        while outside.any():  # the domain is less than four times the size: few walks
-            value[outside] = self._encrypt(value[outside])
-            outside = value >= self.size
-        return value.astype(np.int64)
-
-    @cached_property
-    def _half_bits(self) -> int:
-        return max(1, (max(self.size - 1, 1).bit_length() + 1) // 2)
-
-    @cached_property
-    def _round_keys(self) -> NDArray[np.uint64]:
-        return np.asarray(np.random.SeedSequence(self.key).generate_state(_NUM_ROUNDS, np.uint64), dtype=np.uint64)
-
-    def _encrypt(self, value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        bits = np.uint64(self._half_bits)
-        mask = np.uint64((1 << self._half_bits) - 1)
-        left, right = value >> bits, value & mask
-        for key in self._round_keys:
-            left, right = right, left ^ (_mix(right, key) & mask)
-        return (left << bits) | right
+    @property
+    def num_pieces(self) -> int:
+        """Windows that the cut made."""
+        return (self.num_windows - self.used) * self.factor
 
 
-def _mix(value: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014), keyed: any bit of the input reaches every bit out."""
-    mixed = value + key
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+@dataclass(frozen=True)
+class Place:
+    """How far a dataset has been read: ``position`` windows of its epoch, since the last of the epoch's ``cuts``."""
+
+    epoch: int = 0
+    position: int = 0
+    cuts: tuple[Cut, ...] = ()
+
+    def num_left(self, num_windows: int) -> int:
+        """Windows of the epoch still to come, where an uncut one has ``num_windows``."""
+        return self._size(num_windows) - self.position
+
+    def advanced(self, count: int, num_windows: int) -> Place:
+        """The place ``count`` windows on."""
+        beyond = count - self.num_left(num_windows)
+        if beyond < 0:
+            return replace(self, position=self.position + count)
+        lap, position = divmod(beyond, num_windows)
+        return Place(self.epoch + 1 + lap, position)
+
+    def cut(self, factor: int, num_windows: int) -> Place:
+        """What is left of the epoch in windows of 1/factor the length. An epoch not yet begun is not in need of it."""
+        if self._is_new:
+            return self
+        return Place(self.epoch, 0, (*self.cuts, Cut(self._size(num_windows), self.position, factor)))
+
+    def at_new_epoch(self) -> Place:
+        """The beginning of the next epoch; this one, if nothing of it has been seen."""
+        return self if self._is_new else Place(self.epoch + 1)
+
+    @property
+    def _is_new(self) -> bool:
+        return self.position == 0 and not self.cuts
+
+    def _size(self, num_windows: int) -> int:
+        return self.cuts[-1].num_pieces if self.cuts else num_windows
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps from ``first_step`` on, until the next segment's: the batch size and weights that hold there.
+    """Steps from ``first_step`` on, until the next segment's: the terms that hold there, and where reading begins.
 
-    ``consumed``: how many samples of each dataset the run had used when the segment began. ``samples_before``: how many
-    of all.
+    ``places``: of each dataset. ``samples_before``: how many samples the run had used of all.
     """
 
     first_step: int
-    global_batch_size: int
-    weights: tuple[float, ...]
-    consumed: tuple[int, ...]
+    terms: Terms
+    places: tuple[Place, ...]
     samples_before: int = 0
+
+    @cached_property
+    def num_windows(self) -> Indices:
+        """Of each dataset, as an array."""
+        return np.asarray(self.terms.num_windows, dtype=np.int64)
+
+    @cached_property
+    def num_left(self) -> Indices:
+        """Windows that were left of each dataset's epoch when the segment began."""
+        pairs = zip(self.places, self.terms.num_windows, strict=True)
+        return np.asarray([place.num_left(count) for place, count in pairs], dtype=np.int64)
+
+    @cached_property
+    def next_epoch(self) -> Indices:
+        """The epoch of each dataset that comes when nothing is left of the one it was in."""
+        return np.asarray([place.epoch + 1 for place in self.places], dtype=np.int64)
+
+    @cached_property
+    def cut_sources(self) -> list[int]:
+        """Datasets whose epoch had been cut when the segment began."""
+        return [number for number, place in enumerate(self.places) if place.cuts]
 
 
 @dataclass(frozen=True)
@@ -88,73 +133,103 @@ class Samples:
     window: Indices
     number: Indices
 
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def rows(self, rows: slice) -> Samples:
+        """Some of them."""
+        return Samples(self.dataset[rows], self.epoch[rows], self.window[rows], self.number[rows])
+
 
 @dataclass(frozen=True)
 class DataOrder:
-    """The global order of a run over datasets of ``num_windows`` windows each."""
+    """The global order of a run."""
 
     seed: int
-    num_windows: tuple[int, ...]
     segments: tuple[Segment, ...]
     _mixtures: dict[tuple[float, ...], Mixture] = field(default_factory=dict, repr=False, compare=False)
-    _shuffles: dict[int, Permutation] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def begin(
-        cls, seed: int, num_windows: Sequence[int], weights: Sequence[float], global_batch_size: int
-    ) -> DataOrder:
+    def begin(cls, seed: int, terms: Terms) -> DataOrder:
         """The order of a run that starts at step 0."""
-        if min(num_windows) < 1:
+        if min(terms.num_windows) < 1:
             raise ValueError("every dataset needs at least one window")
-        segment = Segment(0, global_batch_size, tuple(weights), (0,) * len(num_windows))
-        return cls(seed, tuple(num_windows), (segment,))
+        return cls(seed, (Segment(0, terms, (Place(),) * len(terms.num_windows)),))
 
-    def change(self, step: int, weights: Sequence[float], global_batch_size: int) -> DataOrder:
-        """The same order up to ``step``, then with another batch size or other weights (no change: the same order)."""
+    def change(self, step: int, terms: Terms) -> DataOrder:
+        """The same order up to ``step``, then under other terms (no change: the same order).
+
+        New epochs begin where ``num_new_epochs`` has grown. Else a new ``seq_len`` must divide the former one.
+        """
         last = self._segment(step)
-        if (tuple(weights), global_batch_size) == (last.weights, last.global_batch_size):
+        if terms == last.terms:
             return self
-        used = (step - last.first_step) * last.global_batch_size
-        counts = self._mixture(last.weights).counts_before(used)
-        consumed = tuple(before + int(count) for before, count in zip(last.consumed, counts, strict=True))
-        fresh = Segment(step, global_batch_size, tuple(weights), consumed, last.samples_before + used)
+        used = (step - last.first_step) * last.terms.global_batch_size
+        counts = self._mixture(last.terms.weights).counts_before(used).tolist()
+        windows = last.terms.num_windows
+        places = [place.advanced(*each) for place, *each in zip(last.places, counts, windows, strict=True)]
+        if terms.num_new_epochs > last.terms.num_new_epochs:
+            places = [place.at_new_epoch() for place in places]
+        elif last.terms.seq_len % terms.seq_len:
+            raise ValueError(f"within an epoch, {terms.seq_len} must divide {last.terms.seq_len}")
+        elif (factor := last.terms.seq_len // terms.seq_len) > 1:
+            places = [place.cut(factor, size) for place, size in zip(places, windows, strict=True)]
+        fresh = Segment(step, terms, tuple(places), last.samples_before + used)
         kept = tuple(segment for segment in self.segments if segment.first_step < step)
         return replace(self, segments=(*kept, fresh))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Samples:
         """Samples [start, stop) of the global batch of ``step`` (steps count from 0); all of it by default."""
         segment = self._segment(step)
-        stop = segment.global_batch_size if stop is None else stop
-        offset = (step - segment.first_step) * segment.global_batch_size
+        stop = segment.terms.global_batch_size if stop is None else stop
+        offset = (step - segment.first_step) * segment.terms.global_batch_size
         numbers = np.arange(offset + start, offset + stop, dtype=np.int64)
-        dataset, count = self._mixture(segment.weights).lookup(numbers)
-        nth = count + np.asarray(segment.consumed, dtype=np.int64)[dataset]
-        epoch, position = np.divmod(nth, np.asarray(self.num_windows, dtype=np.int64)[dataset])
-        window = np.empty_like(position)
-        for source, lap in np.unique(np.stack([dataset, epoch]), axis=1).T.tolist():
-            chosen = (dataset == source) & (epoch == lap)
-            window[chosen] = self._shuffle(source, lap)(position[chosen])
+        dataset, count = self._mixture(segment.terms.weights).lookup(numbers)
+        beyond = count - segment.num_left[dataset]  # windows after the epoch that the segment began in; within it < 0
+        num_windows = segment.num_windows[dataset]
+        lap, position = np.divmod(beyond, num_windows)
+        epoch = segment.next_epoch[dataset] + lap
+        window = shuffle(position, num_windows, shuffle_keys(self.seed, dataset, epoch))
+        for source in segment.cut_sources:
+            chosen = np.flatnonzero((dataset == source) & (beyond < 0))
+            window[chosen] = self._cut_window(source, segment.places[source], count[chosen])
         return Samples(dataset, epoch, window, numbers + segment.samples_before)
 
     def num_samples_before(self, step: int) -> int:
         """How many samples the steps before ``step`` use."""
         segment = self._segment(step)
-        return segment.samples_before + (step - segment.first_step) * segment.global_batch_size
+        return segment.samples_before + (step - segment.first_step) * segment.terms.global_batch_size
 
-    def global_batch_size(self, step: int) -> int:
-        """Sequences in the global batch of ``step``."""
-        return self._segment(step).global_batch_size
+    def terms(self, step: int) -> Terms:
+        """What holds at ``step``."""
+        return self._segment(step).terms
+
+    def _cut_window(self, source: int, place: Place, count: Indices) -> Indices:
+        """The windows at ``count`` further on in an epoch that was cut: from the last cut's shuffle back to the first.
+
+        Each cut's pieces are shuffled. A piece lies in a window that was left over: its place in the shuffle before.
+        """
+        position, pieces = place.position + count, []
+        for depth in range(len(place.cuts), 0, -1):
+            cut = place.cuts[depth - 1]
+            piece = self._shuffled(position, cut.num_pieces, source, place.epoch, depth)
+            pieces.append((cut.factor, piece % cut.factor))
+            position = cut.used + piece // cut.factor
+        window = self._shuffled(position, place.cuts[0].num_windows, source, place.epoch, 0)
+        for factor, within in reversed(pieces):
+            window = window * factor + within
+        return window
+
+    def _shuffled(self, index: Indices, size: int, source: int, epoch: int, depth: int) -> Indices:
+        """``depth``: of how many cuts; the shuffle of an epoch is that of depth 0."""
+        numbers = (source, epoch, depth) if depth else (source, epoch)
+        key = shuffle_keys(self.seed, *(np.full_like(index, number) for number in numbers))
+        return shuffle(index, np.full_like(index, size), key)
 
     def _segment(self, step: int) -> Segment:
         return next(segment for segment in reversed(self.segments) if segment.first_step <= step)
 
-    def _shuffle(self, source: int, lap: int) -> Permutation:
-        """The permutation of a dataset's epoch; the one used last is kept, for its keys take longer than its use."""
-        shuffle = self._shuffles.get(source)
-        if shuffle is None or shuffle.key[-1] != lap:
-            shuffle = Permutation(self.num_windows[source], (self.seed, source, lap))
-            self._shuffles[source] = shuffle
-        return shuffle
-
     def _mixture(self, weights: tuple[float, ...]) -> Mixture:
-        return self._mixtures.setdefault(weights, Mixture(weights))
+        if weights not in self._mixtures:
+            self._mixtures[weights] = Mixture(weights)
+        return self._mixtures[weights]

@@ -129,9 +129,13 @@ class Block(NamedTuple):
 
 
 class PackingPlan:
-    """Which pieces of documents each sample of a dataset holds. Made by ``open_plan``."""
+    """Which pieces of documents each sample of a dataset holds. Made by ``open_plan``.
 
-    def __init__(self, blocks: list[Block]) -> None:
+    ``checksum``: of its content, in hexadecimal: what names the plan.
+    """
+
+    def __init__(self, blocks: list[Block], checksum: str) -> None:
+        self.checksum = checksum
         self._blocks = blocks
         self._firsts = [0, *np.cumsum([len(block.targets) for block in blocks]).tolist()]
 
@@ -193,13 +197,14 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path) -> PackingPlan:
     path = _plan_path(dataset, seq_len, folder)
     try:
         buffer = pa.memory_map(str(path)).read_buffer()
-        reader = pa.ipc.open_file(buffer.slice(0, max(buffer.size - CHECKSUM_BYTES, 0)))
+        body_bytes = max(buffer.size - CHECKSUM_BYTES, 0)
+        reader = pa.ipc.open_file(buffer.slice(0, body_bytes))
         if not reader.schema.equals(_schema(dataset, seq_len), check_metadata=True):
             raise DataError(f"{path} is not the packing plan of {dataset.path}. Delete it and start again.")
         blocks = [_block(reader.get_batch(i)) for i in range(reader.num_record_batches)]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"The packing plan {path} cannot be read: {error}. Delete it and start again.") from None
-    return PackingPlan(blocks)
+    return PackingPlan(blocks, buffer.slice(body_bytes).to_pybytes().hex())
 
 
 @dataclass(frozen=True)

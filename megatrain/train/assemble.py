@@ -12,7 +12,7 @@ from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, SampleSource, TrainingBatches, Windows
-from megatrain.data.order import DataOrder
+from megatrain.data.order import DataOrder, Terms
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups, local_device, make_groups
@@ -96,8 +96,6 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
         batches = config.train.eval_batches
         limit = None if batches is None else batches * config.train.global_batch_size
         evaluation = EvaluationBatches(BatchMaker(held_out, micro_batch_size), data_rank, topology.data, limit)
-    weights = [entry.weight for entry in config.data.train]
-    num_windows = [windows.num_windows for windows in sources]
     return Run(
         config=config,
         rank=rank,
@@ -105,7 +103,7 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
         engine=build_engine(config, groups),
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
-        order=DataOrder.begin(config.run.seed, num_windows, weights, config.train.global_batch_size),
+        order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),
         maker=BatchMaker(sources, micro_batch_size),
         validation=evaluation,
         store=CheckpointStore(Path(config.run.dir)),
@@ -127,6 +125,18 @@ def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Gro
     plans = [open_plan(dataset, seq_len, folder) for dataset in datasets]
     pairs = zip(datasets, plans, strict=True)
     return [PackedWindows(dataset, plan, seq_len, config.data.document_mask) for dataset, plan in pairs]
+
+
+def reading_terms(config: RunConfig, sources: Sequence[SampleSource]) -> Terms:
+    """What the config and the data decide of the order of samples."""
+    return Terms(
+        global_batch_size=config.train.global_batch_size,
+        weights=tuple(entry.weight for entry in config.data.train),
+        seq_len=config.data.seq_len,
+        num_windows=tuple(source.num_windows for source in sources),
+        plans=tuple(source.plan.checksum for source in sources if isinstance(source, PackedWindows)),
+        num_new_epochs=config.data.num_new_epochs,
+    )
 
 
 def build_engine(config: RunConfig, groups: Groups) -> Engine:

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from typing import Any
+
+from pydantic import ValidationError
 
 from megatrain.config import RunConfig
 from megatrain.data import Dataset
-from megatrain.data.order import DataOrder, Segment
+from megatrain.data.order import Cut, DataOrder, Place, Segment, Terms
 from megatrain.errors import CheckpointError
 
-# What a run may not change when it goes on, and why.
-FIXED = {
-    "model": "another model has no use for these weights",
-    "run.seed": "it decides the order of the data",
-    "data.seq_len": "it decides where samples begin",
-    "data.document_mask": "it decides what each token sees",
-    "data.packing": "it decides where samples begin",
-    "optimizer.type": "another optimizer has no use for this state",
-}
+
+class May(Enum):
+    """Whether a key of the config may change when a run goes on."""
+
+    YES = "yes"
+    RECORDED = "yes, recorded"
+    NEW_EPOCH = "in a new epoch"
+    NEVER = "no"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for a key and all below it, where no longer key has a rule of its own; `*` stands for an index."""
+
+    key: str
+    may: May
+    why: str
+
+
+RULES = (
+    Rule("run.dir", May.YES, "a run folder may be moved"),
+    Rule("run.seed", May.NEVER, "it decides the order of the data"),
+    Rule("run.init_from", May.YES, "it is read at step 0 alone"),
+    Rule("model", May.NEVER, "another model has no use for these weights"),
+    Rule("model.attention_dropout", May.YES, "from that step on"),
+    Rule("model.hidden_dropout", May.YES, "from that step on"),
+    Rule("data.train.*.path", May.YES, "a dataset may be moved; its number in the list and its digest may not change"),
+    Rule("data.train.*.weight", May.RECORDED, "every epoch goes on where it stood"),
+    Rule("data.validation", May.YES, "it does not touch the training"),
+    Rule("data.seq_len", May.NEW_EPOCH, "it decides where samples begin"),
+    Rule("data.document_mask", May.NEVER, "it decides what each token sees"),
+    Rule("data.packing", May.NEW_EPOCH, "it decides where samples begin"),
+    Rule("data.num_new_epochs", May.RECORDED, "raised, it begins new epochs; it counts them, so it is never less"),
+    Rule("parallel", May.YES, "a checkpoint knows no layout"),
+    Rule("train", May.YES, "from that step on"),
+    Rule("train.global_batch_size", May.RECORDED, "every epoch goes on where it stood"),
+    Rule("optimizer", May.YES, "from that step on"),
+    Rule("optimizer.type", May.NEVER, "another optimizer has no use for this state"),
+    Rule("schedule", May.YES, "from that step on"),
+    Rule("checkpoint", May.YES, "it does not touch the training"),
+    Rule("observe", May.YES, "it does not touch the training"),
+    Rule("deepspeed", May.YES, "from that step on"),
+)
+"""What may change when a run goes on, for every key of the config. docs/checkpoints.md has this table."""
 
 
 @dataclass(frozen=True)
@@ -57,40 +95,58 @@ class Progress:
     def from_state(cls, step: int, tokens: int, state: Mapping[str, Any]) -> Progress:
         """The inverse of ``to_state``. Raises CheckpointError for a state that this version cannot read."""
         try:
-            segments = tuple(
-                Segment(
-                    entry["first_step"],
-                    entry["global_batch_size"],
-                    tuple(entry["weights"]),
-                    tuple(entry["consumed"]),
-                    entry["samples_before"],
-                )
-                for entry in state["segments"]
-            )
+            segments = tuple(_segment(entry) for entry in state["segments"])
             loss_scale, digests = state["loss_scale"], tuple(state["digests"])
             return cls(step, tokens, state["updates"], state["skipped"], segments, digests, loss_scale)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"The state in the checkpoint of step {step} cannot be read: {error!r}.") from None
 
 
+def rule_of(key: str) -> Rule:
+    """The rule that holds for a key (list entries as `*`): that of the longest key which it is or stands below."""
+    found = [rule for rule in RULES if f"{key}.".startswith(f"{rule.key}.")]
+    return max(found, key=lambda rule: len(rule.key))
+
+
+def resume_table() -> str:
+    """The rules as a Markdown table."""
+    rows = (f"| `{rule.key}` | {rule.may.value} | {rule.why} |" for rule in RULES)
+    return "\n".join(["| key, and all below it | may change | |", "|---|---|---|", *rows])
+
+
 def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming all of them, if the config changes what a run cannot change as it goes on."""
-    now = config.model_dump(mode="json")
-    problems = []
-    for key, reason in FIXED.items():
-        for path, before, after in _differences(key, _at(saved, key), _at(now, key)):
-            problems.append(f"{path} was {before} and is now {after} ({reason})")
+    asked, problems, ways_out = _num_new_epochs(saved), [], []
+    is_new_epoch = config.data.num_new_epochs > asked
+    for path, before, after in _differences("", _with_defaults(saved), config.model_dump(mode="json")):
+        rule, text = rule_of(path), f"{path} was {before} and is now {after}"
+        if rule.may is May.NEVER or (rule.key == "data.num_new_epochs" and not is_new_epoch):
+            problems.append(f"{text} ({rule.why})")
+        elif rule.may is May.NEW_EPOCH and not is_new_epoch and (reason := _within_epoch(config, path, before, after)):
+            problems.append(f"{text} ({reason})")
+            ways_out = [f"set data.num_new_epochs to {asked + 1} to give up the rest of the epochs and begin new ones"]
     if problems:
+        ways_out += ["start a new run in another run.dir (with run.init_from to take the weights along)"]
         raise CheckpointError(
             f"This config cannot go on from the checkpoints in {config.run.dir}: {'; '.join(problems)}. Put it back, "
-            "or start a new run in another run.dir (with run.init_from to take the weights along)."
+            f"or {', or '.join(ways_out)}."
         )
+
+
+def _within_epoch(config: RunConfig, path: str, before: Any, after: Any) -> str | None:
+    """Why a key cannot change in the middle of an epoch; None: it can."""
+    if path != "data.seq_len":
+        return rule_of(path).why
+    if config.data.packing != "concat":
+        return f"packing {config.data.packing} plans an epoch for one length"
+    return f"within an epoch it must divide {before}" if before % after else None
 
 
 def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Dataset], order: DataOrder) -> DataOrder:
     """The order of data from where a run stopped. ``order``: that of the run from its start under this config.
 
-    Other weights or another global batch size begin a new segment. Raises CheckpointError where a dataset is another.
+    Other terms (weights, batch size, sequence length, new epochs) begin a new segment. Raises CheckpointError where a
+    dataset or a packing plan is another.
     """
     digests = tuple(dataset.digest for dataset in datasets)
     if digests != progress.digests:
@@ -99,19 +155,49 @@ def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Datas
             f"data.train is not what this run was trained on ({', '.join(changed) or 'number or order changed'}): a "
             "run goes on with the same datasets in the same order. Put them back, or start a new run elsewhere."
         )
-    weights = [entry.weight for entry in config.data.train]
-    going_on = replace(order, segments=progress.segments)
-    return going_on.change(progress.step, weights, config.train.global_batch_size)
+    now, before = order.terms(0), progress.segments[-1].terms
+    if now.plans != before.plans and now.num_new_epochs == before.num_new_epochs:
+        pairs = zip(datasets, now.plans, before.plans, strict=True)
+        others = ", ".join(str(dataset.path) for dataset, plan, former in pairs if plan != former)
+        raise CheckpointError(
+            f"The packing plan of {others} is not the one this run was trained with, so that samples would be seen "
+            "twice or never: another version of megatrain made it. Go on with the version that the run began with, or "
+            f"set data.num_new_epochs to {now.num_new_epochs + 1} to begin new epochs with the new plan."
+        )
+    return replace(order, segments=progress.segments).change(progress.step, now)
 
 
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
+def _segment(entry: Mapping[str, Any]) -> Segment:
+    """The inverse of ``asdict``, after JSON has made tuples lists."""
+    places = tuple(
+        Place(place["epoch"], place["position"], tuple(Cut(**cut) for cut in place["cuts"]))
+        for place in entry["places"]
+    )
+    terms: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in entry["terms"].items()
+    }
+    return Segment(entry["first_step"], Terms(**terms), places, entry["samples_before"])
 
 
-def _differences(path: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+def _num_new_epochs(saved: Mapping[str, Any]) -> int:
+    return int(_with_defaults(saved)["data"].get("num_new_epochs", 0))
+
+
+def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a checkpoint, with the keys that were added since; as it is, where this version cannot read it."""
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
+
+
+def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Every key whose value differs; of lists, entry by entry as far as both go."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
-        keys = sorted(before.keys() | after.keys())
-        return [found for key in keys for found in _differences(f"{path}.{key}", before.get(key), after.get(key))]
-    return [] if before == after else [(path, before, after)]
+        for key in sorted(before.keys() | after.keys()):
+            yield from _differences(f"{path}.{key}" if path else key, before.get(key), after.get(key))
+    elif path == "data.train":
+        for one, other in zip(before, after, strict=False):
+            yield from _differences(f"{path}.*", one, other)
+    elif before != after:
+        yield path, before, after

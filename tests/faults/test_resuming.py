@@ -69,9 +69,10 @@ def test_another_batch_size_and_other_weights_begin_a_segment(
     manifest = read_manifest(run.checkpoint(8))
     segments = Progress.from_state(manifest.step, manifest.tokens, manifest.state).segments
     assert [segment.first_step for segment in segments] == [0, 6]
-    assert [segment.global_batch_size for segment in segments] == [8, 4]
+    assert [segment.terms.global_batch_size for segment in segments] == [8, 4]
     assert segments[1].samples_before == 6 * 8
-    assert sum(segments[1].consumed) == 6 * 8
+    windows = segments[0].terms.num_windows
+    assert sum(p.epoch * n + p.position for p, n in zip(segments[1].places, windows, strict=True)) == 6 * 8
     assert manifest.tokens == (6 * 8 + 2 * 4) * 64
     assert Metrics.read(run.run_dir).losses[:6] == losses
 

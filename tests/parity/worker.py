@@ -27,7 +27,13 @@ from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed_engine import start_deepspeed
-from megatrain.train.assemble import build_engine, open_training_data, resolve_vocabulary, training_sources
+from megatrain.train.assemble import (
+    build_engine,
+    open_training_data,
+    reading_terms,
+    resolve_vocabulary,
+    training_sources,
+)
 from megatrain.train.schedule import learning_rate
 
 TIMEOUT_SECONDS = 120.0
@@ -67,8 +73,7 @@ def train(case: Case) -> dict[str, Any]:
     engine.publish()
     sources = training_sources(config, train_sets, groups)
     maker = BatchMaker(sources, config.train.micro_batch_size)
-    weights = [entry.weight for entry in config.data.train]
-    order = DataOrder.begin(config.run.seed, [s.num_windows for s in sources], weights, config.train.global_batch_size)
+    order = DataOrder.begin(config.run.seed, reading_terms(config, sources))
     batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
     losses, norms = [], []
     for step in range(case.first_step, case.first_step + case.num_steps):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
-from megatrain.data.order import DataOrder
+from megatrain.data.order import DataOrder, Samples, Terms
 from megatrain.errors import DataError
 from tests.runs import TinyData
 
@@ -30,12 +31,17 @@ def _all_tokens(dataset: Dataset) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.concatenate([dataset.document(k) for k in range(dataset.num_documents)]).astype(np.int64)
 
 
+def samples_of(windows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Samples:
+    zeros = np.zeros_like(windows)
+    return Samples(zeros, zeros, windows, windows)
+
+
 def test_window_k_is_tokens_from_k_times_the_length_on_and_targets_are_one_further(prose: Dataset) -> None:
     tokens = _all_tokens(prose)
     windows = Windows(prose, SEQ_LEN)
     assert windows.num_windows == (len(tokens) - 1) // SEQ_LEN
     chosen = np.array([0, 7, windows.num_windows - 1])
-    (batch,) = BatchMaker([windows], 3).make(np.zeros(3, np.int64), chosen, np.arange(3))
+    (batch,) = BatchMaker([windows], 3).make(samples_of(chosen))
     for row, k in enumerate(chosen.tolist()):
         assert batch.tokens_BT[row].tolist() == tokens[k * SEQ_LEN : (k + 1) * SEQ_LEN].tolist()
         assert batch.targets_BT[row].tolist() == tokens[k * SEQ_LEN + 1 : (k + 1) * SEQ_LEN + 1].tolist()
@@ -55,7 +61,7 @@ def test_under_a_document_mask_ids_and_positions_start_anew_at_each_document(pro
     inside = [k for k in range(windows.num_windows) if begins & set(range(k * SEQ_LEN + 1, (k + 1) * SEQ_LEN))]
     exact = [k for k in range(windows.num_windows) if k * SEQ_LEN in begins]
     chosen = np.array([*inside[:20], *exact[:3], 1])
-    (batch,) = BatchMaker([windows], len(chosen)).make(np.zeros_like(chosen), chosen, chosen)
+    (batch,) = BatchMaker([windows], len(chosen)).make(samples_of(chosen))
     assert batch.document_ids_BT is not None
     for row, k in enumerate(chosen.tolist()):
         document, position = 0, 0
@@ -74,7 +80,8 @@ def test_ranks_and_micro_batches_share_out_the_same_global_batch(
     num_ranks: int, micro_batch_size: int, prose: Dataset, held_out: Dataset
 ) -> None:
     sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]
-    order = DataOrder.begin(3, [source.num_windows for source in sources], [1.0, 1.0], 8)
+    terms = Terms(8, (1.0, 1.0), SEQ_LEN, tuple(source.num_windows for source in sources))
+    order = DataOrder.begin(3, terms)
     found = []
     for rank in range(num_ranks):
         batches = TrainingBatches(BatchMaker(sources, micro_batch_size), order, rank, num_ranks)
@@ -88,12 +95,8 @@ def test_ranks_and_micro_batches_share_out_the_same_global_batch(
             ]
         assert batches.num_targets(0) == 8 * SEQ_LEN
         batches.close()
-    (whole,) = BatchMaker(sources, 24).make(
-        *(
-            np.concatenate([getattr(order.batch(step), field) for step in (0, 1, 5)])
-            for field in ("dataset", "window", "number")
-        )
-    )
+    parts = [astuple(order.batch(step)) for step in (0, 1, 5)]
+    (whole,) = BatchMaker(sources, 24).make(Samples(*map(np.concatenate, zip(*parts, strict=True))))
     expected = zip(whole.sample_ids_B.tolist(), map(tuple, whole.tokens_BT.tolist()), strict=True)
     assert sorted(found) == sorted(expected)
 

@@ -1,112 +1,235 @@
+"""The global order: each epoch a permutation, whatever changes, whoever asks, and from whichever step."""
+
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+from random import Random
+from typing import NamedTuple
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.order import DataOrder, Permutation
+from megatrain.data.order import DataOrder, Samples, Terms
 
-sizes = st.lists(st.integers(1, 60), min_size=1, max_size=3)
-# What holds from some step on: steps it lasts, batch size, weights of up to three datasets.
-changes = st.lists(
-    st.tuples(st.integers(1, 20), st.integers(1, 16), st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3)),
-    min_size=1,
-    max_size=4,
-)
+SEQ_LENS = (16, 8, 4, 2)  # each divides those before it
 
 
-def _run(seed: int, num_windows: list[int], parts: list[tuple[int, int, list[float]]]) -> tuple[DataOrder, int]:
-    count = len(num_windows)
-    order = DataOrder.begin(seed, num_windows, parts[0][2][:count], parts[0][1])
-    step = 0
-    for length, batch_size, given_weights in parts:
-        order = order.change(step, given_weights[:count], batch_size)
-        step += length
-    return order, step
+class Part(NamedTuple):
+    """Some steps under the same terms."""
+
+    num_steps: int
+    global_batch_size: int
+    weights: list[float]
+    seq_len: int
+    new_epoch: bool
 
 
-@given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 5))
-def test_every_index_is_hit_once(size: int, seed: int, epoch: int) -> None:
-    shuffled = Permutation(size, (seed, 0, epoch))(np.arange(size))
-    assert np.array_equal(np.sort(shuffled), np.arange(size))
+def parts_of(shrinks: bool, restarts: bool) -> st.SearchStrategy[list[Part]]:
+    part = st.builds(
+        Part,
+        st.integers(1, 20),
+        st.integers(1, 16),
+        st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3),
+        st.sampled_from(SEQ_LENS) if shrinks else st.just(SEQ_LENS[0]),
+        st.booleans() if restarts else st.just(False),
+    )
+    return st.lists(part, min_size=1, max_size=5)
 
 
-def test_the_order_is_shuffled_anew_for_each_seed_dataset_and_epoch() -> None:
-    orders = {tuple(Permutation(1000, key)(np.arange(1000))) for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]}
-    assert len(orders) == 4
-    assert tuple(range(1000)) not in orders
+tokens = st.lists(st.integers(SEQ_LENS[0] + 1, 700), min_size=1, max_size=3)  # of each dataset
+seeds = st.integers(0, 2**32)
 
 
-def test_neighbours_do_not_stay_together() -> None:
-    """Of a fair shuffle, one in 100,000 pairs of neighbours stays one; and the mean distance is a third of the size."""
-    size = 100_000
-    shuffled = Permutation(size, (7, 0, 0))(np.arange(size))
-    distance = np.abs(np.diff(shuffled))
-    assert (distance == 1).sum() < 20
-    assert abs(distance.mean() / size - 1 / 3) < 0.01
+def legal(parts: list[Part]) -> list[Part]:
+    """The parts with windows that only become shorter, but where a new epoch begins."""
+    seq_len, found = parts[0].seq_len, []
+    for part in parts:
+        seq_len = part.seq_len if part.new_epoch else min(part.seq_len, seq_len)
+        found.append(part._replace(seq_len=seq_len))
+    return found
 
 
-def test_a_permutation_of_a_trillion_is_evaluated_at_a_point() -> None:
-    size = 10**12
-    points = np.arange(size - 1000, size)
-    assert len(np.unique(Permutation(size, (1, 2, 3))(points))) == 1000
+def terms_of(part: Part, num_tokens: list[int], num_new_epochs: int = 0) -> Terms:
+    return Terms(
+        part.global_batch_size,
+        tuple(part.weights[: len(num_tokens)]),
+        part.seq_len,
+        tuple((count - 1) // part.seq_len for count in num_tokens),
+        num_new_epochs=num_new_epochs,
+    )
+
+
+def run(seed: int, num_tokens: list[int], parts: list[Part]) -> tuple[DataOrder, list[int]]:
+    """The order of a run with these parts; the first step of each, and the last one's end."""
+    order, steps, asked = DataOrder.begin(seed, terms_of(parts[0], num_tokens)), [0], 0
+    for part in parts:
+        asked += part.new_epoch
+        order = order.change(steps[-1], terms_of(part, num_tokens, asked))
+        steps.append(steps[-1] + part.num_steps)
+    return order, steps
+
+
+def seen(order: DataOrder, num_steps: int, source: int) -> list[tuple[int, int, int]]:
+    """Epoch, and tokens [begin, end), of each sample of one dataset, in order."""
+    found = []
+    for step in range(num_steps):
+        batch, length = order.batch(step), order.terms(step).seq_len
+        mine = batch.dataset == source
+        pairs = zip(batch.epoch[mine].tolist(), batch.window[mine].tolist(), strict=True)
+        found += [(epoch, window * length, (window + 1) * length) for epoch, window in pairs]
+    return found
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**32), sizes, changes)
-def test_no_window_repeats_or_is_left_out_within_an_epoch_whatever_changes(
-    seed: int, num_windows: list[int], parts: list[tuple[int, int, list[float]]]
+@given(seeds, tokens, parts_of(shrinks=False, restarts=False))
+def test_no_window_repeats_or_is_left_out_within_an_epoch_under_changing_batch_sizes_and_weights(
+    seed: int, num_tokens: list[int], parts: list[Part]
 ) -> None:
-    order, num_steps = _run(seed, num_windows, parts)
-    batches = [order.batch(step) for step in range(num_steps)]
-    for source, size in enumerate(num_windows):
+    order, steps = run(seed, num_tokens, parts)
+    batches = [order.batch(step) for step in range(steps[-1])]
+    for source, count in enumerate(num_tokens):
+        size = (count - 1) // SEQ_LENS[0]
         epochs = np.concatenate([batch.epoch[batch.dataset == source] for batch in batches])
         windows = np.concatenate([batch.window[batch.dataset == source] for batch in batches])
         assert np.array_equal(epochs, np.arange(len(epochs)) // size)  # one epoch after the other, each full
         for epoch in range(int(epochs.max(initial=-1)) + 1):
-            seen = windows[epochs == epoch]
-            assert len(np.unique(seen)) == len(seen)
-            assert seen.max() < size
+            once = windows[epochs == epoch]
+            assert len(np.unique(once)) == len(once)
+            assert once.max() < size
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**32), sizes, changes)
-def test_samples_are_numbered_one_after_the_other_whatever_changes(
-    seed: int, num_windows: list[int], parts: list[tuple[int, int, list[float]]]
+@given(seeds, tokens, parts_of(shrinks=True, restarts=False))
+def test_no_token_repeats_or_is_left_out_within_an_epoch_when_windows_become_shorter(
+    seed: int, num_tokens: list[int], parts: list[Part]
 ) -> None:
-    order, num_steps = _run(seed, num_windows, parts)
-    numbers = np.concatenate([order.batch(step).number for step in range(num_steps)])
-    assert np.array_equal(numbers, np.arange(sum(length * size for length, size, _ in parts)))
-    assert order.num_samples_before(num_steps) == len(numbers)
+    parts = legal(parts)
+    order, steps = run(seed, num_tokens, parts)
+    for source, count in enumerate(num_tokens):
+        samples = seen(order, steps[-1], source)
+        assert [epoch for epoch, _, _ in samples] == sorted(epoch for epoch, _, _ in samples)
+        last = samples[-1][0] if samples else 0
+        assert {epoch for epoch, _, _ in samples} == set(range(last + 1)) or not samples
+        for epoch in range(last + 1):
+            spans = sorted((begin, end) for number, begin, end in samples if number == epoch)
+            assert all(end <= begin for (_, end), (begin, _) in pairwise(spans)), "seen twice"
+            assert not spans or spans[-1][1] < count
+            if epoch < last:  # it is over: nothing but an end too short for one of its first windows is left
+                assert spans[0][0] == 0
+                assert all(end == begin for (_, end), (begin, _) in pairwise(spans)), "left out"
+                assert count - 1 - spans[-1][1] < parts[0].seq_len
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**32), sizes, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 10_000))
+@given(seeds, tokens, parts_of(shrinks=True, restarts=True))
+def test_a_new_epoch_leaves_the_rest_behind_and_repeats_nothing(
+    seed: int, num_tokens: list[int], parts: list[Part]
+) -> None:
+    order, steps = run(seed, num_tokens, legal(parts))
+    for source in range(len(num_tokens)):
+        samples = seen(order, steps[-1], source)
+        assert [epoch for epoch, _, _ in samples] == sorted(epoch for epoch, _, _ in samples)
+        for epoch in {epoch for epoch, _, _ in samples}:
+            spans = sorted((begin, end) for number, begin, end in samples if number == epoch)
+            assert all(end <= begin for (_, end), (begin, _) in pairwise(spans)), "seen twice"
+    for first, part in zip(steps, parts, strict=False):
+        after = order.batch(first)
+        for source in np.unique(after.dataset).tolist():
+            used = seen(order, first, source)
+            if part.new_epoch and used:
+                assert after.epoch[after.dataset == source][0] > used[-1][0]
+
+
+@settings(deadline=None)
+@given(seeds, tokens, parts_of(shrinks=True, restarts=True), st.randoms(use_true_random=False))
+def test_any_step_asked_for_by_itself_is_as_it_is_one_after_the_other(
+    seed: int, num_tokens: list[int], parts: list[Part], random: Random
+) -> None:
+    parts = legal(parts)
+    order, steps = run(seed, num_tokens, parts)
+    batches = [order.batch(step) for step in range(steps[-1])]
+    numbers = np.concatenate([batch.number for batch in batches])
+    assert np.array_equal(numbers, np.arange(sum(part.num_steps * part.global_batch_size for part in parts)))
+    assert order.num_samples_before(steps[-1]) == len(numbers)
+    again = DataOrder(seed, order.segments)
+    shuffled = list(range(steps[-1]))
+    random.shuffle(shuffled)
+    for step in shuffled[:20]:
+        row = step % len(batches[step])
+        assert_same(again.batch(step), batches[step])
+        assert_same(again.batch(step, row, row + 1), batches[step].rows(slice(row, row + 1)))
+
+
+def assert_same(one: Samples, other: Samples) -> None:
+    for name in ("dataset", "epoch", "window", "number"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+@settings(deadline=None)
+@given(seeds, tokens, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 10_000))
 def test_the_shares_of_the_ranks_are_the_global_batch(
-    seed: int, num_windows: list[int], num_ranks: int, step: int
+    seed: int, num_tokens: list[int], num_ranks: int, step: int
 ) -> None:
-    order = DataOrder.begin(seed, num_windows, [1.0] * len(num_windows), 12)
+    order = DataOrder.begin(seed, terms_of(Part(1, 12, [1.0] * 3, 16, False), num_tokens))
     whole, share = order.batch(step), 12 // num_ranks
     parts = [order.batch(step, rank * share, (rank + 1) * share) for rank in range(num_ranks)]
     for field in ("dataset", "epoch", "window", "number"):
         assert np.array_equal(np.concatenate([getattr(part, field) for part in parts]), getattr(whole, field))
 
 
+TERMS = Terms(4, (1.0, 2.0), 16, (100, 200))
+
+
+def test_pieces_of_a_window_do_not_follow_each_other() -> None:
+    order = DataOrder.begin(1, replace(TERMS, weights=(1.0, 0.0)))
+    order = order.change(5, replace(TERMS, weights=(1.0, 0.0), seq_len=4, num_windows=(400, 800)))
+    windows = np.concatenate([order.batch(step).window for step in range(5, 85)]) // 4
+    assert (windows[1:] == windows[:-1]).mean() < 0.05
+
+
+def test_an_epoch_not_yet_begun_is_cut_anew_as_a_whole() -> None:
+    order = DataOrder.begin(1, replace(TERMS, weights=(1.0, 0.0)))
+    shorter = order.change(5, replace(TERMS, seq_len=8, num_windows=(201, 401)))
+    assert [len(place.cuts) for place in shorter.segments[1].places] == [1, 0]
+
+
+def test_windows_that_become_longer_are_refused_within_an_epoch() -> None:
+    for seq_len in (32, 12, 5):
+        with pytest.raises(ValueError, match="must divide 16"):
+            DataOrder.begin(1, TERMS).change(5, replace(TERMS, seq_len=seq_len))
+
+
 def test_a_change_to_what_holds_already_is_none() -> None:
-    order = DataOrder.begin(1, [10, 20], [1.0, 2.0], 4)
-    assert order.change(5, [1.0, 2.0], 4) is order
+    order = DataOrder.begin(1, TERMS)
+    assert order.change(5, replace(TERMS)) is order
 
 
 def test_a_change_does_not_touch_the_steps_before_it() -> None:
-    order = DataOrder.begin(1, [100, 200], [1.0, 2.0], 4)
-    changed = order.change(5, [1.0, 1.0], 8)
+    order = DataOrder.begin(1, TERMS)
+    changed = order.change(5, replace(TERMS, global_batch_size=8, seq_len=8, num_windows=(200, 400)))
     for step in range(5):
-        assert np.array_equal(changed.batch(step).window, order.batch(step).window)
-    assert changed.global_batch_size(4) == 4
-    assert changed.global_batch_size(5) == 8
+        assert_same(changed.batch(step), order.batch(step))
+    assert [changed.terms(step).global_batch_size for step in (4, 5)] == [4, 8]
 
 
 def test_going_back_and_changing_again_forgets_what_came_after() -> None:
-    order = DataOrder.begin(1, [100], [1.0], 4).change(10, [1.0], 8)
-    again = order.change(6, [1.0], 2)
+    order = DataOrder.begin(1, TERMS).change(10, replace(TERMS, global_batch_size=8))
+    again = order.change(6, replace(TERMS, global_batch_size=2))
     assert [segment.first_step for segment in again.segments] == [0, 6]
+
+
+def test_no_dataset_may_be_empty() -> None:
+    with pytest.raises(ValueError, match="at least one window"):
+        DataOrder.begin(1, replace(TERMS, num_windows=(3, 0)))
+
+
+def test_the_order_of_a_corpus_of_a_trillion_tokens_takes_no_memory() -> None:
+    order = DataOrder.begin(1, Terms(1024, (3.0, 1.0), 2048, (488_281_250, 100_000_000)))
+    order = order.change(10**5, Terms(1024, (3.0, 1.0), 1024, (976_562_500, 200_000_000)))
+    batch = order.batch(10**6)
+    assert len(np.unique(np.stack([batch.dataset, batch.epoch, batch.window]), axis=1).T) == 1024
+    arrays = [value for segment in order.segments for value in vars(segment).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) < 1000

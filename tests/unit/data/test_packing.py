@@ -22,7 +22,7 @@ from megatrain.batch import Batch
 from megatrain.data import Dataset, open_dataset
 from megatrain.data import packing as packing_module
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
-from megatrain.data.order import DataOrder
+from megatrain.data.order import DataOrder, Samples, Terms
 from megatrain.data.packing import PackedWindows, PackingPlan, best_fit, open_plan, pack_documents, store_plan
 from megatrain.errors import DataError
 from tests.runs import TinyData
@@ -50,6 +50,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def packed(dataset: Dataset, folder: Path, document_mask: bool = False, seq_len: int = SEQ_LEN) -> PackedWindows:
     store_plan(dataset, seq_len, folder)
     return PackedWindows(dataset, open_plan(dataset, seq_len, folder), seq_len, document_mask)
+
+
+def samples_of(windows: Ints) -> Samples:
+    zeros = np.zeros_like(windows)
+    return Samples(zeros, zeros, windows, windows)
 
 
 def all_pieces(plan: PackingPlan) -> list[list[tuple[int, int]]]:
@@ -109,7 +114,7 @@ def test_batches_hold_the_documents_tokens_and_score_their_pairs_alone(
     source = packed(dataset, tmp_path, document_mask)
     every = np.arange(source.num_windows)
     scored: list[tuple[int, int]] = []
-    for batch in BatchMaker([source], 7).make(np.zeros_like(every), every, every):
+    for batch in BatchMaker([source], 7).make(samples_of(every)):
         assert batch.loss_mask_BT is not None
         assert torch.equal(batch.tokens_BT[:, 1:], batch.targets_BT[:, :-1]), "a target is the next input"
         scored += zip(
@@ -158,7 +163,7 @@ def test_only_documents_longer_than_a_sample_are_cut_and_little_is_left_free(
 
 def test_data_ranks_share_out_the_targets_of_a_global_batch(dataset: Dataset, tmp_path: Path) -> None:
     source = packed(dataset, tmp_path)
-    order = DataOrder.begin(5, [source.num_windows], [1.0], global_batch_size=12)
+    order = DataOrder.begin(5, Terms(12, (1.0,), SEQ_LEN, (source.num_windows,)))
     ranks = [TrainingBatches(BatchMaker([source], 2), order, rank, 3) for rank in range(3)]
     for step in (0, 1, 2, 20, 1000):
         counts = {rank.num_targets(step) for rank in ranks}
@@ -179,8 +184,8 @@ def test_an_evaluation_of_packed_samples_scores_each_target_once(dataset: Datase
 def test_concat_windows_need_no_mask(dataset: Dataset) -> None:
     maker = BatchMaker([Windows(dataset, SEQ_LEN)], 4)
     chosen = np.arange(8)
-    assert [batch.loss_mask_BT for batch in maker.make(np.zeros_like(chosen), chosen, chosen)] == [None, None]
-    assert maker.num_targets(np.zeros_like(chosen), chosen) == 8 * SEQ_LEN
+    assert [batch.loss_mask_BT for batch in maker.make(samples_of(chosen))] == [None, None]
+    assert maker.num_targets(samples_of(chosen)) == 8 * SEQ_LEN
 
 
 def test_a_plan_of_many_blocks_holds_every_pair_too(

@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 
 from megatrain.config import RunConfig
-from megatrain.data.order import DataOrder
+from megatrain.data.order import DataOrder, Terms
 from megatrain.errors import CheckpointError
 from megatrain.train.progress import Progress, refuse_changes
 
-ORDER = DataOrder.begin(3, [100, 50], [2.0, 1.0], 8)
-PROGRESS = Progress(10, 5120, 9, 1, ORDER.change(10, [1.0, 1.0], 4).segments, ("a", "b"), {"cur_scale": 2.0**16})
+TERMS = Terms(8, (2.0, 1.0), 256, (100, 50))
+ORDER = DataOrder.begin(3, TERMS)
+SHORTER = replace(TERMS, global_batch_size=4, seq_len=64, num_windows=(400, 200))
+PROGRESS = Progress(10, 5120, 9, 1, ORDER.change(10, SHORTER).segments, ("a", "b"), {"cur_scale": 2.0**16})
 CONFIG = RunConfig.model_validate(
     {
         "run": {"dir": "runs/x"},
@@ -67,6 +69,6 @@ def test_all_that_may_not_change_is_named_at_once_with_old_and_new_and_why() -> 
 
 def test_segments_survive_a_second_change() -> None:
     first = replace(ORDER, segments=PROGRESS.segments)
-    second = first.change(20, [1.0, 0.0], 4)
+    second = first.change(20, replace(SHORTER, weights=(1.0, 0.0)))
     assert [segment.first_step for segment in second.segments] == [0, 10, 20]
     assert second.num_samples_before(20) == 10 * 8 + 10 * 4
