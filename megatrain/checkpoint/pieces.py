@@ -9,6 +9,7 @@ it vouches for the table, and the table for the data. The file is written front 
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,15 +31,16 @@ BLOCKS_KEY = "__blocks__"
 FORMAT = "megatrain-pieces-1"
 _DIGEST_BYTES = 16
 _MAX_HEADER_BYTES = 1 << 26
+_MAX_RESIDENT_BLOCKS = 4
 
-_CODES = {
+DTYPE_CODES = {  # of safetensors
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
 }
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ def write_pieces(path: Path, fragments: Sequence[Fragment]) -> Written:
     block = xxhash.xxh3_128()
     room = BLOCK_BYTES
     with path.open("xb", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(header))
+        write_all(file.fileno(), memoryview(header))
         for fragment in fragments:
-            data = _bytes_of(fragment.data)
+            data = tensor_bytes(fragment.data)
             while data:
                 part, data = data[:room], data[room:]
-                _write_all(file.fileno(), part)
+                write_all(file.fileno(), part)
                 block.update(part)
                 room -= len(part)
                 if not room:
@@ -88,7 +90,7 @@ def write_pieces(path: Path, fragments: Sequence[Fragment]) -> Written:
                     block, room = xxhash.xxh3_128(), BLOCK_BYTES
         if room < BLOCK_BYTES:
             digests += block.digest()
-        _write_all(file.fileno(), memoryview(digests))
+        write_all(file.fileno(), memoryview(digests))
         os.fsync(file.fileno())
         size = file.tell()
     return Written(path.name, size, xxhash.xxh3_128(header + bytes(digests)).hexdigest())
@@ -134,6 +136,7 @@ class PieceFile:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from None
         self._checked = np.zeros(len(self._table) // _DIGEST_BYTES, dtype=bool)
+        self._num_resident = 0
 
     def read(self, stored: StoredPiece) -> NDArray[Any]:
         """The data of one of ``pieces``, flat, as a view of the mapped file (bfloat16 as its uint16 bit patterns)."""
@@ -147,6 +150,9 @@ class PieceFile:
         for block in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             if self._checked[block]:
                 continue
+            if self._num_resident == _MAX_RESIDENT_BLOCKS:
+                self.forget()
+            self._num_resident += 1
             first = block * BLOCK_BYTES
             digest = xxhash.xxh3_128(self._data[first : first + BLOCK_BYTES].data).digest()
             if digest != self._table[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES]:
@@ -155,6 +161,11 @@ class PieceFile:
                 raise self._damaged(f"bytes {place} are not what was written")
             self._checked[block] = True
 
+    def forget(self) -> None:
+        """Let go of the memory that holds what was read: a checkpoint may be larger. Views stay good."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
+        self._num_resident = 0
+
     def _map(self, written: Written) -> NDArray[np.uint8]:
         try:
             size = self.path.stat().st_size
@@ -162,8 +173,9 @@ class PieceFile:
                 raise self._damaged(f"it has {size:,} bytes instead of {written.bytes:,}")
             if size < 8:
                 raise self._damaged("it is too short to be one of pieces")
-            mapped: NDArray[np.uint8] = np.memmap(self.path, dtype=np.uint8, mode="r")
-            return mapped
+            with self.path.open("rb") as file:
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(self._mapping, dtype=np.uint8)
         except FileNotFoundError:
             raise self._damaged("it is missing") from None
         except OSError as error:
@@ -183,9 +195,12 @@ def copy_into(target: Tensor, wanted: Piece, file: PieceFile, stored: StoredPiec
     source = file.read(stored)
     if stored.dtype == target.dtype:
         bits = target.view(torch.uint16) if _is_bits(target.dtype) else target
-        return copy_overlap(bits.numpy(), wanted, source, stored.piece)
-    converted = torch.from_numpy(source.copy()).view(stored.dtype).to(target.dtype)
-    return copy_overlap(target.numpy(), wanted, converted.numpy(), stored.piece)
+        copied = copy_overlap(bits.numpy(), wanted, source, stored.piece)
+    else:
+        converted = torch.from_numpy(source.copy()).view(stored.dtype).to(target.dtype)
+        copied = copy_overlap(target.numpy(), wanted, converted.numpy(), stored.piece)
+    file.forget()
+    return copied
 
 
 def _may_overlap(wanted: Piece, held: Piece) -> bool:
@@ -207,7 +222,7 @@ def _encode_header(fragments: Sequence[Fragment]) -> bytes:
         key = f"{piece.name}:{kind}:{number}"
         table[key] = [piece.name, kind, piece.global_shape, piece.box.offset, piece.box.extent, piece.start]
         end = begin + data.numel() * data.element_size()
-        tensors[key] = {"dtype": _CODES[data.dtype], "shape": [piece.length], "data_offsets": [begin, end]}
+        tensors[key] = {"dtype": DTYPE_CODES[data.dtype], "shape": [piece.length], "data_offsets": [begin, end]}
         begin = end
     table_bytes = -(-begin // BLOCK_BYTES) * _DIGEST_BYTES
     tensors[BLOCKS_KEY] = {"dtype": "U8", "shape": [table_bytes], "data_offsets": [begin, begin + table_bytes]}
@@ -264,11 +279,13 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return np.dtype("<u2") if _is_bits(dtype) else torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _bytes_of(data: Tensor) -> memoryview:
-    flat = data.detach().to("cpu").contiguous().view(torch.uint8)
+def tensor_bytes(data: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    flat = data.detach().to("cpu").contiguous().flatten().view(torch.uint8)
     return flat.numpy().data
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write until all of ``data`` is written. Raises OSError."""
     while data:
         data = data[os.write(descriptor, data) :]

@@ -57,6 +57,13 @@ class CheckpointReader:
             flat[where if isinstance(where, slice) else torch.from_numpy(where)] = self.read(piece, kind, dtype)
         return flat.view(placement.local_shape)
 
+    def read_file(self, name: str) -> bytes:
+        """A small file that stands beside the pieces, checked. Raises CheckpointError naming it."""
+        entry = next((entry for entry in self.manifest.files if entry.file == name), None)
+        if entry is None:
+            raise CheckpointError(f"{self.folder} holds no {name}.")
+        return check_plain_file(self.folder, entry)
+
     def _candidates(self, name: str, kind: str) -> Iterator[tuple[PieceFile, StoredPiece]]:
         """Every stored piece of a tensor: those of open files, then, as long as they are asked for, of further ones."""
         seen = 0
@@ -106,16 +113,19 @@ def check_files(folder: Path) -> Iterator[tuple[FileEntry, str | None]]:
             yield entry, f"{folder}: {name} ({kind}) has {count:,} elements on disk instead of {whole:,}."
 
 
-def check_plain_file(folder: Path, entry: FileEntry) -> None:
-    """Compare a file that holds no pieces (the tokenizer) with its checksum. Raises CheckpointError naming it."""
+def check_plain_file(folder: Path, entry: FileEntry) -> bytes:
+    """The content of a file that holds no pieces (the tokenizer), as its checksum says. Raises CheckpointError naming
+    it."""
     path = folder / entry.file
     try:
         size = path.stat().st_size
         if size != entry.bytes:
             raise CheckpointError(f"{path}: it has {size:,} bytes instead of {entry.bytes:,}.")
-        if xxhash.xxh3_128(path.read_bytes()).hexdigest() != entry.checksum:
-            raise CheckpointError(f"{path}: its bytes are not what was written.")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: it is missing.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: it cannot be read ({error.strerror}).") from None
+    if xxhash.xxh3_128(content).hexdigest() != entry.checksum:
+        raise CheckpointError(f"{path}: its bytes are not what was written.")
+    return content

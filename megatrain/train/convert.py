@@ -25,12 +25,12 @@ from megatrain.plan.flops import num_parameters
 _EVALUATION_TOKENS = 1024
 
 
-def export_checkpoint(path: Path, out: Path) -> Path:
+def export_checkpoint(path: Path, out: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> Path:
     """Write a checkpoint (or the newest good one of a run) as a Hugging Face folder; the checkpoint's folder."""
     folder = resolve(path)
     reader = CheckpointReader(folder)
     shapes = parameter_shapes(ModelConfig.model_validate(reader.manifest.config["model"]))
-    huggingface.export_folder(reader, shapes, out)
+    huggingface.export_folder(reader, shapes, out, shard_bytes)
     return folder
 
 
@@ -41,12 +41,13 @@ def import_folder(folder: Path, out: Path) -> Manifest:
     """
     if out.exists():
         raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
-    config, precision = huggingface.from_transformers(folder)
+    config = huggingface.read_config(folder)
+    weights = huggingface.HuggingFaceWeights(folder, parameter_shapes(config))
     aside = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        manifest = _write_checkpoint(folder, aside, config, precision)
+        manifest = _write_checkpoint(folder, aside, config, weights)
         sync_folder(aside)
         aside.rename(out)
         return manifest
@@ -63,14 +64,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
-def _write_checkpoint(source: Path, folder: Path, config: ModelConfig, precision: str) -> Manifest:
+def _write_checkpoint(
+    source: Path, folder: Path, config: ModelConfig, weights: huggingface.HuggingFaceWeights
+) -> Manifest:
     entries = []
-    for number, (_, tensors) in enumerate(huggingface.import_weights(source, parameter_shapes(config))):
+    for number, tensors in enumerate(weights.batches()):
         written = write_pieces(folder / f"rank-{number:05d}.safetensors", _fragments(tensors))
         entries.append(FileEntry(file=written.file, bytes=written.bytes, checksum=written.checksum))
-    if (source / huggingface.TOKENIZER).exists():
-        content = (source / huggingface.TOKENIZER).read_bytes()
-        entries.append(add_file(folder, huggingface.TOKENIZER, content))
+    entries += [add_file(folder, name, content) for name, content in huggingface.small_files(source)]
     seq_len = min(config.max_position_embeddings, _EVALUATION_TOKENS)
     manifest = Manifest(
         step=0,
@@ -81,7 +82,7 @@ def _write_checkpoint(source: Path, folder: Path, config: ModelConfig, precision
         config={
             "model": config.model_dump(mode="json"),
             "data": {"seq_len": seq_len, "document_mask": False},
-            "train": {"precision": precision},
+            "train": {"precision": weights.precision},
         },
         versions={name: version(name) for name in ("megatrain", "torch")},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.reader import check_files
 from megatrain.errors import CheckpointError
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.inference import load_decoder
 from tests.runs import TinyData
 
-LLAMA = LlamaConfig(
-    vocab_size=131,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rope_parameters={
-        "rope_type": "llama3",
-        "rope_theta": 5000.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-)
-GPT2 = GPT2Config(vocab_size=131, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, tuple[Any, type[torch.nn.Module]]] = {
+    "llama": (LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE), LlamaForCausalLM),
+    "mistral": (MistralConfig(**SIZES, sliding_window=64), MistralForCausalLM),  # no shorter than the context
+    "qwen3": (Qwen3Config(**SIZES, head_dim=24), Qwen3ForCausalLM),
+    "gpt2": (GPT2Config(vocab_size=131, n_embd=32, n_layer=2, n_head=4, n_positions=64), GPT2LMHeadModel),
+}
+SAME_KEYS = ("n_", "hidden", "num_", "rope", "max_", "vocab", "tie", "rms", "layer_norm", "intermediate", "head_dim")
 
 
 def save(model: torch.nn.Module, folder: Path, **options: object) -> Path:
@@ -44,23 +66,34 @@ def save(model: torch.nn.Module, folder: Path, **options: object) -> Path:
 
 def model_of(family: str, *, tied: bool, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(3)
-    config, kind = (LLAMA, LlamaForCausalLM) if family == "llama" else (GPT2, GPT2LMHeadModel)
+    config, kind = MODELS[family]
     config.tie_word_embeddings = tied
     model = kind(config)
     for parameter in model.parameters():  # biases and norms, too, unlike any default
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype).eval()  # type: ignore[no-any-return]
+    return model.to(dtype).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_imported_model_has_the_logits_of_transformers(family: str, tied: bool, tmp_path: Path) -> None:
     theirs = model_of(family, tied=tied)
     import_folder(save(theirs, tmp_path / "hf"), tmp_path / "checkpoint")
-    assert [problem for _, problem in check_files(tmp_path / "checkpoint")] == [None]
+    assert {problem for _, problem in check_files(tmp_path / "checkpoint")} == {None}
     ours, _, _ = load_decoder(tmp_path / "checkpoint")
-    tokens = torch.randint(0, 131, (2, 40))
-    positions = torch.arange(40).expand(2, 40)
+    tokens = torch.randint(0, 131, (2, 60))
+    positions = torch.arange(60).expand(2, 60)
     with torch.no_grad():
         logits = ours.logits(tokens, ours.make_context(positions, None, None, torch.float32))
         expected = theirs(tokens).logits
@@ -68,14 +101,11 @@ def test_imported_model_has_the_logits_of_transformers(family: str, tied: bool, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_export_of_an_import_is_the_same_bit_for_bit(
-    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)  # several files and an index
+@pytest.mark.parametrize("family", MODELS)
+def test_export_of_an_import_is_the_same_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     theirs = model_of(family, tied=True, dtype=dtype)
     import_folder(save(theirs, tmp_path / "hf", max_shard_size="30KB"), tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "back", shard_bytes=20_000)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     before, after = theirs.state_dict(), again.state_dict()
@@ -83,18 +113,40 @@ def test_export_of_an_import_is_the_same_bit_for_bit(
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
-    assert {n for f in (tmp_path / "hf").glob("*.safetensors") for n in load_file(f)} == {
-        n for f in (tmp_path / "back").glob("*.safetensors") for n in load_file(f)
-    }
-    for key, value in theirs.config.to_dict().items():
-        if key.startswith(
-            ("n_", "hidden", "num_", "rope", "max_", "vocab", "tie", "rms", "layer_norm", "intermediate")
-        ):
+    assert stored(tmp_path / "hf").keys() == stored(tmp_path / "back").keys()
+    for key, value in theirs.config.to_dict().items():  # type: ignore[operator, union-attr]
+        if key.startswith(SAME_KEYS):
             assert again.config.to_dict()[key] == value or key in {"n_inner"}, key
+    if dtype != torch.float32:
+        return  # the model that was saved has rotary angles in half precision, which one that is loaded has not
+    tokens = torch.randint(0, 131, (2, 60))
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, again.eval()(tokens).logits)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_weights_keep_their_type_whatever_config_json_says(tmp_path: Path) -> None:
+    hf = save(model_of("llama", tied=False, dtype=torch.bfloat16), tmp_path / "hf")
+    change_config(hf, dtype="float32")
+    import_folder(hf, tmp_path / "one")
+    export_checkpoint(tmp_path / "one", tmp_path / "back")
+    assert {tensor.dtype for tensor in stored(tmp_path / "back").values()} == {torch.bfloat16}
+
+    exact = torch.linspace(0.1, 1.0, 32)  # not in bf16
+    change_weights(hf, lambda tensors: tensors.update({"model.norm.weight": exact}))
+    import_folder(hf, tmp_path / "two")
+    export_checkpoint(tmp_path / "two", tmp_path / "mixed")
+    mixed = stored(tmp_path / "mixed")
+    assert torch.equal(mixed["model.norm.weight"], exact)
+    assert all(torch.equal(tensor.float(), mixed[name]) for name, tensor in stored(hf).items())
 
 
 def test_exported_tokenizer_encodes_and_decodes_as_ours(tiny_data: TinyData, tmp_path: Path) -> None:
-    import_folder(save(model_of("llama", tied=True), tmp_path / "hf"), tmp_path / "plain")
+    save(model_of("llama", tied=True), tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").unlink()
     shutil.copy(tiny_data.tokenizer, tmp_path / "hf" / "tokenizer.json")
     import_folder(tmp_path / "hf", tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
@@ -102,26 +154,150 @@ def test_exported_tokenizer_encodes_and_decodes_as_ours(tiny_data: TinyData, tmp
     text = "def f(x):\n    return 'é 😀' + x\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token == "<|endoftext|>"
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == 0
 
 
-def test_what_is_no_model_is_refused_with_its_reason(tmp_path: Path) -> None:
-    hf = save(model_of("llama", tied=True), tmp_path / "hf")
-    for name, change, words in [
-        ("nothing", lambda f: (f / "config.json").unlink(), "no config.json"),
-        ("weights", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-        ("family", lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "'bert'"),
-        ("torn", lambda f: (f / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "cannot be read"),
-    ]:
-        broken = shutil.copytree(hf, tmp_path / name)
-        change(broken)
-        with pytest.raises(CheckpointError, match=words):
-            import_folder(broken, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-        assert not list(tmp_path.glob(".out*"))
+def test_how_to_tokenize_and_generate_goes_through_unchanged(tiny_data: TinyData, tmp_path: Path) -> None:
+    hf = save(model_of("qwen3", tied=True), tmp_path / "hf")
+    shutil.copy(tiny_data.tokenizer, hf / "tokenizer.json")
+    own = {"generation_config.json": {"eos_token_id": [7, 9], "bos_token_id": 5, "temperature": 0.6}}
+    own |= {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"}}
+    for name, content in own.items():
+        (hf / name).write_text(json.dumps(content))
+    import_folder(hf, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
+    for name in ("tokenizer.json", *own):
+        assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [7, 9]
 
 
-def test_pickled_weights_are_refused_and_not_loaded(tmp_path: Path) -> None:
-    hf = save(model_of("gpt2", tied=True), tmp_path / "hf")
-    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="can run code"):
+REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "no config": ("llama", lambda f: (f / "config.json").unlink(), "no config.json"),
+    "no weights": ("llama", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    "another family": ("llama", lambda f: change_config(f, model_type="bert"), "'bert'"),
+    "torn": ("llama", lambda f: os.truncate(f / "model.safetensors", 9000), "cannot be read as safetensors"),
+    "no size": (
+        "llama",
+        lambda f: (f / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}'),
+        "lacks intermediate_size, num_hidden_layers, num_attention_heads, vocab_size",
+    ),
+    "bias": ("llama", lambda f: change_config(f, attention_bias=True), "attention_bias is True"),
+    "activation": ("mistral", lambda f: change_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "rope": (
+        "qwen3",
+        lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+        "scaled by 'yarn'; default, linear, llama3",
+    ),
+    "old rope": ("llama", lambda f: change_config(f, rope_scaling={"type": "dynamic", "factor": 2.0}), "'dynamic'"),
+    "unknown rope key": (
+        "llama",
+        lambda f: change_config(f, rope_scaling={"type": "linear", "factor": 2.0, "attention_factor": 1.1}),
+        "rope_scaling.attention_factor",
+    ),
+    "partly rotated": ("llama", lambda f: change_config(f, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    "quantized": (
+        "llama",
+        lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantized",
+    ),
+    "window": ("mistral", lambda f: change_config(f, sliding_window=32), "a window of 32 tokens.*context"),
+    "window by default": (
+        "mistral",
+        lambda f: (f / "config.json").write_text(
+            json.dumps(
+                {k: v for k, v in json.loads((f / "config.json").read_text()).items() if k != "sliding_window"}
+                | {"max_position_embeddings": 8192}
+            )
+        ),
+        "a window of 4096 tokens",
+    ),
+    "window of qwen3": (
+        "qwen3",
+        lambda f: change_config(f, use_sliding_window=True, sliding_window=16),
+        "a window of 16 tokens",
+    ),
+    "layer types": ("qwen3", lambda f: change_config(f, layer_types=["full_attention", "linear_attention"]), "layer_t"),
+    "a tensor more": (
+        "llama",
+        lambda f: change_weights(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
+        "q_proj.bias is no tensor of the model",
+    ),
+    "a tensor less": ("qwen3", lambda f: change_weights(f, lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
+    "another shape": (
+        "llama",
+        lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.zeros(31)})),
+        r"has shape \[31\]",
+    ),
+    "integers": (
+        "llama",
+        lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})),
+        "of type I8",
+    ),
+    "pickled": (
+        "gpt2",
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "can run code",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_imported_as_it_is_is_refused_with_its_reason(what: str, tmp_path: Path) -> None:
+    family, change, words = REFUSED[what]
+    hf = save(model_of(family, tied=True), tmp_path / "hf")
+    change(hf)
+    with pytest.raises(CheckpointError, match=words):
         import_folder(hf, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_import_that_is_refused_ends_with_code_4_and_a_paragraph(tmp_path: Path) -> None:
+    hf = save(model_of("mistral", tied=False), tmp_path / "hf")
+    change_config(hf, sliding_window=8)
+    command = [sys.executable, "-m", "megatrain", "import", str(hf), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 4
+    assert "sliding_window" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from megatrain.train.convert import export_checkpoint, import_folder
+import megatrain.model.decoder
+action, source, target, shard_bytes = sys.argv[1:]
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
+if action == "import":
+    import_folder(Path(source), Path(target))
+else:
+    export_checkpoint(Path(source), Path(target), int(shard_bytes))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_export_holds_a_small_part_of_the_model_in_memory(tmp_path: Path) -> None:
+    """A model of 0.7 GB, the largest tensor of which has 34 MB: what the process grows by, mapped pages included."""
+    keys = {**SIZES, "hidden_size": 2048, "intermediate_size": 4096, "vocab_size": 4096, "num_hidden_layers": 4}
+    config = LlamaConfig(**keys | {"num_attention_heads": 16, "num_key_value_heads": 16})
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert model_bytes > 0.6e9
+    save(model, tmp_path / "hf", max_shard_size="200MB")
+    del model
+
+    def peak(action: str, source: str, target: str) -> int:
+        command = [sys.executable, "-c", MEASURE, action, str(tmp_path / source), str(tmp_path / target), "200000000"]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    peak("import", "hf", "checkpoint")
+    shutil.rmtree(tmp_path / "hf")
+    grown = peak("export", "checkpoint", "back")
+    assert grown < model_bytes / 2, f"{grown / 1e6:.0f} MB for a model of {model_bytes / 1e6:.0f} MB"
