@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +15,9 @@ import torch.distributed as dist
 from megatrain.distributed.topology import Axis, Coordinate, Topology
 
 T = TypeVar("T")
+
+POLL_SECONDS = 0.2
+"""How often ranks that wait for the first one ask whether it is done."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,27 @@ class Groups:
         values: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def on_first_rank(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on rank 0, on every rank; also the exception it raises. Collective.
+
+        However long it takes: the ranks stay in touch, so that no timeout takes the wait for a hang.
+        """
+        outcome: tuple[Any, Exception | None] = (None, None)
+        with ThreadPoolExecutor(1, thread_name_prefix="first-rank") as pool:
+            future = pool.submit(work) if self.rank == 0 else None
+            while self.sum([float(future is not None and not future.done())])[0]:
+                time.sleep(POLL_SECONDS)
+            if future is not None:
+                try:
+                    outcome = future.result(), None
+                except Exception as error:  # noqa: BLE001 - it is raised on all ranks
+                    outcome = None, error
+        result, problem = self.gather(outcome)[0]
+        if problem is not None:
+            raise problem
+        first: T = result
+        return first
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -111,17 +111,14 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
 
 
 def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Groups) -> list[SampleSource]:
-    """The samples of each dataset as ``data.packing`` asks for them. Collective: rank 0 plans, the others map it.
+    """The samples of each dataset as ``data.packing`` asks for them. Collective: rank 0 plans, then all map the plans.
 
     Validation and `megatrain eval` take concat windows whatever the packing: every token counts there.
     """
     if config.data.packing == "concat":
         return [_windows(config, dataset) for dataset in datasets]
     folder, seq_len = Path(config.run.dir) / "packing", config.data.seq_len
-    if groups.rank == 0:
-        for dataset in datasets:
-            store_plan(dataset, seq_len, folder)
-    groups.barrier()
+    groups.on_first_rank(lambda: [store_plan(dataset, seq_len, folder) for dataset in datasets])
     plans = [open_plan(dataset, seq_len, folder) for dataset in datasets]
     pairs = zip(datasets, plans, strict=True)
     return [PackedWindows(dataset, plan, seq_len, config.data.document_mask) for dataset, plan in pairs]

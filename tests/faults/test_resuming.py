@@ -32,7 +32,7 @@ PAIRS = [
     [
         (["model.hidden_size=64", "model.rms_norm_eps=1.0e-6"], "model.hidden_size", "32", "64"),
         (["model.rms_norm_eps=1.0e-6"], "model.rms_norm_eps", "1e-05", "1e-06"),
-        (["data.seq_len=32"], "data.seq_len", "64", "32"),
+        (["data.seq_len=48"], "data.seq_len", "64", "48 (within an epoch it must divide 64)"),
         (["run.seed=8"], "run.seed", "7", "8"),
         (["data.document_mask=true"], "data.document_mask", "False", "True"),
     ],
@@ -74,6 +74,28 @@ def test_another_batch_size_and_other_weights_begin_a_segment(
     windows = segments[0].terms.num_windows
     assert sum(p.epoch * n + p.position for p, n in zip(segments[1].places, windows, strict=True)) == 6 * 8
     assert manifest.tokens == (6 * 8 + 2 * 4) * 64
+    assert Metrics.read(run.run_dir).losses[:6] == losses
+
+
+def test_windows_become_shorter_in_the_middle_of_an_epoch_and_longer_in_a_new_one(
+    copy_run: Callable[[], Copy], two_ranks: ServedRanks, losses: list[float]
+) -> None:
+    run = copy_run()
+    two_ranks.finish(run.config, "train.steps=8", "data.seq_len=32")
+    ended = two_ranks.train(run.config, "train.steps=10")
+    assert ended.codes == [4, 4]
+    assert "set data.num_new_epochs to 1" in "".join(ended.output)
+    for steps in (10, 12):  # asked for once, whatever the config says from then on
+        two_ranks.finish(run.config, f"train.steps={steps}", "data.num_new_epochs=1")
+    manifest = read_manifest(run.checkpoint(12))
+    first, shorter, new = Progress.from_state(manifest.step, manifest.tokens, manifest.state).segments
+    assert (first.first_step, shorter.first_step, new.first_step) == (0, 6, 8)
+    used = sum(place.epoch * n for place, n in zip(shorter.places, first.terms.num_windows, strict=True))
+    cuts = [cut for place in shorter.places for cut in place.cuts]
+    assert used + sum(cut.used for cut in cuts) == 6 * 8
+    assert {cut.factor for cut in cuts} == {2}
+    assert [place.epoch - before.epoch for place, before in zip(new.places, shorter.places, strict=True)] == [1, 1]
+    assert manifest.tokens == (6 * 64 + 2 * 32 + 4 * 64) * 8
     assert Metrics.read(run.run_dir).losses[:6] == losses
 
 
