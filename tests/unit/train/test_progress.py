@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from megatrain.config import RunConfig
+from megatrain.config.keys import leaves
 from megatrain.data.order import DataOrder, Terms
 from megatrain.errors import CheckpointError
-from megatrain.train.progress import Progress, refuse_changes
+from megatrain.train.progress import RULES, Progress, refuse_changes, resume_order, resume_table, rule_of
 
 TERMS = Terms(8, (2.0, 1.0), 256, (100, 50))
 ORDER = DataOrder.begin(3, TERMS)
@@ -42,24 +45,115 @@ def test_a_skipped_step_counts_as_a_step_but_not_as_an_update() -> None:
     assert (after.step, after.tokens, after.updates, after.skipped) == (12, 6144, 10, 2)
 
 
+def changed(**sections: dict[str, Any]) -> RunConfig:
+    """CONFIG with these keys laid over it."""
+    now = json.loads(CONFIG.model_dump_json())
+    return RunConfig.model_validate({name: {**keys, **sections.get(name, {})} for name, keys in now.items()})
+
+
+SAVED = json.loads(CONFIG.model_dump_json())
+OTHER_VALUES = {
+    "steps": 200,
+    "global_batch_size": 32,
+    "precision": "fp32",
+    "eval_every_steps": 5,
+    "micro_batch_size": 1,
+}
+
+
 def test_what_may_change_is_not_refused() -> None:
-    saved = json.loads(CONFIG.model_dump_json())
-    free = CONFIG.model_copy(
-        update={
-            "train": CONFIG.train.model_copy(update={"steps": 200, "global_batch_size": 32, "precision": "fp32"}),
-            "parallel": CONFIG.parallel.model_copy(update={"zero_stage": 3, "recompute": "full"}),
-            "optimizer": CONFIG.optimizer.model_copy(update={"lr": 0.1}),
-        }
+    free = changed(
+        run={"dir": "runs/moved", "init_from": "other"},
+        model={"hidden_dropout": 0.1},
+        data={"train": [{"path": "data/moved", "weight": 0.5}], "validation": [{"path": "data/v"}], "seq_len": 64},
+        train=OTHER_VALUES,
+        parallel={"zero_stage": 3, "recompute": "full"},
+        optimizer={"lr": 0.1},
+        schedule={"type": "wsd"},
+        checkpoint={"keep": 1},
+        observe={"tensorboard": False},
     )
-    refuse_changes(free, saved)
+    refuse_changes(free, SAVED)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"seq_len": 100}, "data.seq_len was 256 and is now 100 (within an epoch it must divide 256)"),
+        ({"packing": "best_fit"}, "data.packing was concat and is now best_fit (it decides where samples begin)"),
+        (
+            {"packing": "best_fit", "seq_len": 128},
+            "data.seq_len was 256 and is now 128 (packing best_fit plans an epoch for one length)",
+        ),
+    ],
+)
+def test_where_samples_begin_may_change_in_a_new_epoch_alone(data: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        refuse_changes(changed(data=data), SAVED)
+    assert words in str(refused.value)
+    assert "or set data.num_new_epochs to 1" in str(refused.value)
+    refuse_changes(changed(data={**data, "num_new_epochs": 1}), SAVED)
+    with pytest.raises(CheckpointError, match=r"set data\.num_new_epochs to 2"):  # it was asked for, and is done
+        saved = {**SAVED, "data": {**SAVED["data"], "num_new_epochs": 1}}
+        refuse_changes(changed(data={**data, "num_new_epochs": 1}), saved)
+
+
+def test_new_epochs_are_never_uncounted() -> None:
+    saved = {**SAVED, "data": {**SAVED["data"], "num_new_epochs": 2}}
+    with pytest.raises(CheckpointError, match=r"data\.num_new_epochs was 2 and is now 1"):
+        refuse_changes(changed(data={"num_new_epochs": 1}), saved)
+
+
+def test_a_key_that_an_older_checkpoint_has_not_stands_at_its_default() -> None:
+    saved = {**SAVED, "model": {k: v for k, v in SAVED["model"].items() if k != "rope_theta"}}
+    refuse_changes(CONFIG, saved)
+    with pytest.raises(CheckpointError, match=r"model.rope_theta was 10000.0 and is now 5.0"):
+        refuse_changes(changed(model={"rope_theta": 5.0}), saved)
+
+
+def test_every_key_of_the_config_has_a_rule_and_every_rule_a_key() -> None:
+    keys = [key for key, _ in leaves()]
+    used = {rule_of(key).key for key in keys if key != "data.train"}  # the list itself: its entries have rules
+    assert used == {rule.key for rule in RULES}
+
+
+def test_the_documented_table_is_the_one_that_is_enforced() -> None:
+    page = Path(__file__).parents[3] / "docs" / "checkpoints.md"
+    assert resume_table() in page.read_text(encoding="utf-8")
+
+
+class Named(NamedTuple):
+    """As much of a dataset as resuming looks at."""
+
+    path: str
+    digest: str
+
+
+def resumed(terms: Terms, progress: Progress = PROGRESS) -> DataOrder:
+    datasets: Any = [Named("data/a", "a"), Named("data/b", "b")]
+    return resume_order(CONFIG, progress, datasets, DataOrder.begin(3, terms))
+
+
+def test_the_same_terms_go_on_in_the_same_segment_and_others_begin_one() -> None:
+    assert resumed(SHORTER).segments == PROGRESS.segments
+    assert [s.first_step for s in resumed(replace(SHORTER, weights=(1.0, 5.0))).segments] == [0, 10]
+
+
+def test_a_packing_plan_of_other_content_is_refused_but_for_a_new_epoch() -> None:
+    packed = replace(TERMS, plans=("aa", "bb"))
+    progress = replace(PROGRESS, segments=DataOrder.begin(3, packed).segments)
+    assert resumed(packed, progress).segments == progress.segments
+    other = replace(packed, plans=("aa", "cc"))
+    with pytest.raises(CheckpointError, match="packing plan of data/b is not the one") as refused:
+        resumed(other, progress)
+    assert "set data.num_new_epochs to 1" in str(refused.value)
+    assert resumed(replace(other, num_new_epochs=1), progress).terms(10).plans == ("aa", "cc")
 
 
 def test_all_that_may_not_change_is_named_at_once_with_old_and_new_and_why() -> None:
-    saved = json.loads(CONFIG.model_dump_json())
-    model = CONFIG.model.model_copy(update={"num_hidden_layers": 3, "rope_theta": 5.0e5})
-    changed = CONFIG.model_copy(update={"model": model, "run": CONFIG.run.model_copy(update={"seed": 1})})
+    other = changed(model={"num_hidden_layers": 3, "rope_theta": 5.0e5}, run={"seed": 1})
     with pytest.raises(CheckpointError) as refused:
-        refuse_changes(changed, saved)
+        refuse_changes(other, SAVED)
     message = str(refused.value)
     assert "model.num_hidden_layers was 2 and is now 3 (another model has no use for these weights)" in message
     assert "model.rope_theta was 10000.0 and is now 500000.0" in message
