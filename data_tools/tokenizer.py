@@ -57,17 +57,23 @@ def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN) -> TokenizerFile:
     )
 
 
-def train_tokenizer(inputs: Sequence[str], vocab_size: int, out: Path, options: ReadOptions) -> int:
+def train_tokenizer(
+    inputs: Sequence[str], vocab_size: int, out: Path, options: ReadOptions, special_tokens: Sequence[str] = ()
+) -> int:
     """Train a byte-level BPE on the text of the inputs, write it to `out`, and return its true vocabulary size.
 
     Every byte has a token of its own, so no text is ever unknown. The same text gives the same file. The size is
-    smaller than asked for where the text has not enough pairs to merge.
+    smaller than asked for where the text has not enough pairs to merge. ``special_tokens``: those that no text becomes,
+    beside EOD_TOKEN, such as the sentinels of fill-in-the-middle.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    smallest = NUM_BYTE_TOKENS + 1
+    special = list(dict.fromkeys([EOD_TOKEN, *special_tokens]))
+    smallest = NUM_BYTE_TOKENS + len(special)
     if vocab_size < smallest:
-        raise ConfigError(f"--vocab-size {vocab_size} is too small: the bytes and {EOD_TOKEN} need {smallest}.")
+        raise ConfigError(f"--vocab-size {vocab_size} is too small: the bytes and {', '.join(special)} need {smallest}.")
+    if "" in special:
+        raise ConfigError("--special-token was given an empty text: a token needs a name.")
     if not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} for --out {out}: make it first.")
     tokenizer = Tokenizer(models.BPE())
@@ -75,7 +81,7 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, out: Path, options: 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOD_TOKEN],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
