@@ -1,14 +1,14 @@
 """From the parts of all units to the shards of the dataset, in document order.
 
 Shard k holds the documents whose first token is token [k * shard_tokens, (k + 1) * shard_tokens) of all documents laid
-end to end. So what is in a shard follows from the documents alone, and any process can write any shard.
+end to end. So what is in a shard follows from the documents alone, and any process can write any shard. What goes where
+is written down first: then a part can be deleted as soon as the shards that its documents are in are on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from data_tools.claims import Claims
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit
-from data_tools.work import Advance, PartStore, run_tasks
+from data_tools.work import Advance, PartFile, PartStore
 from megatrain.data.dataset import Shard
 from megatrain.data.format import (
     BATCH_TOKENS,
@@ -41,6 +42,8 @@ from megatrain.data.format import (
 )
 from megatrain.errors import DataError
 
+PLAN_FILE = "plan.json"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -56,7 +59,8 @@ class Recipe:
 class Slice:
     """Documents [first, last) of a part, and where their rows come from."""
 
-    part: Path
+    part: str
+    """File name of the part."""
     files: tuple[str, ...]
     first_row: int
     """Row in the file at which the part begins."""
@@ -76,31 +80,95 @@ class ShardPlan:
         """Names the plan: a shard written by another plan is written again."""
         return xxhash.xxh3_128_hexdigest(repr(self).encode())
 
+    @property
+    def inner_parts(self) -> set[str]:
+        """Parts that lie in this shard alone, surely: the first and the last may reach into a neighbour."""
+        return {each.part for each in self.slices} - {self.slices[0].part, self.slices[-1].part}
 
-def assemble(
-    out: Path, units: Sequence[Unit], store: PartStore, recipe: Recipe, num_workers: int, advance: Advance
-) -> Manifest:
-    """Write the shards, their table and the manifest of the dataset whose units are all finished."""
-    plans, num_empty = plan_shards(units, store, recipe.shard_tokens)
-    if not plans:
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes into all shards, and how many empty documents are left out."""
+
+    units: str
+    """Names the units that it was made for."""
+    shards: list[ShardPlan]
+    num_empty: int
+
+
+def load_plan(work: Path, units: Sequence[Unit]) -> Plan | None:
+    """The plan that was written down for these units, if it was."""
+    try:
+        units_key, num_empty, shards = orjson.loads((work / PLAN_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    if units_key != _units_key(units):
+        return None
+    plans = [
+        ShardPlan(index, [Slice(part, tuple(files), *rest) for part, files, *rest in slices])
+        for index, slices in enumerate(shards)
+    ]
+    return Plan(units_key, plans, num_empty)
+
+
+def make_plan(store: PartStore, units: Sequence[Unit], shard_tokens: int) -> Plan:
+    """Plan the shards of units that are all finished, and write the plan down."""
+    shards, num_empty = plan_shards(units, store, shard_tokens)
+    if not shards:
         raise DataError(f"The input holds no text: {num_empty} documents, all of them empty.")
-    write = partial(write_shard, out, store.folder, recipe)
-    run_tasks(write, plans, num_workers, advance)
-    rows = [orjson.loads(_stats_path(store.folder, plan.index).read_bytes())["row"] for plan in plans]
-    for stale in set(out.glob("shard-*.arrow")) - {out / shard_name(plan.index) for plan in plans}:
+    plan = Plan(_units_key(units), shards, num_empty)
+    slices = [[[s.part, s.files, s.first_row, s.first, s.last] for s in shard.slices] for shard in shards]
+    commit_bytes(store.folder / PLAN_FILE, orjson.dumps([plan.units, num_empty, slices]))
+    return plan
+
+
+def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> tuple[list[ShardPlan], int]:
+    """Which documents go into which shard, and how many empty documents there are."""
+    plans: list[ShardPlan] = []
+    position = num_empty = first_row = 0
+    last_shard = -1
+    for unit in units:
+        if unit.start == 0:
+            first_row = 0
+        files = tuple(file.name for file in unit.files)
+        for part in store.parts(unit):
+            for shard, first, last in _shards_of(part, position, shard_tokens):
+                if shard != last_shard:
+                    plans.append(ShardPlan(len(plans)))
+                    last_shard = shard
+                plans[-1].slices.append(Slice(part.path.name, files, first_row, first, last))
+            first_row += part.num_rows
+            num_empty += part.num_empty
+            position += part.num_tokens
+    return plans, num_empty
+
+
+def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tuple[int, int, int]]:
+    """Number of each shard that documents of the part go into, and which: [first, last)."""
+    shard = position // shard_tokens
+    if position + part.num_tokens <= (shard + 1) * shard_tokens:
+        return [(shard, 0, part.num_documents)] if part.num_documents else []
+    lengths = _lengths(pa.ipc.open_file(pa.memory_map(str(part.path))))
+    return _runs((position + np.cumsum(lengths) - lengths) // shard_tokens)
+
+
+def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifest:
+    """Write the table of shards and the manifest, when all shards are there."""
+    rows = [orjson.loads(_stats_path(work, shard.index).read_bytes())["row"] for shard in plan.shards]
+    for stale in set(out.glob("shard-*.arrow")) - {out / shard_name(shard.index) for shard in plan.shards}:
         stale.unlink()
     rows = [{**row, "checksum": bytes.fromhex(row["checksum"])} for row in rows]
     table = pa.Table.from_pylist(rows, schema=SHARD_TABLE_SCHEMA)
-    with committed(out / SHARD_TABLE_FILE, store.folder) as path, pa.ipc.new_file(str(path), table.schema) as writer:
+    with committed(out / SHARD_TABLE_FILE, work) as path, pa.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table)
     tokenizer = recipe.tokenizer
     manifest = Manifest(
-        digest=content_digest(tokenizer.sha256, recipe.options, _document_hashes(out, plans)),
-        num_shards=len(plans),
+        digest=content_digest(tokenizer.sha256, recipe.options, _document_hashes(out, plan.shards)),
+        num_shards=len(plan.shards),
         num_documents=sum(row["documents"] for row in rows),
         num_tokens=sum(row["tokens"] for row in rows),
         text_bytes=sum(row["text_bytes"] for row in rows),
-        num_empty_documents=num_empty,
+        num_empty_documents=plan.num_empty,
         dtype=token_dtype(tokenizer.vocab_size).name,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
@@ -110,40 +178,43 @@ def assemble(
         job=recipe.job,
         shard_table_checksum=file_checksum(out / SHARD_TABLE_FILE).hex(),
     )
-    commit_bytes(out / MANIFEST_FILE, manifest.dump(), store.folder)
+    commit_bytes(out / MANIFEST_FILE, manifest.dump(), work)
     return manifest
 
 
-def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> tuple[list[ShardPlan], int]:
-    """Which documents go into which shard, and how many empty documents were left out."""
-    plans: list[ShardPlan] = []
-    position = num_empty = first_row = 0
-    last_shard = -1
-    for unit in units:
-        if unit.start == 0:
-            first_row = 0
-        for path in store.parts(unit):
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            lengths = _lengths(reader)
-            starts = position + np.cumsum(lengths) - lengths
-            for shard, first, last in _runs(starts // shard_tokens):
-                if shard != last_shard:
-                    plans.append(ShardPlan(len(plans)))
-                    last_shard = shard
-                plans[-1].slices.append(Slice(path, tuple(file.name for file in unit.files), first_row, first, last))
-            counts = orjson.loads(reader.schema.metadata[b"megatrain"])
-            first_row += counts["num_rows"]
-            num_empty += counts["num_empty"]
-            position += int(lengths.sum())
-    return plans, num_empty
+class ShardWriter:
+    """Writes shards that nobody has written or is writing."""
+
+    def __init__(self, out: Path, work: Path, claims: Claims, recipe: Recipe) -> None:
+        self._out = out
+        self._work = work
+        self._claims = claims
+        self._recipe = recipe
+
+    def __call__(self, plan: ShardPlan, advance: Advance) -> None:
+        """Write the shard, then delete the parts that are in it alone."""
+        with self._claims.claim(shard_name(plan.index)) as is_ours:
+            if not is_ours:
+                return
+            if not self.is_written(plan):
+                write_shard(self._out, self._work, self._recipe, plan, advance)
+            for part in plan.inner_parts:
+                (self._work / part).unlink(missing_ok=True)
+
+    def is_written(self, plan: ShardPlan) -> bool:
+        """Whether the shard, and what the table of shards is to say of it, are on disk."""
+        stats_path = _stats_path(self._work, plan.index)
+        return (
+            (self._out / shard_name(plan.index)).exists()
+            and stats_path.exists()
+            and orjson.loads(stats_path.read_bytes())["plan"] == plan.key
+        )
 
 
 def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance: Advance) -> None:
-    """Write one shard, and beside the parts what the table of shards is to say of it; nothing if both are there."""
-    path, stats_path = out / shard_name(plan.index), _stats_path(work, plan.index)
-    if path.exists() and stats_path.exists() and orjson.loads(stats_path.read_bytes())["plan"] == plan.key:
-        return
-    pieces = [piece for part in plan.slices for piece in _pieces(part)]
+    """Write one shard, and beside the parts what the table of shards is to say of it."""
+    path = out / shard_name(plan.index)
+    pieces = [piece for part in plan.slices for piece in _pieces(work, part)]
     lengths = np.concatenate([np.diff(_offsets(piece.batch)) for piece in pieces])
     totals = {
         "documents": len(lengths),
@@ -164,7 +235,7 @@ def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance:
             writer.write_batch(_shard_batch(group, schema))
     num_bytes = path.stat().st_size
     row = {**totals, "bytes": num_bytes, "checksum": file_checksum(path).hex()}
-    commit_bytes(stats_path, orjson.dumps({"plan": plan.key, "row": row}))
+    commit_bytes(_stats_path(work, plan.index), orjson.dumps({"plan": plan.key, "row": row}))
     advance(num_bytes)
 
 
@@ -175,9 +246,9 @@ class _Piece:
     first_row: int
 
 
-def _pieces(part: Slice) -> Iterator[_Piece]:
+def _pieces(work: Path, part: Slice) -> Iterator[_Piece]:
     """The record batches of a slice, mapped."""
-    table = pa.ipc.open_file(pa.memory_map(str(part.part))).read_all()
+    table = pa.ipc.open_file(pa.memory_map(str(work / part.part))).read_all()
     for batch in table.slice(part.first, part.last - part.first).to_batches():
         yield _Piece(batch, part.files, part.first_row)
 
@@ -247,6 +318,13 @@ def _runs(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
     for first, last in pairwise(borders):
         if last > first:
             yield int(values[first]), first, last
+
+
+def _units_key(units: Sequence[Unit]) -> str:
+    key = xxhash.xxh3_128()
+    for unit in units:
+        key.update(unit.key.encode())
+    return key.hexdigest()
 
 
 def _stats_path(work: Path, index: int) -> Path:

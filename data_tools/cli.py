@@ -36,6 +36,13 @@ class Engine(str, Enum):
     FASTOKENS = "fastokens"
 
 
+class Method(str, Enum):
+    """Which documents are the same."""
+
+    EXACT = "exact"
+    MINHASH = "minhash"
+
+
 Inputs = Annotated[
     list[str],
     typer.Argument(
@@ -45,6 +52,10 @@ Inputs = Annotated[
 ]
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="The folder that `tokenize` wrote.")]
 TextKey = Annotated[str, typer.Option(help="The key or column that holds a record's text.")]
+IdKey = Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core unless given.")]
+CleanOut = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to: .jsonl.zst, and .report in it.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Start over, whatever an earlier such command left there.")]
 ErrorsOption = Annotated[Errors, typer.Option(help="Invalid UTF-8: stop with its place, or keep it with U+FFFD.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
@@ -63,6 +74,10 @@ def train_tokenizer_command(
     inputs: Inputs,
     vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and <|endoftext|> included.")],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    special_token: Annotated[
+        list[str] | None,
+        typer.Option(help="A token that no text becomes, such as <|fim_prefix|>; may be given several times."),
+    ] = None,
     text_key: TextKey = "text",
     errors: ErrorsOption = Errors.STRICT,
 ) -> None:
@@ -70,7 +85,7 @@ def train_tokenizer_command(
     from data_tools.tokenizer import train_tokenizer
     from data_tools.units import ReadOptions
 
-    size = train_tokenizer(inputs, vocab_size, out, ReadOptions(text_key, errors=errors.value))
+    size = train_tokenizer(inputs, vocab_size, out, ReadOptions(text_key, errors=errors.value), special_token or [])
     if size < vocab_size:
         typer.echo(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.", err=True)
     typer.echo(f"{out}: {size} tokens")
@@ -88,22 +103,74 @@ def tokenize(
     errors: ErrorsOption = Errors.STRICT,
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
     engine: Annotated[Engine, typer.Option(help="auto: fastokens if it gives the ids of tokenizers.")] = Engine.AUTO,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
+    ] = False,
 ) -> None:
-    """Turn text into a dataset. The same command again goes on where it was stopped."""
-    from data_tools.progress import show_progress
+    """Turn text into a dataset. The same command again goes on where it was stopped.
+
+    Under mpirun or srun, as a SLURM array, or started several times over one file system, all share the work.
+    """
+    from data_tools.progress import no_progress, show_progress
+    from data_tools.ranks import find_ranks
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
     from data_tools.units import ReadOptions
+    from data_tools.work import limit_threads
 
     options = TokenizeOptions(ReadOptions(text_key, id_key, errors.value), eod_token, shard_tokens)
-    num_workers = workers or _num_cores()
-    effort = Effort(num_workers, engine.value, show_progress, lambda text: typer.echo(f"Warning: {text}", err=True))
-    manifest = run(inputs, tokenizer, out, options, effort)
+    ranks = find_ranks()
+    num_workers = workers or ranks.num_cores()
+    limit_threads(num_workers)
+    progress = show_progress if ranks.reports else no_progress
+    effort = Effort(num_workers, engine.value, progress, lambda text: typer.echo(f"Warning: {text}", err=True))
+    try:
+        manifest = run(inputs, tokenizer, out, options, effort, ranks, restart=restart)
+    except (MegatrainError, OSError) as error:
+        if ranks.speak_mpi:
+            ranks.abort(_report(error))
+        raise
+    if not ranks.reports:
+        return
+    if manifest is None:
+        typer.echo(f"{out}: others are still at work on it; the last of them to end finishes it.")
+        return
     typer.echo(
         f"{out}: {manifest.num_documents} documents, {manifest.num_tokens} tokens ({manifest.dtype}), "
         f"{manifest.text_bytes / 1e6:.1f} MB of text, {manifest.num_shards} shards, "
         f"{manifest.num_empty_documents} empty documents left out, digest {manifest.digest}"
     )
+
+
+@app.command()
+def dedup(
+    inputs: Inputs,
+    out: CleanOut,
+    method: Annotated[Method, typer.Option(help="exact: the same characters; minhash: nearly.")] = Method.EXACT,
+    threshold: Annotated[float, typer.Option(help="minhash: Jaccard index of shingles from which on.")] = 0.8,
+    num_permutations: Annotated[int, typer.Option(help="minhash: size of a signature.")] = 256,
+    ngram: Annotated[int, typer.Option(help="minhash: words in a shingle.")] = 5,
+    workers: Workers = None,
+    text_key: TextKey = "text",
+    id_key: IdKey = "id",
+    errors: ErrorsOption = Errors.STRICT,
+    restart: Restart = False,
+) -> None:
+    """Leave out documents that are the same, or nearly, as an earlier one. The same command again goes on."""
+    from data_tools.clean.dedup import DedupOptions
+    from data_tools.clean.dedup import dedup as run
+    from data_tools.clean.job import Effort
+    from data_tools.clean.report import render
+    from data_tools.progress import show_progress
+    from data_tools.ranks import find_ranks
+    from data_tools.units import ReadOptions
+
+    ranks = find_ranks()
+    read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
+    options = DedupOptions(read, method.value, threshold, num_permutations, ngram)
+    report = run(inputs, out, options, Effort(workers or ranks.num_cores(), show_progress, ranks), restart)
+    if ranks.reports:
+        typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
 
 
 @app.command()
@@ -131,22 +198,22 @@ def verify(dataset: DatasetArgument) -> None:
     typer.echo(f"{dataset} is whole: {manifest.num_documents} documents, {manifest.num_tokens} tokens.")
 
 
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _report(error: MegatrainError | OSError) -> int:
+    """Say what is wrong, in one paragraph, and give the exit code for it."""
+    if isinstance(error, MegatrainError):
+        typer.echo(f"megatrain-data: {error}", err=True)
+        return error.exit_code
+    typer.echo(f"megatrain-data: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
+    return EXIT_DATA
 
 
 def main() -> None:
     """Run the command line; an error that a user can cause is one paragraph and its exit code."""
     try:
         app()
-    except MegatrainError as error:
-        typer.echo(f"megatrain-data: {error}", err=True)
-        sys.exit(error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has gone: keep Python's own flush at exit from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        typer.echo(f"megatrain-data: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
-        sys.exit(EXIT_DATA)
+    except (MegatrainError, OSError) as error:
+        sys.exit(_report(error))

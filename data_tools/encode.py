@@ -1,17 +1,22 @@
-"""One unit of the input: read, encoded, and committed part by part."""
+"""One unit of the input: read, encoded, and committed part by part.
+
+While one batch of documents is being encoded, which needs no interpreter, the next is read and parsed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from data_tools.claims import Claims
 from data_tools.engines import Encoder, make_encoder
 from data_tools.inputs import Kind
 from data_tools.readers import read_parts
@@ -19,6 +24,9 @@ from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Unit
 from data_tools.work import Advance, PartStore
 from megatrain.data.format import canonical_json, token_dtype
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 ENCODE_CHARACTERS = 1 << 20
 """About how much text the encoder is given at once."""
@@ -47,11 +55,21 @@ class _Document(NamedTuple):
     row: int
 
 
+class Assignment(NamedTuple):
+    """A unit to work on, unless `num_readers` others already do."""
+
+    unit: Unit
+    num_readers: int
+
+
 class UnitEncoder:
     """Encodes units with the chosen engine; the encoder itself is built on first use, in the process that uses it."""
 
-    def __init__(self, store: PartStore, tokenizer: TokenizerFile, options: ReadOptions, engine: str) -> None:
+    def __init__(
+        self, store: PartStore, claims: Claims, tokenizer: TokenizerFile, options: ReadOptions, engine: str
+    ) -> None:
         self._store = store
+        self._claims = claims
         self._tokenizer = tokenizer
         self._options = options
         self._engine = engine
@@ -61,19 +79,29 @@ class UnitEncoder:
     def _encoder(self) -> Encoder:
         return make_encoder(self._engine, self._tokenizer.json)
 
-    def __call__(self, unit: Unit, advance: Advance) -> None:
-        """Commit the parts of the unit that are not there yet, and then that the unit is finished."""
-        numbers = []
-        for part in read_parts(unit, self._options, advance):
-            if not self._store.part_path(unit, part.number).exists():
-                self._commit(unit, part)
-            numbers.append(part.number)
-        self._store.finish_unit(unit, numbers)
+    def __call__(self, task: Assignment, advance: Advance) -> None:
+        """Commit the parts of the unit that nobody has done or is doing; record it as finished if all are there."""
+        unit = task.unit
+        with self._claims.seat(unit.key, task.num_readers) as seated:
+            if not seated:
+                return
+            paths = {}
+            for part in read_parts(unit, self._options, advance):
+                path = paths[part.number] = self._store.part_path(unit, part.number)
+                if path.exists():
+                    continue
+                with self._claims.claim(path.name) as is_ours:
+                    if is_ours and not path.exists():
+                        self._commit(unit, part)
+            if all(path.exists() for path in paths.values()):
+                self._store.finish_unit(unit, list(paths))
 
     def _commit(self, unit: Unit, part: Part) -> None:
         is_text = unit.files[0].kind is Kind.TEXT
         counts = {"num_rows": 0, "num_empty": 0}
-        batches = [self._encode(documents) for documents in _in_batches(part, is_text, counts)]
+        batches = list(_ahead(self._encode, _in_batches(part, is_text, counts)))
+        counts["num_documents"] = sum(batch.num_rows for batch in batches)
+        counts["num_tokens"] = sum(len(batch["tokens"].values) for batch in batches)
         self._store.commit_part(unit, part.number, part_schema(self._dtype, counts), batches)
 
     def _encode(self, documents: list[_Document]) -> pa.RecordBatch:
@@ -93,7 +121,7 @@ class UnitEncoder:
             pa.array(hashes, pa.binary(16)),
             pa.array([document.file for document in documents], pa.uint32()),
             pa.array([document.row for document in documents], pa.uint64()),
-            pa.array([len(text.encode()) for text in texts], pa.uint64()),
+            pa.array([len(text) if text.isascii() else len(text.encode()) for text in texts], pa.uint64()),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -129,3 +157,16 @@ def _in_batches(part: Part, is_text: bool, counts: dict[str, int]) -> Iterator[l
             documents, num_characters = [], 0
     if documents:
         yield documents
+
+
+def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Like `map`, but the next item is made while the function is at work on one."""
+    with ThreadPoolExecutor(1) as thread:
+        pending: Future[U] | None = None
+        for item in items:
+            begun = thread.submit(function, item)
+            if pending is not None:
+                yield pending.result()
+            pending = begun
+        if pending is not None:
+            yield pending.result()

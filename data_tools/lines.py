@@ -6,8 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import groupby
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import orjson
 
@@ -16,48 +15,103 @@ from data_tools.units import Part, ReadOptions, Record, Unit, decode
 from megatrain.errors import DataError
 
 BLOCK_BYTES = 1 << 20
+LINE_BYTES = 1 << 16
+"""Read behind a part at once, which most often holds the end of its last line."""
 MAX_DOCUMENT_BYTES = 1 << 28
 """A longer line or text file is taken for a mistake, or for an attack on memory."""
+TOO_LONG = f"the line is longer than {MAX_DOCUMENT_BYTES} bytes"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_json_lines(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
     """The lines of a unit, in parts by where they begin. Raises DataError with file and line."""
     file = unit.files[0]
-    for number, lines in groupby(_lines(unit, advance), key=lambda line: (line[0] - unit.start) // unit.part_bytes):
-        yield Part(number, (_parse_line(file, offset, line, options) for offset, line in lines))
+    if file.compression:
+        for number, offset, data in _compressed_parts(unit, advance):
+            yield Part(number, _rows(file, offset, data, 0, len(data), options))
+        return
+    stop = file.num_bytes if unit.stop is None else unit.stop
+    for number, first in enumerate(range(unit.start, stop, unit.part_bytes)):
+        yield Part(number, _plain_rows(file, first, min(first + unit.part_bytes, stop), options, advance))
 
 
-def _lines(unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin within the unit, each with the offset of its first byte in the (decompressed) file."""
-    # A line belongs to the unit in which its first byte lies: read from one byte earlier, and drop what ends there.
-    skip_first = unit.start > 0
-    offset = unit.start - skip_first
-    pending: list[bytes] = []
-    pending_bytes = 0
-    for block in _blocks(unit.files[0], offset, advance):
-        if len(block) + pending_bytes > MAX_DOCUMENT_BYTES and b"\n" not in block:
-            _fail(unit.files[0], offset, f"the line is longer than {MAX_DOCUMENT_BYTES} bytes")
-        pending.append(block)
-        pending_bytes += len(block)
-        if b"\n" not in block:
-            continue
-        *lines, rest = b"".join(pending).split(b"\n")
-        pending, pending_bytes = [rest], len(rest)
-        for line in lines:
-            if skip_first:
-                skip_first = False
-            elif unit.stop is not None and offset >= unit.stop:
+def _plain_rows(
+    file: InputFile, start: int, stop: int, options: ReadOptions, advance: Callable[[int], None]
+) -> Iterator[Record | None]:
+    """The lines whose first byte lies in [start, stop) of a plain file."""
+    # The byte before decides whether a line begins at the very start; the last line may end behind the stop.
+    first = max(start - 1, 0)
+    try:
+        with file.open() as raw:
+            raw.seek(first)
+            data = raw.read(stop - first + LINE_BYTES)
+            begin = data.find(b"\n", 0, stop - first) + 1 if start > 0 else 0
+            if start > 0 and (begin == 0 or first + begin >= stop):
                 return
-            else:
-                yield offset, line
-            offset += len(line) + 1
-    rest = b"".join(pending)
-    if rest and not skip_first and (unit.stop is None or offset < unit.stop):
-        yield offset, rest
+            end = data.find(b"\n", stop - first - 1) + 1
+            if end == 0:
+                data += _rest_of_line(file, raw, first + len(data), first + data.rfind(b"\n") + 1)
+                end = len(data)
+    except OSError as error:
+        raise DataError(f"{file.name} cannot be read: {error}.") from None
+    advance(stop - start)
+    yield from _rows(file, first, data, begin, end, options)
 
 
-def _blocks(file: InputFile, start: int, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of the file, decompressed, from the raw offset `start` on."""
+def _rest_of_line(file: InputFile, raw: IO[bytes], position: int, line_start: int) -> bytes:
+    """What is left of the line that begins at `line_start`, from `position` of the file on."""
+    blocks: list[bytes] = []
+    while block := raw.read(BLOCK_BYTES):
+        end = block.find(b"\n") + 1
+        blocks.append(block[:end] if end else block)
+        position += len(blocks[-1])
+        if end:
+            break
+        if position - line_start > MAX_DOCUMENT_BYTES:
+            _fail(file, line_start, TOO_LONG)
+    return b"".join(blocks)
+
+
+def _compressed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[int, int, bytes]]:
+    """Each part of a compressed file: its number, the offset of its first line, and its lines."""
+    file = unit.files[0]
+    part_bytes = unit.part_bytes
+    offset = position = 0
+    pieces: list[bytes] = []
+    for block in _blocks(file, advance):
+        while block:
+            # The part's last line is the one that holds the byte before the next part's first.
+            border = (offset // part_bytes + 1) * part_bytes
+            end = block.find(b"\n", max(border - 1 - position, 0)) + 1
+            pieces.append(block[:end] if end else block)
+            position += len(pieces[-1])
+            if end:
+                yield offset // part_bytes, offset, b"".join(pieces)
+                pieces, offset = [], position
+            elif position - border > MAX_DOCUMENT_BYTES:
+                _fail(file, offset + b"".join(pieces).rfind(b"\n") + 1, TOO_LONG)
+            block = block[end:] if end else b""
+    if pieces:
+        yield offset // part_bytes, offset, b"".join(pieces)
+
+
+def _rows(
+    file: InputFile, offset: int, data: bytes, begin: int, end: int, options: ReadOptions
+) -> Iterator[Record | None]:
+    """The lines of data[begin:end]; `offset` is where the data begin in the (decompressed) file."""
+    view = memoryview(data)
+    while begin < end:
+        line_end = data.find(b"\n", begin, end)
+        if line_end < 0:
+            line_end = end
+        if line_end - begin > MAX_DOCUMENT_BYTES:
+            _fail(file, offset + begin, TOO_LONG)
+        yield _parse_line(file, offset + begin, view[begin:line_end], options)
+        begin = line_end + 1
+
+
+def _blocks(file: InputFile, advance: Callable[[int], None]) -> Iterator[bytes]:
+    """The bytes of the file, decompressed."""
     with file.open() as raw:
         try:
             if file.compression == "zstd":
@@ -65,7 +119,6 @@ def _blocks(file: InputFile, start: int, advance: Callable[[int], None]) -> Iter
             elif file.compression == "gzip":
                 yield from _gzip_blocks(file, raw, advance)
             else:
-                raw.seek(start)
                 while block := raw.read(BLOCK_BYTES):
                     advance(len(block))
                     yield block
@@ -109,17 +162,16 @@ def _zstd_blocks(file: InputFile, raw: Any, advance: Callable[[int], None]) -> I
         raise DataError(f"{file.name} is cut off: its last zstd frame does not end. Download or compress it again.")
 
 
-def _parse_line(file: InputFile, offset: int, line: bytes, options: ReadOptions) -> Record | None:
-    if offset == 0:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-    if not line.strip():
-        return None
+def _parse_line(file: InputFile, offset: int, line: memoryview, options: ReadOptions) -> Record | None:
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        record = _parse_bad_line(file, offset, line, options, error)
+    except orjson.JSONDecodeError:
+        bare = bytes(line).removeprefix(BYTE_ORDER_MARK) if offset == 0 else bytes(line)
+        if not bare.strip():
+            return None
+        record = _parse_odd_line(file, offset, bare, options)
     if not isinstance(record, dict):
-        _fail(file, offset, f"the line is no JSON object but {line[:40].decode(errors='replace')!r}")
+        _fail(file, offset, f"the line is no JSON object but {bytes(line[:40]).decode(errors='replace')!r}")
     text = record.get(options.text_key)
     if not isinstance(text, str):
         if options.text_key not in record:
@@ -133,8 +185,13 @@ def _parse_line(file: InputFile, offset: int, line: bytes, options: ReadOptions)
     return Record(text, identity if identity is None or isinstance(identity, str) else _scalar(identity), 0, extra)
 
 
-def _parse_bad_line(file: InputFile, offset: int, line: bytes, options: ReadOptions, error: Exception) -> Any:
-    """Parse what strict parsing refused, replacing invalid UTF-8 and lone surrogates if that was asked for."""
+def _parse_odd_line(file: InputFile, offset: int, line: bytes, options: ReadOptions) -> Any:
+    """Parse a line without its byte order mark; replace invalid UTF-8 and lone surrogates if that was asked for."""
+    error: Exception
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as json_error:
+        error = json_error
     try:
         line.decode()
         invalid = "\\u" in str(error) or "surrogate" in str(error)
@@ -167,7 +224,7 @@ def _scalar(value: object) -> str:
 def _fail(file: InputFile, offset: int, problem: str) -> NoReturn:
     """Raise DataError with the number of the line that begins at `offset`: counted only now, when it is needed."""
     line = 1
-    for block in _blocks(file, 0, lambda _: None):
+    for block in _blocks(file, lambda _: None):
         line += block[: max(offset, 0)].count(b"\n")
         offset -= len(block)
         if offset <= 0:
@@ -179,7 +236,7 @@ def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None])
     """Each file of a unit as one document."""
     for index, file in enumerate(unit.files):
         blocks, size = [], 0
-        for block in _blocks(file, 0, advance):
+        for block in _blocks(file, advance):
             blocks.append(block)
             size += len(block)
             if size > MAX_DOCUMENT_BYTES:

@@ -35,6 +35,12 @@ def show_progress(name: str, total_bytes: int) -> Iterator[Advance]:
     yield log.advance
 
 
+@contextmanager
+def no_progress(name: str, total_bytes: int) -> Iterator[Advance]:
+    """Show nothing: another rank does."""
+    yield lambda num_bytes: None
+
+
 class _Log:
     """A line every LOG_SECONDS, none for work that is done before the first is due."""
 

@@ -12,10 +12,12 @@ from data_tools.units import PART_BYTES, Part, ReadOptions, Unit
 
 MAX_TEXT_FILES = 1024
 """Text files in one unit."""
+PARTS_IN_UNIT = 64
+"""Parts of a plain JSON-lines file in one unit: so many that even 10 TB are a list for every rank's memory."""
 
 
 def plan_units(files: list[InputFile], part_bytes: int = PART_BYTES) -> Iterator[Unit]:
-    """Cut the files into units of about `part_bytes` where they can be read from the middle, in document order."""
+    """Cut the files into units, in document order; where they can be read from the middle, into small ones."""
     for is_text, group in groupby(files, key=lambda file: file.kind is Kind.TEXT):
         if is_text:
             yield from _group_texts(group, part_bytes)
@@ -26,8 +28,9 @@ def plan_units(files: list[InputFile], part_bytes: int = PART_BYTES) -> Iterator
                 group_bytes = file.num_bytes // max(num_groups, 1)
                 yield from (Unit((file,), k, None, group_bytes, part_bytes) for k in range(num_groups))
             elif file.kind is Kind.JSON_LINES and file.compression is None:
-                for start in range(0, file.num_bytes, part_bytes):
-                    stop = min(start + part_bytes, file.num_bytes)
+                unit_bytes = PARTS_IN_UNIT * part_bytes
+                for start in range(0, file.num_bytes, unit_bytes):
+                    stop = min(start + unit_bytes, file.num_bytes)
                     yield Unit((file,), start, stop, stop - start, part_bytes)
             else:
                 yield Unit((file,), num_bytes=file.num_bytes, part_bytes=part_bytes)

@@ -1,31 +1,59 @@
-"""From text to a dataset: every unit of the input encoded and committed, then the shards put together."""
+"""From text to a dataset: every part of the input encoded and committed, then the shards put together.
+
+Any number of processes that run the same command over a shared folder do this together: each takes units that nobody is
+at, then helps with those that somebody is, then the shards in the same way. What is done lies on disk; who does what is
+said by claims. MPI, where there is one, saves looking: rank 0 finds and checks the input, and all wait for each other.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
-from data_tools.assemble import Recipe, assemble
-from data_tools.encode import UnitEncoder
+from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_plan, make_plan
+from data_tools.claims import Claims
+from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import choose_engine
 from data_tools.inputs import InputFile, find_inputs
+from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Unit
 from data_tools.work import Advance, PartStore, run_tasks
-from megatrain.data.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest, canonical_json, commit_bytes
+from megatrain.data.format import (
+    MANIFEST_FILE,
+    SHARD_TABLE_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    canonical_json,
+    commit_bytes,
+    token_dtype,
+)
 from megatrain.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 SAMPLE_UNITS = 8
 SAMPLE_CHARACTERS = 1 << 16
 DEFAULT_SHARD_TOKENS = 1 << 28
+MAX_READERS = 8
+"""Workers in one file that must be read from its start: more would only decompress, which is some ten times faster
+than encoding."""
+SEEKING_READERS = 1 << 10
+"""Workers in a unit of which each reads only its own parts."""
+WORK_FOLDER = ".work"
+CLAIMS_FILE = "claims"
+COMMAND_FILE = "command.json"
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 """Opens a display for work of a name and a size in bytes; gives the function that hears of bytes done."""
@@ -50,57 +78,190 @@ class Effort:
     warn: Callable[[str], None]
     part_bytes: int = PART_BYTES
     """About how much text is committed at a time."""
+    worker_seconds: float = 1.0
+    """How long a worker process should have to do: for less, to start it costs more than it brings."""
+
+
+BYTES_A_SECOND = {"fastokens": 60e6, "tokenizers": 2e6}
+"""About what one core encodes."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What has been found out before the work begins."""
+
+    name: str
+    """Names the command, in its first half, and the files and their sizes."""
+    finished: Manifest | None
+    """The dataset, where it is there already."""
+    tokenizer: TokenizerFile
+    units: list[Unit] = field(default_factory=list)
+    pending: list[Unit] = field(default_factory=list)
+    """Units that are not finished."""
+    engine: str = ""
 
 
 def tokenize(
-    inputs: Sequence[str], tokenizer_path: Path, out: Path, options: TokenizeOptions, effort: Effort
-) -> Manifest:
+    inputs: Sequence[str],
+    tokenizer_path: Path,
+    out: Path,
+    options: TokenizeOptions,
+    effort: Effort,
+    ranks: Ranks | None = None,
+    *,
+    restart: bool = False,
+) -> Manifest | None:
     """Make the dataset `out`, or go on where an earlier run of the same command was stopped.
 
-    Returns at once where the dataset is there already. Raises ConfigError where something else is.
+    Returns at once where the dataset is there already; None where other processes, not joined by MPI, are still at work
+    on it: the last of them finishes it. Raises ConfigError where something else is in the way.
     """
-    from filelock import FileLock, Timeout
-
-    tokenizer = load_tokenizer(tokenizer_path, options.eod_token)
-    files = find_inputs(inputs)
-    command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
-    job = hashlib.sha256(canonical_json([command, [[file.name, file.num_bytes] for file in files]])).hexdigest()
-    work = out / ".work"
-    if (out / MANIFEST_FILE).exists() and not work.exists():
-        return _finished(out, job, files)
-    _make_folder(out, work)
+    ranks = ranks or Ranks()
+    if restart and ranks.comm is None and ranks.size > 1:
+        raise ConfigError(
+            "--restart by several tasks at once would remove what the first of them have done. "
+            "Delete the folder before they start, or let one task do it alone."
+        )
+    work = out / WORK_FOLDER
+    claims = Claims(work / CLAIMS_FILE)
     try:
-        with FileLock(work / "lock", timeout=0):
-            if (out / MANIFEST_FILE).exists():
-                manifest = _finished(out, job, files)
-            else:
-                _join_command(out, work, command)
-                commit_bytes(out / TOKENIZER_FILE, tokenizer.json, scratch=work)
-                units = list(plan_units(files, effort.part_bytes))
-                _encode(units, PartStore(work), tokenizer, options, effort)
-                recipe = Recipe(tokenizer, {"errors": options.read.errors}, options.shard_tokens, job)
-                with effort.progress(
-                    "write shards", sum(path.stat().st_size for path in work.glob("*.arrow"))
-                ) as advance:
-                    manifest = assemble(out, units, PartStore(work), recipe, effort.num_workers, advance)
+        job = ranks.share(partial(_prepare, inputs, tokenizer_path, out, options, effort, claims, restart))
+        manifest = job.finished
+        if manifest is None:
+            if not claims.is_member:
+                claims.join()
+            manifest = _make(out, job, options, effort, claims, ranks)
+        ranks.wait()
+        if claims.is_member and claims.leave() and manifest is not None:
             shutil.rmtree(work)
-    except Timeout:
-        raise ConfigError(f"Another process is writing {out} just now. Wait for it, or give another --out.") from None
+    finally:
+        claims.close()
     return manifest
 
 
-def _encode(
-    units: Sequence[Unit], store: PartStore, tokenizer: TokenizerFile, options: TokenizeOptions, effort: Effort
-) -> None:
-    pending = list({unit.key: unit for unit in units if not store.is_finished(unit)}.values())
-    if not pending:
+def _prepare(
+    inputs: Sequence[str],
+    tokenizer_path: Path,
+    out: Path,
+    options: TokenizeOptions,
+    effort: Effort,
+    claims: Claims,
+    restart: bool,
+) -> _Job:
+    """Look at everything, refuse what is wrong, and make the folder: what one process does for all that speak MPI."""
+    tokenizer = load_tokenizer(tokenizer_path, options.eod_token)
+    files = find_inputs(inputs)
+    command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
+    name = _hash(command) + _hash([[file.name, file.num_bytes] for file in files])
+    work = out / WORK_FOLDER
+    if (out / MANIFEST_FILE).exists() and not (work.exists() or restart):
+        return _Job(name, _finished(out, name, files), tokenizer)
+    _refuse_other_things(out, work, name, restart)
+    _join_folder(work, claims)
+    with claims.hold("command"):
+        if (out / MANIFEST_FILE).exists() and not restart:
+            return _Job(name, _finished(out, name, files), tokenizer)
+        _join_command(out, work, command)
+        if restart:
+            _start_over(out, work, claims)
+        if not (out / TOKENIZER_FILE).exists():
+            commit_bytes(out / TOKENIZER_FILE, tokenizer.json, scratch=work)
+    units = list(plan_units(files, effort.part_bytes))
+    if load_plan(work, units):
+        return _Job(name, None, tokenizer, units)
+    pending = _unfinished(list({unit.key: unit for unit in units}.values()), PartStore(work))
+    engine = ""
+    if pending:
+        engine, warning = choose_engine(effort.engine, tokenizer.json, _sample(pending, options.read))
+        if warning:
+            effort.warn(warning)
+    return _Job(name, None, tokenizer, units, pending, engine)
+
+
+def _make(
+    out: Path, job: _Job, options: TokenizeOptions, effort: Effort, claims: Claims, ranks: Ranks
+) -> Manifest | None:
+    """Everything that is not there yet; None where others, not joined by MPI, are still at some of it."""
+    work = out / WORK_FOLDER
+    store = PartStore(work)
+    encoder = UnitEncoder(store, claims, job.tokenizer, options.read, job.engine)
+    _encode(job, encoder, store, effort, ranks)
+    ranks.wait()
+    plan = ranks.share(partial(_plan, job, encoder, store, options, effort, claims))
+    if plan is None:
+        return None
+    recipe = Recipe(job.tokenizer, {"errors": options.read.errors}, options.shard_tokens, job.name)
+    writer = ShardWriter(out, work, claims, recipe)
+    shards_bytes = len(plan.shards) * options.shard_tokens * token_dtype(job.tokenizer.vocab_size).itemsize
+    with effort.progress("write shards", shards_bytes // ranks.size) as advance:
+        mine, others = _split(plan.shards, ranks)
+        run_tasks(writer, mine + others, effort.num_workers, advance)
+    ranks.wait()
+    return ranks.share(partial(_finish, out, work, plan, recipe, writer, claims))
+
+
+def _encode(job: _Job, encoder: UnitEncoder, store: PartStore, effort: Effort, ranks: Ranks) -> None:
+    """Encode what is pending, until it is done or others are at the rest of it."""
+    if not job.pending:
         return
-    engine, warning = choose_engine(effort.engine, tokenizer.json, _sample(pending, options.read))
-    if warning:
-        effort.warn(warning)
-    encoder = UnitEncoder(store, tokenizer, options.read, engine)
-    with effort.progress("tokenize", sum(unit.num_bytes for unit in pending)) as advance:
-        run_tasks(encoder, pending, effort.num_workers, advance)
+    seconds = sum(unit.text_bytes for unit in job.pending) / ranks.size / BYTES_A_SECOND[job.engine]
+    enough_workers = int(seconds / effort.worker_seconds) if effort.worker_seconds else effort.num_workers
+    num_workers = max(1, min(effort.num_workers, enough_workers))
+    with effort.progress("tokenize", sum(unit.num_bytes for unit in job.pending) // ranks.size) as advance:
+        run_tasks(encoder, _assignments(job.pending, store, num_workers, ranks), num_workers, advance)
+
+
+def _assignments(units: list[Unit], store: PartStore, num_workers: int, ranks: Ranks) -> Iterator[Assignment]:
+    """This rank's share; then what nobody has begun; then, as a helper, what somebody is at."""
+    mine, others = _split(units, ranks)
+    yield from (Assignment(unit, 1) for unit in mine)
+    left = _unfinished(others + mine, store)
+    yield from (Assignment(unit, 1) for unit in left)
+    num_before = len(left) + 1
+    left = _unfinished(left, store)
+    while left and len(left) < num_before:
+        for unit in left:
+            num_readers = SEEKING_READERS if unit.is_seekable else MAX_READERS
+            yield from [Assignment(unit, num_readers)] * min(num_workers, num_readers)
+        num_before = len(left)
+        left = _unfinished(left, store)
+
+
+def _split(items: list[T], ranks: Ranks) -> tuple[list[T], list[T]]:
+    """The items that this rank begins with, and all others, nearest first."""
+    start, stop = (len(items) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+    return items[start:stop], items[stop:] + items[:start]
+
+
+def _unfinished(units: list[Unit], store: PartStore) -> list[Unit]:
+    names = store.names()
+    return [unit for unit in units if not store.is_finished(unit, names)]
+
+
+def _plan(
+    job: _Job, encoder: UnitEncoder, store: PartStore, options: TokenizeOptions, effort: Effort, claims: Claims
+) -> Plan | None:
+    """The plan of shards, once all units are finished; None before that."""
+    with claims.hold("plan"):
+        plan = load_plan(store.folder, job.units)
+        if plan:
+            return plan
+        # Where a network's file system was slow to show one rank what another had done, a unit may have been left.
+        left = _unfinished(job.pending, store)
+        run_tasks(encoder, [Assignment(unit, 1) for unit in left], 1, lambda _: None)
+        if _unfinished(left, store):
+            return None
+        return make_plan(store, job.units, options.shard_tokens)
+
+
+def _finish(out: Path, work: Path, plan: Plan, recipe: Recipe, writer: ShardWriter, claims: Claims) -> Manifest | None:
+    """The manifest, once all shards are written; None before that."""
+    with claims.hold("manifest"):
+        if (out / MANIFEST_FILE).exists():
+            return Manifest.load(out)
+        if not all(writer.is_written(shard) for shard in plan.shards):
+            return None
+        return finish_dataset(out, work, plan, recipe)
 
 
 def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
@@ -137,17 +298,46 @@ def _finished(out: Path, job: str, files: Sequence[InputFile]) -> Manifest:
     return manifest
 
 
-def _make_folder(out: Path, work: Path) -> None:
+def _refuse_other_things(out: Path, work: Path, job: str, restart: bool) -> None:
+    """Raise ConfigError where `out` is not a folder that this command may write to."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give the name of a folder.")
-    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+    if restart and (out / MANIFEST_FILE).exists():
+        if _command_of(Manifest.load(out).job) != _command_of(job):
+            raise ConfigError(
+                f"--restart replaces only what the same command has made, and another one made {out}. "
+                "Give another --out, or delete that folder."
+            )
+    elif out.is_dir() and not work.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is a folder with other things in it; give a new or empty one.")
-    work.mkdir(parents=True, exist_ok=True)
+
+
+def _join_folder(work: Path, claims: Claims) -> None:
+    """Make the folder, and be at work in it; again, if the last one to leave removed it at this moment."""
+    while not claims.is_member:
+        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            claims.join()
+
+
+def _start_over(out: Path, work: Path, claims: Claims) -> None:
+    """Remove what this command has made, by the names that it gives, and nothing else."""
+    if not claims.is_alone():
+        raise ConfigError(f"Another process is at work on {out} just now: stop it before --restart.")
+    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE}
+    # The manifest goes first: what is left without it is an unfinished dataset.
+    for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST_FILE):
+        if path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name):
+            path.unlink()
+    for path in work.iterdir():
+        if path.name not in {CLAIMS_FILE, COMMAND_FILE}:
+            path.unlink()
+    claims.join()
 
 
 def _join_command(out: Path, work: Path, command: dict[str, object]) -> None:
     """Record which command this folder belongs to, or check that it is this one."""
-    path = work / "command.json"
+    path = work / COMMAND_FILE
     if not path.exists():
         commit_bytes(path, canonical_json(command))
         return
@@ -158,3 +348,11 @@ def _join_command(out: Path, work: Path, command: dict[str, object]) -> None:
             f"{out} is unfinished, and was begun by a command with other {', '.join(differing)}. "
             "Run that command again to finish it, give another --out, or delete the folder to start over."
         )
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:32]
+
+
+def _command_of(job: str) -> str:
+    return job[:32]

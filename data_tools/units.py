@@ -1,8 +1,9 @@
 """Into which pieces the input is cut, whoever reads them.
 
-A `Unit` is what one worker reads on its own: a byte range of a plain JSON-lines file, a row group of a parquet file, a
+A `Unit` is what one worker takes at a time: a byte range of a plain JSON-lines file, a row group of a parquet file, a
 whole compressed or Arrow file, or some text files. It comes apart into numbered `Part`s of about PART_BYTES, by where
-in the unit a document begins. So the same files give the same parts, whoever reads them, and however often.
+in the unit a document begins. So the same files give the same parts, whoever reads them, and however often. Several
+workers may read the same unit, and each do some of its parts.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_tools.inputs import InputFile
+from data_tools.inputs import InputFile, Kind
 from megatrain.errors import DataError
 
 PART_BYTES = 16 << 20
+USUAL_COMPRESSION = 4
+"""How many times smaller compressed text is, about."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class Record(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Part number `number` of a unit. Its rows are to be read before the next part is asked for, or not at all."""
+    """Part number `number` of a unit. Its rows are to be read before the next part is asked for, or not at all.
+
+    Rows that nobody asks for are not parsed, and in a plain JSON-lines file not even read.
+    """
 
     number: int
     rows: Iterator[Record | None]
@@ -51,7 +57,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads on its own."""
+    """What one worker takes at a time."""
 
     files: tuple[InputFile, ...]
     start: int = 0
@@ -61,6 +67,17 @@ class Unit:
     num_bytes: int = 0
     """About how many bytes there are to be read; for showing progress."""
     part_bytes: int = PART_BYTES
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a part can be read without those before it."""
+        return self.files[0].kind is Kind.JSON_LINES and self.files[0].compression is None
+
+    @property
+    def text_bytes(self) -> int:
+        """A guess at how much text there is."""
+        is_compressed = self.files[0].compression or self.files[0].kind is Kind.PARQUET
+        return self.num_bytes * (USUAL_COMPRESSION if is_compressed else 1)
 
     @property
     def key(self) -> str:

@@ -11,12 +11,13 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import pyarrow as pa
@@ -27,6 +28,16 @@ from megatrain.errors import MegatrainError, RankError
 
 Task = TypeVar("Task")
 Advance = Callable[[int], None]
+
+
+class PartFile(NamedTuple):
+    """A part that is done, and what it holds: all that is to be known of it until its documents are moved."""
+
+    path: Path
+    num_rows: int
+    num_empty: int
+    num_documents: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -40,45 +51,53 @@ class PartStore:
         return self.folder / f"{unit.key}-{number:06d}.arrow"
 
     def commit_part(self, unit: Unit, number: int, schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> None:
-        """Write a part: whole, or not at all."""
+        """Write a part: whole, or not at all. Its schema's metadata has the counts of `PartFile`."""
         with committed(self.part_path(unit, number)) as path, pa.ipc.new_file(str(path), schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
 
     def finish_unit(self, unit: Unit, numbers: list[int]) -> None:
-        """Record that the unit consists of these parts, all of which are committed."""
-        commit_bytes(self._marker(unit), orjson.dumps(numbers))
+        """Record that the unit consists of these parts, all of which are committed, and what they hold."""
+        schemas = [pa.ipc.open_file(str(self.part_path(unit, number))).schema for number in numbers]
+        counts = [orjson.loads(schema.metadata[b"megatrain"]) for schema in schemas]
+        commit_bytes(self._marker(unit), orjson.dumps(list(zip(numbers, counts, strict=True))))
 
-    def is_finished(self, unit: Unit) -> bool:
-        """Whether all parts of the unit are there."""
-        return self._marker(unit).exists() and all(path.exists() for path in self.parts(unit))
+    def names(self) -> set[str]:
+        """The files that are there now: one look at the folder instead of one for each file."""
+        return {entry.name for entry in os.scandir(self.folder)}
 
-    def parts(self, unit: Unit) -> list[Path]:
+    def is_finished(self, unit: Unit, names: set[str]) -> bool:
+        """Whether the unit is recorded as finished and its parts are among the files `names`."""
+        marker = self._marker(unit)
+        return marker.name in names and all(part.path.name in names for part in self.parts(unit))
+
+    def parts(self, unit: Unit) -> list[PartFile]:
         """The parts of a finished unit, in order."""
-        return [self.part_path(unit, number) for number in orjson.loads(self._marker(unit).read_bytes())]
+        recorded = orjson.loads(self._marker(unit).read_bytes())
+        return [PartFile(self.part_path(unit, number), **counts) for number, counts in recorded]
 
     def _marker(self, unit: Unit) -> Path:
         return self.folder / f"{unit.key}.json"
 
 
 def run_tasks(
-    function: Callable[[Task, Advance], None], tasks: Sequence[Task], num_workers: int, advance: Advance
+    function: Callable[[Task, Advance], None], tasks: Iterable[Task], num_workers: int, advance: Advance
 ) -> None:
     """Call `function(task, advance)` for every task, in this process, or in `num_workers` new ones if that is above 1.
 
-    The first error ends all workers and is raised here. A worker that dies raises RankError. Workers end by themselves
-    when this process does, however it does.
+    A task is asked for when there is a worker for it. The first error ends all workers and is raised here. A worker
+    that dies raises RankError. Workers end by themselves when this process does, however it does.
     """
-    num_workers = min(num_workers, len(tasks))
-    if num_workers <= 1:
-        for task in tasks:
+    waiting = iter(tasks)
+    first = list(islice(waiting, num_workers))
+    if len(first) <= 1:
+        for task in chain(first, waiting):
             function(task, advance)
         return
-    waiting = list(reversed(tasks))
-    workers = [_Worker.start(function) for _ in range(num_workers)]
+    workers = [_Worker.start(function) for _ in first]
     try:
-        for worker in workers:
-            worker.send(waiting.pop())
+        for worker, task in zip(workers, first, strict=True):
+            worker.send(task)
         busy = {worker.connection: worker for worker in workers}
         while busy:
             for connection in wait(list(busy)):
@@ -88,11 +107,13 @@ def run_tasks(
                     advance(value)
                 elif kind == "error":
                     raise value
-                elif waiting:
-                    worker.send(waiting.pop())
                 else:
-                    worker.connection.close()
-                    del busy[worker.connection]
+                    for task in islice(waiting, 1):
+                        worker.send(task)
+                        break
+                    else:
+                        worker.connection.close()
+                        del busy[worker.connection]
     finally:
         for worker in workers:
             worker.process.terminate()
@@ -138,12 +159,16 @@ class _Worker:
         )
 
 
+def limit_threads(num_threads: int) -> None:
+    """Bound the encoders' own thread pools, in a process that has not used them yet."""
+    os.environ.update(RAYON_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="true" if num_threads > 1 else "false")
+
+
 def _work(function: Callable[[Any, Advance], None], connection: Connection) -> None:
     """What a worker process does: one task after another, until its parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # A worker is one busy core: the encoders' own thread pools would oversubscribe it.
-    os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    limit_threads(1)
     while True:
         try:
             task = connection.recv()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -104,7 +105,8 @@ def committed(path: Path, scratch: Path | None = None) -> Iterator[Path]:
 
     The unfinished file lies in `scratch` (on the same file system), or beside `path`. If the body fails, it is removed.
     """
-    unfinished = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    # Processes on other machines may have this one's number.
+    unfinished = (scratch or path.parent) / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         yield unfinished
         with unfinished.open("rb+") as file:

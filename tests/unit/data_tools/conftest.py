@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_samples import Document, MakeDataset, RunCommand, json_lines, make_documents
@@ -43,8 +44,11 @@ def make_dataset(tokenizer_path: Path) -> MakeDataset:
         source: Path, out: Path, workers: int = 1, part_bytes: int = 40_000, engine: str = "auto", **options: int
     ) -> Manifest:
         warnings: list[str] = []
-        effort = Effort(workers, engine, _silent, warnings.append, part_bytes)
-        return tokenize([str(source)], tokenizer_path, out, TokenizeOptions(**options), effort)  # type: ignore[arg-type]
+        effort = Effort(workers, engine, _silent, warnings.append, part_bytes, worker_seconds=0.0)
+        read: dict[str, Any] = options
+        manifest = tokenize([str(source)], tokenizer_path, out, TokenizeOptions(**read), effort)
+        assert manifest is not None
+        return manifest
 
     return make
 

@@ -1,0 +1,113 @@
+"""Who does what: claims on pieces of work, by processes on any number of machines that share a folder.
+
+A claim is a lock on one byte of one file. When its holder ends, however it does, the kernel frees it, or on NFS, Lustre
+and the like the lock manager of the file system: no claim is ever left behind. Claims save work, no more: results
+are whole files that appear by one rename, and whoever makes one makes the same bytes. So on a file system that knows no
+locks everybody gets every claim, and some work is done twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+MEMBERS_BYTE = 0
+"""Locked by every process that is at work in the folder."""
+
+_TAKEN = {errno.EACCES, errno.EAGAIN}
+
+
+class Claims:
+    """The claims of this process in the folder of `path`. POSIX locks belong to processes: have one object in each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.is_member = False
+        """Whether this process is at work in the folder."""
+
+    def __reduce__(self) -> tuple[type[Claims], tuple[Path]]:
+        return Claims, (self._path,)
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        return self._path.open("a+b")
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Hold the claim `name` for a while: whether it was free."""
+        byte = _byte(name)
+        taken = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self._lock(fcntl.LOCK_UN, byte)
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Hold the claim `name` for a while, and wait for it first."""
+        byte = _byte(name)
+        self._lock(fcntl.LOCK_EX, byte)
+        try:
+            yield
+        finally:
+            self._lock(fcntl.LOCK_UN, byte)
+
+    @contextmanager
+    def seat(self, name: str, num_seats: int) -> Iterator[bool]:
+        """Hold one of `num_seats` claims of the same name: whether one was free."""
+        bytes_of_seats = (_byte(f"{name} {number}") for number in range(num_seats))
+        byte = next((byte for byte in bytes_of_seats if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)), None)
+        try:
+            yield byte is not None
+        finally:
+            if byte is not None:
+                self._lock(fcntl.LOCK_UN, byte)
+
+    def join(self) -> bool:
+        """Be at work in the folder, until `leave`. False where the folder was removed just now: make it again."""
+        self._lock(fcntl.LOCK_SH, MEMBERS_BYTE)
+        try:
+            self.is_member = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            self.is_member = False
+        if not self.is_member:
+            self.close()
+        return self.is_member
+
+    def is_alone(self) -> bool:
+        """Whether nobody else is at work in the folder; if so, nobody can join before this process does again."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, MEMBERS_BYTE)
+
+    def leave(self) -> bool:
+        """Be at work no longer. True for the last one, who alone may then remove the folder, and close."""
+        # Two that asked for the exclusive lock while both hold the shared one would both be refused.
+        self._lock(fcntl.LOCK_UN, MEMBERS_BYTE)
+        self.is_member = False
+        return self.is_alone()
+
+    def close(self) -> None:
+        """Give up all claims."""
+        if "_file" in vars(self):
+            self._file.close()
+            del self._file
+
+    def _lock(self, operation: int, byte: int) -> bool:
+        try:
+            fcntl.lockf(self._file, operation, 1, byte)
+        except OSError as error:
+            return error.errno not in _TAKEN
+        return True
+
+
+def _byte(name: str) -> int:
+    """A byte of the lock file, behind MEMBERS_BYTE, for a claim's name."""
+    return 1 + (xxhash.xxh3_64_intdigest(name.encode()) >> 2)

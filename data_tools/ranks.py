@@ -1,0 +1,134 @@
+"""This process among those that do the same work, as its launcher tells it.
+
+Under `mpirun`, and `srun` with an MPI, they speak MPI: one looks, all know; one waits for all. Tasks of a SLURM array,
+and of `srun` without an MPI, do not speak: each sees on disk what the others have done. The only reader of the
+environment in data_tools.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatrain.errors import ConfigError
+
+T = TypeVar("T")
+
+LONGEST_PAUSE_SECONDS = 0.25
+
+_BATCH_STEPS = {"4294967291", "-5", "batch"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank `rank` of `size`; alone unless a launcher says otherwise."""
+
+    rank: int = 0
+    size: int = 1
+    num_local: int = 1
+    """Ranks on this machine."""
+    comm: Any = None
+    """mpi4py's communicator, where there is one."""
+
+    @property
+    def speak_mpi(self) -> bool:
+        """Whether the ranks know of each other, and not only see what is on disk."""
+        return self.comm is not None
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process is the one to tell of what all of them have done."""
+        return self.comm is None or self.rank == 0
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, for all; without MPI everybody makes it for himself."""
+        if self.comm is None:
+            return make()
+        value = make() if self.rank == 0 else None
+        self.wait()
+        shared: T = self.comm.bcast(value, root=0)
+        return shared
+
+    def wait(self) -> None:
+        """Wait for all ranks, asleep: MPI's own barrier would keep a core busy. Does nothing without MPI."""
+        if self.comm is None:
+            return
+        request = self.comm.Ibarrier()
+        pause_seconds = 0.001
+        while not request.Test():
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+
+    def abort(self, exit_code: int) -> None:
+        """End all ranks that speak MPI, with this code."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.comm.Abort(exit_code)
+
+    def num_cores(self) -> int:
+        """Cores for this process: those it is bound to, and no more than its share of the machine."""
+        bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(bound, (os.cpu_count() or 1) // self.num_local))
+
+
+def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
+    """This process's rank, as mpirun, srun or a SLURM array says.
+
+    Raises ConfigError where the launcher speaks of several ranks and MPI knows of another number: each would believe
+    itself alone, and do everything.
+    """
+    env = os.environ if environ is None else environ
+    for rank_key, size_key, launcher in (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "mpirun"),
+        ("PMI_RANK", "PMI_SIZE", "the launcher"),
+        ("PMIX_RANK", "SLURM_NTASKS", "srun"),
+    ):
+        size = _whole(env, size_key, 1)
+        if rank_key in env and size > 1:
+            return _speak_mpi(launcher, _whole(env, rank_key, 0), size)
+    rank, size, num_local = 0, 1, 1
+    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "batch") not in _BATCH_STEPS:
+        rank, size = _whole(env, "SLURM_PROCID", 0), _whole(env, "SLURM_NTASKS", 1)
+        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+        num_local = int(per_node) if per_node.isdigit() and int(per_node) else 1
+    if "SLURM_ARRAY_TASK_ID" in env:
+        task = _whole(env, "SLURM_ARRAY_TASK_ID", 0) - _whole(env, "SLURM_ARRAY_TASK_MIN", 0)
+        num_tasks = max(_whole(env, "SLURM_ARRAY_TASK_COUNT", 1), 1)
+        task = task // max(_whole(env, "SLURM_ARRAY_TASK_STEP", 1), 1) % num_tasks
+        rank, size = task * size + rank, num_tasks * size
+    return Ranks(rank, size, num_local)
+
+
+def _speak_mpi(launcher: str, rank: int, size: int) -> Ranks:
+    advice = (
+        f"Start it with the mpirun of the MPI that mpi4py loads (here {Path(sys.prefix) / 'bin' / 'mpirun'} if pip "
+        "brought it), or name the launcher's library: export MPI4PY_LIBMPI=/path/to/libmpi.so. "
+        "Without MPI, use a SLURM array or srun --mpi=none."
+    )
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"{launcher} started {size} ranks, but MPI cannot be loaded here ({error}). {advice}"
+        ) from None
+    world = MPI.COMM_WORLD
+    if world.Get_size() != size:
+        library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
+        raise ConfigError(
+            f"{launcher} started this as rank {rank} of {size}, but mpi4py's MPI ({library}) knows "
+            f"of {world.Get_size()}: it is not the launcher's MPI, and every rank would believe itself alone. {advice}"
+        )
+    num_local = world.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
+    return Ranks(world.Get_rank(), size, num_local, world)
+
+
+def _whole(env: Mapping[str, str], key: str, default: int) -> int:
+    try:
+        return int(env.get(key, default))
+    except ValueError:
+        raise ConfigError(f"the environment variable {key} is {env[key]!r}, not a whole number.") from None
