@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import pydoc_data.topics
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +42,24 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
         effort = Effort(1, "tokenizers", silent, lambda warning: None)
         tokenize([str(folder / f"{name}.jsonl")], tokenizer, folder / name, TokenizeOptions(), effort)
     return TinyData(folder / "prose", folder / "code", folder / "held-out", tokenizer)
+
+
+SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<mask>", *(f"<extra_id_{k}>" for k in range(20)))
+
+
+@pytest.fixture(scope="session")
+def sentinel_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of short and long documents whose tokenizer has sentinels, two of which are in the text too."""
+    folder = tmp_path_factory.mktemp("sentinels")
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    lines = [line for topic in topics for line in topic.splitlines() if line.strip()]
+    texts = [*lines[:300], *topics[:3], "a literal <|fim_prefix|> and a <mask>"]
+    (folder / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    tokenizer = folder / "tokenizer.json"
+    train_tokenizer([str(folder / "in.jsonl")], VOCAB_SIZE, tokenizer, ReadOptions(), SENTINELS)
+    options = [str(folder / "in.jsonl"), "--tokenizer", str(tokenizer), "--out", str(folder / "set")]
+    subprocess.run([sys.executable, "-m", "data_tools", "tokenize", *options], check=True, capture_output=True)
+    return folder / "set"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from megatrain.config.schema import (
     RunSection,
     ScheduleConfig,
     TrainConfig,
+    TrainingDataset,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RunSection",
     "ScheduleConfig",
     "TrainConfig",
+    "TrainingDataset",
     "dump",
     "load",
 ]

@@ -5,6 +5,7 @@ Each function takes a section whose keys are right one by one, and gives all tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,36 @@ def model(config: schema.ModelConfig) -> list[Problem]:
         problems.append(Problem("head_dim", config.head_dim, reason, "null"))
     others = ("rms_norm_eps", "rope_theta", "rope_scaling")
     return problems + unused(config, others, "read by the other families, not by gpt2")
+
+
+def fill_in_the_middle(config: schema.FillInTheMiddle) -> list[Problem]:
+    """Three sentinels, all different."""
+    tokens = {"prefix_token": config.prefix_token, "middle_token": config.middle_token}
+    tokens["suffix_token"] = config.suffix_token
+    texts = list(tokens.values())
+    twice = [key for number, key in enumerate(tokens) if tokens[key] in texts[:number]]
+    return [Problem(key, tokens[key], "another sentinel has this token already") for key in twice]
+
+
+def span_corruption(config: schema.SpanCorruption) -> list[Problem]:
+    """Sentinels are numbered."""
+    if config.sentinel_token.count("{}") == 1:
+        return []
+    reason = "must have {} where the number of the sentinel stands"
+    return [Problem("sentinel_token", config.sentinel_token, reason, "<extra_id_{}>")]
+
+
+def training_dataset(config: schema.TrainingDataset) -> list[Problem]:
+    """A document gets one of fill-in-the-middle and span corruption at most; a function is named with its module."""
+    problems = []
+    if config.fill_in_the_middle and config.span_corruption:
+        left = 1.0 - config.fill_in_the_middle.rate
+        if config.span_corruption.rate > left:
+            reason = "a document gets this or fill_in_the_middle: their rates must add up to 1.0 at most"
+            problems.append(Problem("span_corruption.rate", config.span_corruption.rate, reason, str(round(left, 6))))
+    if config.transform and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", config.transform):
+        problems.append(Problem("transform", config.transform, "must be module:function, such as my_package.code:mask"))
+    return problems
 
 
 def data(config: schema.DataConfig) -> list[Problem]:

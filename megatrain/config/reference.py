@@ -55,7 +55,7 @@ def _tables(path: str, record: type[Section]) -> list[str]:
     head = f"## {path}\n\n{record.__doc__}\n\n| key | allowed | default | meaning |\n|---|---|---|---|\n"
     rows, inner_tables = [], []
     for name, field in record.model_fields.items():
-        default = "required" if field.is_required() else f"`{shown(field.default)}`"
+        default = "required" if field.is_required() else f"`{shown(field.default)}`".replace("|", "\\|")
         inner = record_of(field.annotation)
         if inner is not None and not is_section(field):
             below = f"{path}.{name}.N" if is_list(field) else f"{path}.{name}"

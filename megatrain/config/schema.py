@@ -22,7 +22,9 @@ LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Path = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -152,13 +154,70 @@ class ModelConfig(Section):
         return self
 
 
+class FillInTheMiddle(Section):
+    """The middle of a document moved to its end (Bavarian et al. 2022), so that a model learns to fill gaps."""
+
+    rate: Share = Field(default=0.5, description="Share of the documents.")
+    spm_rate: Share = Field(
+        default=0.5, description="Of these, the share in the order suffix, prefix, middle; the others: prefix first."
+    )
+    prefix_token: Text = Field(default="<|fim_prefix|>", description="A special token of the tokenizer.")
+    middle_token: Text = Field(default="<|fim_middle|>", description="A special token of the tokenizer.")
+    suffix_token: Text = Field(default="<|fim_suffix|>", description="A special token of the tokenizer.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FillInTheMiddle:
+        self._refuse(checks.fill_in_the_middle(self))
+        return self
+
+
+class SpanCorruption(Section):
+    """Spans of a document moved to its end behind sentinels, as in T5 and UL2."""
+
+    rate: Share = Field(default=0.5, description="Share of the documents.")
+    corrupted: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.15, description="Share of such a document's tokens that is moved."
+    )
+    mean_span_tokens: Annotated[float, Field(ge=1.0)] = Field(default=3.0, description="Mean length of a span.")
+    sentinel_token: Text = Field(
+        default="<extra_id_{}>", description="Special tokens of the tokenizer, with 0, 1, ... for the braces."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpanCorruption:
+        self._refuse(checks.span_corruption(self))
+        return self
+
+
+class TokenMasking(Section):
+    """Tokens hidden from the model's inputs; what it has to predict stays as it is."""
+
+    rate: Probability = Field(default=0.15, description="Share of the tokens.")
+    mask_token: Text = Field(default="<mask>", description="A special token of the tokenizer.")
+
+
 class TrainingDataset(Section):
-    """One dataset of the mixture."""
+    """One dataset of the mixture, and what is done to its documents in training (never in evaluation)."""
 
     path: Path = Field(description="A dataset folder, as `megatrain-data tokenize` wrote it.")
     weight: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="Share of the samples, relative to the other weights."
     )
+    fill_in_the_middle: FillInTheMiddle | None = Field(default=None, description="Fill-in-the-middle, for code.")
+    span_corruption: SpanCorruption | None = Field(
+        default=None, description="Span corruption; a document gets this or fill-in-the-middle, or neither."
+    )
+    token_masking: TokenMasking | None = Field(default=None, description="Masking of input tokens.")
+    transform: Text | None = Field(
+        default=None,
+        description="A function of your own as module:function, which is given a document's tokens and a numpy "
+        "Generator and returns as many tokens; applied before all others.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingDataset:
+        self._refuse(checks.training_dataset(self))
+        return self
 
 
 class ValidationDataset(Section):
@@ -304,6 +363,19 @@ class CheckpointConfig(Section):
 
     every_steps: Count = Field(default=50, description="Steps between checkpoints; the last step is always saved.")
     keep: Count = Field(default=3, description="The newest checkpoints kept.")
+    keep_every_steps: Count | None = Field(
+        default=None, description="The checkpoint of every n-th step is kept for good; null: none is."
+    )
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="So many checkpoints with the lowest validation loss are kept too; only one saved at a step that "
+        "was evaluated has such a loss.",
+    )
+    dir: str | None = Field(
+        default=None,
+        description="Where checkpoints lie: a path, or the URL of an object store that fsspec knows, such as "
+        "s3://bucket/run; null: checkpoints in run.dir.",
+    )
     background: bool = Field(default=True, description="Training goes on while a checkpoint is written.")
 
 

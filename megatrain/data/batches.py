@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatrain.batch import Batch
+from megatrain.data.augmentation import Augmentation, DocumentPart
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import DataOrder, Samples
 from megatrain.errors import DataError
@@ -50,6 +52,9 @@ class SampleSource(Protocol):
         scored: NDArray[np.bool_] | None,
     ) -> None:
         """Write a sample's seq_len + 1 tokens; the document's number of each input; which targets count."""
+
+    def parts(self, window: int) -> Iterator[DocumentPart]:
+        """The documents, or parts of them, in a sample's seq_len + 1 tokens, in their order."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,31 @@ class Windows:
             document_ids[begins[begins > 0]] = 1
             np.cumsum(document_ids, out=document_ids)
 
+    def parts(self, window: int) -> Iterator[DocumentPart]:
+        """The documents, or parts of them, in a window's seq_len + 1 tokens, in their order."""
+        start, length = window * self.seq_len, self.seq_len + 1
+        document = self.dataset.document_at(start)
+        offset = start - self.dataset.document_range(document)[0]
+        begins = self.dataset.document_starts(start, length)
+        for begin, end in pairwise([0, *begins[begins > 0].tolist(), length]):
+            yield DocumentPart(document, offset, begin, end)
+            document, offset = document + 1, 0
+
 
 class BatchMaker:
-    """Micro-batches from samples of several sources, all of one length and kind."""
+    """Micro-batches from samples of several sources, all of one length and kind.
 
-    def __init__(self, sources: Sequence[SampleSource], micro_batch_size: int) -> None:
+    ``augmentations``: what is done to the documents of each source; left out, as for an evaluation: nothing.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SampleSource],
+        micro_batch_size: int,
+        augmentations: Sequence[Augmentation | None] | None = None,
+    ) -> None:
         self.sources = tuple(sources)
+        self._augmentations = augmentations or [None] * len(sources)
         self.micro_batch_size = micro_batch_size
         self._seq_len = sources[0].seq_len
         self._document_mask = sources[0].document_mask
@@ -125,14 +149,14 @@ class BatchMaker:
         tokens = np.empty((count, length + 1), dtype=np.int64)
         ids = np.empty((count, length), dtype=np.int32) if self._document_mask else None
         mask = None if self._all_scored and num_scored is None else np.empty((count, length), dtype=np.bool_)
-        for row in range(count):
-            source = self.sources[samples.dataset[row]]
-            source.fill(
-                int(samples.window[row]),
-                tokens[row],
-                None if ids is None else ids[row],
-                None if mask is None else mask[row],
-            )
+        seen = np.empty_like(tokens) if any(self._augmentations) else tokens
+        for row, (number, epoch, window) in enumerate(samples.places()):
+            source, augmentation = self.sources[number], self._augmentations[number]
+            source.fill(window, tokens[row], None if ids is None else ids[row], None if mask is None else mask[row])
+            if augmentation is not None:
+                seen[row] = augmentation.apply(source.parts(window), epoch, tokens[row])
+            elif seen is not tokens:
+                seen[row] = tokens[row]
         if mask is not None and num_scored is not None:
             mask[num_scored:] = False
         positions = np.broadcast_to(np.arange(length), (count, length)) if ids is None else _positions(ids)
@@ -141,7 +165,7 @@ class BatchMaker:
             rows = slice(first, first + self.micro_batch_size)
             batches.append(
                 Batch(
-                    tokens_BT=torch.from_numpy(tokens[rows, :-1].copy()),
+                    tokens_BT=torch.from_numpy(seen[rows, :-1].copy()),
                     targets_BT=torch.from_numpy(tokens[rows, 1:].copy()),
                     loss_mask_BT=None if mask is None else torch.from_numpy(mask[rows]),
                     positions_BT=torch.from_numpy(positions[rows].copy()),

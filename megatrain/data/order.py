@@ -10,6 +10,7 @@ before stopped. Where windows become shorter in the middle of an epoch, those no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -135,6 +136,10 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.number)
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """Dataset, epoch and window of each."""
+        return zip(self.dataset.tolist(), self.epoch.tolist(), self.window.tolist(), strict=True)
 
     def rows(self, rows: slice) -> Samples:
         """Some of them."""

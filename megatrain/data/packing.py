@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatrain.data.augmentation import DocumentPart
 from megatrain.data.dataset import Dataset
 from megatrain.data.format import checksum, committed
 from megatrain.errors import DataError
@@ -257,6 +258,14 @@ class PackedWindows:
         tokens[at:] = self.dataset.eod_id
         if document_ids is not None:
             document_ids[at:] = number + 1
+
+    def parts(self, window: int) -> Iterator[DocumentPart]:
+        """The documents, or parts of them, in a sample's tokens, in their order."""
+        at = 0
+        for start, num_targets in self.plan.pieces(window):
+            document = self.dataset.document_at(start)
+            offset = start - self.dataset.document_range(document)[0]
+            yield DocumentPart(document, offset, at, at := at + num_targets + 1)
 
 
 def _block(batch: pa.RecordBatch) -> Block:

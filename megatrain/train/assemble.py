@@ -11,6 +11,7 @@ import torch
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
+from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, SampleSource, TrainingBatches, Windows
 from megatrain.data.order import DataOrder, Terms
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
@@ -84,6 +85,7 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
     """Open the data, join the other ranks, build the model on this one. Collective; weights are not filled in yet."""
     train, validation = open_training_data(config)
     config = resolve_vocabulary(config, train[0])
+    augmentations = open_augmentations(config, train)
     held_out = [_windows(config, dataset) for dataset in validation]
     device = local_device(rank.local_rank)
     start_deepspeed(config.train.hang_timeout_seconds)
@@ -104,7 +106,7 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
         order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),
-        maker=BatchMaker(sources, micro_batch_size),
+        maker=BatchMaker(sources, micro_batch_size, augmentations),
         validation=evaluation,
         store=CheckpointStore(Path(config.run.dir)),
     )

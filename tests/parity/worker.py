@@ -20,6 +20,7 @@ from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import rank_file
 from megatrain.config import RunConfig
+from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder
 from megatrain.distributed.bootstrap import read_rank
@@ -72,7 +73,7 @@ def train(case: Case) -> dict[str, Any]:
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
     engine.publish()
     sources = training_sources(config, train_sets, groups)
-    maker = BatchMaker(sources, config.train.micro_batch_size)
+    maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
     order = DataOrder.begin(config.run.seed, reading_terms(config, sources))
     batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
     losses, norms = [], []
@@ -83,7 +84,8 @@ def train(case: Case) -> dict[str, Any]:
         losses.append(groups.sum([result.loss_sum])[0] / count)
         norms.append(result.grad_norm)
     batches.close()
-    evaluation = EvaluationBatches(maker, groups.coordinate.data, topology.data, limit=5)
+    whole = BatchMaker(sources, config.train.micro_batch_size)
+    evaluation = EvaluationBatches(whole, groups.coordinate.data, topology.data, limit=5)
     (validation,) = groups.sum([engine.evaluate(evaluation)])
     if case.save:
         folder = Path(case.save)

@@ -101,6 +101,20 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_with_the_nearest_legal_on
         (["model.num_key_value_heads=3"], "must divide num_attention_heads (4); nearest: 2 or 4"),
         (["model.head_dim=15"], "must be even for the rotary embedding; nearest: 16"),
         (["model.layer_norm_epsilon=1e-6"], "read by family gpt2 only"),
+        (
+            ["data.train.0.fill_in_the_middle.rate=0.75", "data.train.0.span_corruption.rate=0.5"],
+            "span_corruption.rate (the command line): 0.5 given; a document gets this or fill_in_the_middle: "
+            "their rates must add up to 1.0 at most; nearest: 0.25",
+        ),
+        (
+            ["data.train.0.fill_in_the_middle={prefix_token: <a>, middle_token: <b>, suffix_token: <a>}"],
+            "fill_in_the_middle.suffix_token (the command line): <a> given; another sentinel has this token",
+        ),
+        (
+            ["data.train.0.span_corruption.sentinel_token=<extra>"],
+            "must have {} where the number of the sentinel stands; nearest: ",
+        ),
+        (["data.train.0.transform=my/code.py:f"], "must be module:function, such as my_package.code:mask"),
         (["model.family=gpt2", "model.num_key_value_heads=2"], "family gpt2 has as many as num_attention_heads (4)"),
         (["model.family=gpt2", "model.head_dim=8"], "family gpt2 has hidden_size / num_attention_heads"),
         (["model.family=gpt2", "model.rope_theta=5e5"], "model.rope_theta (the command line): 500000.0 given; read by"),
@@ -139,6 +153,8 @@ def test_keys_that_contradict_each_other_are_refused(refused, overrides, expecte
             " original_max_position_embeddings: 64}"
         ],
         ["schedule.type=wsd", "schedule.decay_steps=180"],
+        ["data.train.0.fill_in_the_middle.rate=1.0", "data.train.0.token_masking={}"],
+        ["data.train.0.fill_in_the_middle={}", "data.train.0.span_corruption={}", "data.train.0.transform=a.b:c_1"],
         ["parallel.recompute=full", "parallel.recompute_every=2"],
         ["train.precision=fp16", "train.initial_loss_scale_power=8"],
         ["schedule.warmup_steps=200"],

@@ -37,7 +37,8 @@ REQUIRED = {
 def test_every_key_left_out_has_its_documented_default(loaded):
     resolved = loaded().model_dump(mode="json")
     assert {name: keys_but_required(name, section) for name, section in resolved.items()} == DEFAULTS
-    assert resolved["data"]["train"] == [{"path": "data/code", "weight": 1.0}]
+    transforms = dict.fromkeys(("fill_in_the_middle", "span_corruption", "token_masking", "transform"))
+    assert resolved["data"]["train"] == [{"path": "data/code", "weight": 1.0, **transforms}]
 
 
 def keys_but_required(name: str, section: dict[str, object]) -> dict[str, object]:
