@@ -1,0 +1,85 @@
+"""`megatrain-data dedup`: of documents that are the same, or nearly, the first in input order stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.clean.candidates import RunFiles, find_pairs, signatures
+from data_tools.clean.clusters import ClusterDecisions, cluster, cluster_sizes
+from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
+from data_tools.clean.output import write_kept
+from data_tools.clean.report import make_report, render, tally, wanted_texts
+from data_tools.clean.sketch import ExactSketch, MinHashSketch, Sketch, equal_bytes
+from data_tools.clean.survey import survey
+from data_tools.inputs import find_inputs
+from data_tools.readers import plan_units
+from data_tools.units import ReadOptions
+from megatrain.data.format import commit_bytes
+from megatrain.errors import ConfigError
+
+MAX_PERMUTATIONS = 2048
+
+
+@dataclass(frozen=True)
+class DedupOptions:
+    """What decides the bytes of the result, beside the inputs."""
+
+    read: ReadOptions
+    method: str = "exact"
+    """`exact` or `minhash`; the rest is for minhash."""
+    threshold: float = 0.8
+    num_permutations: int = 256
+    ngram: int = 5
+
+    def sketch(self) -> Sketch:
+        """What stands in for a text. Raises ConfigError where the options make no sense."""
+        if self.method == "exact":
+            return ExactSketch()
+        if not 0.1 <= self.threshold <= 1:
+            raise ConfigError(f"--threshold {self.threshold} should be from 0.1 to 1; 0.8 is usual.")
+        if not 16 <= self.num_permutations <= MAX_PERMUTATIONS:
+            raise ConfigError(f"--num-permutations {self.num_permutations} should be from 16 to {MAX_PERMUTATIONS}.")
+        if self.ngram < 1:
+            raise ConfigError(f"--ngram {self.ngram} should be at least 1; 5 is usual.")
+        return MinHashSketch(self.threshold, self.num_permutations, self.ngram)
+
+
+def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effort, restart: bool) -> dict[str, Any]:
+    """Write the input without its duplicates to `out`, or go on where an earlier run of the same command was stopped.
+
+    Returns the report. Raises ConfigError where `out` holds anything else.
+    """
+    sketch = options.sketch()
+    files = find_inputs(inputs)
+    command = {"command": "dedup", "inputs": list(inputs), "part_bytes": effort.part_bytes, **asdict(options)}
+
+    def make(job: Job) -> dict[str, Any]:
+        corpus = survey(list(plan_units(files, effort.part_bytes)), options.read, sketch, job)
+        runs, pair_files = find_pairs(corpus, sketch, job)
+        firsts = job.work / "firsts"
+        job.run_alone("cluster", partial(cluster, pair_files, corpus.num_documents, firsts), firsts)
+        decisions = ClusterDecisions(firsts, f"{options.method} duplicate")
+        total = tally(corpus, decisions, job)
+        texts = write_kept(corpus, out, options.read, decisions, wanted_texts(total), job)
+        report = make_report(command, total, corpus, texts)
+        report["clusters"] = {str(size): n for size, n in cluster_sizes(firsts, corpus.num_documents).items()}
+        _add_similarities(report, runs, sketch)
+        commit_bytes(out / REPORT_FOLDER / "report.txt", render(report).encode(), job.work)
+        return report
+
+    return run_once(out, command, files, restart, effort, make)
+
+
+def _add_similarities(report: dict[str, Any], runs: RunFiles, sketch: Sketch) -> None:
+    """To each example: how similar it is to the document that is kept."""
+    for reason in report["reasons"].values():
+        for example in reason["examples"]:
+            pair = np.array([example["kept"]["document"], example["document"]], np.uint64)
+            found = signatures(runs, pair)
+            example["similarity"] = round(sketch.similarity(int(equal_bytes(found[:1], found[1:])[0])), 4)

@@ -1,0 +1,220 @@
+"""One command and the folder that it writes: begun once, gone on with after a kill, finished once.
+
+Any number of processes may be at it, on one machine or on many that share the folder: each does what nobody has done or
+is doing, and waits for the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import orjson
+
+from data_tools.claims import Claims
+from data_tools.inputs import InputFile
+from data_tools.ranks import Ranks
+from data_tools.units import PART_BYTES
+from data_tools.work import Advance, run_tasks
+from megatrain.data.format import canonical_json, commit_bytes
+from megatrain.errors import ConfigError
+
+REPORT_FOLDER = ".report"
+"""Hidden, so that a command which reads the folder finds documents only."""
+REPORT_FILE = "report.json"
+WORK_FOLDER = ".work"
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 5.0
+"""Between two looks at what others have done."""
+
+T = TypeVar("T")
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""Opens a display for work of a name and a size; gives the function that hears of what was done."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How the work is done, which changes no byte of the result."""
+
+    num_workers: int
+    progress: Progress
+    ranks: Ranks
+    part_bytes: int = PART_BYTES
+    """About how much text is read between two commits."""
+
+
+class Task(NamedTuple, Generic[T]):
+    """A piece of work, done when its file is there."""
+
+    done: Path
+    """Appears by one rename when all else is in place."""
+    size: int
+    work: T
+
+
+class Job:
+    """The work of one command, shared with whoever else runs it."""
+
+    def __init__(self, work: Path, effort: Effort) -> None:
+        self.work = work
+        self.effort = effort
+        self.claims = Claims(work / "claims")
+
+    def run(self, name: str, function: Callable[[T, Advance], None], tasks: Sequence[Task[T]]) -> None:
+        """Call the function for the work of every task; return when all are done, by us or by others."""
+        claimed = _Claimed(function, self.claims)
+        ranks, pause_seconds = self.effort.ranks, SHORTEST_PAUSE_SECONDS
+        while pending := _pending(tasks):
+            # A share at a time, from another place on each rank; then a look at what is left.
+            size = -(-len(pending) // ranks.size)
+            begin = size * ranks.rank % len(pending)
+            share = (pending + pending)[begin : begin + size]
+            with self.effort.progress(name, sum(task.size for task in share)) as advance:
+                run_tasks(claimed, share, self.effort.num_workers, advance)
+            if any(task.done.exists() for task in share):
+                pause_seconds = SHORTEST_PAUSE_SECONDS
+            else:
+                time.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+
+    def run_alone(self, name: str, function: Callable[[], None], done: Path) -> None:
+        """Have the function called by one of those at work."""
+        while not done.exists():
+            with self.claims.claim(name) as is_ours:
+                if is_ours and not done.exists():
+                    function()
+            if not done.exists():
+                time.sleep(SHORTEST_PAUSE_SECONDS)
+
+    def share(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, as plain data, made once and stored for all who are at work."""
+        path = self.work / f"{name}.json"
+        self.run_alone(name, lambda: commit_bytes(path, orjson.dumps(make())), path)
+        return orjson.loads(path.read_bytes())
+
+
+def _pending(tasks: Sequence[Task[T]]) -> list[Task[T]]:
+    """The tasks that are not done: one look at each folder instead of one for each file."""
+    folders = {task.done.parent for task in tasks}
+    there = {entry.path for folder in folders for entry in os.scandir(folder)}
+    return [task for task in tasks if str(task.done) not in there]
+
+
+@dataclass(frozen=True)
+class _Claimed(Generic[T]):
+    """Does a task unless it is done, or somebody else is doing it."""
+
+    function: Callable[[T, Advance], None]
+    claims: Claims
+
+    def __call__(self, task: Task[T], advance: Advance) -> None:
+        with self.claims.claim(str(task.done)) as is_ours:
+            if is_ours and not task.done.exists():
+                self.function(task.work, advance)
+
+
+def run_once(
+    out: Path,
+    command: dict[str, Any],
+    files: Sequence[InputFile],
+    restart: bool,
+    effort: Effort,
+    make: Callable[[Job], dict[str, Any]],
+) -> dict[str, Any]:
+    """Have `make` called, unless this very command is done; gives its report, in both cases.
+
+    `make` is to leave in the job's folder what it wants to find again after a kill. It returns the report, and when
+    that is stored the command is done. Raises ConfigError where `out` holds anything else.
+    """
+    listed = [[file.name, file.num_bytes] for file in files]
+    digest = hashlib.sha256(canonical_json([command, listed])).hexdigest()
+    work, report_path = out / WORK_FOLDER, out / REPORT_FOLDER / REPORT_FILE
+    if restart and effort.ranks.size > 1 and effort.ranks.comm is None:
+        raise ConfigError("--restart is for one process, or for ranks that speak MPI: others remove the folder first.")
+    effort.ranks.share(lambda: _begin(out, work, command, restart, report_path))
+    if report_path.exists() and not work.exists():
+        return _finished(out, report_path, digest, files)
+    job = Job(work, effort)
+    while not job.claims.join():
+        _begin(out, work, command, False, report_path)
+    if not report_path.exists():
+        report = make(job)
+
+        def store() -> None:
+            commit_bytes(report_path, canonical_json({**report, "job": digest}), work)
+
+        job.run_alone("report", store, report_path)
+    result = _finished(out, report_path, digest, files)
+    effort.ranks.wait()
+    if job.claims.leave():
+        shutil.rmtree(work, ignore_errors=True)
+    job.claims.close()
+    return result
+
+
+def _begin(out: Path, work: Path, command: dict[str, Any], restart: bool, report_path: Path) -> None:
+    """Make the folder ready for this command, or find that it is."""
+    if restart:
+        _clear(out)
+    if report_path.exists() and not work.exists():
+        return
+    _make_folder(out, work)
+    if not report_path.exists():
+        _join_command(out, work, command)
+
+
+def _finished(out: Path, report_path: Path, digest: str, files: Sequence[InputFile]) -> dict[str, Any]:
+    report: dict[str, Any] = orjson.loads(report_path.read_bytes())
+    if report["job"] != digest:
+        raise ConfigError(
+            f"{out} already holds a result, made from other inputs or with other options. "
+            "Give another --out, or --restart to replace it."
+        )
+    finished_ns = report_path.stat().st_mtime_ns
+    for file in files:
+        if not file.is_remote and int(file.version) > finished_ns:
+            raise ConfigError(
+                f"{out} already holds a result, and {file.name} was changed after it was made. "
+                "Give another --out, or --restart to replace it."
+            )
+    return report
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier command of this kind has written to the folder, and nothing else."""
+    if not (out / WORK_FOLDER).is_dir() and not (out / REPORT_FOLDER / REPORT_FILE).is_file():
+        return
+    # The report goes last: a kill in between leaves a folder that is still known as ours.
+    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    for path in out.glob("part-*.jsonl.zst"):
+        path.unlink()
+    shutil.rmtree(out / REPORT_FOLDER, ignore_errors=True)
+
+
+def _make_folder(out: Path, work: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give the name of a folder.")
+    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is a folder with other things in it; give a new or empty one.")
+    work.mkdir(parents=True, exist_ok=True)
+
+
+def _join_command(out: Path, work: Path, command: dict[str, Any]) -> None:
+    """Record which command this folder belongs to, or check that it is this one."""
+    path = work / "command.json"
+    if not path.exists():
+        commit_bytes(path, canonical_json(command))
+        return
+    begun = orjson.loads(path.read_bytes())
+    differing = [key for key, value in orjson.loads(canonical_json(command)).items() if begun.get(key) != value]
+    if differing:
+        raise ConfigError(
+            f"{out} is unfinished, and was begun by a command with other {', '.join(differing)}. "
+            "Run that command again to finish it, give another --out, or --restart to start over."
+        )
