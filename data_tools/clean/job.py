@@ -141,20 +141,18 @@ def run_once(
     if report_path.exists() and not work.exists():
         return _finished(out, report_path, digest, files)
     job = Job(work, effort)
-    while not job.claims.join():
-        _begin(out, work, command, False, report_path)
-    if not report_path.exists():
-        report = make(job)
-
-        def store() -> None:
-            commit_bytes(report_path, canonical_json({**report, "job": digest}), work)
-
-        job.run_alone("report", store, report_path)
-    result = _finished(out, report_path, digest, files)
-    effort.ranks.wait()
-    if job.claims.leave():
-        shutil.rmtree(work, ignore_errors=True)
-    job.claims.close()
+    try:
+        while not job.claims.join():
+            _begin(out, work, command, False, report_path)
+        if not report_path.exists():
+            report = canonical_json({**make(job), "job": digest})
+            job.run_alone("report", lambda: commit_bytes(report_path, report, work), report_path)
+        result = _finished(out, report_path, digest, files)
+        effort.ranks.wait()
+        if job.claims.leave():
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        job.claims.close()
     return result
 
 

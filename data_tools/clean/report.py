@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,7 +17,8 @@ EXAMPLES = 5
 SHOWN_CHARACTERS = 200
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Example:
     """A document that is dropped, and the one that is kept instead, if any."""
 
     rank: int
@@ -61,7 +62,7 @@ def tally(corpus: Corpus, decisions: Decisions, job: Job) -> Tally:
     """Count what is dropped, by reason."""
     plain = job.share("tally", lambda: asdict(_count(corpus, decisions)))
     found = {
-        reason: Dropped(each["documents"], each["text_bytes"], [Example(*example) for example in each["examples"]])
+        reason: Dropped(each["documents"], each["text_bytes"], [Example(**example) for example in each["examples"]])
         for reason, each in plain["dropped"].items()
     }
     return Tally(plain["documents"], plain["text_bytes"], found)
