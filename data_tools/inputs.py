@@ -103,7 +103,8 @@ def _find_local(argument: str) -> Iterator[InputFile]:
     elif path.exists():
         paths = [path]
     else:
-        paths = [Path(name) for name in glob.glob(argument, recursive=True)]  # noqa: PTH207 (Path.glob refuses "/x/*")
+        names = glob.glob(argument, recursive=True)  # noqa: PTH207 (Path.glob refuses "/x/*")
+        paths = [path for path in map(Path, names) if "**" not in argument or not _goes_in_circles(path)]
     for found in paths:
         if found.is_dir():
             continue
@@ -113,7 +114,26 @@ def _find_local(argument: str) -> Iterator[InputFile]:
             raise DataError(f"Input {found} cannot be read: {error.strerror}.") from None
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"Input {found} is no regular file, so it cannot be read twice. Write it to a file first.")
+        if not _is_utf8(found.as_posix()):
+            raise DataError(
+                f"Input {str(found)!a} has a name that is not UTF-8, which no dataset can store. Rename it."
+            )
         yield InputFile(found.as_posix(), status.st_size, str(status.st_mtime_ns))
+
+
+def _goes_in_circles(path: Path) -> bool:
+    """Whether the path goes through a link to a folder that the link itself is in; "**" would follow it 40 times."""
+    return any(
+        parent.is_symlink() and parent.parent.resolve().is_relative_to(parent.resolve()) for parent in path.parents
+    )
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _find_remote(argument: str) -> Iterator[InputFile]:

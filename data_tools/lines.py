@@ -11,14 +11,12 @@ from typing import IO, Any, NoReturn
 import orjson
 
 from data_tools.inputs import InputFile
-from data_tools.units import Part, ReadOptions, Record, Unit, decode
+from data_tools.units import MAX_DOCUMENT_BYTES, Part, ReadOptions, Record, Unit, decode
 from megatrain.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 LINE_BYTES = 1 << 16
 """Read behind a part at once, which most often holds the end of its last line."""
-MAX_DOCUMENT_BYTES = 1 << 28
-"""A longer line or text file is taken for a mistake, or for an attack on memory."""
 TOO_LONG = f"the line is longer than {MAX_DOCUMENT_BYTES} bytes"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -76,7 +74,7 @@ def _compressed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tu
     """Each part of a compressed file: its number, the offset of its first line, and its lines."""
     file = unit.files[0]
     part_bytes = unit.part_bytes
-    offset = position = 0
+    offset = position = line_start = 0
     pieces: list[bytes] = []
     for block in _blocks(file, advance):
         while block:
@@ -84,12 +82,15 @@ def _compressed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tu
             border = (offset // part_bytes + 1) * part_bytes
             end = block.find(b"\n", max(border - 1 - position, 0)) + 1
             pieces.append(block[:end] if end else block)
+            last_newline = pieces[-1].rfind(b"\n")
+            if last_newline >= 0:
+                line_start = position + last_newline + 1
             position += len(pieces[-1])
             if end:
                 yield offset // part_bytes, offset, b"".join(pieces)
                 pieces, offset = [], position
-            elif position - border > MAX_DOCUMENT_BYTES:
-                _fail(file, offset + b"".join(pieces).rfind(b"\n") + 1, TOO_LONG)
+            elif position - line_start > MAX_DOCUMENT_BYTES:
+                _fail(file, line_start, TOO_LONG)
             block = block[end:] if end else b""
     if pieces:
         yield offset // part_bytes, offset, b"".join(pieces)
@@ -198,6 +199,8 @@ def _parse_odd_line(file: InputFile, offset: int, line: bytes, options: ReadOpti
     except UnicodeDecodeError as decode_error:
         invalid = True
         error = decode_error
+    if b"\0" in line and line.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
+        _fail(file, offset, "the line is UTF-16, not UTF-8: convert the file")
     if not invalid:
         _fail(file, offset, f"bad JSON ({error})")
     if options.errors == "strict":

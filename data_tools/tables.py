@@ -7,13 +7,15 @@ from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.inputs import InputFile, Kind
-from data_tools.units import Part, ReadOptions, Record, Unit, decode
+from data_tools.units import MAX_DOCUMENT_BYTES, Part, ReadOptions, Record, Unit, decode
 from megatrain.errors import DataError
 
 ROWS_AT_ONCE = 1024
+MAX_GROWTH = 1000
 
 
 def read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
@@ -51,7 +53,7 @@ def _table_rows(
     advance: Callable[[int], None],
 ) -> Iterator[Record | None]:
     for _, first_row, batch in placed:
-        texts = _binary(batch.column(options.text_key), options.text_key, file).to_pylist()
+        texts = _texts(batch, first_row, options, file)
         columns = (texts, _ids(batch, options, file), _extras(batch, options, f"{file.name}, row {first_row}"))
         for row, (text, identity, extra) in enumerate(zip(*columns, strict=True), start=first_row):
             place = f"{file.name}, row {row}"
@@ -61,6 +63,17 @@ def _table_rows(
                 identity = decode(identity, options, place)
             yield Record(decode(text, options, place), None if identity is None else str(identity), 0, extra)
         advance(batch.nbytes)
+
+
+def _texts(batch: pa.RecordBatch, first_row: int, options: ReadOptions, file: InputFile) -> list[bytes | None]:
+    column = _binary(batch.column(options.text_key), options.text_key, file)
+    if column.nbytes > MAX_DOCUMENT_BYTES:
+        lengths = pc.binary_length(column).fill_null(0).to_numpy()
+        if lengths.max() > MAX_DOCUMENT_BYTES:
+            row = first_row + int(lengths.argmax())
+            raise DataError(f"{file.name}, row {row}: the text is longer than {MAX_DOCUMENT_BYTES} bytes.")
+    texts: list[bytes | None] = column.to_pylist()
+    return texts
 
 
 def _ids(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> list[object]:
@@ -126,7 +139,21 @@ def _parquet_batches(file: InputFile, group: int, options: ReadOptions) -> tuple
     parquet = open_parquet(file)
     columns = _columns(parquet.schema_arrow.names, options, file)
     first_row = sum(parquet.metadata.row_group(k).num_rows for k in range(group))
+    _refuse_bomb(file, parquet.metadata.row_group(group), columns)
     return first_row, parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _refuse_bomb(file: InputFile, group: pq.RowGroupMetaData, columns: list[str]) -> None:
+    """Text compresses some ten times; what says that it will grow a thousandfold is made to fill the memory."""
+    for chunk in (group.column(i) for i in range(group.num_columns)):
+        grown_bytes = chunk.total_uncompressed_size
+        if chunk.path_in_schema in columns and grown_bytes > max(
+            MAX_DOCUMENT_BYTES, MAX_GROWTH * chunk.total_compressed_size
+        ):
+            raise DataError(
+                f"{file.name}: {chunk.total_compressed_size} bytes of the column {chunk.path_in_schema!r} would "
+                f"decompress to {grown_bytes}, which no text does. Write it again in smaller row groups if it is meant."
+            )
 
 
 def _arrow_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordBatch]:

@@ -18,6 +18,8 @@ from data_tools.inputs import InputFile, Kind
 from megatrain.errors import DataError
 
 PART_BYTES = 16 << 20
+MAX_DOCUMENT_BYTES = 1 << 28
+"""A longer document is taken for a mistake, or for an attack on memory."""
 USUAL_COMPRESSION = 4
 """How many times smaller compressed text is, about."""
 

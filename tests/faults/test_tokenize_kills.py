@@ -1,0 +1,110 @@
+"""SIGKILL at any step of tokenizing, then the same command: the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.tokenize_inputs import (
+    PART_BYTES,
+    SHARD_TOKENS,
+    environment,
+    folder_bytes,
+    tokenize_command,
+    write_inputs,
+    write_tokenizer,
+)
+
+# Runs the command in forks of one process that has imported everything. Each fork kills itself at its n-th call that
+# opens, renames, removes or makes a file: the n-th step at which what is on disk can be torn.
+KILLS = """
+import os, signal, sys
+from contextlib import nullcontext
+from pathlib import Path
+from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+import data_tools.assemble, tokenizers, fastokens, zstandard, pyarrow.parquet
+
+STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+_, out, part_bytes, shard_tokens, *steps = sys.argv
+
+def work(step):
+    remaining = step
+    def watch(event, arguments):
+        nonlocal remaining
+        if event in STEPS and out in str(arguments[0]):
+            remaining -= 1
+            if remaining == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+    effort = Effort(1, "auto", lambda *_: nullcontext(lambda n: None), print, int(part_bytes))
+    tokenize(["in"], Path("tokenizer.json"), Path(out), TokenizeOptions(shard_tokens=int(shard_tokens)), effort)
+    os._exit(0)
+
+for step in map(int, steps):
+    child = os.fork()
+    if child == 0:
+        work(step)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills")
+    write_inputs(folder / "in", 2)
+    write_tokenizer(folder / "tokenizer.json", folder / "in")
+    subprocess.run(tokenize_command(folder, "--out", "alone"), cwd=folder, env=environment(), check=True)
+    (folder / "kills.py").write_text(KILLS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "num_kills", [5, pytest.param(50, marks=pytest.mark.slow)], ids=lambda number: f"{number} kills"
+)
+def test_kills_at_random_steps_change_no_byte(num_kills: int, folder: Path) -> None:
+    out = f"killed-{num_kills}"
+    generator = random.Random(num_kills)
+    # Few steps at a time, or the first runs would finish the work before the last is killed.
+    steps = [generator.randint(1, max(30, 400 // num_kills)) for _ in range(num_kills)]
+    command = [sys.executable, "kills.py", out, str(PART_BYTES), str(SHARD_TOKENS), *map(str, steps), str(1 << 30)]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
+    codes = [int(line) for line in done.stdout.split()]
+    assert codes == [-signal.SIGKILL] * num_kills + [0]
+    assert folder_bytes(folder / out) == folder_bytes(folder / "alone")
+
+
+def test_a_kill_in_the_assembly_loses_neither_shards_nor_parts_that_are_needed(folder: Path) -> None:
+    out = folder / "assembly"
+    # Past the parts, then some steps further at a time: through the plan, each shard, the table, the manifest, the end.
+    steps = [300, 420, *range(10, 90, 9), 1 << 30]
+    command = [sys.executable, "kills.py", out.name, str(PART_BYTES), str(SHARD_TOKENS), *map(str, steps)]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) == 0
+    assert folder_bytes(out) == folder_bytes(folder / "alone")
+
+
+def test_restart_removes_what_the_command_made_and_nothing_else(folder: Path) -> None:
+    out = folder / "again"
+    command = tokenize_command(folder, "--out", "again")
+    subprocess.run(command, cwd=folder, env=environment(), check=True)
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    os.utime(folder / "in" / "a.jsonl")
+    changed = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert changed.returncode == 2
+    subprocess.run([*command, "--restart"], cwd=folder, env=environment(), check=True)
+    assert all(path.stat().st_mtime_ns > before[path.name] for path in out.glob("shard-*"))
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert folder_bytes(out) == folder_bytes(folder / "alone")
+    other = [*command, "--errors", "replace", "--restart"]
+    refused = subprocess.run(other, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "another one made" in refused.stderr
+    assert folder_bytes(out) == folder_bytes(folder / "alone")

@@ -1,0 +1,88 @@
+"""Which rank a process is, as each launcher says it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_tools.claims import Claims
+from data_tools.ranks import Ranks, find_ranks
+from megatrain.errors import ConfigError
+
+ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_PROCID": "0"}
+STEP = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "size"),
+    [
+        ({}, 0, 1),
+        (ARRAY, 4, 8),
+        ({**ARRAY, "SLURM_ARRAY_TASK_STEP": "2"}, 2, 8),
+        (STEP, 2, 4),
+        ({**ARRAY, **STEP}, 18, 32),
+        ({**STEP, "SLURM_STEP_ID": "4294967291"}, 0, 1),  # a batch script, not a task
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 0, 1),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, 0, 1),
+    ],
+)
+def test_the_rank_is_found_without_mpi(environment: dict[str, str], rank: int, size: int) -> None:
+    assert find_ranks(environment) == Ranks(rank, size)
+
+
+def test_a_broken_variable_is_named() -> None:
+    with pytest.raises(ConfigError, match="SLURM_NTASKS is 'many'"):
+        find_ranks({**STEP, "SLURM_NTASKS": "many"})
+
+
+def test_ranks_on_one_machine_share_its_cores() -> None:
+    cores = os.cpu_count() or 1
+    assert Ranks(num_local=cores).num_cores() == 1
+    assert Ranks(num_local=10 * cores).num_cores() == 1
+    assert Ranks().num_cores() <= cores
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from data_tools.claims import Claims
+claims = Claims(Path(sys.argv[1]))
+claims.join()
+with claims.claim("a") as is_ours, claims.seat("s", 2) as seated:
+    print(is_ours, seated, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_claim_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
+    path = tmp_path / "claims"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().split() == ["True", "True"]
+        claims = Claims(path)
+        assert claims.join()
+        with claims.claim("a") as is_ours, claims.claim("b") as other:
+            assert (is_ours, other) == (False, True)
+        with claims.seat("s", 1) as first, claims.seat("s", 2) as second:
+            assert (first, second) == (False, True)
+        assert not claims.is_alone()
+        holder.kill()
+        holder.wait()
+        with claims.claim("a") as is_ours:
+            assert is_ours
+        assert claims.is_alone()
+        assert claims.leave()
+        claims.close()
+
+
+def test_a_folder_that_was_removed_cannot_be_joined(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    assert claims.join()
+    (tmp_path / "claims").unlink()
+    assert not claims.join()
+    assert claims.join()
