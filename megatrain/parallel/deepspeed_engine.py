@@ -23,11 +23,13 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from deepspeed.utils.timer import NoopTimer
 from torch import nn
+from torch.nn import functional
 
 from megatrain.distributed.groups import Groups
 
@@ -193,9 +195,11 @@ def make_engine(
         )
 
 
-def forget_mesh() -> None:
-    """Let another engine, of another layout, be made in this process."""
+def forget_globals() -> None:
+    """Let another engine, of another layout, be made in this process, and compute what it would in a fresh one."""
     deepspeed_groups.mpu = None
+    # ZeRO 3 puts its own for torch's, which rounds otherwise in bf16, and leaves it there.
+    functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", functional.linear)
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float, mesh: Any) -> torch.Tensor:

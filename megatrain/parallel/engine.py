@@ -15,7 +15,7 @@ from megatrain.config import OptimizerConfig, RunConfig
 from megatrain.distributed.fragment import Fragment, Piece, Placement, windows
 from megatrain.distributed.groups import Groups
 from megatrain.parallel.deepspeed_config import deepspeed_config
-from megatrain.parallel.deepspeed_engine import Mesh, PlainDeepSpeedEngine, forget_mesh, make_engine
+from megatrain.parallel.deepspeed_engine import Mesh, PlainDeepSpeedEngine, forget_globals, make_engine
 from megatrain.parallel.shard import LocalParameter, ShardedModel
 from megatrain.parallel.state import MasterSlice, link_state, master_slices, publish_masters, torch_optimizer
 
@@ -148,7 +148,7 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's hooks and globals, so that another engine can be made in this process."""
         self._deepspeed.destroy()
-        forget_mesh()
+        forget_globals()
 
     def _set_lr(self, lr: float) -> None:
         for group in self._deepspeed.optimizer.param_groups:

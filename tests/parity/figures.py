@@ -71,11 +71,15 @@ class Pool:
 
     def train(self, world_size: int, config: dict[str, Any], num_steps: int = 12) -> Figures:
         """Train on so many ranks."""
-        ranks = self._ranks.setdefault(world_size, Ranks(world_size))
         folder = self._folder / "case"
         shutil.rmtree(folder, ignore_errors=True)
-        answer = ranks.train({"config": config, "num_steps": num_steps, "save": str(folder)})
-        return Figures(answer["losses"], answer["norms"], answer["validation"], gather_weights(folder))
+        answer = self.answer(world_size, {"config": config, "num_steps": num_steps, "save": str(folder)})
+        weights = {name: tensor for (name, kind), tensor in gather_state(folder).items() if kind == "weight"}
+        return Figures(answer["losses"], answer["norms"], answer["validation"], weights)
+
+    def answer(self, world_size: int, case: dict[str, Any]) -> dict[str, Any]:
+        """What so many ranks say of a case (``worker.Case``)."""
+        return self._ranks.setdefault(world_size, Ranks(world_size)).train(case)
 
     def alone(self, model: str, num_steps: int = 12, /, **sections: dict[str, Any]) -> Figures:
         """What one rank computes, without ZeRO and recomputation, in one micro-batch."""
@@ -92,24 +96,22 @@ class Pool:
             ranks.stop()
 
 
-def gather_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The whole weights from the files of all ranks, as a checkpoint is read; every element must be there once."""
-    weights: dict[str, torch.Tensor] = {}
-    missing: dict[str, int] = {}
-    for path in sorted(folder.iterdir()):
+def gather_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Whole tensors, flat, by name and kind, from the files of all ranks; every element must be there exactly once."""
+    state: dict[tuple[str, str], torch.Tensor] = {}
+    missing: dict[tuple[str, str], int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
         file = PieceFile(folder, read_written(path))
         for stored in file.pieces:
-            if stored.kind != "weight":
-                continue
             name, shape = stored.piece.name, stored.piece.global_shape
-            count = math.prod(shape)
-            flat = weights.setdefault(name, torch.full((count,), math.nan))
+            key, count = (name, stored.kind), math.prod(shape)
+            flat = state.setdefault(key, torch.full((count,), math.nan))
             whole = Piece(name, shape, Box((0,) * len(shape), shape), 0, count)
-            missing[name] = missing.get(name, count) - copy_into(flat, whole, file, stored)
-    wrong = {name: number for name, number in missing.items() if number}
+            missing[key] = missing.get(key, count) - copy_into(flat, whole, file, stored)
+    wrong = {key: number for key, number in missing.items() if number}
     assert not wrong, f"elements missing (or saved more than once, where negative): {wrong}"
-    assert all(flat.isfinite().all() for flat in weights.values())
-    return weights
+    assert all(flat.isfinite().all() for flat in state.values())
+    return state
 
 
 def _seen(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.parallel.engine import Engine
 from megatrain.train.assemble import (
     build_engine,
     open_training_data,
@@ -38,17 +39,22 @@ from megatrain.train.assemble import (
 from megatrain.train.schedule import learning_rate
 
 TIMEOUT_SECONDS = 120.0
+NUM_VALIDATION_WINDOWS = 5
 
 
 @dataclass
 class Case:
-    """What to train. ``load``: a checkpoint to begin from; ``save``: a folder for the pieces at the end."""
+    """What to train. ``load``: a checkpoint to begin from, and what its manifest would say of it: ``num_updates``,
+    ``loss_scale``. ``save``: a folder for the pieces, after ``save_after`` steps (None: the last)."""
 
     config: dict[str, Any]
     first_step: int = 0
     num_steps: int = 12
     load: str | None = None
+    num_updates: int = 0
+    loss_scale: dict[str, float] | None = None
     save: str | None = None
+    save_after: int | None = None
 
 
 @functools.cache
@@ -68,7 +74,9 @@ def train(case: Case) -> dict[str, Any]:
     engine = build_engine(config, groups)
     if case.load:
         reader = CheckpointReader(Path(case.load), near=rank_file(rank.rank))
-        engine.load_fragments(reader, num_updates=case.first_step)
+        engine.load_fragments(reader, num_updates=case.num_updates)
+        if case.loss_scale and engine.loss_scale:
+            engine.load_loss_scale(case.loss_scale)
     else:
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
     engine.publish()
@@ -76,24 +84,35 @@ def train(case: Case) -> dict[str, Any]:
     maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
     order = DataOrder.begin(config.run.seed, reading_terms(config, sources))
     batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
-    losses, norms = [], []
+    losses, norms, num_updates, saved = [], [], case.num_updates, {}
+    save_step = case.first_step + (case.num_steps if case.save_after is None else case.save_after)
     for step in range(case.first_step, case.first_step + case.num_steps):
+        if step == save_step:
+            saved = save(engine, case, rank.rank, num_updates)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, config.train.steps)
         count = batches.num_targets(step)
         result = engine.train_batch(batches.micro_batches(step), count, lr)
         losses.append(groups.sum([result.loss_sum])[0] / count)
         norms.append(result.grad_norm)
+        num_updates += not result.skipped
     batches.close()
     whole = BatchMaker(sources, config.train.micro_batch_size)
-    evaluation = EvaluationBatches(whole, groups.coordinate.data, topology.data, limit=5)
+    evaluation = EvaluationBatches(whole, groups.coordinate.data, topology.data, NUM_VALIDATION_WINDOWS)
     (validation,) = groups.sum([engine.evaluate(evaluation)])
+    if case.save_after in (None, case.num_steps):
+        saved = save(engine, case, rank.rank, num_updates)
+    groups.barrier()
+    engine.close()
+    return {"losses": losses, "norms": norms, "validation": validation / evaluation.num_targets, "saved": saved}
+
+
+def save(engine: Engine, case: Case, rank: int, num_updates: int) -> dict[str, Any]:
+    """Write this rank's pieces, if they are asked for; what a manifest would say beside them."""
     if case.save:
         folder = Path(case.save)
         folder.mkdir(parents=True, exist_ok=True)
-        write_pieces(folder / rank_file(rank.rank), list(engine.state_fragments()))
-    groups.barrier()
-    engine.close()
-    return {"losses": losses, "norms": norms, "validation": validation / evaluation.num_targets}
+        write_pieces(folder / rank_file(rank), list(engine.state_fragments()))
+    return {"num_updates": num_updates, "loss_scale": engine.loss_scale}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from megatrain.parallel.deepspeed_engine import forget_mesh
+from megatrain.parallel.deepspeed_engine import forget_globals
 from megatrain.train.__main__ import main
 
 
@@ -24,7 +24,7 @@ def serve() -> None:
         output = io.StringIO()
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             code = main(json.loads(line))
-        forget_mesh()
+        forget_globals()
         gc.collect()
         answers.write(json.dumps({"code": code, "output": output.getvalue()}) + "\n")
         answers.flush()

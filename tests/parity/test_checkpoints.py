@@ -1,0 +1,173 @@
+"""Any layout loads what any other saved: every bit of the state, and the training goes on as it would have.
+
+The same layout gives the same losses to the last bit; another one within 1e-4 in fp32, as all layouts train alike, and
+within 1e-3 in bf16: an activation has 8 significant bits there, and each layout rounds other partial sums to them.
+`make test` takes a few pairs, `-m slow` each layout as source and as target, MEGATRAIN_ACCEPTANCE=1 all pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from megatrain.data import open_dataset
+from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
+from megatrain.train.convert import export_checkpoint
+from megatrain.train.inference import load_decoder
+from tests.parity.figures import Pool
+from tests.parity.saves import Layout, Saves
+from tests.parity.worker import NUM_VALIDATION_WINDOWS
+
+slow = pytest.mark.slow
+ACCEPTANCE = os.environ.get("MEGATRAIN_ACCEPTANCE") == "1"
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
+OTHER_PRECISION = 5e-3
+# Neighbours differ in as much as they can: each is loaded by the next one.
+LAYOUTS = (
+    Layout("1", 1, {}, "llama_tied"),
+    Layout("2-zero3", 2, {"zero_stage": 3}, "gpt2_tied"),
+    Layout("4-tensor2-pipeline2-sequence", 4, {"tensor": 2, "pipeline": 2, "sequence": True}, "llama_tied"),
+    Layout("2-zero2", 2, {"zero_stage": 2}, "llama_mqa"),
+    Layout("4-tensor4", 4, {"tensor": 4}, "llama_tied"),
+    Layout("2-pipeline2-zero1", 2, {"pipeline": 2, "zero_stage": 1}, "gpt2_tied"),
+    Layout("8-zero3", 8, {"zero_stage": 3}, "llama_tied"),
+    Layout("2-tensor2", 2, {"tensor": 2}, "qwen3"),
+    Layout("4-pipeline4", 4, {"pipeline": 4}, "gpt2"),
+    Layout("2-zero1", 2, {"zero_stage": 1}, "llama"),
+    Layout("4-tensor2-zero3", 4, {"tensor": 2, "zero_stage": 3}, "gpt2_tied"),
+    Layout("1-zero1", 1, {"zero_stage": 1}, "qwen3"),
+    Layout("8-tensor2-pipeline2-zero1", 8, {"tensor": 2, "pipeline": 2, "zero_stage": 1}, "llama_tied"),
+    Layout("2-zero3-offloaded", 2, {"zero_stage": 3, "offload": "all"}, "llama_mqa"),
+    Layout("4-tensor4-sequence-zero1", 4, {"tensor": 4, "sequence": True, "zero_stage": 1}, "gpt2_tied"),
+    Layout("2-zero2-optimizer-offloaded", 2, {"zero_stage": 2, "offload": "optimizer"}, "llama_tied"),
+    Layout("4-pipeline2-zero1", 4, {"pipeline": 2, "zero_stage": 1}, "qwen3"),
+    Layout("2-tensor2-sequence-zero2", 2, {"tensor": 2, "sequence": True, "zero_stage": 2}, "llama_tied"),
+)
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+QUICK = (
+    ("1", "4-tensor2-pipeline2-sequence", "fp32"),
+    ("2-zero3", "2-pipeline2-zero1", "fp32"),
+    ("2-pipeline2-zero1", "2-pipeline2-zero1", "bf16"),
+    ("4-tensor2-pipeline2-sequence", "2-zero3", "bf16"),
+)
+
+
+def _selected() -> list[object]:
+    following = (*LAYOUTS[1:], LAYOUTS[0])
+    pairs = list(itertools.product(LAYOUTS, LAYOUTS)) if ACCEPTANCE else list(zip(LAYOUTS, following, strict=True))
+    chosen = [(a.name, b.name, precision) for precision in ("fp32", "bf16") for a, b in pairs]
+    return [
+        pytest.param(BY_NAME[a], BY_NAME[b], precision, id=f"{a} to {b} {precision}", marks=marks)
+        for a, b, precision in dict.fromkeys([*QUICK, *chosen])
+        for marks in [() if (a, b, precision) in QUICK else pytest.mark.slow]
+    ]
+
+
+@pytest.fixture(scope="session")
+def saves(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Saves:
+    return Saves(pool, tmp_path_factory.mktemp("saves"))
+
+
+@pytest.mark.parametrize(("source", "target", "precision"), _selected())
+def test_state_of_one_layout_goes_on_under_another(
+    source: Layout, target: Layout, precision: str, saves: Saves
+) -> None:
+    saved = saves.of(source, precision=precision)
+    assert {kind for _, kind in saved.state} == {"weight", "exp_avg", "exp_avg_sq"}
+    loaded = saves.load(saved, source, target, precision=precision)
+    loaded.assert_holds(saved)
+    if source == target:
+        assert loaded.losses == saved.losses
+    else:
+        assert loaded.distance(saved) < TOLERANCE[precision]
+
+
+@slow
+@pytest.mark.parametrize("name", ["8-zero3", "4-tensor2-pipeline2-sequence", "2-zero3-offloaded", "2-zero2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_layout_goes_on_to_the_last_bit(name: str, precision: str, saves: Saves) -> None:
+    saved = saves.of(BY_NAME[name], precision=precision)
+    loaded = saves.load(saved, BY_NAME[name], BY_NAME[name], precision=precision)
+    loaded.assert_holds(saved)
+    assert loaded.losses == saved.losses
+
+
+@slow
+@pytest.mark.parametrize(
+    ("before", "after", "source", "target"),
+    [
+        ("fp32", "bf16", "2-zero3", "2-zero3"),
+        ("bf16", "fp32", "4-tensor2-pipeline2-sequence", "2-zero2"),
+        ("bf16", "fp16", "2-zero2", "2-pipeline2-zero1"),
+    ],
+)
+def test_the_precision_may_change_and_the_state_is_the_same(
+    before: str, after: str, source: str, target: str, saves: Saves
+) -> None:
+    """Whatever the model computes in, the state is fp32. The losses are apart by what a half precision rounds."""
+    scale = {"initial_loss_scale_power": 8} if after == "fp16" else {}
+    saved = saves.of(BY_NAME[source], precision=before)
+    loaded = saves.load(saved, BY_NAME[source], BY_NAME[target], precision=after, **scale)
+    loaded.assert_holds(saved)
+    assert 0 < loaded.distance(saved) < OTHER_PRECISION
+
+
+@slow
+@pytest.mark.parametrize("target", ["2-zero2", "1", "2-zero3", "4-tensor2-pipeline2-sequence"])
+def test_fp16_goes_on_with_its_loss_scale_and_the_number_of_its_updates(target: str, saves: Saves) -> None:
+    """The scale begins too high: updates are left out, and the scale falls, before the state is saved."""
+    source = BY_NAME["2-zero2"]
+    train = {"precision": "fp16", "initial_loss_scale_power": 20, "loss_scale_window": 3}
+    saved = saves.of(source, num_steps=8, **train)
+    assert 0 < saved.after["num_updates"] < 8
+    assert saved.after["loss_scale"]["cur_scale"] < 2**20
+    loaded = saves.load(saved, source, BY_NAME[target], **train)
+    loaded.assert_holds(saved)
+    assert loaded.after == saved.after
+    assert loaded.distance(saved) < (TOLERANCE["fp16"] if target != source.name else 1e-15)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "4-tensor2-pipeline2-sequence",
+        pytest.param("2-tensor2", marks=slow),
+        pytest.param("4-pipeline4", marks=slow),
+        pytest.param("4-tensor4-sequence-zero1", marks=slow),
+        pytest.param("4-tensor2-zero3", marks=slow),
+        pytest.param("2-zero3-offloaded", marks=slow),
+    ],
+)
+def test_a_model_exported_from_a_layout_is_in_transformers_what_it_was_there(
+    name: str, saves: Saves, pool: Pool, tmp_path: Path
+) -> None:
+    """The loss that the ranks had on the validation windows, and the logits of the checkpoint on one device."""
+    saved = saves.last(BY_NAME[name])
+    export_checkpoint(saved.folder, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ours, manifest, _ = load_decoder(saved.folder)
+    total, count = 0.0, 0
+    for batch in validation_windows(manifest.config):
+        with torch.no_grad():
+            logits = model(batch.tokens_BT).logits
+            context = ours.make_context(batch.positions_BT, None, None, torch.float32)
+            torch.testing.assert_close(ours.logits(batch.tokens_BT, context), logits, atol=1e-5, rtol=1e-5)
+            total += float(functional.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), reduction="sum"))
+        count += batch.targets_BT.numel()
+    assert abs(total / count - saved.validation) < 1e-5
+
+
+def validation_windows(config: Mapping[str, Any]) -> EvaluationBatches:
+    """Those that the workers evaluate on."""
+    sources = [
+        Windows(open_dataset(entry["path"]), config["data"]["seq_len"], False) for entry in config["data"]["train"]
+    ]
+    return EvaluationBatches(BatchMaker(sources, 1), 0, 1, limit=NUM_VALIDATION_WINDOWS)
