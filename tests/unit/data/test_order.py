@@ -30,8 +30,8 @@ class Part(NamedTuple):
 def parts_of(shrinks: bool, restarts: bool) -> st.SearchStrategy[list[Part]]:
     part = st.builds(
         Part,
-        st.integers(1, 20),
-        st.integers(1, 16),
+        st.integers(1, 12),
+        st.integers(1, 12),
         st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3),
         st.sampled_from(SEQ_LENS) if shrinks else st.just(SEQ_LENS[0]),
         st.booleans() if restarts else st.just(False),
@@ -39,7 +39,7 @@ def parts_of(shrinks: bool, restarts: bool) -> st.SearchStrategy[list[Part]]:
     return st.lists(part, min_size=1, max_size=5)
 
 
-tokens = st.lists(st.integers(SEQ_LENS[0] + 1, 700), min_size=1, max_size=3)  # of each dataset
+tokens = st.lists(st.integers(SEQ_LENS[0] + 1, 1000), min_size=1, max_size=3)  # of each dataset
 seeds = st.integers(0, 2**32)
 
 
@@ -108,19 +108,32 @@ def test_no_token_repeats_or_is_left_out_within_an_epoch_when_windows_become_sho
 ) -> None:
     parts = legal(parts)
     order, steps = run(seed, num_tokens, parts)
+    assert_each_token_once_an_epoch(order, steps[-1], num_tokens)
+
+
+def assert_each_token_once_an_epoch(order: DataOrder, num_steps: int, num_tokens: list[int]) -> None:
     for source, count in enumerate(num_tokens):
-        samples = seen(order, steps[-1], source)
-        assert [epoch for epoch, _, _ in samples] == sorted(epoch for epoch, _, _ in samples)
-        last = samples[-1][0] if samples else 0
-        assert {epoch for epoch, _, _ in samples} == set(range(last + 1)) or not samples
-        for epoch in range(last + 1):
+        samples = seen(order, num_steps, source)
+        epochs = [epoch for epoch, _, _ in samples]
+        assert epochs == sorted(epochs)
+        for epoch in range(max(epochs, default=-1) + 1):
             spans = sorted((begin, end) for number, begin, end in samples if number == epoch)
             assert all(end <= begin for (_, end), (begin, _) in pairwise(spans)), "seen twice"
-            assert not spans or spans[-1][1] < count
-            if epoch < last:  # it is over: nothing but an end too short for one of its first windows is left
+            assert spans[-1][1] < count
+            if epoch < epochs[-1]:  # it is over: nothing but an end too short for one of its first windows is left
                 assert spans[0][0] == 0
                 assert all(end == begin for (_, end), (begin, _) in pairwise(spans)), "left out"
-                assert count - 1 - spans[-1][1] < parts[0].seq_len
+                assert count - 1 - spans[-1][1] < SEQ_LENS[0]
+
+
+def test_an_epoch_that_is_cut_twice_is_seen_once() -> None:
+    for seed in range(5):
+        parts = [Part(4, 3, [1.0], 16, False), Part(5, 3, [1.0], 8, False), Part(5, 6, [1.0], 4, False)]
+        order, steps = run(seed, [1000], [*parts, Part(110, 4, [1.0], 2, False)])
+        assert [place.epoch for place in order.segments[-1].places] == [0]
+        assert len(order.segments[-1].places[0].cuts) == 3
+        assert order.batch(steps[-1] - 1).epoch[0] == 1
+        assert_each_token_once_an_epoch(order, steps[-1], [1000])
 
 
 @settings(deadline=None)
