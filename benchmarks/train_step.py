@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from megatrain.config import load
 from megatrain.data import open_dataset
 from megatrain.distributed.bootstrap import child_environment, export_rank, read_rank
-from megatrain.distributed.signals import StopRequest
+from megatrain.distributed.signals import Requests
 from megatrain.observe.metrics import StepMetrics
 from megatrain.observe.observers import Observers
 from megatrain.train.assemble import assemble
@@ -162,7 +162,7 @@ def train_megatrain(turns: Turns, precision: str, folder: Path) -> None:
     progress, _, _ = restore(run)
     observers = PacedObservers(folder / "run", run.config.train.steps, turns)
     turns.wait()
-    Trainer(run, progress, StopRequest(), observers).run()
+    Trainer(run, progress, Requests(), observers).run()
 
 
 def train_bare(turns: Turns, precision: str, folder: Path) -> None:

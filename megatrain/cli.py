@@ -32,8 +32,13 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of single keys, such as train.steps=10.")
 ]
 CheckpointPath = Annotated[
-    Path, typer.Argument(help="A checkpoint folder, or a run folder: its newest good checkpoint.")
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A checkpoint folder, or a run folder: its newest good one. Or the URL of either.",
+    ),
 ]
+RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else.")]
 
 
@@ -75,7 +80,7 @@ def train(
     """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
     from megatrain.checkpoint.lock import refuse_if_locked
     from megatrain.config import load
-    from megatrain.distributed.bootstrap import num_local_gpus
+    from megatrain.distributed.bootstrap import job_identity, num_local_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
 
@@ -87,7 +92,7 @@ def train(
     rules.check(loaded, num_ranks)
     _check_data(loaded)
     run_dir = Path(loaded.run.dir)
-    refuse_if_locked(run_dir)
+    refuse_if_locked(run_dir, job_identity())
     raise typer.Exit(launch(config, overrides or (), num_ranks, run_dir, has_gpu=gpus > 0))
 
 
@@ -104,10 +109,17 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Let a trained model go on from a prompt."""
+    from megatrain.checkpoint.location import locate
     from megatrain.train.inference import generate_text
 
     for text in generate_text(
-        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        locate(checkpoint),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
     ):
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -121,9 +133,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once."""
+    from megatrain.checkpoint.location import locate
     from megatrain.train.inference import evaluate_checkpoint
 
-    figures = evaluate_checkpoint(checkpoint, data, show_progress=sys.stderr.isatty())
+    figures = evaluate_checkpoint(locate(checkpoint), data, show_progress=sys.stderr.isatty())
     if as_json:
         _print_json(figures)
     else:
@@ -137,9 +150,10 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to make; it must not exist yet.")],
 ) -> None:
     """Write a checkpoint as a folder that Hugging Face transformers loads."""
+    from megatrain.checkpoint.location import locate
     from megatrain.train.convert import export_checkpoint
 
-    typer.echo(f"{out} is {export_checkpoint(checkpoint, out)} for transformers.")
+    typer.echo(f"{out} is {export_checkpoint(locate(checkpoint), out)} for transformers.")
 
 
 @app.command("import")
@@ -167,11 +181,12 @@ def report(
 
 
 @checkpoint_app.command("list")
-def list_checkpoints(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: AsJson = False) -> None:
+def list_checkpoints(run: RunPlace, as_json: AsJson = False) -> None:
     """The checkpoints of a run, oldest first, and whether they look whole."""
     from megatrain.checkpoint.inspection import list_checkpoints
+    from megatrain.checkpoint.location import locate
 
-    rows = list_checkpoints(run)
+    rows = list_checkpoints(locate(run))
     if as_json:
         _print_json([{"step": row.step, "path": str(row.path), "good": row.good} for row in rows])
         return
@@ -183,8 +198,9 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="A run folder.")],
 def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
     """What a checkpoint holds: step, tokens, layout, files."""
     from megatrain.checkpoint.inspection import describe
+    from megatrain.checkpoint.location import locate
 
-    figures = describe(path)
+    figures = describe(locate(path))
     if as_json:
         _print_json(figures)
         return
@@ -196,13 +212,14 @@ def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
 
 @checkpoint_app.command("verify")
 def verify_checkpoint(
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: all of its checkpoints.")],
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a run folder: all of its checkpoints.")],
     as_json: AsJson = False,
 ) -> None:
     """Read every byte and compare checksums; exit code 4 where anything differs."""
     from megatrain.checkpoint.inspection import verify
+    from megatrain.checkpoint.location import locate
 
-    problems, num_files, num_bytes = verify(path)
+    problems, num_files, num_bytes = verify(locate(path))
     if as_json:
         _print_json(
             {"path": str(path), "good": not problems, "files": num_files, "bytes": num_bytes, "problems": problems}
@@ -213,6 +230,21 @@ def verify_checkpoint(
         typer.echo(f"{path}: {num_files} files, {num_bytes:,} bytes: {'NOT GOOD' if problems else 'all as written'}.")
     if problems:
         raise typer.Exit(EXIT_CHECKPOINT)
+
+
+@checkpoint_app.command("rewind")
+def rewind_checkpoints(
+    run: RunPlace,
+    step: Annotated[int, typer.Option(min=0, help="The step to go back to; it must have a good checkpoint.")],
+) -> None:
+    """Go back on purpose: the next start resumes from STEP. What came after it is set aside, not deleted."""
+    from megatrain.checkpoint.inspection import rewind
+    from megatrain.checkpoint.location import locate
+    from megatrain.distributed.bootstrap import job_identity
+
+    for taken in rewind(locate(run), step, job_identity()):
+        typer.echo(f"step {taken.step:>8}  set aside: {taken.path}")
+    typer.echo(f"The next start of {run} goes on from step {step}.")
 
 
 def main() -> None:

@@ -39,6 +39,10 @@ class CheckpointError(MegatrainError):
     exit_code = EXIT_CHECKPOINT
 
 
+class Superseded(CheckpointError):
+    """A later start of the same run has taken over: this one can save nothing any more, and has to end."""
+
+
 class RankError(MegatrainError):
     """A rank failed or hung."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import pydoc_data.topics
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
@@ -60,6 +63,29 @@ def sentinel_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = [str(folder / "in.jsonl"), "--tokenizer", str(tokenizer), "--out", str(folder / "set")]
     subprocess.run([sys.executable, "-m", "data_tools", "tokenize", *options], check=True, capture_output=True)
     return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A real S3-compatible server on this machine, which s3fs and boto find by the environment; its address."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_server: str) -> str:
+    """The URL of an S3 bucket that all tests share: each takes a folder of its own."""
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="megatrain-tests")
+    return "s3://megatrain-tests"
 
 
 @contextmanager

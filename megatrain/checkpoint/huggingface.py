@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatrain.checkpoint.pieces import DTYPE_CODES, tensor_bytes, write_all
+from megatrain.checkpoint.location import sync_folder, write_all, write_file
+from megatrain.checkpoint.pieces import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import sync_folder, write_synced
 from megatrain.checkpoint.transformers_config import from_transformers, to_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Placement
@@ -181,10 +181,10 @@ def _write_shard(reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], 
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)
     with path.open("xb", buffering=0) as file:
-        write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
+        write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
         for name, shape in shapes.items():
             tensor = reader.read_parameter(Placement.whole(name, shape), "weight").to(dtype)
-            write_all(file.fileno(), tensor_bytes(tensor))
+            write_all(file, tensor_bytes(tensor))
         os.fsync(file.fileno())
 
 
@@ -192,7 +192,7 @@ def _export_small_files(reader: CheckpointReader, folder: Path, config: ModelCon
     """What was imported goes out as it was; the rest is made from the tokenizer. The special ids for config.json."""
     kept = {entry.file for entry in reader.manifest.files} & set(SMALL_FILES)
     for name in kept:
-        write_synced(folder / name, reader.read_file(name))
+        write_file(folder / name, reader.read_file(name))
     tokenizer = read_json(folder / TOKENIZER) if TOKENIZER in kept else {}
     added = [token for token in tokenizer.get("added_tokens", []) if token.get("special")]
     end = next((token for token in added if token["content"] == _END_OF_TEXT), added[0] if added else None)
@@ -232,4 +232,4 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_synced(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    write_file(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.reader import check_files
-from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, is_checkpoint, resolve
+from megatrain.checkpoint.store import CheckpointFolder, find_problem, find_store, is_checkpoint, resolve
 from megatrain.errors import CheckpointError
 
 
-def list_checkpoints(run: Path) -> list[CheckpointFolder]:
+def list_checkpoints(run: Location) -> list[CheckpointFolder]:
     """The checkpoints of a run folder. Raises CheckpointError where there is no such folder or it has none."""
-    store = CheckpointStore(run.parent if run.name == "checkpoints" else run)
+    store = find_store(run)
     found = store.list()
     if not found:
         raise CheckpointError(f"{run} is no run folder with checkpoints: {store.folder} has none.")
     return found
 
 
-def describe(path: Path) -> dict[str, Any]:
+def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[CheckpointFolder]:
+    """Set aside what a run saved after ``step``; what was, newest first. Raises CheckpointError where that step has no
+    good checkpoint, or the run is going on."""
+    store = find_store(run)
+    if (problem := find_problem(store.finished(step))) is not None:
+        raise CheckpointError(f"The checkpoint of step {step} is not good: {problem}")
+    held = locked(run, job) if isinstance(run, Path) else contextlib.nullcontext()
+    with held:
+        return store.set_aside(step)
+
+
+def describe(path: Location) -> dict[str, Any]:
     """The contents of a checkpoint's manifest, for people and programs."""
     folder = resolve(path)
     manifest = read_manifest(folder)
@@ -31,7 +46,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {"path": str(folder), **described, "files": files}
 
 
-def verify(path: Path) -> tuple[list[str], int, int]:
+def verify(path: Location) -> tuple[list[str], int, int]:
     """Read all of a checkpoint, or of every one of a run: what is wrong, and how many files and bytes were read."""
     folders = [path] if is_checkpoint(path) else [checkpoint.path for checkpoint in list_checkpoints(path)]
     problems, num_files, num_bytes = [], 0, 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, field_validator
 
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.pieces import Written
 from megatrain.errors import CheckpointError
 
@@ -44,6 +45,7 @@ class Manifest(BaseModel):
 
     ``layout``: the degrees and the ZeRO stage it was written under (for the curious; loading does not depend on it).
     ``state``: what the trainer needs to go on, besides tensors. ``config``: the resolved config of the run.
+    ``validation_loss``: at this step, where it was evaluated. ``on_request``: somebody asked for it, so it stays.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -58,6 +60,8 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     created: str
     files: tuple[FileEntry, ...]
+    validation_loss: float | None = None
+    on_request: bool = False
 
     def encode(self) -> bytes:
         """The bytes of manifest.json; its last key is the checksum of what comes before."""
@@ -66,7 +70,7 @@ class Manifest(BaseModel):
         return orjson.dumps({**body, "checksum": checksum}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Read and check the manifest of a checkpoint folder. Raises CheckpointError naming it."""
     path = folder / MANIFEST
     try:
@@ -75,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
     if len(text) > _MAX_BYTES:
         raise CheckpointError(f"{path} is larger than any manifest ({_MAX_BYTES >> 20} MiB).")
     try:

@@ -9,11 +9,8 @@ it vouches for the table, and the table for the data. The file is written front 
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +20,8 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatrain.distributed.fragment import Box, Fragment, Piece, copy_overlap
+from megatrain.checkpoint.location import Bytes, ByteSource, Location, create, open_bytes, write_all
+from megatrain.distributed.fragment import Box, Fragment, Piece, copy_overlap, shared_range
 from megatrain.errors import CheckpointError
 
 BLOCK_BYTES = 16 << 20
@@ -67,22 +65,24 @@ class Written:
     checksum: str
 
 
-def write_pieces(path: Path, fragments: Sequence[Fragment]) -> Written:
-    """Write ``fragments`` to a new file at ``path`` and wait until the disk has it.
+def write_pieces(path: Location, fragments: Sequence[Fragment]) -> Written:
+    """Write ``fragments`` to a new file at ``path`` and wait until the disk, or the store, has it.
 
     The fragments' data must not change meanwhile. Raises OSError; what could be written is left to the caller.
     """
     header = _encode_header(fragments)
     digests = bytearray()
+    size = len(header)
     block = xxhash.xxh3_128()
     room = BLOCK_BYTES
-    with path.open("xb", buffering=0) as file:
-        write_all(file.fileno(), memoryview(header))
+    with create(path) as file:
+        write_all(file, memoryview(header))
         for fragment in fragments:
             data = tensor_bytes(fragment.data)
+            size += len(data)
             while data:
                 part, data = data[:room], data[room:]
-                write_all(file.fileno(), part)
+                write_all(file, part)
                 block.update(part)
                 room -= len(part)
                 if not room:
@@ -90,96 +90,115 @@ def write_pieces(path: Path, fragments: Sequence[Fragment]) -> Written:
                     block, room = xxhash.xxh3_128(), BLOCK_BYTES
         if room < BLOCK_BYTES:
             digests += block.digest()
-        write_all(file.fileno(), memoryview(digests))
-        os.fsync(file.fileno())
-        size = file.tell()
-    return Written(path.name, size, xxhash.xxh3_128(header + bytes(digests)).hexdigest())
+        write_all(file, memoryview(digests))
+    return Written(path.name, size + len(digests), xxhash.xxh3_128(header + bytes(digests)).hexdigest())
 
 
-def read_written(path: Path) -> Written:
+def read_written(path: Location) -> Written:
     """What ``write_pieces`` returned for a file, from the file's header and block table alone. Raises OSError, or
     CheckpointError where it is no file of pieces."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = file.read(8)
-        try:
-            begin, end = _data_range(size, length)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}.") from None
-        head = length + file.read(begin - 8)
-        file.seek(end)
-        table = file.read(size - end)
-    return Written(path.name, size, xxhash.xxh3_128(head + table).hexdigest())
+    try:
+        file = open_bytes(path)
+        begin, end = _data_range(file.size, file.read(0, min(8, file.size)).tobytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}.") from None
+    vouched = file.read(0, begin).tobytes() + file.read(end, file.size).tobytes()
+    return Written(path.name, file.size, xxhash.xxh3_128(vouched).hexdigest())
 
 
 class PieceFile:
-    """A file of pieces, mapped into memory; every block is checked the first time it is read.
+    """A file of pieces, mapped into memory or read from a store by ranges; each block is checked when first read.
 
     Opening checks the header and the block table against ``written``. Nothing in the file is trusted further than it
     has been checked: lengths are compared with the file's before anything is allocated. Raises CheckpointError naming
     the file.
     """
 
-    def __init__(self, folder: Path, written: Written) -> None:
+    def __init__(self, folder: Location, written: Written) -> None:
         self.path = folder / written.file
-        self._bytes = self._map(written)
+        self._file = self._open(written)
+        head, self._table = self._read_header(written)
         try:
-            self._data_begin, end = _data_range(written.bytes, self._bytes[:8].tobytes())
-        except ValueError as error:
-            raise self._damaged(str(error)) from None
-        head, self._table = self._bytes[: self._data_begin].tobytes(), self._bytes[end:].tobytes()
-        if xxhash.xxh3_128(head + self._table).hexdigest() != written.checksum:
-            raise self._damaged("its header or block table does not match the manifest's checksum")
-        self._data = self._bytes[self._data_begin : end]
-        try:
-            self.pieces = _decode_header(orjson.loads(head[8:]), self._data.size)
+            self.pieces = _decode_header(orjson.loads(head[8:]), self._data_end - self._data_begin)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from None
         self._checked = np.zeros(len(self._table) // _DIGEST_BYTES, dtype=bool)
         self._num_resident = 0
+        self._last: tuple[int, Bytes] | None = None
 
-    def read(self, stored: StoredPiece) -> NDArray[Any]:
-        """The data of one of ``pieces``, flat, as a view of the mapped file (bfloat16 as its uint16 bit patterns)."""
-        end = stored.begin + stored.num_bytes
-        self.check(stored.begin, end)
-        return self._data[stored.begin : end].view(_numpy_dtype(stored.dtype))
+    def read(self, stored: StoredPiece, first: int = 0, last: int | None = None) -> NDArray[Any]:
+        """Elements [first, last) of one of ``pieces``, flat (bfloat16 as its uint16 bit patterns).
+
+        A view of the map where the file is mapped. No other blocks are read than those that hold them.
+        """
+        size = stored.dtype.itemsize
+        begin = stored.begin + first * size
+        end = stored.begin + (stored.piece.length if last is None else last) * size
+        if self._file.is_mapped:
+            self.check(begin, end)
+            data = self._file.read(self._data_begin + begin, self._data_begin + end)
+        else:
+            parts = [
+                self._block(block)[max(begin - block * BLOCK_BYTES, 0) : end - block * BLOCK_BYTES]
+                for block in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))
+            ]
+            data = np.concatenate([np.empty(0, np.uint8), *parts])
+        return data.view(_numpy_dtype(stored.dtype))
 
     def check(self, begin: int = 0, end: int | None = None) -> None:
         """Compare the blocks behind data bytes [begin, end) with the block table, those not yet checked."""
-        end = self._data.size if end is None else end
+        end = self._data_end - self._data_begin if end is None else end
         for block in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
-            if self._checked[block]:
-                continue
-            if self._num_resident == _MAX_RESIDENT_BLOCKS:
-                self.forget()
-            self._num_resident += 1
-            first = block * BLOCK_BYTES
-            digest = xxhash.xxh3_128(self._data[first : first + BLOCK_BYTES].data).digest()
-            if digest != self._table[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES]:
-                last = min(first + BLOCK_BYTES, self._data.size)
-                place = f"{self._data_begin + first} to {self._data_begin + last}"
-                raise self._damaged(f"bytes {place} are not what was written")
-            self._checked[block] = True
+            if not self._checked[block]:
+                self._block(block)
 
     def forget(self) -> None:
         """Let go of the memory that holds what was read: a checkpoint may be larger. Views stay good."""
-        self._mapping.madvise(mmap.MADV_DONTNEED)
+        self._file.forget()
         self._num_resident = 0
 
-    def _map(self, written: Written) -> NDArray[np.uint8]:
+    def _block(self, block: int) -> Bytes:
+        """A block of the data, checked. The last one is kept: small pieces lie side by side in it."""
+        if self._last is not None and self._last[0] == block:
+            return self._last[1]
+        if self._num_resident == _MAX_RESIDENT_BLOCKS:
+            self.forget()
+        self._num_resident += 1
+        first = self._data_begin + block * BLOCK_BYTES
+        last = min(first + BLOCK_BYTES, self._data_end)
+        try:
+            data = self._file.read(first, last)
+        except OSError as error:
+            raise self._damaged(f"bytes {first} to {last} cannot be read ({error.strerror or error})") from None
+        if xxhash.xxh3_128(data.data).digest() != self._table[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES]:
+            raise self._damaged(f"bytes {first} to {last} are not what was written")
+        self._checked[block] = True
+        self._last = (block, data)
+        return data
+
+    def _open(self, written: Written) -> ByteSource:
         try:
             size = self.path.stat().st_size
             if size != written.bytes:
                 raise self._damaged(f"it has {size:,} bytes instead of {written.bytes:,}")
             if size < 8:
                 raise self._damaged("it is too short to be one of pieces")
-            with self.path.open("rb") as file:
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return np.frombuffer(self._mapping, dtype=np.uint8)
+            return open_bytes(self.path)
         except FileNotFoundError:
             raise self._damaged("it is missing") from None
         except OSError as error:
-            raise self._damaged(f"it cannot be read ({error.strerror})") from None
+            raise self._damaged(f"it cannot be read ({error.strerror or error})") from None
+
+    def _read_header(self, written: Written) -> tuple[bytes, bytes]:
+        try:
+            self._data_begin, self._data_end = _data_range(written.bytes, self._file.read(0, 8).tobytes())
+            head = self._file.read(0, self._data_begin).tobytes()
+            table = self._file.read(self._data_end, written.bytes).tobytes()
+        except (ValueError, OSError) as error:
+            raise self._damaged(str(error)) from None
+        if xxhash.xxh3_128(head + table).hexdigest() != written.checksum:
+            raise self._damaged("its header or block table does not match the manifest's checksum")
+        return head, table
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}.")
@@ -190,26 +209,19 @@ def copy_into(target: Tensor, wanted: Piece, file: PieceFile, stored: StoredPiec
 
     A type other than the target's is converted, as ``Tensor.to`` does.
     """
-    if not _may_overlap(wanted, stored.piece):
+    first, last = shared_range(wanted, stored.piece)
+    if first >= last:
         return 0
-    source = file.read(stored)
+    held = replace(stored.piece, start=stored.piece.start + first, length=last - first)
+    source = file.read(stored, first, last)
     if stored.dtype == target.dtype:
         bits = target.view(torch.uint16) if _is_bits(target.dtype) else target
-        copied = copy_overlap(bits.numpy(), wanted, source, stored.piece)
+        copied = copy_overlap(bits.numpy(), wanted, source, held)
     else:
         converted = torch.from_numpy(source.copy()).view(stored.dtype).to(target.dtype)
-        copied = copy_overlap(target.numpy(), wanted, converted.numpy(), stored.piece)
+        copied = copy_overlap(target.numpy(), wanted, converted.numpy(), held)
     file.forget()
     return copied
-
-
-def _may_overlap(wanted: Piece, held: Piece) -> bool:
-    if wanted.box == held.box:
-        return wanted.start < held.stop and held.start < wanted.stop
-    return all(
-        x < y + m and y < x + n
-        for x, n, y, m in zip(wanted.box.offset, wanted.box.extent, held.box.offset, held.box.extent, strict=True)
-    )
 
 
 def _encode_header(fragments: Sequence[Fragment]) -> bytes:
@@ -283,9 +295,3 @@ def tensor_bytes(data: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
     flat = data.detach().to("cpu").contiguous().flatten().view(torch.uint8)
     return flat.numpy().data
-
-
-def write_all(descriptor: int, data: memoryview) -> None:
-    """Write until all of ``data`` is written. Raises OSError."""
-    while data:
-        data = data[os.write(descriptor, data) :]

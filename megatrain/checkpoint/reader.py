@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor
 
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, read_manifest
 from megatrain.checkpoint.pieces import PieceFile, StoredPiece, copy_into
 from megatrain.distributed.fragment import Piece, Placement, windows
@@ -25,7 +25,7 @@ class CheckpointReader:
     its own alone. What is read is checked block by block; damage raises CheckpointError naming file and bytes.
     """
 
-    def __init__(self, folder: Path, near: str | None = None) -> None:
+    def __init__(self, folder: Location, near: str | None = None) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         entries = [entry for entry in self.manifest.files if entry.file.endswith(PIECES_SUFFIX)]
@@ -81,7 +81,7 @@ class CheckpointReader:
             self._found[stored.piece.name, stored.kind].append((file, stored))
 
 
-def check_files(folder: Path) -> Iterator[tuple[FileEntry, str | None]]:
+def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
     """Check every byte of a checkpoint: for each file, what is wrong with it, or None. Reads all of it.
 
     Raises CheckpointError where the manifest itself is damaged.
@@ -89,6 +89,7 @@ def check_files(folder: Path) -> Iterator[tuple[FileEntry, str | None]]:
     manifest = read_manifest(folder)
     elements: dict[tuple[str, str], int] = defaultdict(int)
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    damaged = False
     for entry in manifest.files:
         problem = None
         try:
@@ -102,18 +103,19 @@ def check_files(folder: Path) -> Iterator[tuple[FileEntry, str | None]]:
                 check_plain_file(folder, entry)
         except CheckpointError as error:
             problem = str(error)
+        damaged = damaged or problem is not None
         yield entry, problem
     known = {entry.file for entry in manifest.files} | {"manifest.json"}
     for stray in sorted(path.name for path in folder.iterdir() if path.name not in known):
         yield FileEntry(file=stray, bytes=0, checksum=""), f"{folder / stray}: the manifest does not know this file."
     for (name, kind), count in elements.items():
         whole = torch.Size(shapes[name, kind]).numel()
-        if count != whole:
+        if count != whole and not damaged:
             entry = FileEntry(file="manifest.json", bytes=0, checksum="")
             yield entry, f"{folder}: {name} ({kind}) has {count:,} elements on disk instead of {whole:,}."
 
 
-def check_plain_file(folder: Path, entry: FileEntry) -> bytes:
+def check_plain_file(folder: Location, entry: FileEntry) -> bytes:
     """The content of a file that holds no pieces (the tokenizer), as its checksum says. Raises CheckpointError naming
     it."""
     path = folder / entry.file
@@ -125,7 +127,7 @@ def check_plain_file(folder: Path, entry: FileEntry) -> bytes:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: it is missing.") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: it cannot be read ({error.strerror}).") from None
+        raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error}).") from None
     if xxhash.xxh3_128(content).hexdigest() != entry.checksum:
         raise CheckpointError(f"{path}: its bytes are not what was written.")
     return content

@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.pieces import read_written, write_pieces
-from megatrain.checkpoint.store import CheckpointStore, add_file
+from megatrain.checkpoint.store import CheckpointStore, Retention, add_file
 from megatrain.distributed.fragment import Fragment, Piece
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, Superseded
 
 logger = logging.getLogger(__name__)
+
+_READERS = 16  # of the ranks' files, as a checkpoint is committed
 
 
 class Votes(NamedTuple):
@@ -41,7 +43,7 @@ class Outcome:
     for the copy; ``seconds``: from the copy to the commit."""
 
     step: int
-    path: Path | None
+    path: Location | None
     stall_seconds: float
     seconds: float
 
@@ -49,8 +51,8 @@ class Outcome:
 class CheckpointSaver:
     """Saves this rank's fragments into ``rank-00000.safetensors`` of a checkpoint."""
 
-    def __init__(self, store: CheckpointStore, rank: int, world_size: int, keep: int) -> None:
-        self._store, self._rank, self._world_size, self._keep = store, rank, world_size, keep
+    def __init__(self, store: CheckpointStore, rank: int, world_size: int, retention: Retention) -> None:
+        self._store, self._rank, self._world_size, self._retention = store, rank, world_size, retention
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._state: Literal["idle", "writing", "committing"] = "idle"
         self._future: Future[Any] | None = None
@@ -92,7 +94,7 @@ class CheckpointSaver:
             return Votes()
         error = self._future.exception()
         if error is not None:
-            if not isinstance(error, CheckpointError):
+            if isinstance(error, Superseded) or not isinstance(error, CheckpointError):
                 raise error
             self.problem = str(error)
             return Votes(failed=1.0)
@@ -108,14 +110,14 @@ class CheckpointSaver:
         elif self._state == "committing" and total.failed:
             return self._end(None)
         elif self._state == "committing" and total.committed:
-            return self._end(self._store.finished(self._step))
+            return self._end(self._store.place(self._step))
         return None
 
     def close(self) -> None:
         """Stop the thread, once it has written what it is writing."""
         self._thread.shutdown(wait=True)
 
-    def _end(self, path: Path | None) -> Outcome:
+    def _end(self, path: Location | None) -> Outcome:
         self._state, self._future = "idle", None
         if path is None and self._rank == 0:
             self._store.abandon(self._step)
@@ -130,31 +132,34 @@ class CheckpointSaver:
         return fragment._replace(data=self._copies[key].copy_(fragment.data))
 
     def _write(self, fragments: Sequence[Fragment]) -> None:
-        path = self._store.unfinished(self._step) / rank_file(self._rank)
-        with _naming(path):
-            self._store.begin(self._step)
+        path = self._store.begin(self._step) / rank_file(self._rank)
+        with self._naming(path):
             write_pieces(path, fragments)
 
     def _commit(self) -> None:
         assert self._manifest is not None
-        folder = self._store.unfinished(self._step)
-        with _naming(folder):
-            written = [read_written(folder / rank_file(rank)) for rank in range(self._world_size)]
+        folder = self._store.begin(self._step)
+        with self._naming(folder), ThreadPoolExecutor(_READERS) as readers:
+            paths = [folder / rank_file(rank) for rank in range(self._world_size)]
+            written = readers.map(read_written, paths)
             entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
             entries += [add_file(folder, name, content) for name, content in self._files]
             self._store.commit(self._manifest(entries))
-            self._store.prune(self._keep, self._step)
+            self._store.prune(self._retention)
+
+    @contextmanager
+    def _naming(self, place: Location) -> Iterator[None]:
+        """Turn an OSError into a CheckpointError that names its file, or ``place`` where it knows none (a write).
+
+        Raises Superseded where that is the cause.
+        """
+        try:
+            yield
+        except OSError as error:
+            self._store.refuse_if_superseded()
+            raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from error
 
 
 def rank_file(rank: int) -> str:
     """The name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
-
-
-@contextmanager
-def _naming(place: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names its file, or ``place`` where it knows none (a failed write)."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from error

@@ -1,28 +1,32 @@
-"""The folder of a run's checkpoints: which exist, which are good, how one appears and how one goes.
+"""The checkpoints of a run: which exist, which are good, how one appears and how one goes.
 
-A checkpoint is written under a hidden name and appears under its own by one rename, when all of it is on disk. It goes
-the same way: renamed to a hidden name first, then deleted. So a name that a reader sees is always a whole checkpoint,
-and what a killed save or a killed deletion leaves is hidden, and removed at the next start.
+A checkpoint is written where no reader looks, and appears at once when all of it is on disk: `PosixStore` renames a
+folder, `ObjectStore` (object_store.py) puts its manifest. Each start of a run opens a new generation and fences the one
+before: what a job still writes that was cut off and left behind cannot appear any more.
 """
 
 from __future__ import annotations
 
-import os
 import re
+import secrets
 import shutil
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import xxhash
+import yaml
 
+from megatrain.checkpoint.location import Location, locate, sync_folder, write_file
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, Superseded
 
-_NAME = re.compile(r"step-(\d{8,})")
-_UNFINISHED = ".unfinished-"
+NAME = re.compile(r"step-(\d{8,})(?:\.g\d+-[0-9a-f]+)?")
+_GENERATION = re.compile(r"\.generation-(\d+)-[0-9a-f]+")
 _DELETED = ".deleted-"
+_ASIDE = "set-aside-"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class CheckpointFolder:
     """A checkpoint that a run has; ``problem``: why it cannot be used, None if it looks whole."""
 
     step: int
-    path: Path
+    path: Location
     problem: str | None
 
     @property
@@ -39,64 +43,170 @@ class CheckpointFolder:
         return self.problem is None
 
 
-class CheckpointStore:
-    """The checkpoints of one run, under ``RUN/checkpoints``, on a POSIX file system that all ranks see."""
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept: the newest ``last``, those of every n-th step, the ``best`` by validation loss, and
+    each that was saved on request."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.folder = run_dir / "checkpoints"
+    last: int = 1
+    every_steps: int | None = None
+    best: int = 0
+
+
+class CheckpointStore(ABC):
+    """The checkpoints of one run in one place that all ranks see."""
+
+    folder: Location
+    generation: str = ""
+    """The name of the generation that this start writes into; empty where it only reads."""
+
+    @abstractmethod
+    def names(self) -> Iterator[tuple[int, Location]]:
+        """Step and place of every checkpoint that has appeared, in no order."""
+
+    @abstractmethod
+    def open_generation(self) -> str:
+        """Fence all earlier starts of the run, remove what they left unfinished, and begin to write. Rank 0, once."""
+
+    @abstractmethod
+    def join(self, generation: str) -> None:
+        """Write into the generation that rank 0 has opened."""
+
+    @abstractmethod
+    def begin(self, step: int) -> Location:
+        """The hidden folder that the ranks write the files of ``step`` into. Raises Superseded."""
+
+    @abstractmethod
+    def commit(self, manifest: Manifest) -> Location:
+        """Let the checkpoint appear, every file of which is on disk: manifest last. Raises Superseded, OSError."""
+
+    @abstractmethod
+    def abandon(self, step: int) -> None:
+        """Remove what a failed save left."""
+
+    @abstractmethod
+    def remove(self, path: Location) -> None:
+        """Delete a checkpoint: it disappears at once, its bytes after that."""
+
+    @abstractmethod
+    def set_aside(self, after: int) -> Sequence[CheckpointFolder]:
+        """Take the checkpoints after a step out of the run, newest first; what was taken and where it is now."""
+
+    @abstractmethod
+    def place(self, step: int) -> Location:
+        """Where what this start saves at ``step`` appears."""
+
+    @abstractmethod
+    def refuse_if_superseded(self) -> None:
+        """Raise Superseded if a later start has fenced this one."""
+
+    def finished(self, step: int) -> Location:
+        """Where the checkpoint of ``step`` is. Raises CheckpointError where there is none."""
+        found = [path for number, path in self.names() if number == step]
+        if not found:
+            steps = ", ".join(str(number) for number, _ in sorted(self.names())) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has: {steps}.")
+        return found[0]
 
     def list(self) -> list[CheckpointFolder]:
         """All checkpoints of the run, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = []
-        for path in self.folder.iterdir():
-            if (match := _NAME.fullmatch(path.name)) and path.is_dir():
-                found.append(CheckpointFolder(int(match[1]), path, _find_problem(path)))
+        found = [CheckpointFolder(step, path, find_problem(path)) for step, path in self.names()]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
-    def newest_good(self, damaged: Mapping[Path, str] = MappingProxyType({})) -> CheckpointFolder | None:
+    def newest_good(self, damaged: Mapping[Location, str] = MappingProxyType({})) -> CheckpointFolder | None:
         """The newest checkpoint to resume from, None where there is none at all.
 
         ``damaged``: those that turned out so on reading, and why. Raises CheckpointError where there are checkpoints,
         but none is good: starting afresh would be no answer.
         """
-        every = self.list()
-        good = [checkpoint for checkpoint in every if checkpoint.good and checkpoint.path not in damaged]
-        if good:
-            return good[-1]
-        if every:
-            last = every[-1]
+        newest_problem = None
+        for step, path in sorted(self.names(), key=lambda found: found[0], reverse=True):
+            problem = damaged.get(path) or find_problem(path)
+            if problem is None:
+                return CheckpointFolder(step, path, None)
+            newest_problem = newest_problem or problem
+        if newest_problem is not None:
             raise CheckpointError(
-                f"{self.folder} has {len(every)} checkpoint(s), and none is good; the newest: "
-                f"{last.problem or damaged[last.path]} Restore one, or start again in another run.dir."
+                f"{self.folder} has {len(list(self.names()))} checkpoint(s), and none is good; the newest: "
+                f"{newest_problem} Restore one, or start again in another run.dir."
             )
         return None
 
+    def prune(self, retention: Retention) -> None:
+        """Delete the good checkpoints that ``retention`` does not keep (one stays at least); damaged ones stay to be
+        seen."""
+        newest_first = sorted(self.names(), key=lambda found: found[0], reverse=True)
+        num_good, old = 0, []
+        for step, path in newest_first:
+            if num_good < max(retention.last, 1):
+                num_good += find_problem(path) is None
+            elif not (retention.every_steps and step % retention.every_steps == 0):
+                old.append(path)
+        manifests = {path: manifest for path in old if (manifest := _readable(path))}
+        best = self._best(retention.best, newest_first) if retention.best else set()
+        for path, manifest in manifests.items():
+            if not manifest.on_request and path not in best and find_problem(path) is None:
+                self.remove(path)
+
+    @staticmethod
+    def _best(count: int, found: Sequence[tuple[int, Location]]) -> set[Location]:
+        losses = [(m.validation_loss, path) for _, path in found if (m := _readable(path)) is not None]
+        ranked = sorted(((loss, str(path), path) for loss, path in losses if loss is not None), key=lambda e: e[:2])
+        return {path for _, _, path in ranked[:count]}
+
+
+class PosixStore(CheckpointStore):
+    """Checkpoints in a folder of a POSIX file system; a shared one where the run has several nodes.
+
+    A generation is a hidden folder; ranks write below it, and never make it. A later start renames it away, in one
+    moment for all ranks, wherever they are: a save under way then fails, and a late commit finds nothing to rename.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder: Path = folder
+
+    def names(self) -> Iterator[tuple[int, Path]]:
+        """Step and folder of every checkpoint that has appeared."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if (match := NAME.fullmatch(path.name)) and path.is_dir():
+                    yield int(match[1]), path
+
+    def open_generation(self) -> str:
+        """Fence all earlier starts of the run, remove what they left unfinished, and begin to write."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = 0
+        for path in list(self.folder.iterdir()):
+            if match := _GENERATION.fullmatch(path.name):
+                last = max(last, int(match[1]))
+                path.rename(path.with_name(f"{_DELETED}{path.name[1:]}"))
+        self.generation = f".generation-{last + 1:05d}-{secrets.token_hex(4)}"
+        (self.folder / self.generation).mkdir()
+        sync_folder(self.folder)
+        for path in self.folder.iterdir():
+            if path.name.startswith(_DELETED):
+                shutil.rmtree(path, ignore_errors=True)
+        return self.generation
+
+    def join(self, generation: str) -> None:
+        """Write into the generation that rank 0 has opened."""
+        self.generation = generation
+
     def begin(self, step: int) -> Path:
         """Make the hidden folder that the ranks write their files into; the first of them makes it."""
-        path = self.unfinished(step)
-        path.mkdir(parents=True, exist_ok=True)
+        path = self._unfinished(step)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            self.refuse_if_superseded()
+            raise
         return path
 
-    def unfinished(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` is written before it appears."""
-        return self.folder / f"{_UNFINISHED}{step:08d}"
-
-    def finished(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` appears."""
-        return self.folder / f"step-{step:08d}"
-
     def commit(self, manifest: Manifest) -> Path:
-        """Let the checkpoint appear: manifest last, every folder synced, one rename. Raises OSError.
-
-        One that stands under the name already (a save was repeated after going back) is replaced.
-        """
-        source, target = self.unfinished(manifest.step), self.finished(manifest.step)
-        write_synced(source / MANIFEST, manifest.encode())
+        """Let the checkpoint appear: manifest last, every folder synced, one rename."""
+        source, target = self._unfinished(manifest.step), self.place(manifest.step)
+        write_file(source / MANIFEST, manifest.encode())
         sync_folder(source)
-        if target.exists():
-            self._remove(target)
         source.rename(target)
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
@@ -104,37 +214,65 @@ class CheckpointStore:
 
     def abandon(self, step: int) -> None:
         """Remove what a failed save left."""
-        shutil.rmtree(self.unfinished(step), ignore_errors=True)
+        shutil.rmtree(self._unfinished(step), ignore_errors=True)
 
-    def clean(self) -> None:
-        """Remove what killed saves and deletions left. Only for the start, when nobody writes."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if path.name.startswith((_UNFINISHED, _DELETED)):
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def prune(self, keep: int, last_step: int) -> None:
-        """Of the good checkpoints up to ``last_step``, delete all but the newest ``keep`` (at least one stays).
-
-        Damaged ones stay to be seen. So do later ones: the run went back because it could not read them.
-        """
-        good = [checkpoint for checkpoint in self.list() if checkpoint.good and checkpoint.step <= last_step]
-        for checkpoint in good[: -max(keep, 1)]:
-            self._remove(checkpoint.path)
-
-    def _remove(self, path: Path) -> None:
-        hidden = path.with_name(f"{_DELETED}{path.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
+    def remove(self, path: Location) -> None:
+        """Delete a checkpoint: renamed to a hidden name first."""
+        assert isinstance(path, Path)
+        hidden = path.with_name(f"{_DELETED}{path.name}-{secrets.token_hex(4)}")
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
+    def set_aside(self, after: int) -> Sequence[CheckpointFolder]:
+        """Rename the checkpoints after a step, newest first, so that what is left is a whole history at any moment."""
+        taken = []
+        for step, path in sorted(self.names(), reverse=True):
+            if step > after:
+                target = path.with_name(f"{_ASIDE}{step:08d}-{secrets.token_hex(4)}")
+                path.rename(target)
+                taken.append(CheckpointFolder(step, target, None))
+        sync_folder(self.folder)
+        return taken
 
-def is_checkpoint(path: Path) -> bool:
+    def place(self, step: int) -> Path:
+        """Where what this start saves at ``step`` appears."""
+        return self.folder / f"step-{step:08d}"
+
+    def refuse_if_superseded(self) -> None:
+        """Raise Superseded if a later start has renamed this one's generation away."""
+        if self.generation and not (self.folder / self.generation).is_dir():
+            raise Superseded(
+                f"A later start of this run has taken over {self.folder}: this one can save nothing any more, and ends."
+            )
+
+    def _unfinished(self, step: int) -> Path:
+        assert self.generation, "a generation is opened or joined before anything is written"
+        return self.folder / self.generation / f"step-{step:08d}"
+
+
+def open_store(run_dir: Path, place: str | None) -> CheckpointStore:
+    """The checkpoints of a run: under its folder, or at ``place`` (checkpoint.dir), a path or the URL of an object
+    store."""
+    return _store_at(locate(place) if place else run_dir / "checkpoints")
+
+
+def find_store(path: Location) -> CheckpointStore:
+    """The checkpoints that a user means by a run folder, its checkpoints folder, or the URL of either."""
+    if isinstance(path, Path):
+        if path.name == "checkpoints" and (path.is_dir() or not (path / "checkpoints").is_dir()):
+            return PosixStore(path)
+        if (place := _configured_place(path)) is not None:
+            return _store_at(locate(place))
+        return PosixStore(path / "checkpoints")
+    return _store_at(path)
+
+
+def is_checkpoint(path: Location) -> bool:
     """Whether ``path`` is a checkpoint folder, by its manifest or by its name (a damaged one has no manifest)."""
-    return (path / MANIFEST).exists() or (path.is_dir() and _NAME.fullmatch(path.name) is not None)
+    return (NAME.fullmatch(path.name) is not None and path.is_dir()) or (path / MANIFEST).exists()
 
 
-def resolve(path: Path) -> Path:
+def resolve(path: Location) -> Location:
     """The checkpoint folder that a user means by ``path``: itself, or the newest good one of a run folder.
 
     Raises CheckpointError where it is neither.
@@ -142,44 +280,24 @@ def resolve(path: Path) -> Path:
     if is_checkpoint(path):
         read_manifest(path)
         return path
-    store = CheckpointStore(path)
-    if path.name == "checkpoints" and not store.folder.is_dir():
-        store = CheckpointStore(path.parent)
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise CheckpointError(
             f"{path} does not exist: give a checkpoint folder (RUN/checkpoints/step-...) or a run folder."
         )
-    newest = store.newest_good()
+    newest = find_store(path).newest_good()
     if newest is None:
         raise CheckpointError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints.")
     return newest.path
 
 
-def add_file(folder: Path, name: str, content: bytes) -> FileEntry:
+def add_file(folder: Location, name: str, content: bytes) -> FileEntry:
     """Write a small file beside the pieces, synced; its entry for the manifest. Raises OSError."""
-    write_synced(folder / name, content)
+    write_file(folder / name, content)
     return FileEntry(file=name, bytes=len(content), checksum=xxhash.xxh3_128(content).hexdigest())
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file and wait until the disk has it. Raises OSError."""
-    with path.open("xb", buffering=0) as file:
-        view = memoryview(content)
-        while view:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _find_problem(path: Path) -> str | None:
+def find_problem(path: Location) -> str | None:
+    """Why a checkpoint cannot be used, by its manifest and the sizes of its files; None if it looks whole."""
     try:
         for entry in read_manifest(path).files:
             size = (path / entry.file).stat().st_size
@@ -188,5 +306,30 @@ def _find_problem(path: Path) -> str | None:
     except CheckpointError as error:
         return str(error)
     except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})."
+        return f"{error.filename or path} cannot be read ({error.strerror or error})."
     return None
+
+
+def _readable(path: Location) -> Manifest | None:
+    try:
+        return read_manifest(path)
+    except CheckpointError:
+        return None
+
+
+def _store_at(place: Location) -> CheckpointStore:
+    if isinstance(place, Path):
+        return PosixStore(place)
+    from megatrain.checkpoint.object_store import ObjectStore
+
+    return ObjectStore(place)
+
+
+def _configured_place(run_dir: Path) -> str | None:
+    """What RUN/config.yaml says of checkpoint.dir; None without such a file."""
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_bytes())
+        place = config["checkpoint"]["dir"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return place if isinstance(place, str) else None

@@ -167,6 +167,23 @@ def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held
     return copied
 
 
+def shared_range(wanted: Piece, held: Piece) -> tuple[int, int]:
+    """The smallest range of ``held``'s elements, counted from its first, outside of which nothing of ``wanted`` lies;
+    (0, 0) where they share nothing."""
+    if wanted.box == held.box:
+        low, high = wanted.start, wanted.stop
+    elif (shared := _intersect(wanted.box, held.box)) is None:
+        return 0, 0
+    else:
+        low, high = 0, 1
+        for dim, extent in enumerate(shared.extent):
+            stride = math.prod(held.box.extent[dim + 1 :])
+            first = shared.offset[dim] - held.box.offset[dim]
+            low, high = low + first * stride, high + (first + extent - 1) * stride
+    low, high = max(low, held.start), min(high, held.stop)
+    return (low - held.start, high - held.start) if low < high else (0, 0)
+
+
 def _intersect(a: Box, b: Box) -> Box | None:
     offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
     ends = (min(x + n, y + m) for x, n, y, m in zip(a.offset, a.extent, b.offset, b.extent, strict=True))

@@ -1,4 +1,4 @@
-"""Requests to stop: a signal that asks for an early end sets a flag, and the loop ends where its state can be saved."""
+"""Requests by signal: one that asks for an early end, or for a save, sets a flag that the loop looks at."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from types import FrameType
 import psutil
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAVE_SIGNAL = signal.SIGUSR2
 
 
-class StopRequest:
-    """Listens for the signals by which schedulers and people ask a run to end early."""
+class Requests:
+    """Listens for the signals by which schedulers and people ask a run to end early, or to save and go on."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._saves = 0
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        signal.signal(SAVE_SIGNAL, self._note_save)
+
+    def take_save(self) -> bool:
+        """Whether a save was asked for since this was last called."""
+        asked, self._saves = self._saves, 0
+        return asked > 0
 
     def follow(self, supervisor: int) -> None:
         """From here on the death of process ``supervisor`` is a request to stop too: it can pass none on any more."""
@@ -27,8 +35,11 @@ class StopRequest:
 
     def ignore_further(self) -> None:
         """From here on the process ends by itself: the launcher's TERM to ranks not yet done must not hurt."""
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, SAVE_SIGNAL):
             signal.signal(number, signal.SIG_IGN)
+
+    def _note_save(self, _number: int, _: FrameType | None) -> None:
+        self._saves += 1
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)

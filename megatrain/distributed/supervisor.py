@@ -18,7 +18,7 @@ import psutil
 
 from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import child_environment
-from megatrain.distributed.signals import STOP_SIGNALS
+from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
 _GRACE_SECONDS = 60.0
@@ -42,7 +42,7 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
     ]
     command += ["--module", _TRAINER, config, *overrides]
     requested: list[int] = []
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, SAVE_SIGNAL):
         signal.signal(number, lambda got, _frame: requested.append(got))
     # A session of its own: Ctrl-C reaches the ranks through us alone, once.
     launcher = subprocess.Popen(command, env=env, start_new_session=True)
@@ -57,14 +57,15 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
 
 
 def _pass_on(launcher: int, requested: Sequence[int], told: set[tuple[int, int]]) -> None:
-    """Requests to stop go to the ranks alone, to each as soon as it listens: one that comes while they start is kept.
+    """Requests go to the ranks alone, to each as soon as it listens: one that comes while they start is kept.
 
     The launcher would answer a signal by killing the ranks in the middle of their save.
     """
-    for number in {signal.SIGTERM if number == signal.SIGINT else number for number in requested}:
+    for index, asked in enumerate(requested):
+        number = signal.SIGTERM if asked == signal.SIGINT else asked
         for process in _ranks(launcher):
-            if (process.pid, number) not in told and _listens(process.pid, number):
-                told.add((process.pid, number))
+            if (process.pid, index) not in told and _listens(process.pid, number):
+                told.add((process.pid, index))
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
 

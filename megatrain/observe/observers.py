@@ -44,7 +44,7 @@ class Observers:
             self._tensorboard.validation(step, loss)
         self._console.line(f"step {step} | validation loss {loss:.4f} ({format_duration(seconds)})")
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
+    def saved(self, step: int, path: object, seconds: float) -> None:
         """Record and show a checkpoint that is now safe at ``path``; training stood still for ``seconds``."""
         self._metrics.event("save", step, {"path": str(path), "seconds": seconds})
         self._console.line(f"step {step} | saved {path} ({format_duration(seconds)})")

@@ -12,18 +12,18 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatrain.checkpoint.lock import locked
+from megatrain.checkpoint.lock import Lease, locked
 from megatrain.config import RunConfig, load
 from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import RankInfo, export_rank, job_identity, read_rank, supervisor_pid
-from megatrain.distributed.signals import StopRequest
-from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError
+from megatrain.distributed.signals import Requests
+from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError, Superseded
 from megatrain.plan import rules
 
 
 def main(arguments: list[str]) -> int:
     """Train as this rank of the config named in ``arguments``; the exit code."""
-    stop = StopRequest()  # first of all: a signal while torch is being imported must not be lost
+    stop = Requests()  # first of all: a signal while torch is being imported must not be lost
     rank, run_dir = None, None
     try:
         rank = read_rank()
@@ -33,10 +33,13 @@ def main(arguments: list[str]) -> int:
         config = load(path, overrides)
         rules.check(config, rank.world_size)
         with contextlib.ExitStack() as held:
+            lease = None
             if rank.rank == 0:
-                held.enter_context(locked(Path(config.run.dir), job_identity()))
+                lease = held.enter_context(locked(Path(config.run.dir), job_identity()))
             run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
-            return _train(config, rank, run_dir, stop)
+            return _train(config, rank, run_dir, stop, lease)
+    except Superseded as error:  # the records of the run are another's now
+        return _fail(rank, None, error.exit_code, str(error))
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
@@ -50,7 +53,7 @@ def main(arguments: list[str]) -> int:
         return _fail(rank, run_dir, EXIT_BUG, traceback.format_exc())
 
 
-def _train(config: RunConfig, rank: RankInfo, run_dir: Path, stop: StopRequest) -> int:
+def _train(config: RunConfig, rank: RankInfo, run_dir: Path, stop: Requests, lease: Lease | None) -> int:
     from megatrain.observe.logs import setup_logging
     from megatrain.train.start import train
 
@@ -58,7 +61,7 @@ def _train(config: RunConfig, rank: RankInfo, run_dir: Path, stop: StopRequest) 
         failures.forget(run_dir)
     setup_logging(run_dir, rank.rank, console=rank.rank == 0)
     export_rank(rank)
-    train(config, rank, stop)
+    train(config, rank, stop, lease)
     return EXIT_OK
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatrain.checkpoint.store import CheckpointStore
+from megatrain.checkpoint.store import CheckpointStore, open_store
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
@@ -108,7 +108,7 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
         order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),
         maker=BatchMaker(sources, micro_batch_size, augmentations),
         validation=evaluation,
-        store=CheckpointStore(Path(config.run.dir)),
+        store=open_store(Path(config.run.dir), config.checkpoint.dir),
     )
 
 

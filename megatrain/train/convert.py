@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint import huggingface
+from megatrain.checkpoint.location import Location, sync_folder, write_file
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import add_file, resolve, sync_folder, write_synced
+from megatrain.checkpoint.store import add_file, resolve
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Fragment, Placement, windows
 from megatrain.errors import CheckpointError, ConfigError
@@ -25,7 +26,7 @@ from megatrain.plan.flops import num_parameters
 _EVALUATION_TOKENS = 1024
 
 
-def export_checkpoint(path: Path, out: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> Path:
+def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> Location:
     """Write a checkpoint (or the newest good one of a run) as a Hugging Face folder; the checkpoint's folder."""
     folder = resolve(path)
     reader = CheckpointReader(folder)
@@ -88,7 +89,7 @@ def _write_checkpoint(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files=tuple(entries),
     )
-    write_synced(folder / MANIFEST, manifest.encode())
+    write_file(folder / MANIFEST, manifest.encode())
     return manifest
 
 

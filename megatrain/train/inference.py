@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import track
 
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.reader import CheckpointReader, check_plain_file
 from megatrain.checkpoint.store import resolve
@@ -28,7 +29,7 @@ TOKENIZER = "tokenizer.json"
 _TOKENS_AT_ONCE = 8192
 
 
-def load_decoder(path: Path, dtype: torch.dtype | None = None) -> tuple[Decoder, Manifest, Path]:
+def load_decoder(path: Location, dtype: torch.dtype | None = None) -> tuple[Decoder, Manifest, Location]:
     """The whole model of a checkpoint on this process's device, in evaluation mode; its manifest and folder.
 
     ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
@@ -48,7 +49,7 @@ def load_decoder(path: Path, dtype: torch.dtype | None = None) -> tuple[Decoder,
 
 
 def generate_text(
-    path: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
+    path: Location, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
 ) -> Iterator[str]:
     """Yield the prompt, then what the model goes on with, piece by piece as it can be shown."""
     model, manifest, folder = load_decoder(path)
@@ -70,7 +71,7 @@ def generate_text(
     yield from _decode_stream(tokenizer, tokens)
 
 
-def evaluate_checkpoint(path: Path, data: Path, *, show_progress: bool) -> dict[str, Any]:
+def evaluate_checkpoint(path: Location, data: Path, *, show_progress: bool) -> dict[str, Any]:
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
     Windows are as long as those the model was trained on.
@@ -97,7 +98,7 @@ def evaluate_checkpoint(path: Path, data: Path, *, show_progress: bool) -> dict[
     }
 
 
-def _load_tokenizer(manifest: Manifest, folder: Path) -> Tokenizer:
+def _load_tokenizer(manifest: Manifest, folder: Location) -> Tokenizer:
     from tokenizers import Tokenizer
 
     entry = next((entry for entry in manifest.files if entry.file == TOKENIZER), None)
@@ -110,7 +111,7 @@ def _load_tokenizer(manifest: Manifest, folder: Path) -> Tokenizer:
         raise CheckpointError(f"{folder / TOKENIZER} is no tokenizer: {error}.") from None
 
 
-def _check_tokenizer(dataset: Dataset, manifest: Manifest, folder: Path) -> None:
+def _check_tokenizer(dataset: Dataset, manifest: Manifest, folder: Location) -> None:
     entry = next((entry for entry in manifest.files if entry.file == TOKENIZER), None)
     if entry is None:
         return

@@ -8,13 +8,13 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TypeVar
 
+from megatrain.checkpoint.location import Location, locate
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes, rank_file
-from megatrain.checkpoint.store import CheckpointFolder, resolve
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, resolve
 from megatrain.errors import CheckpointError
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
@@ -32,7 +32,9 @@ class Saving:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._saver = CheckpointSaver(run.store, run.rank.rank, run.rank.world_size, run.config.checkpoint.keep)
+        kept = run.config.checkpoint
+        retention = Retention(kept.keep, kept.keep_every_steps, kept.keep_best)
+        self._saver = CheckpointSaver(run.store, run.rank.rank, run.rank.world_size, retention)
         self.last_saved: int | None = None
 
     @property
@@ -40,15 +42,20 @@ class Saving:
         """Whether a save is under way."""
         return self._saver.is_busy
 
-    def begin(self, progress: Progress) -> list[Outcome]:
-        """Start to save; first wait for the save before, if it is still under way. What ended meanwhile."""
+    def begin(self, progress: Progress, validation_loss: float | None, on_request: bool) -> list[Outcome]:
+        """Start to save; first wait for the save before, if it is still under way. What ended meanwhile.
+
+        ``validation_loss``: of this very step, where it was evaluated. ``on_request``: kept until somebody deletes it.
+        """
         ended = self.finish()
         run = self._run
         tokenizer = run.datasets[0].tokenizer_path.read_bytes() if run.rank.rank == 0 else b""
         self._saver.begin(
             progress.step,
             run.engine.state_fragments(),
-            lambda files: _manifest(run, progress, files),
+            lambda files: _manifest(run, progress, files).model_copy(
+                update={"validation_loss": validation_loss, "on_request": on_request}
+            ),
             [(TOKENIZER, tokenizer)],
         )
         return ended if run.config.checkpoint.background else [*ended, *self.finish()]
@@ -93,8 +100,9 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
     which and why (on rank 0). Raises CheckpointError where there are checkpoints but none is good, or where the config
     changes what a run cannot change.
     """
-    damaged: dict[Path, str] = {}
-    while (found := _newest_good(run, damaged)) is not None:
+    _on_first_rank(run, run.store.open_generation)
+    damaged: dict[Location, str] = {}
+    while (found := _on_first_rank(run, lambda: run.store.newest_good(damaged))) is not None:
         reader, problem = _on_all_ranks(run, partial(CheckpointReader, found.path, near=rank_file(run.rank.rank)))
         if reader is not None:
             progress = _check_progress(run, reader.manifest)
@@ -103,24 +111,36 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
             if progress.loss_scale and run.engine.loss_scale:
                 run.engine.load_loss_scale(progress.loss_scale)
             run.engine.publish()
-            return progress, found, [*_torn(run, found.step), *damaged.values()]
+            aside = _on_first_rank(run, partial(_set_aside, run.store, found.step, damaged))
+            run.store.join(_on_first_rank(run, lambda: run.store.generation))
+            return progress, found, aside
         logger.info("passing over %s: %s", found.path, problem)
         damaged[found.path] = problem
+    run.store.join(_on_first_rank(run, lambda: run.store.generation))
     return _begin(run), None, []
 
 
-def _newest_good(run: Run, damaged: Mapping[Path, str]) -> CheckpointFolder | None:
-    """Rank 0 looks, all go by what it saw: folders may not appear everywhere at once."""
-    newest, problem = None, None
+def _on_first_rank(run: Run, action: Callable[[], T]) -> T:
+    """Rank 0 does it, all go by what it saw: folders may not appear everywhere at once. Its error is everyone's."""
+    result: list[T] = []
+    problem = ""
     if run.rank.rank == 0:
         try:
-            newest = run.store.newest_good(damaged)
+            result.append(action())
         except CheckpointError as error:
             problem = str(error)
-    newest, problem = run.groups.gather((newest, problem))[0]
-    if problem is not None:
+        except OSError as error:
+            problem = f"{error.filename or run.store.folder}: {error.strerror or error}"
+    result, problem = run.groups.gather((result, problem))[0]
+    if not result:
         raise CheckpointError(problem)
-    return newest
+    return result[0]
+
+
+def _set_aside(store: CheckpointStore, step: int, damaged: Mapping[Location, str]) -> list[str]:
+    """Take what cannot be read out of the way of the steps to come; what was wrong with each, and where it is now."""
+    problems = {found.step: found.problem or damaged.get(found.path) for found in store.list()}
+    return [f"{problems[taken.step]} It is now {taken.path}." for taken in store.set_aside(step)]
 
 
 def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -142,19 +162,12 @@ def _check_progress(run: Run, manifest: Manifest) -> Progress:
     return replace(progress, segments=run.order.segments)
 
 
-def _torn(run: Run, step: int) -> list[str]:
-    """What is wrong with those after ``step`` that could not even be considered."""
-    if run.rank.rank != 0:
-        return []
-    return [checkpoint.problem for checkpoint in run.store.list() if checkpoint.problem and checkpoint.step > step]
-
-
 def _begin(run: Run) -> Progress:
     config = run.config
     if config.run.init_from is None:
         run.engine.load_fragments(run.initial_weights, num_updates=0)
     else:
-        folder = resolve(Path(config.run.init_from))
+        folder = resolve(locate(config.run.init_from))
         run.engine.load_fragments(CheckpointReader(folder, near=rank_file(run.rank.rank)), num_updates=0)
     run.engine.publish()
     return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))

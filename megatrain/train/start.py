@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megatrain.checkpoint.store import write_synced
+from megatrain.checkpoint.location import write_file
+from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig, dump
 from megatrain.distributed.bootstrap import RankInfo
-from megatrain.distributed.signals import StopRequest
+from megatrain.distributed.signals import Requests
 from megatrain.observe.logs import adopt_logger
 from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
@@ -23,15 +24,13 @@ from megatrain.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, rank: RankInfo, stop: StopRequest) -> Progress:
+def train(config: RunConfig, rank: RankInfo, stop: Requests, lease: Lease | None = None) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
-    Raises Preempted after a request to stop, once the state is saved.
+    ``lease``: of the run folder, on rank 0. Raises Preempted after a request to stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
     run = assemble(config, rank)
-    if rank.rank == 0:
-        run.store.clean()
     progress, folder, complaints = restore(run)
     if rank.rank == 0:
         _write_config(run.config)
@@ -44,7 +43,7 @@ def train(config: RunConfig, rank: RankInfo, stop: StopRequest) -> Progress:
             observers.start(_facts(run, str(folder.path) if folder else None))
             for complaint in complaints:
                 observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
-        return Trainer(run, progress, stop, observers).run()
+        return Trainer(run, progress, stop, observers, lease).run()
 
 
 def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
@@ -72,7 +71,7 @@ def _write_config(config: RunConfig) -> None:
     aside = path.with_suffix(".tmp")
     try:
         aside.unlink(missing_ok=True)
-        write_synced(aside, dump(config).encode())
+        write_file(aside, dump(config).encode())
         aside.replace(path)
     except OSError as error:
         logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror)

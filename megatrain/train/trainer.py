@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from megatrain.checkpoint.lock import Lease
 from megatrain.checkpoint.saver import Outcome, Votes
 from megatrain.data.batches import TrainingBatches
-from megatrain.distributed.signals import StopRequest
+from megatrain.distributed.signals import Requests
 from megatrain.errors import CheckpointError, Preempted
 from megatrain.observe.flops import mfu, peak_flops
 from megatrain.observe.memory import peak_memory_bytes
@@ -25,6 +27,8 @@ from megatrain.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
+SAVE_NOW = "save-now"  # a file in the run folder that asks for a checkpoint
+
 
 @dataclass
 class Stopwatch:
@@ -33,7 +37,7 @@ class Stopwatch:
     parts: dict[str, float] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
 
-    @contextmanager
+    @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Count the time inside to ``part``."""
         began = time.perf_counter()
@@ -57,12 +61,21 @@ class Stopwatch:
 
 
 class Trainer:
-    """Trains a run from where ``progress`` stands. ``observers``: on rank 0 alone."""
+    """Trains a run from where ``progress`` stands. ``observers`` and ``lease``: on rank 0 alone."""
 
-    def __init__(self, run: Run, progress: Progress, stop: StopRequest, observers: Observers | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        progress: Progress,
+        requests: Requests,
+        observers: Observers | None,
+        lease: Lease | None = None,
+    ) -> None:
         self._run, self._config = run, run.config
         self.progress = progress
-        self._stop, self._observers = stop, observers
+        self._requests, self._observers, self._lease = requests, observers, lease
+        self._save_now = Path(run.config.run.dir) / SAVE_NOW
+        self._validation_loss: float | None = None
         self._saving = Saving(run)
         self._watch = Stopwatch()
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
@@ -78,26 +91,30 @@ class Trainer:
         try:
             stopping = False
             while self.progress.step < self._config.train.steps and not stopping:
-                metrics, stopping = self._step(batches)
+                metrics, stopping, save_now = self._step(batches)
                 self._evaluate_if_due()
                 self._report(metrics)  # before the save: a step that a checkpoint holds is one that was logged
-                self._save_if_due(stopping)
+                self._save_if_due(stopping, save_now)
         finally:
             batches.close()
         self._end(stopping)
         return self.progress
 
-    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, bool]:
+    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, bool, bool]:
+        """One step: its figures, and whether any rank was asked to stop, or to save."""
+        if self._lease is not None:
+            self._lease.check()
         run, step, watch = self._run, self.progress.step, self._watch
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
         with watch.measure("data"):
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
         with watch.measure("forward_backward"):
             result = run.engine.train_batch(micro_batches, count, lr)
-            # One exchange a step: the loss, who was asked to stop, and how the save under way is doing.
-            sums = run.groups.sum([result.loss_sum, float(self._stop.signal is not None), *self._saving.votes()])
+            # One exchange a step: the loss, who was asked to stop or to save, and how the save under way is doing.
+            asked = (float(self._requests.signal is not None), float(self._is_save_asked()))
+            sums = run.groups.sum([result.loss_sum, *asked, *self._saving.votes()])
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
-        self._tell(self._saving.settle(Votes(*sums[2:])))
+        self._tell(self._saving.settle(Votes(*sums[3:])))
         self.progress = self.progress.after_step(count, result.skipped)
         metrics = StepMetrics(
             step=self.progress.step,
@@ -111,33 +128,43 @@ class Trainer:
             skipped=self.progress.skipped,
             memory_bytes=0,
         )
-        return metrics, sums[1] > 0
+        return metrics, sums[1] > 0, sums[2] > 0
+
+    def _is_save_asked(self) -> bool:
+        """Whether this rank was asked, by signal or by RUN/save-now, to save once and go on."""
+        by_file = self._run.rank.rank == 0 and self._save_now.exists()
+        if by_file:
+            with contextlib.suppress(OSError):
+                self._save_now.unlink()
+        return self._requests.take_save() or by_file
 
     def _evaluate_if_due(self) -> None:
         run, step = self._run, self.progress.step
+        self._validation_loss = None
         due = step % self._config.train.eval_every_steps == 0 or step == self._config.train.steps
         if run.validation is None or not due:
             return
         began = time.perf_counter()
         with self._watch.measure("eval"):
             (total,) = run.groups.sum([run.engine.evaluate(run.validation)])
+        self._validation_loss = total / run.validation.num_targets
         if self._observers:
-            self._observers.validation(step, total / run.validation.num_targets, time.perf_counter() - began)
+            self._observers.validation(step, self._validation_loss, time.perf_counter() - began)
 
-    def _save_if_due(self, stopping: bool) -> None:
+    def _save_if_due(self, stopping: bool, on_request: bool) -> None:
         step = self.progress.step
         last = stopping or step == self._config.train.steps
-        if not last and step % self._config.checkpoint.every_steps:
+        if not last and not on_request and step % self._config.checkpoint.every_steps:
             return
         with self._watch.measure("save"):
             progress = replace(self.progress, loss_scale=self._run.engine.loss_scale)
-            self._tell(self._saving.begin(progress))
+            self._tell(self._saving.begin(progress, self._validation_loss, on_request))
             if last:
                 self._tell(self._saving.finish())
 
     def _end(self, stopping: bool) -> None:
         self._saving.close()
-        self._stop.ignore_further()
+        self._requests.ignore_further()
         step, saved = self.progress.step, self._saving.last_saved
         if saved != step and step != self._first_step:
             raise CheckpointError(
@@ -146,7 +173,7 @@ class Trainer:
                 "Make room or mend the cause, then start it again: it goes on from the newest checkpoint."
             )
         if stopping and step < self._config.train.steps:
-            name = self._stop.signal.name if self._stop.signal else "a signal to another rank"
+            name = self._requests.signal.name if self._requests.signal else "a signal to another rank"
             message = f"stopped early on request ({name}), state saved: start it again to go on"
             if self._observers:
                 self._observers.event("stop", step, message)

@@ -78,7 +78,7 @@ def test_where_none_is_good_it_stops_with_code_4_and_starts_nothing_afresh(
     assert "rank-00001.safetensors" in spoken
     assert "Traceback" not in spoken
     assert (run.run_dir / "metrics.jsonl").read_bytes() == before
-    assert len(list((run.run_dir / "checkpoints").iterdir())) == 3
+    assert len(list((run.run_dir / "checkpoints").glob("step-*"))) == 3
 
 
 def test_a_damaged_later_checkpoint_does_not_push_the_good_ones_out(
@@ -94,8 +94,9 @@ def test_a_damaged_later_checkpoint_does_not_push_the_good_ones_out(
 
 def test_what_a_killed_save_left_is_removed(copy_run: Callable[[], Copy], two_ranks: ServedRanks) -> None:
     run = copy_run()
-    left = run.run_dir / "checkpoints" / ".unfinished-00000007"
-    shutil.copytree(run.checkpoint(6), left)
+    left = run.run_dir / "checkpoints" / ".generation-00001-0badcafe"
+    shutil.copytree(run.checkpoint(6), left / "step-00000007")
     two_ranks.finish(run.config, "train.steps=7")
     assert not left.exists()
+    assert [list(path.iterdir()) for path in (run.run_dir / "checkpoints").glob(".*")] == [[]]
     assert run.checkpoint(7).is_dir()

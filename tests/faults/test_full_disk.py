@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatrain.checkpoint.inspection import verify
-from megatrain.checkpoint.store import CheckpointStore
+from megatrain.checkpoint.store import find_store
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 
@@ -56,10 +56,10 @@ def test_a_save_without_room_is_reported_and_the_next_with_room_succeeds(
     assert "training goes on, the one before stays" in spoken
     assert "after step 12" in spoken
     assert "Traceback" not in spoken
-    kept = CheckpointStore(run_dir).list()
+    kept = find_store(run_dir).list()
     assert [checkpoint.step for checkpoint in kept] == [8]
     assert verify(kept[0].path)[0] == []
-    assert not list((run_dir / "checkpoints").glob(".*"))
+    assert [list(path.iterdir()) for path in (run_dir / "checkpoints").glob(".*")] == [[]]  # nothing left unfinished
     ballast.unlink()
     two_ranks.finish(config, "train.steps=12", "checkpoint.keep=1")
     assert Metrics.read(run_dir).steps == list(range(1, 13))

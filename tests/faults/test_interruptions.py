@@ -10,7 +10,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from megatrain.checkpoint.store import CheckpointStore
+from megatrain.checkpoint.store import find_store
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 
 NUM_STEPS = 20
@@ -45,7 +45,7 @@ class Starts:
             num_orphans = len(train.ranks())
         finally:
             train.kill_all()
-        saved = [checkpoint.step for checkpoint in CheckpointStore(self.run_dir).list() if checkpoint.good]
+        saved = [checkpoint.step for checkpoint in find_store(self.run_dir).list() if checkpoint.good]
         return Stretch(code, output, saved, Metrics.read(self.run_dir), num_orphans)
 
 

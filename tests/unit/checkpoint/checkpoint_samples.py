@@ -5,13 +5,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.saver import rank_file
-from megatrain.checkpoint.store import CheckpointStore, add_file
+from megatrain.checkpoint.store import CheckpointStore, PosixStore, add_file
 from megatrain.distributed.fragment import Fragment, Placement, windows
 
 SHAPES = {"embed.weight": (300, 16), "layer.weight": (48, 16), "norm.weight": (16,)}
@@ -51,10 +53,19 @@ def manifest(step: int, files: Sequence[FileEntry]) -> Manifest:
     )
 
 
-def write_checkpoint(run_dir: Path, step: int, num_ranks: int = 2) -> Path:
-    """A whole checkpoint of the sample, with a plain file beside the pieces."""
-    store = CheckpointStore(run_dir)
+def write_checkpoint(run_dir: Path, step: int, num_ranks: int = 2, **facts: Any) -> Path:
+    """A whole checkpoint of the sample in a run folder, with a plain file beside the pieces."""
+    path = save(PosixStore(run_dir / "checkpoints"), step, num_ranks, **facts)
+    assert isinstance(path, Path)
+    return path
+
+
+def save(store: CheckpointStore, step: int, num_ranks: int = 2, **facts: Any) -> Location:
+    """The same in a store. ``facts``: further keys of its manifest."""
+    if not store.generation:
+        store.open_generation()
     folder = store.begin(step)
     written = [write_pieces(folder / rank_file(rank), fragments(rank, num_ranks)) for rank in range(num_ranks)]
     entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
-    return store.commit(manifest(step, [*entries, add_file(folder, "tokenizer.json", b'{"model": {}}' * 20)]))
+    entries.append(add_file(folder, "tokenizer.json", b'{"model": {}}' * 20))
+    return store.commit(manifest(step, entries).model_copy(update=facts))

@@ -9,7 +9,7 @@ import torch
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver
-from megatrain.checkpoint.store import CheckpointStore
+from megatrain.checkpoint.store import PosixStore, Retention
 from megatrain.distributed.fragment import Box, Fragment, Placement, windows
 
 
@@ -24,8 +24,9 @@ def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) 
         Fragment(piece, "weight", local[torch.from_numpy(where)])  # type: ignore[arg-type]
         for piece, where in windows(placement, 0, local.numel())
     ]
-    store = CheckpointStore(tmp_path)
-    saver = CheckpointSaver(store, rank=0, world_size=1, keep=1)
+    store = PosixStore(tmp_path)
+    store.open_generation()
+    saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
 
     def manifest(files: object) -> Manifest:
         return Manifest(
@@ -41,6 +42,7 @@ def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) 
         )
 
     for _ in range(2):  # the second time into the memory of the first
+        store.set_aside(0)
         saver.begin(1, fragments, manifest)
         while saver.is_busy:
             outcome = saver.settle(saver.votes(wait=True))

@@ -1,33 +1,125 @@
+"""A run's checkpoints: the same promises on a POSIX disk and in an object store (a real S3-compatible server)."""
+
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_samples import manifest, write_checkpoint
+from checkpoint_samples import fragments, manifest, save, write_checkpoint
+from upath import UPath
 
-from megatrain.checkpoint.store import CheckpointStore, resolve
-from megatrain.errors import CheckpointError
+from megatrain.checkpoint.inspection import rewind, verify
+from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.store import CheckpointStore, PosixStore, Retention, find_store, open_store, resolve
+from megatrain.errors import CheckpointError, Superseded
+
+
+@pytest.fixture(params=["posix", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """Where a run's checkpoints lie."""
+    if request.param == "posix":
+        return tmp_path / "checkpoints"
+    bucket: str = request.getfixturevalue("bucket")
+    return UPath(bucket) / tmp_path.name
+
+
+def _open(place: Location) -> CheckpointStore:
+    return open_store(Path("unused"), str(place))
 
 
 def _steps(store: CheckpointStore) -> list[int]:
     return [checkpoint.step for checkpoint in store.list()]
 
 
-def test_nothing_is_visible_before_the_commit_and_nothing_hidden_after_it(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    store.begin(5)
-    assert store.list() == []
+def test_nothing_is_visible_before_the_commit(place: Location) -> None:
+    store = _open(place)
+    store.open_generation()
+    folder = store.begin(5)
+    write_pieces(folder / "rank-00000.safetensors", fragments(0, 2))
+    assert _steps(_open(place)) == []
     assert store.newest_good() is None
     store.commit(manifest(5, []))
-    assert _steps(store) == [5]
-    assert [path.name for path in store.folder.iterdir()] == ["step-00000005"]
+    assert _steps(_open(place)) == [5]
+
+
+def test_what_was_saved_is_read_back_and_found_whole(place: Location) -> None:
+    store = _open(place)
+    path = save(store, 7)
+    assert resolve(place) == path
+    assert verify(place) == ([], 3, sum(entry.bytes for entry in CheckpointReader(path).manifest.files))
+    for fragment in fragments(1, 3):  # another number of ranks than wrote it
+        assert CheckpointReader(path).read(fragment.piece, fragment.kind).equal(fragment.data)
+
+
+def test_a_flipped_bit_is_found_and_named(place: Location) -> None:
+    path = save(_open(place), 7) / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4  # in the data, before the digest of its block
+    path.write_bytes(bytes(content))
+    problems, _, _ = verify(place)
+    assert len(problems) == 1
+    assert "rank-00001.safetensors: bytes" in problems[0]
+
+
+def test_a_later_start_fences_the_one_before_wherever_it_stands(place: Location) -> None:
+    late, earlier = _open(place), _open(place)
+    save(earlier, 10)
+    late.join(earlier.generation)
+    write_pieces(late.begin(20) / "rank-00000.safetensors", fragments(0, 1))
+    successor = _open(place)
+    successor.open_generation()
+    with pytest.raises(Superseded):
+        late.refuse_if_superseded()
+    with pytest.raises((Superseded, FileNotFoundError)):
+        late.commit(manifest(20, []))
+    assert _steps(_open(place)) == [10]
+    save(successor, 20)
+    with pytest.raises((Superseded, FileNotFoundError)):  # even now that a checkpoint of that step stands there
+        late.commit(manifest(20, []))
+    assert _steps(_open(place)) == [10, 20]
+    assert verify(place)[0] == []
+
+
+def test_a_start_removes_what_the_one_before_left_unfinished(place: Location) -> None:
+    killed = _open(place)
+    save(killed, 1)
+    write_pieces(killed.begin(2) / "rank-00000.safetensors", fragments(0, 1))
+    store = _open(place)
+    store.open_generation()
+    left = [path for path in place.rglob("*") if "00000002" in str(path)]
+    assert left == []
+    assert _steps(store) == [1]
+
+
+def test_going_back_takes_later_checkpoints_out_of_the_run_and_loses_none(place: Location) -> None:
+    store = _open(place)
+    for step in (1, 2, 3):
+        save(store, step)
+    taken = store.set_aside(1)
+    assert [found.step for found in taken] == [3, 2]
+    assert _steps(_open(place)) == [1]
+    for found in taken:
+        assert CheckpointReader(found.path).manifest.step == found.step
+    save(store, 2)  # the run comes to that step again
+    assert _steps(_open(place)) == [1, 2]
+
+
+def test_pruning_keeps_the_newest_the_nth_the_best_and_the_asked_for(place: Location) -> None:
+    store = _open(place)
+    losses = {1: 3.0, 2: None, 3: 2.0, 4: 2.5, 5: None, 6: 2.2, 7: 2.3, 8: None}
+    for step, loss in losses.items():
+        save(store, step, num_ranks=1, validation_loss=loss, on_request=step == 2)
+    store.prune(Retention(last=2, every_steps=5, best=1))
+    assert _steps(store) == [2, 3, 5, 7, 8]
 
 
 def test_the_newest_good_one_skips_what_is_cut_off_or_missing(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step)
+    store = PosixStore(tmp_path / "checkpoints")
     (store.finished(4) / "rank-00001.safetensors").unlink()
     (store.finished(3) / "tokenizer.json").write_bytes(b"")
     newest = store.newest_good()
@@ -39,55 +131,65 @@ def test_the_newest_good_one_skips_what_is_cut_off_or_missing(tmp_path: Path) ->
 
 
 def test_where_none_is_good_the_newest_ones_fault_is_told(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
+    store = PosixStore(tmp_path / "checkpoints")
     (store.finished(1) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"2 checkpoint\(s\), and none is good; the newest: bytes 1 to 2 of x"):
         store.newest_good({store.finished(2): "bytes 1 to 2 of x"})
 
 
-def test_pruning_keeps_the_newest_good_ones_and_what_is_damaged(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+def test_pruning_keeps_what_is_damaged(tmp_path: Path) -> None:
     for step in range(1, 7):
         write_checkpoint(tmp_path, step)
+    store = PosixStore(tmp_path / "checkpoints")
     (store.finished(4) / "tokenizer.json").write_bytes(b"")
-    store.prune(keep=2, last_step=6)
+    store.prune(Retention(last=2))
     assert _steps(store) == [4, 5, 6]
 
 
-def test_pruning_after_going_back_does_not_count_the_later_ones(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    for step in (1, 2, 9):
+def test_pruning_never_deletes_the_last_good_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
         write_checkpoint(tmp_path, step)
-    store.prune(keep=1, last_step=2)
-    assert _steps(store) == [2, 9]
+    store = PosixStore(tmp_path / "checkpoints")
+    for step in (2, 3):
+        (store.finished(step) / "tokenizer.json").write_bytes(b"")
+    store.prune(Retention(last=1))
+    assert _steps(store) == [1, 2, 3]
 
 
-def test_a_save_over_a_checkpoint_of_the_same_step_replaces_it(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    write_checkpoint(tmp_path, 1, num_ranks=3)
-    write_checkpoint(tmp_path, 1, num_ranks=1)
-    assert sorted(path.name for path in store.finished(1).iterdir()) == [
-        "manifest.json",
-        "rank-00000.safetensors",
-        "tokenizer.json",
-    ]
-
-
-def test_cleaning_removes_what_killed_saves_and_deletions_left_and_no_more(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+def test_a_start_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 1)
-    store.begin(2)
+    store = PosixStore(tmp_path / "checkpoints")
     shutil.copytree(store.finished(1), store.folder / ".deleted-step-00000000")
     (store.folder / "notes").mkdir()
-    store.clean()
-    assert sorted(path.name for path in store.folder.iterdir()) == ["notes", "step-00000001"]
+    generation = store.open_generation()
+    assert sorted(path.name for path in store.folder.iterdir()) == [generation, "notes", "step-00000001"]
 
 
 def test_a_run_folder_a_checkpoints_folder_and_a_checkpoint_all_name_a_checkpoint(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
     assert resolve(tmp_path) == resolve(tmp_path / "checkpoints") == resolve(folder) == folder
+
+
+def test_a_run_folder_leads_to_the_place_that_its_config_names(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(f"checkpoint: {{dir: {tmp_path}/elsewhere}}\n")
+    store = find_store(run_dir)
+    path = save(store, 3)
+    assert resolve(run_dir) == path
+    assert store.folder == tmp_path / "elsewhere"
+
+
+def test_rewinding_to_a_step_without_a_good_checkpoint_is_refused_by_what_there_is(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 10)
+    write_checkpoint(tmp_path, 20)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 15; it has: 10, 20"):
+        rewind(tmp_path, 15, {"host": "here"})
+    (tmp_path / "checkpoints" / "step-00000010" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step 10 is not good: .*tokenizer\.json"):
+        rewind(tmp_path, 10, {"host": "here"})
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])

@@ -1,0 +1,162 @@
+"""Where checkpoints lie: a folder of a POSIX file system, or a prefix of an object store that fsspec knows.
+
+Both are paths with the same methods (``Path`` and fsspec's ``UPath``), so that what reads small files and lists folders
+does not ask which it is. Here is what does differ: how a file comes to be, and how a part of a large one is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from upath import UPath
+
+from megatrain.errors import CheckpointError
+
+Location = Path | UPath
+Bytes = NDArray[np.uint8]
+
+_PART_BYTES = 32 << 20  # of an upload; S3 takes at most 10,000 of them
+
+
+def locate(text: str | Path) -> Location:
+    """The place that a user names: a path, or a URL such as ``s3://bucket/run``.
+
+    Raises CheckpointError for a store that no installed package serves.
+    """
+    if "://" not in str(text):
+        return Path(text)
+    try:
+        place = UPath(str(text))
+        _ = place.fs  # the store's package is imported here
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"{text}: {error}. Install the fsspec package of that store.") from None
+    return Path(place.path) if place.protocol in ("", "file", "local") else place
+
+
+class ByteSource(Protocol):
+    """A file's bytes, read by ranges. ``is_mapped``: a range costs no copy, and is read when it is touched."""
+
+    is_mapped: bool
+
+    @property
+    def size(self) -> int:
+        """Length of the file."""
+        ...
+
+    def read(self, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end)."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of the memory that holds what was read. Arrays stay good."""
+        ...
+
+
+class MappedFile:
+    """A local file, mapped into memory."""
+
+    is_mapped = True
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes: Bytes = np.frombuffer(self._mapping, dtype=np.uint8)
+
+    @property
+    def size(self) -> int:
+        """Length of the file."""
+        return self._bytes.size
+
+    def read(self, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end), as a view of the map."""
+        return self._bytes[begin:end]
+
+    def forget(self) -> None:
+        """Let go of the memory that holds what was read: a checkpoint may be larger. Views stay good."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class RemoteFile:
+    """An object of a store: each range is a request of its own."""
+
+    is_mapped = False
+
+    def __init__(self, path: UPath) -> None:
+        self._path, self._size = path, path.stat().st_size
+
+    @property
+    def size(self) -> int:
+        """Length of the object."""
+        return int(self._size)
+
+    def read(self, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end). Raises OSError where the store gives fewer."""
+        data = self._path.fs.cat_file(self._path.path, start=begin, end=end)
+        if len(data) != end - begin:
+            raise OSError(None, f"the store gave {len(data):,} bytes instead of {end - begin:,}", str(self._path))
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def forget(self) -> None:
+        """Nothing is held."""
+
+
+def open_bytes(path: Location) -> ByteSource:
+    """A file to be read by ranges. Raises OSError, or ValueError where a local one is empty."""
+    return MappedFile(path) if isinstance(path, Path) else RemoteFile(path)
+
+
+@contextmanager
+def create(path: Location) -> Iterator[IO[Any]]:
+    """A new file to be written front to back; all of it is on disk, or in the store, when the block ends.
+
+    Raises OSError. A local file that could not be finished is left to the caller; in a store it never appears.
+    """
+    if isinstance(path, Path):
+        with path.open("xb", buffering=0) as local:
+            yield local
+            os.fsync(local.fileno())
+        return
+    remote = path.fs.open(path.path, "wb", block_size=_PART_BYTES, autocommit=False)
+    try:
+        yield remote
+    except BaseException:
+        with contextlib.suppress(Exception):  # the failure under way is the one to be told
+            remote.close()
+            remote.discard()
+        raise
+    remote.close()
+    remote.commit()
+
+
+def write_all(file: IO[Any], data: memoryview) -> None:
+    """Write all of ``data``: an unbuffered file may take less at a time."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def write_file(path: Location, content: bytes) -> None:
+    """A small new file, written and synced. Raises OSError."""
+    with create(path) as file:
+        write_all(file, memoryview(content))
+
+
+def write_if_absent(path: UPath, content: bytes) -> None:
+    """Write an object if none of its name exists: one conditional put. Raises FileExistsError where one does."""
+    path.fs.pipe_file(path.path, content, mode="create")
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's entries."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,168 @@
+"""Checkpoints in an object store, where nothing can be renamed: what exists is decided by conditional puts.
+
+Layout below the store's URL, ``g00004-1a2b3c4d`` being a generation:
+
+    generations/00004.json                      what the run had when its fourth start began
+    step-00000160.g00004-1a2b3c4d/manifest.json put last: the checkpoint appears
+
+A checkpoint exists if its manifest is there, and it is of the newest generation or listed by it. A start lists what it
+finds and puts the record of its generation, if none of that number exists; so what an earlier start commits after
+that is listed nowhere, and does not exist for any reader.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import orjson
+from upath import UPath
+
+from megatrain.checkpoint.location import Location, write_if_absent
+from megatrain.checkpoint.manifest import MANIFEST, Manifest
+from megatrain.checkpoint.store import NAME, CheckpointFolder, CheckpointStore
+from megatrain.errors import CheckpointError, Superseded
+
+_TRIES = 20
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """The record of one start. ``before``: the checkpoints that the run had, by folder name."""
+
+    number: int
+    token: str
+    before: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return f"g{self.number:05d}-{self.token}"
+
+
+_NONE = _Generation(0, "", frozenset())
+
+
+class ObjectStore(CheckpointStore):
+    """Checkpoints below a URL of an object store that fsspec serves and that knows conditional puts."""
+
+    def __init__(self, url: UPath) -> None:
+        self.folder: UPath = url
+
+    def names(self) -> Iterator[tuple[int, UPath]]:
+        """Step and URL of every checkpoint that exists."""
+        newest = self._newest()
+        for name in self._children():
+            match = NAME.fullmatch(name)
+            if match and self._is_of(newest, name) and (self.folder / name / MANIFEST).exists():
+                yield int(match[1]), self.folder / name
+
+    def open_generation(self) -> str:
+        """Fence all earlier starts of the run, remove what they left unfinished, and begin to write."""
+        self.generation = self._put_generation(self._existing).name
+        kept = {path.name for _, path in self.names()}
+        for name in self._children():
+            if NAME.fullmatch(name) and name not in kept:
+                self._delete(name)
+        return self.generation
+
+    def join(self, generation: str) -> None:
+        """Write into the generation that rank 0 has opened."""
+        self.generation = generation
+
+    def begin(self, step: int) -> UPath:
+        """The prefix that the ranks write their files under; there is nothing to make."""
+        return self.place(step)
+
+    def commit(self, manifest: Manifest) -> UPath:
+        """Let the checkpoint appear: the manifest, by one conditional put."""
+        folder = self.place(manifest.step)
+        self.refuse_if_superseded()
+        try:
+            write_if_absent(folder / MANIFEST, manifest.encode())
+        except FileExistsError:
+            raise CheckpointError(f"{folder} has a manifest already; a checkpoint is never overwritten.") from None
+        self.refuse_if_superseded(unless_listed=folder.name)
+        return folder
+
+    def abandon(self, step: int) -> None:
+        """Remove what a failed save left."""
+        self._delete(self.place(step).name)
+
+    def remove(self, path: Location) -> None:
+        """Delete a checkpoint: its manifest first."""
+        self._delete(path.name)
+
+    def set_aside(self, after: int) -> Sequence[CheckpointFolder]:
+        """Open a generation that lists no checkpoint after a step. The objects stay until the next start."""
+        taken = [CheckpointFolder(step, path, None) for step, path in self.names() if step > after]
+        if taken:
+            left = [path.name for step, path in self.names() if step <= after]
+            generation = self._put_generation(lambda: left)
+            if self.generation:
+                self.generation = generation.name
+        return sorted(taken, key=lambda found: found.step, reverse=True)
+
+    def place(self, step: int) -> UPath:
+        """Where what this start saves at ``step`` appears."""
+        assert self.generation, "a generation is opened or joined before anything is written"
+        return self.folder / f"step-{step:08d}.{self.generation}"
+
+    def refuse_if_superseded(self, unless_listed: str | None = None) -> None:
+        """Raise Superseded if a later start has put its generation (and does not list this checkpoint)."""
+        newest = self._newest()
+        if self.generation and newest.name != self.generation and unless_listed not in newest.before:
+            raise Superseded(
+                f"A later start of this run has taken over {self.folder}: this one can save nothing any more, and ends."
+            )
+
+    def _put_generation(self, before: Callable[[], Iterable[str]]) -> _Generation:
+        """Put the next generation's record. Two starts at one time: one of them gets the number, the other the next."""
+        for _ in range(_TRIES):
+            listed = sorted(before())
+            generation = _Generation(self._newest().number + 1, secrets.token_hex(4), frozenset(listed))
+            record = {"token": generation.token, "before": listed}
+            try:
+                write_if_absent(self._record(generation.number), orjson.dumps(record))
+                return generation
+            except FileExistsError:
+                continue
+        raise CheckpointError(f"{self.folder}: other starts of this run keep taking it over; is it started in a loop?")
+
+    def _existing(self) -> Iterator[str]:
+        return (path.name for _, path in self.names())
+
+    def _newest(self) -> _Generation:
+        numbers = [int(name[:-5]) for name in self._children("generations") if name[:-5].isdigit()]
+        if not numbers:
+            return _NONE
+        path = self._record(max(numbers))
+        try:
+            record = orjson.loads(path.read_bytes())
+            return _Generation(max(numbers), record["token"], frozenset(record["before"]))
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is not the record of a start ({error!r}).") from None
+
+    def _is_of(self, newest: _Generation, name: str) -> bool:
+        return name in newest.before or name.endswith(f".{newest.name}") or newest is _NONE
+
+    def _record(self, number: int) -> UPath:
+        return self.folder / "generations" / f"{number:05d}.json"
+
+    def _children(self, below: str = "") -> Sequence[str]:
+        """Names below the store's URL, as they are now: fsspec would remember an older listing."""
+        place = self.folder / below if below else self.folder
+        place.fs.invalidate_cache()
+        try:
+            return [path.rstrip("/").rsplit("/", 1)[-1] for path in place.fs.ls(place.path, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def _delete(self, name: str) -> None:
+        """The manifest first: a checkpoint is whole or does not exist."""
+        fs, folder = self.folder.fs, self.folder / name
+        for path in (folder / MANIFEST, folder):
+            try:
+                fs.rm(path.path, recursive=True)
+            except FileNotFoundError:
+                continue
