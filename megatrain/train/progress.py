@@ -102,7 +102,7 @@ class Progress:
             segments = tuple(_segment(entry) for entry in state["segments"])
             loss_scale, digests = state["loss_scale"], tuple(state["digests"])
             return cls(step, tokens, state["updates"], state["skipped"], segments, digests, loss_scale)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"The state in the checkpoint of step {step} cannot be read: {error!r}.") from None
 
 
@@ -184,7 +184,7 @@ def _segment(entry: Mapping[str, Any]) -> Segment:
 
 
 def _num_new_epochs(saved: Mapping[str, Any]) -> int:
-    return int(_with_defaults(saved)["data"].get("num_new_epochs", 0))
+    return int(_with_defaults(saved).get("data", {}).get("num_new_epochs", 0))
 
 
 def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
