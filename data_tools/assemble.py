@@ -24,12 +24,10 @@ from data_tools.claims import Claims
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit
 from data_tools.work import Advance, PartFile, PartStore
-from megatrain.data.dataset import Shard
 from megatrain.data.format import (
     BATCH_TOKENS,
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
-    SHARD_TABLE_SCHEMA,
     Manifest,
     commit_bytes,
     committed,
@@ -40,6 +38,8 @@ from megatrain.data.format import (
     shard_name,
     token_dtype,
 )
+from megatrain.data.shard import Views
+from megatrain.data.shard_table import shard_row, write_shard_table
 from megatrain.errors import DataError
 
 PLAN_FILE = "plan.json"
@@ -157,10 +157,8 @@ def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifes
     rows = [orjson.loads(_stats_path(work, shard.index).read_bytes())["row"] for shard in plan.shards]
     for stale in set(out.glob("shard-*.arrow")) - {out / shard_name(shard.index) for shard in plan.shards}:
         stale.unlink()
-    rows = [{**row, "checksum": bytes.fromhex(row["checksum"])} for row in rows]
-    table = pa.Table.from_pylist(rows, schema=SHARD_TABLE_SCHEMA)
-    with committed(out / SHARD_TABLE_FILE, work) as path, pa.ipc.new_file(str(path), table.schema) as writer:
-        writer.write_table(table)
+    with committed(out / SHARD_TABLE_FILE, work) as path:
+        write_shard_table(path, rows)
     tokenizer = recipe.tokenizer
     manifest = Manifest(
         digest=content_digest(tokenizer.sha256, recipe.options, _document_hashes(out, plan.shards)),
@@ -216,11 +214,8 @@ def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance:
     path = out / shard_name(plan.index)
     pieces = [piece for part in plan.slices for piece in _pieces(work, part)]
     lengths = np.concatenate([np.diff(_offsets(piece.batch)) for piece in pieces])
-    totals = {
-        "documents": len(lengths),
-        "tokens": int(lengths.sum()),
-        "text_bytes": sum(int(pc.sum(piece.batch["text_bytes"]).as_py()) for piece in pieces),
-    }
+    text_bytes = sum(int(pc.sum(piece.batch["text_bytes"]).as_py()) for piece in pieces)
+    totals = len(lengths), int(lengths.sum()), text_bytes
     tokenizer = recipe.tokenizer
     same_for_all = {
         "tokenizer_sha256": tokenizer.sha256,
@@ -228,15 +223,14 @@ def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance:
         "eod_id": tokenizer.eod_id,
         "eod_token": tokenizer.eod_token,
     }
-    metadata = shard_metadata(same_for_all, plan.index, totals["documents"], totals["tokens"], totals["text_bytes"])
+    metadata = shard_metadata(same_for_all, plan.index, *totals)
     schema = document_schema(token_dtype(tokenizer.vocab_size), metadata)
     with committed(path, work) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
         for group in _group_by_tokens(pieces, lengths):
             writer.write_batch(_shard_batch(group, schema))
-    num_bytes = path.stat().st_size
-    row = {**totals, "bytes": num_bytes, "checksum": file_checksum(path).hex()}
+    row = shard_row(path, *totals)
     commit_bytes(_stats_path(work, plan.index), orjson.dumps({"plan": plan.key, "row": row}))
-    advance(num_bytes)
+    advance(row["bytes"])
 
 
 @dataclass(frozen=True)
@@ -272,8 +266,8 @@ def _group_by_tokens(pieces: list[_Piece], lengths: npt.NDArray[np.int64]) -> It
 
 def _shard_batch(pieces: list[_Piece], schema: pa.Schema) -> pa.RecordBatch:
     """One record batch of a shard, its buffers new and contiguous."""
-    shard = Shard.from_batches([piece.batch for piece in pieces])
-    lengths = np.concatenate([np.diff(offsets) for offsets in shard.offsets])
+    views = [Views.of(piece.batch) for piece in pieces]
+    lengths = np.concatenate([np.diff(view.offsets) for view in views])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids, files, rows = [], [], []
     for piece in pieces:
@@ -285,7 +279,7 @@ def _shard_batch(pieces: list[_Piece], schema: pa.Schema) -> pa.RecordBatch:
     source_fields = list(schema.field("source").type)
     columns = [
         pa.LargeListArray.from_arrays(
-            offsets, pa.array(np.concatenate(shard.values)), type=schema.field("tokens").type
+            offsets, pa.array(np.concatenate([view.tokens for view in views])), type=schema.field("tokens").type
         ),
         pa.concat_arrays(ids),
         pa.concat_arrays([piece.batch["hash"] for piece in pieces]),

@@ -50,7 +50,9 @@ Inputs = Annotated[
         help="Files, folders, globs and fsspec URLs: .jsonl (.gz, .zst), .parquet, .arrow, and text files.",
     ),
 ]
-DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="The folder that `tokenize` wrote.")]
+DatasetArgument = Annotated[
+    str, typer.Argument(metavar="DATASET", help="The folder that `tokenize` wrote, or an address of a copy.")
+]
 TextKey = Annotated[str, typer.Option(help="The key or column that holds a record's text.")]
 IdKey = Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core unless given.")]
@@ -173,6 +175,34 @@ def dedup(
         typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
 
 
+@app.command("filter")
+def filter_command(
+    inputs: Inputs,
+    out: CleanOut,
+    filters: Annotated[str | None, typer.Option(help="Names with commas between, in order; docs/cleaning.md.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file: filters and their parameters.")] = None,
+    workers: Workers = None,
+    text_key: TextKey = "text",
+    id_key: IdKey = "id",
+    errors: ErrorsOption = Errors.STRICT,
+    restart: Restart = False,
+) -> None:
+    """Leave out documents that a quality filter finds fault with. The same command again goes on."""
+    from data_tools.clean.filter import choose_filters, filter_documents
+    from data_tools.clean.job import Effort
+    from data_tools.clean.report import render
+    from data_tools.progress import show_progress
+    from data_tools.ranks import find_ranks
+    from data_tools.units import ReadOptions
+
+    ranks = find_ranks()
+    read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
+    effort = Effort(workers or ranks.num_cores(), show_progress, ranks)
+    report = filter_documents(inputs, out, read, choose_filters(filters, config), effort, restart)
+    if ranks.reports:
+        typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
+
+
 @app.command()
 def inspect(
     dataset: DatasetArgument,
@@ -189,13 +219,26 @@ def inspect(
 
 
 @app.command()
-def verify(dataset: DatasetArgument) -> None:
+def verify(
+    dataset: DatasetArgument,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Check so many record batches only; all by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which record batches a sample takes.")] = 0,
+    workers: Workers = None,
+) -> None:
     """Check every byte of a dataset: checksums, structure, and the digest computed anew."""
     from data_tools.progress import show_progress
-    from data_tools.verify import verify_dataset
+    from data_tools.ranks import Ranks
+    from data_tools.verify import Extent, verify_dataset
 
-    manifest = verify_dataset(dataset, show_progress)
-    typer.echo(f"{dataset} is whole: {manifest.num_documents} documents, {manifest.num_tokens} tokens.")
+    extent = Extent(sample, seed, workers or Ranks().num_cores())
+    opened, num_bytes = verify_dataset(dataset, extent, show_progress)
+    whole = f"{opened.num_documents} documents, {opened.num_tokens} tokens"
+    if sample is None:
+        typer.echo(f"{dataset} is whole: {whole}.")
+    else:
+        typer.echo(f"{dataset}: {num_bytes / 1e6:.1f} MB of record batches, a sample (of {whole}), are whole.")
 
 
 def _report(error: MegatrainError | OSError) -> int:

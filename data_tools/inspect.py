@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ MAX_SHOWN_LINES = 40
 MAX_SHOWN_TOKENS = 4000
 
 
-def describe(path: Path, document: int | None) -> dict[str, Any]:
+def describe(path: str, document: int | None) -> dict[str, Any]:
     """The figures of a dataset, and document number `document` if one is asked for (ConfigError if there is none)."""
     dataset = open_dataset(path)
     manifest = dataset.manifest
@@ -51,7 +50,7 @@ def describe_json(description: dict[str, Any]) -> bytes:
     return orjson.dumps(description, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def show(path: Path, document: int | None) -> None:
+def show(path: str, document: int | None) -> None:
     """Print the figures for people, and a document (the first, if none is asked for) as text beside its tokens."""
     description = describe(path, document or 0)
     shown = description.pop("document")
@@ -76,7 +75,7 @@ def _length_figures(dataset: Dataset) -> dict[str, float]:
     """Tokens per document; the quantiles are those of up to MAX_SAMPLED_SHARDS shards, spread over all."""
     step = -(-dataset.num_shards // MAX_SAMPLED_SHARDS)
     sampled = [dataset.shard(index) for index in range(0, dataset.num_shards, step)]
-    lengths = np.concatenate([np.diff(offsets) for shard in sampled for offsets in shard.offsets])
+    lengths = np.concatenate([np.diff(shard.views(k).offsets) for shard in sampled for k in range(len(shard.places))])
     quantiles = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
     figures = {name: float(np.quantile(lengths, share)) for name, share in quantiles.items()}
     return {"mean": dataset.num_tokens / dataset.num_documents, **figures}

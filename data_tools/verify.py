@@ -1,102 +1,228 @@
-"""Checking every byte of a dataset, and saying where it is not what was written."""
+"""Checking a dataset byte by byte, and saying where it is not what was written."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
 from data_tools.work import Advance
-from megatrain.data.dataset import Shard, read_shard_table
-from megatrain.data.format import TOKENIZER_FILE, Manifest, checksum, content_digest, shard_name
-from megatrain.errors import DataError
+from megatrain.data import Dataset, open_dataset
+from megatrain.data.format import content_digest, is_content, map_file, shard_name
+from megatrain.data.shard import Views
+from megatrain.data.shard_table import BatchPlace
+from megatrain.errors import DataError, RankError
 
 MAX_REPORTED = 10
+TASKS_PER_WORKER = 32
+BYTES_PER_WORKER = 64 << 20
+"""Less is checked sooner than a process is started."""
 
 
-def verify_dataset(folder: Path, progress: Callable[[str, int], AbstractContextManager[Advance]]) -> Manifest:
-    """Check all files of a dataset: checksums, structure, each document's hash, and the digest computed anew.
+class Found(NamedTuple):
+    """What checking a part of a dataset found: problems, by their place, and the bytes that were looked at."""
 
-    Raises DataError that names every damaged file; in a shard also record batch, document and bytes where they show.
+    problems: list[str]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a dataset to check, and by how many. ``sample``: record batches, chosen by ``seed``; None: all."""
+
+    sample: int | None = None
+    seed: int = 0
+    num_workers: int = 1
+
+
+def verify_dataset(
+    path: str, extent: Extent, progress: Callable[[str, int], AbstractContextManager[Advance]]
+) -> tuple[Dataset, int]:
+    """Check a dataset, or a sample of its record batches, with its manifest, table and tokenizer; bytes looked at.
+
+    Checked are checksums, structure, each document's hash, and, if all is read, the digest computed anew. Raises
+    DataError that names each damaged file; in a shard also record batch, document and range of bytes.
     """
-    manifest = Manifest.load(folder)
-    problems: list[str] = []
-    tokenizer = folder / TOKENIZER_FILE
+    dataset = open_dataset(path)
+    chosen = _chosen_batches(dataset, extent)
+    problems = []
     try:
-        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
-            problems.append(f"{tokenizer}: its SHA-256 is not the one in the manifest")
+        if not is_content(map_file(dataset.tokenizer_path), dataset.manifest.tokenizer_sha256):
+            problems.append(f"{dataset.tokenizer_path}: its SHA-256 is not the one in the manifest")
     except OSError as error:
-        problems.append(f"{tokenizer} cannot be read: {error.strerror}")
-    rows = read_shard_table(folder, manifest).to_pylist()
-    with progress("verify", sum(row["bytes"] for row in rows)) as advance:
-        hashes = _checked_hashes(folder, manifest, rows, problems, advance)
-        digest = content_digest(manifest.tokenizer_sha256, manifest.options, hashes)
-    if not problems and digest != manifest.digest:
-        problems.append(f"{folder}: the digest of its documents is {digest}, the manifest says {manifest.digest}")
+        problems.append(f"{dataset.tokenizer_path} cannot be read: {error}")
+    num_bytes = _num_bytes(dataset, chosen)
+    num_workers = min(extent.num_workers, 1 + num_bytes // BYTES_PER_WORKER)
+    with progress("verify", num_bytes) as advance:
+        found = _check_shards(dataset, chosen, num_workers, advance)
+    problems += [problem for part in found for problem in part.problems]
+    if chosen is None and not problems:
+        digest = content_digest(dataset.manifest.tokenizer_sha256, dataset.manifest.options, _hashes(dataset))
+        if digest != dataset.digest:
+            problems.append(f"{path}: the digest of its documents is {digest}, the manifest says {dataset.digest}")
     if problems:
         more = f" (and {len(problems) - MAX_REPORTED} more)" if len(problems) > MAX_REPORTED else ""
         listed = "; ".join(problems[:MAX_REPORTED])
-        raise DataError(f"{folder} is damaged: {listed}{more}. Copy these files again, or tokenize again.")
-    return manifest
+        raise DataError(f"{path} is damaged: {listed}{more}. Copy these files again, or tokenize again.")
+    return dataset, sum(part.num_bytes for part in found)
 
 
-def _checked_hashes(
-    folder: Path, manifest: Manifest, rows: list[dict[str, Any]], problems: list[str], advance: Advance
-) -> Iterator[pa.Array]:
-    """The hash columns of all shards, in order; what is wrong with a shard is added to `problems`."""
-    for index, row in enumerate(rows):
-        path = folder / shard_name(index)
+def _chosen_batches(dataset: Dataset, extent: Extent) -> dict[int, list[int]] | None:
+    """The record batches of each shard that are to be checked; None: all bytes of all shards."""
+    num_batches = int(dataset.table.batch_starts[-1])
+    if extent.sample is None or extent.sample >= num_batches:
+        return None
+    chosen: dict[int, list[int]] = {}
+    sample = np.random.default_rng(extent.seed).choice(num_batches, extent.sample, replace=False)
+    for batch in np.sort(sample).tolist():
+        shard, number = dataset.table.shard_of_batch(batch)
+        chosen.setdefault(shard, []).append(number)
+    return chosen
+
+
+def _num_bytes(dataset: Dataset, chosen: dict[int, list[int]] | None) -> int:
+    if chosen is None:
+        return int(dataset.table.rows["bytes"].to_numpy().sum())
+    return sum(dataset.table.places(shard)[number].num_bytes for shard, numbers in chosen.items() for number in numbers)
+
+
+def _check_shards(
+    dataset: Dataset, chosen: dict[int, list[int]] | None, num_workers: int, advance: Advance
+) -> list[Found]:
+    """Check the shards, runs of them at a time, in this process or in ``num_workers`` others; in their order."""
+    wanted = list(range(dataset.num_shards)) if chosen is None else list(chosen)
+    size = max(len(wanted) // (num_workers * TASKS_PER_WORKER), 1)
+    runs = [wanted[first : first + size] for first in range(0, len(wanted), size)]
+    found: dict[int, Found] = {}
+    if num_workers == 1 or len(runs) == 1:
+        for number, run in enumerate(runs):
+            found[number] = check_run(dataset, run, chosen)
+            advance(found[number].num_bytes)
+        return [found[number] for number in range(len(runs))]
+    with ProcessPoolExecutor(min(num_workers, len(runs)), get_context("spawn")) as pool:
         try:
-            buffer = pa.memory_map(str(path)).read_buffer()
-            is_whole = checksum(buffer) == row["checksum"]
-            shard = Shard.read(path, buffer, np.dtype(manifest.dtype), row["documents"], row["tokens"], row["bytes"])
-        except (OSError, DataError) as error:
-            problems.append(f"{path} cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error))
-            continue
-        found = [
-            f"{path}, record batch {number}: {problem}"
-            for number, batch in enumerate(shard.batches)
-            for problem in [_batch_problem(shard, number, batch, manifest, buffer.address)]
-            if problem
-        ]
-        if not is_whole and not found:
-            found = [f"{path}: its checksum is not the one that was written, though its tokens are whole"]
-        problems += found
-        yield from (batch["hash"] for batch in shard.batches)
-        advance(row["bytes"])
+            tasks = {
+                pool.submit(check_run, dataset, run, chosen and {k: chosen[k] for k in run}): number
+                for number, run in enumerate(runs)
+            }
+            for task in as_completed(tasks):
+                found[tasks[task]] = task.result()
+                advance(task.result().num_bytes)
+        except BrokenProcessPool:
+            raise RankError("A worker process was killed (out of memory?). Start again with fewer --workers.") from None
+    return [found[number] for number in range(len(runs))]
+
+
+def check_run(dataset: Dataset, shards: Sequence[int], chosen: dict[int, list[int]] | None) -> Found:
+    """Check some shards, or the chosen record batches of each."""
+    problems, num_bytes = [], 0
+    for shard in shards:
+        try:
+            if chosen is None:
+                problems += check_shard(dataset, shard)
+                num_bytes += dataset.table.num_bytes(shard)
+                continue
+            places = dataset.table.places(shard)
+            for number in chosen[shard]:
+                data = dataset.storage.read(shard_name(shard), *_range(places[number]))
+                problems += check_batch(dataset, shard, number, data)
+                num_bytes += places[number].num_bytes
+        except DataError as error:
+            problems.append(str(error).rstrip("."))
+    return Found(problems, num_bytes)
+
+
+def check_shard(dataset: Dataset, shard: int) -> list[str]:
+    """What is wrong with a shard: each of its record batches, what lies before and behind them, and its size."""
+    places, name = dataset.table.places(shard), shard_name(shard)
+    size = dataset.table.num_bytes(shard)
+    whole = xxhash.xxh3_128()
+    problems = []
+    position = 0
+    for number, place in enumerate(places):
+        start, stop = _range(place)
+        whole.update(memoryview(dataset.storage.read(name, position, start)))
+        data = dataset.storage.read(name, start, stop)
+        whole.update(memoryview(data))
+        problems += check_batch(dataset, shard, number, data)
+        position = stop
+    end = dataset.storage.read(name, position, size + 1)
+    whole.update(memoryview(end))
+    found = position + end.size
+    if found != size and not problems:
+        problems.append(f"{dataset.path}/{name} has not the {size} bytes that were written")
+    elif whole.digest() != dataset.table.checksum(shard) and not problems:
+        problems.append(
+            f"{dataset.path}/{name}: its record batches are whole, but its head (bytes 0 to {places[0].offset}) or its "
+            f"end (bytes {position} to {size}) is not what was written"
+        )
+    return problems
+
+
+def check_batch(dataset: Dataset, shard: int, number: int, data: pa.Buffer) -> list[str]:
+    """What is wrong with a record batch, given its bytes: the first damaged document, or the whole range of bytes."""
+    places = dataset.table.places(shard)
+    place, first_document = places[number], sum(before.num_documents for before in places[:number])
+    where = f"{dataset.path}/{shard_name(shard)}, record batch {number}"
+    is_whole = data.size == place.num_bytes and is_content(data, place.checksum.hex())
+    try:
+        batch = pa.ipc.read_record_batch(data, dataset.schema)
+        batch.validate(full=True)
+        problem = _batch_problem(batch, dataset, place, data.address, first_document)
+    except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
+        problem = f"bytes {place.offset} to {place.offset + place.num_bytes} cannot be read ({_first_line(error)})"
+    if problem is None and not is_whole:
+        problem = (
+            f"bytes {place.offset} to {place.offset + place.num_bytes} are not what was written, though the tokens are"
+        )
+    return [] if problem is None else [f"{where}: {problem}"]
 
 
 def _batch_problem(
-    shard: Shard, number: int, batch: pa.RecordBatch, manifest: Manifest, file_address: int
+    batch: pa.RecordBatch, dataset: Dataset, place: BatchPlace, address: int, first_document: int
 ) -> str | None:
-    """The first thing wrong with a record batch of a shard, with its place."""
-    try:
-        batch.validate(full=True)
-    except pa.ArrowException as error:
-        return str(error)
-    tokens, offsets = shard.values[number], shard.offsets[number]
+    """The first thing wrong with the content of a record batch whose bytes lie at ``address``."""
+    if (batch.num_rows, len(batch.column(0).values)) != (place.num_documents, place.num_tokens):
+        return f"it does not hold {place.num_documents} documents and {place.num_tokens} tokens"
+    tokens, offsets = Views.of(batch)
     if np.any(np.diff(offsets) < 1):
         return "it has a document without tokens"
-    first_document = shard.document_starts[number]
     data = tokens.data.cast("B")
     borders = (offsets * tokens.itemsize).tolist()
     hashes = batch["hash"].to_pylist()
     for document, ((first, last), written) in enumerate(zip(pairwise(borders), hashes, strict=True), first_document):
         if xxhash.xxh3_128_digest(data[first:last]) != written:
-            start = tokens.ctypes.data - file_address
+            start = place.offset + tokens.ctypes.data - address
             return (
                 f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another hash"
             )
-    ends = np.flatnonzero(tokens == manifest.eod_id)
+    ends = np.flatnonzero(tokens == dataset.eod_id)
     if not np.array_equal(ends, offsets[1:] - 1):
         return "the end-of-document token is not the last of every document, and only there"
-    if int(tokens.max(initial=0)) >= manifest.vocab_size:
-        return f"it holds a token above the vocabulary of {manifest.vocab_size}"
+    if int(tokens.max(initial=0)) >= dataset.vocab_size:
+        return f"it holds a token above the vocabulary of {dataset.vocab_size}"
     return None
+
+
+def _hashes(dataset: Dataset) -> Iterator[pa.Array]:
+    """The hash columns of all shards, in order."""
+    for index in range(dataset.num_shards):
+        shard = dataset.shard(index)
+        yield from (shard.record_batch(number)["hash"] for number in range(len(shard.places)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _range(place: BatchPlace) -> tuple[int, int]:
+    return place.offset, place.offset + place.num_bytes

@@ -4,11 +4,12 @@ A dataset is a folder:
 
     manifest.json          totals, tokenizer, digest, and the checksums of the two files below; its own checksum too
     tokenizer.json         the tokenizer that made the tokens, byte for byte
-    shards.arrow           one row a shard: how many documents, tokens and bytes it holds, and its checksum
+    shards.arrow           one row a shard: how many documents, tokens and bytes it holds, its checksum, and the same
+                           of each of its record batches, with its place in the file
     shard-000000.arrow     the documents, in order: uncompressed Arrow IPC files, see `document_schema`
 
 The name of a shard follows from its number, so nothing read from a manifest ever becomes a path.
-Checksums are xxh3 (128 bits) of whole files.
+Checksums are xxh3 (128 bits), of whole files and of each record batch as it lies in its file.
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ BATCH_TOKENS = 1 << 20
 
 MAX_MANIFEST_BYTES = 1 << 20
 
+_RECORD_BATCH = pa.field(
+    "item",
+    pa.struct(
+        [
+            pa.field("offset", pa.int64(), nullable=False),
+            pa.field("bytes", pa.int64(), nullable=False),
+            pa.field("documents", pa.int64(), nullable=False),
+            pa.field("tokens", pa.int64(), nullable=False),
+            pa.field("checksum", pa.binary(16), nullable=False),
+        ]
+    ),
+    nullable=False,
+)
+
 SHARD_TABLE_SCHEMA = pa.schema(
     [
         pa.field("documents", pa.int64(), nullable=False),
@@ -47,6 +62,7 @@ SHARD_TABLE_SCHEMA = pa.schema(
         pa.field("text_bytes", pa.int64(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("checksum", pa.binary(16), nullable=False),
+        pa.field("batches", pa.list_(_RECORD_BATCH), nullable=False),
     ]
 )
 
@@ -91,12 +107,28 @@ def checksum(data: bytes | memoryview | pa.Buffer) -> bytes:
     return xxhash.xxh3_128_digest(memoryview(data))
 
 
+def map_file(path: str | Path) -> pa.Buffer:
+    """The bytes of a file, mapped: no file stays open, and the map lives as long as the buffer or a slice of it.
+
+    Raises OSError.
+    """
+    with pa.memory_map(str(path)) as source:
+        # Reading a buffer asks the kernel to fetch all of it beforehand, which would be the whole shard for one window.
+        # So one byte is read, and the buffer stretched over the map that this byte keeps alive.
+        num_bytes, first = source.size(), source.read_buffer(1)
+        return pa.foreign_buffer(first.address, num_bytes, base=first) if num_bytes else first
+
+
+def is_content(data: bytes | memoryview | pa.Buffer, checksum_hex: str) -> bool:
+    """Whether these are the bytes of a checksum in hex: xxh3 (128 bits) or, if it is longer, SHA-256."""
+    if len(checksum_hex) == 32:
+        return checksum(data).hex() == checksum_hex
+    return hashlib.sha256(memoryview(data)).hexdigest() == checksum_hex
+
+
 def file_checksum(path: Path) -> bytes:
     """xxh3 (128 bits) of a whole file, read through a memory map."""
-    if path.stat().st_size == 0:
-        return checksum(b"")
-    with pa.memory_map(str(path)) as source:
-        return checksum(source.read_buffer())
+    return checksum(map_file(path))
 
 
 @contextmanager
@@ -165,13 +197,20 @@ class Manifest:
         Raises DataError where the folder is missing, is no dataset, or its manifest is not what was written.
         """
         path = folder / MANIFEST_FILE
-        broken = f"{path} is damaged or is no megatrain manifest"
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise DataError(f"{broken}: it is far too long. Copy it again, or tokenize again.")
+                raise DataError(f"{path} is far too long for a manifest. Copy it again, or tokenize again.")
             data = path.read_bytes()
         except OSError as error:
             raise DataError(_not_a_dataset(folder, error)) from None
+        return Manifest.parse(str(path), data)
+
+    @staticmethod
+    def parse(path: str, data: bytes) -> Manifest:
+        """Check the bytes of a manifest.json; ``path`` names it in messages. Raises DataError."""
+        broken = f"{path} is damaged or is no megatrain manifest"
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise DataError(f"{broken}: it is far too long. Copy it again, or tokenize again.")
         try:
             body = orjson.loads(data)
         except orjson.JSONDecodeError as error:

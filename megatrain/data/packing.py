@@ -277,14 +277,13 @@ def _block(batch: pa.RecordBatch) -> Block:
 def _documents(dataset: Dataset) -> Iterator[tuple[Ints, Ints]]:
     """Where documents begin and how long they are, about BLOCK_DOCUMENTS at a time: whole record batches."""
     base, held, lengths = 0, 0, [np.empty(0, dtype=np.int64)]
-    for index in range(dataset.num_shards):
-        for offsets in dataset.shard(index).offsets:
-            lengths.append(np.diff(offsets))
-            held += len(lengths[-1])
-            if held >= BLOCK_DOCUMENTS:
-                block = np.concatenate(lengths)
-                yield base + np.cumsum(block) - block, block
-                base, held, lengths = base + int(block.sum()), 0, [np.empty(0, dtype=np.int64)]
+    for some in dataset.document_lengths():
+        lengths.append(some)
+        held += len(some)
+        if held >= BLOCK_DOCUMENTS:
+            block = np.concatenate(lengths)
+            yield base + np.cumsum(block) - block, block
+            base, held, lengths = base + int(block.sum()), 0, [np.empty(0, dtype=np.int64)]
     block = np.concatenate(lengths)
     yield base + np.cumsum(block) - block, block
 

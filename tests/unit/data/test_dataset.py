@@ -21,7 +21,6 @@ from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.data import Dataset, open_dataset
-from megatrain.data import dataset as dataset_module
 from megatrain.data.format import BATCH_TOKENS, Manifest, canonical_json, checksum, shard_name, token_dtype
 from megatrain.errors import DataError
 
@@ -84,7 +83,7 @@ def test_a_long_dataset_has_more_than_one_record_batch_or_shard(folder: Path) ->
     dataset = open_dataset(folder)
     assert dataset.num_tokens > BATCH_TOKENS
     if dataset.num_shards == 1:
-        assert len(dataset.shard(0).batches) == 1 + (
+        assert len(dataset.shard(0).places) == 1 + (
             dataset.document_range(dataset.num_documents - 1)[0] // BATCH_TOKENS
         )
     else:
@@ -131,14 +130,13 @@ def in_child(dataset: Dataset, queue: multiprocessing.Queue[int]) -> None:
 
 
 def test_it_reads_the_same_in_threads_after_a_fork_and_after_pickling(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
 ) -> None:
-    monkeypatch.setattr(dataset_module, "MAX_MAPPED_SHARDS", 2)
     expected = digest_of_windows(open_dataset(folder), 3)
-    shared = open_dataset(folder)
+    shared = open_dataset(folder, max_mapped_shards=2)
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(lambda _: digest_of_windows(shared, 3), range(12))) == {expected}
-    assert len(shared._mapped) <= 3
+    assert shared.shard.cache_info().currsize <= 2
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=in_child, args=(shared, queue))

@@ -1,0 +1,201 @@
+"""A dataset at an address that fsspec knows (s3://, gs://, http://, ...), read through a local cache.
+
+A file in the cache is named after the checksum of its content: it is never out of date, and it is checked each time it
+is mapped, so nothing needs to be synced to disk. Of shards, single record batches are fetched by their range of bytes,
+for the samples of a run lie all over a dataset. All processes of a machine may share a cache.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+from filelock import FileLock
+
+from megatrain.data.format import MANIFEST_FILE, Manifest, is_content, map_file
+from megatrain.data.shard_table import BatchPlace
+from megatrain.data.storage import ShardReader
+from megatrain.errors import ConfigError, DataError
+
+CACHE_FOLDER = "~/.cache/megatrain"
+CACHE_BYTES = 64 * 2**30
+RETRY_SECONDS = 30.0
+
+OPEN_SHARDS, OPEN_BATCHES = 64, 4
+"""Shards kept open, and record batches of each: what is mapped keeps its room on disk when the cache lets go of it."""
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether a path is an address for fsspec, and no folder of this machine."""
+    return "://" in str(path)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Files named after their checksums in a local folder; those that were not used for longest go first.
+
+    ``max_bytes`` bounds them: some 1/16 of it is free whenever nothing is being fetched. ``retry_seconds``: how long to
+    go on asking a server that does not answer.
+    """
+
+    folder: Path = field(default_factory=lambda: Path(CACHE_FOLDER).expanduser())
+    max_bytes: int = CACHE_BYTES
+    retry_seconds: float = RETRY_SECONDS
+
+    def path(self, checksum_hex: str) -> Path:
+        """Where the content of this checksum is, or will be."""
+        return self.folder / "objects" / checksum_hex[:2] / checksum_hex
+
+    def find(self, checksum_hex: str) -> pa.Buffer | None:
+        """The content of this checksum, mapped and marked as used; None where it is not there."""
+        path = self.path(checksum_hex)
+        try:
+            data = map_file(path)
+            if not is_content(data, checksum_hex):
+                return None
+            os.utime(path)
+        except OSError:
+            return None
+        return data
+
+    def lock(self, checksum_hex: str) -> FileLock:
+        """Held while content is fetched, so that the ranks of a machine that need the same fetch it once."""
+        try:
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._failure(error) from None
+        return FileLock(self.folder / "locks" / checksum_hex[:2])
+
+    def add(self, checksum_hex: str, data: bytes) -> None:
+        """Keep this content; it appears in one step. Raises DataError where the disk does not take it."""
+        path = self.path(checksum_hex)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(len(data))
+            unfinished.write_bytes(data)
+            unfinished.rename(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise self._failure(error) from None
+
+    def _make_room(self, num_new_bytes: int) -> None:
+        """Look through the cache each time that 1/16 of its room was filled; what was filled since stands in a file."""
+        tally = self.folder / "filled"
+        with FileLock(self.folder / "locks" / "room"):
+            written = tally.read_text() if tally.exists() else ""
+            filled = num_new_bytes + (int(written) if written.isdigit() else self.max_bytes)
+            if filled > self.max_bytes // 16:
+                self._evict(self.max_bytes * 7 // 8 - num_new_bytes)
+                filled = 0
+            tally.write_text(str(filled))
+
+    def _evict(self, max_bytes: int) -> None:
+        """Remove what was not used for longest, and what a killed process left half written, until so much is left."""
+        entries = []
+        for path in (self.folder / "objects").glob("*/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            entries.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in entries) - max_bytes
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)  # a process that has it mapped keeps it
+            excess -= size
+
+    def _failure(self, error: OSError) -> DataError:
+        return DataError(
+            f"The cache {self.folder} cannot be used: {error.strerror or error}. Make room or give write access there, "
+            "or set data.cache_dir to a folder of a local disk, and data.cache_bytes to what it may hold."
+        )
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A dataset's folder at an address."""
+
+    path: str
+    cache: Cache
+    num_open_shards: int = OPEN_SHARDS
+    num_open_batches: int | None = OPEN_BATCHES
+
+    def manifest(self) -> Manifest:
+        """The manifest as it is at this moment."""
+        address = f"{self.path}/{MANIFEST_FILE}"
+        return Manifest.parse(address, self._fetch(MANIFEST_FILE, None, None))
+
+    def file(self, name: str, checksum_hex: str) -> Path:
+        """The file's copy in the cache."""
+        self._content(name, None, None, checksum_hex)
+        return self.cache.path(checksum_hex)
+
+    def shard(self, name: str, num_bytes: int) -> ShardReader:
+        """Fetches record batches of the shard as they are needed."""
+
+        def read(place: BatchPlace) -> pa.Buffer:
+            return self._content(name, place.offset, place.offset + place.num_bytes, place.checksum.hex())
+
+        return read
+
+    def read(self, name: str, start: int, stop: int) -> pa.Buffer:
+        """Bytes [start, stop) of a file, past the cache."""
+        return pa.py_buffer(self._fetch(name, start, stop))
+
+    def _content(self, name: str, start: int | None, stop: int | None, checksum_hex: str) -> pa.Buffer:
+        """A file or a part of it, from the cache or else from its address."""
+        data = self.cache.find(checksum_hex)
+        if data is not None:
+            return data
+        with self.cache.lock(checksum_hex):
+            data = self.cache.find(checksum_hex)
+            if data is not None:  # fetched by another process while this one waited
+                return data
+            fetched = self._fetch(name, start, stop)
+            if not is_content(fetched, checksum_hex):
+                place = "" if start is None else f", bytes {start} to {stop},"
+                raise DataError(
+                    f"{self.path}/{name}{place} is not what the dataset says: it was changed or damaged there. Copy "
+                    "the whole dataset to its address again."
+                )
+            self.cache.add(checksum_hex, fetched)
+            return pa.py_buffer(fetched) if start is None else self.cache.find(checksum_hex) or pa.py_buffer(fetched)
+
+    def _fetch(self, name: str, start: int | None, stop: int | None) -> bytes:
+        """Bytes of an object; asked for again, for some time, where the network or the server fails."""
+        from tenacity import Retrying, retry_if_not_exception_type, stop_after_delay, wait_exponential_jitter
+
+        address = f"{self.path}/{name}"
+        attempts = Retrying(
+            stop=stop_after_delay(self.cache.retry_seconds),
+            wait=wait_exponential_jitter(0.2, 8.0),
+            retry=retry_if_not_exception_type((FileNotFoundError, PermissionError, ImportError, ValueError)),
+            reraise=True,
+        )
+        try:
+            return attempts(_read_object, address, start, stop)
+        except FileNotFoundError:
+            raise DataError(
+                f"There is no {address}. Give the address of a whole copy of what `megatrain-data tokenize` wrote."
+            ) from None
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{address} cannot be opened: {error}") from None
+        except Exception as error:  # noqa: BLE001 (each store's driver has errors of its own)
+            cause = str(error) or type(error).__name__
+            raise DataError(
+                f"{address} cannot be read: {cause}. Check the address, the network and your access, and start again."
+            ) from None
+
+
+def _read_object(address: str, start: int | None, stop: int | None) -> bytes:
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(address)
+    data: bytes = filesystem.cat_file(path, start=start, end=stop)
+    if start is not None and stop is not None and len(data) > stop - start:
+        raise ValueError(f"it gave {len(data)} bytes for the range {start} to {stop}: this server knows no ranges.")
+    return data
