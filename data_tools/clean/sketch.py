@@ -166,11 +166,16 @@ def shingle_hashes(text: str, ngram: int) -> Keys:
     hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, words(text)), np.uint64)
     if len(hashes) == 0:
         return np.array([xxhash.xxh3_64_intdigest(text.encode())], np.uint64)
-    num_shingles = max(len(hashes) - ngram + 1, 1)
-    shingles = np.zeros(num_shingles, np.uint64)
-    for place, multiplier in enumerate(_multipliers(ngram)[: len(hashes)]):
-        shingles += hashes[place : place + num_shingles] * multiplier
-    return _mixed(shingles)
+    return run_hashes(hashes, min(ngram, len(hashes)))
+
+
+def run_hashes(hashes: Keys, length: int) -> Keys:
+    """A hash for each run of `length` hashes (or numbers) that stand side by side."""
+    num_runs = max(len(hashes) - length + 1, 0)
+    runs = np.zeros(num_runs, np.uint64)
+    for place, multiplier in enumerate(_multipliers(length)):
+        runs += hashes[place : place + num_runs] * multiplier
+    return _mixed(runs)
 
 
 def words(text: str) -> Iterator[bytes]:

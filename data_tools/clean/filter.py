@@ -1,0 +1,117 @@
+"""`megatrain-data filter`: documents that a predicate finds fault with are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+from pydantic import ValidationError
+
+from data_tools.clean.filters import FILTERS, Document, Filter
+from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
+from data_tools.clean.output import PartDecisions, write_kept
+from data_tools.clean.report import make_report, render, tally, wanted_texts
+from data_tools.clean.survey import SurveyedPart, read_columns, survey
+from data_tools.inputs import find_inputs
+from data_tools.readers import plan_units
+from data_tools.units import ReadOptions
+from megatrain.data.format import commit_bytes
+from megatrain.errors import ConfigError
+
+Chosen = dict[str, Filter]
+"""Filters by name, in the order in which they are applied."""
+
+
+@dataclass(frozen=True)
+class FilterJudge:
+    """Says of each text why it is to be dropped."""
+
+    chosen: Chosen
+
+    def fields(self) -> list[pa.Field]:
+        """The column."""
+        return [pa.field("reason", pa.string())]
+
+    def __call__(self, texts: list[str]) -> list[pa.Array]:
+        """The column for these texts."""
+        return [pa.array([self.reason(text) for text in texts], pa.string())]
+
+    def reason(self, text: str) -> str | None:
+        """`filter: reason` of the first filter that finds one."""
+        document = Document(text)
+        found = ((name, each.reason(document)) for name, each in self.chosen.items())
+        return next((f"{name}: {reason}" for name, reason in found if reason is not None), None)
+
+
+@dataclass(frozen=True)
+class FilterDecisions:
+    """As the survey has found."""
+
+    def of(self, part: SurveyedPart) -> PartDecisions:
+        """What is to be done with the documents of a part."""
+        return PartDecisions(read_columns(part.path, ["reason"]).column(0).to_pylist(), None)
+
+
+def choose_filters(names: str | None, config: Path | None) -> Chosen:
+    """The filters named, with their defaults, or those of a YAML file: name to parameters.
+
+    Raises ConfigError where a filter or a parameter does not exist, or a value does not fit.
+    """
+    if (names is None) == (config is None):
+        raise ConfigError(f"Give either --filters or --config. There are {', '.join(FILTERS)}.")
+    given: Any = {name.strip(): None for name in names.split(",")} if names is not None else _read(config)
+    if not isinstance(given, dict) or not given:
+        raise ConfigError(f"{config} should have the names of filters as keys: {', '.join(FILTERS)}.")
+    return {name: _make_filter(name, parameters) for name, parameters in given.items()}
+
+
+def _read(config: Path | None) -> object:
+    assert config is not None
+    try:
+        return yaml.safe_load(config.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"--config {config} does not exist.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config} is no YAML: {error}") from None
+
+
+def _make_filter(name: str, parameters: object) -> Filter:
+    if name not in FILTERS:
+        raise ConfigError(f"There is no filter {name!r}. There are {', '.join(FILTERS)}.")
+    try:
+        return FILTERS[name].model_validate({} if parameters is None else parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, (name, *first["loc"])))
+        allowed = ", ".join(FILTERS[name].model_fields)
+        raise ConfigError(
+            f"{place}: {first['msg']}, got {first['input']!r}. Parameters of {name}: {allowed}."
+        ) from None
+
+
+def filter_documents(
+    inputs: Sequence[str], out: Path, read: ReadOptions, chosen: Chosen, effort: Effort, restart: bool
+) -> dict[str, Any]:
+    """Write the documents that no filter finds fault with to `out`, or go on where an earlier run was stopped.
+
+    Returns the report. Raises ConfigError where `out` holds anything else.
+    """
+    files = find_inputs(inputs)
+    filters = [[name, each.model_dump(mode="json")] for name, each in chosen.items()]
+    command = {"command": "filter", "inputs": list(inputs), "part_bytes": effort.part_bytes, "filters": filters}
+    command |= {"text_key": read.text_key, "id_key": read.id_key, "errors": read.errors}
+
+    def make(job: Job) -> dict[str, Any]:
+        corpus = survey(list(plan_units(files, effort.part_bytes)), read, FilterJudge(chosen), job)
+        decisions = FilterDecisions()
+        total = tally(corpus, decisions, job)
+        texts = write_kept(corpus, out, read, decisions, wanted_texts(total), job)
+        report = make_report(command, total, corpus, texts)
+        commit_bytes(out / REPORT_FOLDER / "report.txt", render(report).encode(), job.work)
+        return report
+
+    return run_once(out, command, files, restart, effort, make)
