@@ -103,8 +103,7 @@ def _find_local(argument: str) -> Iterator[InputFile]:
     elif path.exists():
         paths = [path]
     else:
-        names = glob.glob(argument, recursive=True)  # noqa: PTH207 (Path.glob refuses "/x/*")
-        paths = [path for path in map(Path, names) if "**" not in argument or not _goes_in_circles(path)]
+        paths = list(_match(argument))
     for found in paths:
         if found.is_dir():
             continue
@@ -121,11 +120,17 @@ def _find_local(argument: str) -> Iterator[InputFile]:
         yield InputFile(found.as_posix(), status.st_size, str(status.st_mtime_ns))
 
 
-def _goes_in_circles(path: Path) -> bool:
-    """Whether the path goes through a link to a folder that the link itself is in; "**" would follow it 40 times."""
-    return any(
-        parent.is_symlink() and parent.parent.resolve().is_relative_to(parent.resolve()) for parent in path.parents
-    )
+def _match(pattern: str) -> Iterator[Path]:
+    """What the pattern names, hidden files left out. "**" follows no links to folders: they may go in circles."""
+    if "**" not in pattern:
+        yield from map(Path, glob.glob(pattern))  # noqa: PTH207 (Path.glob refuses "/x/*")
+        return
+    parts = Path(pattern).parts
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    folder = Path(*parts[:first])
+    for path in folder.glob("/".join(parts[first:])):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _is_utf8(name: str) -> bool:
