@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -15,11 +15,13 @@ def shuffled(size: int, *key: int, index: NDArray[np.int64] | None = None) -> ND
     return shuffle(index, np.full_like(index, size), keys)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 5))
 def test_every_index_is_hit_once(size: int, seed: int, epoch: int) -> None:
     assert np.array_equal(np.sort(shuffled(size, seed, 0, epoch)), np.arange(size))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**13), min_size=1, max_size=8), st.integers(0, 2**63 - 1), st.data())
 def test_many_sizes_and_keys_at_once_are_as_one_by_one(sizes: list[int], seed: int, data: st.DataObject) -> None:
     index = np.array([data.draw(st.integers(0, size - 1)) for size in sizes])

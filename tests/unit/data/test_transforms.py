@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.data.transforms import SHORTEST, FillInTheMiddle, SpanCorruption, TokenMasking, Tokens, Transform
@@ -25,6 +25,7 @@ def parts_of_psm(tokens: Tokens) -> tuple[list[int], list[int], list[int]]:
     return tokens[1:suffix].tolist(), tokens[middle + 1 :].tolist(), tokens[suffix + 1 : middle].tolist()
 
 
+@settings(deadline=None)
 @given(lengths, seeds)
 def test_prefix_suffix_middle_put_together_again_is_the_text(length: int, seed: int) -> None:
     tokens = np.arange(length)
@@ -34,6 +35,7 @@ def test_prefix_suffix_middle_put_together_again_is_the_text(length: int, seed: 
     assert len(made) == length
 
 
+@settings(deadline=None)
 @given(lengths, seeds)
 def test_suffix_prefix_middle_put_together_again_is_the_text(length: int, seed: int) -> None:
     tokens = np.arange(length)
@@ -54,6 +56,7 @@ def test_the_orders_are_mixed_by_their_rate_and_the_cuts_are_uniform() -> None:
     assert means == pytest.approx([100 / 3] * 3, abs=2.5)  # two uniform cuts divide a line in three equal expectations
 
 
+@settings(deadline=None)
 @given(lengths, seeds, st.floats(0.01, 0.99), st.floats(1.0, 50.0), st.integers(1, 100))
 def test_spans_put_back_where_their_sentinels_stand_are_the_text(
     length: int, seed: int, corrupted: float, mean: float, num_sentinels: int
@@ -87,6 +90,7 @@ def test_the_share_that_is_moved_and_the_length_of_spans_are_those_asked_for() -
     assert len({tuple(tokens) for tokens in made}) == 50
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_masking_hides_its_share_of_tokens_but_special_ones(seed: int) -> None:
     tokens = np.tile(np.arange(100), 100)
