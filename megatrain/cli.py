@@ -129,7 +129,7 @@ def generate(
 @app.command("eval")
 def evaluate(
     checkpoint: CheckpointPath,
-    data: Annotated[Path, typer.Option(help="A dataset folder, tokenized with the checkpoint's tokenizer.")],
+    data: Annotated[str, typer.Option(help="A dataset folder or address, tokenized with the checkpoint's tokenizer.")],
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once."""

@@ -199,7 +199,9 @@ class TokenMasking(Section):
 class TrainingDataset(Section):
     """One dataset of the mixture, and what is done to its documents in training (never in evaluation)."""
 
-    path: Path = Field(description="A dataset folder, as `megatrain-data tokenize` wrote it.")
+    path: Path = Field(
+        description="A dataset folder, as `megatrain-data tokenize` wrote it, or the address of a copy (s3://...)."
+    )
     weight: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="Share of the samples, relative to the other weights."
     )
@@ -223,7 +225,9 @@ class TrainingDataset(Section):
 class ValidationDataset(Section):
     """One dataset to evaluate on."""
 
-    path: Path = Field(description="A dataset folder, as `megatrain-data tokenize` wrote it.")
+    path: Path = Field(
+        description="A dataset folder, as `megatrain-data tokenize` wrote it, or the address of a copy (s3://...)."
+    )
 
 
 class DataConfig(Section):
@@ -234,6 +238,13 @@ class DataConfig(Section):
     )
     validation: Annotated[tuple[ValidationDataset, ...], Field(strict=False)] = Field(
         default=(), description="What to evaluate on; an empty list: no evaluation."
+    )
+    cache_dir: Path = Field(
+        default="~/.cache/megatrain",
+        description="Where parts of datasets at an address are kept, on a disk of the machine; its ranks share it.",
+    )
+    cache_bytes: Count = Field(
+        default=64 * 2**30, description="How many bytes of them; what was not used for longest goes first."
     )
     seq_len: Size = Field(default=256, description="Tokens of a sample.")
     document_mask: bool = Field(

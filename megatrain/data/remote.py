@@ -167,17 +167,19 @@ class RemoteFolder:
 
     def _fetch(self, name: str, start: int | None, stop: int | None) -> bytes:
         """Bytes of an object; asked for again, for some time, where the network or the server fails."""
-        from tenacity import Retrying, retry_if_not_exception_type, stop_after_delay, wait_exponential_jitter
+        from tenacity import Retrying, retry_if_not_exception_type, stop_after_delay, wait_random_exponential
 
         address = f"{self.path}/{name}"
         attempts = Retrying(
             stop=stop_after_delay(self.cache.retry_seconds),
-            wait=wait_exponential_jitter(0.2, 8.0),
-            retry=retry_if_not_exception_type((FileNotFoundError, PermissionError, ImportError, ValueError)),
+            wait=wait_random_exponential(multiplier=0.2, max=8.0),
+            retry=retry_if_not_exception_type((FileNotFoundError, PermissionError, ImportError, ValueError, DataError)),
             reraise=True,
         )
         try:
             return attempts(_read_object, address, start, stop)
+        except DataError:
+            raise
         except FileNotFoundError:
             raise DataError(
                 f"There is no {address}. Give the address of a whole copy of what `megatrain-data tokenize` wrote."
@@ -197,5 +199,8 @@ def _read_object(address: str, start: int | None, stop: int | None) -> bytes:
     filesystem, path = fsspec.core.url_to_fs(address)
     data: bytes = filesystem.cat_file(path, start=start, end=stop)
     if start is not None and stop is not None and len(data) > stop - start:
-        raise ValueError(f"it gave {len(data)} bytes for the range {start} to {stop}: this server knows no ranges.")
+        raise DataError(
+            f"{address} cannot be read in parts: its server gave {len(data)} bytes for the {stop - start} that were "
+            "asked for. Use a server that answers ranges of bytes, or copy the dataset to this machine."
+        )
     return data

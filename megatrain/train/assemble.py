@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, SampleSource, TrainingBatches, Windows
 from megatrain.data.order import DataOrder, Terms
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
+from megatrain.data.remote import Cache
+from megatrain.data.storage import MAPPED_SHARDS
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups, local_device, make_groups
 from megatrain.distributed.topology import Topology
@@ -31,6 +34,9 @@ from megatrain.parallel.pipeline import PipelinedEngine
 from megatrain.parallel.shard import Cut, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.stages import decoder_stages
+
+MAPPED_SHARDS_IN_ALL = 32_768
+"""Half of the regions that Linux lets a process map unless told otherwise (vm.max_map_count)."""
 
 
 @dataclass
@@ -55,8 +61,11 @@ class Run:
 
 def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
     """The datasets to train and to validate on. Raises DataError where one is broken, or their tokenizers differ."""
-    train = [open_dataset(entry.path) for entry in config.data.train]
-    validation = [open_dataset(entry.path) for entry in config.data.validation]
+    cache = Cache(Path(config.data.cache_dir).expanduser(), config.data.cache_bytes)
+    share = MAPPED_SHARDS_IN_ALL // (len(config.data.train) + len(config.data.validation))
+    opened = partial(open_dataset, cache=cache, max_mapped_shards=min(max(share, 1), MAPPED_SHARDS))
+    train = [opened(entry.path) for entry in config.data.train]
+    validation = [opened(entry.path) for entry in config.data.validation]
     first = train[0]
     for other in [*train, *validation]:
         if other.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:

@@ -71,7 +71,7 @@ def generate_text(
     yield from _decode_stream(tokenizer, tokens)
 
 
-def evaluate_checkpoint(path: Location, data: Path, *, show_progress: bool) -> dict[str, Any]:
+def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool) -> dict[str, Any]:
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
     Windows are as long as those the model was trained on.
