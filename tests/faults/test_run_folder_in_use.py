@@ -47,7 +47,12 @@ def test_a_rank_that_finds_the_folder_in_use_leaves_the_other_jobs_records_alone
         ended = subprocess.run(
             [sys.executable, "-m", "megatrain.train", str(config)], capture_output=True, text=True, timeout=60
         )
-        assert sorted(re.sub(r"(?<=beat-)\w+", "*", path.name) for path in run_dir.iterdir()) == [".beat-*", ".lease.json", ".lock", ".lock-change"]
+        assert sorted(re.sub(r"(?<=beat-)\w+", "*", path.name) for path in run_dir.iterdir()) == [
+            ".beat-*",
+            ".lease.json",
+            ".lock",
+            ".lock-change",
+        ]
     assert ended.returncode == 4
     assert "in use by" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
