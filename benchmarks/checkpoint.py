@@ -41,7 +41,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatrain.checkpoint.pieces import tensor_bytes, write_all
 from megatrain.config import load
 from megatrain.distributed.bootstrap import child_environment, export_rank, free_port, read_rank
 from megatrain.train.assemble import assemble
@@ -122,14 +121,16 @@ def save_plain(rank: Rank, target: Path, stalled: Callable[[], None]) -> None:
     target.mkdir(exist_ok=True)
     with (target / f"{rank.rank}").open("xb", buffering=0) as file:
         for data in rank.state.values():
-            write_all(file.fileno(), tensor_bytes(data))
+            view = memoryview(data.numpy()).cast("B")
+            while view:
+                view = view[file.write(view) :]
         os.fsync(file.fileno())
     sync(target)
 
 
 def save_megatrain(rank: Rank, target: Path, stalled: Callable[[], None]) -> None:
     rank.progress = replace(rank.progress, step=rank.progress.step + 1)
-    rank.saving.begin(rank.progress)
+    rank.saving.begin(rank.progress, validation_loss=None, on_request=False)
     stalled()
     (outcome,) = rank.saving.finish()
     assert outcome.path is not None, rank.saving.problem

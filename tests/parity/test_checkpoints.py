@@ -123,7 +123,11 @@ def test_the_precision_may_change_and_the_state_is_the_same(
 @slow
 @pytest.mark.parametrize("target", ["2-zero2", "1", "2-zero3", "4-tensor2-pipeline2-sequence"])
 def test_fp16_goes_on_with_its_loss_scale_and_the_number_of_its_updates(target: str, saves: Saves) -> None:
-    """The scale begins too high: updates are left out, and the scale falls, before the state is saved."""
+    """The scale begins too high: updates are left out, and the scale falls, before the state is saved.
+
+    It stays near the largest that is possible, so that another layout may leave out other updates from there on: of it
+    only the next loss is compared.
+    """
     source = BY_NAME["2-zero2"]
     train = {"precision": "fp16", "initial_loss_scale_power": 20, "loss_scale_window": 3}
     saved = saves.of(source, num_steps=8, **train)
@@ -132,7 +136,10 @@ def test_fp16_goes_on_with_its_loss_scale_and_the_number_of_its_updates(target: 
     loaded = saves.load(saved, source, BY_NAME[target], **train)
     loaded.assert_holds(saved)
     assert loaded.after == saved.after
-    assert loaded.distance(saved) < (TOLERANCE["fp16"] if target != source.name else 1e-15)
+    if target == source.name:
+        assert loaded.losses == saved.losses
+    else:
+        assert abs(loaded.losses[0] / saved.losses[0] - 1) < TOLERANCE["fp16"]
 
 
 @pytest.mark.parametrize(
