@@ -50,6 +50,8 @@ RULES = (
     Rule("data.seq_len", May.NEW_EPOCH, "it decides where samples begin"),
     Rule("data.document_mask", May.NEVER, "it decides what each token sees"),
     Rule("data.packing", May.NEW_EPOCH, "it decides where samples begin"),
+    Rule("data.cache_dir", May.YES, "it does not touch the training"),
+    Rule("data.cache_bytes", May.YES, "it does not touch the training"),
     Rule("data.num_new_epochs", May.RECORDED, "raised, it begins new epochs; it counts them, so it is never less"),
     Rule("parallel", May.YES, "a checkpoint knows no layout"),
     Rule("train", May.YES, "from that step on"),
@@ -169,6 +171,16 @@ def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Datas
             f"set data.num_new_epochs to {now.num_new_epochs + 1} to begin new epochs with the new plan."
         )
     return replace(order, segments=progress.segments).change(progress.step, now)
+
+
+def begun_segment(progress: Progress) -> str | None:
+    """What was changed in the order of data where a run goes on, in words; None: nothing."""
+    if len(progress.segments) < 2 or progress.segments[-1].first_step != progress.step:
+        return None
+    former, now = (asdict(segment.terms) for segment in progress.segments[-2:])
+    names = ("global_batch_size", "weights", "seq_len", "num_new_epochs")
+    changes = [f"{name} {now[name]} (was {former[name]})" for name in names if now[name] != former[name]]
+    return f"a new segment of the data order: {', '.join(changes)}"
 
 
 def _segment(entry: Mapping[str, Any]) -> Segment:

@@ -17,7 +17,7 @@ from megatrain.observe.logs import adopt_logger
 from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run, assemble
-from megatrain.train.progress import Progress
+from megatrain.train.progress import Progress, begun_segment
 from megatrain.train.saving import restore
 from megatrain.train.trainer import Trainer
 
@@ -43,6 +43,8 @@ def train(config: RunConfig, rank: RankInfo, stop: Requests, lease: Lease | None
             observers.start(_facts(run, str(folder.path) if folder else None))
             for complaint in complaints:
                 observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
+            if (change := begun_segment(progress)) is not None:
+                observers.event("data order", progress.step, change)
         return Trainer(run, progress, stop, observers, lease).run()
 
 

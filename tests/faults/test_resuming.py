@@ -74,6 +74,9 @@ def test_another_batch_size_and_other_weights_begin_a_segment(
     windows = segments[0].terms.num_windows
     assert sum(p.epoch * n + p.position for p, n in zip(segments[1].places, windows, strict=True)) == 6 * 8
     assert manifest.tokens == (6 * 8 + 2 * 4) * 64
+    told = [event["message"] for event in Metrics.read(run.run_dir).events if event["event"] == "data order"]
+    changes = "global_batch_size 4 (was 8), weights (5.0, 1.0) (was (2.0, 1.0))"
+    assert told == [f"a new segment of the data order: {changes}"]
     assert Metrics.read(run.run_dir).losses[:6] == losses
 
 
