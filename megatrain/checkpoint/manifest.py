@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatrain.checkpoint.pieces import Written
 from megatrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8,})(?:\.g\d+-[0-9a-f]+)?")  # of a checkpoint's folder; in a store with its generation
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 << 20
 
@@ -96,4 +98,7 @@ def read_manifest(folder: Location) -> Manifest:
         raise CheckpointError(f"{path} is not a manifest: {str(error).splitlines()[0]}.") from None
     if text != manifest.encode():
         raise CheckpointError(f"{path} is not what was written: a byte outside of its values has changed.")
+    named = NAME.fullmatch(folder.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{path} is that of step {manifest.step}, in the folder of step {int(named[1])}.")
     return manifest

@@ -20,8 +20,8 @@ import orjson
 from upath import UPath
 
 from megatrain.checkpoint.location import Location, write_if_absent
-from megatrain.checkpoint.manifest import MANIFEST, Manifest
-from megatrain.checkpoint.store import NAME, CheckpointFolder, CheckpointStore
+from megatrain.checkpoint.manifest import MANIFEST, NAME, Manifest
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore
 from megatrain.errors import CheckpointError, Superseded
 
 _TRIES = 20

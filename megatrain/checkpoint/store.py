@@ -20,10 +20,9 @@ import xxhash
 import yaml
 
 from megatrain.checkpoint.location import Location, locate, sync_folder, write_file
-from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, read_manifest
 from megatrain.errors import CheckpointError, Superseded
 
-NAME = re.compile(r"step-(\d{8,})(?:\.g\d+-[0-9a-f]+)?")
 _GENERATION = re.compile(r"\.generation-(\d+)-[0-9a-f]+")
 _DELETED = ".deleted-"
 _ASIDE = "set-aside-"

@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatrain.checkpoint.inspection import verify
-from megatrain.checkpoint.store import find_store
+from megatrain.checkpoint.store import PosixStore, find_store
+from tests.faults.small_disk import fill, small_disk
+from tests.faults.traced_save import begin_save, end_save, save
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 
 DISK_BYTES = 1 << 20  # two checkpoints of the tiny model, 440 kB each
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    try:
-        refused = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if refused.returncode:
-        pytest.skip(f"mounting is not permitted here: {refused.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _fill(disk: Path, but: int) -> Path:
-    """Leave ``but`` bytes free."""
-    ballast = disk / "ballast"
-    with ballast.open("wb") as file:
-        free = int(subprocess.run(["df", "--output=avail", "-B1", disk], capture_output=True).stdout.split()[-1])
-        file.write(bytes(free - but))
-    return ballast
+@pytest.mark.parametrize("level", range(10))
+def test_a_disk_full_at_any_point_of_a_save_loses_nothing_and_is_named(level: int, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 200_000) as disk:
+        store = PosixStore(disk / "checkpoints")
+        store.open_generation()
+        path = save(store, 1)
+        assert path is not None
+        needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in path.iterdir())
+        ballast = fill(disk, but=needed * level // 10)
+        saver = begin_save(store, 2)
+        outcome = end_save(saver)
+        assert outcome.path is None
+        assert saver.problem is not None
+        assert "No space left on device" in saver.problem
+        assert str(disk / "checkpoints") in saver.problem
+        assert [found.step for found in store.list()] == [1]
+        assert verify(disk / "checkpoints")[0] == []
+        assert list((disk / "checkpoints" / store.generation).iterdir()) == []
+        ballast.unlink()
+        assert save(store, 3) is not None
 
 
 def test_a_save_without_room_is_reported_and_the_next_with_room_succeeds(
-    small_disk: Path, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
-    run_dir = small_disk / "run"
+    with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
+        _check_save_without_room(disk, tiny_data, two_ranks, tmp_path)
+
+
+def _check_save_without_room(disk: Path, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
+    run_dir = disk / "run"
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir, checkpoint={"every_steps": 2}))
     two_ranks.finish(config, "train.steps=2")
     two_ranks.finish(config, "train.steps=8", "checkpoint.keep=1", "checkpoint.background=false")
-    ballast = _fill(small_disk, but=200_000)
+    ballast = fill(disk, but=200_000)
     ended = two_ranks.train(config, "train.steps=12", "checkpoint.keep=1")
     assert ended.codes == [4, 4]
     spoken = "".join(ended.output)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatrain.checkpoint.manifest import FileEntry, Manifest
-from megatrain.checkpoint.saver import CheckpointSaver
+from megatrain.checkpoint.saver import CheckpointSaver, Outcome
 from megatrain.checkpoint.store import PosixStore, Retention
 from megatrain.distributed.fragment import Fragment, Placement, windows
 
@@ -32,8 +32,8 @@ def fragments(step: int) -> list[Fragment]:
     return found
 
 
-def save(store: PosixStore, step: int) -> Path | None:
-    """Save a step as a rank that is alone does; where it is, None if it could not be written."""
+def begin_save(store: PosixStore, step: int) -> CheckpointSaver:
+    """Begin to save a step as a rank that is alone does."""
 
     def manifest(files: Sequence[FileEntry]) -> Manifest:
         return Manifest(
@@ -50,11 +50,24 @@ def save(store: PosixStore, step: int) -> Path | None:
 
     saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention(last=1))
     saver.begin(step, fragments(step), manifest, [("tokenizer.json", b'{"model": {}}')])
+    return saver
+
+
+def end_save(saver: CheckpointSaver) -> Outcome:
+    """How the save ended."""
     outcome = None
     while saver.is_busy:
         outcome = saver.settle(saver.votes(wait=True))
     saver.close()
-    return outcome.path if outcome and isinstance(outcome.path, Path) else None
+    assert outcome is not None
+    return outcome
+
+
+def save(store: PosixStore, step: int) -> Path | None:
+    """Save a step; where it is, None if it could not be written."""
+    path = end_save(begin_save(store, step)).path
+    assert path is None or isinstance(path, Path)
+    return path
 
 
 def _child(command: str, folder: Path) -> None:
