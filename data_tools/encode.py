@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from data_tools.claims import Claims
-from data_tools.engines import Encoder, make_encoder
+from data_tools.engines import Engine
 from data_tools.inputs import Kind
 from data_tools.readers import read_parts
 from data_tools.tokenizer import TokenizerFile
@@ -63,10 +62,10 @@ class Assignment(NamedTuple):
 
 
 class UnitEncoder:
-    """Encodes units with the chosen engine; the encoder itself is built on first use, in the process that uses it."""
+    """Encodes units with the chosen engine."""
 
     def __init__(
-        self, store: PartStore, claims: Claims, tokenizer: TokenizerFile, options: ReadOptions, engine: str
+        self, store: PartStore, claims: Claims, tokenizer: TokenizerFile, options: ReadOptions, engine: Engine
     ) -> None:
         self._store = store
         self._claims = claims
@@ -74,10 +73,6 @@ class UnitEncoder:
         self._options = options
         self._engine = engine
         self._dtype = token_dtype(tokenizer.vocab_size)
-
-    @cached_property
-    def _encoder(self) -> Encoder:
-        return make_encoder(self._engine, self._tokenizer.json)
 
     def __call__(self, task: Assignment, advance: Advance) -> None:
         """Commit the parts of the unit that nobody has done or is doing; record it as finished if all are there."""
@@ -106,9 +101,9 @@ class UnitEncoder:
 
     def _encode(self, documents: list[_Document]) -> pa.RecordBatch:
         texts = [document.text for document in documents]
-        ids, offsets = self._encoder.encode(texts)
+        ids, offsets = self._engine.encoder.encode(texts)
         if np.any(ids == self._tokenizer.eod_id):
-            raise RuntimeError(f"The encoder {self._encoder.name} turned text into the end-of-document token.")
+            raise RuntimeError(f"The encoder {self._engine.name} turned text into the end-of-document token.")
         tokens, offsets = self._end_documents(ids, offsets)
         item_bytes = self._dtype.itemsize
         data = tokens.data.cast("B")

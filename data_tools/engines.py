@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,36 +83,48 @@ class FastokensEncoder:
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<i8")
 
 
-def make_encoder(name: str, tokenizer_json: bytes) -> Encoder:
-    """The encoder called `name`."""
-    return FastokensEncoder(tokenizer_json) if name == "fastokens" else ReferenceEncoder(tokenizer_json)
+class Engine:
+    """A choice of encoder. It may be sent to other processes: each builds the encoder when it first uses it."""
+
+    def __init__(self, name: str, tokenizer_json: bytes) -> None:
+        self.name = name
+        self._tokenizer_json = tokenizer_json
+
+    def __reduce__(self) -> tuple[type[Engine], tuple[str, bytes]]:
+        return Engine, (self.name, self._tokenizer_json)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder, built once in a process."""
+        build = FastokensEncoder if self.name == "fastokens" else ReferenceEncoder
+        return build(self._tokenizer_json)
 
 
-def choose_engine(wanted: str, tokenizer_json: bytes, sample: Sequence[str]) -> tuple[str, str | None]:
-    """The name of the engine to use, and a warning where it is slower than it might be.
+def choose_engine(wanted: str, tokenizer_json: bytes, sample: Sequence[str]) -> tuple[Engine, str | None]:
+    """The engine to use, and a warning where it is slower than it might be.
 
     `fastokens` is chosen only after it gave the ids of `tokenizers` on NASTY_TEXTS and on `sample`, which should be of
     the text that is going to be encoded. Raises ConfigError where `fastokens` was insisted on and does not pass.
     """
+    reference = Engine("tokenizers", tokenizer_json)
     if wanted == "tokenizers":
-        return wanted, None
-    problem = _difference(tokenizer_json, [*NASTY_TEXTS, *sample])
+        return reference, None
+    fast = Engine("fastokens", tokenizer_json)
+    problem = _difference(fast, reference, [*NASTY_TEXTS, *sample])
     if problem is None:
-        return "fastokens", None
+        return fast, None
     if wanted == "fastokens":
         raise ConfigError(f"fastokens cannot be used: {problem}. Use --engine tokenizers, or auto.")
-    return "tokenizers", f"fastokens is not used: {problem}. Encoding with tokenizers, many times slower."
+    return reference, f"fastokens is not used: {problem}. Encoding with tokenizers, many times slower."
 
 
-def _difference(tokenizer_json: bytes, texts: Sequence[str]) -> str | None:
+def _difference(fast: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
     """Why fastokens is not to be trusted with this tokenizer and these texts; None if it is."""
-    reference = ReferenceEncoder(tokenizer_json)
     try:
-        fast = FastokensEncoder(tokenizer_json)
-        ids, offsets = fast.encode(texts)
+        ids, offsets = fast.encoder.encode(texts)
     except Exception as error:  # noqa: BLE001 (a native library: whatever it cannot do, the reference can)
         return f"it fails with this tokenizer ({error!r:.200})"
-    expected_ids, expected_offsets = reference.encode(texts)
+    expected_ids, expected_offsets = reference.encoder.encode(texts)
     if np.array_equal(ids, expected_ids) and np.array_equal(offsets, expected_offsets):
         return None
     lengths = min(len(ids), len(expected_ids))

@@ -23,7 +23,7 @@ import orjson
 from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_plan, make_plan
 from data_tools.claims import Claims
 from data_tools.encode import Assignment, UnitEncoder
-from data_tools.engines import choose_engine
+from data_tools.engines import Engine, choose_engine
 from data_tools.inputs import InputFile, find_inputs
 from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
@@ -98,7 +98,8 @@ class _Job:
     units: list[Unit] = field(default_factory=list)
     pending: list[Unit] = field(default_factory=list)
     """Units that are not finished."""
-    engine: str = ""
+    engine: Engine | None = None
+    """For what is pending."""
 
 
 def tokenize(
@@ -170,7 +171,7 @@ def _prepare(
     if load_plan(work, units):
         return _Job(name, None, tokenizer, units)
     pending = _unfinished(list({unit.key: unit for unit in units}.values()), PartStore(work))
-    engine = ""
+    engine = None
     if pending:
         engine, warning = choose_engine(effort.engine, tokenizer.json, _sample(pending, options.read))
         if warning:
@@ -184,8 +185,9 @@ def _make(
     """Everything that is not there yet; None where others, not joined by MPI, are still at some of it."""
     work = out / WORK_FOLDER
     store = PartStore(work)
-    encoder = UnitEncoder(store, claims, job.tokenizer, options.read, job.engine)
-    _encode(job, encoder, store, effort, ranks)
+    engine = job.engine or Engine("tokenizers", job.tokenizer.json)
+    encoder = UnitEncoder(store, claims, job.tokenizer, options.read, engine)
+    _encode(job, engine, encoder, store, effort, ranks)
     ranks.wait()
     plan = ranks.share(partial(_plan, job, encoder, store, options, effort, claims))
     if plan is None:
@@ -200,11 +202,11 @@ def _make(
     return ranks.share(partial(_finish, out, work, plan, recipe, writer, claims))
 
 
-def _encode(job: _Job, encoder: UnitEncoder, store: PartStore, effort: Effort, ranks: Ranks) -> None:
+def _encode(job: _Job, engine: Engine, encoder: UnitEncoder, store: PartStore, effort: Effort, ranks: Ranks) -> None:
     """Encode what is pending, until it is done or others are at the rest of it."""
     if not job.pending:
         return
-    seconds = sum(unit.text_bytes for unit in job.pending) / ranks.size / BYTES_A_SECOND[job.engine]
+    seconds = sum(unit.text_bytes for unit in job.pending) / ranks.size / BYTES_A_SECOND[engine.name]
     enough_workers = int(seconds / effort.worker_seconds) if effort.worker_seconds else effort.num_workers
     num_workers = max(1, min(effort.num_workers, enough_workers))
     with effort.progress("tokenize", sum(unit.num_bytes for unit in job.pending) // ranks.size) as advance:

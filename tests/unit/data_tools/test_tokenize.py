@@ -224,11 +224,12 @@ def test_a_shard_is_plain_arrow_with_its_facts_in_the_schema(
 
 
 def test_fastokens_is_used_only_where_it_can_what_the_tokenizer_asks(tokenizer_path: Path) -> None:
-    assert choose_engine("auto", tokenizer_path.read_bytes(), ["text"]) == ("fastokens", None)
+    engine, warning = choose_engine("auto", tokenizer_path.read_bytes(), ["text"])
+    assert (engine.name, warning) == ("fastokens", None)
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "[UNK]": 1, "a": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    name, warning = choose_engine("auto", words.to_str().encode(), ["a b"])
-    assert name == "tokenizers"
+    engine, warning = choose_engine("auto", words.to_str().encode(), ["a b"])
+    assert engine.name == "tokenizers"
     assert warning is not None
     assert "Whitespace" in warning
     with pytest.raises(ConfigError, match="Whitespace"):
