@@ -92,11 +92,13 @@ class Metrics(NamedTuple):
 class TrainProcess:
     """`megatrain train` of a config, running."""
 
-    def __init__(self, config: Path, num_ranks: int, *overrides: str) -> None:
+    def __init__(
+        self, config: Path, num_ranks: int, *overrides: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._config = str(config)
         self.run_dir = Path(yaml.safe_load(config.read_text())["run"]["dir"])
-        self.output_path = config.with_suffix(".output")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.output_path = config.with_suffix(f".output-{len(list(config.parent.glob('*.output*')))}")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         command = [sys.executable, "-m", "megatrain", "train", self._config, *overrides, "--procs", str(num_ranks)]
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -126,6 +128,11 @@ class TrainProcess:
     def output(self) -> str:
         """What it and its ranks have printed so far."""
         return self.output_path.read_text(errors="replace")
+
+    def send_all(self, number: int) -> None:
+        """Send a signal to it and everything it has started."""
+        for process in [self.process, *psutil.Process(self.process.pid).children(recursive=True)]:
+            process.send_signal(number)
 
     def kill_all(self) -> None:
         """End it and whatever it left."""

@@ -134,6 +134,13 @@ def job_identity() -> dict[str, str]:
     return job
 
 
+def start_name(environ: Mapping[str, str] | None = None) -> str:
+    """What tells this start of a run from earlier ones of it: the same on all its ranks and their supervisor."""
+    env = os.environ if environ is None else environ
+    job = [env[key] for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT") if key in env]
+    return "-".join([*job, str(_master_port(env))])
+
+
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import orjson
 
-_FILE = "first-failure.json"
+_FILE = "first-failure"
 
 
 class Failure(NamedTuple):
@@ -20,9 +20,12 @@ class Failure(NamedTuple):
     message: str
 
 
-def claim(run_dir: Path, failure: Failure) -> bool:
-    """Record the failure unless another rank was first; whether this rank is the one to speak."""
-    path = run_dir / "logs" / _FILE
+def claim(run_dir: Path, start: str, failure: Failure) -> bool:
+    """Record the failure unless another rank was first; whether this rank is the one to speak.
+
+    ``start`` names this start of the run: one that was left behind must not speak for its successor.
+    """
+    path = _path(run_dir, start)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
@@ -34,10 +37,10 @@ def claim(run_dir: Path, failure: Failure) -> bool:
         return True
 
 
-def read(run_dir: Path) -> Failure | None:
-    """The first failure of the run's last start."""
+def read(run_dir: Path, start: str) -> Failure | None:
+    """The first failure of a start of the run."""
     try:
-        record = orjson.loads((run_dir / "logs" / _FILE).read_bytes())
+        record = orjson.loads(_path(run_dir, start).read_bytes())
         return Failure(record["rank"], record["exit_code"], record["message"])
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         return None
@@ -46,4 +49,9 @@ def read(run_dir: Path) -> Failure | None:
 def forget(run_dir: Path) -> None:
     """Before a start: the failures of the one before no longer count."""
     with contextlib.suppress(OSError):
-        (run_dir / "logs" / _FILE).unlink(missing_ok=True)
+        for path in (run_dir / "logs").glob(f"{_FILE}-*.json"):
+            path.unlink(missing_ok=True)
+
+
+def _path(run_dir: Path, start: str) -> Path:
+    return run_dir / "logs" / f"{_FILE}-{start}.json"

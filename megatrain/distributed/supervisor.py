@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from megatrain.distributed import failures
-from megatrain.distributed.bootstrap import child_environment
+from megatrain.distributed.bootstrap import child_environment, start_name
 from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
@@ -53,7 +53,7 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
             time.sleep(_POLL_SECONDS)
     finally:
         num_orphans = _end_orphans(launcher.pid)
-    return _verdict(launcher.returncode, num_orphans, run_dir)
+    return _verdict(launcher.returncode, num_orphans, failures.read(run_dir, start_name(env)))
 
 
 def _pass_on(launcher: int, requested: Sequence[int], told: set[tuple[int, int]]) -> None:
@@ -110,9 +110,8 @@ def _end_orphans(launcher: int) -> int:
     return len(ranks)
 
 
-def _verdict(status: int, num_orphans: int, run_dir: Path) -> int:
+def _verdict(status: int, num_orphans: int, first: failures.Failure | None) -> int:
     """The launcher's status, in our codes."""
-    first = failures.read(run_dir)
     if status == 0 and not num_orphans and first is None:
         return 0
     if first is not None and first.exit_code != EXIT_PREEMPTED:

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatrain.checkpoint.lock import Lease, locked
 from megatrain.config import RunConfig, load
 from megatrain.distributed import failures
-from megatrain.distributed.bootstrap import RankInfo, export_rank, job_identity, read_rank, supervisor_pid
+from megatrain.distributed.bootstrap import RankInfo, export_rank, job_identity, read_rank, start_name, supervisor_pid
 from megatrain.distributed.signals import Requests
 from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError, Superseded
 from megatrain.plan import rules
@@ -68,8 +68,8 @@ def _train(config: RunConfig, rank: RankInfo, run_dir: Path, stop: Requests, lea
 def _fail(rank: RankInfo | None, run_dir: Path | None, exit_code: int, message: str) -> int:
     number = rank.rank if rank else 0
     logging.getLogger("megatrain").log(logging.INFO, "rank %d ends with code %d: %s", number, exit_code, message)
-    speaks = number == 0 if run_dir is None else failures.claim(run_dir, failures.Failure(number, exit_code, message))
-    if speaks:
+    failure = failures.Failure(number, exit_code, message)
+    if number == 0 if run_dir is None else failures.claim(run_dir, start_name(), failure):
         sys.stderr.write(message.rstrip() + "\n")
     return exit_code
 

@@ -102,8 +102,6 @@ class Trainer:
 
     def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, bool, bool]:
         """One step: its figures, and whether any rank was asked to stop, or to save."""
-        if self._lease is not None:
-            self._lease.check()
         run, step, watch = self._run, self.progress.step, self._watch
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
         with watch.measure("data"):
@@ -113,6 +111,8 @@ class Trainer:
             # One exchange a step: the loss, who was asked to stop or to save, and how the save under way is doing.
             asked = (float(self._requests.signal is not None), float(self._is_save_asked()))
             sums = run.groups.sum([result.loss_sum, *asked, *self._saving.votes()])
+        if self._lease is not None:
+            self._lease.check()  # a start left behind writes nothing more, not even metrics
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
         self._tell(self._saving.settle(Votes(*sums[3:])))
         self.progress = self.progress.after_step(count, result.skipped)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +13,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from megatrain.checkpoint.inspection import verify
 from megatrain.checkpoint.store import find_store
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 
@@ -35,9 +39,11 @@ class Starts:
         self.config = write_config(folder / "run.yaml", tiny_config(data, folder / "run", **sections))
         self.run_dir = folder / "run"
 
-    def start(self, interrupt: Callable[[TrainProcess], None] = lambda train: None) -> Stretch:
+    def start(
+        self, interrupt: Callable[[TrainProcess], None] = lambda train: None, *overrides: str, num_ranks: int = 2
+    ) -> Stretch:
         """Two ranks, until they have ended."""
-        train = TrainProcess(self.config, 2)
+        train = TrainProcess(self.config, num_ranks, *overrides)
         try:
             interrupt(train)
             code, output = train.wait()
@@ -165,3 +171,85 @@ def test_a_rank_that_hangs_ends_the_run_with_code_5(tiny_data: TinyData, tmp_pat
     assert stretch.code == 5, stretch.output
     assert stretch.num_orphans == 0
     assert "Traceback" not in stretch.output
+
+
+@pytest.mark.slow
+def test_a_start_left_behind_by_a_requeue_commits_nothing_and_ends(
+    tiny_data: TinyData, straight: Stretch, tmp_path: Path
+) -> None:
+    starts = Starts(tiny_data, tmp_path)
+    left_behind = TrainProcess(starts.config, 2, environment={"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"})
+    requeued = None
+    try:
+        left_behind.wait_for_step(8)
+        left_behind.send_all(signal.SIGSTOP)
+        requeued = TrainProcess(starts.config, 2, environment={"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"})
+        requeued.wait_for_step(9)
+        left_behind.send_all(signal.SIGCONT)
+        zombie_code, zombie_output = left_behind.wait()
+        code, output = requeued.wait()
+    finally:
+        left_behind.kill_all()
+        if requeued is not None:
+            requeued.kill_all()
+    assert code == 0, output
+    assert zombie_code == 4, zombie_output
+    assert "taken over" in zombie_output
+    _check_same(Metrics.read(starts.run_dir), straight)
+    assert verify(starts.run_dir)[0] == []
+
+
+SYSTEM_CALLS = [(0, "rename", 1), (1, "fsync", 1)] + [
+    (rank, call, count)
+    for rank, call, count in [
+        (0, "mkdir", 1), (0, "fsync", 1), (0, "fsync", 2), (0, "fsync", 3), (0, "fsync", 4), (1, "mkdir", 1),
+        (1, "write", 3), (0, "rename", 2),
+    ]
+    if os.environ.get("MEGATRAIN_ACCEPTANCE")
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace (apt-get install strace)")
+@pytest.mark.parametrize(("rank", "call", "count"), SYSTEM_CALLS)
+def test_a_run_killed_at_a_system_call_of_a_save_goes_on_the_same(
+    rank: int, call: str, count: int, tiny_data: TinyData, straight: Stretch, tmp_path: Path
+) -> None:
+    starts = Starts(tiny_data, tmp_path)
+
+    def interrupt(train: TrainProcess) -> None:
+        train.wait_for_step(6)
+        folder = next((starts.run_dir / "checkpoints").glob(".generation-*"))
+        inject = f"inject={call}:signal=SIGKILL:when={count}"
+        below = [
+            f"-P{folder}/step-{step:08d}{name}"
+            for step in (10, 15)
+            for name in ("", f"/rank-{rank:05d}.safetensors", "/tokenizer.json", "/manifest.json")
+        ]
+        pid = train.ranks()[rank].pid
+        subprocess.run(["strace", "-f", "-p", str(pid), "-o", "/dev/null", "-e", f"trace={call}", *below, "-e", inject])
+
+    killed = starts.start(interrupt)
+    assert killed.code == 5, killed.output
+    assert killed.saved[-1] >= 5
+    again = starts.start()
+    assert again.code == 0, again.output
+    _check_same(again.metrics, straight)
+    assert verify(starts.run_dir)[0] == []
+
+
+@pytest.mark.slow
+def test_checkpoints_in_an_object_store_are_resumed_from_and_looked_at_by_the_run_folder(
+    tiny_data: TinyData, straight: Stretch, bucket: str, tmp_path: Path
+) -> None:
+    starts = Starts(tiny_data, tmp_path)
+    place = f"checkpoint.dir={bucket}/{tmp_path.name}"
+    killed = starts.start(_signal_rank(1, signal.SIGKILL, 11), place)
+    assert killed.code == 5, killed.output
+    assert killed.saved[-1] in (5, 10)
+    again = starts.start(lambda train: None, place)
+    assert again.code == 0, again.output
+    assert again.saved == [10, 15, 20]
+    _check_same(again.metrics, straight)
+    assert verify(starts.run_dir) == ([], 12, verify(starts.run_dir)[2])
+    assert not (starts.run_dir / "checkpoints").exists()
