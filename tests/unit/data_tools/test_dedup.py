@@ -1,0 +1,227 @@
+"""What dedup promises: the first of each stays, near duplicates are found, the same bytes whoever does the work."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from clean_samples import (
+    WHOLE,
+    jaccard,
+    near_duplicate,
+    read_records,
+    real_paragraphs,
+    run_dedup,
+    silent,
+    write_records,
+)
+from data_samples import RunCommand, folder_bytes
+
+from data_tools.clean import candidates
+from data_tools.clean.candidates import find_pairs
+from data_tools.clean.dedup import DedupOptions, dedup
+from data_tools.clean.job import Effort, Job
+from data_tools.clean.sketch import MinHashSketch
+from data_tools.clean.survey import survey
+from data_tools.inputs import find_inputs
+from data_tools.ranks import Ranks
+from data_tools.readers import plan_units
+from data_tools.units import ReadOptions
+from megatrain.errors import ConfigError, DataError
+
+HOSTILE = ["", "x", "x", "", "!!!", "!!!", "one two", "two one", "你好吗", "你好吗", "(" * 50_000, "word " * 200_000]
+
+
+def dropped(out: Path) -> list[dict[str, object]]:
+    tables = [pa.ipc.open_file(str(path)).read_all() for path in sorted((out / ".report").glob("dropped-*.arrow"))]
+    return list(pa.concat_tables(tables).to_pylist())
+
+
+def test_exact_keeps_the_first_of_equal_texts_with_all_its_keys_and_says_where_the_others_stood(tmp_path: Path) -> None:
+    texts = ["a b c", "A b c", "a b c", "a  b c", "a b c", "z"]
+    source = write_records(tmp_path / "a.jsonl", texts, url="u", metadata={"n": 1}, added="2024")
+    report = run_dedup(source, tmp_path / "out")
+    records = read_records(tmp_path / "out")
+    assert [record["id"] for record in records] == ["d0", "d1", "d3", "d5"]
+    assert records[2] == {
+        "text": "a  b c",
+        "id": "d3",
+        "source": str(source),
+        "url": "u",
+        "added": "2024",
+        "metadata": {"n": 1, "provenance": {"file": str(source), "row": 3}},
+    }
+    assert [(each["id"], each["row"], each["kept_id"], each["kept_row"]) for each in dropped(tmp_path / "out")] == [
+        ("d2", 2, "d0", 0),
+        ("d4", 4, "d0", 0),
+    ]
+    assert (report["documents"], report["kept"], report["clusters"]) == (6, 4, {"3": 1})
+    example = report["reasons"]["exact duplicate"]["examples"][0]
+    assert example["kept"]["id"] == "d0" and example["text"] == "a b c"
+
+
+@pytest.mark.parametrize("num_planted", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_near_duplicates_planted_at_0_8_are_found_and_nearly_nothing_else(num_planted: int, tmp_path: Path) -> None:
+    originals = real_paragraphs(3 * num_planted, 400)
+    assert len(set(originals)) == len(originals)
+    drawn = random.Random(2)
+    planted = {f"d{len(originals) + k}": near_duplicate(originals[k], 0.8, drawn) for k in range(num_planted)}
+    similarities = [jaccard(originals[k], text) for k, text in enumerate(planted.values())]
+    assert min(similarities) > 0.78
+    assert max(similarities) < 0.82
+    texts = [*originals, *planted.values()]
+    source = write_records(tmp_path / "a.jsonl", texts)
+    run_dedup(source, tmp_path / "one", "minhash", workers=1, part_bytes=1 << 20)
+    kept = {record["id"] for record in read_records(tmp_path / "one")}
+    assert len(planted.keys() - kept) >= 0.95 * num_planted
+    assert len({f"d{k}" for k in range(len(originals))} - kept) <= 0.005 * len(originals)
+    run_dedup(source, tmp_path / "three", "minhash", workers=3, part_bytes=1 << 20)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "three")
+
+
+@pytest.mark.parametrize("method", ["exact", "minhash"])
+def test_runs_and_slices_that_do_not_fit_the_clusters_change_no_byte(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    originals = real_paragraphs(300, 120)
+    drawn = random.Random(4)
+    texts = [*originals, *(near_duplicate(text, 0.9, drawn) for text in originals[::3]), *originals[::2], *HOSTILE]
+    source = write_records(tmp_path / "a.jsonl", texts)
+    options = {"num_permutations": 48} if method == "minhash" else {}
+    report = run_dedup(source, tmp_path / "whole", method, **options)
+    assert report["dropped"] > (230 if method == "minhash" else 150)
+    monkeypatch.setattr(candidates, "RUN_DOCUMENTS", 37)
+    monkeypatch.setattr(candidates, "SLICE_DOCUMENTS", 200)
+    monkeypatch.setattr(candidates, "COMPARED_AT_ONCE", 7)
+    run_dedup(source, tmp_path / "pieces", method, **options)
+    assert folder_bytes(tmp_path / "whole") == folder_bytes(tmp_path / "pieces")
+
+
+def test_thousands_of_identical_documents_are_compared_with_the_first_only(tmp_path: Path) -> None:
+    copies = 3000
+    source = write_records(tmp_path / "a.jsonl", ["the same text for all of them, again and again"] * copies)
+    job = Job(tmp_path, Effort(1, silent, Ranks()))
+    sketch = MinHashSketch(num_permutations=64)
+    corpus = survey(list(plan_units(find_inputs([str(source)]))), WHOLE, sketch, job)
+    _, files = find_pairs(corpus, sketch, job)
+    pairs = sum(pa.ipc.open_file(str(path)).read_all().num_rows for path in files)
+    assert pairs == sketch.num_keys * (copies - 1)
+    assert run_dedup(source, tmp_path / "out", "minhash", num_permutations=64)["clusters"] == {str(copies): 1}
+
+
+def test_empty_tiny_and_huge_documents_and_texts_without_words(tmp_path: Path) -> None:
+    source = write_records(tmp_path / "a.jsonl", [*HOSTILE, "w" * 5_000_000, "w" * 5_000_000])
+    for method in ("exact", "minhash"):
+        run_dedup(source, tmp_path / method, method)
+        kept = [record["id"] for record in read_records(tmp_path / method)]
+        assert kept == ["d0", "d1", "d4", "d6", "d7", "d8", "d10", "d11", "d12"]
+
+
+def test_other_columns_of_a_table_are_kept_and_ids_come_from_the_place_where_there_are_none(tmp_path: Path) -> None:
+    table = pa.table({"content": ["a", "b", "a"], "text": [1, 2, 3], "when": pa.array([0, 1, 2], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    effort = Effort(1, silent, Ranks(), 1000)
+    options = DedupOptions(ReadOptions("content", whole_records=True))
+    dedup([str(tmp_path / "a.parquet")], tmp_path / "out", options, effort, False)
+    first, second = read_records(tmp_path / "out")
+    assert first["text"] == "a" and first["when"].startswith("1970-01-01")
+    assert second["id"] == f"{tmp_path / 'a.parquet'}:1"
+    assert second["metadata"] == {"text": 2, "provenance": {"file": str(tmp_path / "a.parquet"), "row": 1}}
+
+
+def test_what_was_done_before_a_broken_record_is_not_done_again(tmp_path: Path) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    write_records(inputs / "a.jsonl", ["one", "two", "one"])
+    (inputs / "b.jsonl").write_bytes(b'{"text": "three"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2: bad JSON"):
+        run_dedup(inputs, tmp_path / "out")
+    surveyed = {path: path.stat().st_ino for path in (tmp_path / "out" / ".work" / "survey").glob("*.arrow")}
+    assert surveyed
+    (inputs / "b.jsonl").write_bytes(b'{"text": "three"}\n')
+    with pytest.raises(ConfigError, match="method"):
+        run_dedup(inputs, tmp_path / "out", "minhash")
+    assert run_dedup(inputs, tmp_path / "out")["kept"] == 3
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def test_a_finished_folder_is_left_alone_or_replaced_if_that_was_asked_for(tmp_path: Path) -> None:
+    source = write_records(tmp_path / "a.jsonl", ["one", "two", "one"])
+    first = run_dedup(source, tmp_path / "out")
+    before = folder_bytes(tmp_path / "out")
+    assert run_dedup(source, tmp_path / "out") == first
+    with pytest.raises(ConfigError, match="--restart"):
+        run_dedup(source, tmp_path / "out", "minhash")
+    assert folder_bytes(tmp_path / "out") == before
+    (tmp_path / "out" / "mine.txt").write_text("a user's own")
+    with pytest.raises(ConfigError, match="other things in it"):
+        run_dedup(source, tmp_path / "out", "minhash", restart=True)
+    (tmp_path / "out" / "mine.txt").unlink()
+    write_records(tmp_path / "a.jsonl", ["one", "two", "one", "three"])
+    assert run_dedup(source, tmp_path / "out", restart=True)["kept"] == 3
+
+
+def test_the_command_reports_and_its_output_goes_on_to_tokenize_and_back_into_dedup(
+    tmp_path: Path, run_command: RunCommand, tokenizer_path: Path
+) -> None:
+    texts = real_paragraphs(20, 50)
+    source = write_records(tmp_path / "a.jsonl", [*texts, *texts[:5]])
+    code, shown, _ = run_command("dedup", source, "--out", tmp_path / "out", "--workers", 2)
+    assert code == 0 and "Kept: 20" in shown and "kept " in shown and "id d0" in shown
+    code, shown, _ = run_command("tokenize", tmp_path / "out", "--tokenizer", tokenizer_path, "--out", tmp_path / "ds")
+    assert code == 0 and "20 documents" in shown
+    assert run_command("dedup", tmp_path / "out", "--out", tmp_path / "again", "--method", "minhash")[0] == 0
+    assert read_records(tmp_path / "again") == read_records(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--threshold", "1.5", "--method", "minhash"], 2, "--threshold 1.5 should be from 0.1 to 1"),
+        (["--num-permutations", "3", "--method", "minhash"], 2, "--num-permutations 3 should be"),
+        (["--ngram", "0", "--method", "minhash"], 2, "--ngram 0 should be"),
+        (["--text-key", "body"], 3, "no key 'body'"),
+    ],
+)
+def test_wrong_options_end_with_their_code(
+    options: list[str], code: int, message: str, tmp_path: Path, run_command: RunCommand
+) -> None:
+    source = write_records(tmp_path / "a.jsonl", ["one"])
+    ended, _, error = run_command("dedup", source, "--out", tmp_path / "out", *options)
+    assert (ended, "Traceback" in error) == (code, False)
+    assert message in error
+
+
+def test_an_occupied_folder_or_a_file_is_refused(tmp_path: Path, run_command: RunCommand) -> None:
+    source = write_records(tmp_path / "a.jsonl", ["one"])
+    assert run_command("dedup", source, "--out", tmp_path)[0] == 2
+    assert run_command("dedup", source, "--out", source)[0] == 2
+    assert run_command("dedup", tmp_path / "none.jsonl", "--out", tmp_path / "out")[0] == 3
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])
+def test_bands_are_as_wide_as_finding_99_percent_at_the_threshold_allows(threshold: float) -> None:
+    sketch = MinHashSketch(threshold)
+    assert sketch.found_probability(threshold, sketch.rows_per_band) >= 0.99
+    assert sketch.rows_per_band == 256 or sketch.found_probability(threshold, sketch.rows_per_band + 1) < 0.99
+
+
+def test_estimates_are_those_of_the_jaccard_index() -> None:
+    drawn = random.Random(3)
+    sketch = MinHashSketch(num_permutations=512)
+    errors = []
+    for text in real_paragraphs(60, 400):
+        other = near_duplicate(text, 0.7, drawn)
+        column = sketch([text, other])[0].to_pylist()
+        equal = sum(a == b for a, b in zip(*column, strict=True))
+        errors.append(sketch.similarity(equal) - jaccard(text.lower(), other.lower()))
+    assert abs(sum(errors) / len(errors)) < 0.03
+
+
+def test_what_is_not_json_in_a_table_becomes_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "raw": [b"raw"]}), tmp_path / "a.parquet")
+    run_dedup(tmp_path / "a.parquet", tmp_path / "out")
+    assert read_records(tmp_path / "out")[0]["raw"] == "b'raw'"
