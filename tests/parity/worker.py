@@ -37,6 +37,7 @@ from megatrain.train.assemble import (
     training_sources,
 )
 from megatrain.train.schedule import learning_rate
+from tests.runs import die_with_parent
 
 TIMEOUT_SECONDS = 120.0
 NUM_VALIDATION_WINDOWS = 5
@@ -117,6 +118,7 @@ def save(engine: Engine, case: Case, rank: int, num_updates: int) -> dict[str, A
 
 def main() -> None:
     """Serve cases; rank 0 answers with a line each, on the file descriptor that is named in the arguments."""
+    die_with_parent()
     answers = os.fdopen(int(sys.argv[1]), "w")
     torch.set_num_threads(1)
     start_deepspeed(TIMEOUT_SECONDS)

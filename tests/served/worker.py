@@ -13,10 +13,12 @@ import torch
 
 from megatrain.parallel.deepspeed_engine import forget_globals
 from megatrain.train.__main__ import main
+from tests.runs import die_with_parent
 
 
 def serve() -> None:
     """Until the input ends."""
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints by itself goes to the log
     torch.set_num_threads(1)
