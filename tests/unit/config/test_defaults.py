@@ -14,14 +14,15 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2}
-data:       {validation: [], seq_len: 256, document_mask: false, packing: concat, num_new_epochs: 0}
+data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736, seq_len: 256, document_mask: false,
+             packing: concat, num_new_epochs: 0}
 parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}
 train:      {global_batch_size: 16, micro_batch_size: 2, precision: bf16, gradient_clipping: 1.0,
              eval_every_steps: 50, eval_batches: 16, hang_timeout_seconds: 600,
              initial_loss_scale_power: 16, loss_scale_window: 1000}
 optimizer:  {type: adamw, lr: 1.0e-3, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
 schedule:   {type: cosine, warmup_steps: 20, min_lr_ratio: 0.1, decay_steps: null}
-checkpoint: {every_steps: 50, keep: 3, background: true}
+checkpoint: {every_steps: 50, keep: 3, keep_every_steps: null, keep_best: 0, dir: null, background: true}
 observe:    {log_every_steps: 1, tensorboard: true}
 deepspeed:  {}
 """)
