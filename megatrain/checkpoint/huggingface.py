@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,11 @@ class HuggingFaceWeights:
             with _opened(folder / file) as tensors:
                 self._files[file] = [key for key in tensors.keys() if self._is_parameter(folder / file, key)]  # noqa: SIM118
                 types |= {self._check(folder / file, key, tensors.get_slice(key)) for key in self._files[file]}
-        found = {self._ours(key) for keys in self._files.values() for key in keys}
+        found = Counter(self._ours(key) for keys in self._files.values() for key in keys)
         if missing := [name for name in shapes if name not in found]:
             raise CheckpointError(f"{folder} lacks {len(missing)} of the model's tensors, among them {missing[0]}.")
+        if twice := [name for name, count in found.items() if count > 1]:
+            raise CheckpointError(f"{folder} has {len(twice)} of the model's tensors twice, among them {twice[0]}.")
         # The type that holds all of them exactly, whatever config.json calls the model.
         self.precision = _PRECISIONS[types.pop()] if len(types) == 1 else "fp32"
 

@@ -121,8 +121,11 @@ def from_transformers(theirs: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: the model's shape is not known.")
     ours = {ours: given[name] for ours, name in names.items()}
     if family != "gpt2":
-        ours |= _rope(theirs, path)
-        _refuse_window(family, given, path)
+        try:
+            ours |= _rope(theirs, path)
+            _refuse_window(family, given, path)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} has a value of the wrong type: {error}.") from None
     ours |= {"family": family, "vocab_size": given["vocab_size"]}
     ours["tie_word_embeddings"] = theirs.get("tie_word_embeddings", family == "gpt2")
     ours["initializer_range"] = theirs.get("initializer_range", 0.02)

@@ -19,7 +19,7 @@ from megatrain.plan.flops import num_parameters
 from tests.parity.figures import Pool, gather_state
 from tests.parity.matrix import SEQUENCES, parity_config
 
-NUM_STEPS_BEFORE, NUM_STEPS_AFTER = 3, 2
+NUM_STEPS_BEFORE, NUM_STEPS_AFTER = 2, 2
 
 
 @dataclass(frozen=True)

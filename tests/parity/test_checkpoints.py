@@ -2,7 +2,7 @@
 
 The same layout gives the same losses to the last bit; another one within 1e-4 in fp32, as all layouts train alike, and
 within 1e-3 in bf16: an activation has 8 significant bits there, and each layout rounds other partial sums to them.
-`make test` takes a few pairs, `-m slow` each layout as source and as target, MEGATRAIN_ACCEPTANCE=1 all pairs.
+`make test` takes a few pairs, `-m slow` each layout of a sample as source and as target, MEGATRAIN_ACCEPTANCE=1 all.
 """
 
 from __future__ import annotations
@@ -31,25 +31,28 @@ ACCEPTANCE = os.environ.get("MEGATRAIN_ACCEPTANCE") == "1"
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
 OTHER_PRECISION = 5e-3
 # Neighbours differ in as much as they can: each is loaded by the next one.
-LAYOUTS = (
+SAMPLE = (
     Layout("1", 1, {}, "llama_tied"),
     Layout("2-zero3", 2, {"zero_stage": 3}, "gpt2_tied"),
     Layout("4-tensor2-pipeline2-sequence", 4, {"tensor": 2, "pipeline": 2, "sequence": True}, "llama_tied"),
     Layout("2-zero2", 2, {"zero_stage": 2}, "llama_mqa"),
     Layout("4-tensor4", 4, {"tensor": 4}, "llama_tied"),
     Layout("2-pipeline2-zero1", 2, {"pipeline": 2, "zero_stage": 1}, "gpt2_tied"),
-    Layout("8-zero3", 8, {"zero_stage": 3}, "llama_tied"),
+    Layout("2-zero2-optimizer-offloaded", 2, {"zero_stage": 2, "offload": "optimizer"}, "llama_tied"),
     Layout("2-tensor2", 2, {"tensor": 2}, "qwen3"),
-    Layout("4-pipeline4", 4, {"pipeline": 4}, "gpt2"),
     Layout("2-zero1", 2, {"zero_stage": 1}, "llama"),
-    Layout("4-tensor2-zero3", 4, {"tensor": 2, "zero_stage": 3}, "gpt2_tied"),
-    Layout("1-zero1", 1, {"zero_stage": 1}, "qwen3"),
     Layout("8-tensor2-pipeline2-zero1", 8, {"tensor": 2, "pipeline": 2, "zero_stage": 1}, "llama_tied"),
     Layout("2-zero3-offloaded", 2, {"zero_stage": 3, "offload": "all"}, "llama_mqa"),
-    Layout("4-tensor4-sequence-zero1", 4, {"tensor": 4, "sequence": True, "zero_stage": 1}, "gpt2_tied"),
-    Layout("2-zero2-optimizer-offloaded", 2, {"zero_stage": 2, "offload": "optimizer"}, "llama_tied"),
+    Layout("1-zero1", 1, {"zero_stage": 1}, "qwen3"),
     Layout("4-pipeline2-zero1", 4, {"pipeline": 2, "zero_stage": 1}, "qwen3"),
     Layout("2-tensor2-sequence-zero2", 2, {"tensor": 2, "sequence": True, "zero_stage": 2}, "llama_tied"),
+)
+LAYOUTS = (
+    *SAMPLE,
+    Layout("4-pipeline4", 4, {"pipeline": 4}, "gpt2"),
+    Layout("8-zero3", 8, {"zero_stage": 3}, "llama_tied"),
+    Layout("4-tensor4-sequence-zero1", 4, {"tensor": 4, "sequence": True, "zero_stage": 1}, "gpt2_tied"),
+    Layout("4-tensor2-zero3", 4, {"tensor": 2, "zero_stage": 3}, "gpt2_tied"),
 )
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 QUICK = (
@@ -61,8 +64,8 @@ QUICK = (
 
 
 def _selected() -> list[object]:
-    following = (*LAYOUTS[1:], LAYOUTS[0])
-    pairs = list(itertools.product(LAYOUTS, LAYOUTS)) if ACCEPTANCE else list(zip(LAYOUTS, following, strict=True))
+    following = (*SAMPLE[1:], SAMPLE[0])
+    pairs = list(itertools.product(LAYOUTS, LAYOUTS)) if ACCEPTANCE else list(zip(SAMPLE, following, strict=True))
     chosen = [(a.name, b.name, precision) for precision in ("fp32", "bf16") for a, b in pairs]
     return [
         pytest.param(BY_NAME[a], BY_NAME[b], precision, id=f"{a} to {b} {precision}", marks=marks)
@@ -91,7 +94,7 @@ def test_state_of_one_layout_goes_on_under_another(
 
 
 @slow
-@pytest.mark.parametrize("name", ["8-zero3", "4-tensor2-pipeline2-sequence", "2-zero3-offloaded", "2-zero2"])
+@pytest.mark.parametrize("name", ["4-tensor2-pipeline2-sequence", "2-zero3-offloaded", "2-zero2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_layout_goes_on_to_the_last_bit(name: str, precision: str, saves: Saves) -> None:
     saved = saves.of(BY_NAME[name], precision=precision)
@@ -147,9 +150,7 @@ def test_fp16_goes_on_with_its_loss_scale_and_the_number_of_its_updates(target: 
     [
         "4-tensor2-pipeline2-sequence",
         pytest.param("2-tensor2", marks=slow),
-        pytest.param("4-pipeline4", marks=slow),
-        pytest.param("4-tensor4-sequence-zero1", marks=slow),
-        pytest.param("4-tensor2-zero3", marks=slow),
+        pytest.param("2-pipeline2-zero1", marks=slow),
         pytest.param("2-zero3-offloaded", marks=slow),
     ],
 )

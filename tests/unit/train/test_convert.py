@@ -216,11 +216,18 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: change_config(f, use_sliding_window=True, sliding_window=16),
         "a window of 16 tokens",
     ),
+    "a window that is no number": ("mistral", lambda f: change_config(f, sliding_window="wide"), "of the wrong type"),
+    "rope that is no table": ("llama", lambda f: change_config(f, rope_scaling="twice"), "of the wrong type"),
     "layer types": ("qwen3", lambda f: change_config(f, layer_types=["full_attention", "linear_attention"]), "layer_t"),
     "a tensor more": (
         "llama",
         lambda f: change_weights(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
         "q_proj.bias is no tensor of the model",
+    ),
+    "a tensor twice": (
+        "gpt2",
+        lambda f: change_weights(f, lambda t: t.update({"ln_f.bias": torch.zeros(32)})),
+        "has 1 of the model's tensors twice, among them transformer.ln_f.bias",
     ),
     "a tensor less": ("qwen3", lambda f: change_weights(f, lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
     "another shape": (
