@@ -15,7 +15,9 @@ from pathlib import Path
 from megatrain.errors import ConfigError
 
 DEFAULT_MASTER_PORT = 29500
-_SUPERVISOR = "MEGATRAIN_SUPERVISOR_PID"
+_SUPERVISOR = "MEGATRAIN_SUPERVISOR"
+_BIND_CORES = "MEGATRAIN_BIND_CORES"
+_FIRST_JOB_PORT, _NUM_JOB_PORTS = 20000, 10000  # below the ports that Linux gives out by itself
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def child_environment(num_ranks: int, *, has_gpu: bool) -> dict[str, str]:
 
     What the user has set wins. On a CPU, spinning OpenMP threads collapse when ranks share cores.
     """
-    env = {**os.environ, _SUPERVISOR: str(os.getpid())}
+    env = {**os.environ, _SUPERVISOR: f"{socket.gethostname()}:{os.getpid()}"}
     env.setdefault("MASTER_PORT", str(free_port()))
     if not has_gpu:
         env.setdefault("DS_ACCELERATOR", "cpu")
@@ -104,9 +106,23 @@ def child_environment(num_ranks: int, *, has_gpu: bool) -> dict[str, str]:
 
 
 def supervisor_pid(environ: Mapping[str, str] | None = None) -> int | None:
-    """The `megatrain train` process that started this rank; None under another launcher."""
-    text = (os.environ if environ is None else environ).get(_SUPERVISOR, "")
-    return int(text) if text.isdigit() else None
+    """The process on this host that watches over this rank (`megatrain train`, a batch script); None without one."""
+    host, _, pid = (os.environ if environ is None else environ).get(_SUPERVISOR, "").rpartition(":")
+    return int(pid) if host == socket.gethostname() and pid.isdigit() else None
+
+
+def bind_cores(rank: RankInfo) -> None:
+    """Keep this rank to its share of the node's cores, where MEGATRAIN_BIND_CORES=1 asks for it.
+
+    For launchers that bind nothing: ranks that DeepSpeed starts over ssh. Shares are in the order of the cores'
+    numbers, so ranks of one socket stay on it, and so does the memory that they touch first.
+    """
+    if os.environ.get(_BIND_CORES) != "1" or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // rank.local_world_size
+    if share:
+        os.sched_setaffinity(0, cores[rank.local_rank * share : (rank.local_rank + 1) * share])
 
 
 def num_local_gpus() -> int:
@@ -123,6 +139,21 @@ def free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def job_port(job: int, start: int) -> int:
+    """A TCP port for the ``start``-th start of a SLURM job to meet at, free on this host at this moment.
+
+    Each start begins to look at another: ranks that an earlier one left behind meet nobody. Raises ConfigError where
+    none is free.
+    """
+    for attempt in range(100):
+        port = _FIRST_JOB_PORT + (job + 977 * start + 101 * attempt) % _NUM_JOB_PORTS
+        if _is_free(port):
+            return port
+    raise ConfigError(
+        f"none of 100 ports of {socket.gethostname()} is free to meet at: set MASTER_PORT to one that is."
+    )
 
 
 def job_identity() -> dict[str, str]:
@@ -145,6 +176,15 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
 def _is_batch_shell(env: Mapping[str, str]) -> bool:
     """A batch script (and what it starts without srun) sees SLURM_PROCID=0 too, but is no task of a step."""
     return "SLURM_STEP_ID" not in env or env.get("SLURM_STEP_ID") in {"4294967291", "-5", "batch"}
@@ -159,6 +199,8 @@ def _whole(env: Mapping[str, str], key: str) -> int:
 
 def _local_size(env: Mapping[str, str], key: str, world_size: int) -> int:
     text = env.get(key, "")
+    if not text and key == "LOCAL_WORLD_SIZE":
+        text = env.get("LOCAL_SIZE", "")  # DeepSpeed's word for it
     if not text and "SLURM_TASKS_PER_NODE" in env:
         text = env["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0]
     return int(text) if text.isdigit() and int(text) > 0 else world_size
@@ -184,5 +226,5 @@ def _master_port(env: Mapping[str, str]) -> int:
     if "MASTER_PORT" in env:
         return _whole(env, "MASTER_PORT")
     if "SLURM_JOB_ID" in env:  # the same for every task of a job, rarely for two jobs on a node
-        return 20000 + int(env["SLURM_JOB_ID"]) % 10000
+        return _FIRST_JOB_PORT + int(env["SLURM_JOB_ID"]) % _NUM_JOB_PORTS
     return DEFAULT_MASTER_PORT

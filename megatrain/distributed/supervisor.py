@@ -5,7 +5,6 @@ The launcher alone would leave orphans when it is told to stop, and answer with 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,14 +15,12 @@ from pathlib import Path
 
 import psutil
 
-from megatrain.distributed import failures
+from megatrain.distributed import failures, local_ranks
 from megatrain.distributed.bootstrap import child_environment, start_name
 from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
-_GRACE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
-_TRAINER = "megatrain.train"
 
 
 def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path, *, has_gpu: bool) -> int:
@@ -40,7 +37,7 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
         "--log_level",
         "critical",
     ]
-    command += ["--module", _TRAINER, config, *overrides]
+    command += ["--module", local_ranks.TRAINER, config, *overrides]
     requested: list[int] = []
     for number in (*STOP_SIGNALS, SAVE_SIGNAL):
         signal.signal(number, lambda got, _frame: requested.append(got))
@@ -53,7 +50,7 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
             time.sleep(_POLL_SECONDS)
     finally:
         num_orphans = _end_orphans(launcher.pid)
-    return _verdict(launcher.returncode, num_orphans, failures.read(run_dir, start_name(env)))
+    return verdict(launcher.returncode, num_orphans, failures.read(run_dir, start_name(env)))
 
 
 def _pass_on(launcher: int, requested: Sequence[int], told: set[tuple[int, int]]) -> None:
@@ -64,54 +61,24 @@ def _pass_on(launcher: int, requested: Sequence[int], told: set[tuple[int, int]]
     for index, asked in enumerate(requested):
         number = signal.SIGTERM if asked == signal.SIGINT else asked
         for process in _ranks(launcher):
-            if (process.pid, index) not in told and _listens(process.pid, number):
+            if (process.pid, index) not in told and local_ranks.tell(process, number):
                 told.add((process.pid, index))
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
-
-
-def _listens(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal, as Linux tells; elsewhere it is taken to have one."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return not Path("/proc/self/status").exists()
-    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:
-    """The launcher's session's processes that are trainers (it may have ended before them)."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        is_trainer = _TRAINER in line and "-m" in line and "deepspeed.launcher" not in " ".join(line)
-        if is_trainer and _session(process) == launcher:
-            found.append(process)
-    return found
-
-
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
+    """The trainers of the launcher's session (it may have ended before them)."""
+    return local_ranks.find_ranks(lambda process: os.getsid(process.pid) == launcher)
 
 
 def _end_orphans(launcher: int) -> int:
-    """Ask the ranks that outlived their launcher to save and stop, KILL those that do not; how many there were."""
+    """End the ranks that outlived their launcher; how many there were."""
     ranks = _ranks(launcher)
-    for process in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(ranks, timeout=_GRACE_SECONDS)
-    for process in alive:
-        process.kill()
+    local_ranks.end(ranks)
     return len(ranks)
 
 
-def _verdict(status: int, num_orphans: int, first: failures.Failure | None) -> int:
-    """The launcher's status, in our codes."""
+def verdict(status: int, num_orphans: int, first: failures.Failure | None) -> int:
+    """A launcher's status in our codes: the first cause counts, not what followed it. Standard error tells why."""
     if status == 0 and not num_orphans and first is None:
         return 0
     if first is not None and first.exit_code != EXIT_PREEMPTED:

@@ -15,7 +15,15 @@ from pathlib import Path
 from megatrain.checkpoint.lock import Lease, locked
 from megatrain.config import RunConfig, load
 from megatrain.distributed import failures
-from megatrain.distributed.bootstrap import RankInfo, export_rank, job_identity, read_rank, start_name, supervisor_pid
+from megatrain.distributed.bootstrap import (
+    RankInfo,
+    bind_cores,
+    export_rank,
+    job_identity,
+    read_rank,
+    start_name,
+    supervisor_pid,
+)
 from megatrain.distributed.signals import Requests
 from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError, Superseded
 from megatrain.plan import rules
@@ -27,6 +35,7 @@ def main(arguments: list[str]) -> int:
     rank, run_dir = None, None
     try:
         rank = read_rank()
+        bind_cores(rank)
         if (supervisor := supervisor_pid()) is not None:
             stop.follow(supervisor)
         path, *overrides = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))] or [""]

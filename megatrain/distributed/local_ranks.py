@@ -1,0 +1,58 @@
+"""The ranks on this machine, as processes: found, told of a request, ended. Whoever starts ranks uses this."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+TRAINER = "megatrain.train"
+_GRACE_SECONDS = 60.0
+
+
+def find_ranks(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """The processes that are `python -m megatrain.train` themselves (not a launcher of it) and belong to the run."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if _is_trainer(process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.Error, OSError):
+                if belongs(process):
+                    found.append(process)
+    return found
+
+
+def tell(process: psutil.Process, number: int) -> bool:
+    """Send a signal to a rank that listens for it already; whether it did. One that does not would die of it."""
+    if not _listens(process.pid, number):
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+    return True
+
+
+def end(ranks: list[psutil.Process]) -> None:
+    """Ask ranks to save and stop; KILL those that do not in a minute."""
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(ranks, timeout=_GRACE_SECONDS)
+    for process in alive:
+        process.kill()
+
+
+def _is_trainer(line: list[str]) -> bool:
+    options = list(itertools.takewhile(lambda word: word.startswith("-") and word != "-m", line[1:]))
+    return line[1 + len(options) :][:2] == ["-m", TRAINER]
+
+
+def _listens(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, as Linux tells; elsewhere it is taken to have one."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return not Path("/proc/self/status").exists()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
