@@ -59,6 +59,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one 
 CleanOut = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to: .jsonl.zst, and .report in it.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Start over, whatever an earlier such command left there.")]
 ErrorsOption = Annotated[Errors, typer.Option(help="Invalid UTF-8: stop with its place, or keep it with U+FFFD.")]
+EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
 
@@ -207,15 +208,43 @@ def filter_command(
 def inspect(
     dataset: DatasetArgument,
     document: Annotated[int | None, typer.Option(metavar="K", help="Document K (from 0), text and tokens.")] = None,
+    everything: EverythingOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What a dataset holds: counts, lengths, and a document as text beside its tokens."""
-    from data_tools.inspect import describe, describe_json, show
+    """What a dataset holds: counts, lengths, sources, and a document as text beside its tokens."""
+    from data_tools.inspect import count, describe, describe_json, show
+    from data_tools.progress import show_progress
 
+    statistics = count(dataset, show_progress, everything=everything)
     if as_json:
-        sys.stdout.buffer.write(describe_json(describe(dataset, document)))
+        sys.stdout.buffer.write(describe_json(describe(dataset, document, statistics)))
     else:
-        show(dataset, document)
+        show(dataset, document, statistics)
+
+
+@app.command()
+def stats(
+    dataset: DatasetArgument,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them, as .png, .svg or .pdf.")] = None,
+    everything: EverythingOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Lengths of documents, shares of sources, frequent tokens; as a picture too."""
+    from rich.console import Console
+
+    from data_tools.inspect import count, describe_json, describe_statistics, show_statistics
+    from data_tools.progress import show_progress
+    from data_tools.stats import plot as draw
+    from megatrain.data import open_dataset
+
+    statistics = count(dataset, show_progress, everything=everything)
+    described = describe_statistics(open_dataset(dataset), statistics)
+    if plot is not None:
+        draw(statistics, dataset, plot)
+    if as_json:
+        sys.stdout.buffer.write(describe_json(described))
+    else:
+        show_statistics(Console(highlight=False, soft_wrap=True), described)
 
 
 @app.command()

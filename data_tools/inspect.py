@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import orjson
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_tools.stats import (
+    SAMPLED_BATCHES,
+    Statistics,
+    frequent_tokens,
+    gather,
+    length_figures,
+    length_histogram,
+    source_shares,
+)
+from data_tools.work import Advance
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import shard_name
 from megatrain.errors import ConfigError
 
-MAX_SAMPLED_SHARDS = 64
+STATISTICS = ("counted", "tokens_per_document", "length_histogram", "sources", "frequent_tokens")
+"""The keys of what was counted."""
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+BAR_WIDTH = 30
+MAX_SHOWN_ROWS = 10
 MAX_SHOWN_LINES = 40
 MAX_SHOWN_TOKENS = 4000
 
 
-def describe(path: str, document: int | None) -> dict[str, Any]:
+def count(path: str, progress: Progress, *, everything: bool) -> Statistics:
+    """Count what is in a dataset, in a sample of it or in all."""
+    dataset = open_dataset(path)
+    sizes = dataset.table.rows["bytes"].to_numpy()
+    num_batches = int(dataset.table.batch_starts[-1])
+    share = 1.0 if everything else min(SAMPLED_BATCHES / num_batches, 1.0)
+    with progress("count", int(sizes.sum() * share)) as advance:
+        return gather(dataset, advance, everything=everything)
+
+
+def describe(path: str, document: int | None, statistics: Statistics) -> dict[str, Any]:
     """The figures of a dataset, and document number `document` if one is asked for (ConfigError if there is none)."""
     dataset = open_dataset(path)
     manifest = dataset.manifest
@@ -37,12 +63,30 @@ def describe(path: str, document: int | None) -> dict[str, Any]:
         "eod_token": manifest.eod_token,
         "options": manifest.options,
         "bytes_per_token": dataset.text_bytes / dataset.num_tokens,
-        "tokens_per_document": _length_figures(dataset),
         "shards": [{"file": shard_name(index), **row} for index, row in enumerate(dataset.shard_rows())],
+        **describe_statistics(dataset, statistics),
     }
     if document is not None:
         description["document"] = _describe_document(dataset, document)
     return description
+
+
+def describe_statistics(dataset: Dataset, statistics: Statistics) -> dict[str, Any]:
+    """What was counted, and in how much of the dataset."""
+    tokenizer = _tokenizer(dataset)
+    texts = (tokenizer.decode([token], skip_special_tokens=False) for token in range(dataset.vocab_size))
+    return {
+        "counted": {
+            "record_batches": statistics.num_batches,
+            "of_record_batches": int(dataset.table.batch_starts[-1]),
+            "documents": statistics.num_documents,
+            "tokens": statistics.num_tokens,
+        },
+        "tokens_per_document": length_figures(statistics),
+        "length_histogram": length_histogram(statistics),
+        "sources": source_shares(statistics),
+        "frequent_tokens": frequent_tokens(statistics, texts),
+    }
 
 
 def describe_json(description: dict[str, Any]) -> bytes:
@@ -50,35 +94,51 @@ def describe_json(description: dict[str, Any]) -> bytes:
     return orjson.dumps(description, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def show(path: str, document: int | None) -> None:
+def show(path: str, document: int | None, statistics: Statistics) -> None:
     """Print the figures for people, and a document (the first, if none is asked for) as text beside its tokens."""
-    description = describe(path, document or 0)
+    description = describe(path, document or 0, statistics)
     shown = description.pop("document")
     shards = description.pop("shards")
-    lengths = description.pop("tokens_per_document")
+    counted = {name: description.pop(name) for name in STATISTICS}
     console = Console(highlight=False, soft_wrap=True)
     for name, value in description.items():
         _show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    _show_figure(console, "tokens_per_document", ", ".join(f"{name} {value:g}" for name, value in lengths.items()))
     _show_figure(console, "shards", f"{len(shards)}, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB")
+    show_statistics(console, counted)
     console.print()
     place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens"
-    console.print(Text(f"Document {shown['index']}: {shown['id']} ({place})"))
+    console.print(Text(_printable(f"Document {shown['index']}: {shown['id']} ({place})")))
     _show_lines(console, open_dataset(path), shown["tokens"][:MAX_SHOWN_TOKENS])
+
+
+def show_statistics(console: Console, described: dict[str, Any]) -> None:
+    """Print what ``describe_statistics`` gave."""
+    counted, lengths = described["counted"], described["tokens_per_document"]
+    whole = counted["record_batches"] == counted["of_record_batches"]
+    extent = "all" if whole else f"a sample: {counted['record_batches']} of {counted['of_record_batches']}"
+    _show_figure(console, "counted", f"{extent} record batches, {counted['tokens']} tokens")
+    _show_figure(console, "tokens_per_document", ", ".join(f"{name} {value:.6g}" for name, value in lengths.items()))
+    table = Table("document tokens", "documents", "", "tokens", show_edge=False, box=None)
+    most = max(entry["documents"] for entry in described["length_histogram"])
+    for entry in described["length_histogram"]:
+        bar = "#" * -(-BAR_WIDTH * entry["documents"] // most)
+        table.add_row(f"{entry['from']} to {entry['to'] - 1}", str(entry["documents"]), bar, str(entry["tokens"]))
+    console.print(table)
+    console.print("% of tokens  documents  bytes per token  source")
+    for entry in described["sources"][:MAX_SHOWN_ROWS]:
+        ratio = entry["text_bytes"] / entry["tokens"]
+        figures = f"{100 * entry['share']:11.2f}  {entry['documents']:9}  {ratio:15.3f}"
+        console.print(Text(f"{figures}  {_printable(entry['source'])}"))
+    if len(described["sources"]) > MAX_SHOWN_ROWS:
+        console.print(f"... and {len(described['sources']) - MAX_SHOWN_ROWS} more")
+    table = Table("frequent token", "id", "% of tokens", show_edge=False, box=None)
+    for entry in described["frequent_tokens"][:MAX_SHOWN_ROWS]:
+        table.add_row(Text(_printable(repr(entry["text"]))), str(entry["id"]), f"{100 * entry['share']:.2f}")
+    console.print(table)
 
 
 def _show_figure(console: Console, name: str, value: str) -> None:
     console.print(Text(f"{name.replace('_', ' '):<20} {value}"))
-
-
-def _length_figures(dataset: Dataset) -> dict[str, float]:
-    """Tokens per document; the quantiles are those of up to MAX_SAMPLED_SHARDS shards, spread over all."""
-    step = -(-dataset.num_shards // MAX_SAMPLED_SHARDS)
-    sampled = [dataset.shard(index) for index in range(0, dataset.num_shards, step)]
-    lengths = np.concatenate([np.diff(shard.views(k).offsets) for shard in sampled for k in range(len(shard.places))])
-    quantiles = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
-    figures = {name: float(np.quantile(lengths, share)) for name, share in quantiles.items()}
-    return {"mean": dataset.num_tokens / dataset.num_documents, **figures}
 
 
 def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:

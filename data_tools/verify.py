@@ -202,8 +202,10 @@ def _batch_problem(
     for document, ((first, last), written) in enumerate(zip(pairwise(borders), hashes, strict=True), first_document):
         if xxhash.xxh3_128_digest(data[first:last]) != written:
             start = place.offset + tokens.ctypes.data - address
+            hash_start = place.offset + batch["hash"].buffers()[1].address - address + 16 * (document - first_document)
             return (
-                f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another hash"
+                f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another hash "
+                f"than the one in bytes {hash_start} to {hash_start + 16}"
             )
     ends = np.flatnonzero(tokens == dataset.eod_id)
     if not np.array_equal(ends, offsets[1:] - 1):

@@ -231,7 +231,7 @@ class Dataset:
             f"{self.path}/{name}",
             places,
             self.schema,
-            lambda number: read(places[number]),
+            read,
             self.storage.num_open_batches,
         )
 

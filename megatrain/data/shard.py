@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -37,7 +37,8 @@ class Views(NamedTuple):
 class Shard:
     """The record batches of a shard; each is looked at when it is needed.
 
-    ``read(number)`` gives the bytes of a record batch; they stay valid as long as the buffer or a view of it lives.
+    ``read(place)`` gives the bytes of a record batch; they stay valid as long as the buffer or a view of it lives.
+    ``max_views``: of how many record batches the views are kept (None: of all).
     """
 
     def __init__(
@@ -45,31 +46,18 @@ class Shard:
         name: str,
         places: list[BatchPlace],
         schema: pa.Schema,
-        read: Callable[[int], pa.Buffer],
+        read: Callable[[BatchPlace], pa.Buffer],
         max_views: int | None,
     ) -> None:
-        self.name = name
         self.places = places
         self.token_starts = [0, *accumulate(place.num_tokens for place in places)]
         """Where in the shard each batch's tokens begin; one entry more than batches."""
         self.document_starts = [0, *accumulate(place.num_documents for place in places)]
-        self.views = lru_cache(max_views)(self._views)
-        """Tokens and document borders of record batch `number`; so many are kept."""
-        self._schema = schema
-        self._read = read
-
-    def record_batch(self, number: int) -> pa.RecordBatch:
-        """Record batch ``number`` with all its columns. Raises DataError where it is not what the table promises."""
-        place = self.places[number]
-        try:
-            batch = pa.ipc.read_record_batch(self._read(number), self._schema)
-            batch.validate()
-        except (OSError, EOFError, pa.ArrowException) as error:
-            raise self._damage(number, f"cannot be read: {error}") from None
-        offsets = batch.column(0).offsets
-        if (batch.num_rows, offsets[-1].as_py() - offsets[0].as_py()) != (place.num_documents, place.num_tokens):
-            raise self._damage(number, f"does not hold {place.num_documents} documents, {place.num_tokens} tokens")
-        return batch
+        # Neither refers to the shard: it has to go, and its map with it, in the moment that nobody uses it any more.
+        self.record_batch = partial(_record_batch, name, places, schema, read)
+        """Record batch `number` with all its columns. Raises DataError where it is not what the table promises."""
+        self.views = lru_cache(max_views)(partial(_views, self.record_batch))
+        """Tokens and document borders of record batch `number`."""
 
     def batch_at(self, position: int) -> int:
         """The record batch that holds the shard's token ``position``; the last one for the position behind all."""
@@ -79,11 +67,26 @@ class Shard:
         """The record batch that holds the shard's document ``row``."""
         return bisect_right(self.document_starts, row) - 1
 
-    def _views(self, number: int) -> Views:
-        return Views.of(self.record_batch(number))
 
-    def _damage(self, number: int, what: str) -> DataError:
-        return DataError(
-            f"{self.name}, record batch {number}, {what}. Copy the shard again, or tokenize again; "
+def _views(record_batch: Callable[[int], pa.RecordBatch], number: int) -> Views:
+    return Views.of(record_batch(number))
+
+
+def _record_batch(
+    name: str, places: list[BatchPlace], schema: pa.Schema, read: Callable[[BatchPlace], pa.Buffer], number: int
+) -> pa.RecordBatch:
+    place = places[number]
+    try:
+        batch = pa.ipc.read_record_batch(read(place), schema)
+        batch.validate()
+        offsets = batch.column(0).offsets
+        counts = batch.num_rows, offsets[-1].as_py() - offsets[0].as_py()
+        problem = f"holds {counts} documents and tokens, not {place[2:4]}" if counts != place[2:4] else None
+    except (OSError, EOFError, pa.ArrowException) as error:
+        problem = f"cannot be read: {error}"
+    if problem is not None:
+        raise DataError(
+            f"{name}, record batch {number}, {problem}. Copy the shard again, or tokenize again; "
             "`megatrain-data verify` checks the whole dataset."
         )
+    return batch

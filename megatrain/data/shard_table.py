@@ -127,7 +127,7 @@ class ShardTable:
 
     def num_bytes(self, shard: int) -> int:
         """Size of a shard's file."""
-        return int(self.rows["bytes"][shard].as_py())
+        return int(self._num_bytes[shard])
 
     def checksum(self, shard: int) -> bytes:
         """xxh3 (128 bits) of a shard's file."""
@@ -141,9 +141,11 @@ class ShardTable:
 
     def places(self, shard: int) -> list[BatchPlace]:
         """Where the shard's record batches lie. Raises DataError where that cannot be."""
-        row = self.rows["batches"][shard].as_py()
-        places = [BatchPlace(*(batch[name] for name in BATCH_FIELDS)) for batch in row]
-        num_documents, num_tokens = (self.rows[name][shard].as_py() for name in ("documents", "tokens"))
+        rows = slice(self.batch_starts[shard], self.batch_starts[shard + 1])
+        columns = [column[rows].tolist() for column in self._batch_columns]
+        places = list(map(BatchPlace, *columns, self._batch_checksums[rows].to_pylist()))
+        num_documents = self.document_starts[shard + 1] - self.document_starts[shard]
+        num_tokens = self.token_starts[shard + 1] - self.token_starts[shard]
         end = ARROW_MAGIC_BYTES
         for place in places:
             if place.offset < end or min(place.num_bytes, place.num_documents, place.num_tokens) < 1:
@@ -154,12 +156,23 @@ class ShardTable:
             raise DataError(f"{self.path}: row {shard} is at odds with its record batches. Tokenize again.")
         return places
 
+    @cached_property
+    def _num_bytes(self) -> Ints:
+        sizes: Ints = self.rows["bytes"].to_numpy()
+        return sizes
+
+    @cached_property
+    def _batch_columns(self) -> list[Ints]:
+        batches = self.rows["batches"].values
+        return [batches.field(name).to_numpy() for name in ("offset", "bytes", "documents", "tokens")]
+
+    @cached_property
+    def _batch_checksums(self) -> pa.Array:
+        return self.rows["batches"].values.field("checksum")
+
     def shard_at(self, position: int) -> int:
         """The shard that holds the token at ``position``; the last one for the position behind all tokens."""
         return bisect_right(self.token_starts, position, 0, self.rows.num_rows) - 1
-
-
-BATCH_FIELDS = ("offset", "bytes", "documents", "tokens", "checksum")
 
 
 def _starts(counts: Ints) -> memoryview:

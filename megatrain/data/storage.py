@@ -75,7 +75,7 @@ class LocalFolder:
                 f"{self.path / name} has {data.size} bytes where the dataset says {num_bytes}. Copy it again, or "
                 "tokenize again; `megatrain-data verify` checks the whole dataset."
             )
-        return lambda place: data.slice(place.offset, place.num_bytes)
+        return lambda place: data[place.offset : place.offset + place.num_bytes]
 
     def read(self, name: str, start: int, stop: int) -> pa.Buffer:
         """Bytes [start, stop) of a file, mapped."""

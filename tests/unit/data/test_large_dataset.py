@@ -1,0 +1,81 @@
+"""Datasets of 10^12 tokens: sparse files, each shard's tokens a hole but for its number."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from benchmarks._sparse_dataset import EOD_ID, write_sparse_dataset
+from megatrain.data import Dataset, open_dataset
+from megatrain.data.format import shard_name
+from megatrain.data.storage import MAPPED_SHARDS
+
+SHARD_TOKENS = 10_000_000
+HALF = SHARD_TOKENS // 2
+MANY = pytest.param(100_000, 20_000, marks=pytest.mark.slow, id="10^12 tokens in 10^5 shards")
+
+
+def num_mapped_shards() -> int:
+    return sum("shard-" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def anonymous_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def check_window(dataset: Dataset, start: int, length: int) -> None:
+    """Compare a window with what is known of every position."""
+    window = dataset.window(start, length)
+    expected = np.zeros(length, np.uint16)
+    for document in range(start // HALF, (start + length) // HALF + 1):
+        shard = document // 2
+        known = [(0, shard & 0xFFFF), (1, shard >> 16), (HALF - 1, EOD_ID)]
+        for offset, token in known:
+            if start <= document * HALF + offset < start + length:
+                expected[document * HALF + offset - start] = token
+    assert np.array_equal(window, expected)
+    begins = [k * HALF - start for k in range(-(-start // HALF), -(-(start + length) // HALF))]
+    assert dataset.document_starts(start, length).tolist() == begins
+    assert dataset.document_at(start) == start // HALF
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts the maps as Linux tells them")
+@pytest.mark.parametrize(("num_shards", "num_windows"), [pytest.param(1500, 3000, id="1,500 shards"), MANY])
+def test_any_window_of_a_huge_dataset_within_bounded_memory_and_maps(
+    num_shards: int, num_windows: int, tmp_path: Path
+) -> None:
+    write_sparse_dataset(tmp_path / "data", num_shards, SHARD_TOKENS)
+    before = anonymous_bytes()
+    num_files = psutil.Process().num_fds()
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.num_tokens == num_shards * SHARD_TOKENS
+    last = dataset.num_tokens - 100
+    rng = random.Random(3)
+    held = [dataset.window(k * SHARD_TOKENS, 2) for k in range(1, num_shards, num_shards // 100)]
+    borders = (max(rng.randrange(2 * num_shards) * HALF - 50, 0) for _ in range(num_windows // 2))
+    anywhere = (rng.randrange(last) for _ in range(num_windows // 2))
+    for start in (0, last, *borders, *anywhere):
+        check_window(dataset, start, 100)
+    assert num_mapped_shards() <= MAPPED_SHARDS + len(held) + 1
+    assert psutil.Process().num_fds() <= num_files + 1
+    assert anonymous_bytes() - before < 64e6
+    for k, window in zip(range(1, num_shards, num_shards // 100), held, strict=True):
+        assert window.tolist() == [k & 0xFFFF, k >> 16], "a view outlives its shard's place among those that are mapped"
+    shutil.rmtree(tmp_path / "data")
+
+
+def test_opening_looks_at_no_shard_and_lengths_are_read_one_by_one(tmp_path: Path) -> None:
+    write_sparse_dataset(tmp_path / "data", 40, 3_000_000)
+    for index in range(3, 40):
+        (tmp_path / "data" / shard_name(index)).unlink()
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.num_documents == 80
+    lengths = np.concatenate(list(islice(dataset.document_lengths(), 6)))
+    assert lengths.tolist() == [1_500_000] * 6
