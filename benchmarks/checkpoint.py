@@ -15,7 +15,8 @@ cache, or (`cold`) dropped from it.
 
     python benchmarks/checkpoint.py [--procs 1] [--turns 7] [--folder DIR]
 
-Prints medians and the range over turns, and the median of the ratios to plain in the same turn.
+Prints medians and the range over turns, and the median of the ratios to plain in the same turn: by the clock, and of
+the CPU time of rank 0, which says more where others use the machine.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -59,6 +61,18 @@ checkpoint: {{keep: 1}}
 NUM_STEPS = 2
 SAVES = ("plain", "megatrain", "deepspeed", "dcp", "dcp async")
 LOADS = ("plain", "megatrain", "deepspeed", "dcp")
+
+
+class Moment(NamedTuple):
+    """Seconds on the wall's clock, and of this process's CPU time."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        """This one."""
+        return cls(time.perf_counter(), time.process_time())
 
 
 class Rank:
@@ -86,20 +100,26 @@ class Rank:
         self.memory = memoryview(bytearray(self.num_bytes))
 
     def save(self, way: str) -> dict[str, float]:
-        """Seconds that training would stand still, seconds until all is on disk, and CPU seconds of this rank."""
+        """Seconds that training would stand still, and seconds until all is on disk; CPU seconds of this rank."""
         self.num_saves[way] += 1
         target = self.saved(way)
         os.sync()
         self.run.groups.barrier()
-        stall: list[float] = []
-        began, cpu = time.perf_counter(), time.process_time()
-        SAVE[way](self, target, lambda: stall.append(time.perf_counter() - began))
+        began = Moment.now()
+        stalled: list[Moment] = []
+        SAVE[way](self, target, lambda: stalled.append(Moment.now()))
         self.run.groups.barrier()
-        whole = time.perf_counter() - began
-        cpu = time.process_time() - cpu
+        ended = Moment.now()
         if self.rank == 0 and way != "megatrain":
             shutil.rmtree(self.saved(way, before=1), ignore_errors=True)
-        return {"stall": max(self.run.groups.gather(stall[0] if stall else whole)), "whole": whole, "cpu": cpu}
+        until = stalled[0] if stalled else ended
+        stall = max(self.run.groups.gather(until.wall - began.wall))
+        return {
+            "stall": stall,
+            "stall cpu": until.cpu - began.cpu,
+            "whole": ended.wall - began.wall,
+            "whole cpu": ended.cpu - began.cpu,
+        }
 
     def load(self, way: str, cold: bool) -> dict[str, float]:
         """Seconds until the state is there, and CPU seconds."""
@@ -107,10 +127,11 @@ class Rank:
         if cold and self.rank == 0:
             drop_from_cache(target)
         self.run.groups.barrier()
-        began, cpu = time.perf_counter(), time.process_time()
+        began = Moment.now()
         LOAD[way](self, target)
         self.run.groups.barrier()
-        return {"whole": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+        ended = Moment.now()
+        return {"whole": ended.wall - began.wall, "whole cpu": ended.cpu - began.cpu}
 
     def saved(self, way: str, before: int = 0) -> Path:
         """Where a way's newest save is, or one before it."""
@@ -310,12 +331,12 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
 def report(name: str, answers: list[dict[str, float]], plain: list[dict[str, float]], figure: str) -> None:
     values = [answer[figure] for answer in answers]
-    ratio = statistics.median(value / other["whole"] for value, other in zip(values, plain, strict=True))
-    cpu = statistics.median(answer["cpu"] for answer in answers)
-    print(
-        f"{name:<28} {statistics.median(values):6.3f} s ({min(values):.3f} to {max(values):.3f}), "
-        f"{ratio:5.2f} of plain, {cpu:.2f} CPU-s of rank 0"
-    )
+    pairs = list(zip(answers, plain, strict=True))
+    ratio = statistics.median(answer[figure] / other["whole"] for answer, other in pairs)
+    cpu = statistics.median(answer[f"{figure} cpu"] for answer in answers)
+    cpu_ratio = statistics.median(answer[f"{figure} cpu"] / other["whole cpu"] for answer, other in pairs)
+    spread = f"{statistics.median(values):6.3f} s ({min(values):.3f} to {max(values):.3f})"
+    print(f"{name:<28} {spread}, {ratio:5.2f} of plain; CPU {cpu:.3f} s, {cpu_ratio:.2f} of plain")
 
 
 def cpu_name() -> str:
