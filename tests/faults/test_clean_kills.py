@@ -1,0 +1,127 @@
+"""SIGKILL at any step of dedup and filter, or of one of several processes at the same work; then the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.tokenize_inputs import environment, folder_bytes, write_inputs
+
+# Runs the command in forks of one process that has imported everything. Each fork kills itself at its n-th call that
+# opens, renames, removes or makes a file: the n-th step at which what is on disk can be torn.
+KILLS = """
+import os, signal, sys
+from contextlib import nullcontext
+from pathlib import Path
+from data_tools.clean.dedup import DedupOptions, dedup
+from data_tools.clean.filter import choose_filters, filter_documents
+from data_tools.clean.job import Effort
+from data_tools.ranks import Ranks
+from data_tools.units import ReadOptions
+import rensa, filelock, fsspec, zstandard, pyarrow.parquet
+
+STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+_, command, out, *steps = sys.argv
+
+def work(step):
+    remaining = step
+    def watch(event, arguments):
+        nonlocal remaining
+        if event in STEPS and out in str(arguments[0]):
+            remaining -= 1
+            if remaining == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+    effort = Effort(1, lambda *_: nullcontext(lambda n: None), Ranks(), 40_000)
+    read = ReadOptions(whole_records=True)
+    if command == "filter":
+        filter_documents(["in"], Path(out), read, choose_filters("length,gopher_repetition", None), effort, False)
+    else:
+        dedup(["in"], Path(out), DedupOptions(read, command, num_permutations=32), effort, False)
+    os._exit(0)
+
+for step in map(int, steps):
+    child = os.fork()
+    if child == 0:
+        work(step)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clean-kills")
+    write_inputs(folder / "in", 1)
+    return folder
+
+
+def run(folder: Path, command: str, out: str, *steps: int) -> list[int]:
+    """The exit codes of runs, each killed at its step; 0 for one that has fewer."""
+    arguments = [sys.executable, "-c", KILLS, command, out, *map(str, steps)]
+    done = subprocess.run(
+        arguments, cwd=folder, env=environment(), stdout=subprocess.PIPE, check=True, text=True, timeout=280
+    )
+    return [int(line) for line in done.stdout.split()]
+
+
+KILLS_IN_ALL = 200 if os.environ.get("MEGATRAIN_ACCEPTANCE") else 12
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["minhash", pytest.param("exact", marks=pytest.mark.slow), pytest.param("filter", marks=pytest.mark.slow)],
+)
+def test_sigkill_at_any_step_changes_no_byte(command: str, folder: Path) -> None:
+    assert run(folder, command, f"{command}-whole", 10**9) == [0]
+    expected = folder_bytes(folder / f"{command}-whole")
+    drawn = random.Random(command)
+    steps = [drawn.randrange(1, 60) for _ in range(KILLS_IN_ALL)]
+    codes = run(folder, command, f"{command}-killed", *steps, 10**9)
+    assert codes.count(-signal.SIGKILL) >= 4
+    assert codes[-1] == 0
+    assert folder_bytes(folder / f"{command}-killed") == expected
+
+
+def dedup_command(out: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", "data_tools", "dedup", "in", "--out", out, "--method", "minhash", *options]
+
+
+def test_processes_that_know_nothing_of_each_other_share_the_work(folder: Path) -> None:
+    options = ("--num-permutations", "32", "--workers", "1")
+    subprocess.run(dedup_command("alone", *options), cwd=folder, env=environment(), check=True, capture_output=True)
+    tasks = [
+        subprocess.Popen(
+            dedup_command("shared", *options),
+            cwd=folder,
+            env=environment(SLURM_ARRAY_TASK_ID=str(k), SLURM_ARRAY_TASK_COUNT="3", SLURM_ARRAY_TASK_MIN="0"),
+            stdout=subprocess.DEVNULL,
+        )
+        for k in range(3)
+    ]
+    assert [task.wait(timeout=200) for task in tasks] == [0, 0, 0]
+    assert folder_bytes(folder / "shared") == folder_bytes(folder / "alone")
+
+
+@pytest.mark.slow
+def test_mpirun_gives_the_same_bytes_and_one_report(folder: Path) -> None:
+    options = ("--num-permutations", "32", "--workers", "1")
+    subprocess.run(dedup_command("one", *options), cwd=folder, env=environment(), check=True, capture_output=True)
+    mpirun = [str(Path(sys.executable).parent / "mpirun"), "--oversubscribe", "-n", "3"]
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(
+        [*mpirun, *dedup_command("mpi", *options)],
+        cwd=folder,
+        env=environment(**as_root),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=280,
+    )
+    assert done.stdout.count("Kept:") == 1
+    assert folder_bytes(folder / "mpi") == folder_bytes(folder / "one")
