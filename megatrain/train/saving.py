@@ -8,13 +8,14 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TypeVar
 
 from megatrain.checkpoint.location import Location, locate
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes, rank_file
-from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, resolve
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store, resolve
 from megatrain.errors import CheckpointError
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
@@ -116,8 +117,19 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
             return progress, found, aside
         logger.info("passing over %s: %s", found.path, problem)
         damaged[found.path] = problem
+    _on_first_rank(run, lambda: _refuse_to_begin_elsewhere(run))
     run.store.join(_on_first_rank(run, lambda: run.store.generation))
     return _begin(run), None, []
+
+
+def _refuse_to_begin_elsewhere(run: Run) -> None:
+    """A run whose checkpoint.dir was changed would begin afresh without a word."""
+    before = find_store(Path(run.config.run.dir))
+    if before.folder != run.store.folder and any(True for _ in before.names()):
+        raise CheckpointError(
+            f"checkpoint.dir was changed: the checkpoints are in {before.folder}, and {run.store.folder} has none. Put it "
+            "back, or copy them there."
+        )
 
 
 def _on_first_rank(run: Run, action: Callable[[], T]) -> T:

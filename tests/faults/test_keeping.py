@@ -70,3 +70,12 @@ def test_rewinding_goes_back_to_the_named_step_and_trains_the_same_from_there(
     assert [event["step"] for event in metrics.events if event["event"] == "resume"] == [2]
     assert _steps(run.run_dir) == [2, 4, 6]
     assert len(list((run.run_dir / "checkpoints").glob("set-aside-*"))) == 2
+
+
+def test_a_changed_place_of_checkpoints_is_refused_rather_than_begun_afresh(
+    copy_run: object, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    run: Copy = copy_run()  # type: ignore[operator]
+    ended = two_ranks.train(run.config, f"checkpoint.dir={tmp_path / 'elsewhere'}")
+    assert ended.codes == [4, 4], ended.output
+    assert f"checkpoints are in {run.run_dir / 'checkpoints'}" in "".join(ended.output)
