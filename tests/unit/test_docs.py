@@ -18,14 +18,14 @@ from megatrain.distributed.fragment import Box, Fragment, Piece
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-MODULES = {"megatrain": "megatrain", "megatrain-data": "data_tools"}
+MODULES = {"megatrain": "megatrain", "megatrain-data": "data_tools", "megatrain-launch": "launcher"}
 
 
 def command_lines(text: str) -> list[list[str]]:
     """The words of each line in a code block that calls one of our commands, after the command's name."""
     blocks = re.findall(r"```(?:console|bash)?\n(.*?)```", text, re.DOTALL) + re.findall(r"(?:^ {4}.*\n)+", text, re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip().removeprefix("$ ").split() for line in lines if re.match(r"\s*(\$ )?megatrain(-data)? ", line)]
+    return [line.strip().removeprefix("$ ").split() for line in lines if re.match(r"\s*(\$ )?megatrain(-data|-launch)? ", line)]
 
 
 @cache

@@ -1,0 +1,154 @@
+"""The command `megatrain-launch`: batch scripts for SLURM, and what they call inside their job.
+
+Only what parses the command line is imported here; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatrain.errors import ConfigError, MegatrainError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Start runs on a cluster."
+)
+job_app = typer.Typer(help="What a batch script calls inside its job.", no_args_is_help=True)
+app.add_typer(job_app, name="job")
+
+
+class Via(str, Enum):
+    """Who starts the ranks on the nodes."""
+
+    DEEPSPEED = "deepspeed"
+    SRUN = "srun"
+
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML config: see docs/config.md and configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of single keys, such as train.steps=10.")
+]
+Tries = Annotated[
+    int, typer.Option(min=1, help="Starts in a row that leave no new checkpoint, after which a job is given up.")
+]
+
+
+@app.command()
+def slurm(
+    config: Config,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one a rank.")] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each node, where there are no GPUs.")
+    ] = None,
+    via: Annotated[
+        Via, typer.Option(help="Who starts the ranks: `deepspeed`, over ssh, or `srun`, which needs no ssh.")
+    ] = Via.DEEPSPEED,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, help="Cores of each rank, which is bound to them; left out: not bound.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    account: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    qos: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to stay away from, as for sbatch.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, as for sbatch: 30, 12:00:00, 2-00.")] = None,
+    job_name: Annotated[str | None, typer.Option(help="Left out: the config's file name.")] = None,
+    signal_seconds: Annotated[
+        int, typer.Option(min=1, max=65535, help="How long before the limit the run is asked to save and end.")
+    ] = 180,
+    tries: Tries = 3,
+    chain: Annotated[
+        int | None, typer.Option(min=1, help="No requeueing: so many jobs, each if the one before did not finish.")
+    ] = None,
+    site: Annotated[Path | None, typer.Option(help="A YAML file with this cluster's own lines.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it, instead of printing it.")] = False,
+) -> None:
+    """Print or submit a batch script that trains CONFIG, and requeues itself when preempted or when a rank died."""
+    from launcher.script import Job, render
+    from launcher.site import read_site
+    from launcher.submit import submit_script
+    from megatrain.config import load
+    from megatrain.plan import rules
+
+    if (gpus_per_node is None) == (procs_per_node is None):
+        raise ConfigError("give either --gpus-per-node, or --procs-per-node for nodes without GPUs.")
+    ranks_per_node = gpus_per_node or procs_per_node or 1
+    loaded = load(config, overrides or ())
+    rules.check(loaded, nodes * ranks_per_node)
+    job = Job(
+        config=config,
+        overrides=tuple(overrides or ()),
+        run_dir=Path.cwd() / loaded.run.dir,
+        working_dir=Path.cwd(),
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        has_gpus=gpus_per_node is not None,
+        via_ssh=via is Via.DEEPSPEED,
+        cpus_per_task=cpus_per_task,
+        options={"partition": partition, "account": account, "qos": qos, "exclude": exclude, "time": time},
+        name=job_name or Path(config).stem,
+        signal_seconds=signal_seconds,
+        tries=tries,
+        chain=chain,
+    )
+    text = render(job, read_site(site))
+    if submit:
+        for number in submit_script(text, job.logs, chain or 1):
+            typer.echo(number)
+    else:
+        typer.echo(text, nl=False)
+
+
+@job_app.command()
+def begin(config: Config, overrides: Overrides = None, tries: Tries = 3) -> None:
+    """Before the ranks: refuse a run folder in use, forget what the start before left; prints a port that is free."""
+    from launcher.job import begin_job
+    from megatrain.config import load
+
+    typer.echo(begin_job(load(config, overrides or ()), tries))
+
+
+@job_app.command()
+def relay(
+    signal_name: Annotated[str, typer.Argument(metavar="SIGNAL", help="Such as USR1.")],
+) -> None:
+    """Send a signal to one of this job's ranks on this node, as soon as there is one: it tells the others."""
+    from launcher.job import relay_signal
+
+    relay_signal(signal_name)
+
+
+@job_app.command()
+def end(
+    config: Config,
+    code: Annotated[int, typer.Option(help="The exit code of what started the ranks.")],
+    overrides: Overrides = None,
+    tries: Tries = 3,
+) -> None:
+    """After the ranks: end those that are left; prints "requeue" or "stop", and exits with the first cause's code."""
+    from launcher.job import end_job
+    from megatrain.config import load
+
+    answer, cause = end_job(load(config, overrides or ()), code, tries)
+    typer.echo(answer)
+    raise typer.Exit(cause)
+
+
+def main() -> None:
+    """The console command."""
+    try:
+        app(prog_name="megatrain-launch")
+    except MegatrainError as error:
+        typer.echo(f"megatrain-launch: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

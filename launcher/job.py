@@ -1,0 +1,138 @@
+"""What a batch script asks before and after its ranks, and how it reaches them.
+
+RUN/logs/restarts.json remembers from one start of a SLURM job to the next whether the run gets anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import orjson
+import psutil
+
+from megatrain.checkpoint.location import locate
+from megatrain.checkpoint.lock import refuse_if_locked
+from megatrain.config import RunConfig
+from megatrain.distributed import failures, local_ranks
+from megatrain.distributed.bootstrap import job_identity, job_port, start_name
+from megatrain.distributed.supervisor import verdict
+from megatrain.errors import EXIT_PREEMPTED, EXIT_RANK, ConfigError, RankError
+
+_FILE = "restarts.json"
+_LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """How the starts of a SLURM job went. ``newest_step``: of the run's newest checkpoint as the last one began, None
+    without one; ``num_fruitless``: starts in a row before it that left none; ``was_asked``: it ended on request.
+    """
+
+    newest_step: int | None = None
+    num_fruitless: int = 0
+    was_asked: bool = False
+
+    def next(self, newest_step: int | None) -> Restarts:
+        """At the beginning of the next start."""
+        fruitful = self.was_asked or newest_step != self.newest_step
+        return Restarts(newest_step, 0 if fruitful else self.num_fruitless + 1)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Restarts | None:
+        """What the start before wrote; None without one."""
+        try:
+            return cls(**orjson.loads((run_dir / "logs" / _FILE).read_bytes()))
+        except (OSError, orjson.JSONDecodeError, TypeError):
+            return None
+
+    def write(self, run_dir: Path) -> None:
+        """Leave it to the next start. A disk that cannot take it does not stop the run."""
+        with contextlib.suppress(OSError):
+            (run_dir / "logs" / _FILE).write_bytes(orjson.dumps(asdict(self)))
+
+
+def begin_job(config: RunConfig, tries: int) -> int:
+    """Make the run ready for this start of the job; the port to meet at.
+
+    Raises CheckpointError where another job holds the run folder, RankError where ``tries`` starts led nowhere.
+    """
+    run_dir, job = Path(config.run.dir), job_identity()
+    if "slurm_job" not in job:
+        raise ConfigError("SLURM_JOB_ID is not set: this is for batch scripts, inside their job.")
+    refuse_if_locked(run_dir, job)
+    start = int(job.get("slurm_restarts", "0"))
+    before = Restarts.read(run_dir) if start else None
+    restarts = before.next(_newest_step(config)) if before else Restarts(_newest_step(config))
+    if restarts.num_fruitless >= tries:
+        raise RankError(
+            f"{tries} starts in a row left no new checkpoint in {run_dir}: the job is given up. The output above and "
+            f"{run_dir / 'logs'} say why the ranks failed; mend it and submit the job again."
+        )
+    (run_dir / "logs").mkdir(exist_ok=True)
+    restarts.write(run_dir)
+    failures.forget(run_dir)
+    return job_port(int(job["slurm_job"]), start)
+
+
+def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
+    """After the ranks' launcher has ended with ``status``: "requeue" or "stop", and the exit code of the first cause.
+
+    Waits for the ranks of this node that outlived their launcher, after asking them to save and stop.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM may be ending the job: this much has still to be told
+        signal.signal(number, signal.SIG_IGN)
+    run_dir = Path(config.run.dir)
+    orphans = _ranks()
+    local_ranks.end(orphans)
+    first = failures.read(run_dir, start_name())
+    restarts = Restarts.read(run_dir) or Restarts()
+    if first is not None and first.exit_code == EXIT_PREEMPTED:
+        # A rank says so only when the state of all is saved, whatever its launcher made of it.
+        replace(restarts, was_asked=True).write(run_dir)
+        return "requeue", EXIT_PREEMPTED
+    code = verdict(status, len(orphans), first)
+    if code != EXIT_RANK:
+        return "stop", code
+    is_left = restarts.next(_newest_step(config)).num_fruitless < tries
+    if not is_left:
+        sys.stderr.write(f"{tries} starts in a row left no new checkpoint: the job is given up.\n")
+    return "requeue" if is_left else "stop", code
+
+
+def relay_signal(name: str) -> None:
+    """Send a signal to a rank of this job on this node, which tells the others; waits until one is there and listens.
+
+    Gives up when the batch script has ended. Raises ConfigError for a name that no signal has.
+    """
+    try:
+        number = signal.Signals[f"SIG{name.removeprefix('SIG')}"]
+    except KeyError:
+        raise ConfigError(f"{name} is no signal; give one such as USR1 or TERM.") from None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, for all of the job: the rank has to hear of it
+    script = os.getppid()
+    while os.getppid() == script and not any(local_ranks.tell(process, number) for process in _ranks()):
+        time.sleep(_LOOK_SECONDS)
+
+
+def _ranks() -> list[psutil.Process]:
+    """The ranks of this job that run on this node."""
+    return local_ranks.find_ranks(_is_of_job(os.environ.get("SLURM_JOB_ID", "")))
+
+
+def _is_of_job(job: str) -> Callable[[psutil.Process], bool]:
+    return lambda process: bool(job) and process.environ().get("SLURM_JOB_ID") == job
+
+
+def _newest_step(config: RunConfig) -> int | None:
+    """Of the run's checkpoints, by their names alone: what reads them properly imports torch."""
+    place = config.checkpoint.dir
+    folder = locate(place) if place else Path(config.run.dir) / "checkpoints"
+    names = [path.parent.name.partition(".")[0] for path in folder.glob("step-*/manifest.json")]
+    return max((int(name.removeprefix("step-")) for name in names), default=None)

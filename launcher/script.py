@@ -1,0 +1,159 @@
+"""A job for SLURM as the batch script that a person would have written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from launcher.site import Site
+from megatrain.errors import ConfigError
+
+_PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run, on what, and how it is asked for."""
+
+    config: str
+    overrides: tuple[str, ...]
+    run_dir: Path
+    working_dir: Path
+    nodes: int
+    ranks_per_node: int
+    has_gpus: bool
+    via_ssh: bool
+    """Whether `deepspeed` starts the ranks, over ssh; else `srun` does."""
+    cpus_per_task: int | None
+    options: Mapping[str, str | None]
+    """Options of sbatch by name; those that are None are left out."""
+    name: str
+    signal_seconds: int
+    tries: int
+    chain: int | None
+
+    @property
+    def logs(self) -> Path:
+        """Where the job's output and its files go."""
+        return self.run_dir / "logs"
+
+
+def render(job: Job, site: Site) -> str:
+    """The batch script; makes the folder of its output, without which SLURM would fail the job.
+
+    Raises ConfigError for what cannot stand in a script: control characters; names that DeepSpeed would pass over ssh
+    unquoted; a limit that is shorter than the signal ahead of it.
+    """
+    _check(job, site)
+    try:
+        job.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{job.logs} cannot be made: {error.strerror}. Set run.dir to shared storage.") from None
+    environment = Environment(
+        loader=PackageLoader("launcher", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    words = [job.config, *job.overrides]
+    return environment.get_template("slurm.sh.j2").render(
+        job=job,
+        options=[shlex.quote(option) for option in _options(job, site)],
+        python=shlex.join(site.python),
+        words=shlex.join(words),
+        remote_words=" ".join(shlex.quote(_for_remote_shell(word)) for word in words),
+        bindings=shlex.join([*_bindings(job), *site.srun]),
+        logs=shlex.quote(str(job.logs)),
+        prologue=site.prologue.strip("\n"),
+    )
+
+
+def _options(job: Job, site: Site) -> list[str]:
+    """sbatch's options, in the order that a person would look for them."""
+    given = [f"--{name}={value}" for name, value in job.options.items() if value is not None]
+    counts = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
+    counts += [f"--gpus-per-node={job.ranks_per_node}"] if job.has_gpus else []
+    counts += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+    output = str(job.logs).replace("\\", "\\\\").replace("%", "%%") + "/slurm-%j.out"
+    return [
+        *site.sbatch,
+        f"--job-name={job.name}",
+        *counts,
+        *given,
+        f"--chdir={job.working_dir}",
+        f"--output={output}",
+        "--open-mode=append",
+        "--no-requeue" if job.chain else "--requeue",
+        f"--signal=B:USR1@{job.signal_seconds}",
+    ]
+
+
+def _bindings(job: Job) -> list[str]:
+    """srun's options that give each rank its cores and their memory.
+
+    Ranks see all GPUs of their node and take theirs by LOCAL_RANK: hidden from each other, they copy slowly.
+    """
+    gpus = ["--gpu-bind=none"] if job.has_gpus else []
+    if job.cpus_per_task is None:
+        return [*gpus, "--cpu-bind=none"]
+    return [*gpus, f"--cpus-per-task={job.cpus_per_task}", "--cpu-bind=cores", "--mem-bind=local"]
+
+
+def _for_remote_shell(word: str) -> str:
+    """A word that DeepSpeed may pass through pdsh (which replaces %n) to a shell at the other end, as it is.
+
+    As $'...', with whatever is not plain by its bytes: so it has no space either, around which DeepSpeed would quote.
+    """
+    if _PLAIN.fullmatch(word):
+        return word
+    safe = (chr(b) if _PLAIN.fullmatch(chr(b)) and b < 128 else f"\\x{b:02x}" for b in word.encode())
+    return f"$'{''.join(safe)}'"
+
+
+def _check(job: Job, site: Site) -> None:
+    given = [value for value in job.options.values() if value is not None]
+    for word in (job.config, *job.overrides, str(job.run_dir), str(job.working_dir), job.name, *given):
+        if not word.isprintable():
+            raise ConfigError(f"{word!r} has a control character: it cannot stand in a batch script.")
+    limit = job.options.get("time")
+    if limit is not None and (seconds := limit_seconds(limit)) is not None and seconds <= job.signal_seconds:
+        raise ConfigError(
+            f"--time {limit} is no longer than --signal-seconds {job.signal_seconds}: the run would be asked to end as "
+            "it begins. Give more time, or a signal closer to the limit."
+        )
+    if not job.via_ssh:
+        return
+    if site.srun:
+        raise ConfigError("the site's srun options need --via srun: with --via deepspeed, srun starts no ranks.")
+    if job.nodes > 1:
+        for word in (str(job.working_dir), str(job.logs), *site.python):
+            if not _PLAIN.fullmatch(word):
+                raise ConfigError(
+                    f"{word}: DeepSpeed passes it over ssh without quotes, so it may have letters, digits and "
+                    "@+=:,./-_ alone. Use another folder, or --via srun."
+                )
+
+
+def limit_seconds(limit: str) -> int | None:
+    """A limit as sbatch takes it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s); None where it has none, such as UNLIMITED.
+
+    Raises ConfigError for other text.
+    """
+    if limit.upper() in {"INFINITE", "UNLIMITED"}:
+        return None
+    match = _TIME.fullmatch(limit)
+    if match is None:
+        raise ConfigError(f"--time {limit}: give minutes, minutes:seconds, hours:minutes:seconds, or days-hours.")
+    parts = [int(part) for part in match["rest"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+    hours, minutes, seconds = parts if len(parts) == 3 else (0, *[*parts, 0][:2])
+    return (hours * 60 + minutes) * 60 + seconds
