@@ -8,10 +8,11 @@ does no harm, so a dataset may be used from many threads, and after a fork.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Dataset:
         self.dtype: np.dtype[Any] = np.dtype(self.manifest.dtype)
         self.schema = document_schema(self.dtype)
         """Columns of a record batch."""
-        self.shard = lru_cache(storage.num_open_shards)(self._open_shard)
+        self.shard = lru_cache(storage.num_open_shards)(partial(_open_shard, weakref.ref(self)))
         """Shard number `index`; those that were not used for longest are let go."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -223,18 +224,6 @@ class Dataset:
         """
         return token_lengths(self.tokenizer_path, self.vocab_size)
 
-    def _open_shard(self, index: int) -> Shard:
-        name = shard_name(index)
-        places = self.table.places(index)
-        read = self.storage.shard(name, self.table.num_bytes(index))
-        return Shard(
-            f"{self.path}/{name}",
-            places,
-            self.schema,
-            read,
-            self.storage.num_open_batches,
-        )
-
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
         """The record batches that hold tokens of [start, stop): shard, number in it, the batch's first position."""
         table = self.table
@@ -269,3 +258,12 @@ class Dataset:
             raise IndexError(
                 f"Tokens [{start}, {start + length}) are not in {self.path}: it has {self.num_tokens} tokens."
             )
+
+
+def _open_shard(reference: weakref.ref[Dataset], index: int) -> Shard:
+    """Shard ``index`` of a dataset, which it does not refer to: maps go in the moment that nobody uses them."""
+    dataset = reference()
+    assert dataset is not None, "its own table of shards calls this"
+    name, table, storage = shard_name(index), dataset.table, dataset.storage
+    read = storage.shard(name, table.num_bytes(index))
+    return Shard(f"{dataset.path}/{name}", table.places(index), dataset.schema, read, storage.num_open_batches)
