@@ -42,8 +42,6 @@ from megatrain.data.shard import Views
 from megatrain.data.shard_table import shard_row, write_shard_table
 from megatrain.errors import DataError
 
-PLAN_FILE = "plan.json"
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -96,13 +94,14 @@ class Plan:
     num_empty: int
 
 
-def load_plan(work: Path, units: Sequence[Unit]) -> Plan | None:
-    """The plan that was written down for these units, if it was."""
+def load_plan(store: PartStore, units: Sequence[Unit]) -> Plan | None:
+    """The plan that was written down for these units, if it was. One for other units is removed."""
     try:
-        units_key, num_empty, shards = orjson.loads((work / PLAN_FILE).read_bytes())
+        units_key, num_empty, shards = orjson.loads(store.plan_path.read_bytes())
     except FileNotFoundError:
         return None
     if units_key != _units_key(units):
+        store.plan_path.unlink()
         return None
     plans = [
         ShardPlan(index, [Slice(part, tuple(files), *rest) for part, files, *rest in slices])
@@ -118,7 +117,7 @@ def make_plan(store: PartStore, units: Sequence[Unit], shard_tokens: int) -> Pla
         raise DataError(f"The input holds no text: {num_empty} documents, all of them empty.")
     plan = Plan(_units_key(units), shards, num_empty)
     slices = [[[s.part, s.files, s.first_row, s.first, s.last] for s in shard.slices] for shard in shards]
-    commit_bytes(store.folder / PLAN_FILE, orjson.dumps([plan.units, num_empty, slices]))
+    commit_bytes(store.plan_path, orjson.dumps([plan.units, num_empty, slices]))
     return plan
 
 

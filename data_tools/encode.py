@@ -83,7 +83,7 @@ class UnitEncoder:
             paths = {}
             for part in read_parts(unit, self._options, advance):
                 path = paths[part.number] = self._store.part_path(unit, part.number)
-                if path.exists():
+                if path.exists() or self._store.plan_path.exists():
                     continue
                 with self._claims.claim(path.name) as is_ours:
                     if is_ours and not path.exists():

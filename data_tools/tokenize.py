@@ -168,9 +168,11 @@ def _prepare(
         if not (out / TOKENIZER_FILE).exists():
             commit_bytes(out / TOKENIZER_FILE, tokenizer.json, scratch=work)
     units = list(plan_units(files, effort.part_bytes))
-    if load_plan(work, units):
-        return _Job(name, None, tokenizer, units)
-    pending = _unfinished(list({unit.key: unit for unit in units}.values()), PartStore(work))
+    store = PartStore(work)
+    with claims.hold("plan"):
+        if load_plan(store, units):
+            return _Job(name, None, tokenizer, units)
+    pending = _unfinished(list({unit.key: unit for unit in units}.values()), store)
     engine = None
     if pending:
         engine, warning = choose_engine(effort.engine, tokenizer.json, _sample(pending, options.read))
@@ -245,7 +247,7 @@ def _plan(
 ) -> Plan | None:
     """The plan of shards, once all units are finished; None before that."""
     with claims.hold("plan"):
-        plan = load_plan(store.folder, job.units)
+        plan = load_plan(store, job.units)
         if plan:
             return plan
         # Where a network's file system was slow to show one rank what another had done, a unit may have been left.

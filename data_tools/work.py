@@ -46,6 +46,11 @@ class PartStore:
 
     folder: Path
 
+    @property
+    def plan_path(self) -> Path:
+        """Where the plan of shards is written down once all units are finished; parts may be deleted after that."""
+        return self.folder / "plan.json"
+
     def part_path(self, unit: Unit, number: int) -> Path:
         """Where part `number` of a unit is, or will be."""
         return self.folder / f"{unit.key}-{number:06d}.arrow"
