@@ -25,7 +25,7 @@ from megatrain.distributed.bootstrap import (
     supervisor_pid,
 )
 from megatrain.distributed.signals import Requests
-from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError, Superseded
+from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError
 from megatrain.plan import rules
 
 
@@ -47,8 +47,6 @@ def main(arguments: list[str]) -> int:
                 lease = held.enter_context(locked(Path(config.run.dir), job_identity()))
             run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
             return _train(config, rank, run_dir, stop, lease)
-    except Superseded as error:  # the records of the run are another's now
-        return _fail(rank, None, error.exit_code, str(error))
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
