@@ -127,8 +127,8 @@ def _refuse_to_begin_elsewhere(run: Run) -> None:
     before = find_store(Path(run.config.run.dir))
     if before.folder != run.store.folder and any(True for _ in before.names()):
         raise CheckpointError(
-            f"checkpoint.dir was changed: the checkpoints are in {before.folder}, and {run.store.folder} has none. Put it "
-            "back, or copy them there."
+            f"checkpoint.dir was changed: the checkpoints are in {before.folder}, and {run.store.folder} has none. Put "
+            "it back, or copy them there."
         )
 
 
