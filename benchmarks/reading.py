@@ -6,8 +6,11 @@ time to open a dataset, and the memory it takes, at 10^6 documents, and at 10^12
 
     python benchmarks/reading.py [--tokens N] [--sparse-shards N] [--rounds N] [--folder DIR]
 
-Megatron's and Hugging Face's readers are measured where they can be imported (pip install megatron-core datasets, into
-an environment of its own, which also has this project); otherwise they are left out, and it says so.
+Megatron's and Hugging Face's readers are measured where they can be imported, otherwise left out, and it says so. To
+have them without what they would install beside this project:
+
+    pip install --target PEERS --no-deps megatron-core datasets dill multiprocess pandas
+    PYTHONPATH=PEERS python benchmarks/reading.py
 """
 
 from __future__ import annotations
@@ -192,9 +195,11 @@ for start in starts:
 wall, cpu = time.perf_counter() - began, time.process_time() - cpu
 maps = sum("shard-" in line for line in open("/proc/self/maps"))
 count = len(starts)
-print(f"{dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens, {dataset.num_shards:,} shards: opened in "
-      f"{opened * 1e3:.2f} ms; {count:,} random windows, {cpu / count * 1e6:.1f} us of CPU, {wall / count * 1e6:.1f} us "
-      f"each; then {maps} shards mapped, {status('RssAnon') - before:.1f} MiB more of its own memory")
+print(
+    f"{dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens, {dataset.num_shards:,} shards: "
+    f"opened in {opened * 1e3:.2f} ms; {count:,} random windows, each {cpu / count * 1e6:.1f} us of CPU and "
+    f"{wall / count * 1e6:.1f} us in all; then {maps} shards mapped, {status('RssAnon') - before:.1f} MiB more memory"
+)
 """
 
 
