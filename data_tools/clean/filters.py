@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -102,17 +102,11 @@ class Language(Filter):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
-    @cached_property
-    def _identifier(self) -> Any:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
     def reason(self, document: Document) -> str | None:
         """Why the document is to be dropped; None if it is not."""
         if not document.text.strip():
             return "no text"
-        language, probability = self._identifier.classify(document.text[:LANGUAGE_CHARACTERS])
+        language, probability = _language_identifier().classify(document.text[:LANGUAGE_CHARACTERS])
         if language not in self.keep:
             return f"language {language}"
         return "language unsure" if probability < self.min_probability else None
@@ -245,6 +239,14 @@ FILTERS: dict[str, type[Filter]] = {
     "gopher_repetition": GopherRepetition,
     "c4_quality": C4Quality,
 }
+
+
+@lru_cache(maxsize=1)
+def _language_identifier() -> Any:
+    """Takes a second to load, once in each process that needs it."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _is_outside(value: float, low: float | None, high: float | None) -> bool:
