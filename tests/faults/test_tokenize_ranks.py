@@ -57,6 +57,7 @@ def test_mpirun_gives_the_same_bytes_and_one_report(folder: Path) -> None:
     assert folder_bytes(folder / "mpi") == folder_bytes(folder / "alone")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(folder: Path) -> None:
     out = folder / "killed"
     command = mpirun(folder, 3, "--out", out.name, "--workers", 1)
