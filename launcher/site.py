@@ -45,5 +45,5 @@ def read_site(path: Path | None) -> Site:
             f"{'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}" for found in error.errors()
         )
         raise ConfigError(
-            f"--site {path}: {wrong}. It may have: sbatch and srun (lists of --options), prologue (text), python (list)."
+            f"--site {path}: {wrong}. It may have: sbatch, srun (lists of --options), prologue (text), python (a list)."
         ) from None

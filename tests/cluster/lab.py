@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from megatrain.distributed import local_ranks
 from megatrain.distributed.bootstrap import free_port
 from tests.runs import wait_until
 
@@ -103,13 +104,14 @@ class Lab:
     def boot(self, node: int) -> None:
         """Start a node: its processes' first, sshd, slurmd."""
         setup = (
-            f"hostname node{node}; cd {self.folder}; mount --bind hosts /etc/hosts; mount --bind empty /etc/resolv.conf; "
-            "mount --bind ssh_config /etc/ssh/ssh_config; mkdir -p /run/sshd; : > up.$HOSTNAME; exec sleep infinity"
+            f"hostname node{node}; cd {self.folder}; mount --bind hosts /etc/hosts; "
+            "mount --bind empty /etc/resolv.conf; mount --bind ssh_config /etc/ssh/ssh_config; mkdir -p /run/sshd; "
+            f": > up.node{node}; exec sleep infinity"
         )
         namespaces = ["--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         inside = ["nsenter", f"--net=/run/netns/{self._name}-{node}", "unshare", *namespaces]
         (self.folder / f"up.node{node}").unlink(missing_ok=True)
-        self._inits[node] = self._start("init", [*inside, "bash", "-c", f"HOSTNAME=node{node}; {setup}"])
+        self._inits[node] = self._start("init", [*inside, "bash", "-c", setup])
         wait_until((self.folder / f"up.node{node}").exists)
         options = {
             "ListenAddress": f"{self._net}.{node}",
@@ -160,13 +162,7 @@ class Lab:
 
     def ranks(self) -> list[psutil.Process]:
         """The trainers that run on any node."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "name"]):
-            line = process.info["cmdline"] or []
-            if process.info["name"].startswith("python") and line[-2:-1] and "megatrain.train" in line:
-                if "deepspeed" not in " ".join(line):
-                    found.append(process)
-        return found
+        return local_ranks.find_ranks(lambda process: "SLURM_JOB_ID" in process.environ())
 
     def down(self) -> None:
         """End it all."""

@@ -1,0 +1,106 @@
+"""Runs on a SLURM of two nodes, and the run that nothing disturbed, to compare with."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.lab import Lab, missing
+from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 100
+_SECTIONS = {
+    "train": {"steps": NUM_STEPS, "global_batch_size": 32, "hang_timeout_seconds": 40.0},
+    "checkpoint": {"every_steps": 10},
+}
+
+
+class ClusterRun:
+    """A config that trains as a job: one rank on each of the two nodes."""
+
+    def __init__(self, lab: Lab, data: TinyData, folder: Path) -> None:
+        self.lab, self.run_dir = lab, folder / "run"
+        self.config = write_config(folder / "run.yaml", tiny_config(data, self.run_dir, **_SECTIONS))
+        self.number = ""
+
+    def submit(self, via: str, *options: str, **environment: str) -> None:
+        """Through `megatrain-launch slurm --submit`."""
+        command = [sys.executable, "-m", "launcher", "slurm", str(self.config), "--nodes", "2", "--procs-per-node", "1"]
+        command += ["--via", via, *options, "--submit"]
+        given = {**self.lab.environment, "OMP_NUM_THREADS": "1", **environment}
+        ended = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        self.number = ended.stdout.split()[0]
+
+    def wait_for_step(self, step: int) -> None:
+        """Until a step has been logged."""
+        wait_until(lambda: step in Metrics.read(self.run_dir).steps or self._has_ended(), 0.05)
+        assert step in Metrics.read(self.run_dir).steps, self.output()
+
+    def wait_for_restarts(self, count: int) -> None:
+        """Until the job has been requeued so often."""
+        wait_until(lambda: self.lab.job(self.number)["Restarts"] == str(count) or self._has_ended(), 0.2)
+        assert self.lab.job(self.number)["Restarts"] == str(count), self.output()
+
+    def finish(self) -> Metrics:
+        """Until the job has ended well; what it logged."""
+        state = self.lab.wait_for_job(self.number)
+        assert state == "COMPLETED", f"{state}\n{self.output()}"
+        return Metrics.read(self.run_dir)
+
+    def output(self) -> str:
+        """What the job has printed, all starts of it."""
+        return "".join(path.read_text(errors="replace") for path in (self.run_dir / "logs").glob("slurm-*.out"))
+
+    def events(self, name: str) -> list[int]:
+        """The steps at which something was noted, such as "resume"."""
+        return [event["step"] for event in Metrics.read(self.run_dir).events if event["event"] == name]
+
+    def _has_ended(self) -> bool:
+        return self.lab.job(self.number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    folder = Path(tempfile.mkdtemp(prefix="megatrain-lab-"))
+    lab = Lab(folder, 2, slurmd_timeout=15)
+    yield lab
+    lab.down()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster_run(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> Iterator[ClusterRun]:
+    run = ClusterRun(lab, tiny_data, tmp_path)
+    yield run
+    if run.number:
+        subprocess.run(["scancel", "--full", "--signal=KILL", run.number], env=lab.environment, check=False)
+        lab.wait_for_job(run.number)
+        for process in lab.ranks():
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def check_same(lab: Lab, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Metrics], None]:
+    """Checks that a run logged what two ranks on one machine do, undisturbed, to the last bit."""
+    folder = tmp_path_factory.mktemp("straight")
+    train = TrainProcess(write_config(folder / "run.yaml", tiny_config(tiny_data, folder / "run", **_SECTIONS)), 2)
+    code, output = train.wait()
+    assert code == 0, output
+    straight = Metrics.read(folder / "run")
+
+    def check(metrics: Metrics) -> None:
+        assert metrics.steps == list(range(1, NUM_STEPS + 1))
+        assert metrics.losses == straight.losses
+        assert metrics.norms == straight.norms
+
+    return check
