@@ -239,12 +239,15 @@ def serve(folder: Path, answers: int) -> None:
     torch.set_num_threads(1)
     rank = Rank(folder)
     with os.fdopen(answers, "w") as out:
-        print(json.dumps({"bytes": sum(rank.run.groups.gather(rank.num_bytes))}), file=out, flush=True)
-        for line in sys.stdin:
-            action, way, cold = json.loads(line)
-            answer = rank.save(way) if action == "save" else rank.load(way, cold)
+        answer: dict[str, float] = {"bytes": sum(rank.run.groups.gather(rank.num_bytes))}
+        while True:
             if rank.rank == 0:
                 print(json.dumps(answer), file=out, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                break
+            action, way, cold = json.loads(line)
+            answer = rank.save(way) if action == "save" else rank.load(way, cold)
     os._exit(0)
 
 
