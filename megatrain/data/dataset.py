@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.data.format import SHARD_TABLE_FILE, TOKENIZER_FILE, Manifest, document_schema, map_file, shard_name
+from megatrain.data.format import SHARD_TABLE_FILE, TOKENIZER_FILE, Manifest, document_schema, shard_name
 from megatrain.data.remote import Cache, RemoteFolder, is_address
 from megatrain.data.shard import Ints, Shard, Tokens
 from megatrain.data.shard_table import ShardTable
 from megatrain.data.storage import MAPPED_SHARDS, LocalFolder, Storage
 from megatrain.data.token_bytes import token_lengths
-from megatrain.errors import DataError
 
 
 def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards: int = MAPPED_SHARDS) -> Dataset:
@@ -76,12 +75,8 @@ class Dataset:
     @cached_property
     def table(self) -> ShardTable:
         """What each shard holds. Raises DataError where that is damaged or cannot be had."""
-        path = self.storage.file(SHARD_TABLE_FILE, self.manifest.shard_table_checksum)
-        try:
-            data = map_file(path)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}. Copy the dataset again, or tokenize again.") from None
-        return ShardTable.read(path, data, self.manifest)
+        data = self.storage.content(SHARD_TABLE_FILE, self.manifest.shard_table_checksum)
+        return ShardTable.read(f"{self.path}/{SHARD_TABLE_FILE}", data, self.manifest)
 
     @property
     def num_documents(self) -> int:

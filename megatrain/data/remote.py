@@ -129,6 +129,10 @@ class RemoteFolder:
         address = f"{self.path}/{MANIFEST_FILE}"
         return Manifest.parse(address, self._fetch(MANIFEST_FILE, None, None))
 
+    def content(self, name: str, checksum_hex: str) -> pa.Buffer:
+        """The file's bytes, mapped from the cache."""
+        return self._content(name, None, None, checksum_hex)
+
     def file(self, name: str, checksum_hex: str) -> Path:
         """The file's copy in the cache."""
         self._content(name, None, None, checksum_hex)
@@ -163,7 +167,7 @@ class RemoteFolder:
                     "the whole dataset to its address again."
                 )
             self.cache.add(checksum_hex, fetched)
-            return pa.py_buffer(fetched) if start is None else self.cache.find(checksum_hex) or pa.py_buffer(fetched)
+            return self.cache.find(checksum_hex) or pa.py_buffer(fetched)
 
     def _fetch(self, name: str, start: int | None, stop: int | None) -> bytes:
         """Bytes of an object; asked for again, for some time, where the network or the server fails."""

@@ -41,8 +41,11 @@ class Storage(Protocol):
     def manifest(self) -> Manifest:
         """The manifest. Raises DataError, and ConfigError for an address of no known kind."""
 
+    def content(self, name: str, checksum_hex: str) -> pa.Buffer:
+        """The bytes of the file of this name and checksum."""
+
     def file(self, name: str, checksum_hex: str) -> Path:
-        """A local path of the file of this name and checksum."""
+        """A path on this machine of the file of this name and checksum."""
 
     def shard(self, name: str, num_bytes: int) -> ShardReader:
         """A reader of the shard's record batches."""
@@ -62,6 +65,10 @@ class LocalFolder:
     def manifest(self) -> Manifest:
         """The folder's manifest."""
         return Manifest.load(self.path)
+
+    def content(self, name: str, checksum_hex: str) -> pa.Buffer:
+        """The file, mapped; whoever reads it compares the checksum."""
+        return self._map(name)
 
     def file(self, name: str, checksum_hex: str) -> Path:
         """The file in its place; whoever reads it compares the checksum."""
