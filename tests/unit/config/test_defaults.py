@@ -14,8 +14,8 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2}
-data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736, seq_len: 256, document_mask: false,
-             packing: concat, num_new_epochs: 0}
+data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736, seq_len: 256,
+             document_mask: false, packing: concat, num_new_epochs: 0}
 parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}
 train:      {global_batch_size: 16, micro_batch_size: 2, precision: bf16, gradient_clipping: 1.0,
              eval_every_steps: 50, eval_batches: 16, hang_timeout_seconds: 600,
