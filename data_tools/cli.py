@@ -8,13 +8,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatrain.errors import EXIT_DATA, MegatrainError
+
+if TYPE_CHECKING:
+    from data_tools.ranks import Ranks
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Text in, datasets out."
@@ -164,14 +169,16 @@ def dedup(
     from data_tools.clean.dedup import dedup as run
     from data_tools.clean.job import Effort
     from data_tools.clean.report import render
-    from data_tools.progress import show_progress
+    from data_tools.progress import no_progress, show_progress
     from data_tools.ranks import find_ranks
     from data_tools.units import ReadOptions
 
     ranks = find_ranks()
     read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
     options = DedupOptions(read, method.value, threshold, num_permutations, ngram)
-    report = run(inputs, out, options, Effort(workers or ranks.num_cores(), show_progress, ranks), restart)
+    effort = Effort(workers or ranks.num_cores(), show_progress if ranks.reports else no_progress, ranks)
+    with _ending_all(ranks):
+        report = run(inputs, out, options, effort, restart)
     if ranks.reports:
         typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
 
@@ -192,14 +199,15 @@ def filter_command(
     from data_tools.clean.filter import choose_filters, filter_documents
     from data_tools.clean.job import Effort
     from data_tools.clean.report import render
-    from data_tools.progress import show_progress
+    from data_tools.progress import no_progress, show_progress
     from data_tools.ranks import find_ranks
     from data_tools.units import ReadOptions
 
     ranks = find_ranks()
     read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
-    effort = Effort(workers or ranks.num_cores(), show_progress, ranks)
-    report = filter_documents(inputs, out, read, choose_filters(filters, config), effort, restart)
+    effort = Effort(workers or ranks.num_cores(), show_progress if ranks.reports else no_progress, ranks)
+    with _ending_all(ranks):
+        report = filter_documents(inputs, out, read, choose_filters(filters, config), effort, restart)
     if ranks.reports:
         typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
 
@@ -277,6 +285,17 @@ def _report(error: MegatrainError | OSError) -> int:
         return error.exit_code
     typer.echo(f"megatrain-data: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
     return EXIT_DATA
+
+
+@contextmanager
+def _ending_all(ranks: Ranks) -> Iterator[None]:
+    """Where ranks wait for each other, an error of one ends them all."""
+    try:
+        yield
+    except (MegatrainError, OSError) as error:
+        if ranks.speak_mpi:
+            ranks.abort(_report(error))
+        raise
 
 
 def main() -> None:

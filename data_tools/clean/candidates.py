@@ -25,6 +25,8 @@ from megatrain.data.format import committed
 RUN_DOCUMENTS = 1 << 18
 SLICE_DOCUMENTS = 1 << 21
 """About how many documents one slice of a key column holds."""
+KEY_BYTES = 12
+"""Of a key and its document in a run."""
 MAX_ROUNDS = 64
 """Documents of one key that no earlier one of these many was a duplicate of are left to their other keys."""
 COMPARED_AT_ONCE = 1 << 14
@@ -78,11 +80,16 @@ def find_pairs(corpus: Corpus, sketch: Sketch, job: Job) -> tuple[RunFiles, list
     folder = job.work / "pairs"
     folder.mkdir(exist_ok=True)
     runs = tuple(_plan_runs(corpus, folder))
-    job.run("sort", RunSorter(sketch), [Task(run.path, run.num_documents, run) for run in runs])
+    job.run(
+        "sort",
+        RunSorter(sketch),
+        [Task(run.path, run.num_documents * KEY_BYTES * sketch.num_keys, run) for run in runs],
+    )
     # A power of two, so that the slices share the values of a key exactly.
     num_slices = 1 << max(0, (corpus.num_documents - 1) // SLICE_DOCUMENTS).bit_length()
+    slice_bytes = corpus.num_documents * KEY_BYTES // num_slices
     slices = [Slice(key, number, num_slices) for key in range(sketch.num_keys) for number in range(num_slices)]
-    job.run("compare", Matcher(folder, runs, sketch), [Task(each.path(folder), 1, each) for each in slices])
+    job.run("compare", Matcher(folder, runs, sketch), [Task(each.path(folder), slice_bytes, each) for each in slices])
     return runs, [each.path(folder) for each in slices]
 
 
@@ -118,7 +125,7 @@ class RunSorter:
         result = pa.table(columns)
         with committed(run.path) as path, pa.ipc.new_file(str(path), result.schema) as writer:
             writer.write_table(result)
-        advance(run.num_documents)
+        advance(run.num_documents * KEY_BYTES * self.sketch.num_keys)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ class Matcher:
         with committed(piece.path(self.folder)) as path, pa.ipc.new_file(str(path), PAIR_SCHEMA) as writer:
             for kept, dropped in self._rounds(keys, documents):
                 writer.write_batch(pa.RecordBatch.from_arrays([pa.array(kept), pa.array(dropped)], schema=PAIR_SCHEMA))
-        advance(1)
+        advance(sum(run.num_documents for run in self.runs) * KEY_BYTES // piece.num_slices)
 
     def _shared(self, piece: Slice) -> tuple[Keys, Documents]:
         """The documents of the slice that share their key with another, by key, then by number."""

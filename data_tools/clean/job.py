@@ -54,7 +54,8 @@ class Task(NamedTuple, Generic[T]):
 
     done: Path
     """Appears by one rename when all else is in place."""
-    size: int
+    num_bytes: int
+    """About how much it reads; for showing progress."""
     work: T
 
 
@@ -75,7 +76,7 @@ class Job:
             size = -(-len(pending) // ranks.size)
             begin = size * ranks.rank % len(pending)
             share = (pending + pending)[begin : begin + size]
-            with self.effort.progress(name, sum(task.size for task in share)) as advance:
+            with self.effort.progress(name, sum(task.num_bytes for task in share)) as advance:
                 run_tasks(claimed, share, self.effort.num_workers, advance)
             if any(task.done.exists() for task in share):
                 pause_seconds = SHORTEST_PAUSE_SECONDS
@@ -135,7 +136,7 @@ def run_once(
     listed = [[file.name, file.num_bytes] for file in files]
     digest = hashlib.sha256(canonical_json([command, listed])).hexdigest()
     work, report_path = out / WORK_FOLDER, out / REPORT_FOLDER / REPORT_FILE
-    if restart and effort.ranks.size > 1 and effort.ranks.comm is None:
+    if restart and effort.ranks.size > 1 and not effort.ranks.speak_mpi:
         raise ConfigError("--restart is for one process, or for ranks that speak MPI: others remove the folder first.")
     effort.ranks.share(lambda: _begin(out, work, command, restart, report_path))
     if report_path.exists() and not work.exists():
@@ -188,6 +189,12 @@ def _clear(out: Path) -> None:
     """Remove what an earlier command of this kind has written to the folder, and nothing else."""
     if not (out / WORK_FOLDER).is_dir() and not (out / REPORT_FOLDER / REPORT_FILE).is_file():
         return
+    claims = Claims(out / WORK_FOLDER / "claims")
+    try:
+        if (out / WORK_FOLDER).is_dir() and not claims.is_alone():
+            raise ConfigError(f"--restart: another process is writing {out} just now. Stop it first.")
+    finally:
+        claims.close()
     # The report goes last: a kill in between leaves a folder that is still known as ours.
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
     for path in out.glob("part-*.jsonl.zst"):

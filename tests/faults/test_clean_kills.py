@@ -109,7 +109,7 @@ def test_processes_that_know_nothing_of_each_other_share_the_work(folder: Path) 
 
 
 @pytest.mark.slow
-def test_mpirun_gives_the_same_bytes_and_one_report(folder: Path) -> None:
+def test_mpirun_gives_the_same_bytes_and_one_report_and_an_error_ends_all_ranks(folder: Path) -> None:
     options = ("--num-permutations", "32", "--workers", "1")
     subprocess.run(dedup_command("one", *options), cwd=folder, env=environment(), check=True, capture_output=True)
     mpirun = [str(Path(sys.executable).parent / "mpirun"), "--oversubscribe", "-n", "3"]
@@ -125,3 +125,16 @@ def test_mpirun_gives_the_same_bytes_and_one_report(folder: Path) -> None:
     )
     assert done.stdout.count("Kept:") == 1
     assert folder_bytes(folder / "mpi") == folder_bytes(folder / "one")
+    (folder / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": \n')
+    command = ["bad.jsonl" if word == "in" else word for word in dedup_command("bad", *options)]
+    failed = subprocess.run(
+        [*mpirun, *command],
+        cwd=folder,
+        env=environment(**as_root),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert failed.returncode == 3
+    assert "bad.jsonl, line 2: bad JSON" in failed.stderr
