@@ -103,6 +103,24 @@ def test_bytes_behind_tokens_add_up_to_the_text(folder: Path, texts: list[str]) 
         assert halves == len(texts[k].encode())
 
 
+def test_bytes_of_whole_documents_are_exact_even_where_a_normaliser_changed_the_text(tmp_path: Path) -> None:
+    texts = ["\ufb01x the \ufb02ow of o\ufb03ces", "\ufb01ne", "plain"] * 5
+    (tmp_path / "in.jsonl").write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
+    train_tokenizer([str(tmp_path / "in.jsonl")], 300, tmp_path / "plain.json", ReadOptions())
+    tokenizer = {**orjson.loads((tmp_path / "plain.json").read_bytes()), "normalizer": {"type": "NFKC"}}
+    (tmp_path / "tokenizer.json").write_bytes(orjson.dumps(tokenizer))
+    effort = Effort(1, "tokenizers", lambda *_: nullcontext(lambda _: None), lambda _: None)
+    tokenize([str(tmp_path / "in.jsonl")], tmp_path / "tokenizer.json", tmp_path / "out", TokenizeOptions(), effort)
+    dataset = open_dataset(tmp_path / "out")
+    sizes = [len(text.encode()) for text in texts]
+    assert int(dataset.token_bytes[dataset.window(0, dataset.num_tokens)].sum()) < sum(sizes)
+    assert dataset.window_bytes(0, dataset.num_tokens) == sum(sizes)
+    for k in range(len(texts)):
+        start, stop = dataset.document_range(k)
+        parts = [dataset.window_bytes(start, n) + dataset.window_bytes(start + n, stop - start - n) for n in (0, 1, 4)]
+        assert parts == [sizes[k]] * 3
+
+
 def test_what_is_not_there_is_an_index_error(folder: Path) -> None:
     dataset = open_dataset(folder)
     for k in (-1, dataset.num_documents):
