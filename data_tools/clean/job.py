@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import orjson
 
@@ -49,7 +49,8 @@ class Effort:
     """About how much text is read between two commits."""
 
 
-class Task(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Task(Generic[T]):
     """A piece of work, done when its file is there."""
 
     done: Path
