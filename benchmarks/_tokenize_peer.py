@@ -85,6 +85,7 @@ def run_datatrove(path: str, tokenizer: str, out: str) -> None:
         ],
         tasks=NUM_CORES,
         workers=NUM_CORES,
+        start_method="fork",  # under a fork server its workers would not be this process's children, and cost nothing
         logging_dir=f"{out}/logs",
     ).run()
 

@@ -110,11 +110,11 @@ def write_text(path: Path, megabytes: int, scratch: Path) -> float:
     return num_distinct / 1e6
 
 
-def timed(command: list[str]) -> tuple[float, float, str]:
+def timed(command: list[str], messages: int | None = None) -> tuple[float, float, str]:
     """CPU-seconds of a process and its children, wall seconds, and its standard output."""
     environment = {**os.environ, "RAYON_NUM_THREADS": str(NUM_CORES), "TOKENIZERS_PARALLELISM": "true"}
     begun = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, env=environment, text=True) as process:
         assert process.stdout is not None
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
@@ -147,7 +147,8 @@ def run_peer(name: str, python: str, text: Path, tokenizer: Path, out: Path, num
     if subprocess.run([python, "-c", f"import {name}"], capture_output=True, check=False).returncode:
         print(f"{name} is left out: {python} has none", file=sys.stderr)
         return None
-    cpu_seconds, wall_seconds, _ = timed([python, str(PEERS_SCRIPT), name, str(text), str(tokenizer), str(out)])
+    command = [python, str(PEERS_SCRIPT), name, str(text), str(tokenizer), str(out)]
+    cpu_seconds, wall_seconds, _ = timed(command, subprocess.DEVNULL)
     return Result(num_bytes, cpu_seconds, wall_seconds, "")
 
 
