@@ -57,9 +57,7 @@ def nasty_documents(num_documents: int) -> list[Document]:
 
 
 @pytest.mark.slow
-def test_ten_thousand_nasty_documents(
-    tmp_path: Path, tokenizer_path: Path, make_dataset: MakeDataset
-) -> None:
+def test_ten_thousand_nasty_documents(tmp_path: Path, tokenizer_path: Path, make_dataset: MakeDataset) -> None:
     documents = nasty_documents(10_000)
     assert len(documents) == 10_000
     plain = Tokenizer.from_str(orjson.dumps({**orjson.loads(tokenizer_path.read_bytes()), "added_tokens": []}).decode())
