@@ -204,8 +204,8 @@ def _batch_problem(
             start = place.offset + tokens.ctypes.data - address
             hash_start = place.offset + batch["hash"].buffers()[1].address - address + 16 * (document - first_document)
             return (
-                f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another hash "
-                f"than the one in bytes {hash_start} to {hash_start + 16}"
+                f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another "
+                f"hash than the one in bytes {hash_start} to {hash_start + 16}"
             )
     ends = np.flatnonzero(tokens == dataset.eod_id)
     if not np.array_equal(ends, offsets[1:] - 1):
