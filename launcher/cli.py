@@ -118,8 +118,9 @@ def relay(
     signal_name: Annotated[str, typer.Argument(metavar="SIGNAL", help="Such as USR1.")],
 ) -> None:
     """Send a signal to one of this job's ranks on this node, as soon as there is one: it tells the others."""
-    from launcher.job import relay_signal
+    from launcher.job import outlive_the_job, relay_signal
 
+    outlive_the_job()
     relay_signal(signal_name)
 
 
@@ -131,9 +132,10 @@ def end(
     tries: Tries = 3,
 ) -> None:
     """After the ranks: end those that are left; prints "requeue" or "stop", and exits with the first cause's code."""
-    from launcher.job import end_job
+    from launcher.job import end_job, outlive_the_job
     from megatrain.config import load
 
+    outlive_the_job()
     answer, cause = end_job(load(config, overrides or ()), code, tries)
     typer.echo(answer)
     raise typer.Exit(cause)

@@ -86,8 +86,6 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
 
     Waits for the ranks of this node that outlived their launcher, after asking them to save and stop.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM may be ending the job: this much has still to be told
-        signal.signal(number, signal.SIG_IGN)
     run_dir = Path(config.run.dir)
     orphans = _ranks()
     local_ranks.end(orphans)
@@ -115,10 +113,15 @@ def relay_signal(name: str) -> None:
         number = signal.Signals[f"SIG{name.removeprefix('SIG')}"]
     except KeyError:
         raise ConfigError(f"{name} is no signal; give one such as USR1 or TERM.") from None
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's, for all of the job: the rank has to hear of it
     script = os.getppid()
     while os.getppid() == script and not any(local_ranks.tell(process, number) for process in _ranks()):
         time.sleep(_LOOK_SECONDS)
+
+
+def outlive_the_job() -> None:
+    """SLURM ends all processes of a job by TERM; what asks the ranks, or tells of them, has still to do so."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _ranks() -> list[psutil.Process]:

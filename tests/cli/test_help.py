@@ -21,10 +21,12 @@ COMMANDS = [
     ["checkpoint", "inspect"],
     ["checkpoint", "verify"],
 ]
+LAUNCH_COMMANDS = [[], ["slurm"], ["job"], ["job", "begin"]]
 _MEASURE = """
-import json, resource, sys
-sys.argv = ["megatrain", *sys.argv[1:], "--help"]
-from megatrain.cli import main
+import importlib, json, resource, sys
+name, module, *words = sys.argv[1:]
+sys.argv = [name, *words, "--help"]
+main = importlib.import_module(module).main
 try:
     main()
 except SystemExit as ended:
@@ -34,7 +36,13 @@ except SystemExit as ended:
 """
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(["megatrain", *command]))
+def _all() -> list[object]:
+    named = [["megatrain", "megatrain.cli", *command] for command in COMMANDS]
+    named += [["megatrain-launch", "launcher.cli", *command] for command in LAUNCH_COMMANDS]
+    return [pytest.param(command, id=" ".join([command[0], *command[2:]])) for command in named]
+
+
+@pytest.mark.parametrize("command", _all())
 def test_help_answers_at_once_without_torch(command: list[str]) -> None:
     measured = []
     for _ in range(2):
@@ -42,6 +50,6 @@ def test_help_answers_at_once_without_torch(command: list[str]) -> None:
         code, seconds, loaded = json.loads(ended.stderr.splitlines()[-1])
         assert code in (0, None)
         assert loaded == []
-        assert "Usage: megatrain" in ended.stdout
+        assert f"Usage: {command[0]}" in ended.stdout
         measured.append(seconds)
     assert min(measured) < MOST_CPU_SECONDS

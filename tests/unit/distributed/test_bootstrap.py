@@ -5,6 +5,8 @@ import os
 import pytest
 
 from megatrain.distributed.bootstrap import (
+    RankInfo,
+    bind_cores,
     child_environment,
     free_port,
     num_local_gpus,
@@ -15,7 +17,14 @@ from megatrain.errors import ConfigError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 TORCHRUN |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29400"}
-DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+DEEPSPEED = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29501",
+}
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
 OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "node0"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
@@ -36,6 +45,7 @@ SRUN = {
         ({}, (0, 1, 0, 1, "127.0.0.1", 29500)),
         (TORCHRUN, (5, 8, 1, 4, "node0", 29400)),
         (DEEPSPEED, (1, 2, 1, 2, "127.0.0.1", 29501)),
+        ({**DEEPSPEED, "RANK": "4", "WORLD_SIZE": "6"}, (4, 6, 1, 2, "127.0.0.1", 29501)),
         (OPENMPI, (3, 4, 1, 2, "node0", 29500)),
         (MPICH, (1, 2, 1, 2, "127.0.0.1", 29500)),
         (SRUN, (6, 8, 2, 4, "gpu003", 23456)),
@@ -43,7 +53,18 @@ SRUN = {
         ({**SRUN, "SLURM_NODELIST": "a1"}, (6, 8, 2, 4, "a1", 23456)),
         ({**SRUN, "SLURM_NODELIST": "rack[7,9-12]"}, (6, 8, 2, 4, "rack7", 23456)),
     ],
-    ids=["alone", "torchrun", "deepspeed", "openmpi", "mpich", "srun", "srun with an address", "one node", "a list"],
+    ids=[
+        "alone",
+        "torchrun",
+        "deepspeed",
+        "deepspeed on several nodes",
+        "openmpi",
+        "mpich",
+        "srun",
+        "srun with an address",
+        "one node",
+        "a list",
+    ],
 )
 def test_each_launchers_variables_give_the_rank(
     environment: dict[str, str], expected: tuple[int, int, int, int, str, int]
@@ -99,6 +120,24 @@ def test_ranks_on_a_cpu_share_the_threads_and_know_their_supervisor(monkeypatch:
     assert 1024 <= int(environment["MASTER_PORT"]) < 65536
     assert supervisor_pid(environment) == os.getpid()
     assert supervisor_pid({}) is None
+
+
+def test_a_supervisor_on_another_host_is_not_looked_for_on_this_one() -> None:
+    """The batch script's variables reach all nodes: the same process id would be somebody else's there."""
+    assert supervisor_pid({"MEGATRAIN_SUPERVISOR": f"elsewhere:{os.getpid()}"}) is None
+
+
+def test_ranks_that_nobody_binds_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.sched_getaffinity(0)
+    rank = RankInfo(3, 4, len(cores) - 1, len(cores), "deepspeed or torchrun", "node0", 29500)
+    try:
+        bind_cores(rank)
+        assert os.sched_getaffinity(0) == cores
+        monkeypatch.setenv("MEGATRAIN_BIND_CORES", "1")
+        bind_cores(rank)
+        assert os.sched_getaffinity(0) == {max(cores)}
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_what_the_user_has_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:

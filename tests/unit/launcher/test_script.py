@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from launcher import cli
+from launcher.script import limit_seconds
+from megatrain.errors import ConfigError
+
+MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIG = {
+    "model": {**MODEL, "vocab_size": 512},
+    "data": {"train": [{"path": "data/code"}], "seq_len": 64},
+    "train": {"steps": 20, "global_batch_size": 32, "micro_batch_size": 2},
+}
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Launch = Callable[..., Ended]
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Launch:
+    """Runs `megatrain-launch` in this process, in a folder with run.yaml."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(yaml.safe_dump({"run": {"dir": "runs/one"}, **CONFIG}))
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["megatrain-launch", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Ended(code, *capfd.readouterr())
+
+    return run
+
+
+def sbatch_options(script: str) -> dict[str, str]:
+    """What sbatch is told, by option; the last of a name wins, as it does there."""
+    words = shlex.split(" ".join(line.removeprefix("#SBATCH ") for line in script.splitlines() if "#SBATCH" in line))
+    return dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+
+
+def checked(script: str) -> str:
+    """The script, which bash can parse and shellcheck (where it is installed) finds no fault with."""
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    if shutil.which("shellcheck"):
+        found = subprocess.run(["shellcheck", "-S", "warning", "-"], input=script, text=True, capture_output=True)
+        assert found.returncode == 0, found.stdout
+    return script
+
+
+VARIANTS = [
+    ("--nodes", "2", "--procs-per-node", "2", "--via", "srun"),
+    ("--nodes", "2", "--gpus-per-node", "2", "--via", "srun", "--cpus-per-task", "8"),
+    ("--nodes", "2", "--procs-per-node", "2", "--via", "deepspeed", "--cpus-per-task", "1"),
+    ("--nodes", "1", "--gpus-per-node", "4", "--via", "deepspeed", "--cpus-per-task", "8"),
+    ("--nodes", "1", "--procs-per-node", "4", "--chain", "3"),
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=" ".join)
+def test_a_script_is_short_and_sound_bash(launch: Launch, options: tuple[str, ...]) -> None:
+    script = checked(launch("slurm", "run.yaml", *options).out)
+    assert script.startswith("#!/bin/bash\n")
+    assert len(script.splitlines()) < 75
+
+
+def test_sbatch_is_told_what_was_asked_for(launch: Launch, tmp_path: Path) -> None:
+    options = ["--partition", "gpu", "--account", "a", "--qos", "long", "--exclude", "bad[1-2],bad7", "--time", "2-00"]
+    script = launch("slurm", "run.yaml", "--nodes", "2", "--gpus-per-node", "4", *options, "--signal-seconds", "600")
+    assert sbatch_options(script.out) == {
+        "--job-name": "run",
+        "--nodes": "2",
+        "--ntasks-per-node": "4",
+        "--gpus-per-node": "4",
+        "--partition": "gpu",
+        "--account": "a",
+        "--qos": "long",
+        "--exclude": "bad[1-2],bad7",
+        "--time": "2-00",
+        "--chdir": str(tmp_path),
+        "--output": f"{tmp_path}/runs/one/logs/slurm-%j.out",
+        "--open-mode": "append",
+        "--requeue": "",
+        "--signal": "B:USR1@600",
+    }
+    assert (tmp_path / "runs/one/logs").is_dir()  # SLURM fails a job whose output has no folder
+
+
+def test_a_chain_does_not_requeue(launch: Launch) -> None:
+    script = launch("slurm", "run.yaml", "--nodes", "1", "--procs-per-node", "4", "--chain", "3").out
+    assert "--no-requeue" in sbatch_options(script)
+    assert "scontrol requeue" not in script
+    assert "afternotok" in script
+
+
+def test_ranks_are_bound_where_cores_were_asked_for(launch: Launch) -> None:
+    common = ["slurm", "run.yaml", "--nodes", "2", "--procs-per-node", "2"]
+    assert "--cpu-bind=none" in launch(*common, "--via", "srun").out
+    assert (
+        "--cpus-per-task=3 --cpu-bind=cores --mem-bind=local"
+        in launch(*common, "--via", "srun", "--cpus-per-task", "3").out
+    )
+    assert "MEGATRAIN_BIND_CORES=1" in launch(*common, "--cpus-per-task", "3").out
+    one_node = ["slurm", "run.yaml", "--nodes", "1", "--procs-per-node", "4"]
+    assert "--bind_cores_to_rank" in launch(*one_node, "--cpus-per-task", "3").out
+
+
+def test_a_sites_own_lines_come_from_its_file(launch: Launch) -> None:
+    site = {
+        "sbatch": ["--constraint=ib", "--partition=theirs"],
+        "prologue": "module load cuda\n",
+        "python": ["apptainer", "exec", "my image.sif", "python3"],
+        "srun": ["--network=ib"],
+    }
+    Path("site.yaml").write_text(yaml.safe_dump(site))
+    options = ["--nodes", "2", "--procs-per-node", "2", "--site", "site.yaml", "--partition", "ours"]
+    script = checked(launch("slurm", "run.yaml", *options, "--via", "srun").out)
+    assert sbatch_options(script)["--constraint"] == "ib"
+    assert sbatch_options(script)["--partition"] == "ours"
+    assert "\nmodule load cuda\n" in script
+    assert "python=(apptainer exec 'my image.sif' python3)" in script
+    assert "--network=ib" in script
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("sbatch: [account=x]", "sbatch.0"),
+        ('sbatch: ["--a=x\\n#SBATCH --b"]', "sbatch.0"),
+        ("modules: [cuda]", "modules"),
+        ("python: []", "python"),
+        ("[", "no YAML"),
+        ("prologue: 3", "prologue"),
+        ("srun: [--mpi=none]", "--via srun"),
+    ],
+)
+def test_what_is_wrong_with_a_sites_file_is_named(launch: Launch, text: str, named: str) -> None:
+    Path("site.yaml").write_text(text)
+    ended = launch("slurm", "run.yaml", "--nodes", "2", "--procs-per-node", "2", "--site", "site.yaml")
+    assert (ended.code, ended.out) == (2, "")
+    assert named in ended.err
+
+
+NASTY = 'run.dir=runs/it\'s $(touch broken) "`id`" %n {x}; \\ #'
+
+
+def test_words_reach_the_trainer_as_they_were_given(launch: Launch, tmp_path: Path) -> None:
+    script = launch("slurm", "run.yaml", NASTY, "--nodes", "1", "--procs-per-node", "4", "--via", "srun").out
+    line = next(line for line in checked(script).splitlines() if line.startswith("config="))
+    shown = subprocess.run(["bash", "-c", line + '\nprintf "%s\\n" "${config[@]}"'], capture_output=True, text=True)
+    assert shown.stdout == f"run.yaml\n{NASTY}\n"
+    assert sbatch_options(script)["--output"].startswith(str(tmp_path))
+    assert not list(tmp_path.rglob("broken"))
+
+
+def test_words_survive_ssh_which_hands_them_to_a_shell(launch: Launch) -> None:
+    nasty = "train.steps= 20"
+    script = launch("slurm", "run.yaml", nasty, "--nodes", "2", "--procs-per-node", "2").out
+    line = next(line for line in checked(script).splitlines() if line.startswith("remote_config="))
+    sent = subprocess.run(
+        ["bash", "-c", line.split(" #")[0] + '\nprintf "%s " "${remote_config[@]}"'], capture_output=True
+    )
+    assert b"train.steps= " not in sent.stdout  # DeepSpeed would put quotes of its own around a space
+    arrived = subprocess.run(["bash", "-c", "printf '%s\\n' " + sent.stdout.decode()], capture_output=True, text=True)
+    assert arrived.stdout == f"run.yaml\n{nasty}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--nodes", "2"], "either --gpus-per-node"),
+        (["--nodes", "2", "--gpus-per-node", "2", "--procs-per-node", "2"], "either --gpus-per-node"),
+        (["--nodes", "3", "--gpus-per-node", "1"], "global_batch_size"),
+        (["--nodes", "2", "--gpus-per-node", "2", "train.stepz=3"], "train.stepz"),
+        (["--nodes", "2", "--gpus-per-node", "2", "--time", "tomorrow"], "--time tomorrow"),
+        (["--nodes", "2", "--gpus-per-node", "2", "--time", "2"], "--signal-seconds 180"),
+        (["--nodes", "2", "--gpus-per-node", "2", "--partition", "a\n#SBATCH --uid=0"], "control character"),
+        (["--nodes", "2", "--gpus-per-node", "2", "run.dir=runs/a b"], "--via srun"),
+        (["--nodes", "2", "--gpus-per-node", "2", "--site", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_code_2(launch: Launch, arguments: list[str], named: str) -> None:
+    ended = launch("slurm", "run.yaml", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert named in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_without_sbatch_nothing_is_submitted(launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ended = launch("slurm", "run.yaml", "--nodes", "1", "--procs-per-node", "4", "--submit")
+    assert ended.code == 2
+    assert "no sbatch here" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("30", 1800),
+        ("5:30", 330),
+        ("1:00:00", 3600),
+        ("2-00", 172800),
+        ("1-2:30", 95400),
+        ("1-00:00:05", 86405),
+        ("UNLIMITED", None),
+    ],
+)
+def test_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int | None) -> None:
+    assert limit_seconds(limit) == seconds
+
+
+@pytest.mark.parametrize("limit", ["", "1h", "1:2:3:4", "-5", "1-2-3"])
+def test_other_limits_are_refused(limit: str) -> None:
+    with pytest.raises(ConfigError, match="--time"):
+        limit_seconds(limit)
