@@ -22,6 +22,7 @@ BLUE, RED = "#2c6fad", "#c2553d"
 PART_COLOURS = {
     "data": "#d9a441",
     "forward_backward": "#2c6fad",
+    "exchange": "#4a5f86",
     "optimizer": "#7fb3d9",
     "eval": "#6a9f6e",
     "save": "#c2553d",

@@ -55,7 +55,12 @@ def setup_logging(run_dir: Path, rank: int, console: bool) -> None:
     root.setLevel(logging.INFO)
     # First, so that it can tell of a log file that cannot be written. Without any handler Python itself would print.
     root.addHandler(StderrHandler() if console else logging.NullHandler())
-    root.addHandler(RankLogHandler(run_dir / "logs" / f"rank-{rank:05d}.log"))
+    root.addHandler(RankLogHandler(log_path(run_dir, rank)))
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    """The log file of a rank."""
+    return run_dir / "logs" / f"rank-{rank:05d}.log"
 
 
 def adopt_logger(name: str) -> None:

@@ -27,8 +27,8 @@ class StepMetrics:
     ``tokens``: trained on since the run began. ``loss``: mean cross-entropy in nats over the targets of the global
     batch, before the update. ``grad_norm``: global L2 norm before clipping. ``mfu``: share of the devices' peak, None
     where that is unknown. ``skipped``: updates left out since the run began. ``parts``: seconds of each part of the
-    step (data, forward_backward, optimizer, eval, save, other), together ``step_seconds``. ``memory_bytes``: the most
-    that this rank has held.
+    step (data, forward_backward, exchange, optimizer, eval, save, other), together ``step_seconds``. ``memory_bytes``:
+    the most that this rank has held.
     """
 
     step: int

@@ -97,9 +97,11 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
     augmentations = open_augmentations(config, train)
     held_out = [_windows(config, dataset) for dataset in validation]
     device = local_device(rank.local_rank)
-    start_deepspeed(config.train.hang_timeout_seconds)
+    # The watchdog, which can say who is stuck, comes before the collectives' own timeout.
+    patience_seconds = 1.5 * config.train.hang_timeout_seconds + 60.0
+    start_deepspeed(patience_seconds)
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = make_groups(topology, rank.rank, device, config.train.hang_timeout_seconds)
+    groups = make_groups(topology, rank.rank, device, patience_seconds)
     sources = training_sources(config, train, groups)
     micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
     evaluation = None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,9 +14,12 @@ import torch
 from megatrain.checkpoint.location import write_file
 from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig, dump
-from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed import failures
+from megatrain.distributed.bootstrap import RankInfo, start_name
 from megatrain.distributed.signals import Requests
-from megatrain.observe.logs import adopt_logger
+from megatrain.distributed.watchdog import Watchdog
+from megatrain.errors import EXIT_RANK
+from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run, assemble
@@ -45,7 +51,27 @@ def train(config: RunConfig, rank: RankInfo, stop: Requests, lease: Lease | None
                 observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
             if (change := begun_segment(progress)) is not None:
                 observers.event("data order", progress.step, change)
-        return Trainer(run, progress, stop, observers, lease).run()
+        watchdog = stack.enter_context(_watched(config, rank))
+        return Trainer(run, progress, stop, observers, lease, watchdog).run()
+
+
+@contextlib.contextmanager
+def _watched(config: RunConfig, rank: RankInfo) -> Iterator[Watchdog]:
+    """A rank that stands still ends itself: what it waits for will not come."""
+    run_dir = Path(config.run.dir)
+
+    def end(report: str) -> None:
+        logger.error("%s", report)
+        if failures.claim(run_dir, start_name(), failures.Failure(rank.rank, EXIT_RANK, report)):
+            sys.stderr.write(report + "\n")
+            sys.stderr.flush()
+        os._exit(EXIT_RANK)
+
+    watchdog = Watchdog(rank, config.train.hang_timeout_seconds, log_path(run_dir, rank.rank), end)
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()
 
 
 def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:

@@ -6,14 +6,16 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatrain.batch import Batch
 from megatrain.checkpoint.lock import Lease
 from megatrain.checkpoint.saver import Outcome, Votes
 from megatrain.data.batches import TrainingBatches
 from megatrain.distributed.signals import Requests
+from megatrain.distributed.watchdog import Watchdog
 from megatrain.errors import CheckpointError, Preempted
 from megatrain.observe.flops import mfu, peak_flops
 from megatrain.observe.memory import peak_memory_bytes
@@ -34,12 +36,14 @@ SAVE_NOW = "save-now"  # a file in the run folder that asks for a checkpoint
 class Stopwatch:
     """Where the time since the last lap went, by part."""
 
+    on_enter: Callable[[str], None]
     parts: dict[str, float] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Count the time inside to ``part``."""
+        self.on_enter(part)
         began = time.perf_counter()
         try:
             yield
@@ -70,17 +74,28 @@ class Trainer:
         requests: Requests,
         observers: Observers | None,
         lease: Lease | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._run, self._config = run, run.config
         self.progress = progress
-        self._requests, self._observers, self._lease = requests, observers, lease
+        self._requests, self._observers, self._lease, self._watchdog = requests, observers, lease, watchdog
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
         self._saving = Saving(run)
-        self._watch = Stopwatch()
+        self._watch = Stopwatch(self._note_part)
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
         self._peak = peak_flops(run.groups.device, run.config.train.precision) if observers else None
         self._first_step = progress.step
+
+    def _note_part(self, part: str) -> None:
+        if self._watchdog is not None:
+            self._watchdog.enter(self.progress.step, part)
+
+    def _moving(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same; each of them is progress."""
+        for batch in batches:
+            self._note_part("eval")
+            yield batch
 
     def run(self) -> Progress:
         """Train to the last step.
@@ -108,6 +123,7 @@ class Trainer:
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
         with watch.measure("forward_backward"):
             result = run.engine.train_batch(micro_batches, count, lr)
+        with watch.measure("exchange"):
             # One exchange a step: the loss, who was asked to stop or to save, and how the save under way is doing.
             asked = (float(self._requests.signal is not None), float(self._is_save_asked()))
             sums = run.groups.sum([result.loss_sum, *asked, *self._saving.votes()])
@@ -146,7 +162,7 @@ class Trainer:
             return
         began = time.perf_counter()
         with self._watch.measure("eval"):
-            (total,) = run.groups.sum([run.engine.evaluate(run.validation)])
+            (total,) = run.groups.sum([run.engine.evaluate(self._moving(run.validation))])
         self._validation_loss = total / run.validation.num_targets
         if self._observers:
             self._observers.validation(step, self._validation_loss, time.perf_counter() - began)
