@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import traceback
@@ -46,7 +47,8 @@ NUM_VALIDATION_WINDOWS = 5
 @dataclass
 class Case:
     """What to train. ``load``: a checkpoint to begin from, and what its manifest would say of it: ``num_updates``,
-    ``loss_scale``. ``save``: a folder for the pieces, after ``save_after`` steps (None: the last)."""
+    ``loss_scale``. ``save``: a folder for the pieces, after ``save_after`` steps (None: the last).
+    ``poisoned_step``: the last rank's gradients are NaN in it."""
 
     config: dict[str, Any]
     first_step: int = 0
@@ -56,6 +58,7 @@ class Case:
     loss_scale: dict[str, float] | None = None
     save: str | None = None
     save_after: int | None = None
+    poisoned_step: int | None = None
 
 
 @functools.cache
@@ -85,14 +88,16 @@ def train(case: Case) -> dict[str, Any]:
     maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
     order = DataOrder.begin(config.run.seed, reading_terms(config, sources))
     batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
-    losses, norms, num_updates, saved = [], [], case.num_updates, {}
+    losses, norms, skipped, num_updates, saved = [], [], [], case.num_updates, {}
     save_step = case.first_step + (case.num_steps if case.save_after is None else case.save_after)
     for step in range(case.first_step, case.first_step + case.num_steps):
         if step == save_step:
             saved = save(engine, case, rank.rank, num_updates)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, config.train.steps)
         count = batches.num_targets(step)
-        result = engine.train_batch(batches.micro_batches(step), count, lr)
+        is_poisoned = step == case.poisoned_step and rank.rank == rank.world_size - 1
+        result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr)
+        skipped.append(result.skipped)
         losses.append(groups.sum([result.loss_sum])[0] / count)
         norms.append(result.grad_norm)
         num_updates += not result.skipped
@@ -104,7 +109,13 @@ def train(case: Case) -> dict[str, Any]:
         saved = save(engine, case, rank.rank, num_updates)
     groups.barrier()
     engine.close()
-    return {"losses": losses, "norms": norms, "validation": validation / evaluation.num_targets, "saved": saved}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "skipped": skipped,
+        "validation": validation / evaluation.num_targets,
+        "saved": saved,
+    }
 
 
 def save(engine: Engine, case: Case, rank: int, num_updates: int) -> dict[str, Any]:
