@@ -93,6 +93,7 @@ class Rank:
             progress = progress.after_step(count, result.skipped)
         batches.close()
         self.progress, self.saving = progress, Saving(self.run)
+        self.saving.prepare()
         pieces = [(f"{f.piece.name}.{f.piece.start}.{f.kind}", f.data) for f in self.run.engine.state_fragments()]
         self.state = {f"rank{self.rank}.{name}": data for name, data in pieces}
         self.num_bytes = sum(data.nbytes for data in self.state.values())

@@ -57,6 +57,7 @@ class CheckpointSaver:
         self._state: Literal["idle", "writing", "committing"] = "idle"
         self._future: Future[Any] | None = None
         self._copies: dict[tuple[Piece, str], Tensor] = {}
+        self._preparation: Future[None] | None = None
         self._manifest: Callable[[Sequence[FileEntry]], Manifest] | None = None
         self._files: tuple[tuple[str, bytes], ...] = ()
         self._step, self._began, self._stall = 0, 0.0, 0.0
@@ -66,6 +67,19 @@ class CheckpointSaver:
     def is_busy(self) -> bool:
         """Whether a save is under way: the same on all ranks."""
         return self._state != "idle"
+
+    def prepare(self, fragments: Iterable[Fragment]) -> None:
+        """Make the memory that copies of ``fragments`` will go to, in the background.
+
+        Memory that was never written to takes five times as long to copy into: the first save would stand still for it.
+        """
+        needed = [(_key(f), f.data.shape, f.data.dtype, f.data.is_cuda) for f in fragments]
+
+        def touch() -> None:
+            for key, shape, dtype, pinned in needed:
+                self._copies[key] = _memory(shape, dtype, pinned).zero_()
+
+        self._preparation = self._thread.submit(touch)
 
     def begin(
         self,
@@ -77,6 +91,8 @@ class CheckpointSaver:
         """Copy the fragments in memory and start to write. ``manifest`` and the small ``files`` are rank 0's part."""
         assert not self.is_busy
         self._began = time.perf_counter()
+        if self._preparation is not None:
+            self._preparation.result()
         copies = [self._copy(fragment) for fragment in fragments]
         self._stall = time.perf_counter() - self._began
         self._step, self._manifest, self._files, self._state, self.problem = (
@@ -124,12 +140,10 @@ class CheckpointSaver:
         return Outcome(self._step, path, self._stall, time.perf_counter() - self._began)
 
     def _copy(self, fragment: Fragment) -> Fragment:
-        key = (fragment.piece, fragment.kind)
+        key, data = _key(fragment), fragment.data
         if key not in self._copies:
-            self._copies[key] = torch.empty(
-                fragment.data.shape, dtype=fragment.data.dtype, pin_memory=fragment.data.is_cuda
-            )
-        return fragment._replace(data=self._copies[key].copy_(fragment.data))
+            self._copies[key] = _memory(data.shape, data.dtype, data.is_cuda)
+        return fragment._replace(data=self._copies[key].copy_(data))
 
     def _write(self, fragments: Sequence[Fragment]) -> None:
         path = self._store.begin(self._step) / rank_file(self._rank)
@@ -145,7 +159,13 @@ class CheckpointSaver:
             entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
             entries += [add_file(folder, name, content) for name, content in self._files]
             self._store.commit(self._manifest(entries))
+        self._thread.submit(self._prune)  # it has been saved whether that succeeds or not
+
+    def _prune(self) -> None:
+        try:
             self._store.prune(self._retention)
+        except OSError as error:
+            logger.warning("older checkpoints cannot be deleted: %s", error)
 
     @contextmanager
     def _naming(self, place: Location) -> Iterator[None]:
@@ -158,6 +178,14 @@ class CheckpointSaver:
         except OSError as error:
             self._store.refuse_if_superseded()
             raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from error
+
+
+def _key(fragment: Fragment) -> tuple[Piece, str]:
+    return fragment.piece, fragment.kind
+
+
+def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
 
 def rank_file(rank: int) -> str:

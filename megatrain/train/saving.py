@@ -43,6 +43,10 @@ class Saving:
         """Whether a save is under way."""
         return self._saver.is_busy
 
+    def prepare(self) -> None:
+        """Once the optimizer has its state: get ready for the first save. Not collective."""
+        self._saver.prepare(self._run.engine.state_fragments())
+
     def begin(self, progress: Progress, validation_loss: float | None, on_request: bool) -> list[Outcome]:
         """Start to save; first wait for the save before, if it is still under way. What ended meanwhile.
 

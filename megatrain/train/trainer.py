@@ -107,6 +107,8 @@ class Trainer:
             stopping = False
             while self.progress.step < self._config.train.steps and not stopping:
                 metrics, stopping, save_now = self._step(batches)
+                if self.progress.step == self._first_step + 1:
+                    self._saving.prepare()
                 self._evaluate_if_due()
                 self._report(metrics)  # before the save: a step that a checkpoint holds is one that was logged
                 self._save_if_due(stopping, save_now)

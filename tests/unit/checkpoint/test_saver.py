@@ -41,7 +41,8 @@ def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) 
             files=tuple(files),  # type: ignore[arg-type]
         )
 
-    for _ in range(2):  # the second time into the memory of the first
+    saver.prepare(fragments)
+    for _ in range(2):  # both times into the memory that was prepared
         store.set_aside(0)
         saver.begin(1, fragments, manifest)
         while saver.is_busy:
