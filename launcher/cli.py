@@ -37,6 +37,15 @@ Tries = Annotated[
 ]
 
 
+Partition = Annotated[str | None, typer.Option(help="As for sbatch.")]
+Account = Annotated[str | None, typer.Option(help="As for sbatch.")]
+Qos = Annotated[str | None, typer.Option(help="As for sbatch.")]
+Exclude = Annotated[str | None, typer.Option(help="Nodes to stay away from, as for sbatch.")]
+Time = Annotated[str | None, typer.Option(help="Limit, as for sbatch: 30, 12:00:00, 2-00.")]
+SiteFile = Annotated[Path | None, typer.Option("--site", help="A YAML file with this cluster's own lines.")]
+Submit = Annotated[bool, typer.Option("--submit", help="Submit it, instead of printing it.")]
+
+
 @app.command()
 def slurm(
     config: Config,
@@ -52,11 +61,11 @@ def slurm(
     cpus_per_task: Annotated[
         int | None, typer.Option(min=1, help="Cores of each rank, which is bound to them; left out: not bound.")
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
-    account: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
-    qos: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Nodes to stay away from, as for sbatch.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit, as for sbatch: 30, 12:00:00, 2-00.")] = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    exclude: Exclude = None,
+    time: Time = None,
     job_name: Annotated[str | None, typer.Option(help="Left out: the config's file name.")] = None,
     signal_seconds: Annotated[
         int, typer.Option(min=1, max=65535, help="How long before the limit the run is asked to save and end.")
@@ -65,13 +74,12 @@ def slurm(
     chain: Annotated[
         int | None, typer.Option(min=1, help="No requeueing: so many jobs, each if the one before did not finish.")
     ] = None,
-    site: Annotated[Path | None, typer.Option(help="A YAML file with this cluster's own lines.")] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Submit it, instead of printing it.")] = False,
+    site: SiteFile = None,
+    submit: Submit = False,
 ) -> None:
     """Print or submit a batch script that trains CONFIG, and requeues itself when preempted or when a rank died."""
     from launcher.script import Job, render
     from launcher.site import read_site
-    from launcher.submit import submit_script
     from megatrain.config import load
     from megatrain.plan import rules
 
@@ -96,12 +104,48 @@ def slurm(
         tries=tries,
         chain=chain,
     )
-    text = render(job, read_site(site))
-    if submit:
-        for number in submit_script(text, job.logs, chain or 1):
-            typer.echo(number)
-    else:
-        typer.echo(text, nl=False)
+    _print_or_submit(render(job, read_site(site)), submit, chain or 1)
+
+
+@app.command()
+def array(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="tokenize, dedup or filter with its arguments.")
+    ],
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks, which share the work.")],
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each task.")] = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    exclude: Exclude = None,
+    time: Time = None,
+    job_name: Annotated[str | None, typer.Option(help="Left out: the command's name.")] = None,
+    site: SiteFile = None,
+    submit: Submit = False,
+) -> None:
+    """Print or submit an array of SLURM tasks that do the work of one `megatrain-data` command together."""
+    from launcher.script import Array, render_array
+    from launcher.site import read_site
+
+    job = Array(
+        command=tuple(command),
+        num_tasks=tasks,
+        cpus_per_task=cpus_per_task,
+        working_dir=Path.cwd(),
+        options={"partition": partition, "account": account, "qos": qos, "exclude": exclude, "time": time},
+        name=job_name or f"megatrain-{command[0]}",
+    )
+    _print_or_submit(render_array(job, read_site(site)), submit)
+
+
+def _print_or_submit(script: str, submit: bool, num_jobs: int = 1) -> None:
+    from launcher.submit import submit_script
+
+    if not submit:
+        typer.echo(script, nl=False)
+        return
+    for number in submit_script(script, num_jobs):
+        typer.echo(number)
 
 
 @job_app.command()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from launcher.site import Site
 from megatrain.errors import ConfigError
 
+ARRAY_COMMANDS = ("tokenize", "dedup", "filter")
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 
@@ -44,6 +45,18 @@ class Job:
         return self.run_dir / "logs"
 
 
+@dataclass(frozen=True)
+class Array:
+    """A command of the data tools that the tasks of an array do together: each finds what is left to do by itself."""
+
+    command: tuple[str, ...]
+    num_tasks: int
+    cpus_per_task: int | None
+    working_dir: Path
+    options: Mapping[str, str | None]
+    name: str
+
+
 def render(job: Job, site: Site) -> str:
     """The batch script; makes the folder of its output, without which SLURM would fail the job.
 
@@ -55,15 +68,8 @@ def render(job: Job, site: Site) -> str:
         job.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{job.logs} cannot be made: {error.strerror}. Set run.dir to shared storage.") from None
-    environment = Environment(
-        loader=PackageLoader("launcher", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     words = [job.config, *job.overrides]
-    return environment.get_template("slurm.sh.j2").render(
+    return _template("slurm.sh.j2").render(
         job=job,
         options=[shlex.quote(option) for option in _options(job, site)],
         python=shlex.join(site.python),
@@ -73,6 +79,37 @@ def render(job: Job, site: Site) -> str:
         logs=shlex.quote(str(job.logs)),
         prologue=site.prologue.strip("\n"),
     )
+
+
+def render_array(job: Array, site: Site) -> str:
+    """The batch script of an array. Raises ConfigError for other commands, and for what cannot stand in a script."""
+    if job.command[0] not in ARRAY_COMMANDS:
+        raise ConfigError(f"{job.command[0]}: an array of tasks can do {', '.join(ARRAY_COMMANDS)}.")
+    _refuse_control_characters([*job.command, str(job.working_dir), job.name, *_given(job.options)])
+    if job.options.get("time") is not None:
+        limit_seconds(str(job.options["time"]))
+    options = [*site.sbatch, f"--job-name={job.name}", f"--array=0-{job.num_tasks - 1}"]
+    options += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+    options += [f"--{name}={value}" for name, value in job.options.items() if value is not None]
+    options += [f"--chdir={job.working_dir}", "--open-mode=append", "--requeue"]
+    return _template("array.sh.j2").render(
+        job=job,
+        options=[shlex.quote(option) for option in options],
+        python=shlex.join(site.python),
+        words=shlex.join(job.command),
+        prologue=site.prologue.strip("\n"),
+    )
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("launcher", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name)
 
 
 def _options(job: Job, site: Site) -> list[str]:
@@ -118,10 +155,8 @@ def _for_remote_shell(word: str) -> str:
 
 
 def _check(job: Job, site: Site) -> None:
-    given = [value for value in job.options.values() if value is not None]
-    for word in (job.config, *job.overrides, str(job.run_dir), str(job.working_dir), job.name, *given):
-        if not word.isprintable():
-            raise ConfigError(f"{word!r} has a control character: it cannot stand in a batch script.")
+    paths = [str(job.run_dir), str(job.working_dir)]
+    _refuse_control_characters([job.config, *job.overrides, *paths, job.name, *_given(job.options)])
     limit = job.options.get("time")
     if limit is not None and (seconds := limit_seconds(limit)) is not None and seconds <= job.signal_seconds:
         raise ConfigError(
@@ -139,6 +174,16 @@ def _check(job: Job, site: Site) -> None:
                     f"{word}: DeepSpeed passes it over ssh without quotes, so it may have letters, digits and "
                     "@+=:,./-_ alone. Use another folder, or --via srun."
                 )
+
+
+def _given(options: Mapping[str, str | None]) -> list[str]:
+    return [value for value in options.values() if value is not None]
+
+
+def _refuse_control_characters(words: Iterable[str]) -> None:
+    for word in words:
+        if not word.isprintable():
+            raise ConfigError(f"{word!r} has a control character: it cannot stand in a batch script.")
 
 
 def limit_seconds(limit: str) -> int | None:

@@ -25,7 +25,11 @@ def command_lines(text: str) -> list[list[str]]:
     """The words of each line in a code block that calls one of our commands, after the command's name."""
     blocks = re.findall(r"```(?:console|bash)?\n(.*?)```", text, re.DOTALL) + re.findall(r"(?:^ {4}.*\n)+", text, re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip().removeprefix("$ ").split() for line in lines if re.match(r"\s*(\$ )?megatrain(-data|-launch)? ", line)]
+    return [
+        line.strip().removeprefix("$ ").split()
+        for line in lines
+        if re.match(r"\s*(\$ )?megatrain(-data|-launch)? ", line)
+    ]
 
 
 @cache
@@ -44,8 +48,9 @@ def used_commands() -> dict[tuple[str, ...], set[str]]:
     """Each command that a page uses, with its subcommands, and the options it is used with."""
     used: dict[tuple[str, ...], set[str]] = {}
     for page in PAGES:
-        for command, *words in command_lines(page.read_text(encoding="utf-8")):
-            depth = 2 if words[0] == "checkpoint" else 1
+        for command, *line in command_lines(page.read_text(encoding="utf-8")):
+            words = line[: line.index("--")] if "--" in line else line  # beyond it are another command's
+            depth = 2 if words[0] in ("checkpoint", "job") else 1
             options = {word.split("=")[0] for word in words[depth:] if word.startswith("--")}
             used.setdefault((command, *words[:depth]), set()).update(options)
     return used

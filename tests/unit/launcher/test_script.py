@@ -231,3 +231,26 @@ def test_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int | None) -
 def test_other_limits_are_refused(limit: str) -> None:
     with pytest.raises(ConfigError, match="--time"):
         limit_seconds(limit)
+
+
+def test_an_array_does_a_command_of_the_data_tools(launch: Launch, tmp_path: Path) -> None:
+    words = ["tokenize", "my data/*.jsonl", "--tokenizer", "t.json", "--out", "$HOME", "--workers", "2"]
+    script = checked(launch("array", "--tasks", "8", "--cpus-per-task", "2", "--time", "60", "--", *words).out)
+    assert sbatch_options(script) == {
+        "--job-name": "megatrain-tokenize",
+        "--array": "0-7",
+        "--cpus-per-task": "2",
+        "--time": "60",
+        "--chdir": str(tmp_path),
+        "--open-mode": "append",
+        "--requeue": "",
+    }
+    echoed = script.replace(shlex.quote(sys.executable), "printf '%s\\n'").replace("exec ", "")
+    shown = subprocess.run(["bash", "-c", echoed], capture_output=True, text=True)
+    assert shown.stdout.splitlines() == ["-m", "data_tools", *words]
+
+
+def test_an_array_of_what_cannot_be_shared_is_refused(launch: Launch) -> None:
+    ended = launch("array", "--tasks", "8", "--", "inspect", "data/code")
+    assert ended.code == 2
+    assert "tokenize, dedup, filter" in ended.err
