@@ -1,0 +1,82 @@
+"""What batch scripts promise beyond surviving: real limits, chains, one node, arrays, words and variables as given."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatrain.data import open_dataset
+from tests.cluster.conftest import ClusterRun
+from tests.cluster.lab import Lab
+from tests.cluster.test_jobs import Check, acceptance, both_ways
+from tests.runs import Metrics, TinyData, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900), acceptance]
+
+
+@both_ways
+def test_a_real_limit_is_announced_in_time(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
+    cluster_run.submit(via, "train.steps=1000000", "--time", "2", "--signal-seconds", "60")
+    cluster_run.wait_for_restarts(1)
+    wait_until(lambda: len(Metrics.read(cluster_run.run_dir).steps) > max(100, *cluster_run.events("resume"), 0))
+    assert cluster_run.events("resume") == cluster_run.events("stop")
+    check_same(Metrics.read(cluster_run.run_dir))
+
+
+def test_a_chain_goes_on_where_the_job_before_failed_and_no_further(cluster_run: ClusterRun, check_same: Check) -> None:
+    first, second, third = cluster_run.submit("srun", "--chain", "3")
+    cluster_run.wait_for_step(13)
+    cluster_run.lab.ranks()[-1].send_signal(signal.SIGKILL)
+    states = [cluster_run.lab.wait_for_job(number) for number in (first, second, third)]
+    assert states == ["FAILED", "COMPLETED", "CANCELLED"]
+    assert cluster_run.lab.job(first)["ExitCode"] == "5:0"
+    check_same(Metrics.read(cluster_run.run_dir))
+
+
+@both_ways
+def test_ranks_on_one_node_bound_to_a_core_each(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
+    cluster_run.submit(via, "--cpus-per-task", "1", nodes=1)
+    check_same(cluster_run.finish())
+
+
+@both_ways
+def test_ranks_get_words_and_variables_as_they_were_given(
+    via: str, cluster_run: ClusterRun, check_same: Check, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    nasty = 'it\'s %n "$(touch broken)" `id` \\ # {x};\nand a second line'
+    place = tmp_path / nasty.splitlines()[0]
+    place.symlink_to(tiny_data.prose)
+    override = f"data.train.0.path='{str(place).replace(chr(39), 2 * chr(39))}'"
+    cluster_run.submit(via, override, "--cpus-per-task", "1", NASTY=nasty)
+    cluster_run.wait_for_step(3)
+    ranks = cluster_run.lab.ranks()
+    assert [rank.environ()["NASTY"] for rank in ranks] == [nasty, nasty]
+    assert [rank.cmdline()[-1] for rank in ranks] == [override, override]
+    assert {rank.environ()["SLURM_JOB_ID"] for rank in ranks} == {cluster_run.number}
+    check_same(cluster_run.finish())
+    assert not (cluster_run.run_dir / "logs" / "environment.sh").exists()
+
+
+def test_the_tasks_of_an_array_tokenize_together(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:
+    words = ["tokenize", str(tiny_data.prose.with_suffix(".jsonl")), "--tokenizer", str(tiny_data.tokenizer)]
+    options = [
+        "array",
+        "--tasks",
+        "3",
+        "--cpus-per-task",
+        "1",
+        "--submit",
+        "--",
+        *words,
+        "--out",
+        str(tmp_path / "set"),
+    ]
+    command = [sys.executable, "-m", "launcher", *options]
+    ended = subprocess.run(command, cwd=tmp_path, env=lab.environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    wait_until(lambda: lab.call("squeue", "-h", "-j", ended.stdout.strip()) == "")
+    assert open_dataset(tmp_path / "set").digest == open_dataset(tiny_data.prose).digest
