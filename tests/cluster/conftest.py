@@ -93,7 +93,7 @@ def cluster_run(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> Iterator[Clust
 
 @pytest.fixture(scope="module")
 def check_same(lab: Lab, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Metrics], None]:
-    """Checks that a run logged what two ranks on one machine do, undisturbed, to the last bit; of a longer run as far."""
+    """Checks that a run logged what two ranks on one machine do, undisturbed, to the last bit (as far as that goes)."""
     folder = tmp_path_factory.mktemp("straight")
     train = TrainProcess(write_config(folder / "run.yaml", tiny_config(tiny_data, folder / "run", **_SECTIONS)), 2)
     code, output = train.wait()

@@ -161,8 +161,9 @@ class Lab:
         return self.job(number)["JobState"]
 
     def ranks(self) -> list[psutil.Process]:
-        """The trainers that run on any node."""
-        return local_ranks.find_ranks(lambda process: "SLURM_JOB_ID" in process.environ())
+        """The trainers that run on any node of this lab."""
+        ours = self.environment["SLURM_CONF"]
+        return local_ranks.find_ranks(lambda process: process.environ().get("SLURM_CONF") == ours)
 
     def down(self) -> None:
         """End it all."""
