@@ -29,7 +29,7 @@ BLOCKS_KEY = "__blocks__"
 FORMAT = "megatrain-pieces-1"
 _DIGEST_BYTES = 16
 _MAX_HEADER_BYTES = 1 << 26
-_MAX_RESIDENT_BLOCKS = 4
+_MAX_RESIDENT_BYTES = 4 * BLOCK_BYTES
 
 DTYPE_CODES = {  # of safetensors
     torch.float64: "F64",
@@ -123,7 +123,7 @@ class PieceFile:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from None
         self._checked = np.zeros(len(self._table) // _DIGEST_BYTES, dtype=bool)
-        self._num_resident = 0
+        self._resident_bytes = 0
         self._last: tuple[int, Bytes] | None = None
 
     def read(self, stored: StoredPiece, first: int = 0, last: int | None = None) -> NDArray[Any]:
@@ -136,6 +136,7 @@ class PieceFile:
         end = stored.begin + (stored.piece.length if last is None else last) * size
         if self._file.is_mapped:
             self.check(begin, end)
+            self._make_room(end - begin)
             data = self._file.read(self._data_begin + begin, self._data_begin + end)
         else:
             parts = [
@@ -152,18 +153,18 @@ class PieceFile:
             if not self._checked[block]:
                 self._block(block)
 
-    def forget(self) -> None:
-        """Let go of the memory that holds what was read: a checkpoint may be larger. Views stay good."""
-        self._file.forget()
-        self._num_resident = 0
+    def _make_room(self, num_bytes: int) -> None:
+        """Before so much more is read: let go of what was, a checkpoint may be larger than memory. Views stay good."""
+        if self._resident_bytes + num_bytes > _MAX_RESIDENT_BYTES:
+            self._file.forget()
+            self._resident_bytes = 0
+        self._resident_bytes += num_bytes
 
     def _block(self, block: int) -> Bytes:
         """A block of the data, checked. The last one is kept: small pieces lie side by side in it."""
         if self._last is not None and self._last[0] == block:
             return self._last[1]
-        if self._num_resident == _MAX_RESIDENT_BLOCKS:
-            self.forget()
-        self._num_resident += 1
+        self._make_room(BLOCK_BYTES)
         first = self._data_begin + block * BLOCK_BYTES
         last = min(first + BLOCK_BYTES, self._data_end)
         try:
@@ -216,12 +217,9 @@ def copy_into(target: Tensor, wanted: Piece, file: PieceFile, stored: StoredPiec
     source = file.read(stored, first, last)
     if stored.dtype == target.dtype:
         bits = target.view(torch.uint16) if _is_bits(target.dtype) else target
-        copied = copy_overlap(bits.numpy(), wanted, source, held)
-    else:
-        converted = torch.from_numpy(source.copy()).view(stored.dtype).to(target.dtype)
-        copied = copy_overlap(target.numpy(), wanted, converted.numpy(), held)
-    file.forget()
-    return copied
+        return copy_overlap(bits.numpy(), wanted, source, held)
+    converted = torch.from_numpy(source.copy()).view(stored.dtype).to(target.dtype)
+    return copy_overlap(target.numpy(), wanted, converted.numpy(), held)
 
 
 def _encode_header(fragments: Sequence[Fragment]) -> bytes:

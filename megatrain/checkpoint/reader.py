@@ -35,6 +35,11 @@ class CheckpointReader:
     def read(self, wanted: Piece, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The elements of a piece as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
         target = torch.empty(wanted.length, dtype=dtype)
+        self.read_into(target, wanted, kind)
+        return target
+
+    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+        """The same into ``target``: 1-D, on the CPU, contiguous."""
         missing = wanted.length
         for file, stored in self._candidates(wanted.name, kind):
             if stored.piece.global_shape != wanted.global_shape:
@@ -44,7 +49,7 @@ class CheckpointReader:
                 )
             missing -= copy_into(target, wanted, file, stored)
             if missing <= 0:
-                return target
+                return
         raise CheckpointError(
             f"{self.folder}: {missing:,} of {wanted.length:,} elements of {wanted.name} ({kind}) are in no file of it: "
             "it was written by another model, or is incomplete."

@@ -40,14 +40,18 @@ class InitialWeights:
 
     def read(self, wanted: Piece, kind: str) -> Tensor:
         """The piece's initial weights: 1-D, fp32, on the CPU. The optimizer has no initial state (ValueError)."""
+        out = torch.empty(wanted.length)
+        self.read_into(out, wanted, kind)
+        return out
+
+    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+        """The same into ``target``: 1-D, fp32, on the CPU."""
         if kind != "weight":
             raise ValueError(f"there is no initial {kind}")
-        out = torch.empty(wanted.length)
         for first in range(0, wanted.length, CHUNK_ELEMENTS):
             last = min(first + CHUNK_ELEMENTS, wanted.length)
             index = _global_index(torch.arange(wanted.start + first, wanted.start + last), wanted)
-            out[first:last] = self._values(index, wanted.name, len(wanted.global_shape))
-        return out
+            target[first:last] = self._values(index, wanted.name, len(wanted.global_shape))
 
     def _values(self, index: Tensor, name: str, num_dims: int) -> Tensor:
         if num_dims == 1:  # norms and biases

@@ -30,6 +30,10 @@ class PieceSource(Protocol):
         """The elements of a piece: 1-D, fp32, on the CPU."""
         ...
 
+    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+        """The same into ``target``: 1-D, fp32, on the CPU, contiguous."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -119,8 +123,12 @@ class Engine:
             for piece, where in windows(local.placement, held.start, held.start + held.length):
                 for kind, buffer in kinds.items():
                     target = held.of(buffer)
-                    index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
-                    target[index] = source.read(piece, kind).to(target)
+                    in_place = isinstance(where, slice) and target.is_cpu and target.dtype == torch.float32
+                    if in_place and target.is_contiguous():
+                        source.read_into(target[where], piece, kind)
+                    else:
+                        index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
+                        target[index] = source.read(piece, kind).to(target)
             for buffer in kinds.values():
                 _clear_padding(local.placement, held, held.of(buffer))
         if num_updates:
