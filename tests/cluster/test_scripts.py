@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900), a
 def test_a_real_limit_is_announced_in_time(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
     cluster_run.submit(via, "train.steps=1000000", "--time", "2", "--signal-seconds", "60")
     cluster_run.wait_for_restarts(1)
-    wait_until(lambda: len(Metrics.read(cluster_run.run_dir).steps) > max(100, *cluster_run.events("resume"), 0))
+    wait_until(lambda: bool(cluster_run.events("resume")))
+    cluster_run.wait_for_step(max(100, *cluster_run.events("resume")) + 1)
     assert cluster_run.events("resume") == cluster_run.events("stop")
     check_same(Metrics.read(cluster_run.run_dir))
 

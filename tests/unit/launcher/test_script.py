@@ -119,8 +119,7 @@ def test_ranks_are_bound_where_cores_were_asked_for(launch: Launch) -> None:
         in launch(*common, "--via", "srun", "--cpus-per-task", "3").out
     )
     assert "MEGATRAIN_BIND_CORES=1" in launch(*common, "--cpus-per-task", "3").out
-    one_node = ["slurm", "run.yaml", "--nodes", "1", "--procs-per-node", "4"]
-    assert "--bind_cores_to_rank" in launch(*one_node, "--cpus-per-task", "3").out
+    assert "BIND" not in launch(*common).out
 
 
 def test_a_sites_own_lines_come_from_its_file(launch: Launch) -> None:
