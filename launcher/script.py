@@ -168,6 +168,8 @@ def _check(job: Job, site: Site) -> None:
     if site.srun:
         raise ConfigError("the site's srun options need --via srun: with --via deepspeed, srun starts no ranks.")
     if job.nodes > 1:
+        if len(site.python) > 1:
+            raise ConfigError("a container (the site's python) needs --via srun: DeepSpeed starts ranks outside of it.")
         for word in (str(job.working_dir), str(job.logs), *site.python):
             if not _PLAIN.fullmatch(word):
                 raise ConfigError(

@@ -52,7 +52,9 @@ def test_ranks_get_words_and_variables_as_they_were_given(
     place = tmp_path / nasty.splitlines()[0]
     place.symlink_to(tiny_data.prose)
     override = f"data.train.0.path='{str(place).replace(chr(39), 2 * chr(39))}'"
-    cluster_run.submit(via, override, "--cpus-per-task", "1", NASTY=nasty)
+    name = 'it\'s "a" \\ name # for {this}'
+    cluster_run.submit(via, override, "--cpus-per-task", "1", "--job-name", name, NASTY=nasty)
+    assert cluster_run.lab.call("squeue", "-h", "-j", cluster_run.number, "-o", "%j") == name
     cluster_run.wait_for_step(3)
     ranks = cluster_run.lab.ranks()
     assert [rank.environ()["NASTY"] for rank in ranks] == [nasty, nasty]

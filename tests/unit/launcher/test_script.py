@@ -149,6 +149,7 @@ def test_a_sites_own_lines_come_from_its_file(launch: Launch) -> None:
         ("[", "no YAML"),
         ("prologue: 3", "prologue"),
         ("srun: [--mpi=none]", "--via srun"),
+        ("python: [apptainer, exec, image.sif, python]", "a container"),
     ],
 )
 def test_what_is_wrong_with_a_sites_file_is_named(launch: Launch, text: str, named: str) -> None:
