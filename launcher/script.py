@@ -71,7 +71,7 @@ def render(job: Job, site: Site) -> str:
     words = [job.config, *job.overrides]
     return _template("slurm.sh.j2").render(
         job=job,
-        options=[shlex.quote(option) for option in _options(job, site)],
+        options=[_for_sbatch(option) for option in _options(job, site)],
         python=shlex.join(site.python),
         words=shlex.join(words),
         remote_words=" ".join(shlex.quote(_for_remote_shell(word)) for word in words),
@@ -94,7 +94,7 @@ def render_array(job: Array, site: Site) -> str:
     options += [f"--chdir={job.working_dir}", "--open-mode=append", "--requeue"]
     return _template("array.sh.j2").render(
         job=job,
-        options=[shlex.quote(option) for option in options],
+        options=[_for_sbatch(option) for option in options],
         python=shlex.join(site.python),
         words=shlex.join(job.command),
         prologue=site.prologue.strip("\n"),
@@ -118,7 +118,7 @@ def _options(job: Job, site: Site) -> list[str]:
     counts = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
     counts += [f"--gpus-per-node={job.ranks_per_node}"] if job.has_gpus else []
     counts += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
-    output = str(job.logs).replace("\\", "\\\\").replace("%", "%%") + "/slurm-%j.out"
+    output = str(job.logs).replace("%", "%%") + "/slurm-%j.out"
     return [
         *site.sbatch,
         f"--job-name={job.name}",
@@ -130,6 +130,11 @@ def _options(job: Job, site: Site) -> list[str]:
         "--no-requeue" if job.chain else "--requeue",
         f"--signal=B:USR1@{job.signal_seconds}",
     ]
+
+
+def _for_sbatch(option: str) -> str:
+    """An option as sbatch reads it in a comment: quotes as in a shell, but a backslash escapes even inside of them."""
+    return shlex.quote(option.replace("\\", "\\\\"))
 
 
 def _bindings(job: Job) -> list[str]:
@@ -157,6 +162,8 @@ def _for_remote_shell(word: str) -> str:
 def _check(job: Job, site: Site) -> None:
     paths = [str(job.run_dir), str(job.working_dir)]
     _refuse_control_characters([job.config, *job.overrides, *paths, job.name, *_given(job.options)])
+    if "\\" in str(job.logs):
+        raise ConfigError(f"{job.logs}: SLURM writes no output below a name with a backslash. Set run.dir elsewhere.")
     limit = job.options.get("time")
     if limit is not None and (seconds := limit_seconds(limit)) is not None and seconds <= job.signal_seconds:
         raise ConfigError(

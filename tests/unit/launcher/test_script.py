@@ -159,11 +159,13 @@ def test_what_is_wrong_with_a_sites_file_is_named(launch: Launch, text: str, nam
     assert named in ended.err
 
 
-NASTY = 'run.dir=runs/it\'s $(touch broken) "`id`" %n {x}; \\ #'
+NASTY = 'run.dir=runs/it\'s $(touch broken) "`id`" %n {x}; #'
 
 
 def test_words_reach_the_trainer_as_they_were_given(launch: Launch, tmp_path: Path) -> None:
-    script = launch("slurm", "run.yaml", NASTY, "--nodes", "1", "--procs-per-node", "4", "--via", "srun").out
+    ended = launch("slurm", "run.yaml", NASTY, "--nodes", "1", "--procs-per-node", "4", "--via", "srun")
+    assert ended.code == 0, ended.err
+    script = ended.out
     line = next(line for line in checked(script).splitlines() if line.startswith("config="))
     shown = subprocess.run(["bash", "-c", line + '\nprintf "%s\\n" "${config[@]}"'], capture_output=True, text=True)
     assert shown.stdout == f"run.yaml\n{NASTY}\n"
@@ -195,6 +197,7 @@ def test_words_survive_ssh_which_hands_them_to_a_shell(launch: Launch) -> None:
         (["--nodes", "2", "--gpus-per-node", "2", "--partition", "a\n#SBATCH --uid=0"], "control character"),
         (["--nodes", "2", "--gpus-per-node", "2", "run.dir=runs/a b"], "--via srun"),
         (["--nodes", "2", "--gpus-per-node", "2", "--site", "nowhere.yaml"], "nowhere.yaml"),
+        (["--nodes", "2", "--gpus-per-node", "2", "run.dir=runs/a\\\\b"], "backslash"),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_code_2(launch: Launch, arguments: list[str], named: str) -> None:
