@@ -158,6 +158,14 @@ def begin(config: Config, overrides: Overrides = None, tries: Tries = 3) -> None
 
 
 @job_app.command()
+def sweep() -> None:
+    """End the ranks that an earlier start of this job left on this node."""
+    from launcher.job import end_leftovers
+
+    end_leftovers()
+
+
+@job_app.command()
 def relay(
     signal_name: Annotated[str, typer.Argument(metavar="SIGNAL", help="Such as USR1.")],
 ) -> None:

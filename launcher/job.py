@@ -118,6 +118,13 @@ def relay_signal(name: str) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
+def end_leftovers() -> None:
+    """KILL the ranks that an earlier start of this job left on this node: superseded, they have nothing to save."""
+    for process in _ranks():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def outlive_the_job() -> None:
     """SLURM ends all processes of a job by TERM; what asks the ranks, or tells of them, has still to do so."""
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -142,7 +143,9 @@ while True:
 """
 
 
-def test_a_signal_waits_for_a_rank_that_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process like a rank of job 4711, whose commands are then called."""
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     package = tmp_path / "megatrain"
     package.mkdir()
@@ -150,9 +153,24 @@ def test_a_signal_waits_for_a_rank_that_listens(tmp_path: Path, monkeypatch: pyt
     (package / "train.py").write_text(RANK)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-m", "megatrain.train"], env=environment, cwd=tmp_path) as rank:
-        relay = [sys.executable, "-m", "launcher", "job", "relay", "USR1"]
-        assert subprocess.run(relay, timeout=60).returncode == 0
-        assert rank.wait(20) == 75
+        yield rank
+        rank.kill()
+
+
+def test_a_signal_waits_for_a_rank_that_listens(rank: subprocess.Popen[bytes]) -> None:
+    relay = [sys.executable, "-m", "launcher", "job", "relay", "USR1"]
+    assert subprocess.run(relay, timeout=60).returncode == 0
+    assert rank.wait(20) == 75
+
+
+def test_a_sweep_ends_the_ranks_of_its_job_alone(
+    rank: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = [sys.executable, "-m", "launcher", "job", "sweep"]
+    subprocess.run(sweep, env={**os.environ, "SLURM_JOB_ID": "4712"}, check=True, timeout=60)
+    assert rank.poll() is None
+    subprocess.run(sweep, check=True, timeout=60)
+    assert rank.wait(20) == -signal.SIGKILL
 
 
 def test_a_name_that_no_signal_has_is_refused() -> None:
