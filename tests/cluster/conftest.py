@@ -1,4 +1,4 @@
-"""Runs on a SLURM of two nodes, and the run that nothing disturbed, to compare with."""
+"""Runs on two nodes of a SLURM of three, and the run that nothing disturbed, to compare with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECTIONS = {
 
 
 class ClusterRun:
-    """A config that trains as a job: one rank on each of the two nodes."""
+    """A config that trains as a job: one rank on each of two nodes."""
 
     def __init__(self, lab: Lab, data: TinyData, folder: Path) -> None:
         self.lab, self.run_dir = lab, folder / "run"
@@ -74,7 +74,7 @@ def lab() -> Iterator[Lab]:
     if (why := missing()) is not None:
         pytest.skip(why)
     folder = Path(tempfile.mkdtemp(prefix="megatrain-lab-"))
-    lab = Lab(folder, 2, slurmd_timeout=15)
+    lab = Lab(folder, 3, slurmd_timeout=15)  # jobs take two: one is spare
     yield lab
     lab.down()
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Jobs on two real SLURM nodes, disturbed as clusters do: each ends with the losses of a run that nothing disturbed.
+"""Jobs on nodes of a real SLURM, disturbed as clusters do: each ends with the losses of a run that nothing disturbed.
 
 The suite marked slow takes a sample; MEGATRAIN_ACCEPTANCE=1 runs all.
 """
@@ -77,16 +77,14 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(via: str, cluster_
 
 @acceptance
 @both_ways
-def test_a_job_whose_node_crashes_goes_on_when_the_node_is_back(
-    via: str, cluster_run: ClusterRun, check_same: Check
-) -> None:
+def test_a_job_whose_node_crashes_goes_on_with_another(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
     cluster_run.submit(via)
     cluster_run.wait_for_step(13)
     cluster_run.lab.crash(2)
     cluster_run.wait_for_restarts(1)
-    cluster_run.lab.boot(2)
     check_same(cluster_run.finish())
     assert cluster_run.events("resume")[0] >= 10
+    cluster_run.lab.boot(2)
 
 
 @acceptance
@@ -94,13 +92,17 @@ def test_a_job_whose_node_crashes_goes_on_when_the_node_is_back(
 def test_the_ranks_of_a_node_that_was_cut_off_commit_nothing(
     via: str, cluster_run: ClusterRun, check_same: Check
 ) -> None:
-    """The first node, with rank 0: its ranks live on while the job is requeued, and the node comes back to it."""
+    """The first node, with rank 0: its ranks live on while the job goes on elsewhere, and when the node is back."""
     cluster_run.submit(via)
     cluster_run.wait_for_step(13)
+    left_behind = cluster_run.lab.ranks()
     cluster_run.lab.cut(1)
     cluster_run.wait_for_restarts(1)
+    assert any(rank.is_running() for rank in left_behind)
+    wait_until(lambda: bool(cluster_run.events("resume")))
     cluster_run.lab.heal(1)
     check_same(cluster_run.finish())
+    wait_until(lambda: not cluster_run.lab.ranks())
 
 
 @acceptance
