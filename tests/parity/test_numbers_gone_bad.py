@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,11 @@ def _figures(pool: Pool, num_ranks: int, parallel: dict[str, Any], precision: st
     return pool.answer(num_ranks, {"config": config, "num_steps": NUM_STEPS, "poisoned_step": POISONED})
 
 
+SAMPLE = ("ZeRO 0 bf16", "ZeRO 2 fp32", "ZeRO 3 bf16", "tensor under ZeRO 3", "pipeline")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
 def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_update_out_on_all(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     found = _figures(pool, num_ranks, parallel, precision)
