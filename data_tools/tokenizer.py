@@ -71,7 +71,9 @@ def train_tokenizer(
     special = list(dict.fromkeys([EOD_TOKEN, *special_tokens]))
     smallest = NUM_BYTE_TOKENS + len(special)
     if vocab_size < smallest:
-        raise ConfigError(f"--vocab-size {vocab_size} is too small: the bytes and {', '.join(special)} need {smallest}.")
+        raise ConfigError(
+            f"--vocab-size {vocab_size} is too small: the bytes and {', '.join(special)} need {smallest}."
+        )
     if "" in special:
         raise ConfigError("--special-token was given an empty text: a token needs a name.")
     if not out.parent.is_dir():
