@@ -18,7 +18,7 @@ from megatrain.config import ModelConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.distributed.fragment import Placement
-from megatrain.errors import CheckpointError, DataError
+from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
 
@@ -51,7 +51,12 @@ def load_decoder(path: Location, dtype: torch.dtype | None = None) -> tuple[Deco
 def generate_text(
     path: Location, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
 ) -> Iterator[str]:
-    """Yield the prompt, then what the model goes on with, piece by piece as it can be shown."""
+    """Yield the prompt, then what the model goes on with, piece by piece as it can be shown.
+
+    Raises ConfigError for a prompt with bytes that are no text.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
+        raise ConfigError("--prompt has bytes that are not UTF-8: give it as text.")
     model, manifest, folder = load_decoder(path)
     tokenizer = _load_tokenizer(manifest, folder)
     encoding = tokenizer.encode(prompt, add_special_tokens=False)

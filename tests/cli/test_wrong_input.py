@@ -73,6 +73,7 @@ DATA: dict[str, tuple[Arguments, str]] = {
     "a report of nothing": (lambda p: ["report", p.folder / "empty"], "metrics.jsonl"),
     "a report of no folder": (lambda p: ["report", p.folder / "gone"], "gone"),
 }
+USAGE["a prompt that is no text"] = (lambda p: ["generate", p.run, "--prompt", "a\udcff"], "--prompt")
 CHECKPOINTS: dict[str, tuple[Arguments, str]] = {
     "no such run": (lambda p: ["checkpoint", "list", p.folder / "gone"], "gone"),
     "a run without checkpoints": (lambda p: ["checkpoint", "list", p.folder / "empty"], "empty"),
