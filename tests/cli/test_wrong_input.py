@@ -43,6 +43,7 @@ def place(tiny_data: TinyData, finished_run: Path, tmp_path: Path) -> Place:
 
 Arguments = Callable[[Place], list[object]]
 USAGE: dict[str, tuple[Arguments, str]] = {
+    "a prompt that is no text": (lambda p: ["generate", p.run, "--prompt", "a\udcff"], "--prompt"),
     "no such command": (lambda p: ["fly"], "fly"),
     "no config": (lambda p: ["train"], "CONFIG"),
     "a config that is not there": (lambda p: ["check", p.folder / "none.yaml"], "none.yaml"),
@@ -73,7 +74,6 @@ DATA: dict[str, tuple[Arguments, str]] = {
     "a report of nothing": (lambda p: ["report", p.folder / "empty"], "metrics.jsonl"),
     "a report of no folder": (lambda p: ["report", p.folder / "gone"], "gone"),
 }
-USAGE["a prompt that is no text"] = (lambda p: ["generate", p.run, "--prompt", "a\udcff"], "--prompt")
 CHECKPOINTS: dict[str, tuple[Arguments, str]] = {
     "no such run": (lambda p: ["checkpoint", "list", p.folder / "gone"], "gone"),
     "a run without checkpoints": (lambda p: ["checkpoint", "list", p.folder / "empty"], "empty"),
