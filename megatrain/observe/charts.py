@@ -126,8 +126,9 @@ def draw_progress(axes: Axes, run: RunRecord) -> None:
     began = min([float(np.nanmin(times)), *(event["time"] for event in run.events if "time" in event)])
     scale, unit = (3600.0, "hours") if np.nanmax(times) - began > 2 * 3600 else (60.0, "minutes")
     axes.plot((times - began) / scale, run.steps, color=BLUE)
-    axes.set_xlim(0, max(float(np.nanmax(times)) - began, 1.0) / scale * 1.02)
     resumes = [event for event in run.events if event["event"] == "resume" and "time" in event]
+    last = max([float(np.nanmax(times)), *(event["time"] for event in resumes)])  # a start may find nothing to do
+    axes.set_xlim(0, max(last - began, 1.0) / scale * 1.02)
     resumed_at = [(event["time"] - began) / scale for event in resumes]
     axes.plot(resumed_at, [event["step"] for event in resumes], "o", color=RED, markersize=4)
     _mark_resumes(axes, resumed_at)

@@ -1,3 +1,4 @@
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -128,3 +129,13 @@ def test_a_folder_without_a_logged_step_is_an_error_of_the_data(tmp_path, conten
 def test_an_output_that_cannot_be_written_is_an_error_of_usage(run_dir, tmp_path, out):
     with pytest.raises(ConfigError, match="--out"):
         write_report(run_dir, tmp_path / out)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_start_that_found_nothing_to_do_long_after_the_last_step_is_drawn(run_dir, tmp_path):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last = max(line["time"] for line in lines if "time" in line)
+    late = {"event": "resume", "step": 40, "layout": "2 ranks", "time": last + 3600.0}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(late) + "\n")
+    write_report(run_dir, tmp_path / "report.html")
