@@ -168,12 +168,13 @@ def sweep() -> None:
 @job_app.command()
 def relay(
     signal_name: Annotated[str, typer.Argument(metavar="SIGNAL", help="Such as USR1.")],
+    script: Annotated[int, typer.Option(help="The batch script's process: when it has ended, nobody waits any more.")],
 ) -> None:
     """Send a signal to one of this job's ranks on this node, as soon as there is one: it tells the others."""
     from launcher.job import outlive_the_job, relay_signal
 
     outlive_the_job()
-    relay_signal(signal_name)
+    relay_signal(signal_name, script)
 
 
 @job_app.command()

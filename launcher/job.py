@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -104,23 +104,23 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
     return "requeue" if is_left else "stop", code
 
 
-def relay_signal(name: str) -> None:
+def relay_signal(name: str, script: int) -> None:
     """Send a signal to a rank of this job on this node, which tells the others; waits until one is there and listens.
 
-    Gives up when the batch script has ended. Raises ConfigError for a name that no signal has.
+    Gives up when the batch script, the process ``script``, has ended. Raises ConfigError for a name that no signal has.
     """
     try:
         number = signal.Signals[f"SIG{name.removeprefix('SIG')}"]
     except KeyError:
         raise ConfigError(f"{name} is no signal; give one such as USR1 or TERM.") from None
-    script = os.getppid()
-    while os.getppid() == script and not any(local_ranks.tell(process, number) for process in _ranks()):
+    while psutil.pid_exists(script) and not any(local_ranks.tell(process, number) for process in _ranks()):
         time.sleep(_LOOK_SECONDS)
 
 
 def end_leftovers() -> None:
     """KILL the ranks that an earlier start of this job left on this node: superseded, they have nothing to save."""
-    for process in _ranks():
+    job, start = _start_of(os.environ)
+    for process in local_ranks.find_ranks(lambda process: _is_earlier(_start_of(process.environ()), job, start)):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -132,12 +132,18 @@ def outlive_the_job() -> None:
 
 
 def _ranks() -> list[psutil.Process]:
-    """The ranks of this job that run on this node."""
-    return local_ranks.find_ranks(_is_of_job(os.environ.get("SLURM_JOB_ID", "")))
+    """The ranks of this start of the job that run on this node."""
+    ours = _start_of(os.environ)
+    return local_ranks.find_ranks(lambda process: _start_of(process.environ()) == ours)
 
 
-def _is_of_job(job: str) -> Callable[[psutil.Process], bool]:
-    return lambda process: bool(job) and process.environ().get("SLURM_JOB_ID") == job
+def _start_of(environ: Mapping[str, str]) -> tuple[str, int]:
+    """The SLURM job that a process belongs to, and how often it had been restarted."""
+    return environ.get("SLURM_JOB_ID", ""), int(environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _is_earlier(start: tuple[str, int], job: str, restarts: int) -> bool:
+    return bool(job) and start[0] == job and start[1] < restarts
 
 
 def _newest_step(config: RunConfig) -> int | None:

@@ -158,21 +158,28 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_signal_waits_for_a_rank_that_listens(rank: subprocess.Popen[bytes]) -> None:
-    relay = [sys.executable, "-m", "launcher", "job", "relay", "USR1"]
+    relay = [sys.executable, "-m", "launcher", "job", "relay", "USR1", "--script", str(os.getpid())]
     assert subprocess.run(relay, timeout=60).returncode == 0
     assert rank.wait(20) == 75
 
 
-def test_a_sweep_ends_the_ranks_of_its_job_alone(
-    rank: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_ends_the_ranks_of_earlier_starts_of_its_job_alone(rank: subprocess.Popen[bytes]) -> None:
     sweep = [sys.executable, "-m", "launcher", "job", "sweep"]
-    subprocess.run(sweep, env={**os.environ, "SLURM_JOB_ID": "4712"}, check=True, timeout=60)
-    assert rank.poll() is None
-    subprocess.run(sweep, check=True, timeout=60)
+    for other in ({"SLURM_JOB_ID": "4712", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "4711"}):
+        subprocess.run(sweep, env={**os.environ, **other}, check=True, timeout=60)
+        assert rank.poll() is None
+    subprocess.run(sweep, env={**os.environ, "SLURM_RESTART_COUNT": "1"}, check=True, timeout=60)
     assert rank.wait(20) == -signal.SIGKILL
+
+
+def test_a_relay_whose_script_has_ended_disturbs_no_later_start(rank: subprocess.Popen[bytes]) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    relay = [sys.executable, "-m", "launcher", "job", "relay", "USR1", "--script", str(gone.pid)]
+    assert subprocess.run(relay, timeout=60).returncode == 0
+    assert rank.poll() is None
 
 
 def test_a_name_that_no_signal_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="USR9"):
-        relay_signal("USR9")
+        relay_signal("USR9", os.getpid())
