@@ -12,17 +12,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from data_tools.outputs import local_path, saying_what_is_full
 from megatrain.errors import EXIT_DATA, MegatrainError
 
 if TYPE_CHECKING:
     from data_tools.ranks import Ranks
 
+
+class Commands(TyperGroup):
+    """The commands; one whose reader has gone (`| head`) ends in silence, as it would by the signal."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Keep Python's own flush at exit from complaining.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        return result
+
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Text in, datasets out."
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Text in, datasets out.",
 )
 
 
@@ -60,8 +82,10 @@ DatasetArgument = Annotated[
 ]
 TextKey = Annotated[str, typer.Option(help="The key or column that holds a record's text.")]
 IdKey = Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core unless given.")]
-CleanOut = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to: .jsonl.zst, and .report in it.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes; one a core unless given.")]
+CleanOut = Annotated[
+    Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write to: .jsonl.zst, and .report in it.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Start over, whatever an earlier such command left there.")]
 ErrorsOption = Annotated[Errors, typer.Option(help="Invalid UTF-8: stop with its place, or keep it with U+FFFD.")]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]
@@ -69,19 +93,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value."
 
 
 @app.command()
-def corpus(out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write to.")]) -> None:
+def corpus(
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=local_path, help="The folder to write to.")],
+) -> None:
     """A demo corpus of this Python installation's own sources and documentation; nothing is downloaded."""
     from data_tools.corpus import make_corpus
 
-    for name, num_documents, num_bytes in make_corpus(out):
+    with saying_what_is_full(out):
+        written = make_corpus(out)
+    for name, num_documents, num_bytes in written:
         typer.echo(f"{out / name}: {num_documents} documents, {num_bytes / 1e6:.1f} MB of text")
 
 
 @app.command("train-tokenizer")
 def train_tokenizer_command(
     inputs: Inputs,
-    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes and <|endoftext|> included.")],
-    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    vocab_size: Annotated[int, typer.Option(max=1 << 24, help="Tokens, the 256 bytes and <|endoftext|> included.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", parser=local_path, help="The tokenizer.json to write.")],
     special_token: Annotated[
         list[str] | None,
         typer.Option(help="A token that no text becomes, such as <|fim_prefix|>; may be given several times."),
@@ -93,7 +121,8 @@ def train_tokenizer_command(
     from data_tools.tokenizer import train_tokenizer
     from data_tools.units import ReadOptions
 
-    size = train_tokenizer(inputs, vocab_size, out, ReadOptions(text_key, errors=errors.value), special_token or [])
+    with saying_what_is_full(out):
+        size = train_tokenizer(inputs, vocab_size, out, ReadOptions(text_key, errors=errors.value), special_token or [])
     if size < vocab_size:
         typer.echo(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.", err=True)
     typer.echo(f"{out}: {size} tokens")
@@ -103,11 +132,11 @@ def train_tokenizer_command(
 def tokenize(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json.")],
-    out: Annotated[Path, typer.Option(metavar="DATASET", help="The dataset folder to write.")],
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core unless given.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DATASET", parser=local_path, help="The dataset folder to write.")],
+    workers: Workers = None,
     text_key: TextKey = "text",
-    id_key: Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")] = "id",
-    shard_tokens: Annotated[int, typer.Option(min=1, help="About how many tokens a shard holds.")] = 2**28,
+    id_key: IdKey = "id",
+    shard_tokens: Annotated[int, typer.Option(min=1, max=1 << 48, help="About how many tokens a shard holds.")] = 2**28,
     errors: ErrorsOption = Errors.STRICT,
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
     engine: Annotated[Engine, typer.Option(help="auto: fastokens if it gives the ids of tokenizers.")] = Engine.AUTO,
@@ -129,15 +158,11 @@ def tokenize(
     options = TokenizeOptions(ReadOptions(text_key, id_key, errors.value), eod_token, shard_tokens)
     ranks = find_ranks()
     num_workers = workers or ranks.num_cores()
-    limit_threads(num_workers)
+    limit_threads(min(num_workers, ranks.num_cores()))
     progress = show_progress if ranks.reports else no_progress
     effort = Effort(num_workers, engine.value, progress, lambda text: typer.echo(f"Warning: {text}", err=True))
-    try:
+    with _ending_all(ranks), saying_what_is_full(out):
         manifest = run(inputs, tokenizer, out, options, effort, ranks, restart=restart)
-    except (MegatrainError, OSError) as error:
-        if ranks.speak_mpi:
-            ranks.abort(_report(error))
-        raise
     if not ranks.reports:
         return
     if manifest is None:
@@ -177,7 +202,7 @@ def dedup(
     read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
     options = DedupOptions(read, method.value, threshold, num_permutations, ngram)
     effort = Effort(workers or ranks.num_cores(), show_progress if ranks.reports else no_progress, ranks)
-    with _ending_all(ranks):
+    with _ending_all(ranks), saying_what_is_full(out):
         report = run(inputs, out, options, effort, restart)
     if ranks.reports:
         typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
@@ -206,7 +231,7 @@ def filter_command(
     ranks = find_ranks()
     read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
     effort = Effort(workers or ranks.num_cores(), show_progress if ranks.reports else no_progress, ranks)
-    with _ending_all(ranks):
+    with _ending_all(ranks), saying_what_is_full(out):
         report = filter_documents(inputs, out, read, choose_filters(filters, config), effort, restart)
     if ranks.reports:
         typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
@@ -238,9 +263,7 @@ def stats(
     as_json: JsonOption = False,
 ) -> None:
     """Lengths of documents, shares of sources, frequent tokens; as a picture too."""
-    from rich.console import Console
-
-    from data_tools.inspect import count, describe_json, describe_statistics, show_statistics
+    from data_tools.inspect import OutputConsole, count, describe_json, describe_statistics, show_statistics
     from data_tools.progress import show_progress
     from data_tools.stats import plot as draw
     from megatrain.data import open_dataset
@@ -252,7 +275,7 @@ def stats(
     if as_json:
         sys.stdout.buffer.write(describe_json(described))
     else:
-        show_statistics(Console(highlight=False, soft_wrap=True), described)
+        show_statistics(OutputConsole(highlight=False, soft_wrap=True), described)
 
 
 @app.command()
@@ -283,7 +306,8 @@ def _report(error: MegatrainError | OSError) -> int:
     if isinstance(error, MegatrainError):
         typer.echo(f"megatrain-data: {error}", err=True)
         return error.exit_code
-    typer.echo(f"megatrain-data: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
+    what = os.strerror(error.errno) if error.errno else str(error)  # pyarrow's own text of it says the same thrice
+    typer.echo(f"megatrain-data: {error.filename or 'a file'}: {what.rstrip('.')}.", err=True)
     return EXIT_DATA
 
 
@@ -302,9 +326,5 @@ def main() -> None:
     """Run the command line; an error that a user can cause is one paragraph and its exit code."""
     try:
         app()
-    except BrokenPipeError:
-        # Whoever read our output has gone: keep Python's own flush at exit from complaining.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except (MegatrainError, OSError) as error:
         sys.exit(_report(error))

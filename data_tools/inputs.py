@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import IO, cast
 
 import xxhash
 
-from megatrain.errors import DataError
+from megatrain.errors import ConfigError, DataError
 
 
 class Kind(Enum):
@@ -68,11 +69,14 @@ class InputFile:
         try:
             if not self.is_remote:
                 return Path(self.name).open("rb")
-            import fsspec
-
-            return cast("IO[bytes]", fsspec.open(self.name, "rb").open())
         except OSError as error:
             raise DataError(f"{self.name} cannot be opened: {error.strerror or error}.") from None
+        import fsspec
+
+        try:
+            return cast("IO[bytes]", fsspec.open(self.name, "rb").open())
+        except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
+            raise DataError(f"{self.name} cannot be opened: {_sentence(error)} Check your access.") from None
 
 
 def _suffixes(name: str) -> list[str]:
@@ -85,8 +89,10 @@ def find_inputs(arguments: Sequence[str]) -> list[InputFile]:
     """The files that the arguments name, in the order of the arguments; within a folder or pattern, sorted by name.
 
     A folder stands for every file below it but hidden ones (a name that begins with a dot).
-    Raises DataError for an argument that names nothing.
+    Raises DataError for an argument that names nothing, or a folder below it that cannot be read.
     """
+    if "" in arguments:
+        raise ConfigError("An input is an empty text (an unset variable?). Give a file, a folder, a glob or a URL.")
     files: list[InputFile] = []
     for argument in arguments:
         found = sorted(_find_remote(argument) if "://" in argument else _find_local(argument), key=lambda f: f.name)
@@ -99,7 +105,7 @@ def find_inputs(arguments: Sequence[str]) -> list[InputFile]:
 def _find_local(argument: str) -> Iterator[InputFile]:
     path = Path(argument)
     if path.is_dir():
-        paths = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        paths = list(_walk(path))
     elif path.exists():
         paths = [path]
     else:
@@ -118,6 +124,23 @@ def _find_local(argument: str) -> Iterator[InputFile]:
                 f"Input {str(found)!a} has a name that is not UTF-8, which no dataset can store. Rename it."
             )
         yield InputFile(found.as_posix(), status.st_size, str(status.st_mtime_ns))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files below a folder, hidden ones and those in hidden folders left out; follows no links to folders.
+
+    Raises DataError where a folder cannot be read: its documents would be left out in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"Input folder {error.filename} cannot be read: {error.strerror}. Ask for access to it, or name the other "
+            "inputs without it."
+        ) from None
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _match(pattern: str) -> Iterator[Path]:
@@ -153,5 +176,12 @@ def _find_remote(argument: str) -> Iterator[InputFile]:
             info = filesystem.info(name)
             version = "".join(str(info.get(key, "")) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified"))
             yield InputFile(filesystem.unstrip_protocol(name), int(info.get("size") or 0), version)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"Input {argument} cannot be listed: {error}. Check the address and your access.") from None
+    except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
+        raise DataError(
+            f"Input {argument} cannot be listed: {_sentence(error)} Check the address and your access."
+        ) from None
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error's text, with one full stop."""
+    return f"{(str(error) or type(error).__name__).partition(chr(10))[0].rstrip('. ')}."

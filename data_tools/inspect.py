@@ -23,7 +23,7 @@ from data_tools.stats import (
 from data_tools.work import Advance
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import shard_name
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, DataError
 
 STATISTICS = ("counted", "tokens_per_document", "length_histogram", "sources", "frequent_tokens")
 """The keys of what was counted."""
@@ -34,6 +34,14 @@ BAR_WIDTH = 30
 MAX_SHOWN_ROWS = 10
 MAX_SHOWN_LINES = 40
 MAX_SHOWN_TOKENS = 4000
+
+
+class OutputConsole(Console):
+    """Standard output; leaves a reader that has gone to whoever runs the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that this is called for."""
+        raise  # rich calls this where it handles the error, and would exit with 1
 
 
 def count(path: str, progress: Progress, *, everything: bool) -> Statistics:
@@ -100,7 +108,7 @@ def show(path: str, document: int | None, statistics: Statistics) -> None:
     shown = description.pop("document")
     shards = description.pop("shards")
     counted = {name: description.pop(name) for name in STATISTICS}
-    console = Console(highlight=False, soft_wrap=True)
+    console = OutputConsole(highlight=False, soft_wrap=True)
     for name, value in description.items():
         _show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
     _show_figure(console, "shards", f"{len(shards)}, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB")
@@ -191,4 +199,11 @@ def _printable(text: str) -> str:
 def _tokenizer(dataset: Dataset) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(dataset.tokenizer_path))
+    path = dataset.tokenizer_path
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (the library raises plain Exception for whatever is wrong)
+        raise DataError(
+            f"{path} is missing or damaged ({error}). Copy it again from where the dataset was made; "
+            "`megatrain-data verify` checks the whole dataset."
+        ) from None

@@ -25,6 +25,7 @@ from data_tools.claims import Claims
 from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
 from data_tools.inputs import InputFile, find_inputs
+from data_tools.outputs import refuse_among_inputs
 from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
@@ -152,6 +153,7 @@ def _prepare(
     """Look at everything, refuse what is wrong, and make the folder: what one process does for all that speak MPI."""
     tokenizer = load_tokenizer(tokenizer_path, options.eod_token)
     files = find_inputs(inputs)
+    refuse_among_inputs(out, inputs, files)
     command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
     name = _hash(command) + _hash([[file.name, file.num_bytes] for file in files])
     work = out / WORK_FOLDER

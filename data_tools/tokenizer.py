@@ -9,7 +9,8 @@ from pathlib import Path
 
 import orjson
 
-from data_tools.inputs import find_inputs
+from data_tools.inputs import InputFile, find_inputs
+from data_tools.outputs import refuse_among_inputs
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
@@ -78,6 +79,8 @@ def train_tokenizer(
         raise ConfigError("--special-token was given an empty text: a token needs a name.")
     if not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} for --out {out}: make it first.")
+    files = find_inputs(inputs)
+    refuse_among_inputs(out, inputs, files)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,10 +90,12 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = _TextIterator(inputs, options)
+    texts = _TextIterator(files, options)
     tokenizer.train_from_iterator(texts, trainer)
     if texts.error is not None:
         raise texts.error
+    if not texts.num_characters:
+        raise DataError(f"The input holds no text: {texts.num_documents} documents, all of them empty.")
     commit_bytes(out, tokenizer.to_str(pretty=True).encode())
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
 
@@ -98,15 +103,21 @@ def train_tokenizer(
 class _TextIterator:
     """The texts of the inputs, streamed. Keeps what went wrong, which `tokenizers` would blur."""
 
-    def __init__(self, inputs: Sequence[str], options: ReadOptions) -> None:
+    def __init__(self, files: list[InputFile], options: ReadOptions) -> None:
         self.error: DataError | None = None
-        self._inputs = inputs
+        self.num_documents = 0
+        self.num_characters = 0
+        self._files = files
         self._options = options
 
     def __iter__(self) -> Iterator[str]:
         try:
-            for unit in plan_units(find_inputs(self._inputs)):
+            for unit in plan_units(self._files):
                 for part in read_parts(unit, self._options):
-                    yield from (record.text for record in part.rows if record is not None)
+                    for record in part.rows:
+                        if record is not None:
+                            self.num_documents += 1
+                            self.num_characters += len(record.text)
+                            yield record.text
         except DataError as error:
             self.error = error

@@ -146,7 +146,8 @@ class Matcher:
 
     def _shared(self, piece: Slice) -> tuple[Keys, Documents]:
         """The documents of the slice that share their key with another, by key, then by number."""
-        keys, documents = [], []
+        # Empty ones first: there are no runs where the input has no documents.
+        keys, documents = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
         for run in self.runs:
             table = read_columns(run.path, [f"key_{piece.key}", f"document_{piece.key}"])
             column = _numpy(table.column(0))

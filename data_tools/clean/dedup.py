@@ -18,6 +18,7 @@ from data_tools.clean.report import make_report, render, tally, wanted_texts
 from data_tools.clean.sketch import ExactSketch, MinHashSketch, Sketch, equal_bytes
 from data_tools.clean.survey import survey
 from data_tools.inputs import find_inputs
+from data_tools.outputs import refuse_among_inputs
 from data_tools.readers import plan_units
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
@@ -57,6 +58,7 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
     """
     sketch = options.sketch()
     files = find_inputs(inputs)
+    refuse_among_inputs(out, inputs, files)
     command = {"command": "dedup", "inputs": list(inputs), "part_bytes": effort.part_bytes, **asdict(options)}
 
     def make(job: Job) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from data_tools.clean.output import PartDecisions, write_kept
 from data_tools.clean.report import make_report, render, tally, wanted_texts
 from data_tools.clean.survey import SurveyedPart, read_columns, survey
 from data_tools.inputs import find_inputs
+from data_tools.outputs import refuse_among_inputs
 from data_tools.readers import plan_units
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
@@ -101,6 +102,7 @@ def filter_documents(
     Returns the report. Raises ConfigError where `out` holds anything else.
     """
     files = find_inputs(inputs)
+    refuse_among_inputs(out, inputs, files)
     filters = [[name, each.model_dump(mode="json")] for name, each in chosen.items()]
     command = {"command": "filter", "inputs": list(inputs), "part_bytes": effort.part_bytes, "filters": filters}
     command |= {"text_key": read.text_key, "id_key": read.id_key, "errors": read.errors}

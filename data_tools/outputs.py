@@ -1,0 +1,56 @@
+"""Where a command may write: a path of this machine, away from what the command reads, on a disk that has room."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_tools.inputs import InputFile
+from megatrain.errors import ConfigError, DataError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+def local_path(text: str) -> Path:
+    """The path that was given to write to. Raises ConfigError for an address, and for nothing at all."""
+    if not text:
+        raise ConfigError("An empty text was given as the place to write to (an unset variable?). Give a path.")
+    if "://" in text:
+        raise ConfigError(f"{text}: what is written needs a local path, not an address. Write it here and copy it.")
+    return Path(text)
+
+
+def refuse_among_inputs(out: Path, arguments: Sequence[str], files: Sequence[InputFile]) -> None:
+    """Raise ConfigError where `out` is, holds or lies in what is read.
+
+    It would be overwritten; or the same command would find what it wrote, the next time, as its input.
+    """
+    place = Path(os.path.realpath(out))
+    for argument in arguments:
+        if "://" not in argument and Path(argument).is_dir() and place.is_relative_to(os.path.realpath(argument)):
+            raise ConfigError(f"--out {out} lies in the input folder {argument}. Give a place outside of it.")
+    folders: dict[str, Path] = {}
+    is_file = out.is_file()
+    for name in (file.name for file in files if not file.is_remote):
+        folder = str(Path(name).parent)
+        if folder not in folders:  # one look for all files of a folder: there may be millions
+            folders[folder] = Path(os.path.realpath(folder))
+        if folders[folder].is_relative_to(place) or (is_file and out.samefile(name)):
+            raise ConfigError(f"--out {out} is, or holds, the input {name}. Give another place to write to.")
+
+
+@contextmanager
+def saying_what_is_full(out: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a DataError that names where was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise DataError(
+            f"No room for {out}: {os.strerror(error.errno)}. Nothing half written was kept. "
+            "Make room on that disk, and start the same command again: it goes on with what is left."
+        ) from None
