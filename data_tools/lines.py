@@ -202,16 +202,25 @@ def _parse_odd_line(file: InputFile, offset: int, line: bytes, options: ReadOpti
     if b"\0" in line and line.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
         _fail(file, offset, "the line is UTF-16, not UTF-8: convert the file")
     if not invalid:
-        _fail(file, offset, f"bad JSON ({error})")
+        _fail(file, offset, f"bad JSON ({_in_line(error)})")
     if options.errors == "strict":
-        _fail(file, offset, f"invalid UTF-8 ({error}); --errors replace keeps such text, with U+FFFD for the bad bytes")
+        _fail(
+            file,
+            offset,
+            f"invalid UTF-8 ({_in_line(error)}); --errors replace keeps such text, with U+FFFD for the bad bytes",
+        )
     try:
         record = json.loads(line.decode(errors="replace"))
     except ValueError as json_error:
-        _fail(file, offset, f"bad JSON ({json_error})")
+        _fail(file, offset, f"bad JSON ({_in_line(json_error)})")
     if isinstance(record, dict):
         return {key: _without_surrogates(value) for key, value in record.items()}
     return record
+
+
+def _in_line(error: Exception) -> str:
+    """What is wrong and in which column: a parser that sees one line calls it line 1."""
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _without_surrogates(value: object) -> object:

@@ -34,7 +34,12 @@ def _guarded(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.
     try:
         yield from batches
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.name} is cut off or damaged: {error}. Download or write it again.") from None
+        raise DataError(f"{file.name} is cut off or damaged: {_reason(error)}. Download or write it again.") from None
+
+
+def _reason(error: Exception) -> str:
+    """What the library says is wrong, without a full stop of its own."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _placed(batches: Iterator[pa.RecordBatch], row: int) -> Iterator[tuple[int, int, pa.RecordBatch]]:
@@ -110,7 +115,7 @@ def _binary(column: pa.Array, name: str, file: InputFile) -> pa.Array:
         column = column.cast(pa.large_binary())
         column.validate(full=True)
     except pa.ArrowException as error:
-        raise DataError(f"{file.name}: the column {name!r} is damaged: {error}.") from None
+        raise DataError(f"{file.name}: the column {name!r} is damaged: {_reason(error)}.") from None
     return column
 
 
@@ -131,7 +136,9 @@ def open_parquet(file: InputFile) -> pq.ParquetFile:
         source = file.open() if file.is_remote else file.name
         return pq.ParquetFile(source, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.name} is no whole parquet file: {error}. Download or write it again.") from None
+        raise DataError(
+            f"{file.name} is no whole parquet file: {_reason(error)}. Download or write it again."
+        ) from None
 
 
 def _parquet_batches(file: InputFile, group: int, options: ReadOptions) -> tuple[int, Iterator[pa.RecordBatch]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +24,8 @@ from megatrain.data.shard_table import BatchPlace
 from megatrain.errors import DataError, RankError
 
 MAX_REPORTED = 10
+ADVICE = ". Copy "
+"""Begins what an error of the reader advises, which is said once for all here."""
 TASKS_PER_WORKER = 32
 BYTES_PER_WORKER = 64 << 20
 """Less is checked sooner than a process is started."""
@@ -59,7 +62,7 @@ def verify_dataset(
         if not is_content(map_file(dataset.tokenizer_path), dataset.manifest.tokenizer_sha256):
             problems.append(f"{dataset.tokenizer_path}: its SHA-256 is not the one in the manifest")
     except OSError as error:
-        problems.append(f"{dataset.tokenizer_path} cannot be read: {error}")
+        problems.append(f"{dataset.tokenizer_path} cannot be read: {os.strerror(error.errno or 0)}")
     num_bytes = _num_bytes(dataset, chosen)
     num_workers = min(extent.num_workers, 1 + num_bytes // BYTES_PER_WORKER)
     with progress("verify", num_bytes) as advance:
@@ -137,7 +140,7 @@ def check_run(dataset: Dataset, shards: Sequence[int], chosen: dict[int, list[in
                 problems += check_batch(dataset, shard, number, data)
                 num_bytes += places[number].num_bytes
         except DataError as error:
-            problems.append(str(error).rstrip("."))
+            problems.append(str(error).partition(ADVICE)[0].rstrip("."))
     return Found(problems, num_bytes)
 
 

@@ -76,8 +76,12 @@ def _read(config: Path | None) -> object:
         return yaml.safe_load(config.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"--config {config} does not exist.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{config}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(config)
+        raise ConfigError(f"{place}: no YAML: {error.problem}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{config} is no YAML: {error}") from None
+        raise ConfigError(f"{config} is no YAML: {' '.join(str(error).split())}.") from None
 
 
 def _make_filter(name: str, parameters: object) -> Filter:
@@ -89,9 +93,8 @@ def _make_filter(name: str, parameters: object) -> Filter:
         first = error.errors()[0]
         place = ".".join(map(str, (name, *first["loc"])))
         allowed = ", ".join(FILTERS[name].model_fields)
-        raise ConfigError(
-            f"{place}: {first['msg']}, got {first['input']!r}. Parameters of {name}: {allowed}."
-        ) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{place}: {message}, got {first['input']!r}. Parameters of {name}: {allowed}.") from None
 
 
 def filter_documents(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from data_tools.clean.sketch import run_hashes
 from data_tools.clean.words import count_sentences, split_words
@@ -95,12 +95,21 @@ class SymbolRatio(Filter):
 
 
 class Language(Filter):
-    """The text's language, by py3langid (Lui and Baldwin 2012, "langid.py"): 97 languages, by their ISO 639-1 codes."""
+    """The text's language, by py3langid (Lui and Baldwin 2012, "langid.py"): 140 codes, of ISO 639-1 and 639-3."""
 
     keep: tuple[str, ...] = ("en",)
     min_probability: float = 0.65
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    @field_validator("keep")
+    @classmethod
+    def _are_known(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
+        known = sorted(_language_identifier().labels)
+        unknown = [code for code in keep if code not in known]
+        if unknown:
+            raise ValueError(f"there is no language {unknown[0]!r}; known are {', '.join(known)}")
+        return keep
 
     def reason(self, document: Document) -> str | None:
         """Why the document is to be dropped; None if it is not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -92,4 +93,5 @@ class LocalFolder:
         try:
             return map_file(self.path / name)
         except OSError as error:
-            raise DataError(f"{self.path / name} cannot be read: {error}. Copy it again, or tokenize again.") from None
+            reason = os.strerror(error.errno) if error.errno else error
+            raise DataError(f"{self.path / name} cannot be read: {reason}. Copy it again, or tokenize again.") from None

@@ -191,3 +191,31 @@ def test_a_closed_pipe_ends_in_silence(source: Path, make_dataset: MakeDataset) 
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
         os.close(writer)
         assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_filters_that_no_one_knows_are_named_in_one_line(source: Path, run_command: RunCommand) -> None:
+    config = source.parent / "filters.yaml"
+    for text, message in (
+        ("language: {keep: [en, xx]}", "language.keep: there is no language 'xx'; known are ace, af, am"),
+        ("length:\n  a: [\nb", f"{config}, line 3, column 2: no YAML: expected"),
+    ):
+        config.write_text(text)
+        code, _, err = run_command("filter", source, "--config", config, "--out", source.parent / "out")
+        assert (code, message in err) == (2, True)
+        assert len(err.splitlines()) == 1
+
+
+def test_an_error_says_its_place_and_the_way_out_once(
+    source: Path, make_dataset: MakeDataset, run_command: RunCommand
+) -> None:
+    dataset = source.parent / "data"
+    make_dataset(source, dataset)
+    (dataset / "shard-000000.arrow").unlink()
+    code, _, err = run_command("verify", dataset)
+    assert (code, err.count("Copy"), "Errno" in err) == (3, 1, False)
+    assert "shard-000000.arrow cannot be read: No such file or directory. Copy these files again" in err
+    (source / "a.jsonl").write_bytes(GOOD + b'{"text": "x", }\n')
+    (source / "b.parquet").write_bytes(b"x" * 99)
+    for name, message in (("a.jsonl", "a.jsonl, line 2: bad JSON (trailing comma"), ("b.parquet", "parquet file.")):
+        code, _, err = run_command("dedup", source / name, "--out", source.parent / f"out-{name}")
+        assert (code, message in err, "line 1" in err, ".." in err) == (3, True, False, False)
