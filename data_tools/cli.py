@@ -258,20 +258,26 @@ def inspect(
 @app.command()
 def stats(
     dataset: DatasetArgument,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw them, as .png, .svg or .pdf.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=local_path, help="Draw them, as .png, .svg or .pdf.")
+    ] = None,
     everything: EverythingOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Lengths of documents, shares of sources, frequent tokens; as a picture too."""
     from data_tools.inspect import OutputConsole, count, describe_json, describe_statistics, show_statistics
     from data_tools.progress import show_progress
+    from data_tools.stats import check_picture
     from data_tools.stats import plot as draw
     from megatrain.data import open_dataset
 
+    if plot is not None:
+        check_picture(plot)
     statistics = count(dataset, show_progress, everything=everything)
     described = describe_statistics(open_dataset(dataset), statistics)
     if plot is not None:
         draw(statistics, dataset, plot)
+        typer.echo(f"The picture: {plot}", err=as_json)
     if as_json:
         sys.stdout.buffer.write(describe_json(described))
     else:

@@ -20,6 +20,7 @@ from megatrain.errors import ConfigError
 SAMPLED_BATCHES = 64
 MAX_SOURCES = 1000
 NUM_FREQUENT = 20
+PICTURES = (".png", ".svg", ".pdf")
 SHARES = {"min": 0.0, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -134,6 +135,12 @@ def frequent_tokens(statistics: Statistics, texts: Iterable[str]) -> list[dict[s
         for token in ranked
         if statistics.token_counts[token]
     ]
+
+
+def check_picture(path: Path) -> None:
+    """Raise ConfigError where the name of the file is not that of a picture we draw."""
+    if path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot {path}: its name should end in {', '.join(PICTURES)}, which says how it is drawn.")
 
 
 def plot(statistics: Statistics, title: str, path: Path) -> None:

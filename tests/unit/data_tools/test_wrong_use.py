@@ -219,3 +219,18 @@ def test_an_error_says_its_place_and_the_way_out_once(
     for name, message in (("a.jsonl", "a.jsonl, line 2: bad JSON (trailing comma"), ("b.parquet", "parquet file.")):
         code, _, err = run_command("dedup", source / name, "--out", source.parent / f"out-{name}")
         assert (code, message in err, "line 1" in err, ".." in err) == (3, True, False, False)
+
+
+def test_a_picture_is_of_the_kind_its_name_says(
+    source: Path, make_dataset: MakeDataset, run_command: RunCommand
+) -> None:
+    dataset = source.parent / "data"
+    make_dataset(source, dataset)
+    before = sorted(source.parent.iterdir())
+    for name in ("x", "x.eps", "x.jpg"):
+        code, _, err = run_command("stats", dataset, "--plot", source.parent / name)
+        assert (code, ".png, .svg, .pdf" in err) == (2, True)
+    assert sorted(source.parent.iterdir()) == before
+    code, out, _ = run_command("stats", dataset, "--plot", source.parent / "x.svg")
+    assert (code, f"The picture: {source.parent}/x.svg" in out) == (0, True)
+    assert b"<svg" in (source.parent / "x.svg").read_bytes()
