@@ -16,7 +16,7 @@ from tests.served import ServedRanks
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*_1xgpu.yaml"))
 HAS_GPU = torch.cuda.is_available()
-NUM_STEPS = 8
+NUM_STEPS = 24
 SCALED_DOWN = [
     "model.hidden_size=64",
     "model.intermediate_size=128",
@@ -57,7 +57,7 @@ def test_a_recipe_for_one_gpu_learns(
     metrics = Metrics.read(tmp_path / "run")
     assert metrics.steps == list(range(1, NUM_STEPS + 1))
     assert all(map(math.isfinite, metrics.losses + metrics.norms))
-    assert metrics.losses[-1] < metrics.losses[0] - 0.02
+    assert sum(metrics.losses[-5:]) / 5 < sum(metrics.losses[:5]) / 5 - 0.02  # single batches differ by as much
 
 
 def test_there_are_recipes_for_one_gpu() -> None:
