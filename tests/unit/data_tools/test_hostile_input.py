@@ -160,9 +160,10 @@ def test_a_byte_order_mark_is_no_part_of_the_text(
     tmp_path: Path, tokenizer_path: Path, run_command: RunCommand
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n\xef\xbb\xbf".join([b"\xef\xbb\xbf" + GOOD.strip()]) + b"\n")
-    code, _, err = run_command("tokenize", tmp_path, "--tokenizer", tokenizer_path, "--out", tmp_path / "out")
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    code, _, err = run_command("tokenize", source, "--tokenizer", tokenizer_path, "--out", out)
     assert code == 0, err
-    assert open_dataset(tmp_path / "out").num_documents == 1
+    assert open_dataset(out).num_documents == 1
 
 
 def test_tricks_with_paths(tmp_path: Path, tokenizer_path: Path, run_command: RunCommand) -> None:

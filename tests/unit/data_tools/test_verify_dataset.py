@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -67,8 +68,7 @@ def test_damage_anywhere_in_a_shard_is_placed_within_a_range_of_bytes(dataset_pa
         flip(path, position, 5)
         with pytest.raises(DataError, match=r"bytes \d+ to \d+") as caught:
             verify_dataset(str(dataset_path), Extent(), silent)
-        spans = [words.split(" to ") for words in str(caught.value).split("bytes ")[1:]]
-        bounds = [(int(first), int("".join(filter(str.isdigit, last.split()[0])))) for first, last in spans]
+        bounds = [tuple(map(int, span)) for span in re.findall(r"bytes (\d+) to (\d+)", str(caught.value))]
         assert any(first <= position < last for first, last in bounds), (position, str(caught.value))
         flip(path, position, 5)
 
