@@ -117,6 +117,7 @@ def stopped(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> li
     return [starts.start(interrupt) for interrupt in interruptions]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_command_or_to_one_rank_saves_all_and_exits_75(stopped: list[Stretch]) -> None:
     for stretch in stopped[:2]:
         assert stretch.code == 75, stretch.output
@@ -127,6 +128,7 @@ def test_a_signal_to_the_command_or_to_one_rank_saves_all_and_exits_75(stopped: 
     assert stopped[0].metrics.steps[-1] < stopped[1].metrics.steps[-1] < NUM_STEPS
 
 
+@pytest.mark.slow
 def test_after_requests_to_stop_the_losses_and_norms_are_the_same_to_the_last_bit(
     stopped: list[Stretch], straight: Stretch
 ) -> None:

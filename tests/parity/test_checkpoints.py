@@ -56,7 +56,6 @@ LAYOUTS = (
 )
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 QUICK = (
-    ("1", "4-tensor2-pipeline2-sequence", "fp32"),
     ("2-zero3", "2-pipeline2-zero1", "fp32"),
     ("2-pipeline2-zero1", "2-pipeline2-zero1", "bf16"),
     ("4-tensor2-pipeline2-sequence", "2-zero3", "bf16"),

@@ -166,6 +166,7 @@ def start_long_run(tmp_path: Path, documents: list[Document], tokenizer_path: Pa
     process = subprocess.Popen(
         [*command, "--workers", "2", "--engine", "tokenizers"],
         cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell starts with &
     )  # fmt: skip
     while process.poll() is None and len(busy_children(process)) < 2:
         time.sleep(0.02)
