@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import pydoc_data.topics
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
-from tests.runs import TinyData, finished_config, write_config
+from megatrain.distributed.bootstrap import free_port
+from tests.runs import TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
 
 VOCAB_SIZE = 512
@@ -68,17 +67,22 @@ def sentinel_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A real S3-compatible server on this machine, which s3fs and boto find by the environment; its address."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    # A process of its own: a test that waits in this one must not hold the server up.
+    host, port = "127.0.0.1", free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: is_listening(host, port))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield f"http://{host}:{port}"
-    server.stop()
+    server.kill()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -148,6 +149,12 @@ def wait_until(condition: Callable[[], bool], interval_seconds: float = 0.05) ->
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(interval_seconds)
+
+
+def is_listening(host: str, port: int) -> bool:
+    """Whether somebody takes connections there."""
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def die_with_parent() -> None:
