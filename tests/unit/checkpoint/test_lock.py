@@ -52,9 +52,7 @@ def _claim_another_machine(run_dir: Path) -> None:
 
 def test_a_held_folder_is_refused_by_its_holders_name_until_the_holder_dies(tmp_path: Path) -> None:
     with _held(tmp_path / "run") as pid:
-        with pytest.raises(
-            CheckpointError, match=r"run is in use by host node7, pid 4711, slurm job 99: stop that"
-        ):
+        with pytest.raises(CheckpointError, match=r"run is in use by host node7, pid 4711, slurm job 99: stop that"):
             refuse_if_locked(tmp_path / "run", OTHER)
         os.kill(pid, signal.SIGSTOP)  # it stands still, and lives
         with pytest.raises(CheckpointError, match=r"in use by host node7"), locked(tmp_path / "run", OTHER):
