@@ -6,7 +6,6 @@ weights (``.bin``) are not read: loading one can run code.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections import Counter
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatrain.checkpoint.location import sync_folder, write_all, write_file
+from megatrain.checkpoint.location import create, sync_folder, write_all, write_file
 from megatrain.checkpoint.pieces import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import from_transformers, to_transformers
@@ -183,12 +182,11 @@ def _write_shard(reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], 
         begin = end
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)
-    with path.open("xb", buffering=0) as file:
+    with create(path) as file:
         write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
         for name, shape in shapes.items():
             tensor = reader.read_parameter(Placement.whole(name, shape), "weight").to(dtype)
             write_all(file, tensor_bytes(tensor))
-        os.fsync(file.fileno())
 
 
 def _export_small_files(reader: CheckpointReader, folder: Path, config: ModelConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from upath import UPath
 from megatrain.checkpoint.location import Location, write_if_absent
 from megatrain.checkpoint.manifest import MANIFEST, NAME, Manifest
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore
-from megatrain.errors import CheckpointError, Superseded
+from megatrain.errors import CheckpointError
 
 _TRIES = 20
 
@@ -66,10 +66,6 @@ class ObjectStore(CheckpointStore):
                 self._delete(name)
         return self.generation
 
-    def join(self, generation: str) -> None:
-        """Write into the generation that rank 0 has opened."""
-        self.generation = generation
-
     def begin(self, step: int) -> UPath:
         """The prefix that the ranks write their files under; there is nothing to make."""
         return self.place(step)
@@ -95,13 +91,14 @@ class ObjectStore(CheckpointStore):
 
     def set_aside(self, after: int) -> Sequence[CheckpointFolder]:
         """Open a generation that lists no checkpoint after a step. The objects stay until the next start."""
-        taken = [CheckpointFolder(step, path, None) for step, path in self.names() if step > after]
+        found = list(self.names())
+        taken = [CheckpointFolder(step, path, None) for step, path in found if step > after]
         if taken:
-            left = [path.name for step, path in self.names() if step <= after]
+            left = [path.name for step, path in found if step <= after]
             generation = self._put_generation(lambda: left)
             if self.generation:
                 self.generation = generation.name
-        return sorted(taken, key=lambda found: found.step, reverse=True)
+        return sorted(taken, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     def place(self, step: int) -> UPath:
         """Where what this start saves at ``step`` appears."""
@@ -112,9 +109,7 @@ class ObjectStore(CheckpointStore):
         """Raise Superseded if a later start has put its generation (and does not list this checkpoint)."""
         newest = self._newest()
         if self.generation and newest.name != self.generation and unless_listed not in newest.before:
-            raise Superseded(
-                f"A later start of this run has taken over {self.folder}: this one can save nothing any more, and ends."
-            )
+            raise self._superseded()
 
     def _put_generation(self, before: Callable[[], Iterable[str]]) -> _Generation:
         """Put the next generation's record. Two starts at one time: one of them gets the number, the other the next."""

@@ -67,9 +67,9 @@ class CheckpointStore(ABC):
     def open_generation(self) -> str:
         """Fence all earlier starts of the run, remove what they left unfinished, and begin to write. Rank 0, once."""
 
-    @abstractmethod
     def join(self, generation: str) -> None:
         """Write into the generation that rank 0 has opened."""
+        self.generation = generation
 
     @abstractmethod
     def begin(self, step: int) -> Location:
@@ -141,17 +141,18 @@ class CheckpointStore(ABC):
                 num_good += find_problem(path) is None
             elif not (retention.every_steps and step % retention.every_steps == 0):
                 old.append(path)
-        manifests = {path: manifest for path in old if (manifest := _readable(path))}
-        best = self._best(retention.best, newest_first) if retention.best else set()
-        for path, manifest in manifests.items():
-            if not manifest.on_request and path not in best and find_problem(path) is None:
+        read = [path for _, path in newest_first] if retention.best else old
+        manifests = {path: manifest for path in read if (manifest := _readable(path))}
+        best = _best(manifests, retention.best)
+        for path in old:
+            manifest = manifests.get(path)
+            if manifest and not manifest.on_request and path not in best and find_problem(path) is None:
                 self.remove(path)
 
-    @staticmethod
-    def _best(count: int, found: Sequence[tuple[int, Location]]) -> set[Location]:
-        losses = [(m.validation_loss, path) for _, path in found if (m := _readable(path)) is not None]
-        ranked = sorted(((loss, str(path), path) for loss, path in losses if loss is not None), key=lambda e: e[:2])
-        return {path for _, _, path in ranked[:count]}
+    def _superseded(self) -> Superseded:
+        return Superseded(
+            f"A later start of this run has taken over {self.folder}: this one can save nothing any more, and ends."
+        )
 
 
 class PosixStore(CheckpointStore):
@@ -186,10 +187,6 @@ class PosixStore(CheckpointStore):
             if path.name.startswith(_DELETED):
                 shutil.rmtree(path, ignore_errors=True)
         return self.generation
-
-    def join(self, generation: str) -> None:
-        """Write into the generation that rank 0 has opened."""
-        self.generation = generation
 
     def begin(self, step: int) -> Path:
         """Make the hidden folder that the ranks write their files into; the first of them makes it."""
@@ -240,9 +237,7 @@ class PosixStore(CheckpointStore):
     def refuse_if_superseded(self) -> None:
         """Raise Superseded if a later start has renamed this one's generation away."""
         if self.generation and not (self.folder / self.generation).is_dir():
-            raise Superseded(
-                f"A later start of this run has taken over {self.folder}: this one can save nothing any more, and ends."
-            )
+            raise self._superseded()
 
     def _unfinished(self, step: int) -> Path:
         assert self.generation, "a generation is opened or joined before anything is written"
@@ -314,6 +309,12 @@ def _readable(path: Location) -> Manifest | None:
         return read_manifest(path)
     except CheckpointError:
         return None
+
+
+def _best(manifests: Mapping[Location, Manifest], count: int) -> set[Location]:
+    """The ``count`` checkpoints with the lowest validation loss."""
+    losses = [(m.validation_loss, str(path), path) for path, m in manifests.items() if m.validation_loss is not None]
+    return {path for _, _, path in sorted(losses, key=lambda entry: entry[:2])[:count]}
 
 
 def _store_at(place: Location) -> CheckpointStore:

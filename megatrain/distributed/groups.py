@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from megatrain.distributed.topology import Axis, Coordinate, Topology
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
-"""How often ranks that wait for the first one ask whether it is done."""
+"""How often the ranks that wait for the first one hear from it; when it is done, at once."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Groups:
         outcome: tuple[Any, Exception | None] = (None, None)
         with ThreadPoolExecutor(1, thread_name_prefix="first-rank") as pool:
             future = pool.submit(work) if self.rank == 0 else None
-            while self.sum([float(future is not None and not future.done())])[0]:
-                time.sleep(POLL_SECONDS)
+            while self.sum([float(future is not None and not wait([future], POLL_SECONDS).done)])[0]:
+                pass
             if future is not None:
                 try:
                     outcome = future.result(), None

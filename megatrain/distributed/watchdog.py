@@ -22,7 +22,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.distributed.bootstrap import RankInfo
 
-PARTS = ("start", "data", "forward_backward", "exchange", "eval", "save", "end")
+PARTS = ("start", "data", "forward_backward", "exchange", "eval", "save")
 """Of a step, in their order."""
 
 _STORE_PATIENCE_SECONDS = 10.0

@@ -137,20 +137,15 @@ def _refuse_to_begin_elsewhere(run: Run) -> None:
 
 
 def _on_first_rank(run: Run, action: Callable[[], T]) -> T:
-    """Rank 0 does it, all go by what it saw: folders may not appear everywhere at once. Its error is everyone's."""
-    result: list[T] = []
-    problem = ""
-    if run.rank.rank == 0:
+    """Rank 0 does it, all go by what it saw: folders may not appear everywhere at once. A disk's error is ours."""
+
+    def told() -> T:
         try:
-            result.append(action())
-        except CheckpointError as error:
-            problem = str(error)
+            return action()
         except OSError as error:
-            problem = f"{error.filename or run.store.folder}: {error.strerror or error}"
-    result, problem = run.groups.gather((result, problem))[0]
-    if not result:
-        raise CheckpointError(problem)
-    return result[0]
+            raise CheckpointError(f"{error.filename or run.store.folder}: {error.strerror or error}") from None
+
+    return run.groups.on_first_rank(told)
 
 
 def _set_aside(store: CheckpointStore, step: int, damaged: Mapping[Location, str]) -> list[str]:
