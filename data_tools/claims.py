@@ -11,13 +11,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+import orjson
 import xxhash
+
+from megatrain.data.format import canonical_json, commit_bytes
+from megatrain.errors import ConfigError
 
 MEMBERS_BYTE = 0
 """Locked by every process that is at work in the folder."""
@@ -111,3 +115,21 @@ class Claims:
 def _byte(name: str) -> int:
     """A byte of the lock file, behind MEMBERS_BYTE, for a claim's name."""
     return 1 + (xxhash.xxh3_64_intdigest(name.encode()) >> 2)
+
+
+def join_command(out: Path, path: Path, command: Mapping[str, object], way_out: str) -> None:
+    """Record at `path` which command the folder `out` belongs to, or check that it is this one.
+
+    Raises ConfigError, with `way_out` as the last of its advice, where another command has begun it.
+    """
+    given = canonical_json(command)
+    if not path.exists():
+        commit_bytes(path, given)
+        return
+    begun = orjson.loads(path.read_bytes())
+    differing = [key for key, value in orjson.loads(given).items() if begun.get(key) != value]
+    if differing:
+        raise ConfigError(
+            f"{out} is unfinished, and was begun by a command with other {', '.join(differing)}. "
+            f"Run that command again to finish it, give another --out, or {way_out}."
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -21,6 +21,7 @@ from data_tools.outputs import local_path, saying_what_is_full
 from megatrain.errors import EXIT_DATA, MegatrainError
 
 if TYPE_CHECKING:
+    from data_tools.clean.job import Effort
     from data_tools.ranks import Ranks
 
 
@@ -192,18 +193,24 @@ def dedup(
     """Leave out documents that are the same, or nearly, as an earlier one. The same command again goes on."""
     from data_tools.clean.dedup import DedupOptions
     from data_tools.clean.dedup import dedup as run
+    from data_tools.units import ReadOptions
+
+    read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
+    options = DedupOptions(read, method.value, threshold, num_permutations, ngram)
+    _clean(out, workers, lambda effort: run(inputs, out, options, effort, restart))
+
+
+def _clean(out: Path, workers: int | None, work: Callable[[Effort], dict[str, Any]]) -> None:
+    """Do the work of `dedup` or `filter`, as one of however many processes, and show its report."""
     from data_tools.clean.job import Effort
     from data_tools.clean.report import render
     from data_tools.progress import no_progress, show_progress
     from data_tools.ranks import find_ranks
-    from data_tools.units import ReadOptions
 
     ranks = find_ranks()
-    read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
-    options = DedupOptions(read, method.value, threshold, num_permutations, ngram)
     effort = Effort(workers or ranks.num_cores(), show_progress if ranks.reports else no_progress, ranks)
     with _ending_all(ranks), saying_what_is_full(out):
-        report = run(inputs, out, options, effort, restart)
+        report = work(effort)
     if ranks.reports:
         typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
 
@@ -222,19 +229,14 @@ def filter_command(
 ) -> None:
     """Leave out documents that a quality filter finds fault with. The same command again goes on."""
     from data_tools.clean.filter import choose_filters, filter_documents
-    from data_tools.clean.job import Effort
-    from data_tools.clean.report import render
-    from data_tools.progress import no_progress, show_progress
-    from data_tools.ranks import find_ranks
     from data_tools.units import ReadOptions
 
-    ranks = find_ranks()
     read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
-    effort = Effort(workers or ranks.num_cores(), show_progress if ranks.reports else no_progress, ranks)
-    with _ending_all(ranks), saying_what_is_full(out):
-        report = filter_documents(inputs, out, read, choose_filters(filters, config), effort, restart)
-    if ranks.reports:
-        typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
+    _clean(
+        out,
+        workers,
+        lambda effort: filter_documents(inputs, out, read, choose_filters(filters, config), effort, restart),
+    )
 
 
 @app.command()

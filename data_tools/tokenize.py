@@ -18,10 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import orjson
-
 from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_plan, make_plan
-from data_tools.claims import Claims
+from data_tools.claims import Claims, join_command
 from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
 from data_tools.inputs import InputFile, find_inputs
@@ -164,7 +162,7 @@ def _prepare(
     with claims.hold("command"):
         if (out / MANIFEST_FILE).exists() and not restart:
             return _Job(name, _finished(out, name, files), tokenizer)
-        _join_command(out, work, command)
+        join_command(out, work / COMMAND_FILE, command, "delete the folder to start over")
         if restart:
             _start_over(out, work, claims)
         if not (out / TOKENIZER_FILE).exists():
@@ -339,21 +337,6 @@ def _start_over(out: Path, work: Path, claims: Claims) -> None:
         if path.name not in {CLAIMS_FILE, COMMAND_FILE}:
             path.unlink()
     claims.join()
-
-
-def _join_command(out: Path, work: Path, command: dict[str, object]) -> None:
-    """Record which command this folder belongs to, or check that it is this one."""
-    path = work / COMMAND_FILE
-    if not path.exists():
-        commit_bytes(path, canonical_json(command))
-        return
-    begun = orjson.loads(path.read_bytes())
-    differing = [key for key, value in orjson.loads(canonical_json(command)).items() if begun.get(key) != value]
-    if differing:
-        raise ConfigError(
-            f"{out} is unfinished, and was begun by a command with other {', '.join(differing)}. "
-            "Run that command again to finish it, give another --out, or delete the folder to start over."
-        )
 
 
 def _hash(value: object) -> str:

@@ -8,6 +8,7 @@ the first reason counts. No filter changes a text.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -54,14 +55,14 @@ class Document:
         return split_words(self.text)
 
 
-class Filter(BaseModel):
+class Filter(BaseModel, ABC):
     """Gives the reason why a document is to be dropped, if there is one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    @abstractmethod
     def reason(self, document: Document) -> str | None:
         """Why the document is to be dropped; None if it is not."""
-        raise NotImplementedError
 
 
 class Length(Filter):

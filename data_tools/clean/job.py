@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from data_tools.claims import Claims
+from data_tools.claims import Claims, join_command
 from data_tools.inputs import InputFile
 from data_tools.ranks import Ranks
 from data_tools.units import PART_BYTES
@@ -166,7 +166,7 @@ def _begin(out: Path, work: Path, command: dict[str, Any], restart: bool, report
         return
     _make_folder(out, work)
     if not report_path.exists():
-        _join_command(out, work, command)
+        join_command(out, work / "command.json", command, "--restart to start over")
 
 
 def _finished(out: Path, report_path: Path, digest: str, files: Sequence[InputFile]) -> dict[str, Any]:
@@ -209,18 +209,3 @@ def _make_folder(out: Path, work: Path) -> None:
     if out.is_dir() and not work.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is a folder with other things in it; give a new or empty one.")
     work.mkdir(parents=True, exist_ok=True)
-
-
-def _join_command(out: Path, work: Path, command: dict[str, Any]) -> None:
-    """Record which command this folder belongs to, or check that it is this one."""
-    path = work / "command.json"
-    if not path.exists():
-        commit_bytes(path, canonical_json(command))
-        return
-    begun = orjson.loads(path.read_bytes())
-    differing = [key for key, value in orjson.loads(canonical_json(command)).items() if begun.get(key) != value]
-    if differing:
-        raise ConfigError(
-            f"{out} is unfinished, and was begun by a command with other {', '.join(differing)}. "
-            "Run that command again to finish it, give another --out, or --restart to start over."
-        )
