@@ -16,6 +16,7 @@ from megatrain.errors import ConfigError
 
 DEFAULT_MASTER_PORT = 29500
 _SUPERVISOR = "MEGATRAIN_SUPERVISOR"
+_LAUNCHED_AT = "MEGATRAIN_LAUNCHED_AT"
 _BIND_CORES = "MEGATRAIN_BIND_CORES"
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20000, 10000  # below the ports that Linux gives out by itself
 
@@ -91,13 +92,17 @@ def export_rank(info: RankInfo) -> None:
     )
 
 
-def child_environment(num_ranks: int, *, has_gpu: bool) -> dict[str, str]:
+def child_environment(num_ranks: int, *, has_gpu: bool, launched_at: float | None = None) -> dict[str, str]:
     """The environment to start ``num_ranks`` local ranks with: threads shared out, no spinning, a free port.
+
+    ``launched_at``: when the command began, in seconds since 1970, for the ranks to count from.
 
     What the user has set wins. On a CPU, spinning OpenMP threads collapse when ranks share cores.
     """
     env = {**os.environ, _SUPERVISOR: f"{socket.gethostname()}:{os.getpid()}"}
     env.setdefault("MASTER_PORT", str(free_port()))
+    if launched_at is not None:
+        env[_LAUNCHED_AT] = str(launched_at)
     if not has_gpu:
         env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // num_ranks)))
@@ -109,6 +114,12 @@ def supervisor_pid(environ: Mapping[str, str] | None = None) -> int | None:
     """The process on this host that watches over this rank (`megatrain train`, a batch script); None without one."""
     host, _, pid = (os.environ if environ is None else environ).get(_SUPERVISOR, "").rpartition(":")
     return int(pid) if host == socket.gethostname() and pid.isdigit() else None
+
+
+def launched_at() -> float | None:
+    """When the command that started this rank began, in seconds since 1970; None where nobody on this host told."""
+    text = os.environ.get(_LAUNCHED_AT, "")
+    return float(text) if supervisor_pid() is not None and text.replace(".", "", 1).isdigit() else None
 
 
 def bind_cores(rank: RankInfo) -> None:

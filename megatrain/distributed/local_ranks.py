@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def end(ranks: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(ranks, timeout=_GRACE_SECONDS)
     for process in alive:
         process.kill()
+
+
+def process_began() -> float:
+    """When this process was started, in seconds since 1970."""
+    began: float = psutil.Process().create_time()
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return began
+    # psutil adds the time since the boot to that of the boot, which Linux tells in whole seconds.
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time()))
 
 
 def _is_trainer(line: list[str]) -> bool:

@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.1
 def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path, *, has_gpu: bool) -> int:
     """Run the trainer on ``num_ranks`` local ranks until it ends; the exit code of the first cause."""
     failures.forget(run_dir)
-    env = child_environment(num_ranks, has_gpu=has_gpu)
+    env = child_environment(num_ranks, has_gpu=has_gpu, launched_at=local_ranks.process_began())
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null/none"]
     command += [
         "--num_accelerators",

@@ -24,11 +24,19 @@ class Observers:
         self._metrics = MetricsWriter(run_dir, resume_step)
         self._tensorboard = TensorBoardWriter(run_dir, resume_step) if tensorboard else None
 
-    def start(self, facts: Mapping[str, str]) -> None:
-        """Show what is about to run (model, layout, where to look), and record that it started or resumed."""
-        self._console.start(facts)
+    def start(self, facts: Mapping[str, str], startup_seconds: Mapping[str, float] | None = None) -> None:
+        """Show what is about to run (model, layout, where to look), and record that it started or resumed.
+
+        ``startup_seconds``: where the time since the command went, by part; nothing where this is no start.
+        """
+        startup = dict(startup_seconds or {})
+        self._console.start({**facts, "start-up": _in_words(startup)} if startup else facts)
         dropped = {"num_steps_redone": self._metrics.num_dropped_steps} if self._resume_step else {}
-        self._metrics.event("resume" if self._resume_step else "start", self._resume_step, {**facts, **dropped})
+        self._metrics.event(
+            "resume" if self._resume_step else "start",
+            self._resume_step,
+            {**facts, **dropped, **({"startup_seconds": startup} if startup else {})},
+        )
 
     def step(self, metrics: StepMetrics) -> None:
         """Record and show one step."""
@@ -68,3 +76,8 @@ class Observers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _in_words(startup_seconds: Mapping[str, float]) -> str:
+    parts = [f"{part} {seconds:.1f}" for part, seconds in startup_seconds.items() if seconds >= 0.05]
+    return f"{sum(startup_seconds.values()):.1f} s: {', '.join(parts)}"

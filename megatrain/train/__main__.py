@@ -27,10 +27,12 @@ from megatrain.distributed.bootstrap import (
 from megatrain.distributed.signals import Requests
 from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError
 from megatrain.plan import rules
+from megatrain.train.start_clock import StartClock
 
 
 def main(arguments: list[str]) -> int:
     """Train as this rank of the config named in ``arguments``; the exit code."""
+    clock = StartClock()
     stop = Requests()  # first of all: a signal while torch is being imported must not be lost
     rank, run_dir = None, None
     try:
@@ -41,12 +43,14 @@ def main(arguments: list[str]) -> int:
         path, *overrides = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))] or [""]
         config = load(path, overrides)
         rules.check(config, rank.world_size)
+        clock.lap("config")
         with contextlib.ExitStack() as held:
             lease = None
             if rank.rank == 0:
                 lease = held.enter_context(locked(Path(config.run.dir), job_identity()))
+            clock.lap("lock")
             run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
-            return _train(config, rank, run_dir, stop, lease)
+            return _train(config, rank, run_dir, stop, lease, clock)
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
@@ -60,7 +64,9 @@ def main(arguments: list[str]) -> int:
         return _fail(rank, run_dir, EXIT_BUG, traceback.format_exc())
 
 
-def _train(config: RunConfig, rank: RankInfo, run_dir: Path, stop: Requests, lease: Lease | None) -> int:
+def _train(
+    config: RunConfig, rank: RankInfo, run_dir: Path, stop: Requests, lease: Lease | None, clock: StartClock
+) -> int:
     from megatrain.observe.logs import setup_logging
     from megatrain.train.start import train
 
@@ -68,7 +74,8 @@ def _train(config: RunConfig, rank: RankInfo, run_dir: Path, stop: Requests, lea
         failures.forget(run_dir)
     setup_logging(run_dir, rank.rank, console=rank.rank == 0)
     export_rank(rank)
-    train(config, rank, stop, lease)
+    clock.lap("imports")
+    train(config, rank, stop, lease, clock)
     return EXIT_OK
 
 

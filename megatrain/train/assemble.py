@@ -34,6 +34,7 @@ from megatrain.parallel.pipeline import PipelinedEngine
 from megatrain.parallel.shard import Cut, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.stages import decoder_stages
+from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768
 """Half of the regions that Linux lets a process map unless told otherwise (vm.max_map_count)."""
@@ -90,18 +91,25 @@ def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
     return config
 
 
-def assemble(config: RunConfig, rank: RankInfo) -> Run:
-    """Open the data, join the other ranks, build the model on this one. Collective; weights are not filled in yet."""
+def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None) -> Run:
+    """Open the data, join the other ranks, build the model on this one. Collective; weights are not filled in yet.
+
+    ``clock``: told what each part took.
+    """
+    lap = clock.lap if clock else lambda part: None
     train, validation = open_training_data(config)
     config = resolve_vocabulary(config, train[0])
     augmentations = open_augmentations(config, train)
     held_out = [_windows(config, dataset) for dataset in validation]
+    lap("datasets")
     device = local_device(rank.local_rank)
     # The watchdog, which can say who is stuck, comes before the collectives' own timeout.
     patience_seconds = 1.5 * config.train.hang_timeout_seconds + 60.0
     start_deepspeed(patience_seconds)
+    lap("rendezvous")
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = make_groups(topology, rank.rank, device, patience_seconds)
+    lap("groups")
     sources = training_sources(config, train, groups)
     micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
     evaluation = None
@@ -109,11 +117,14 @@ def assemble(config: RunConfig, rank: RankInfo) -> Run:
         batches = config.train.eval_batches
         limit = None if batches is None else batches * config.train.global_batch_size
         evaluation = EvaluationBatches(BatchMaker(held_out, micro_batch_size), data_rank, topology.data, limit)
+    lap("order")
+    engine = build_engine(config, groups)
+    lap("engine")
     return Run(
         config=config,
         rank=rank,
         groups=groups,
-        engine=build_engine(config, groups),
+        engine=engine,
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
         order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,35 +24,62 @@ from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run, assemble
 from megatrain.train.progress import Progress, begun_segment
-from megatrain.train.saving import restore
+from megatrain.train.saving import go_back, restore
+from megatrain.train.spikes import SpikeError
+from megatrain.train.start_clock import StartClock
 from megatrain.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, rank: RankInfo, stop: Requests, lease: Lease | None = None) -> Progress:
+def train(
+    config: RunConfig, rank: RankInfo, stop: Requests, lease: Lease | None = None, clock: StartClock | None = None
+) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
-    ``lease``: of the run folder, on rank 0. Raises Preempted after a request to stop, once the state is saved.
+    ``lease``: of the run folder, on rank 0. ``clock``: began with this process. Raises Preempted after a request to
+    stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
-    run = assemble(config, rank)
+    clock = clock or StartClock()
+    run = assemble(config, rank, clock)
     progress, folder, complaints = restore(run)
+    clock.lap("restore")
     if rank.rank == 0:
         _write_config(run.config)
-    with contextlib.ExitStack() as stack:
-        observers = None
-        if rank.rank == 0:
-            observers = stack.enter_context(
-                Observers(Path(config.run.dir), config.train.steps, progress.step, config.observe.tensorboard)
-            )
-            observers.start(_facts(run, str(folder.path) if folder else None))
-            for complaint in complaints:
-                observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
-            if (change := begun_segment(progress)) is not None:
-                observers.event("data order", progress.step, change)
-        watchdog = stack.enter_context(_watched(config, rank))
-        return Trainer(run, progress, stop, observers, lease, watchdog).run()
+    resumed_from = str(folder.path) if folder else None
+    with _watched(config, rank) as watchdog:
+        while True:
+            with _observed(run, progress, resumed_from, complaints, clock) as observers:
+                trainer = Trainer(run, progress, stop, observers, lease, watchdog)
+                try:
+                    return trainer.run()
+                except SpikeError as spike:
+                    clock = None  # what comes now is no start
+                    progress, complaints = go_back(run, trainer.progress, spike)
+                    resumed_from = str(run.store.place(progress.step))
+
+
+@contextlib.contextmanager
+def _observed(
+    run: Run, progress: Progress, resumed_from: str | None, complaints: Sequence[str], clock: StartClock | None
+) -> Iterator[Observers | None]:
+    """On rank 0 what watches the run from ``progress`` on, told how it came there."""
+    if run.rank.rank != 0:
+        yield None
+        return
+    config = run.config
+    with Observers(Path(config.run.dir), config.train.steps, progress.step, config.observe.tensorboard) as observers:
+        if clock is not None:
+            clock.lap("observers")
+        observers.start(_facts(run, resumed_from), clock.parts if clock else {})
+        for complaint in complaints:
+            observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
+        if progress.rewinds and progress.rewinds[-1].to_step == progress.step:
+            observers.event("rewind", progress.step, progress.rewinds[-1].text())
+        if (change := begun_segment(progress)) is not None:
+            observers.event("data order", progress.step, change)
+        yield observers
 
 
 @contextlib.contextmanager
