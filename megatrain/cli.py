@@ -80,12 +80,12 @@ def train(
     """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
     from megatrain.checkpoint.lock import refuse_if_locked
     from megatrain.config import load
-    from megatrain.distributed.bootstrap import job_identity, num_local_gpus
+    from megatrain.distributed.bootstrap import job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
 
     loaded = load(config, overrides or ())
-    gpus = num_local_gpus()
+    gpus = len(visible_gpus())
     num_ranks = procs or max(gpus, 1)
     if gpus and num_ranks > gpus:
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")

@@ -136,12 +136,12 @@ def bind_cores(rank: RankInfo) -> None:
         os.sched_setaffinity(0, cores[rank.local_rank * share : (rank.local_rank + 1) * share])
 
 
-def num_local_gpus() -> int:
+def visible_gpus() -> list[str]:
     """GPUs that this process may use, without importing torch: as CUDA_VISIBLE_DEVICES says, or as the driver lists."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+        return [device.strip() for device in visible.split(",") if device.strip() not in {"", "-1"}]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ The launcher alone would leave orphans when it is told to stop, and answer with 
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import orjson
 import psutil
 
 from megatrain.distributed import failures, local_ranks
-from megatrain.distributed.bootstrap import child_environment, start_name
+from megatrain.distributed.bootstrap import child_environment, start_name, visible_gpus
 from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
@@ -27,16 +29,11 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
     """Run the trainer on ``num_ranks`` local ranks until it ends; the exit code of the first cause."""
     failures.forget(run_dir)
     env = child_environment(num_ranks, has_gpu=has_gpu, launched_at=local_ranks.process_began())
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null/none"]
-    command += [
-        "--num_accelerators",
-        str(num_ranks),
-        "--master_port",
-        env["MASTER_PORT"],
-        "--no_local_rank",
-        "--log_level",
-        "critical",
-    ]
+    # What `deepspeed` itself starts on each node: it would load torch once more, only to find that there is one.
+    nodes = {"localhost": visible_gpus()[:num_ranks] if has_gpu else list(range(num_ranks))}
+    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--no_local_rank", "--log_level=critical"]
+    command += [f"--world_info={base64.urlsafe_b64encode(orjson.dumps(nodes)).decode()}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={env['MASTER_PORT']}"]
     command += ["--module", local_ranks.TRAINER, config, *overrides]
     requested: list[int] = []
     for number in (*STOP_SIGNALS, SAVE_SIGNAL):

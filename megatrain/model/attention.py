@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from megatrain.model.blockwise_attention import Drop, blockwise_attention
 from megatrain.model.context import Context
@@ -60,6 +59,8 @@ def _fused(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, document_ids_BT: Tens
 
 def _variable_length(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, document_starts: Tensor) -> Tensor:
     """Flash attention over documents laid end to end: no mask, no work between documents. CUDA, half precision."""
+    from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler, for a second
+
     longest = q_BTHD.shape[1]  # an upper bound, known without waiting for the device
     out_XHD = varlen_attn(
         q_BTHD.flatten(0, 1),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from megatrain.observe.console import ProgressConsole
 from megatrain.observe.metrics import MetricsWriter, StepMetrics
-from megatrain.observe.tensorboard import TensorBoardWriter
 from megatrain.observe.units import format_duration
+
+if TYPE_CHECKING:
+    from megatrain.observe.tensorboard import TensorBoardWriter
 
 
 class Observers:
@@ -22,7 +25,7 @@ class Observers:
         self._resume_step = resume_step
         self._console = ProgressConsole(num_steps, resume_step)
         self._metrics = MetricsWriter(run_dir, resume_step)
-        self._tensorboard = TensorBoardWriter(run_dir, resume_step) if tensorboard else None
+        self._tensorboard = _tensorboard_writer(run_dir, resume_step) if tensorboard else None
 
     def start(self, facts: Mapping[str, str], startup_seconds: Mapping[str, float] | None = None) -> None:
         """Show what is about to run (model, layout, where to look), and record that it started or resumed.
@@ -76,6 +79,12 @@ class Observers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _tensorboard_writer(run_dir: Path, resume_step: int) -> TensorBoardWriter:
+    from megatrain.observe.tensorboard import TensorBoardWriter  # takes long, and the other ranks need none
+
+    return TensorBoardWriter(run_dir, resume_step)
 
 
 def _in_words(startup_seconds: Mapping[str, float]) -> str:

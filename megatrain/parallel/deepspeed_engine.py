@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -33,19 +35,19 @@ from torch.nn import functional
 
 from megatrain.distributed.groups import Groups
 
-_SHARED_MEMORY_OP = "deepspeed_shm_comm"
-
 
 def start_deepspeed(timeout_seconds: float) -> None:
     """Join the default process group (NCCL on GPUs, gloo on CPUs) through DeepSpeed.
 
     DeepSpeed's all-reduce through shared memory is left out: compiling it takes over a minute on first use, and a
-    build that is killed leaves a lock on which every later start waits for ever.
+    build that is killed leaves a lock on which every later start waits for ever. It is the only user of the list of
+    what could be compiled here, for which DeepSpeed would call compilers and package managers on every rank.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has given new ones; nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+    deepspeed.ops.__compatible_ops__ = {}
+    _import_muon()
     if not torch.cuda.is_available():  # torch computes fp16 on any CPU, only slowly; DeepSpeed asks for fast hardware
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(
@@ -54,6 +56,15 @@ def start_deepspeed(timeout_seconds: float) -> None:
         verbose=False,
         timeout=timedelta(seconds=timeout_seconds),
     )
+
+
+def _import_muon() -> None:
+    """Each optimizer is asked whether it is Muon. None is here; but Muon's import would load the whole of torch's
+    compiler, for a second on every rank, only to say which of its functions to compile."""
+    compile_later = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    compiler.compile = compile_later
 
 
 class Mesh:
@@ -157,13 +168,13 @@ class StageZero:
             super()._take_model_step(lr_kwargs)  # type: ignore[misc]
             return
         norm = clip_gradients(list(self.module.parameters()), self.gradient_clipping(), self.mpu)  # type: ignore[attr-defined]
+        self._global_grad_norm = norm
         if not torch.isfinite(norm):
             self.zero_grad()  # type: ignore[attr-defined]
             self.skipped_steps += 1  # type: ignore[attr-defined]
             self.global_steps += 1  # type: ignore[attr-defined]
         else:
             super()._take_model_step(lr_kwargs)  # type: ignore[misc]
-        self._global_grad_norm = norm
 
     def clip_fp32_gradients(self) -> None:
         """Done before, with the norm."""
