@@ -49,6 +49,12 @@ class RankError(MegatrainError):
     exit_code = EXIT_RANK
 
 
+class Diverged(MegatrainError):
+    """Too many updates had to be left out: the same start again would end the same way."""
+
+    exit_code = EXIT_USAGE
+
+
 class Preempted(MegatrainError):
     """Training stopped early on request with its state saved: start it again to go on."""
 

@@ -13,6 +13,7 @@ from megatrain.config.schema import (
     RunConfig,
     RunSection,
     ScheduleConfig,
+    SpikesConfig,
     TrainConfig,
     TrainingDataset,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "ScheduleConfig",
+    "SpikesConfig",
     "TrainConfig",
     "TrainingDataset",
     "dump",

@@ -121,6 +121,16 @@ def train(config: schema.TrainConfig) -> list[Problem]:
     return unused(config, keys, f"used with precision: fp16 only (it is {config.precision})")
 
 
+def spikes(config: schema.SpikesConfig) -> list[Problem]:
+    """What finds a spike needs an action, and what leads back needs the one that goes back."""
+    problems = []
+    if config.action == "none":
+        problems += unused(config, ("window_steps", "num_deviations"), "used with action: skip or rewind only")
+    if config.action != "rewind":
+        problems += unused(config, ("rewind_steps", "margin_batches"), "used with action: rewind only")
+    return problems
+
+
 def schedule(config: schema.ScheduleConfig) -> list[Problem]:
     """decay_steps belongs to wsd."""
     return [] if config.type == "wsd" else unused(config, ("decay_steps",), "used with type: wsd only")
@@ -153,4 +163,8 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     elif decay is not None and warmup + decay > steps:
         reason = f"must be at most train.steps - schedule.warmup_steps ({steps} - {warmup})"
         problems.append(Problem("schedule.decay_steps", decay, reason, str(steps - warmup)))
+    kept = config.checkpoint.keep * config.checkpoint.every_steps
+    if config.spikes.action == "rewind" and config.spikes.rewind_steps > kept:
+        reason = f"must be at most checkpoint.keep * checkpoint.every_steps ({kept}): older ones are deleted"
+        problems.append(Problem("spikes.rewind_steps", config.spikes.rewind_steps, reason, str(kept)))
     return problems + deepspeed(config.deepspeed)

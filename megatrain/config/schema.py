@@ -318,6 +318,11 @@ class TrainConfig(Section):
     hang_timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
         default=600.0, description="Seconds without progress after which the run is stopped as hung."
     )
+    compare_weights_every_steps: Count | None = Field(
+        default=100,
+        description="Steps between comparisons of the weights that several ranks must hold alike, to find a device "
+        "that computes or remembers wrongly; made before each save too; null: none.",
+    )
     initial_loss_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
         default=16, description="fp16: the loss scale starts at 2 to this power."
     )
@@ -328,6 +333,40 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         self._refuse(checks.train(self))
+        return self
+
+
+class SpikesConfig(Section):
+    """What is done about a step whose loss or gradient norm leaps out, and about updates that are left out."""
+
+    action: Literal["none", "skip", "rewind"] = Field(
+        default="none",
+        description="skip: its update is left out; rewind: the run goes back to an earlier checkpoint and leaves out "
+        "the batches from there to behind the spike.",
+    )
+    window_steps: Annotated[int, Field(ge=8, le=10_000)] = Field(
+        default=128, description="The steps before it that a step is compared with; until there are so many, none is."
+    )
+    num_deviations: Annotated[float, Field(gt=0.0)] = Field(
+        default=8.0,
+        description="How many standard deviations above the median of those steps a spike is; the deviation is "
+        "estimated by the median absolute deviation, and never less than 2% (loss) or 20% (norm) of the median.",
+    )
+    rewind_steps: Count = Field(
+        default=100, description="rewind: to the newest checkpoint that is at least so many steps older than the spike."
+    )
+    margin_batches: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
+        default=10, description="rewind: so many batches after that of the spike are left out too."
+    )
+    max_in_a_row: Count = Field(
+        default=50,
+        description="So many updates left out one after the other, for a spike or a gradient that is not finite, or so "
+        "many returns to one checkpoint, end the run.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpikesConfig:
+        self._refuse(checks.spikes(self))
         return self
 
 
@@ -395,6 +434,11 @@ class ObserveConfig(Section):
 
     log_every_steps: Count = Field(default=1, description="Steps between lines of metrics.jsonl and of the console.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events too.")
+    compare_ranks_every_steps: Count = Field(
+        default=50,
+        description="Steps between comparisons of how long each part of a step takes on each rank; a rank that stays "
+        "slower than the others is named.",
+    )
 
 
 class RunConfig(Section):
@@ -405,6 +449,7 @@ class RunConfig(Section):
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
+    spikes: SpikesConfig = SpikesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,11 +1,13 @@
 """The k-th sample of a run: which window of which dataset, for any k, from a few integers. No state, no torch.
 
 Three pure steps. A run's steps fall into segments (one, unless the batch size, the weights or the sequence length were
-changed at a resume); a segment's mixture says which dataset the j-th sample comes from and how many of that dataset
-came before; and a shuffle of each epoch says which window that is. Nothing here grows with the corpus.
+changed at a resume, or batches were left out); a segment's mixture says which dataset the j-th sample comes from and
+how many of that dataset came before; and a shuffle of each epoch says which window that is. Nothing here grows with the
+corpus.
 
 Within an epoch of a dataset no window is seen twice or skipped, whatever the segments: each goes on where the one
-before stopped. Where windows become shorter in the middle of an epoch, those not yet seen are cut up and shuffled anew.
+before stopped, but for batches that are left out on purpose. Where windows become shorter in the middle of an epoch,
+those not yet seen are cut up and shuffled anew.
 """
 
 from __future__ import annotations
@@ -169,19 +171,19 @@ class DataOrder:
         last = self._segment(step)
         if terms == last.terms:
             return self
-        used = (step - last.first_step) * last.terms.global_batch_size
-        counts = self._mixture(last.terms.weights).counts_before(used).tolist()
-        windows = last.terms.num_windows
-        places = [place.advanced(*each) for place, *each in zip(last.places, counts, windows, strict=True)]
+        windows, places = last.terms.num_windows, self._places(step)
         if terms.num_new_epochs > last.terms.num_new_epochs:
             places = [place.at_new_epoch() for place in places]
         elif last.terms.seq_len % terms.seq_len:
             raise ValueError(f"within an epoch, {terms.seq_len} must divide {last.terms.seq_len}")
         elif (factor := last.terms.seq_len // terms.seq_len) > 1:
             places = [place.cut(factor, size) for place, size in zip(places, windows, strict=True)]
-        fresh = Segment(step, terms, tuple(places), last.samples_before + used)
-        kept = tuple(segment for segment in self.segments if segment.first_step < step)
-        return replace(self, segments=(*kept, fresh))
+        return self._with_segment(Segment(step, terms, tuple(places), self.num_samples_before(step)))
+
+    def leave_out(self, step: int, until: int) -> DataOrder:
+        """The same order up to ``step``, from where each dataset is read on as step ``until`` would have begun to."""
+        used = self.num_samples_before(until)
+        return self._with_segment(Segment(step, self.terms(until), tuple(self._places(until)), used))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Samples:
         """Samples [start, stop) of the global batch of ``step`` (steps count from 0); all of it by default."""
@@ -230,6 +232,19 @@ class DataOrder:
         numbers = (source, epoch, depth) if depth else (source, epoch)
         key = shuffle_keys(self.seed, *(np.full_like(index, number) for number in numbers))
         return shuffle(index, np.full_like(index, size), key)
+
+    def _places(self, step: int) -> list[Place]:
+        """Where each dataset is read at the beginning of ``step``."""
+        last = self._segment(step)
+        used = (step - last.first_step) * last.terms.global_batch_size
+        counts = self._mixture(last.terms.weights).counts_before(used).tolist()
+        windows = last.terms.num_windows
+        return [place.advanced(*each) for place, *each in zip(last.places, counts, windows, strict=True)]
+
+    def _with_segment(self, segment: Segment) -> DataOrder:
+        """With ``segment`` instead of all that was planned from its first step on."""
+        kept = tuple(former for former in self.segments if former.first_step < segment.first_step)
+        return replace(self, segments=(*kept, segment))
 
     def _segment(self, step: int) -> Segment:
         return next(segment for segment in reversed(self.segments) if segment.first_step <= step)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,17 @@ from megatrain.distributed.fragment import Fragment, Piece, Placement, windows
 from megatrain.distributed.groups import Groups
 from megatrain.parallel.deepspeed_config import deepspeed_config
 from megatrain.parallel.deepspeed_engine import Mesh, PlainDeepSpeedEngine, forget_globals, make_engine
+from megatrain.parallel.gate import Gate
+from megatrain.parallel.replicas import Replicas, find_differences
 from megatrain.parallel.shard import LocalParameter, ShardedModel
 from megatrain.parallel.state import MasterSlice, link_state, master_slices, publish_masters, torch_optimizer
 
 WEIGHT = "weight"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
+
+Admit: TypeAlias = Callable[[float, float], bool]
+"""Asked on every rank before an update, with this rank's share of the loss sum and the global gradient norm: whether to
+make it. The answer must be the same on all ranks; it may communicate. Not asked where the norm is not finite."""
 
 
 class PieceSource(Protocol):
@@ -55,14 +61,18 @@ class Engine:
         self._model = model
         num_parameters = sum(local.placement.local_numel for local in model.parameters.values())
         settings = deepspeed_config(config, groups.topology.world_size, num_parameters)
-        self._deepspeed: Any = self._start(make_optimizer(config.optimizer, model), settings)
+        optimizer = make_optimizer(config.optimizer, model)
+        self._gate = Gate(optimizer)
+        self._deepspeed: Any = self._start(optimizer, settings)
 
     def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         return make_engine(
             PlainDeepSpeedEngine, self._model.module, Mesh(self.groups), optimizer, settings, self.groups
         )
 
-    def train_batch(self, micro_batches: Sequence[Batch], num_targets: int, lr: float) -> StepResult:
+    def train_batch(
+        self, micro_batches: Sequence[Batch], num_targets: int, lr: float, admit: Admit | None = None
+    ) -> StepResult:
         """One optimizer step on this data rank's share of a global batch with ``num_targets`` target tokens.
 
         The gradient is that of the mean loss over all targets of the global batch, however they lie on the ranks.
@@ -73,15 +83,16 @@ class Engine:
         # DeepSpeed averages over micro-batches and data ranks; ours is one sum, divided once.
         scale = len(micro_batches) * self.groups.topology.data / num_targets
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        self._ask(admit, lambda: float(loss_sum))
         for batch in micro_batches:
             loss = engine(batch.to(self.groups.device))
             engine.backward(loss * scale)
             loss_sum += loss.detach()
             began = time.perf_counter()
             engine.step()  # updates after the last micro-batch, counts before
-        own = float(loss_sum) if self.groups.coordinate.tensor == 0 else 0.0
-        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps > skipped_before
-        return StepResult(own, norm, skipped, time.perf_counter() - began)
+        skipped = self._gate.refused or engine.skipped_steps > skipped_before
+        seconds = time.perf_counter() - began
+        return StepResult(self._own_share(float(loss_sum)), self._norm(), skipped, seconds)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> float:
@@ -90,7 +101,7 @@ class Engine:
         engine.eval()
         total = sum(float(engine(batch.to(self.groups.device))) for batch in micro_batches)
         engine.train()
-        return total if self.groups.coordinate.tensor == 0 else 0.0
+        return self._own_share(total)
 
     def state_fragments(self) -> Iterator[Fragment]:
         """The pieces of weights and optimizer state that this rank is to save: over all ranks, each element once.
@@ -110,7 +121,8 @@ class Engine:
 
     @torch.no_grad()
     def load_fragments(self, source: PieceSource, num_updates: int) -> None:
-        """Take the weights from ``source``, and the optimizer's state too if it has made ``num_updates`` > 0.
+        """Take the weights from ``source``, and the optimizer's state too if it has made ``num_updates`` > 0 (else it
+        is as before the first step).
 
         Not collective: where no rank's ``source`` has failed, ``publish`` completes it.
         """
@@ -120,6 +132,8 @@ class Engine:
             kinds = {WEIGHT: held.buffer}
             if num_updates:
                 kinds |= _adam_state(states, held.buffer, num_updates)
+            else:
+                _forget_adam_state(states, held.buffer)
             for piece, where in windows(local.placement, held.start, held.start + held.length):
                 for kind, buffer in kinds.items():
                     target = held.of(buffer)
@@ -139,6 +153,29 @@ class Engine:
         """After all ranks have loaded: give each the weights it computes with. Collective."""
         publish_masters(self._deepspeed.optimizer)
 
+    def find_differences(self) -> str | None:
+        """Which ranks hold weights that are not those of the others that must hold the same, in words. Collective."""
+        return find_differences(self._replicas(), self.groups)
+
+    def _replicas(self) -> Iterator[Replicas]:
+        """Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
+        stage = self._deepspeed.zero_optimization_stage()
+        parameters = self._model.parameters
+        if stage < 3:
+            yield Replicas(self.groups.data, {name: local.parameter for name, local in parameters.items()})
+        if stage == 0:
+            masters = {
+                f"master weights of {local.placement.name}": held.of(held.buffer) for local, held in self._slices()
+            }
+            yield Replicas(self.groups.data, masters)
+        whole: dict[str, Tensor] = {}  # on all tensor ranks
+        shared: dict[str, Tensor] = {}  # on those with the same key-value head
+        for name, local in parameters.items():
+            if local.num_replicas > 1:
+                kind = whole if local.num_replicas == self.groups.topology.tensor else shared
+                kind[name] = getattr(local.parameter, "ds_tensor", local.parameter)
+        yield from (Replicas(self.groups.tensor, whole), Replicas(self._model.head_sharers, shared))
+
     @property
     def loss_scale(self) -> dict[str, float] | None:
         """The state of fp16's dynamic loss scale; None under another precision."""
@@ -157,6 +194,19 @@ class Engine:
         """Free DeepSpeed's hooks and globals, so that another engine can be made in this process."""
         self._deepspeed.destroy()
         forget_globals()
+
+    def _ask(self, admit: Admit | None, loss_sum: Callable[[], float]) -> None:
+        """Let ``admit`` decide on the next update; ``loss_sum``: what it is on this rank by then."""
+        self._gate.open_for(None if admit is None else lambda: admit(self._own_share(loss_sum()), self._norm()))
+
+    def _own_share(self, loss_sum: float) -> float:
+        """Tensor ranks compute the same loss: the first of them speaks for all."""
+        return loss_sum if self.groups.coordinate.tensor == 0 else 0.0
+
+    def _norm(self) -> float:
+        """The gradient's norm of the step that is being made, or was made last."""
+        wrapped = getattr(self._deepspeed.optimizer, "_global_grad_norm", None)
+        return float(self._deepspeed.get_global_grad_norm() if wrapped is None else wrapped)
 
     def _set_lr(self, lr: float) -> None:
         for group in self._deepspeed.optimizer.param_groups:
@@ -199,6 +249,12 @@ def _adam_state(states: Any, buffer: Tensor, num_updates: int) -> dict[str, Tens
         states[buffer] = {key: torch.zeros_like(buffer) for key in ADAM_STATES}
     states[buffer]["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=buffer.device)
     return {key: states[buffer][key] for key in ADAM_STATES}
+
+
+def _forget_adam_state(states: Any, buffer: Tensor) -> None:
+    """As before the first step, where there has been one."""
+    for value in states.get(buffer, {}).values():
+        value.zero_()
 
 
 def _clear_padding(placement: Placement, held: MasterSlice, data: Tensor) -> None:

@@ -19,14 +19,15 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, ReduceTiedGrads
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.distributed.groups import Groups, release
 from megatrain.parallel.deepspeed_engine import StageZero, make_engine
-from megatrain.parallel.engine import Engine, StepResult
+from megatrain.parallel.engine import Admit, Engine, StepResult
+from megatrain.parallel.grid import MeshGrid, MeshTopology, pipelines_use
+from megatrain.parallel.replicas import Replicas
 from megatrain.parallel.shard import ShardedModel
 
 
@@ -40,19 +41,19 @@ class PipelinedEngine(Engine):
         self._tied = config.model.tie_word_embeddings
         super().__init__(config, model, groups)
 
-    def train_batch(self, micro_batches: Sequence[Batch], num_targets: int, lr: float) -> StepResult:
+    def train_batch(
+        self, micro_batches: Sequence[Batch], num_targets: int, lr: float, admit: Admit | None = None
+    ) -> StepResult:
         """See Engine. DeepSpeed's schedule interleaves the micro-batches' forward and backward passes."""
         engine = self._deepspeed
         self._set_lr(lr)
         skipped_before = engine.skipped_steps
         scale = self._layers.loss_scale = len(micro_batches) * self.groups.topology.data / num_targets
         engine.seconds_of_step = 0.0
+        self._ask(admit, lambda: self._loss_sum(scale))
         engine.train_batch(data_iter=self._feed(micro_batches))
-        own = 0.0
-        if engine.is_last_stage() and self.groups.coordinate.tensor == 0:
-            own = float(engine.total_loss) / scale
-        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps > skipped_before
-        return StepResult(own, norm, skipped, engine.seconds_of_step)
+        skipped = self._gate.refused or engine.skipped_steps > skipped_before
+        return StepResult(self._own_share(self._loss_sum(scale)), self._norm(), skipped, engine.seconds_of_step)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> float:
@@ -71,7 +72,17 @@ class PipelinedEngine(Engine):
         """See Engine."""
         pipe = self._deepspeed.module
         super().close()
-        release([pipe.world_group, *vars(pipe.mpu()).values()])
+        release([pipe.world_group])
+
+    def _loss_sum(self, scale: float) -> float:
+        """Of this rank's micro-batches so far; the last stage knows it."""
+        return float(self._deepspeed.total_loss) / scale if self._deepspeed.is_last_stage() else 0.0
+
+    def _replicas(self) -> Iterator[Replicas]:
+        """See Engine; and the embedding that the first and the last stage share."""
+        yield from super()._replicas()
+        for weight, group in self._deepspeed.module.get_tied_weights_and_groups():
+            yield Replicas(group, {"the tied embedding": weight})
 
     def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         self._layers = StageLayers(self._model.module, self._carries)
@@ -147,9 +158,9 @@ class StagePipe(PipelineModule):  # type: ignore[misc]
     def __init__(self, layers: StageLayers, groups: Groups, tied: bool) -> None:
         self._groups, self._tied = groups, tied
         mesh, here = groups.topology, groups.coordinate
-        topology = PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_mp=mesh.tensor, num_dp=mesh.data)
         items = [layers if stage == here.pipeline else None for stage in range(mesh.pipeline)]
-        super().__init__(items, topology=topology)
+        with pipelines_use(MeshGrid(groups)):
+            super().__init__(items, topology=MeshTopology(mesh))
 
     def _partition_layers(self, method: str = "uniform") -> None:
         self.parts = list(range(self.num_stages + 1))

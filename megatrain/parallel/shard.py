@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatrain.config import RunConfig
@@ -39,10 +40,11 @@ class LocalParameter:
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """This rank's part of the model, and its parameters, tied ones once."""
+    """This rank's part of the model, and its parameters, tied ones once. ``head_sharers``: see TensorRanks."""
 
     module: nn.Module
     parameters: Mapping[str, LocalParameter]
+    head_sharers: dist.ProcessGroup
 
 
 Model: TypeAlias = Any
@@ -78,7 +80,7 @@ def shard_model(model: Model, config: RunConfig, groups: Groups, cut: Cut) -> Sh
         name: LocalParameter(parameter, shards[name].placement, shards[name].num_replicas, shards[name].replica)
         for name, parameter in parameters.items()
     }
-    return ShardedModel(model, mine)
+    return ShardedModel(model, mine, ranks.head_sharers)
 
 
 def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> ShardedModel:

@@ -13,6 +13,7 @@ from megatrain.config import RunConfig
 from megatrain.data import Dataset
 from megatrain.data.order import Cut, DataOrder, Place, Segment, Terms
 from megatrain.errors import CheckpointError
+from megatrain.train.spikes import NOTHING_YET, Recent, Rewind
 
 
 class May(Enum):
@@ -56,6 +57,7 @@ RULES = (
     Rule("parallel", May.YES, "a checkpoint knows no layout"),
     Rule("train", May.YES, "from that step on"),
     Rule("train.global_batch_size", May.RECORDED, "every epoch goes on where it stood"),
+    Rule("spikes", May.YES, "from that step on"),
     Rule("optimizer", May.YES, "from that step on"),
     Rule("optimizer.type", May.NEVER, "another optimizer has no use for this state"),
     Rule("schedule", May.YES, "from that step on"),
@@ -70,7 +72,8 @@ RULES = (
 class Progress:
     """The state of a run after ``step`` steps. ``updates``: steps that changed the weights; ``skipped``: the others.
 
-    ``tokens``: trained on so far. ``digests``: of the training datasets, in the config's order.
+    ``tokens``: trained on so far. ``digests``: of the training datasets, in the config's order. ``skipped_in_a_row``:
+    how many of the last steps were skipped. ``recent``, ``rewinds``: what the rule on spikes goes by, and what it did.
     """
 
     step: int
@@ -80,8 +83,11 @@ class Progress:
     segments: tuple[Segment, ...]
     digests: tuple[str, ...]
     loss_scale: Mapping[str, float] | None = None
+    skipped_in_a_row: int = 0
+    recent: Recent = NOTHING_YET
+    rewinds: tuple[Rewind, ...] = ()
 
-    def after_step(self, num_tokens: int, skipped: bool) -> Progress:
+    def after_step(self, num_tokens: int, skipped: bool, recent: Recent) -> Progress:
         """One step on."""
         return replace(
             self,
@@ -89,6 +95,8 @@ class Progress:
             tokens=self.tokens + num_tokens,
             updates=self.updates + (not skipped),
             skipped=self.skipped + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+            recent=recent,
         )
 
     def to_state(self) -> dict[str, Any]:
@@ -102,8 +110,18 @@ class Progress:
         """The inverse of ``to_state``. Raises CheckpointError for a state that this version cannot read."""
         try:
             segments = tuple(_segment(entry) for entry in state["segments"])
-            loss_scale, digests = state["loss_scale"], tuple(state["digests"])
-            return cls(step, tokens, state["updates"], state["skipped"], segments, digests, loss_scale)
+            return cls(
+                step,
+                tokens,
+                state["updates"],
+                state["skipped"],
+                segments,
+                digests=tuple(state["digests"]),
+                loss_scale=state["loss_scale"],
+                skipped_in_a_row=state["skipped_in_a_row"],
+                recent=Recent(tuple(state["recent"]["losses"]), tuple(state["recent"]["norms"])),
+                rewinds=tuple(Rewind(**entry) for entry in state["rewinds"]),
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"The state in the checkpoint of step {step} cannot be read: {error!r}.") from None
 
@@ -180,7 +198,7 @@ def begun_segment(progress: Progress) -> str | None:
     former, now = (asdict(segment.terms) for segment in progress.segments[-2:])
     names = ("global_batch_size", "weights", "seq_len", "num_new_epochs")
     changes = [f"{name} {now[name]} (was {former[name]})" for name in names if now[name] != former[name]]
-    return f"a new segment of the data order: {', '.join(changes)}"
+    return f"a new segment of the data order: {', '.join(changes)}" if changes else None
 
 
 def _segment(entry: Mapping[str, Any]) -> Segment:

@@ -16,10 +16,11 @@ from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes, rank_file
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store, resolve
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, Diverged
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.progress import Progress, refuse_changes, resume_order
+from megatrain.train.spikes import Rewind, SpikeError, num_in_a_row
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,34 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
     _on_first_rank(run, lambda: _refuse_to_begin_elsewhere(run))
     run.store.join(_on_first_rank(run, lambda: run.store.generation))
     return _begin(run), None, []
+
+
+def go_back(run: Run, former: Progress, spike: SpikeError) -> tuple[Progress, list[str]]:
+    """Restore the state well before a spike, and leave out the data from there to behind it. Collective.
+
+    ``former``: where the run stood. Raises Diverged where it has gone back to the same step too often.
+    """
+    rule, order = run.config.spikes, run.order
+    _on_first_rank(run, partial(_make_newest, run.store, spike.step - rule.rewind_steps))
+    progress, _, complaints = restore(run)
+    rewind = Rewind(spike.step, progress.step, spike.step + 1 + rule.margin_batches, spike.reason)
+    rewinds = (*former.rewinds, rewind)
+    if num_in_a_row(rewinds) > rule.max_in_a_row:
+        raise Diverged(
+            f"{rewind.text()}, and that {num_in_a_row(rewinds)} times in a row. Look at the data and the learning "
+            "rate, go back further with `megatrain checkpoint rewind`, or raise spikes.max_in_a_row."
+        )
+    run.order = order.leave_out(rewind.to_step, rewind.until_step)
+    return replace(progress, segments=run.order.segments, rewinds=rewinds), complaints
+
+
+def _make_newest(store: CheckpointStore, step: int) -> None:
+    """Set aside what was saved after the newest good checkpoint up to ``step``; where none is so old, all but the
+    oldest good one."""
+    steps = [found.step for found in store.list() if found.good]
+    before = [each for each in steps if each <= step]
+    if steps:
+        store.set_aside(max(before) if before else min(steps))
 
 
 def _refuse_to_begin_elsewhere(run: Run) -> None:

@@ -16,16 +16,18 @@ from megatrain.checkpoint.saver import Outcome, Votes
 from megatrain.data.batches import TrainingBatches
 from megatrain.distributed.signals import Requests
 from megatrain.distributed.watchdog import Watchdog
-from megatrain.errors import CheckpointError, Preempted
+from megatrain.errors import CheckpointError, Diverged, Preempted, RankError
 from megatrain.observe.flops import mfu, peak_flops
 from megatrain.observe.memory import peak_memory_bytes
-from megatrain.observe.metrics import StepMetrics
+from megatrain.observe.metrics import METRICS_FILE, StepMetrics
 from megatrain.observe.observers import Observers
+from megatrain.parallel.engine import StepResult
 from megatrain.plan.flops import flops_per_token
 from megatrain.train.assemble import Run
 from megatrain.train.progress import Progress
 from megatrain.train.saving import Saving
 from megatrain.train.schedule import learning_rate
+from megatrain.train.spikes import SpikeError, SpikeWatch
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Trainer:
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
         self._saving = Saving(run)
+        self._spikes = SpikeWatch(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
         self._peak = peak_flops(run.groups.device, run.config.train.precision) if observers else None
@@ -100,7 +103,8 @@ class Trainer:
     def run(self) -> Progress:
         """Train to the last step.
 
-        Raises Preempted once state is saved after a request to stop, CheckpointError where it could not be saved.
+        Raises Preempted once state is saved after a request to stop, CheckpointError where it could not be saved,
+        Diverged where too many updates were left out in a row, SpikeError where the run is to go back for a spike.
         """
         batches = self._run.training_batches(self._run.order)
         try:
@@ -111,7 +115,12 @@ class Trainer:
                     self._saving.prepare()
                 self._evaluate_if_due()
                 self._report(metrics)  # before the save: a step that a checkpoint holds is one that was logged
+                self._refuse_to_go_on_without_updates()
                 self._save_if_due(stopping, save_now)
+        except SpikeError:
+            self._tell(self._saving.finish())
+            self._saving.close()
+            raise
         finally:
             batches.close()
         self._end(stopping)
@@ -124,7 +133,7 @@ class Trainer:
         with watch.measure("data"):
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
         with watch.measure("forward_backward"):
-            result = run.engine.train_batch(micro_batches, count, lr)
+            result = run.engine.train_batch(micro_batches, count, lr, self._spikes.admit(count))
         with watch.measure("exchange"):
             # One exchange a step: the loss, who was asked to stop or to save, and how the save under way is doing.
             asked = (float(self._requests.signal is not None), float(self._is_save_asked()))
@@ -133,11 +142,15 @@ class Trainer:
             self._lease.check()  # a start left behind writes nothing more, not even metrics
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
         self._tell(self._saving.settle(Votes(*sums[3:])))
-        self.progress = self.progress.after_step(count, result.skipped)
+        loss, spike = sums[0] / count, self._spikes.found
+        if spike is not None and self._config.spikes.action == "rewind":
+            raise SpikeError(self.progress.step, spike)
+        self.progress = self.progress.after_step(count, result.skipped, self._spikes.recent)
+        self._note_skip(loss, result)
         metrics = StepMetrics(
             step=self.progress.step,
             tokens=self.progress.tokens,
-            loss=sums[0] / count,
+            loss=loss,
             grad_norm=result.grad_norm,
             lr=lr,
             step_seconds=math.nan,
@@ -147,6 +160,32 @@ class Trainer:
             memory_bytes=0,
         )
         return metrics, sums[1] > 0, sums[2] > 0
+
+    def _note_skip(self, loss: float, result: StepResult) -> None:
+        if not result.skipped or self._observers is None:
+            return
+        scale = self._run.engine.loss_scale
+        lowered = f"; the loss scale is {scale['cur_scale']:g} now" if scale else ""
+        reason = self._spikes.found or f"the gradient is not finite (loss {loss:.4g}){lowered}"
+        self._observers.event("skipped", self.progress.step, f"no update in step {self.progress.step}: {reason}")
+
+    def _refuse_to_go_on_without_updates(self) -> None:
+        most = self._config.spikes.max_in_a_row
+        if self.progress.skipped_in_a_row >= most:
+            raise Diverged(
+                f"No update could be made in the last {most} steps, up to step {self.progress.step} "
+                f"({self._spikes.found or 'gradients that are not finite'}); the events in {METRICS_FILE} say why. "
+                "Look at the data and the learning rate, go back with `megatrain checkpoint rewind`, or raise "
+                "spikes.max_in_a_row."
+            )
+
+    def _refuse_weights_that_differ(self) -> None:
+        """Raise RankError, naming the ranks, where ranks that must hold the same weights do not. Collective."""
+        if (difference := self._run.engine.find_differences()) is not None:
+            raise RankError(
+                f"After step {self.progress.step} weights differ that must be the same: {difference}. A device there "
+                "computes or remembers wrongly. Nothing was saved since; start the run again without that node."
+            )
 
     def _is_save_asked(self) -> bool:
         """Whether this rank was asked, by signal or by RUN/save-now, to save once and go on."""
@@ -172,7 +211,11 @@ class Trainer:
     def _save_if_due(self, stopping: bool, on_request: bool) -> None:
         step = self.progress.step
         last = stopping or step == self._config.train.steps
-        if not last and not on_request and step % self._config.checkpoint.every_steps:
+        due = last or on_request or step % self._config.checkpoint.every_steps == 0
+        every = self._config.train.compare_weights_every_steps
+        if every is not None and (due or step % every == 0):
+            self._refuse_weights_that_differ()
+        if not due:
             return
         with self._watch.measure("save"):
             progress = replace(self.progress, loss_scale=self._run.engine.loss_scale)

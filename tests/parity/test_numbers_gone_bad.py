@@ -1,9 +1,10 @@
-"""NaN on one rank: no rank updates, under any layout, and training goes on as if that step had not been."""
+"""NaN, an update left out, a flipped bit, under any layout: all ranks do the same, and who is wrong is named."""
 
 from __future__ import annotations
 
 import math
 import os
+import socket
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
 }
 
 
-def _figures(pool: Pool, num_ranks: int, parallel: dict[str, Any], precision: str) -> dict[str, Any]:
-    config = parity_config(pool.data, "llama", parallel=parallel, train={"precision": precision})
-    return pool.answer(num_ranks, {"config": config, "num_steps": NUM_STEPS, "poisoned_step": POISONED})
+def _figures(pool: Pool, num_ranks: int, parallel: dict[str, Any], precision: str, **case: Any) -> dict[str, Any]:
+    config = parity_config(pool.data, "llama_tied", parallel=parallel, train={"precision": precision})
+    return pool.answer(num_ranks, {"config": config, "num_steps": NUM_STEPS, **case})
 
 
 SAMPLE = ("ZeRO 0 bf16", "ZeRO 2 fp32", "ZeRO 3 bf16", "tensor under ZeRO 3", "pipeline")
@@ -35,11 +36,51 @@ SAMPLE = ("ZeRO 0 bf16", "ZeRO 2 fp32", "ZeRO 3 bf16", "tensor under ZeRO 3", "p
 @pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
 def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_update_out_on_all(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
-    found = _figures(pool, num_ranks, parallel, precision)
-    expected = _figures(pool, 1, {"zero_stage": 0}, "fp32")
+    found = _figures(pool, num_ranks, parallel, precision, poisoned_step=POISONED)
+    expected = _figures(pool, 1, {"zero_stage": 0}, "fp32", poisoned_step=POISONED)
     assert found["skipped"] == [step == POISONED for step in range(NUM_STEPS)]
     assert not math.isfinite(found["norms"][POISONED])
     others = [step for step in range(NUM_STEPS) if step != POISONED]
     near = 1e-4 if precision == "fp32" else 0.02
     assert np.abs(np.subtract(found["losses"], expected["losses"])[others]).max() < near
     assert abs(found["validation"] - expected["validation"]) < near
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
+def test_an_update_that_is_refused_at_the_last_moment_changes_nothing(layout: str, pool: Pool) -> None:
+    num_ranks, parallel, precision = LAYOUTS[layout]
+    found = _figures(pool, num_ranks, parallel, precision, refused_step=POISONED)
+    expected = _figures(pool, 1, {"zero_stage": 0}, "fp32", refused_step=POISONED)
+    without = _figures(pool, 1, {"zero_stage": 0}, "fp32", poisoned_step=POISONED)
+    assert found["skipped"] == [step == POISONED for step in range(NUM_STEPS)]
+    near = 1e-4 if precision == "fp32" else 0.02
+    assert np.abs(np.subtract(found["losses"], expected["losses"])).max() < near
+    assert np.abs(np.divide(found["norms"], expected["norms"]) - 1).max() < (1e-3 if precision == "fp32" else 0.05)
+    assert expected["losses"][POISONED + 1 :] == without["losses"][POISONED + 1 :]
+
+
+FLIPPED = {  # layout: the parameter, and who is told to differ
+    "ZeRO 0 bf16": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
+    "ZeRO 2 fp32": ("model.layers.0.mlp.up_proj.weight", "ranks 0 ({host}), 1 ({host}) differ in"),
+    "tensor": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
+    "tensor under ZeRO 3": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
+    "pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in the tied embedding"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FLIPPED)
+def test_a_flipped_bit_in_weights_that_ranks_hold_alike_is_found(layout: str, pool: Pool) -> None:
+    num_ranks, parallel, precision = LAYOUTS[layout]
+    name, words = FLIPPED[layout]
+    found = _figures(pool, num_ranks, parallel, precision, flipped=name)
+    assert words.format(host=socket.gethostname()) in found["difference"]
+
+
+@pytest.mark.slow
+def test_of_four_ranks_the_one_that_differs_is_named(pool: Pool) -> None:
+    found = _figures(pool, 4, {"zero_stage": 1}, "fp32", flipped="model.norm.weight")
+    assert found["difference"] == (
+        f"rank 3 ({socket.gethostname()}) differs in model.norm.weight from 3 others that must hold the same"
+    )

@@ -48,7 +48,8 @@ NUM_VALIDATION_WINDOWS = 5
 class Case:
     """What to train. ``load``: a checkpoint to begin from, and what its manifest would say of it: ``num_updates``,
     ``loss_scale``. ``save``: a folder for the pieces, after ``save_after`` steps (None: the last).
-    ``poisoned_step``: the last rank's gradients are NaN in it."""
+    ``poisoned_step``: the last rank's gradients are NaN in it. ``refused_step``: its update is left out at the last
+    moment. ``flipped``: when all is done, one bit of this parameter flips on the last rank."""
 
     config: dict[str, Any]
     first_step: int = 0
@@ -59,6 +60,8 @@ class Case:
     save: str | None = None
     save_after: int | None = None
     poisoned_step: int | None = None
+    refused_step: int | None = None
+    flipped: str | None = None
 
 
 @functools.cache
@@ -96,10 +99,13 @@ def train(case: Case) -> dict[str, Any]:
         lr = learning_rate(config.schedule, config.optimizer.lr, step, config.train.steps)
         count = batches.num_targets(step)
         is_poisoned = step == case.poisoned_step and rank.rank == rank.world_size - 1
-        result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr)
+        judged: list[float] = []
+        admit = functools.partial(_admit, groups, judged, step == case.refused_step)
+        result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr, admit)
         skipped.append(result.skipped)
         losses.append(groups.sum([result.loss_sum])[0] / count)
         norms.append(result.grad_norm)
+        assert is_poisoned or judged in ([], [losses[-1] * count, norms[-1]]), "judged by other figures than are shown"
         num_updates += not result.skipped
     batches.close()
     whole = BatchMaker(sources, config.train.micro_batch_size)
@@ -107,6 +113,10 @@ def train(case: Case) -> dict[str, Any]:
     (validation,) = groups.sum([engine.evaluate(evaluation)])
     if case.save_after in (None, case.num_steps):
         saved = save(engine, case, rank.rank, num_updates)
+    if case.flipped and rank.rank == rank.world_size - 1:
+        flip_a_bit(engine, case.flipped)
+    difference = engine.find_differences()
+    assert case.flipped or difference is None, difference
     groups.barrier()
     engine.close()
     return {
@@ -115,7 +125,20 @@ def train(case: Case) -> dict[str, Any]:
         "skipped": skipped,
         "validation": validation / evaluation.num_targets,
         "saved": saved,
+        "difference": difference,
     }
+
+
+def _admit(groups: Groups, judged: list[float], refused: bool, loss_sum: float, norm: float) -> bool:
+    judged += [*groups.sum([loss_sum]), norm]
+    return not refused
+
+
+def flip_a_bit(engine: Engine, name: str) -> None:
+    """The lowest bit of the first element that this rank holds of a parameter."""
+    parameter = engine._model.parameters[name].parameter
+    held = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
+    held[:1].view(torch.int16)[:1] ^= 1
 
 
 def save(engine: Engine, case: Case, rank: int, num_updates: int) -> dict[str, Any]:

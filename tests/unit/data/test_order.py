@@ -246,3 +246,27 @@ def test_the_order_of_a_corpus_of_a_trillion_tokens_takes_no_memory() -> None:
     assert len(np.unique(np.stack([batch.dataset, batch.epoch, batch.window]), axis=1).T) == 1024
     arrays = [value for segment in order.segments for value in vars(segment).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in arrays) < 1000
+
+
+@given(seeds, tokens, parts_of(shrinks=True, restarts=True), st.data())
+@settings(max_examples=60, deadline=None)
+def test_batches_that_are_left_out_are_those_and_no_others(
+    seed: int, num_tokens: list[int], drawn: list[Part], data: st.DataObject
+) -> None:
+    order, steps = run(seed, num_tokens, legal(drawn))
+    first = data.draw(st.integers(0, steps[-1] - 1))
+    until = steps[-1] + data.draw(st.integers(0, 5))
+    shorter = order.leave_out(first, until)
+    for step in range(first):
+        assert_same(shorter.batch(step), order.batch(step))
+    assert shorter.num_samples_before(first) == order.num_samples_before(until)
+    for source in range(len(num_tokens)):
+        behind = [read(order, range(start, start + 8), source) for order, start in ((order, until), (shorter, first))]
+        shared = min(map(len, behind))
+        assert behind[0][:shared] == behind[1][:shared]
+
+
+def read(order: DataOrder, steps: range, source: int) -> list[tuple[int, int]]:
+    """Epoch and window of each sample of one dataset in these steps."""
+    places = (place for step in steps for place in order.batch(step).places())
+    return [(epoch, window) for dataset, epoch, window in places if dataset == source]

@@ -12,11 +12,23 @@ from megatrain.config.keys import leaves
 from megatrain.data.order import DataOrder, Terms
 from megatrain.errors import CheckpointError
 from megatrain.train.progress import RULES, Progress, refuse_changes, resume_order, resume_table, rule_of
+from megatrain.train.spikes import Recent, Rewind
 
 TERMS = Terms(8, (2.0, 1.0), 256, (100, 50))
 ORDER = DataOrder.begin(3, TERMS)
 SHORTER = replace(TERMS, global_batch_size=4, seq_len=64, num_windows=(400, 200))
-PROGRESS = Progress(10, 5120, 9, 1, ORDER.change(10, SHORTER).segments, ("a", "b"), {"cur_scale": 2.0**16})
+RECENT = Recent((2.5, 2.25), (1.0, 0.5))
+PROGRESS = Progress(
+    10,
+    5120,
+    9,
+    1,
+    ORDER.change(10, SHORTER).segments,
+    ("a", "b"),
+    {"cur_scale": 2.0**16},
+    recent=RECENT,
+    rewinds=(Rewind(9, 4, 12, "loss 9"),),
+)
 CONFIG = RunConfig.model_validate(
     {
         "run": {"dir": "runs/x"},
@@ -32,7 +44,7 @@ def test_it_comes_back_from_a_manifest_as_it_was() -> None:
     assert Progress.from_state(10, 5120, state) == PROGRESS
 
 
-@pytest.mark.parametrize("key", ["updates", "skipped", "segments", "digests", "loss_scale"])
+@pytest.mark.parametrize("key", ["updates", "skipped", "segments", "digests", "loss_scale", "recent", "rewinds"])
 def test_a_state_that_lacks_something_is_refused(key: str) -> None:
     state = PROGRESS.to_state()
     del state[key]
@@ -41,8 +53,11 @@ def test_a_state_that_lacks_something_is_refused(key: str) -> None:
 
 
 def test_a_skipped_step_counts_as_a_step_but_not_as_an_update() -> None:
-    after = PROGRESS.after_step(512, skipped=True).after_step(512, skipped=False)
-    assert (after.step, after.tokens, after.updates, after.skipped) == (12, 6144, 10, 2)
+    skipped = PROGRESS.after_step(512, True, RECENT).after_step(512, True, RECENT)
+    assert skipped.skipped_in_a_row == 2
+    after = skipped.after_step(512, False, RECENT)
+    assert (after.step, after.tokens, after.updates, after.skipped) == (13, 6656, 10, 3)
+    assert (after.skipped_in_a_row, after.recent) == (0, RECENT)
 
 
 def changed(**sections: dict[str, Any]) -> RunConfig:
