@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatrain.distributed.topology import Axis, Coordinate, Topology
+from megatrain.distributed.topology import AXES, Axis, Coordinate, Topology
 
 T = TypeVar("T")
 
@@ -21,7 +21,10 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place, and its group along each axis (a group of one has a process group too)."""
+    """This rank's place, and its group along each axis (a group of one has a process group too).
+
+    Some may be the same, or the default one.
+    """
 
     topology: Topology
     rank: int
@@ -51,6 +54,13 @@ class Groups:
         dist.all_gather_object(values, value)
         return values
 
+    def first(self, value: T | None) -> T | None:
+        """The value of the first rank that has one; None where none has. Every rank must call it at the same point."""
+        size = self.topology.world_size
+        speaker = torch.tensor(size if value is None else self.rank, device=self.device)
+        dist.all_reduce(speaker, dist.ReduceOp.MIN)
+        return None if int(speaker) == size else self._tell(value, int(speaker))
+
     def on_first_rank(self, work: Callable[[], T]) -> T:
         """What ``work`` gives on rank 0, on every rank; also the exception it raises. Collective.
 
@@ -66,10 +76,17 @@ class Groups:
                     outcome = future.result(), None
                 except Exception as error:  # noqa: BLE001 - it is raised on all ranks
                     outcome = None, error
-        result, problem = self.gather(outcome)[0]
+        result, problem = self._tell(outcome, 0)
         if problem is not None:
             raise problem
         first: T = result
+        return first
+
+    def _tell(self, value: T, speaker: int) -> T:
+        """The value of one rank, on all."""
+        told: list[Any] = [value]
+        dist.broadcast_object_list(told, speaker, device=self.device)
+        first: T = told[0]
         return first
 
     def barrier(self) -> None:
@@ -95,19 +112,30 @@ def local_device(local_rank: int) -> torch.device:
 def make_groups(topology: Topology, rank: int, device: torch.device, timeout_seconds: float) -> Groups:
     """Make this rank's groups; collective over all ranks. The default process group must exist.
 
-    Each group is made by its members alone, so that the cost does not grow with the number of groups. Torch names such
+    Axes that hold the same ranks share a group, which may be the default one: each costs messages and connections.
+    A group is made by its members alone, so that the cost does not grow with the number of groups. Torch names such
     a group by its ranks and by how many groups there are: every rank must make equally many, and none may be freed.
     """
-    timeout = timedelta(seconds=timeout_seconds)
+    assert dist.group.WORLD is not None
+    made = {tuple(axis for axis in AXES if getattr(topology, axis) > 1): dist.group.WORLD}
 
-    def along(*axes: Axis) -> dist.ProcessGroup:
-        ranks = topology.group(rank, *axes)
-        group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    def group_of(ranks: list[int]) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = dist.new_group(
+            ranks, timeout=timedelta(seconds=timeout_seconds), use_local_synchronization=True
+        )
         return group
 
-    here = topology.coordinate(rank)
-    stages = (0, topology.pipeline - 1) if here.pipeline in (0, topology.pipeline - 1) else (here.pipeline,)
-    ends = sorted({topology.rank(Coordinate(stage, here.data, here.tensor)) for stage in stages})
+    def along(*axes: Axis) -> dist.ProcessGroup:
+        wide = tuple(axis for axis in axes if getattr(topology, axis) > 1)
+        if wide not in made:
+            made[wide] = group_of(topology.group(rank, *wide))
+        return made[wide]
+
+    here, last = topology.coordinate(rank), topology.pipeline - 1
+    ends = along("pipeline")
+    if last > 1:
+        stages = (0, last) if here.pipeline in (0, last) else (here.pipeline,)
+        ends = group_of([topology.rank(Coordinate(stage, here.data, here.tensor)) for stage in stages])
     return Groups(
         topology=topology,
         rank=rank,
@@ -116,6 +144,6 @@ def make_groups(topology: Topology, rank: int, device: torch.device, timeout_sec
         tensor=along("tensor"),
         pipeline=along("pipeline"),
         model=along("pipeline", "tensor"),
-        ends=dist.new_group(ends, timeout=timeout, use_local_synchronization=True),
+        ends=ends,
         alone=along(),
     )

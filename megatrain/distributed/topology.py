@@ -7,9 +7,10 @@ neighbouring ranks share a node and its fast links, and tensor parallelism speak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Axis = Literal["pipeline", "data", "tensor"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,7 @@ class Topology:
     def group(self, rank: int, *axes: Axis) -> list[int]:
         """The ranks that differ from ``rank`` along ``axes`` alone, itself included, in rank order."""
         here = self.coordinate(rank)
-        ranges = {
-            axis: range(getattr(self, axis)) if axis in axes else (getattr(here, axis),)
-            for axis in ("pipeline", "data", "tensor")
-        }
+        ranges = {axis: range(getattr(self, axis)) if axis in axes else (getattr(here, axis),) for axis in AXES}
         return [
             self.rank(Coordinate(p, d, t)) for p in ranges["pipeline"] for d in ranges["data"] for t in ranges["tensor"]
         ]

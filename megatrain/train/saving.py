@@ -190,7 +190,7 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
         result = action()
     except CheckpointError as error:
         problem = str(error)
-    first = next((text for text in run.groups.gather(problem) if text is not None), None)
+    first = run.groups.first(problem)
     return (result, None) if first is None else (None, first)
 
 
