@@ -434,9 +434,9 @@ class ObserveConfig(Section):
 
     log_every_steps: Count = Field(default=1, description="Steps between lines of metrics.jsonl and of the console.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events too.")
-    compare_ranks_every_steps: Count = Field(
-        default=50,
-        description="Steps between comparisons of how long each part of a step takes on each rank; a rank that stays "
+    compare_ranks_every_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        default=60.0,
+        description="Seconds between comparisons of how long each part of a step takes on each rank; a rank that stays "
         "slower than the others is named.",
     )
 

@@ -11,13 +11,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from megatrain.observe.append import AppendFile
 
 METRICS_FILE = "metrics.jsonl"
+
+
+class Spread(NamedTuple):
+    """Seconds of one thing over all ranks, and which rank took the most."""
+
+    min: float
+    median: float
+    max: float
+    slowest: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class StepMetrics:
     batch, before the update. ``grad_norm``: global L2 norm before clipping. ``mfu``: share of the devices' peak, None
     where that is unknown. ``skipped``: updates left out since the run began. ``parts``: seconds of each part of the
     step (data, forward_backward, exchange, optimizer, eval, save, other), together ``step_seconds``. ``memory_bytes``:
-    the most that this rank has held.
+    the most that this rank has held. ``ranks``: where ranks were compared after this step, seconds of each part over
+    all of them, a step's mean since the last comparison, and of "arithmetic", the same piece of it on each.
     """
 
     step: int
@@ -42,6 +52,7 @@ class StepMetrics:
     skipped: int
     memory_bytes: int
     parts: Mapping[str, float] = field(default_factory=dict)
+    ranks: Mapping[str, Spread] = field(default_factory=dict)
 
 
 class MetricsWriter:
@@ -59,7 +70,11 @@ class MetricsWriter:
 
     def step(self, metrics: StepMetrics) -> None:
         """Append the line of a step."""
-        self._append({**vars(metrics), "parts": dict(metrics.parts)})
+        line = {**vars(metrics), "parts": dict(metrics.parts)}
+        line["ranks"] = {part: spread._asdict() for part, spread in metrics.ranks.items()}
+        if not metrics.ranks:
+            del line["ranks"]
+        self._append(line)
 
     def validation(self, step: int, loss: float, seconds: float) -> None:
         """Append the line of a validation after ``step`` steps that took ``seconds``."""

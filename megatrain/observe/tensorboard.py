@@ -42,6 +42,11 @@ class TensorBoardWriter:
             "throughput/step_seconds": metrics.step_seconds,
             "memory/peak_GiB": metrics.memory_bytes / 2**30,
             **{f"step_parts/{part}_seconds": seconds for part, seconds in metrics.parts.items()},
+            **{
+                f"ranks/{part}_{name}": value
+                for part, spread in metrics.ranks.items()
+                for name, value in spread._asdict().items()
+            },
         }
         if metrics.mfu is not None:
             figures["throughput/mfu"] = metrics.mfu

@@ -6,9 +6,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megatrain.batch import Batch
 from megatrain.checkpoint.lock import Lease
@@ -19,7 +20,7 @@ from megatrain.distributed.watchdog import Watchdog
 from megatrain.errors import CheckpointError, Diverged, Preempted, RankError
 from megatrain.observe.flops import mfu, peak_flops
 from megatrain.observe.memory import peak_memory_bytes
-from megatrain.observe.metrics import METRICS_FILE, StepMetrics
+from megatrain.observe.metrics import METRICS_FILE, Spread, StepMetrics
 from megatrain.observe.observers import Observers
 from megatrain.parallel.engine import StepResult
 from megatrain.plan.flops import flops_per_token
@@ -28,10 +29,19 @@ from megatrain.train.progress import Progress
 from megatrain.train.saving import Saving
 from megatrain.train.schedule import learning_rate
 from megatrain.train.spikes import SpikeError, SpikeWatch
+from megatrain.train.stragglers import RankComparison
 
 logger = logging.getLogger(__name__)
 
 SAVE_NOW = "save-now"  # a file in the run folder that asks for a checkpoint
+
+
+class Asked(NamedTuple):
+    """What a run was asked for: to end early, to save and go on, to compare how fast its ranks are."""
+
+    to_stop: bool
+    to_save: bool
+    to_compare: bool
 
 
 @dataclass
@@ -89,6 +99,8 @@ class Trainer:
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
         self._peak = peak_flops(run.groups.device, run.config.train.precision) if observers else None
         self._first_step = progress.step
+        self._comparison = RankComparison(run.groups)
+        self._compare_at = time.monotonic() + run.config.observe.compare_ranks_every_seconds
 
     def _note_part(self, part: str) -> None:
         if self._watchdog is not None:
@@ -110,13 +122,15 @@ class Trainer:
         try:
             stopping = False
             while self.progress.step < self._config.train.steps and not stopping:
-                metrics, stopping, save_now = self._step(batches)
+                metrics, asked = self._step(batches)
+                stopping = asked.to_stop
                 if self.progress.step == self._first_step + 1:
                     self._saving.prepare()
                 self._evaluate_if_due()
-                self._report(metrics)  # before the save: a step that a checkpoint holds is one that was logged
+                # Before the save: a step that a checkpoint holds is one that was logged.
+                self._report(metrics, asked.to_compare)
                 self._refuse_to_go_on_without_updates()
-                self._save_if_due(stopping, save_now)
+                self._save_if_due(stopping, asked.to_save)
         except SpikeError:
             self._tell(self._saving.finish())
             self._saving.close()
@@ -126,8 +140,8 @@ class Trainer:
         self._end(stopping)
         return self.progress
 
-    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, bool, bool]:
-        """One step: its figures, and whether any rank was asked to stop, or to save."""
+    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, Asked]:
+        """One step: its figures, and what any rank was asked for."""
         run, step, watch = self._run, self.progress.step, self._watch
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
         with watch.measure("data"):
@@ -135,14 +149,14 @@ class Trainer:
         with watch.measure("forward_backward"):
             result = run.engine.train_batch(micro_batches, count, lr, self._spikes.admit(count))
         with watch.measure("exchange"):
-            # One exchange a step: the loss, who was asked to stop or to save, and how the save under way is doing.
-            asked = (float(self._requests.signal is not None), float(self._is_save_asked()))
-            sums = run.groups.sum([result.loss_sum, *asked, *self._saving.votes()])
+            # One exchange a step: the loss, who was asked for what, and how the save under way is doing.
+            loss_sum, *sums = run.groups.sum([result.loss_sum, *self._asked(), *self._saving.votes()])
+            asked, votes = Asked(*(count > 0 for count in sums[:3])), Votes(*sums[3:])
         if self._lease is not None:
             self._lease.check()  # a start left behind writes nothing more, not even metrics
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
-        self._tell(self._saving.settle(Votes(*sums[3:])))
-        loss, spike = sums[0] / count, self._spikes.found
+        self._tell(self._saving.settle(votes))
+        loss, spike = loss_sum / count, self._spikes.found
         if spike is not None and self._config.spikes.action == "rewind":
             raise SpikeError(self.progress.step, spike)
         self.progress = self.progress.after_step(count, result.skipped, self._spikes.recent)
@@ -159,7 +173,7 @@ class Trainer:
             skipped=self.progress.skipped,
             memory_bytes=0,
         )
-        return metrics, sums[1] > 0, sums[2] > 0
+        return metrics, asked
 
     def _note_skip(self, loss: float, result: StepResult) -> None:
         if not result.skipped or self._observers is None:
@@ -186,6 +200,11 @@ class Trainer:
                 f"After step {self.progress.step} weights differ that must be the same: {difference}. A device there "
                 "computes or remembers wrongly. Nothing was saved since; start the run again without that node."
             )
+
+    def _asked(self) -> Asked:
+        """What this rank was asked for since the last step."""
+        to_compare = self._run.rank.rank == 0 and time.monotonic() >= self._compare_at
+        return Asked(self._requests.signal is not None, self._is_save_asked(), to_compare)
 
     def _is_save_asked(self) -> bool:
         """Whether this rank was asked, by signal or by RUN/save-now, to save once and go on."""
@@ -242,10 +261,11 @@ class Trainer:
         if self._observers:
             self._observers.event("finish", step, "training is complete")
 
-    def _report(self, metrics: StepMetrics) -> None:
+    def _report(self, metrics: StepMetrics, to_compare: bool) -> None:
         seconds, parts = self._watch.lap()
         observers, every = self._observers, self._config.observe.log_every_steps
-        if observers is None or (metrics.step % every and metrics.step != self._config.train.steps):
+        ranks = self._compare_ranks(parts, to_compare)
+        if observers is None or not (ranks or metrics.step % every == 0 or metrics.step == self._config.train.steps):
             return
         computing = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
         tokens = self._config.train.global_batch_size * self._config.data.seq_len
@@ -258,8 +278,21 @@ class Trainer:
                 mfu=mfu(speed, self._flops_per_token, self._peak, self._run.rank.world_size),
                 memory_bytes=peak_memory_bytes(self._run.groups.device),
                 parts=parts,
+                ranks=ranks,
             )
         )
+
+    def _compare_ranks(self, parts: Mapping[str, float], now: bool) -> dict[str, Spread]:
+        """Of all ranks the seconds of each part, where they are compared ``now``; a straggler is named."""
+        self._comparison.add(parts)
+        if not now:
+            return {}
+        self._compare_at = time.monotonic() + self._config.observe.compare_ranks_every_seconds
+        spreads, texts = self._comparison.compare()
+        if self._observers:
+            for text in texts:
+                self._observers.event("straggler", self.progress.step, text)
+        return spreads
 
     def _tell(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
