@@ -30,7 +30,9 @@ def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[Checkpo
     store = find_store(run)
     if (problem := find_problem(store.finished(step))) is not None:
         raise CheckpointError(f"The checkpoint of step {step} is not good: {problem}")
-    held = locked(run, job) if isinstance(run, Path) else contextlib.nullcontext()
+    held: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if isinstance(run, Path):
+        held = locked(run.parent if run == store.folder else run, job)
     with held:
         return store.set_aside(step)
 

@@ -11,6 +11,7 @@ from upath import UPath
 
 from megatrain.checkpoint.inspection import rewind, verify
 from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.store import CheckpointStore, PosixStore, Retention, find_store, open_store, resolve
@@ -190,6 +191,13 @@ def test_rewinding_to_a_step_without_a_good_checkpoint_is_refused_by_what_there_
     (tmp_path / "checkpoints" / "step-00000010" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"step 10 is not good: .*tokenizer\.json"):
         rewind(tmp_path, 10, {"host": "here"})
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints"])
+def test_no_run_is_rewound_while_it_goes_on(name: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 10)
+    with locked(tmp_path, {"host": "elsewhere"}), pytest.raises(CheckpointError, match="in use"):
+        rewind(tmp_path / name, 10, {"host": "here"})
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
