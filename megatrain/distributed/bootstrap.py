@@ -81,7 +81,7 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
 
 
 def export_rank(info: RankInfo) -> None:
-    """Say it again in the words that torch.distributed and DeepSpeed read."""
+    """Say it again in the words that torch.distributed and DeepSpeed read, before they are loaded."""
     os.environ.update(
         RANK=str(info.rank),
         WORLD_SIZE=str(info.world_size),
@@ -90,6 +90,20 @@ def export_rank(info: RankInfo) -> None:
         MASTER_ADDR=info.master_addr,
         MASTER_PORT=str(info.master_port),
     )
+    # Connections between ranks when they are first used: else each rank makes one to each other, in every group.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # Torch warns of each attempt to connect, with a stack of its own; what a user can act on is said by us.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def hosts_store(info: RankInfo) -> bool:
+    """Whether the store at which the ranks meet is in this process: rank 0's, unless torchrun brings its own."""
+    return info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def start_attempt() -> int:
+    """How often the launcher has started these ranks before, with one store: torchrun does."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def child_environment(num_ranks: int, *, has_gpu: bool, launched_at: float | None = None) -> dict[str, str]:

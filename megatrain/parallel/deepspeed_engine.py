@@ -37,7 +37,7 @@ from megatrain.distributed.groups import Groups
 
 
 def start_deepspeed(timeout_seconds: float) -> None:
-    """Join the default process group (NCCL on GPUs, gloo on CPUs) through DeepSpeed.
+    """Let DeepSpeed use the default process group; where there is none yet, join it as the environment says.
 
     DeepSpeed's all-reduce through shared memory is left out: compiling it takes over a minute on first use, and a
     build that is killed leaves a lock on which every later start waits for ever. It is the only user of the list of
@@ -138,6 +138,9 @@ class StageZero:
 
     alone: dist.ProcessGroup
     optimizer: Any
+
+    def _broadcast_model(self) -> None:
+        """Nothing: the weights come later, and every rank finds its own."""
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         half = self.bfloat16_enabled() or self.fp16_enabled()  # type: ignore[attr-defined]

@@ -67,13 +67,13 @@ def main(arguments: list[str]) -> int:
 def _train(
     config: RunConfig, rank: RankInfo, run_dir: Path, stop: Requests, lease: Lease | None, clock: StartClock
 ) -> int:
+    export_rank(rank)
     from megatrain.observe.logs import setup_logging
     from megatrain.train.start import train
 
     if rank.rank == 0:
         failures.forget(run_dir)
     setup_logging(run_dir, rank.rank, console=rank.rank == 0)
-    export_rank(rank)
     clock.lap("imports")
     train(config, rank, stop, lease, clock)
     return EXIT_OK

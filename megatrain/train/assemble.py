@@ -20,6 +20,7 @@ from megatrain.data.remote import Cache
 from megatrain.data.storage import MAPPED_SHARDS
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups, local_device, make_groups
+from megatrain.distributed.rendezvous import meet
 from megatrain.distributed.topology import Topology
 from megatrain.errors import ConfigError, DataError
 from megatrain.model.attention import CoreAttention
@@ -38,6 +39,9 @@ from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768
 """Half of the regions that Linux lets a process map unless told otherwise (vm.max_map_count)."""
+
+SHORTEST_WAIT_SECONDS = 60.0
+"""For ranks that have not come: one may start much later than another where nodes are busy."""
 
 
 @dataclass
@@ -105,6 +109,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     device = local_device(rank.local_rank)
     # The watchdog, which can say who is stuck, comes before the collectives' own timeout.
     patience_seconds = 1.5 * config.train.hang_timeout_seconds + 60.0
+    meet(rank, max(config.train.hang_timeout_seconds, SHORTEST_WAIT_SECONDS), patience_seconds)
     start_deepspeed(patience_seconds)
     lap("rendezvous")
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
