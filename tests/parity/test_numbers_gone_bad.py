@@ -60,6 +60,14 @@ def test_an_update_that_is_refused_at_the_last_moment_changes_nothing(layout: st
     assert expected["losses"][POISONED + 1 :] == without["losses"][POISONED + 1 :]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
+def test_an_engine_that_goes_back_takes_the_same_steps_again(layout: str, pool: Pool) -> None:
+    num_ranks, parallel, precision = LAYOUTS[layout]
+    found = _figures(pool, num_ranks, parallel, precision, twice=True, refused_step=POISONED)
+    assert found["again"] == found["losses"][: POISONED + 1]
+
+
 FLIPPED = {  # layout: the parameter, and who is told to differ
     "ZeRO 0 bf16": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "ZeRO 2 fp32": ("model.layers.0.mlp.up_proj.weight", "ranks 0 ({host}), 1 ({host}) differ in"),

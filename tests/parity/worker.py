@@ -49,7 +49,8 @@ class Case:
     """What to train. ``load``: a checkpoint to begin from, and what its manifest would say of it: ``num_updates``,
     ``loss_scale``. ``save``: a folder for the pieces, after ``save_after`` steps (None: the last).
     ``poisoned_step``: the last rank's gradients are NaN in it. ``refused_step``: its update is left out at the last
-    moment. ``flipped``: when all is done, one bit of this parameter flips on the last rank."""
+    moment. ``flipped``: when all is done, one bit of this parameter flips on the last rank.
+    ``twice``: go back to the initial weights in the end, and take the first steps again."""
 
     config: dict[str, Any]
     first_step: int = 0
@@ -62,6 +63,7 @@ class Case:
     poisoned_step: int | None = None
     refused_step: int | None = None
     flipped: str | None = None
+    twice: bool = False
 
 
 @functools.cache
@@ -107,6 +109,7 @@ def train(case: Case) -> dict[str, Any]:
         norms.append(result.grad_norm)
         assert is_poisoned or judged in ([], [losses[-1] * count, norms[-1]]), "judged by other figures than are shown"
         num_updates += not result.skipped
+    again = take_first_steps_again(engine, config, batches) if case.twice else []
     batches.close()
     whole = BatchMaker(sources, config.train.micro_batch_size)
     evaluation = EvaluationBatches(whole, groups.coordinate.data, topology.data, NUM_VALIDATION_WINDOWS)
@@ -126,7 +129,23 @@ def train(case: Case) -> dict[str, Any]:
         "validation": validation / evaluation.num_targets,
         "saved": saved,
         "difference": difference,
+        "again": again,
     }
+
+
+def take_first_steps_again(engine: Engine, config: RunConfig, batches: TrainingBatches) -> list[float]:
+    """The losses of four steps from the initial weights, in an engine that has gone on from there before."""
+    engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
+    engine.publish()
+    losses = []
+    for step in range(4):
+        lr, count = (
+            learning_rate(config.schedule, config.optimizer.lr, step, config.train.steps),
+            batches.num_targets(step),
+        )
+        result = engine.train_batch(batches.micro_batches(step), count, lr)
+        losses.append(engine.groups.sum([result.loss_sum])[0] / count)
+    return losses
 
 
 def _admit(groups: Groups, judged: list[float], refused: bool, loss_sum: float, norm: float) -> bool:
