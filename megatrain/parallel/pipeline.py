@@ -199,6 +199,9 @@ class StagedDeepSpeedEngine(StageZero, PipelineEngine):  # type: ignore[misc]
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         began = time.perf_counter()
         super()._exec_optimizer_step(lr_kwargs)
+        for weight, group in self.module.get_tied_weights_and_groups():
+            # Over three data ranks and more, sums are rounded by where an element lies, which differs between stages.
+            dist.broadcast(weight.detach(), dist.get_process_group_ranks(group)[0], group=group)
         self.seconds_of_step += time.perf_counter() - began
 
     def _exec_reduce_tied_grads(self) -> None:

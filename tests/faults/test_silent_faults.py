@@ -1,0 +1,48 @@
+"""A device that computes or remembers wrongly: a flipped bit in a weight ends the run before it is saved, and who."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatrain.checkpoint.store import find_store
+from tests.runs import TinyData, tiny_config, write_config
+from tests.served import ServedRanks
+
+_CALLS = iter(range(10**9))
+
+
+def flips_a_bit(tokens: np.ndarray[Any, Any], _: np.random.Generator) -> np.ndarray[Any, Any]:
+    """A transform that changes no token, but in its hundredth call on rank 1 a weight of the model."""
+    if os.environ["RANK"] == "1" and next(_CALLS) == 100:
+        weight = next(found for found in gc.get_objects() if isinstance(found, torch.nn.Parameter) and found.ndim == 1)
+        weight.detach()[:1].view(torch.int32)[:1] ^= 1 << 12
+    return tokens
+
+
+def test_a_bit_that_flips_on_one_rank_is_found_before_the_weights_are_saved(
+    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        tiny_data,
+        tmp_path / "run",
+        parallel={"zero_stage": 0},
+        train={"steps": 200, "compare_weights_every_steps": 7, "eval_batches": 1},
+        checkpoint={"every_steps": 2, "keep": 100},
+    )
+    config["data"]["train"][0]["transform"] = "tests.faults.test_silent_faults:flips_a_bit"
+    ended = two_ranks.train(write_config(tmp_path / "run.yaml", config))
+    assert ended.codes == [5, 5]
+    said = "".join(ended.output)
+    assert "weights differ that must be the same: ranks 0 " in said
+    assert f"1 ({socket.gethostname()}) differ in " in said
+    assert "Traceback" not in said
+    saved = [checkpoint.step for checkpoint in find_store(tmp_path / "run").list()]
+    step = int(said.partition("After step ")[2].split()[0])
+    assert step in (max(saved, default=0) + 1, max(saved, default=0) + 2)
