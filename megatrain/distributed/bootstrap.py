@@ -150,6 +150,12 @@ def bind_cores(rank: RankInfo) -> None:
         os.sched_setaffinity(0, cores[rank.local_rank * share : (rank.local_rank + 1) * share])
 
 
+def extensions_dir() -> Path:
+    """Where torch keeps the operators that it has compiled on this machine."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions")
+
+
 def visible_gpus() -> list[str]:
     """GPUs that this process may use, without importing torch: as CUDA_VISIBLE_DEVICES says, or as the driver lists."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -19,11 +19,13 @@ from megatrain.distributed.bootstrap import (
     RankInfo,
     bind_cores,
     export_rank,
+    extensions_dir,
     job_identity,
     read_rank,
     start_name,
     supervisor_pid,
 )
+from megatrain.distributed.build_locks import clear_stale_locks
 from megatrain.distributed.signals import Requests
 from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError
 from megatrain.plan import rules
@@ -75,6 +77,8 @@ def _train(
         failures.forget(run_dir)
     setup_logging(run_dir, rank.rank, console=rank.rank == 0)
     clock.lap("imports")
+    for told in clear_stale_locks(extensions_dir()) if rank.local_rank == 0 else ():
+        logging.getLogger(__name__).warning("%s", told)
     train(config, rank, stop, lease, clock)
     return EXIT_OK
 

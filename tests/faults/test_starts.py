@@ -1,0 +1,35 @@
+"""What is in the way of a start is told at the start, by the real command."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TinyData, TrainProcess, tiny_config, write_config
+
+
+@pytest.mark.slow
+def test_a_port_in_use_ends_the_start_and_a_killed_build_does_not_hold_it_up(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", train={"steps": 2}))
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, output = TrainProcess(config, 2, environment={"MASTER_PORT": str(port)}).wait()
+    assert code == 5, output
+    assert f"Port {port} on {socket.gethostname()}" in output
+    assert output.count("in use") == 1, output
+    assert "Traceback" not in output
+
+    lock = tmp_path / "extensions" / "some_operator" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    code, output = TrainProcess(config, 2, environment={"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}).wait()
+    assert code == 0, output
+    assert f"{lock} was removed" in output
+    assert not lock.exists()
