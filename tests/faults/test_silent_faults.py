@@ -21,8 +21,9 @@ _CALLS = iter(range(10**9))
 def flips_a_bit(tokens: np.ndarray[Any, Any], _: np.random.Generator) -> np.ndarray[Any, Any]:
     """A transform that changes no token, but in its hundredth call on rank 1 a weight of the model."""
     if os.environ["RANK"] == "1" and next(_CALLS) == 100:
-        weight = next(found for found in gc.get_objects() if isinstance(found, torch.nn.Parameter) and found.ndim == 1)
-        weight.detach()[:1].view(torch.int32)[:1] ^= 1 << 12
+        for found in gc.get_objects():  # models of runs before, in the same process, may be among them
+            if isinstance(found, torch.nn.Parameter) and found.ndim == 1:
+                found.detach().numpy().view(np.int32)[:1] ^= 1 << 12  # unseen by autograd, in the middle of a step
     return tokens
 
 
