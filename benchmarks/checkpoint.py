@@ -25,7 +25,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -40,9 +39,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, not the one above
+
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks._machine import cpu_name, make_dataset
 from megatrain.config import load
 from megatrain.distributed.bootstrap import child_environment, export_rank, free_port, read_rank
 from megatrain.train.assemble import assemble
@@ -301,13 +303,8 @@ def prepare(folder: Path) -> None:
     """A dataset of a few words; the state does not depend on it."""
     text = folder / "text.txt"
     text.write_text(Path(__file__).read_text() * 3)
-    tool, tokenizer = [sys.executable, "-m", "data_tools"], str(folder / "tokenizer.json")
-    for command in (
-        [*tool, "train-tokenizer", str(text), "--vocab-size", "300", "--out", tokenizer],
-        [*tool, "tokenize", str(text), "--tokenizer", tokenizer, "--out", str(folder / "data")],
-    ):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (folder / "config.yaml").write_text(CONFIG.format(run_dir=folder / "run", data=folder / "data"))
+    data = make_dataset(folder, [str(text)], 300)
+    (folder / "config.yaml").write_text(CONFIG.format(run_dir=folder / "run", data=data))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
@@ -341,12 +338,6 @@ def report(name: str, answers: list[dict[str, float]], plain: list[dict[str, flo
     cpu_ratio = statistics.median(answer[f"{figure} cpu"] / other["whole cpu"] for answer, other in pairs)
     spread = f"{statistics.median(values):6.3f} s ({min(values):.3f} to {max(values):.3f})"
     print(f"{name:<28} {spread}, {ratio:5.2f} of plain; CPU {cpu:.3f} s, {cpu_ratio:.2f} of plain")
-
-
-def cpu_name() -> str:
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

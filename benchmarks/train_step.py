@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,10 +25,13 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, not the one above
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from benchmarks._machine import cpu_name, make_dataset
 from megatrain.config import load
 from megatrain.data import open_dataset
 from megatrain.distributed.bootstrap import child_environment, export_rank, read_rank
@@ -232,23 +234,12 @@ class Worker:
         self._process.wait()
 
 
-def prepare_dataset(folder: Path) -> None:
-    """Tokenize this Python installation's own sources: real text, a real vocabulary."""
-    library = Path(sysconfig.get_path("stdlib"))
-    texts = [str(library / "*.py"), str(library / "asyncio" / "*.py")]
-    tool = [sys.executable, "-m", "data_tools"]
-    tokenizer = str(folder / "tokenizer.json")
-    for command in (
-        [*tool, "train-tokenizer", *texts, "--vocab-size", str(VOCAB), "--out", tokenizer],
-        [*tool, "tokenize", *texts, "--tokenizer", tokenizer, "--out", str(folder / "data")],
-    ):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
 def compare(options: argparse.Namespace) -> None:
     """Let both train in alternation and print what came out."""
     with TemporaryDirectory() as folder:
-        prepare_dataset(Path(folder))
+        # This Python installation's own sources: real text, a real vocabulary.
+        library = Path(sysconfig.get_path("stdlib"))
+        make_dataset(Path(folder), [str(library / "*.py"), str(library / "asyncio" / "*.py")], VOCAB)
         tuned = child_environment(1, has_gpu=False)  # what `megatrain train` starts its ranks with
         workers = {
             "megatrain": Worker("megatrain", tuned, options, Path(folder)),
@@ -280,12 +271,6 @@ def report(turns: dict[str, list[tuple[float, float]]], options: argparse.Namesp
     cpu_ratio = statistics.median(bare[1] / mine[1] for mine, bare in pairs)
     print(f"by turn    {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     print(f"ratio      {statistics.median(ratios):.3f} in tokens/s, {cpu_ratio:.3f} in CPU time (medians over turns)")
-
-
-def cpu_name() -> str:
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ _MOST_NAMED = 16
 
 
 def meet(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> None:
-    """Make the default process group (NCCL on GPUs, gloo on CPUs); one that this process has already is kept. Collective.
+    """Make the default process group (NCCL on GPUs, gloo on CPUs); one that this process has is kept. Collective.
 
     ``wait_seconds``: how long to wait for the others; ``timeout_seconds``: of the group's collectives. Raises RankError
     where the port is in use, nobody listens there, or ranks are missing.
