@@ -39,6 +39,7 @@ class StepMetrics:
     step (data, forward_backward, exchange, optimizer, eval, save, other), together ``step_seconds``. ``memory_bytes``:
     the most that this rank has held. ``ranks``: where ranks were compared after this step, seconds of each part over
     all of them, a step's mean since the last comparison, and of "arithmetic", the same piece of it on each.
+    ``goodput``: where all time since the first start went, in seconds, by the parts of ``observe.goodput``.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepMetrics:
     memory_bytes: int
     parts: Mapping[str, float] = field(default_factory=dict)
     ranks: Mapping[str, Spread] = field(default_factory=dict)
+    goodput: Mapping[str, float] = field(default_factory=dict)
 
 
 class MetricsWriter:
@@ -70,11 +72,8 @@ class MetricsWriter:
 
     def step(self, metrics: StepMetrics) -> None:
         """Append the line of a step."""
-        line = {**vars(metrics), "parts": dict(metrics.parts)}
-        line["ranks"] = {part: spread._asdict() for part, spread in metrics.ranks.items()}
-        if not metrics.ranks:
-            del line["ranks"]
-        self._append(line)
+        line = {**vars(metrics), "ranks": {part: spread._asdict() for part, spread in metrics.ranks.items()}}
+        self._append({name: value for name, value in line.items() if value != {} or name == "parts"})
 
     def validation(self, step: int, loss: float, seconds: float) -> None:
         """Append the line of a validation after ``step`` steps that took ``seconds``."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megatrain.observe.console import ProgressConsole
+from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.metrics import MetricsWriter, StepMetrics
 from megatrain.observe.units import format_duration
 
@@ -18,31 +21,48 @@ if TYPE_CHECKING:
 class Observers:
     """Console, metrics.jsonl and TensorBoard of one run, begun at ``resume_step`` (0: from the start).
 
+    ``ledger``: counts where the time goes, from before these began; left out, from now on.
     No method raises for a disk that is full or cannot be written: the run goes on, with a warning in the log.
     """
 
-    def __init__(self, run_dir: Path, num_steps: int, resume_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        num_steps: int,
+        resume_step: int = 0,
+        tensorboard: bool = True,
+        ledger: GoodputLedger | None = None,
+    ) -> None:
         self._resume_step = resume_step
+        self.ledger = ledger or GoodputLedger(run_dir, time.time())  # before lines that count no more are dropped
         self._console = ProgressConsole(num_steps, resume_step)
         self._metrics = MetricsWriter(run_dir, resume_step)
         self._tensorboard = _tensorboard_writer(run_dir, resume_step) if tensorboard else None
 
-    def start(self, facts: Mapping[str, str], startup_seconds: Mapping[str, float] | None = None) -> None:
+    def start(
+        self,
+        facts: Mapping[str, str],
+        startup_seconds: Mapping[str, float] | None = None,
+        training_seconds: float = 0.0,
+    ) -> None:
         """Show what is about to run (model, layout, where to look), and record that it started or resumed.
 
         ``startup_seconds``: where the time since the command went, by part; nothing where this is no start.
+        ``training_seconds``: that the state took from which steps begin now.
         """
+        self.ledger.begin(training_seconds)
         startup = dict(startup_seconds or {})
         self._console.start({**facts, "start-up": _in_words(startup)} if startup else facts)
         dropped = {"num_steps_redone": self._metrics.num_dropped_steps} if self._resume_step else {}
         self._metrics.event(
             "resume" if self._resume_step else "start",
             self._resume_step,
-            {**facts, **dropped, **({"startup_seconds": startup} if startup else {})},
+            {**facts, **dropped, **({"startup_seconds": startup} if startup else {}), "goodput": self._goodput()},
         )
 
     def step(self, metrics: StepMetrics) -> None:
         """Record and show one step."""
+        metrics = replace(metrics, goodput=self._goodput())
         self._metrics.step(metrics)
         if self._tensorboard:
             self._tensorboard.step(metrics)
@@ -61,9 +81,18 @@ class Observers:
         self._console.line(f"step {step} | saved {path} ({format_duration(seconds)})")
 
     def event(self, name: str, step: int, message: str) -> None:
-        """Record and show what else happened after ``step`` steps: stop, finish, ..."""
+        """Record and show what else happened after ``step`` steps: skipped, straggler, ..."""
         self._metrics.event(name, step, {"message": message})
         self._console.line(f"step {step} | {message}")
+
+    def end(self, name: str, step: int, message: str) -> None:
+        """Record and show that the run stops or finishes after ``step`` steps, and where its time went."""
+        self._metrics.event(name, step, {"message": message, "goodput": self._goodput()})
+        self._console.line(f"step {step} | {message}")
+        self._console.line(f"step {step} | {self.ledger.figures.text()}")
+
+    def _goodput(self) -> dict[str, float]:
+        return {part: round(seconds, 3) for part, seconds in self.ledger.figures._asdict().items()}
 
     def close(self) -> None:
         """Write what was held back, if that can be done now, and close all files."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.errors import DataError
+from megatrain.observe.goodput import Goodput, goodput_of
 from megatrain.observe.metrics import METRICS_FILE, parse_line
 
 CONFIG_FILE = "config.yaml"
@@ -23,7 +24,7 @@ class RunRecord:
     """A run as recorded. Each column has one figure a logged step, NaN where it was not finite or not known.
 
     ``parts``: seconds of each part of a step. ``validation_steps`` and ``validation_losses``: one entry a validation.
-    ``events``: the lines of events, in the order they happened.
+    ``events``: the lines of events, in the order they happened. ``goodput``: up to the last line, where it is known.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RunRecord:
     validation_losses: Column
     events: Sequence[Mapping[str, Any]]
     config_text: str
+    goodput: Goodput | None
 
     @property
     def steps(self) -> Column:
@@ -68,7 +70,9 @@ def read_run(run_dir: Path) -> RunRecord:
     steps: dict[int, Mapping[str, Any]] = {}  # by step: where lines of one step are found twice, the later one counts
     validations: dict[int, float] = {}
     events: list[Mapping[str, Any]] = []
+    goodput = None
     for line in _read_lines(run_dir):
+        goodput = goodput_of(line) or goodput
         if "event" in line:
             events.append(line)
         elif "validation_loss" in line:
@@ -90,6 +94,7 @@ def read_run(run_dir: Path) -> RunRecord:
         validation_losses=np.array([validations[step] for step in sorted(validations)], dtype=np.float64),
         events=events,
         config_text=_read_config(run_dir),
+        goodput=goodput,
     )
 
 

@@ -57,6 +57,7 @@ def _page(run: RunRecord) -> str:
         status=_status(run),
         summary=_summary(run),
         charts=charts,
+        goodput=_goodput(run),
         parts=_parts(run),
         events=_events(run),
         config=run.config_text,
@@ -78,6 +79,8 @@ def _summary(run: RunRecord) -> dict[str, str]:
     if np.isfinite(columns["mfu"]).any():
         facts["MFU, median"] = _figure(_median(columns["mfu"]), ".1%")
     facts["peak memory, rank 0"] = format_bytes(float(np.nan_to_num(columns["memory_bytes"]).max()))
+    if run.goodput is not None:
+        facts["goodput"] = f"{run.goodput.shares['training']:.1%}"
     facts["from first to last step"] = format_duration(float(columns["time"][-1]) - began)
     facts["resumed"] = f"{len(run.resumed_at)} times" if len(run.resumed_at) != 1 else "once"
     facts["skipped updates"] = _figure(columns["skipped"][-1], ".0f")
@@ -99,6 +102,17 @@ def _parts(run: RunRecord) -> list[dict[str, str]]:
     return [
         {"name": name.replace("_", ", "), "share": f"{means[name] / total:.1%}", "seconds": f"{means[name]:.4f}"}
         for name in longest_first
+    ]
+
+
+def _goodput(run: RunRecord) -> list[dict[str, str]]:
+    """The table of all time since the first start."""
+    if run.goodput is None:
+        return []
+    pairs = zip(run.goodput.shares.items(), run.goodput, strict=True)
+    return [
+        {"name": part, "share": f"{share:.1%}", "duration": format_duration(seconds)}
+        for (part, share), seconds in pairs
     ]
 
 
@@ -125,7 +139,7 @@ def _detail(event: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key.replace('_', ' ')}: {value:.3g}" if isinstance(value, float) else f"{key.replace('_', ' ')}: {value}"
         for key, value in event.items()
-        if key not in ("event", "step", "time")
+        if key not in ("event", "step", "time", "goodput")
     )
 
 

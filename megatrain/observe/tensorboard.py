@@ -14,6 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatrain.observe.append import AppendFile
+from megatrain.observe.goodput import Goodput
 from megatrain.observe.metrics import StepMetrics
 
 
@@ -48,6 +49,9 @@ class TensorBoardWriter:
                 for name, value in spread._asdict().items()
             },
         }
+        if metrics.goodput:
+            shares = Goodput(**metrics.goodput).shares
+            figures |= {f"goodput/{part}": share for part, share in shares.items()}
         if metrics.mfu is not None:
             figures["throughput/mfu"] = metrics.mfu
         self._scalars(metrics.step, figures)

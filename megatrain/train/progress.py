@@ -74,6 +74,7 @@ class Progress:
 
     ``tokens``: trained on so far. ``digests``: of the training datasets, in the config's order. ``skipped_in_a_row``:
     how many of the last steps were skipped. ``recent``, ``rewinds``: what the rule on spikes goes by, and what it did.
+    ``training_seconds``: that these steps took, by rank 0's clock; in a checkpoint alone.
     """
 
     step: int
@@ -86,6 +87,7 @@ class Progress:
     skipped_in_a_row: int = 0
     recent: Recent = NOTHING_YET
     rewinds: tuple[Rewind, ...] = ()
+    training_seconds: float = 0.0
 
     def after_step(self, num_tokens: int, skipped: bool, recent: Recent) -> Progress:
         """One step on."""
@@ -121,6 +123,7 @@ class Progress:
                 skipped_in_a_row=state["skipped_in_a_row"],
                 recent=Recent(tuple(state["recent"]["losses"]), tuple(state["recent"]["norms"])),
                 rewinds=tuple(Rewind(**entry) for entry in state["rewinds"]),
+                training_seconds=float(state["training_seconds"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"The state in the checkpoint of step {step} cannot be read: {error!r}.") from None

@@ -19,6 +19,7 @@ from megatrain.distributed.bootstrap import RankInfo, start_name
 from megatrain.distributed.signals import Requests
 from megatrain.distributed.watchdog import Watchdog
 from megatrain.errors import EXIT_RANK
+from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
@@ -48,9 +49,10 @@ def train(
     if rank.rank == 0:
         _write_config(run.config)
     resumed_from = str(folder.path) if folder else None
+    ledger = GoodputLedger(Path(config.run.dir), clock.began) if rank.rank == 0 else None
     with _watched(config, rank) as watchdog:
         while True:
-            with _observed(run, progress, resumed_from, complaints, clock) as observers:
+            with _observed(run, progress, resumed_from, complaints, clock, ledger) as observers:
                 trainer = Trainer(run, progress, stop, observers, lease, watchdog)
                 try:
                     return trainer.run()
@@ -62,17 +64,23 @@ def train(
 
 @contextlib.contextmanager
 def _observed(
-    run: Run, progress: Progress, resumed_from: str | None, complaints: Sequence[str], clock: StartClock | None
+    run: Run,
+    progress: Progress,
+    resumed_from: str | None,
+    complaints: Sequence[str],
+    clock: StartClock | None,
+    ledger: GoodputLedger | None,
 ) -> Iterator[Observers | None]:
     """On rank 0 what watches the run from ``progress`` on, told how it came there."""
     if run.rank.rank != 0:
         yield None
         return
     config = run.config
-    with Observers(Path(config.run.dir), config.train.steps, progress.step, config.observe.tensorboard) as observers:
+    run_dir, tensorboard = Path(config.run.dir), config.observe.tensorboard
+    with Observers(run_dir, config.train.steps, progress.step, tensorboard, ledger) as observers:
         if clock is not None:
             clock.lap("observers")
-        observers.start(_facts(run, resumed_from), clock.parts if clock else {})
+        observers.start(_facts(run, resumed_from), clock.parts if clock else {}, progress.training_seconds)
         for complaint in complaints:
             observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
         if progress.rewinds and progress.rewinds[-1].to_step == progress.step:

@@ -237,7 +237,8 @@ class Trainer:
         if not due:
             return
         with self._watch.measure("save"):
-            progress = replace(self.progress, loss_scale=self._run.engine.loss_scale)
+            seconds = self._observers.ledger.training_seconds if self._observers else 0.0
+            progress = replace(self.progress, loss_scale=self._run.engine.loss_scale, training_seconds=seconds)
             self._tell(self._saving.begin(progress, self._validation_loss, on_request))
             if last:
                 self._tell(self._saving.finish())
@@ -245,6 +246,7 @@ class Trainer:
     def _end(self, stopping: bool) -> None:
         self._saving.close()
         self._requests.ignore_further()
+        self._count_time(self._watch.lap()[1])
         step, saved = self.progress.step, self._saving.last_saved
         if saved != step and step != self._first_step:
             raise CheckpointError(
@@ -256,14 +258,15 @@ class Trainer:
             name = self._requests.signal.name if self._requests.signal else "a signal to another rank"
             message = f"stopped early on request ({name}), state saved: start it again to go on"
             if self._observers:
-                self._observers.event("stop", step, message)
+                self._observers.end("stop", step, message)
             raise Preempted(f"Step {step}: {message}.")
         if self._observers:
-            self._observers.event("finish", step, "training is complete")
+            self._observers.end("finish", step, "training is complete")
 
     def _report(self, metrics: StepMetrics, to_compare: bool) -> None:
         seconds, parts = self._watch.lap()
         observers, every = self._observers, self._config.observe.log_every_steps
+        self._count_time(parts)
         ranks = self._compare_ranks(parts, to_compare)
         if observers is None or not (ranks or metrics.step % every == 0 or metrics.step == self._config.train.steps):
             return
@@ -281,6 +284,10 @@ class Trainer:
                 ranks=ranks,
             )
         )
+
+    def _count_time(self, parts: Mapping[str, float]) -> None:
+        if self._observers:
+            self._observers.ledger.step(parts.get("save", 0.0))
 
     def _compare_ranks(self, parts: Mapping[str, float], now: bool) -> dict[str, Spread]:
         """Of all ranks the seconds of each part, where they are compared ``now``; a straggler is named."""
