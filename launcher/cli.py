@@ -5,6 +5,7 @@ Only what parses the command line is imported here; each command imports what it
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from megatrain.errors import ConfigError, MegatrainError
+from megatrain.errors import EXIT_OK, EXIT_RANK, ConfigError, MegatrainError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Start runs on a cluster."
@@ -136,6 +137,31 @@ def array(
         name=job_name or f"megatrain-{command[0]}",
     )
     _print_or_submit(render_array(job, read_site(site)), submit)
+
+
+@app.command()
+def doctor(
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Hosts as for `deepspeed`, over ssh; left out: this SLURM job, or this machine.")
+    ] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each node; left out: the hostfile's slots, or its GPUs.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where runs are written: on storage that all nodes share.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found and what each rank measured.")] = False,
+) -> None:
+    """Name the node, rank or link that is bad (code 5); says nothing where all is well."""
+    from launcher.doctor import examine
+
+    found = examine(hostfile, procs_per_node, folder)
+    if as_json:
+        typer.echo(json.dumps(found._asdict()))
+    else:
+        for text in found.findings:
+            typer.echo(text)
+        if found.exclude:
+            typer.echo(f"Leave out what is bad: --exclude={','.join(found.exclude)}")
+    raise typer.Exit(EXIT_RANK if found.findings else EXIT_OK)
 
 
 def _print_or_submit(script: str, submit: bool, num_jobs: int = 1) -> None:

@@ -48,6 +48,13 @@ class Groups:
         summed: list[float] = totals.tolist()
         return summed
 
+    def max(self, values: list[float]) -> list[float]:
+        """The greatest of each value over all ranks, in double precision. Every rank must call it at the same point."""
+        most = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        greatest: list[float] = most.tolist()
+        return greatest
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, for what happens once a run. Every rank must call it at the same point."""
         values: list[Any] = [None] * self.topology.world_size

@@ -24,14 +24,24 @@ _HERE, _NUM_HERE, _ALL_HERE = "megatrain/here/{}", "megatrain/num_here", "megatr
 _MOST_NAMED = 16
 
 
-def meet(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> None:
-    """Make the default process group (NCCL on GPUs, gloo on CPUs); one that this process has is kept. Collective.
+class RanksMissing(RankError):
+    """Some ranks did not come. ``ranks``: their numbers."""
+
+    def __init__(self, message: str, ranks: list[int]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+def meet(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> bool:
+    """Make the default process group (NCCL on GPUs, gloo on CPUs), unless this process has one; whether it was made.
+
+    Collective.
 
     ``wait_seconds``: how long to wait for the others; ``timeout_seconds``: of the group's collectives. Raises RankError
     where the port is in use, nobody listens there, or ranks are missing.
     """
     if dist.is_initialized():  # a process that trains a second time
-        return
+        return False
     deadline = time.monotonic() + wait_seconds
     store = PrefixStore(
         f"attempt-{start_attempt()}", _host(rank, deadline) if hosts_store(rank) else _join(rank, deadline)
@@ -44,6 +54,7 @@ def meet(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> None:
         world_size=rank.world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
+    return True
 
 
 def _host(rank: RankInfo, deadline: float) -> TCPStore:
@@ -124,16 +135,23 @@ def _wait_for_all(rank: RankInfo, store: Store, deadline: float) -> None:
             store.set(_ALL_HERE, "")
         store.wait([_ALL_HERE], timedelta(seconds=max(deadline - began, 1.0)))
     except RuntimeError as error:
-        raise RankError(
+        missing = _missing(rank, store)
+        raise RanksMissing(
             f"{_name(rank)} waited {time.monotonic() - began:.0f} s at {_place(rank)} for all {rank.world_size} ranks: "
-            f"{_missing(rank, store)}. The launcher's output or those ranks' logs tell why; then start the run again."
+            f"{_count(missing)}. The launcher's output or those ranks' logs tell why; then start the run again.",
+            missing,
         ) from error
 
 
-def _missing(rank: RankInfo, store: Store) -> str:
+def _missing(rank: RankInfo, store: Store) -> list[int]:
     try:
-        missing = [number for number in range(rank.world_size) if not store.check([_HERE.format(number)])]
+        return [number for number in range(rank.world_size) if not store.check([_HERE.format(number)])]
     except RuntimeError:
+        return [0]
+
+
+def _count(missing: list[int]) -> str:
+    if missing == [0]:
         return "rank 0 has gone"
     named = ", ".join(map(str, missing[:_MOST_NAMED]))
     return f"{len(missing)} did not come (rank {named}{', ...' if len(missing) > _MOST_NAMED else ''})"

@@ -11,7 +11,6 @@ import faulthandler
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ import orjson
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.naming import name_ranks
 
 PARTS = ("start", "data", "forward_backward", "exchange", "eval", "save")
 """Of a step, in their order."""
@@ -148,7 +148,4 @@ def blame(before: Sequence[Heartbeat], after: Sequence[Heartbeat]) -> str:
 
 
 def _names(ranks: Sequence[Heartbeat]) -> str:
-    hosts = Counter(heartbeat.host for heartbeat in ranks)
-    if len(ranks) > 4:
-        return f"{len(ranks)} ranks on {', '.join(f'{host} ({count})' for host, count in hosts.most_common(4))}"
-    return ", ".join(f"rank {heartbeat.rank} on {heartbeat.host}" for heartbeat in ranks)
+    return name_ranks((heartbeat.rank, heartbeat.host) for heartbeat in ranks)

@@ -18,11 +18,13 @@ from megatrain.data.order import DataOrder, Terms
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.data.remote import Cache
 from megatrain.data.storage import MAPPED_SHARDS
-from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.bootstrap import RankInfo, extensions_dir
 from megatrain.distributed.groups import Groups, local_device, make_groups
+from megatrain.distributed.judgement import Finding
+from megatrain.distributed.preflight import LEAST_FREE_BYTES, Places, examine, existing
 from megatrain.distributed.rendezvous import meet
 from megatrain.distributed.topology import Topology
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import ConfigError, DataError, RankError
 from megatrain.model.attention import CoreAttention
 from megatrain.model.decoder import Decoder, DecoderStage
 from megatrain.model.families import LayerSpec, build_layers, family_of
@@ -34,11 +36,15 @@ from megatrain.parallel.engine import Engine
 from megatrain.parallel.pipeline import PipelinedEngine
 from megatrain.parallel.shard import Cut, shard_model, tie_across_stages
 from megatrain.plan import rules
+from megatrain.plan.flops import num_parameters
 from megatrain.plan.stages import decoder_stages
 from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768
 """Half of the regions that Linux lets a process map unless told otherwise (vm.max_map_count)."""
+
+STATE_BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the weights in fp32, exp_avg and exp_avg_sq."""
 
 SHORTEST_WAIT_SECONDS = 60.0
 """For ranks that have not come: one may start much later than another where nodes are busy."""
@@ -58,6 +64,7 @@ class Run:
     maker: BatchMaker
     validation: EvaluationBatches | None
     store: CheckpointStore
+    findings: Sequence[Finding]
 
     def training_batches(self, order: DataOrder) -> TrainingBatches:
         """This rank's micro-batches in ``order``."""
@@ -109,12 +116,14 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     device = local_device(rank.local_rank)
     # The watchdog, which can say who is stuck, comes before the collectives' own timeout.
     patience_seconds = 1.5 * config.train.hang_timeout_seconds + 60.0
-    meet(rank, max(config.train.hang_timeout_seconds, SHORTEST_WAIT_SECONDS), patience_seconds)
+    have_met = meet(rank, max(config.train.hang_timeout_seconds, SHORTEST_WAIT_SECONDS), patience_seconds)
     start_deepspeed(patience_seconds)
     lap("rendezvous")
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = make_groups(topology, rank.rank, device, patience_seconds)
     lap("groups")
+    findings = _preflight(config, rank, groups) if have_met else []
+    lap("preflight")
     sources = training_sources(config, train, groups)
     micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
     evaluation = None
@@ -136,7 +145,19 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         maker=BatchMaker(sources, micro_batch_size, augmentations),
         validation=evaluation,
         store=open_store(Path(config.run.dir), config.checkpoint.dir),
+        findings=findings,
     )
+
+
+def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Finding]:
+    """What is bad about the ranks, and does not keep a run from starting. Collective; raises RankError for the rest."""
+    state_bytes = 0 if config.checkpoint.dir else STATE_BYTES_PER_PARAMETER * num_parameters(config.model)
+    places = Places(Path(config.run.dir), existing(extensions_dir()), max(state_bytes, LEAST_FREE_BYTES))
+    findings = examine(groups, rank, places)
+    fatal = "; ".join(finding.text for finding in findings if finding.is_fatal)
+    if fatal:
+        raise RankError(f"{fatal}. Make them the same on all nodes, or leave those out.")
+    return findings
 
 
 def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Groups) -> list[SampleSource]:

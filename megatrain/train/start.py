@@ -81,6 +81,8 @@ def _observed(
         if clock is not None:
             clock.lap("observers")
         observers.start(_facts(run, resumed_from), clock.parts if clock else {}, progress.training_seconds)
+        for finding in run.findings if clock is not None else ():
+            observers.event("preflight", progress.step, finding.text)
         for complaint in complaints:
             observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
         if progress.rewinds and progress.rewinds[-1].to_step == progress.step:

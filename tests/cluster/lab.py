@@ -27,6 +27,7 @@ PROGRAMS = (
     "sbatch",
     "munged",
     "ip",
+    "tc",
     "nsenter",
     "unshare",
     "setpriv",
@@ -165,6 +166,10 @@ class Lab:
         ours = self.environment["SLURM_CONF"]
         return local_ranks.find_ranks(lambda process: process.environ().get("SLURM_CONF") == ours)
 
+    def wait_until_idle(self) -> None:
+        """Until all nodes are there and have nothing to do."""
+        wait_until(lambda: self._num_idle() == len(self.nodes), 0.2)
+
     def down(self) -> None:
         """End it all."""
         for process in [*self._inits.values(), *self._daemons]:
@@ -197,7 +202,7 @@ class Lab:
         self._start("slurmctld", ["unshare", "--uts", "bash", "-c", "hostname ctl; exec slurmctld -D -c"])
         for node in self.nodes:
             self.boot(node)
-        wait_until(lambda: self._num_idle() == len(self.nodes), 0.2)
+        self.wait_until_idle()
 
     def _write_files(self, slurmd_timeout: int) -> None:
         folder, ctl = self.folder, f"{self._net}.254"

@@ -14,11 +14,11 @@ import pytest
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 
 
-def throttle(process: psutil.Process, ended: threading.Event) -> None:
-    """Let a process run a fifth of the time."""
+def throttle(process: psutil.Process, ended: threading.Event, stopped_seconds: float = 0.04) -> None:
+    """Let a process run for a hundredth of a second, and then stop it for some, again and again."""
     while not ended.is_set():
         process.send_signal(signal.SIGSTOP)
-        time.sleep(0.04)
+        time.sleep(stopped_seconds)
         process.send_signal(signal.SIGCONT)
         time.sleep(0.01)
 

@@ -1,0 +1,80 @@
+"""What `megatrain-launch doctor` starts once a rank: examines all ranks, and tells its launcher what is bad.
+
+python -m megatrain.distributed.doctor FOLDER --hosts node1:8,node2:8
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import orjson
+import torch
+
+from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_dir, read_rank
+from megatrain.distributed.groups import local_device, make_groups
+from megatrain.distributed.judgement import ANSWER, Effort, Finding, Reading, judge
+from megatrain.distributed.naming import name_ranks
+from megatrain.distributed.preflight import Places, existing, take_reading
+from megatrain.distributed.rendezvous import RanksMissing, meet
+from megatrain.distributed.topology import Topology
+from megatrain.errors import EXIT_OK, EXIT_RANK, MegatrainError, RankError
+
+EFFORT = Effort(written_bytes=32 << 20, sent_bytes=16 << 20)
+_WAIT_SECONDS = 25.0
+"""For ranks that do not come, and for a link that is silent: together under a minute."""
+
+
+def main(arguments: list[str]) -> int:
+    """Examine as this rank; the exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hosts", default="")
+    parser.add_argument("--scratch", type=Path, default=extensions_dir())
+    options = parser.parse_args(arguments)
+    rank = read_rank()
+    export_rank(rank)
+    try:
+        findings, readings = _examine(rank, options.folder, options.scratch)
+    except RanksMissing as error:
+        findings, readings = _name_missing(error, options.hosts), []
+    except MegatrainError as error:
+        findings, readings = [Finding(str(error), ())], []
+    if rank.rank == 0:
+        answer = {"findings": list(map(list, findings)), "readings": list(map(dataclasses.asdict, readings))}
+        sys.stdout.write(f"{ANSWER}{orjson.dumps(answer).decode()}\n")
+        sys.stdout.flush()
+    return EXIT_RANK if findings else EXIT_OK
+
+
+def _examine(rank: RankInfo, folder: Path, scratch: Path) -> tuple[list[Finding], list[Reading]]:
+    device = local_device(rank.local_rank)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as many as each rank has a core for, however the ranks are laid out
+    meet(rank, _WAIT_SECONDS, _WAIT_SECONDS)
+    groups = make_groups(Topology.of(rank.world_size, 1, 1), rank.rank, device, _WAIT_SECONDS)
+    places = Places(folder, existing(scratch))
+    try:
+        reading, _ = take_reading(groups, rank, places, EFFORT)
+        readings = groups.gather(reading)
+    except RuntimeError as error:
+        raise RankError(f"rank {rank.rank} no longer hears from the others: {str(error).splitlines()[0]}") from None
+    return judge(readings, EFFORT), readings
+
+
+def _name_missing(error: RanksMissing, hosts: str) -> list[Finding]:
+    """``hosts``: name and number of ranks of each, in the order of ranks."""
+    pairs = [pair.rpartition(":") for pair in hosts.split(",") if pair]
+    host_of = [name for name, _, count in pairs for _ in range(int(count))]
+    missing = [(rank, host_of[rank] if rank < len(host_of) else "an unknown node") for rank in error.ranks]
+    text = f"{name_ranks(missing)} did not come within {_WAIT_SECONDS:.0f} s"
+    return [Finding(text, tuple(dict.fromkeys(host for _, host in missing)))]
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # a process group whose ranks no longer answer cannot be taken down
