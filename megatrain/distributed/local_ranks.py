@@ -34,8 +34,17 @@ def tell(process: psutil.Process, number: int) -> bool:
     return True
 
 
+def kill_stopped(ranks: list[psutil.Process]) -> None:
+    """KILL those that stand still by SIGSTOP, of a run that has failed: they answer nobody, and all would wait."""
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                process.kill()
+
+
 def end(ranks: list[psutil.Process]) -> None:
     """Ask ranks to save and stop; KILL those that do not in a minute."""
+    kill_stopped(ranks)
     for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

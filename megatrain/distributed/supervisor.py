@@ -44,6 +44,8 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
     try:
         while launcher.poll() is None:
             _pass_on(launcher.pid, requested, told)
+            if failures.read(run_dir, start_name(env)) is not None:
+                local_ranks.kill_stopped(_ranks(launcher.pid))
             time.sleep(_POLL_SECONDS)
     finally:
         num_orphans = _end_orphans(launcher.pid)

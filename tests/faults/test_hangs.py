@@ -1,0 +1,114 @@
+"""A rank that stands still, wherever it does, ends the run in time with code 5, and is named with its host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TinyData, TrainProcess, tiny_config, write_config
+
+pytestmark = pytest.mark.slow
+acceptance = pytest.mark.skipif(os.environ.get("MEGATRAIN_ACCEPTANCE") != "1", reason="part of `make acceptance`")
+
+HANG_TIMEOUT_SECONDS = 10.0
+TRANSFORM = """
+import os, signal, time
+from pathlib import Path
+
+def stand_still(tokens, random):
+    if os.environ["RANK"] == "1" and (told := Path("{flag}")).exists():
+        if told.read_text() == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1000)
+    return tokens
+"""
+
+
+class HangingRun:
+    """A long run of two ranks, of which one is made to stand still."""
+
+    def __init__(self, data: TinyData, folder: Path) -> None:
+        self.folder, self.flag = folder, folder / "flag"
+        (folder / "standing.py").write_text(TRANSFORM.format(flag=self.flag))
+        config = tiny_config(
+            data,
+            folder / "run",
+            train={"steps": 100_000, "hang_timeout_seconds": HANG_TIMEOUT_SECONDS},
+            checkpoint={"every_steps": 200, "background": False},
+        )
+        config["data"]["train"][0]["transform"] = "standing:stand_still"
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {"PYTHONPATH": path}
+        self.train = TrainProcess(write_config(folder / "run.yaml", config), 2, environment=environment)
+
+    def end(self, interrupt: Callable[[TrainProcess], None]) -> str:
+        """Interrupt it; what it says as it ends, in time and as a whole."""
+        try:
+            self.train.wait_for_step(5)
+            interrupt(self.train)
+            began = time.monotonic()
+            code, output = self.train.wait()
+            # The timeout, two looks at the heartbeats, and the launcher's own end.
+            assert time.monotonic() - began < HANG_TIMEOUT_SECONDS + 30
+            assert code == 5, output
+            assert not self.train.ranks()
+            assert "Traceback" not in output
+            return output
+        finally:
+            self.train.kill_all()
+
+    def stacks(self, rank: int) -> str:
+        """What a rank's log has after its last words."""
+        return (self.folder / "run" / "logs" / f"rank-{rank:05d}.log").read_text().partition("the stacks of all")[2]
+
+
+@pytest.fixture
+def run(tiny_data: TinyData, tmp_path: Path) -> HangingRun:
+    return HangingRun(tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=acceptance)])
+def test_a_rank_that_is_stopped_in_a_step_is_named(rank: int, run: HangingRun) -> None:
+    output = run.end(lambda train: train.ranks()[rank].send_signal(signal.SIGSTOP))
+    named = "rank 0, which does not answer" if rank == 0 else f"rank 1 on {socket.gethostname()}, stopped or gone"
+    assert f"the others wait for {named}" in output
+    assert "train_batch" in run.stacks(1 - rank)
+
+
+@acceptance
+@pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace (apt-get install strace)")
+def test_a_rank_that_is_stopped_in_a_save_is_named(run: HangingRun) -> None:
+    def interrupt(train: TrainProcess) -> None:
+        folder = next((run.folder / "run" / "checkpoints").glob(".generation-*"))
+        below = [f"-P{folder}/step-{step:08d}/rank-00001.safetensors" for step in range(200, 20_000, 200)]
+        inject = ["-e", "trace=fsync", *below, "-e", "inject=fsync:signal=SIGSTOP:when=1"]
+        pid = str(train.ranks()[1].pid)
+        tracer = subprocess.Popen(["strace", "-f", "-p", pid, "-o", "/dev/null", *inject])
+        train.wait_for_step(200)
+        time.sleep(HANG_TIMEOUT_SECONDS / 2)
+        tracer.kill()  # what it stopped stays so
+
+    output = run.end(interrupt)
+    assert f"the others wait for rank 1 on {socket.gethostname()}, stopped or gone" in output
+    assert "finish" in run.stacks(0)
+
+
+@acceptance
+def test_a_rank_that_is_stopped_in_its_loader_is_named(run: HangingRun) -> None:
+    output = run.end(lambda train: run.flag.write_text("stop") and None)
+    assert f"the others wait for rank 1 on {socket.gethostname()}, stopped or gone" in output
+
+
+@acceptance
+def test_a_rank_whose_data_does_not_come_is_named_with_the_part(run: HangingRun) -> None:
+    output = run.end(lambda train: run.flag.write_text("sleep") and None)
+    assert f"the others wait for rank 1 on {socket.gethostname()} in data of step " in output
+    assert "stand_still" in run.stacks(1)
