@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -74,7 +74,8 @@ class Progress:
 
     ``tokens``: trained on so far. ``digests``: of the training datasets, in the config's order. ``skipped_in_a_row``:
     how many of the last steps were skipped. ``recent``, ``rewinds``: what the rule on spikes goes by, and what it did.
-    ``training_seconds``: that these steps took, by rank 0's clock; in a checkpoint alone.
+    ``training_seconds``: that these steps took, by rank 0's clock; in a checkpoint alone. The state is the same however
+    long it took.
     """
 
     step: int
@@ -87,7 +88,7 @@ class Progress:
     skipped_in_a_row: int = 0
     recent: Recent = NOTHING_YET
     rewinds: tuple[Rewind, ...] = ()
-    training_seconds: float = 0.0
+    training_seconds: float = field(default=0.0, compare=False)
 
     def after_step(self, num_tokens: int, skipped: bool, recent: Recent) -> Progress:
         """One step on."""
