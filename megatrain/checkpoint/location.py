@@ -41,6 +41,49 @@ def locate(text: str | Path) -> Location:
     return Path(place.path) if place.protocol in ("", "file", "local") else place
 
 
+@contextmanager
+def telling(place: Location) -> Iterator[None]:
+    """Raise what goes wrong there as a CheckpointError that names it, also what a store's own package raises (no
+    connection, no credentials). FileNotFoundError and FileExistsError are answers, and pass.
+    """
+    try:
+        yield
+    except (CheckpointError, FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from None
+    except Exception as error:
+        if isinstance(place, Path):
+            raise
+        raise CheckpointError(f"{place}: {error}") from None
+
+
+def list_folder(folder: Location) -> dict[str, int]:
+    """Name and size in bytes of what lies in a folder, as it is now; one request for each thousand objects of a store.
+
+    Raises FileNotFoundError where there is none, CheckpointError where it cannot be read.
+    """
+    with telling(folder):
+        if isinstance(folder, Path):
+            return {path.name: size for path in folder.iterdir() if (size := _size(path)) is not None}
+        folder.fs.invalidate_cache()  # fsspec would remember an older listing
+        listed = folder.fs.ls(folder.path, detail=True)
+        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in listed}
+
+
+def exists(path: Location) -> bool:
+    """Whether there is such a file or object, as it is now. Raises CheckpointError where that cannot be found out."""
+    with telling(path):
+        return bool(path.exists())
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it has gone meanwhile, or is a link to nowhere
+        return None
+
+
 class ByteSource(Protocol):
     """A file's bytes, read by ranges. ``is_mapped``: a range costs no copy, and is read when it is touched."""
 
@@ -56,32 +99,42 @@ class ByteSource(Protocol):
         ...
 
     def forget(self) -> None:
-        """Let go of the memory that holds what was read. Arrays stay good."""
+        """Let go of what holds the bytes that were read. Arrays stay good."""
         ...
 
 
 class MappedFile:
-    """A local file, mapped into memory."""
+    """A local file, mapped into memory from the first read on until it is forgotten.
+
+    Python's maps hold a file descriptor each: a checkpoint may have more files than a process may open.
+    """
 
     is_mapped = True
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._bytes: Bytes = np.frombuffer(self._mapping, dtype=np.uint8)
+        self._path, self._size = path, path.stat().st_size
+        self._bytes: Bytes | None = None
 
     @property
     def size(self) -> int:
         """Length of the file."""
-        return self._bytes.size
+        return self._size
 
     def read(self, begin: int, end: int) -> Bytes:
-        """Bytes [begin, end), as a view of the map."""
+        """Bytes [begin, end), as a view of the map. Raises OSError where the file has become another."""
+        if self._bytes is None:
+            self._bytes = self._map()
         return self._bytes[begin:end]
 
     def forget(self) -> None:
-        """Let go of the memory that holds what was read: a checkpoint may be larger. Views stay good."""
-        self._mapping.madvise(mmap.MADV_DONTNEED)
+        """Let go of the map, and of the memory that holds what was read, with the last view of it."""
+        self._bytes = None
+
+    def _map(self) -> Bytes:
+        with self._path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != self._size:
+                raise OSError(None, "its size has changed meanwhile", str(self._path))
+            return np.frombuffer(mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
 class RemoteFile:
@@ -90,7 +143,8 @@ class RemoteFile:
     is_mapped = False
 
     def __init__(self, path: UPath) -> None:
-        self._path, self._size = path, path.stat().st_size
+        with telling(path):
+            self._path, self._size = path, path.stat().st_size
 
     @property
     def size(self) -> int:
@@ -99,7 +153,8 @@ class RemoteFile:
 
     def read(self, begin: int, end: int) -> Bytes:
         """Bytes [begin, end). Raises OSError where the store gives fewer."""
-        data = self._path.fs.cat_file(self._path.path, start=begin, end=end)
+        with telling(self._path):
+            data = self._path.fs.cat_file(self._path.path, start=begin, end=end)
         if len(data) != end - begin:
             raise OSError(None, f"the store gave {len(data):,} bytes instead of {end - begin:,}", str(self._path))
         return np.frombuffer(data, dtype=np.uint8)
@@ -109,7 +164,7 @@ class RemoteFile:
 
 
 def open_bytes(path: Location) -> ByteSource:
-    """A file to be read by ranges. Raises OSError, or ValueError where a local one is empty."""
+    """A file to be read by ranges. Raises OSError; its first read ValueError where a local one is empty."""
     return MappedFile(path) if isinstance(path, Path) else RemoteFile(path)
 
 
@@ -117,23 +172,25 @@ def open_bytes(path: Location) -> ByteSource:
 def create(path: Location) -> Iterator[IO[Any]]:
     """A new file to be written front to back; all of it is on disk, or in the store, when the block ends.
 
-    Raises OSError. A local file that could not be finished is left to the caller; in a store it never appears.
+    Raises OSError, or CheckpointError for a store. A local file that could not be finished is left to the caller; in a
+    store it never appears.
     """
     if isinstance(path, Path):
         with path.open("xb", buffering=0) as local:
             yield local
             os.fsync(local.fileno())
         return
-    remote = path.fs.open(path.path, "wb", block_size=_PART_BYTES, autocommit=False)
-    try:
-        yield remote
-    except BaseException:
-        with contextlib.suppress(Exception):  # the failure under way is the one to be told
-            remote.close()
-            remote.discard()
-        raise
-    remote.close()
-    remote.commit()
+    with telling(path):
+        remote = path.fs.open(path.path, "wb", block_size=_PART_BYTES, autocommit=False)
+        try:
+            yield remote
+        except BaseException:
+            with contextlib.suppress(Exception):  # the failure under way is the one to be told
+                remote.close()
+                remote.discard()
+            raise
+        remote.close()
+        remote.commit()
 
 
 def write_all(file: IO[Any], data: memoryview) -> None:
@@ -150,7 +207,8 @@ def write_file(path: Location, content: bytes) -> None:
 
 def write_if_absent(path: UPath, content: bytes) -> None:
     """Write an object if none of its name exists: one conditional put. Raises FileExistsError where one does."""
-    path.fs.pipe_file(path.path, content, mode="create")
+    with telling(path):
+        path.fs.pipe_file(path.path, content, mode="create")
 
 
 def sync_folder(folder: Path) -> None:

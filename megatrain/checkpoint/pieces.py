@@ -123,8 +123,8 @@ class PieceFile:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from None
         self._checked = np.zeros(len(self._table) // _DIGEST_BYTES, dtype=bool)
-        self._resident_bytes = 0
         self._last: tuple[int, Bytes] | None = None
+        self.forget()  # most files of a checkpoint are opened for their tables alone
 
     def read(self, stored: StoredPiece, first: int = 0, last: int | None = None) -> NDArray[Any]:
         """Elements [first, last) of one of ``pieces``, flat (bfloat16 as its uint16 bit patterns).
@@ -137,7 +137,7 @@ class PieceFile:
         if self._file.is_mapped:
             self.check(begin, end)
             self._make_room(end - begin)
-            data = self._file.read(self._data_begin + begin, self._data_begin + end)
+            data = self._data(begin, end)
         else:
             parts = [
                 self._block(block)[max(begin - block * BLOCK_BYTES, 0) : end - block * BLOCK_BYTES]
@@ -153,11 +153,15 @@ class PieceFile:
             if not self._checked[block]:
                 self._block(block)
 
+    def forget(self) -> None:
+        """Let go of the memory that holds what was read, and of the open file. Views stay good; reading goes on."""
+        self._file.forget()
+        self._last, self._resident_bytes = None, 0
+
     def _make_room(self, num_bytes: int) -> None:
-        """Before so much more is read: let go of what was, a checkpoint may be larger than memory. Views stay good."""
+        """Before so much more is read: let go of what was, a checkpoint may be larger than memory."""
         if self._resident_bytes + num_bytes > _MAX_RESIDENT_BYTES:
-            self._file.forget()
-            self._resident_bytes = 0
+            self.forget()
         self._resident_bytes += num_bytes
 
     def _block(self, block: int) -> Bytes:
@@ -165,38 +169,49 @@ class PieceFile:
         if self._last is not None and self._last[0] == block:
             return self._last[1]
         self._make_room(BLOCK_BYTES)
-        first = self._data_begin + block * BLOCK_BYTES
-        last = min(first + BLOCK_BYTES, self._data_end)
-        try:
-            data = self._file.read(first, last)
-        except OSError as error:
-            raise self._damaged(f"bytes {first} to {last} cannot be read ({error.strerror or error})") from None
+        first = block * BLOCK_BYTES
+        last = min(first + BLOCK_BYTES, self._data_end - self._data_begin)
+        data = self._data(first, last)
         if xxhash.xxh3_128(data.data).digest() != self._table[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES]:
-            raise self._damaged(f"bytes {first} to {last} are not what was written")
+            raise self._damaged(f"bytes {self._in_words(first, last)} are not what was written")
         self._checked[block] = True
         self._last = (block, data)
         return data
 
+    def _data(self, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end) of the data, as they are."""
+        try:
+            return self._file.read(self._data_begin + begin, self._data_begin + end)
+        except OSError as error:
+            cause = error.strerror or error
+            raise self._damaged(f"bytes {self._in_words(begin, end)} cannot be read ({cause})") from None
+
+    def _in_words(self, begin: int, end: int) -> str:
+        """A range of the data, counted from the beginning of the file."""
+        return f"{self._data_begin + begin} to {self._data_begin + end}"
+
     def _open(self, written: Written) -> ByteSource:
         try:
-            size = self.path.stat().st_size
-            if size != written.bytes:
-                raise self._damaged(f"it has {size:,} bytes instead of {written.bytes:,}")
-            if size < 8:
-                raise self._damaged("it is too short to be one of pieces")
-            return open_bytes(self.path)
+            file = open_bytes(self.path)
         except FileNotFoundError:
             raise self._damaged("it is missing") from None
         except OSError as error:
             raise self._damaged(f"it cannot be read ({error.strerror or error})") from None
+        if file.size != written.bytes:
+            raise self._damaged(f"it has {file.size:,} bytes instead of {written.bytes:,}")
+        if file.size < 8:
+            raise self._damaged("it is too short to be one of pieces")
+        return file
 
     def _read_header(self, written: Written) -> tuple[bytes, bytes]:
         try:
             self._data_begin, self._data_end = _data_range(written.bytes, self._file.read(0, 8).tobytes())
             head = self._file.read(0, self._data_begin).tobytes()
             table = self._file.read(self._data_end, written.bytes).tobytes()
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise self._damaged(str(error)) from None
+        except OSError as error:
+            raise self._damaged(f"it cannot be read ({error.strerror or error})") from None
         if xxhash.xxh3_128(head + table).hexdigest() != written.checksum:
             raise self._damaged("its header or block table does not match the manifest's checksum")
         return head, table

@@ -9,28 +9,34 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatrain.checkpoint.coverage import Coverage
 from megatrain.checkpoint.location import Location
-from megatrain.checkpoint.manifest import FileEntry, Manifest, read_manifest
+from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from megatrain.checkpoint.pieces import PieceFile, StoredPiece, copy_into
 from megatrain.distributed.fragment import Piece, Placement, windows
 from megatrain.errors import CheckpointError
 
 PIECES_SUFFIX = ".safetensors"
+_FILES_IN_USE = 16
 
 
 class CheckpointReader:
-    """One checkpoint. ``near``: the name of the file to look into first, that of the rank that reads.
+    """One checkpoint. ``near``: the number of the rank that reads, and of how many.
 
-    Files are opened when a piece is not found in those already open: under the layout that wrote it, each rank opens
-    its own alone. What is read is checked block by block; damage raises CheckpointError naming file and bytes.
+    Files are opened when a piece is not found in those already open, from the reader's own place among the ranks
+    outwards: a rank's share lies about there under every layout. So under the layout that wrote it each rank opens its
+    own file alone, and under another its neighbours', not those of thousands. What is read is checked block by block;
+    damage raises CheckpointError naming file and bytes.
     """
 
-    def __init__(self, folder: Location, near: str | None = None) -> None:
+    def __init__(self, folder: Location, near: tuple[int, int] | None = None) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         entries = [entry for entry in self.manifest.files if entry.file.endswith(PIECES_SUFFIX)]
-        self._unopened = sorted(entries, key=lambda entry: (entry.file != near, entry.file), reverse=True)
+        self._unopened = _nearest_last(entries, near)
         self._found: dict[tuple[str, str], list[tuple[PieceFile, StoredPiece]]] = defaultdict(list)
+        self._coverage = Coverage()
+        self._in_use: dict[PieceFile, None] = {}  # the last few that were read from, oldest first
 
     def read(self, wanted: Piece, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The elements of a piece as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
@@ -47,7 +53,10 @@ class CheckpointReader:
                     f"{file.path}: {wanted.name} has shape {stored.piece.global_shape} there and {wanted.global_shape} "
                     "in this run's model: the config's model section is not the checkpoint's."
                 )
-            missing -= copy_into(target, wanted, file, stored)
+            copied = copy_into(target, wanted, file, stored)
+            if copied:
+                self._note_use(file)
+            missing -= copied
             if missing <= 0:
                 return
         raise CheckpointError(
@@ -80,10 +89,34 @@ class CheckpointReader:
                 return
             self._open(self._unopened.pop())
 
+    def _note_use(self, file: PieceFile) -> None:
+        """Let go of what was read long ago: each file in use holds memory and a descriptor."""
+        self._in_use.pop(file, None)
+        self._in_use[file] = None
+        if len(self._in_use) > _FILES_IN_USE:
+            oldest = next(iter(self._in_use))
+            del self._in_use[oldest]
+            oldest.forget()
+
     def _open(self, entry: FileEntry) -> None:
         file = PieceFile(self.folder, entry.written)
+        _cover(self._coverage, file)
         for stored in file.pieces:
             self._found[stored.piece.name, stored.kind].append((file, stored))
+
+
+def _nearest_last(entries: list[FileEntry], near: tuple[int, int] | None) -> list[FileEntry]:
+    """The files, furthest first from where a rank of so many stands among those that wrote them."""
+    in_order = sorted(entries, key=lambda entry: entry.file)
+    if near is None:
+        return in_order[::-1]
+    rank, num_ranks = near
+    middle = (2 * rank + 1) * len(in_order)
+
+    def distance(number: int) -> int:
+        return abs((2 * number + 1) * num_ranks - middle)
+
+    return [in_order[number] for number in sorted(range(len(in_order)), key=distance, reverse=True)]
 
 
 def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
@@ -92,32 +125,37 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
     Raises CheckpointError where the manifest itself is damaged.
     """
     manifest = read_manifest(folder)
-    elements: dict[tuple[str, str], int] = defaultdict(int)
-    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-    damaged = False
+    coverage, damaged = Coverage(), False
     for entry in manifest.files:
         problem = None
         try:
             if entry.file.endswith(PIECES_SUFFIX):
                 file = PieceFile(folder, entry.written)
                 file.check()
-                for stored in file.pieces:
-                    elements[stored.piece.name, stored.kind] += stored.piece.length
-                    shapes[stored.piece.name, stored.kind] = stored.piece.global_shape
+                _cover(coverage, file)
             else:
                 check_plain_file(folder, entry)
         except CheckpointError as error:
             problem = str(error)
         damaged = damaged or problem is not None
         yield entry, problem
-    known = {entry.file for entry in manifest.files} | {"manifest.json"}
+    known = {entry.file for entry in manifest.files} | {MANIFEST}
     for stray in sorted(path.name for path in folder.iterdir() if path.name not in known):
         yield FileEntry(file=stray, bytes=0, checksum=""), f"{folder / stray}: the manifest does not know this file."
-    for (name, kind), count in elements.items():
-        whole = torch.Size(shapes[name, kind]).numel()
-        if count != whole and not damaged:
-            entry = FileEntry(file="manifest.json", bytes=0, checksum="")
-            yield entry, f"{folder}: {name} ({kind}) has {count:,} elements on disk instead of {whole:,}."
+    if not damaged:
+        whole = FileEntry(file=MANIFEST, bytes=0, checksum="")
+        yield from ((whole, f"{folder}: {missing}.") for missing in coverage.incomplete())
+        if (held := coverage.num_elements("weight")) != manifest.parameters:
+            yield whole, f"{folder}: its files hold {held:,} parameters instead of {manifest.parameters:,}."
+
+
+def _cover(coverage: Coverage, file: PieceFile) -> None:
+    """Count a file's pieces in. Raises CheckpointError where another file holds some of them too."""
+    try:
+        for stored in file.pieces:
+            coverage.add(stored.piece, stored.kind)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {error}.") from None
 
 
 def check_plain_file(folder: Location, entry: FileEntry) -> bytes:

@@ -145,7 +145,7 @@ def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held
             return 0
         target[low - wanted.start : high - wanted.start] = source[low - held.start : high - held.start]
         return high - low
-    shared = _intersect(wanted.box, held.box)
+    shared = intersect(wanted.box, held.box)
     if shared is None:
         return 0
     # Trailing dimensions that all three boxes span alike, and one more, make a run that is contiguous in both.
@@ -172,7 +172,7 @@ def shared_range(wanted: Piece, held: Piece) -> tuple[int, int]:
     (0, 0) where they share nothing."""
     if wanted.box == held.box:
         low, high = wanted.start, wanted.stop
-    elif (shared := _intersect(wanted.box, held.box)) is None:
+    elif (shared := intersect(wanted.box, held.box)) is None:
         return 0, 0
     else:
         low, high = 0, 1
@@ -184,11 +184,12 @@ def shared_range(wanted: Piece, held: Piece) -> tuple[int, int]:
     return (low - held.start, high - held.start) if low < high else (0, 0)
 
 
-def _intersect(a: Box, b: Box) -> Box | None:
+def intersect(a: Box, b: Box) -> Box | None:
+    """What two boxes of one tensor share; None where they share nothing."""
     offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
     ends = (min(x + n, y + m) for x, n, y, m in zip(a.offset, a.extent, b.offset, b.extent, strict=True))
     extent = tuple(end - begin for end, begin in zip(ends, offset, strict=True))
-    return Box(offset, extent) if min(extent) > 0 else None
+    return Box(offset, extent) if min(extent, default=1) > 0 else None
 
 
 def _run_starts(shared: Box, box: Box, split: int) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from megatrain.checkpoint.location import Location, locate
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes, rank_file
+from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store, resolve
 from megatrain.errors import CheckpointError, Diverged
 from megatrain.plan.flops import num_parameters
@@ -38,6 +38,8 @@ class Saving:
         retention = Retention(kept.keep, kept.keep_every_steps, kept.keep_best)
         self._saver = CheckpointSaver(run.store, run.rank.rank, run.rank.world_size, retention)
         self.last_saved: int | None = None
+        self.problem: str | None = None
+        """Why the last save failed, wherever it did; None where it did not."""
 
     @property
     def is_busy(self) -> bool:
@@ -86,15 +88,13 @@ class Saving:
         """End the thread that writes."""
         self._saver.close()
 
-    @property
-    def problem(self) -> str | None:
-        """Why this rank's part of the last save failed."""
-        return self._saver.problem
-
     def _note(self, outcome: Outcome) -> Outcome:
+        """All ranks are here: a save ends for all at the same step."""
         if outcome.path is not None:
-            self.last_saved = outcome.step
-        elif self._saver.problem:
+            self.last_saved, self.problem = outcome.step, None
+            return outcome
+        self.problem = self._run.groups.first(self._saver.problem)
+        if self._saver.problem:
             logger.error("checkpoint of step %d failed on this rank: %s", outcome.step, self._saver.problem)
         return outcome
 
@@ -109,7 +109,7 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
     _on_first_rank(run, run.store.open_generation)
     damaged: dict[Location, str] = {}
     while (found := _on_first_rank(run, lambda: run.store.newest_good(damaged))) is not None:
-        reader, problem = _on_all_ranks(run, partial(CheckpointReader, found.path, near=rank_file(run.rank.rank)))
+        reader, problem = _on_all_ranks(run, partial(_open, run, found.path))
         if reader is not None:
             progress = _check_progress(run, reader.manifest)
             _, problem = _on_all_ranks(run, partial(run.engine.load_fragments, reader, progress.updates))
@@ -194,6 +194,10 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
     return (result, None) if first is None else (None, first)
 
 
+def _open(run: Run, folder: Location) -> CheckpointReader:
+    return CheckpointReader(folder, near=(run.rank.rank, run.rank.world_size))
+
+
 def _check_progress(run: Run, manifest: Manifest) -> Progress:
     """Where the checkpoint's run stood, with the data's order from there on, which becomes the run's."""
     refuse_changes(run.config, manifest.config)
@@ -207,8 +211,10 @@ def _begin(run: Run) -> Progress:
     if config.run.init_from is None:
         run.engine.load_fragments(run.initial_weights, num_updates=0)
     else:
-        folder = resolve(locate(config.run.init_from))
-        run.engine.load_fragments(CheckpointReader(folder, near=rank_file(run.rank.rank)), num_updates=0)
+        folder = _on_first_rank(run, partial(resolve, locate(config.run.init_from)))
+        _, problem = _on_all_ranks(run, lambda: run.engine.load_fragments(_open(run, folder), num_updates=0))
+        if problem is not None:
+            raise CheckpointError(f"run.init_from cannot be used: {problem}")
     run.engine.publish()
     return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))
 

@@ -250,9 +250,9 @@ class Trainer:
         step, saved = self.progress.step, self._saving.last_saved
         if saved != step and step != self._first_step:
             raise CheckpointError(
-                f"The run ended after step {step}, but that state could not be saved in {self._run.store.folder}"
-                f"{f': {self._saving.problem}' if self._saving.problem else '; the logs of the ranks say why'}. "
-                "Make room or mend the cause, then start it again: it goes on from the newest checkpoint."
+                f"The run ended after step {step}, but that state could not be saved in {self._run.store.folder}: "
+                f"{self._saving.problem}. Make room or mend the cause, then start it again: it goes on from the newest "
+                "checkpoint."
             )
         if stopping and step < self._config.train.steps:
             name = self._requests.signal.name if self._requests.signal else "a signal to another rank"
@@ -306,6 +306,6 @@ class Trainer:
             if outcome.path is not None and self._observers:
                 self._observers.saved(outcome.step, outcome.path, outcome.seconds)
             elif outcome.path is None and self._observers:
-                cause = self._saving.problem or "another rank's log says why"
+                cause = self._saving.problem
                 text = f"the checkpoint could not be saved ({cause}); training goes on, the one before stays"
                 self._observers.event("save failed", outcome.step, text)

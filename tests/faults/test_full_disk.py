@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatrain.checkpoint.inspection import verify
@@ -66,3 +67,25 @@ def _check_save_without_room(disk: Path, tiny_data: TinyData, two_ranks: ServedR
     ballast.unlink()
     two_ranks.finish(config, "train.steps=12", "checkpoint.keep=1")
     assert Metrics.read(run_dir).steps == list(range(1, 13))
+
+
+def test_where_one_rank_alone_cannot_write_its_cause_is_told_by_all(
+    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", checkpoint={"every_steps": 2})
+    )
+    two_ranks.finish(config, "train.steps=2")
+    second = psutil.Process(two_ranks.pids[1])
+    before = second.rlimit(psutil.RLIMIT_FSIZE)
+    second.rlimit(psutil.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        ended = two_ranks.train(config, "train.steps=6")
+    finally:
+        second.rlimit(psutil.RLIMIT_FSIZE, before)
+    assert ended.codes == [4, 4]
+    assert ended.output[0].count("rank-00001.safetensors: File too large); training goes on") == 2
+    assert "after step 6" in "".join(ended.output)
+    assert "/run/checkpoints: " in "".join(ended.output)
+    assert "rank-00001.safetensors: File too large. Make room" in "".join(ended.output)
+    two_ranks.finish(config, "train.steps=6")

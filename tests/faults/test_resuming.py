@@ -188,6 +188,21 @@ def test_weights_are_taken_from_another_runs_checkpoint(
     assert Metrics.read(tmp_path / "run").losses[0] < Metrics.read(finished_run).losses[0] - 0.02
 
 
+def test_where_one_rank_finds_the_weights_to_begin_with_damaged_all_end_and_it_is_named(
+    copy_run: Callable[[], Copy], two_ranks: ServedRanks, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    source = copy_run().checkpoint(6)
+    path = source / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 16
+    path.write_bytes(content)
+    config = write_config(tmp_path / "new.yaml", tiny_config(tiny_data, tmp_path / "new"))
+    ended = two_ranks.train(config, f"run.init_from={source}")
+    assert ended.codes == [4, 4]
+    assert f"run.init_from cannot be used: {path}: bytes" in "".join(ended.output)
+    assert "Traceback" not in "".join(ended.output)
+
+
 def test_an_overflow_under_fp16_leaves_an_update_out_says_so_and_stays_counted_over_a_resume(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:

@@ -82,7 +82,7 @@ def train(case: Case) -> dict[str, Any]:
     groups = groups_of(topology)
     engine = build_engine(config, groups)
     if case.load:
-        reader = CheckpointReader(Path(case.load), near=rank_file(rank.rank))
+        reader = CheckpointReader(Path(case.load), near=(rank.rank, rank.world_size))
         engine.load_fragments(reader, num_updates=case.num_updates)
         if case.loss_scale and engine.loss_scale:
             engine.load_loss_scale(case.loss_scale)

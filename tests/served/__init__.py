@@ -52,6 +52,11 @@ class ServedRanks:
         ended = self.train(config, *overrides)
         assert ended.codes == [0] * self.num_ranks, "\n".join(ended.output)
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the ranks that are up, in order."""
+        return [process.pid for process in self._processes]
+
     def stop(self) -> None:
         """End the ranks."""
         for process in self._processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def manifest(step: int, files: Sequence[FileEntry]) -> Manifest:
     return Manifest(
         step=step,
         tokens=step * 100,
-        parameters=5000,
+        parameters=sum(math.prod(shape) for shape in SHAPES.values()),
         layout={"world_size": 2},
         state={"updates": step},
         config={"model": {"hidden_size": 16}},

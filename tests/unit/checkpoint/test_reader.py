@@ -1,0 +1,108 @@
+"""Reading pieces, whoever wrote them: no more files than needed, no element twice or never."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from checkpoint_samples import SHAPES, fragments, manifest, whole, write_checkpoint
+
+from megatrain.checkpoint.inspection import verify
+from megatrain.checkpoint.manifest import FileEntry
+from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saver import rank_file
+from megatrain.checkpoint.store import PosixStore
+from megatrain.distributed.fragment import Box, Fragment, Piece, Placement
+from megatrain.errors import CheckpointError
+
+
+@contextmanager
+def _descriptors_left(count: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read_and_verified(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1, num_ranks=100)
+    with _descriptors_left(40):
+        reader = CheckpointReader(folder)
+        for name, shape in SHAPES.items():
+            for kind in ("weight", "exp_avg"):
+                assert reader.read_parameter(Placement.whole(name, shape), kind).equal(whole(name, kind))
+        assert verify(folder)[0] == []
+
+
+def test_a_rank_opens_the_files_of_its_neighbours_alone_where_the_layout_is_another(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1, num_ranks=64)
+    for rank in {*range(64)} - {*range(18, 26)}:  # the sixth of 16 ranks needs the files from 20 on to 23
+        path = folder / rank_file(rank)
+        path.write_bytes(bytes(path.stat().st_size))
+    reader = CheckpointReader(folder, near=(5, 16))
+    for fragment in fragments(5, 16):
+        if fragment.piece.name != "norm.weight":  # of fewer elements than ranks: the first 16 files have it
+            assert reader.read(fragment.piece, fragment.kind).equal(fragment.data)
+
+
+def _save(run_dir: Path, files: list[list[Fragment]]) -> Path:
+    """A checkpoint whose files hold what they are told to."""
+    store = PosixStore(run_dir / "checkpoints")
+    store.open_generation()
+    folder = store.begin(1)
+    written = [write_pieces(folder / rank_file(rank), pieces) for rank, pieces in enumerate(files)]
+    return store.commit(manifest(1, [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]))
+
+
+def _rows(first: int, count: int) -> Fragment:
+    """Rows of norm.weight, in a box of their own."""
+    piece = Piece("norm.weight", (16,), Box((first,), (count,)), 0, count)
+    return Fragment(piece, "weight", whole("norm.weight", "weight")[first : first + count])
+
+
+REPEATED: dict[str, Callable[[], list[Fragment]]] = {
+    "the same piece": lambda: [_rows(0, 8), _rows(0, 8)],
+    "boxes that overlap": lambda: [_rows(0, 8), _rows(4, 8)],
+    "ranges that overlap": lambda: [
+        Fragment(Piece("norm.weight", (16,), Box((0,), (16,)), start, 8), "weight", torch.ones(8)) for start in (4, 0)
+    ],
+}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in one file", "in two files"])
+@pytest.mark.parametrize("case", REPEATED)
+def test_an_element_that_is_held_twice_is_refused_and_never_makes_up_for_one_that_is_missing(
+    case: str, apart: bool, tmp_path: Path
+) -> None:
+    pieces = REPEATED[case]()
+    folder = _save(tmp_path, [[piece] for piece in pieces] if apart else [pieces])
+    with pytest.raises(
+        CheckpointError, match=r"safetensors: it holds elements of norm\.weight \(weight\) that another"
+    ):
+        CheckpointReader(folder).read(Piece("norm.weight", (16,), Box((0,), (16,)), 0, 16), "weight")
+    assert any("that another piece holds too" in problem for problem in verify(folder)[0])
+
+
+def test_a_tensor_that_no_file_holds_is_found_by_verify(tmp_path: Path) -> None:
+    held = [fragment for fragment in fragments(0, 1) if fragment.piece.name != "norm.weight"]
+    folder = _save(tmp_path, [held])
+    assert verify(folder)[0] == [f"{folder}: its files hold 5,568 parameters instead of 5,584."]
+
+
+def test_elements_that_no_file_holds_are_found_by_verify(tmp_path: Path) -> None:
+    folder = _save(tmp_path, [[f for f in fragments(0, 1) if f.piece.name != "norm.weight"], [_rows(0, 8)]])
+    assert verify(folder)[0] == [f"{folder}: norm.weight (weight) has 8 elements on disk instead of 16."]
+
+
+def test_a_shape_beyond_all_numbers_is_refused_by_verify(tmp_path: Path) -> None:
+    huge = Piece("norm.weight", (2**63 + 5, 2**63), Box((0, 0), (4, 4)), 0, 16)
+    folder = _save(tmp_path, [[Fragment(huge, "weight", torch.ones(16))]])
+    assert "norm.weight (weight) has 16 elements on disk" in verify(folder)[0][0]
