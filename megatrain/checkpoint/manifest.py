@@ -10,7 +10,7 @@ import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, field_validator
 
-from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.location import Location, telling
 from megatrain.checkpoint.pieces import Written
 from megatrain.errors import CheckpointError
 
@@ -76,12 +76,10 @@ def read_manifest(folder: Location) -> Manifest:
     """Read and check the manifest of a checkpoint folder. Raises CheckpointError naming it."""
     path = folder / MANIFEST
     try:
-        with path.open("rb") as file:
+        with telling(path), path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
     if len(text) > _MAX_BYTES:
         raise CheckpointError(f"{path} is larger than any manifest ({_MAX_BYTES >> 20} MiB).")
     try:

@@ -12,6 +12,7 @@ that is listed nowhere, and does not exist for any reader.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import orjson
 from upath import UPath
 
-from megatrain.checkpoint.location import Location, write_if_absent
+from megatrain.checkpoint.location import Location, exists, list_folder, telling, write_if_absent
 from megatrain.checkpoint.manifest import MANIFEST, NAME, Manifest
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore
 from megatrain.errors import CheckpointError
@@ -54,7 +55,7 @@ class ObjectStore(CheckpointStore):
         newest = self._newest()
         for name in self._children():
             match = NAME.fullmatch(name)
-            if match and self._is_of(newest, name) and (self.folder / name / MANIFEST).exists():
+            if match and self._is_of(newest, name) and exists(self.folder / name / MANIFEST):
                 yield int(match[1]), self.folder / name
 
     def open_generation(self) -> str:
@@ -133,7 +134,8 @@ class ObjectStore(CheckpointStore):
             return _NONE
         path = self._record(max(numbers))
         try:
-            record = orjson.loads(path.read_bytes())
+            with telling(path):
+                record = orjson.loads(path.read_bytes())
             return _Generation(max(numbers), record["token"], frozenset(record["before"]))
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not the record of a start ({error!r}).") from None
@@ -144,20 +146,16 @@ class ObjectStore(CheckpointStore):
     def _record(self, number: int) -> UPath:
         return self.folder / "generations" / f"{number:05d}.json"
 
-    def _children(self, below: str = "") -> Sequence[str]:
-        """Names below the store's URL, as they are now: fsspec would remember an older listing."""
-        place = self.folder / below if below else self.folder
-        place.fs.invalidate_cache()
+    def _children(self, below: str = "") -> Iterable[str]:
+        """Names below the store's URL."""
         try:
-            return [path.rstrip("/").rsplit("/", 1)[-1] for path in place.fs.ls(place.path, detail=False)]
+            return list_folder(self.folder / below if below else self.folder)
         except FileNotFoundError:
-            return []
+            return ()
 
     def _delete(self, name: str) -> None:
         """The manifest first: a checkpoint is whole or does not exist."""
         fs, folder = self.folder.fs, self.folder / name
         for path in (folder / MANIFEST, folder):
-            try:
+            with contextlib.suppress(FileNotFoundError), telling(path):
                 fs.rm(path.path, recursive=True)
-            except FileNotFoundError:
-                continue

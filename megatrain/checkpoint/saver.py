@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from megatrain.errors import CheckpointError, Superseded
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _READERS = 16  # of the ranks' files, as a checkpoint is committed
 
 
@@ -136,7 +137,7 @@ class CheckpointSaver:
     def _end(self, path: Location | None) -> Outcome:
         self._state, self._future = "idle", None
         if path is None and self._rank == 0:
-            self._store.abandon(self._step)
+            self._thread.submit(self._tidy, self._store.abandon, self._step)
         return Outcome(self._step, path, self._stall, time.perf_counter() - self._began)
 
     def _copy(self, fragment: Fragment) -> Fragment:
@@ -146,26 +147,31 @@ class CheckpointSaver:
         return fragment._replace(data=self._copies[key].copy_(data))
 
     def _write(self, fragments: Sequence[Fragment]) -> None:
-        path = self._store.begin(self._step) / rank_file(self._rank)
+        path = self._begin_folder() / rank_file(self._rank)
         with self._naming(path):
             write_pieces(path, fragments)
 
     def _commit(self) -> None:
         assert self._manifest is not None
-        folder = self._store.begin(self._step)
+        folder = self._begin_folder()
         with self._naming(folder), ThreadPoolExecutor(_READERS) as readers:
             paths = [folder / rank_file(rank) for rank in range(self._world_size)]
             written = readers.map(read_written, paths)
             entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
             entries += [add_file(folder, name, content) for name, content in self._files]
             self._store.commit(self._manifest(entries))
-        self._thread.submit(self._prune)  # it has been saved whether that succeeds or not
+        self._thread.submit(self._tidy, self._store.prune, self._retention)
 
-    def _prune(self) -> None:
+    def _begin_folder(self) -> Location:
+        with self._naming(self._store.folder):
+            return self._store.begin(self._step)
+
+    def _tidy(self, action: Callable[[T], None], what: T) -> None:
+        """Remove what is of no more use; the run goes on whether that succeeds or not."""
         try:
-            self._store.prune(self._retention)
-        except OSError as error:
-            logger.warning("older checkpoints cannot be deleted: %s", error)
+            action(what)
+        except (OSError, CheckpointError) as error:
+            logger.warning("checkpoints that are not kept cannot be removed: %s", error)
 
     @contextmanager
     def _naming(self, place: Location) -> Iterator[None]:

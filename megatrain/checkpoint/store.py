@@ -19,7 +19,7 @@ from types import MappingProxyType
 import xxhash
 import yaml
 
-from megatrain.checkpoint.location import Location, locate, sync_folder, write_file
+from megatrain.checkpoint.location import Location, exists, list_folder, locate, sync_folder, telling, write_file
 from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, read_manifest
 from megatrain.errors import CheckpointError, Superseded
 
@@ -167,10 +167,11 @@ class PosixStore(CheckpointStore):
 
     def names(self) -> Iterator[tuple[int, Path]]:
         """Step and folder of every checkpoint that has appeared."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if (match := NAME.fullmatch(path.name)) and path.is_dir():
-                    yield int(match[1]), path
+        with telling(self.folder):
+            found = [*self.folder.iterdir()] if self.folder.is_dir() else []
+        for path in found:
+            if (match := NAME.fullmatch(path.name)) and path.is_dir():
+                yield int(match[1]), path
 
     def open_generation(self) -> str:
         """Fence all earlier starts of the run, remove what they left unfinished, and begin to write."""
@@ -263,7 +264,7 @@ def find_store(path: Location) -> CheckpointStore:
 
 def is_checkpoint(path: Location) -> bool:
     """Whether ``path`` is a checkpoint folder, by its manifest or by its name (a damaged one has no manifest)."""
-    return (NAME.fullmatch(path.name) is not None and path.is_dir()) or (path / MANIFEST).exists()
+    return (NAME.fullmatch(path.name) is not None and path.is_dir()) or exists(path / MANIFEST)
 
 
 def resolve(path: Location) -> Location:
@@ -280,7 +281,12 @@ def resolve(path: Location) -> Location:
         )
     newest = find_store(path).newest_good()
     if newest is None:
-        raise CheckpointError(f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints.")
+        hint = (
+            f" `megatrain import {path} --out ...` makes a checkpoint of it." if (path / "config.json").exists() else ""
+        )
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints.{hint}"
+        )
     return newest.path
 
 
@@ -293,14 +299,15 @@ def add_file(folder: Location, name: str, content: bytes) -> FileEntry:
 def find_problem(path: Location) -> str | None:
     """Why a checkpoint cannot be used, by its manifest and the sizes of its files; None if it looks whole."""
     try:
-        for entry in read_manifest(path).files:
-            size = (path / entry.file).stat().st_size
-            if size != entry.bytes:
-                return f"{path / entry.file} has {size:,} bytes instead of {entry.bytes:,}."
+        manifest, sizes = read_manifest(path), list_folder(path)
     except CheckpointError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename or path} cannot be read ({error.strerror or error})."
+    for entry in manifest.files:
+        size = sizes.get(entry.file)
+        if size is None:
+            return f"{path / entry.file} is missing."
+        if size != entry.bytes:
+            return f"{path / entry.file} has {size:,} bytes instead of {entry.bytes:,}."
     return None
 
 

@@ -1,16 +1,56 @@
-"""Saving copies each piece into memory of its own."""
+"""A rank's part in saving: copies of its own, and what becomes of a save that fails."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
+from checkpoint_samples import fragments, manifest
+from upath import UPath
 
-from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.object_store import ObjectStore
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import CheckpointSaver
+from megatrain.checkpoint.saver import CheckpointSaver, Outcome
 from megatrain.checkpoint.store import PosixStore, Retention
+from megatrain.distributed.bootstrap import free_port
 from megatrain.distributed.fragment import Box, Fragment, Placement, windows
+from megatrain.errors import CheckpointError
+
+
+def _save(saver: CheckpointSaver, step: int, pieces: Sequence[Fragment]) -> Outcome:
+    saver.begin(step, pieces, partial(manifest, step))
+    outcome = None
+    while saver.is_busy:
+        outcome = saver.settle(saver.votes(wait=True))
+    assert outcome is not None
+    return outcome
+
+
+def test_a_folder_that_cannot_be_made_fails_that_save_alone(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path)
+    in_the_way = tmp_path / store.open_generation() / "step-00000001"
+    in_the_way.touch()
+    saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
+    assert _save(saver, 1, fragments(0, 1)).path is None
+    assert saver.problem == f"{in_the_way}: File exists"
+    assert _save(saver, 2, fragments(0, 1)).path == tmp_path / "step-00000002"
+    saver.close()
+
+
+def test_a_store_that_cannot_be_reached_fails_that_save_alone_and_is_named(tmp_path: Path) -> None:
+    nowhere = UPath("s3://bucket/run", endpoint_url=f"http://127.0.0.1:{free_port()}", key="a", secret="b")
+    store = ObjectStore(nowhere)
+    store.join("g00001-0badcafe")
+    saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
+    assert _save(saver, 1, fragments(0, 1)).path is None
+    assert saver.problem is not None
+    assert saver.problem.startswith("s3://bucket/run/step-00000001.g00001-0badcafe/rank-00000.safetensors: Could not")
+    saver.close()
+    with pytest.raises(CheckpointError, match="s3://bucket/run/generations: Could not connect"):
+        store.list()
 
 
 def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) -> None:
@@ -20,35 +60,18 @@ def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) 
     boxes = tuple(Box((0, first), (4, 2)) for first in (0, 4, 8))
     placement = Placement("c_attn.weight", shape, boxes, dim=1)
     local = torch.cat([whole[:, box.offset[1] : box.offset[1] + 2] for box in boxes], 1).flatten()
-    fragments = [
+    pieces = [
         Fragment(piece, "weight", local[torch.from_numpy(where)])  # type: ignore[arg-type]
         for piece, where in windows(placement, 0, local.numel())
     ]
     store = PosixStore(tmp_path)
     store.open_generation()
     saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
-
-    def manifest(files: object) -> Manifest:
-        return Manifest(
-            step=1,
-            tokens=1,
-            parameters=1,
-            layout={},
-            state={},
-            config={},
-            versions={},
-            created="",
-            files=tuple(files),  # type: ignore[arg-type]
-        )
-
-    saver.prepare(fragments)
+    saver.prepare(pieces)
     for _ in range(2):  # both times into the memory that was prepared
         store.set_aside(0)
-        saver.begin(1, fragments, manifest)
-        while saver.is_busy:
-            outcome = saver.settle(saver.votes(wait=True))
+        outcome = _save(saver, 1, pieces)
     saver.close()
-    assert outcome is not None
     assert outcome.path is not None
     read = CheckpointReader(outcome.path).read_parameter(placement, "weight")
     assert torch.equal(read.flatten(), local)
