@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, TypeVar, cast
 
 import xxhash
 
@@ -32,6 +33,10 @@ SUFFIXES = {
     ".arrow": Kind.ARROW,
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+KNOWN = {*SUFFIXES, *COMPRESSIONS}
+WEB = ("http://", "https://")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,11 @@ class InputFile:
         return xxhash.xxh3_128_hexdigest("\0".join([self.name, str(self.num_bytes), self.version]).encode())
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether it is read from its beginning to its end, and never from the middle."""
+        return self.compression is not None or self.kind is Kind.TEXT
+
+    @property
     def is_remote(self) -> bool:
         """Whether the name is an fsspec URL."""
         return "://" in self.name
@@ -74,13 +84,58 @@ class InputFile:
         import fsspec
 
         try:
-            return cast("IO[bytes]", fsspec.open(self.name, "rb").open())
+            return cast("IO[bytes]", _RemoteBytes(fsspec.open(self.name, "rb").open()))
         except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
             raise DataError(f"{self.name} cannot be opened: {_sentence(error)} Check your access.") from None
 
 
+class _RemoteBytes(io.RawIOBase):
+    """A file of a store, whatever goes wrong with it as an OSError: each store's driver has exceptions of its own."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def read(self, size: int = -1) -> bytes:
+        """``size`` bytes, fewer only at the end of the file: a driver may give what has arrived so far."""
+        blocks: list[bytes] = []
+        while size and (block := self._call(self._raw.read, size)):
+            blocks.append(block)
+            size -= len(block) if size > 0 else 0
+        return b"".join(blocks)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place in the file."""
+        self._call(self._raw.seek, offset, whence)
+        return self.tell()
+
+    def tell(self) -> int:
+        """The place in the file."""
+        position: int = self._call(self._raw.tell)
+        return position
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._raw.close()
+        super().close()
+
+    @staticmethod
+    def _call(function: Callable[..., T], *arguments: object) -> T:
+        try:
+            return function(*arguments)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(_sentence(error).removesuffix(".")) from error
+
+
 def _suffixes(name: str) -> list[str]:
-    """The last two suffixes, lower case; empty texts where there are fewer."""
+    """The last two suffixes, lower case; empty texts where there are fewer. What a URL asks for behind "?" is none."""
+    if name.startswith(WEB):
+        name = name.partition("?")[0].partition("#")[0]
     parts = name.rsplit("/", 1)[-1].lower().split(".")[1:]
     return ["", "", *(f".{part}" for part in parts)][-2:]
 
@@ -165,23 +220,44 @@ def _is_utf8(name: str) -> bool:
 
 
 def _find_remote(argument: str) -> Iterator[InputFile]:
+    for name, info in _list_remote(argument):
+        version = "".join(str(info.get(key, "")) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified"))
+        file = InputFile(name, int(info.get("size") or 0), version)
+        if info.get("size") is None and not file.is_streamed:
+            raise DataError(
+                f"Input {name} cannot be read in parts: its server does not say how large it is. Copy it to this "
+                "machine first, or name a compressed one."
+            )
+        yield file
+
+
+def _list_remote(argument: str) -> list[tuple[str, dict[str, Any]]]:
+    """What the address, folder or pattern names, and what its store says of each file; hidden ones left out."""
     import fsspec
 
+    given = set(argument.split("/"))
     try:
         filesystem, path = fsspec.core.url_to_fs(argument)
-        names = filesystem.find(path) if filesystem.isdir(path) else filesystem.glob(path)
-        for name in names:
-            if filesystem.isdir(name) or name.rsplit("/", 1)[-1].startswith("."):
-                continue
-            info = filesystem.info(name)
-            version = "".join(str(info.get(key, "")) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified"))
-            yield InputFile(filesystem.unstrip_protocol(name), int(info.get("size") or 0), version)
+        if argument.startswith(WEB) and _suffixes(argument)[-1] in KNOWN and not set("*[") & set(argument):
+            # On the web whatever has links in it is a folder as well, and documents may have them.
+            found = {path: filesystem.info(path)}
+        elif filesystem.isdir(path):
+            found = filesystem.find(path, detail=True)
+        else:
+            found = filesystem.glob(path, detail=True)
+        return [
+            (filesystem.unstrip_protocol(name), info if info.get("size") is not None else filesystem.info(name))
+            for name, info in found.items()
+            if info["type"] != "directory"
+            and not any(part.startswith(".") and part not in given for part in name.split("/"))
+        ]
     except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
+        reason = error.__cause__ if isinstance(error, FileNotFoundError) else None
         raise DataError(
-            f"Input {argument} cannot be listed: {_sentence(error)} Check the address and your access."
+            f"Input {argument} cannot be listed: {_sentence(reason or error)} Check the address and your access."
         ) from None
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """The first line of an error's text, with one full stop."""
     return f"{(str(error) or type(error).__name__).partition(chr(10))[0].rstrip('. ')}."
