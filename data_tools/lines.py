@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
@@ -19,6 +20,10 @@ LINE_BYTES = 1 << 16
 """Read behind a part at once, which most often holds the end of its last line."""
 TOO_LONG = f"the line is longer than {MAX_DOCUMENT_BYTES} bytes"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ESCAPES = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
+)
+"""Escapes in JSON: a pair of surrogates, one without the other, or any other."""
 
 
 def read_json_lines(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
@@ -158,6 +163,11 @@ def _zstd_blocks(file: InputFile, raw: Any, advance: Callable[[int], None]) -> I
                 if block:
                     yield block
     except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise DataError(
+                f"{file.name} was compressed with a window of more than 128 MiB (zstd --long), which takes as much "
+                "memory to read. Compress it again without."
+            ) from None
         raise DataError(f"{file.name} is damaged or is not zstd: {error}. Download or compress it again.") from None
     if frame is None or not frame.eof:
         raise DataError(f"{file.name} is cut off: its last zstd frame does not end. Download or compress it again.")
@@ -210,12 +220,9 @@ def _parse_odd_line(file: InputFile, offset: int, line: bytes, options: ReadOpti
             f"invalid UTF-8 ({_in_line(error)}); --errors replace keeps such text, with U+FFFD for the bad bytes",
         )
     try:
-        record = json.loads(line.decode(errors="replace"))
-    except ValueError as json_error:
+        return orjson.loads(_ESCAPES.sub(_without_surrogates, line.decode(errors="replace")))
+    except orjson.JSONDecodeError as json_error:
         _fail(file, offset, f"bad JSON ({_in_line(json_error)})")
-    if isinstance(record, dict):
-        return {key: _without_surrogates(value) for key, value in record.items()}
-    return record
 
 
 def _in_line(error: Exception) -> str:
@@ -223,10 +230,8 @@ def _in_line(error: Exception) -> str:
     return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _without_surrogates(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def _without_surrogates(escape: re.Match[str]) -> str:
+    return "\\ufffd" if escape["lone"] else escape[0]
 
 
 def _scalar(value: object) -> str:

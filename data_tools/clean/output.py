@@ -25,6 +25,7 @@ from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit
 from data_tools.work import Advance
 from megatrain.data.format import commit_bytes, committed
+from megatrain.errors import DataError
 
 TASK_BYTES = 1 << 28
 """About how much input makes one list of dropped documents."""
@@ -136,7 +137,13 @@ class OutputWriter:
     def _line(self, each: _OutputPart, row: int, record: Record) -> bytes:
         is_text = each.unit.files[0].kind is Kind.TEXT
         place = self.corpus.place(each.surveyed, record.id, record.file, 0 if is_text else row)
-        return orjson.dumps(make_record(record, place), default=str, option=orjson.OPT_APPEND_NEWLINE)
+        try:
+            return orjson.dumps(make_record(record, place), default=str, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError as error:
+            raise DataError(
+                f"{place.file}, row {place.row} (from 0): the record cannot be written again as JSON: {error}. "
+                "Leave out or flatten what stands beside its text."
+            ) from None
 
     def _dropped(self, part: SurveyedPart) -> pa.RecordBatch:
         decisions = self.decisions.of(part)

@@ -30,6 +30,8 @@ def table_bytes(table: pa.Table, kind: str) -> bytes:
 
 
 WORDS = pa.table({"text": [f"word {number}" for number in range(100)]})
+LONG = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
+LONG_WINDOW = LONG.compress(GOOD) + LONG.flush()
 BAD_UTF8 = pa.table({"text": pa.array([b"good", b"\xff\xfe"]).view(pa.string())})
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
@@ -44,6 +46,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "cut-off zstd": ("a.jsonl.zst", zstandard.compress(GOOD * 999 + INCOMPRESSIBLE)[:-9], "a.jsonl.zst is cut off"),
     "damaged zstd": ("a.jsonl.zst", b"not zstd at all", "a.jsonl.zst is damaged or is not zstd"),
     "empty zstd": ("a.jsonl.zst", b"", "a.jsonl.zst is cut off"),
+    "zstd --long": ("a.jsonl.zst", LONG_WINDOW, "a.jsonl.zst was compressed with a window of more than 128 MiB"),
     "cut-off gzip": ("a.jsonl.gz", gzip.compress(GOOD * 999)[:-9], "a.jsonl.gz is cut off"),
     "damaged gzip": ("a.jsonl.gz", b"not gzip at all", "a.jsonl.gz is cut off or damaged"),
     "cut-off parquet": ("a.parquet", table_bytes(WORDS, "parquet")[:-20], "a.parquet is no whole parquet file"),
@@ -124,6 +127,39 @@ def test_errors_replace_keeps_what_is_not_utf8(tmp_path: Path, tokenizer_path: P
         _, out, _ = run_command("inspect", tmp_path / "out", "--document", k, "--json")
         texts.append(orjson.loads(out)["document"]["text"])
     assert texts == ["a\ufffdb", "c\ufffdd", "\u00e9", "e\ufffdf", "good", "\ufffd\ufffd"]
+
+
+def test_errors_replace_keeps_what_stands_beside_the_text_too(tmp_path: Path, run_command: RunCommand) -> None:
+    odd = b'"m": {"k\\ud800": ["\\ud800", "\\ud83d\\ude00", "\\\\ud800"]}, "n": 123456789012345678901234567890}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xff", ' + odd + b'{"text": "\\ud800", ' + odd)
+    arguments = (tmp_path / "a.jsonl", "--out", tmp_path / "out", "--errors", "replace", "--workers", 1)
+    assert run_command("dedup", *arguments)[0] == 0
+    with zstandard.open(tmp_path / "out" / "part-000000-000000.jsonl.zst", "rt", encoding="utf-8") as file:
+        records = [orjson.loads(line) for line in file]
+    assert [record["text"] for record in records] == ["a\ufffd", "\ufffd"]
+    for record in records:
+        assert record["m"] == {"k\ufffd": ["\ufffd", "\U0001f600", "\\ud800"]}
+
+
+@pytest.mark.parametrize(
+    ("depth", "errors", "message"),
+    [
+        (100_000, "replace", "a.jsonl, line 2: bad JSON (depth limit exceeded"),
+        (
+            300,
+            "strict",
+            "a.jsonl, row 1 (from 0): the record cannot be written again as JSON: Recursion limit reached.",
+        ),
+    ],
+)
+def test_nesting_without_end_is_refused(
+    depth: int, errors: str, message: str, tmp_path: Path, run_command: RunCommand
+) -> None:
+    text = b"\xff" if errors == "replace" else b""
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "%s", "m": %s%s}\n' % (text, b"[" * depth, b"]" * depth))
+    arguments = (tmp_path / "a.jsonl", "--out", tmp_path / "out", "--errors", errors, "--workers", 1)
+    code, _, err = run_command("dedup", *arguments)
+    assert (code, message in err, "Traceback" in err) == (3, True, False), err
 
 
 def test_inputs_may_be_mixed_globbed_nested_and_remote(
