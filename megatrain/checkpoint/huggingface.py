@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatrain.checkpoint.location import create, sync_folder, write_all, write_file
+from megatrain.checkpoint.location import create, list_folder, sync_folder, write_all, write_file
 from megatrain.checkpoint.pieces import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saved_config import SavedConfig
 from megatrain.checkpoint.transformers_config import from_transformers, to_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Placement
@@ -40,7 +41,11 @@ _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias
 
 
 def export_folder(
-    reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], out: Path, shard_bytes: int = SHARD_BYTES
+    reader: CheckpointReader,
+    saved: SavedConfig,
+    shapes: Mapping[str, Sequence[int]],
+    out: Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the checkpoint as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
@@ -54,11 +59,10 @@ def export_folder(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        config = ModelConfig.model_validate(reader.manifest.config["model"])
-        dtype = _DTYPES[reader.manifest.config["train"]["precision"]]
+        dtype = _DTYPES[saved.train.precision]
         _export_weights(reader, shapes, aside, dtype, shard_bytes)
-        special_ids = _export_small_files(reader, aside, config)
-        _write_json(aside / CONFIG, to_transformers(config, str(dtype).removeprefix("torch."), special_ids))
+        special_ids = _export_small_files(reader, aside, saved.model)
+        _write_json(aside / CONFIG, to_transformers(saved.model, str(dtype).removeprefix("torch."), special_ids))
         sync_folder(aside)
         aside.rename(out)
     except OSError as error:
@@ -71,6 +75,17 @@ def export_folder(
 def read_config(folder: Path) -> ModelConfig:
     """The model that a folder's config.json describes. Raises CheckpointError where it cannot be imported."""
     return from_transformers(read_json(folder / CONFIG), folder / CONFIG)
+
+
+def refuse_too_small(folder: Path, num_parameters: int) -> None:
+    """Raise CheckpointError where a folder's weights cannot be those of so many parameters: no model is made then."""
+    sizes = list_folder(folder)
+    held = sum(sizes.get(file, 0) for file in _weight_files(folder))
+    if held < num_parameters * min(dtype.itemsize for dtype in _DTYPES.values()):
+        raise CheckpointError(
+            f"{folder}: its weights have {held:,} bytes, too few for the {num_parameters:,} parameters that {CONFIG} "
+            "describes."
+        )
 
 
 class HuggingFaceWeights:
@@ -195,7 +210,7 @@ def _export_small_files(reader: CheckpointReader, folder: Path, config: ModelCon
     for name in kept:
         write_file(folder / name, reader.read_file(name))
     tokenizer = read_json(folder / TOKENIZER) if TOKENIZER in kept else {}
-    added = [token for token in tokenizer.get("added_tokens", []) if token.get("special")]
+    added = _special_tokens(tokenizer)
     end = next((token for token in added if token["content"] == _END_OF_TEXT), added[0] if added else None)
     if TOKENIZER in kept and TOKENIZER_CONFIG not in kept:
         settings: dict[str, Any] = {
@@ -211,6 +226,13 @@ def _export_small_files(reader: CheckpointReader, folder: Path, config: ModelCon
         _write_json(folder / GENERATION, {**ids, "do_sample": True})
     generation = read_json(folder / GENERATION)
     return {key: generation.get(key) for key in ("bos_token_id", "eos_token_id")}
+
+
+def _special_tokens(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of a tokenizer.json, which may be anyone's."""
+    added = tokenizer.get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    return [entry for entry in entries if entry.get("special") and {"content", "id"} <= entry.keys()]
 
 
 def _opened(path: Path) -> Any:

@@ -65,6 +65,13 @@ class Manifest(BaseModel):
     validation_loss: float | None = None
     on_request: bool = False
 
+    @field_validator("files")
+    @classmethod
+    def _each_once(cls, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        if len({entry.file for entry in files}) != len(files):
+            raise ValueError("a file is listed twice")
+        return files
+
     def encode(self) -> bytes:
         """The bytes of manifest.json; its last key is the checksum of what comes before."""
         body = self.model_dump(mode="json")
@@ -92,7 +99,11 @@ def read_manifest(folder: Location) -> Manifest:
                 f"{path} has format version {body.get('format_version')!r}; this megatrain reads {FORMAT_VERSION}."
             )
         manifest = Manifest.model_validate_json(orjson.dumps(body))
-    except (orjson.JSONDecodeError, ValidationError, AttributeError, KeyError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is not a manifest: {where}: {first['msg']}.") from None
+    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a manifest: {str(error).splitlines()[0]}.") from None
     if text != manifest.encode():
         raise CheckpointError(f"{path} is not what was written: a byte outside of its values has changed.")

@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor
 
 from megatrain.checkpoint.coverage import Coverage
-from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.location import Location, telling
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from megatrain.checkpoint.pieces import PieceFile, StoredPiece, copy_into
 from megatrain.distributed.fragment import Piece, Placement, windows
@@ -18,6 +18,7 @@ from megatrain.errors import CheckpointError
 
 PIECES_SUFFIX = ".safetensors"
 _FILES_IN_USE = 16
+_MAX_PLAIN_BYTES = 256 << 20
 
 
 class CheckpointReader:
@@ -163,14 +164,15 @@ def check_plain_file(folder: Location, entry: FileEntry) -> bytes:
     it."""
     path = folder / entry.file
     try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise CheckpointError(f"{path}: it has {size:,} bytes instead of {entry.bytes:,}.")
-        content = path.read_bytes()
+        with telling(path):
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise CheckpointError(f"{path}: it has {size:,} bytes instead of {entry.bytes:,}.")
+            if size > _MAX_PLAIN_BYTES:
+                raise CheckpointError(f"{path}: {size:,} bytes are too many for a file beside the pieces.")
+            content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: it is missing.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error}).") from None
     if xxhash.xxh3_128(content).hexdigest() != entry.checksum:
         raise CheckpointError(f"{path}: its bytes are not what was written.")
     return content

@@ -16,6 +16,7 @@ from megatrain.checkpoint.location import Location, sync_folder, write_file
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import add_file, resolve
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Fragment, Placement, windows
@@ -30,8 +31,8 @@ def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.
     """Write a checkpoint (or the newest good one of a run) as a Hugging Face folder; the checkpoint's folder."""
     folder = resolve(path)
     reader = CheckpointReader(folder)
-    shapes = parameter_shapes(ModelConfig.model_validate(reader.manifest.config["model"]))
-    huggingface.export_folder(reader, shapes, out, shard_bytes)
+    saved = saved_config(reader.manifest, folder)
+    huggingface.export_folder(reader, saved, parameter_shapes(saved.model), out, shard_bytes)
     return folder
 
 
@@ -43,6 +44,7 @@ def import_folder(folder: Path, out: Path) -> Manifest:
     if out.exists():
         raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
     config = huggingface.read_config(folder)
+    huggingface.refuse_too_small(folder, num_parameters(config))
     weights = huggingface.HuggingFaceWeights(folder, parameter_shapes(config))
     aside = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.progress import track
 
 from megatrain.checkpoint.location import Location
-from megatrain.checkpoint.manifest import Manifest
-from megatrain.checkpoint.reader import CheckpointReader, check_plain_file
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import resolve
-from megatrain.config import ModelConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.distributed.fragment import Placement
@@ -29,23 +28,30 @@ TOKENIZER = "tokenizer.json"
 _TOKENS_AT_ONCE = 8192
 
 
-def load_decoder(path: Location, dtype: torch.dtype | None = None) -> tuple[Decoder, Manifest, Location]:
-    """The whole model of a checkpoint on this process's device, in evaluation mode; its manifest and folder.
+class Loaded(NamedTuple):
+    """A checkpoint in use."""
+
+    model: Decoder
+    saved: SavedConfig
+    reader: CheckpointReader
+
+
+def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
+    """The whole model of a checkpoint on this process's device, in evaluation mode.
 
     ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
     """
-    folder = resolve(path)
-    reader = CheckpointReader(folder)
-    config = ModelConfig.model_validate(reader.manifest.config["model"])
+    reader = CheckpointReader(resolve(path))
+    saved = saved_config(reader.manifest, reader.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(saved.model)
     model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_parameter(Placement.whole(name, parameter.shape), "weight"))
-    return model.eval(), reader.manifest, folder
+    return Loaded(model.eval(), saved, reader)
 
 
 def generate_text(
@@ -57,8 +63,8 @@ def generate_text(
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
         raise ConfigError("--prompt has bytes that are not UTF-8: give it as text.")
-    model, manifest, folder = load_decoder(path)
-    tokenizer = _load_tokenizer(manifest, folder)
+    model, _, reader = load_decoder(path)
+    tokenizer = _load_tokenizer(reader)
     encoding = tokenizer.encode(prompt, add_special_tokens=False)
     room = model.config.max_position_embeddings - len(encoding.ids)
     sampling = Sampling(temperature, top_k, top_p if top_p < 1.0 else None)
@@ -82,11 +88,10 @@ def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool
     Windows are as long as those the model was trained on.
     """
     dataset = open_dataset(data)
-    model, manifest, folder = load_decoder(path)
-    _check_tokenizer(dataset, manifest, folder)
-    seq_len, mask = manifest.config["data"]["seq_len"], manifest.config["data"]["document_mask"]
-    windows = Windows(dataset, seq_len, mask)
-    batches = EvaluationBatches(BatchMaker([windows], max(1, _TOKENS_AT_ONCE // seq_len)), 0, 1)
+    model, saved, reader = load_decoder(path)
+    _check_tokenizer(dataset, reader)
+    windows = Windows(dataset, saved.data.seq_len, saved.data.document_mask)
+    batches = EvaluationBatches(BatchMaker([windows], max(1, _TOKENS_AT_ONCE // saved.data.seq_len)), 0, 1)
     device = next(model.parameters()).device
     total = 0.0
     with torch.inference_mode():
@@ -103,28 +108,24 @@ def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool
     }
 
 
-def _load_tokenizer(manifest: Manifest, folder: Location) -> Tokenizer:
+def _load_tokenizer(reader: CheckpointReader) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    entry = next((entry for entry in manifest.files if entry.file == TOKENIZER), None)
-    if entry is None:
-        raise CheckpointError(f"{folder} holds no {TOKENIZER}: text cannot be encoded for this model.")
-    check_plain_file(folder, entry)
     try:
-        return Tokenizer.from_file(str(folder / TOKENIZER))
+        return Tokenizer.from_str(reader.read_file(TOKENIZER).decode())
+    except CheckpointError:
+        raise
     except Exception as error:  # noqa: BLE001 - tokenizers raises the bare class
-        raise CheckpointError(f"{folder / TOKENIZER} is no tokenizer: {error}.") from None
+        raise CheckpointError(f"{reader.folder / TOKENIZER} is no tokenizer: {error}.") from None
 
 
-def _check_tokenizer(dataset: Dataset, manifest: Manifest, folder: Location) -> None:
-    entry = next((entry for entry in manifest.files if entry.file == TOKENIZER), None)
-    if entry is None:
+def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
+    if not any(entry.file == TOKENIZER for entry in reader.manifest.files):
         return
-    check_plain_file(folder, entry)
-    if (folder / TOKENIZER).read_bytes() != dataset.tokenizer_path.read_bytes():
+    if reader.read_file(TOKENIZER) != dataset.tokenizer_path.read_bytes():
         raise DataError(
-            f"{dataset.path} was tokenized with another tokenizer than the one {folder} was trained with: its loss "
-            f"would mean nothing. Tokenize the text again with --tokenizer {folder / TOKENIZER}."
+            f"{dataset.path} was tokenized with another tokenizer than the one {reader.folder} was trained with: its "
+            f"loss would mean nothing. Tokenize the text again with --tokenizer {reader.folder / TOKENIZER}."
         )
 
 

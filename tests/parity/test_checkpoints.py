@@ -161,9 +161,9 @@ def test_a_model_exported_from_a_layout_is_in_transformers_what_it_was_there(
     saved = saves.last(BY_NAME[name])
     export_checkpoint(saved.folder, tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    ours, manifest, _ = load_decoder(saved.folder)
+    ours, _, reader = load_decoder(saved.folder)
     total, count = 0.0, 0
-    for batch in validation_windows(manifest.config):
+    for batch in validation_windows(reader.manifest.config):
         with torch.no_grad():
             logits = model(batch.tokens_BT).logits
             context = ours.make_context(batch.positions_BT, None, None, torch.float32)

@@ -73,3 +73,11 @@ def test_a_later_format_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(_signed(body))
     with pytest.raises(CheckpointError, match="format version 2; this megatrain reads 1"):
         read_manifest(tmp_path)
+
+
+def test_a_file_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+    body = manifest(1, [ENTRY]).model_dump(mode="json")
+    body["files"] *= 2
+    (tmp_path / "manifest.json").write_bytes(_signed(body))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is not a manifest: files: .* a file is listed twice"):
+        read_manifest(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 from checkpoint_samples import write_checkpoint
 
 from megatrain import cli
+from megatrain.checkpoint.manifest import read_manifest
 
 NUM_FLIPS = 40
 
@@ -65,6 +67,19 @@ def test_a_file_that_is_missing_or_of_another_size_or_unknown_is_named(
     code, message = verify(folder)
     assert code == 4
     assert path.name in message
+
+
+def test_a_file_beside_the_pieces_is_read_up_to_a_size_and_no_further(
+    tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
+) -> None:
+    path = write_checkpoint(tmp_path, 1) / "tokenizer.json"
+    manifest = read_manifest(path.parent)
+    os.truncate(path, 1 << 40)  # a file of holes
+    entries = [
+        entry.model_copy(update={"bytes": 1 << 40}) if entry.file == path.name else entry for entry in manifest.files
+    ]
+    (path.parent / "manifest.json").write_bytes(manifest.model_copy(update={"files": tuple(entries)}).encode())
+    assert verify(path.parent) == (4, f"{path}: 1,099,511,627,776 bytes are too many for a file beside the pieces.\n")
 
 
 def test_of_a_run_every_checkpoint_is_verified(tmp_path: Path, verify: Callable[[Path], tuple[int, str]]) -> None:

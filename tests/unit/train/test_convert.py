@@ -171,15 +171,29 @@ def test_how_to_tokenize_and_generate_goes_through_unchanged(tiny_data: TinyData
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [7, 9]
 
 
+def test_a_tokenizer_of_another_make_does_not_stop_an_export(tmp_path: Path) -> None:
+    hf = save(model_of("llama", tied=True), tmp_path / "hf")
+    (hf / "generation_config.json").unlink()
+    (hf / "tokenizer.json").write_text('{"added_tokens": [1, {"special": true}]}')
+    import_folder(hf, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] is None
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no config": ("llama", lambda f: (f / "config.json").unlink(), "no config.json"),
     "no weights": ("llama", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "another family": ("llama", lambda f: change_config(f, model_type="bert"), "'bert'"),
-    "torn": ("llama", lambda f: os.truncate(f / "model.safetensors", 9000), "cannot be read as safetensors"),
+    "torn": ("llama", lambda f: os.truncate(f / "model.safetensors", 60_000), "cannot be read as safetensors"),
     "no size": (
         "llama",
         lambda f: (f / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}'),
         "lacks intermediate_size, num_hidden_layers, num_attention_heads, vocab_size",
+    ),
+    "more layers than weights": (
+        "llama",
+        lambda f: change_config(f, num_hidden_layers=10**7),
+        "too few for the .* parameters that config.json describes",
     ),
     "bias": ("llama", lambda f: change_config(f, attention_bias=True), "attention_bias is True"),
     "activation": ("mistral", lambda f: change_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
