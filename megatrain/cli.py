@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, MegatrainError
+from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, DataError, MegatrainError
 
 if TYPE_CHECKING:
     from megatrain.config import RunConfig
@@ -67,6 +67,53 @@ def check(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
         f"{loaded.parallel.pipeline}, {rules.num_micro_batches(loaded, world_size)} micro-batch(es) a step."
     )
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of nodes; left out: 1, or as many as one copy of the model needs.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Ranks on each node, one a GPU; left out: 8, or without --nodes as few as are needed."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="What computes: a100, h100, h200, b200, mi300x, l40s, ...")] = "h100",
+    network_gbits: Annotated[
+        float, typer.Option(min=0.001, help="Network of each GPU to other nodes, Gbit/s one way.")
+    ] = 400.0,
+    efficiency: Annotated[
+        float,
+        typer.Option(min=0.001, max=1.0, help="Share of its peak at which a GPU computes: assumed, better measured."),
+    ] = 0.5,
+    mtbf_hours_per_node: Annotated[
+        float, typer.Option(min=0.001, help="Mean hours between failures of one node.")
+    ] = 6300.0,
+    checkpoint_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Training stands still for a save; left out: for the copy to CPU memory."),
+    ] = None,
+    restart_seconds: Annotated[float, typer.Option(min=0.0, help="From a failure until training goes on.")] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """What will this run need: memory of each rank, time, saves. Needs no torch, and no data if vocab_size is set."""
+    from megatrain.config import load
+    from megatrain.plan.cluster import Cluster, find_nodes
+    from megatrain.plan.run_plan import Interruptions, make_plan
+    from megatrain.plan.table import show
+
+    loaded = _with_vocabulary(load(config, overrides or ()))
+    nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node)
+    cluster = Cluster.of(nodes, gpus_per_node, device, network_gbits, efficiency)
+    planned = make_plan(loaded, cluster, Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds))
+    if as_json:
+        _print_json(planned.to_json())
+    else:
+        show(planned)
 
 
 @app.command()
@@ -267,6 +314,21 @@ def _check_data(config: RunConfig) -> None:
 
     for path in [*(e.path for e in config.data.train), *(e.path for e in config.data.validation)]:
         open_dataset(path)
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary that the first dataset's tokenizer decides, where it leaves that open."""
+    if config.model.vocab_size is not None:
+        return config
+    from megatrain.data import open_dataset
+
+    try:
+        vocab_size = open_dataset(config.data.train[0].path).vocab_size
+    except DataError as error:
+        raise DataError(
+            f"model.vocab_size is null, so the dataset decides it; set it to plan without data. {error}"
+        ) from error
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
 def _print_json(value: object) -> None:

@@ -7,9 +7,7 @@ from typing import Any
 
 from megatrain.config import RunConfig
 from megatrain.plan import rules
-
-_SMALLEST_BUCKET = 1 << 20
-_LARGEST_BUCKET = 1 << 29
+from megatrain.plan.memory import bucket_elements
 
 
 def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
@@ -19,7 +17,7 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
     is laid over it, leaf by leaf (the config has refused the leaves that are derived here).
     """
     train, parallel = config.train, config.parallel
-    bucket = min(max(num_parameters, _SMALLEST_BUCKET), _LARGEST_BUCKET)
+    bucket = bucket_elements(num_parameters)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "reduce_bucket_size": bucket,

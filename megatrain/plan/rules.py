@@ -44,6 +44,11 @@ def check(config: RunConfig, world_size: int) -> None:
     raise error
 
 
+def is_legal(config: RunConfig, world_size: int) -> bool:
+    """Whether no rule objects."""
+    return not _broken(layout_of(config, world_size))
+
+
 def problems(config: RunConfig, world_size: int) -> list[Problem]:
     """All that is wrong with the config's layout on `world_size` ranks, each with the nearest way to mend it alone.
 

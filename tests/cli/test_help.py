@@ -12,6 +12,7 @@ MOST_CPU_SECONDS = 0.5  # CPU time, as the machine may be busy; on an idle one i
 COMMANDS = [
     [],
     ["check"],
+    ["plan"],
     ["train"],
     ["generate"],
     ["eval"],

@@ -1,0 +1,62 @@
+"""The machines that a run is planned for: how many, how fast, and how they are connected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatrain.config import RunConfig
+from megatrain.errors import ConfigError
+from megatrain.plan import rules
+from megatrain.plan.hardware import DEVICES, Device, find_device
+
+_GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run is planned for.
+
+    ``network_bytes_per_second``: from one device to other nodes, one way. ``efficiency``: the share of its peak at
+    which a device computes where nothing holds it up.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    device: Device
+    network_bytes_per_second: float
+    efficiency: float
+
+    @classmethod
+    def of(cls, nodes: int, gpus_per_node: int, device: str, network_gbits: float, efficiency: float) -> Cluster:
+        """A cluster of devices by name. Raises ConfigError where the table does not know it."""
+        found = find_device(device)
+        if found is None:
+            known = ", ".join(sorted(each.name for each in DEVICES))
+            raise ConfigError(f"--device {device}: not a device that megatrain knows; known: {known}.")
+        return cls(nodes, gpus_per_node, found, network_gbits * 1e9 / 8, efficiency)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.gpus_per_node
+
+    def bandwidth(self, size: int, stride: int) -> float:
+        """Bytes a second that a ring of ``size`` ranks, each ``stride`` after the one before, carries one way.
+
+        Where it leaves the node, it has the network ports of all its ranks there.
+        """
+        if size * stride <= self.gpus_per_node:
+            return self.device.link_bytes_per_second
+        ranks_in_node = max(1, min(size, self.gpus_per_node // stride))
+        ports = ranks_in_node * self.network_bytes_per_second
+        return min(ports, self.device.link_bytes_per_second) if ranks_in_node > 1 else ports
+
+
+def find_nodes(config: RunConfig, nodes: int | None, gpus_per_node: int | None) -> tuple[int, int]:
+    """Nodes, and devices in each, where one or both are left open: as few as one copy of the model needs, 8 a node."""
+    needed = rules.model_ranks(config)
+    if nodes is None and gpus_per_node is None:
+        gpus_per_node = max(count for count in range(1, _GPUS_PER_NODE + 1) if needed % count == 0)
+    if gpus_per_node is None:
+        return nodes or 1, _GPUS_PER_NODE
+    return nodes or -(-needed // gpus_per_node), gpus_per_node

@@ -1,0 +1,68 @@
+"""What to change in a config that does not fit its devices: the fewest keys, the cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+from megatrain.config import RunConfig
+from megatrain.plan import rules
+from megatrain.plan.memory import rank_memory
+from megatrain.plan.part import parts
+
+MAX_CHANGES = 3
+
+Change = tuple[str, int | str]
+"""A key with its section, and its new value."""
+
+
+def peak_bytes(config: RunConfig, world_size: int) -> int:
+    """The most memory that any rank's device needs at any time."""
+    return max(rank_memory(part).peak_bytes for part in parts(config, world_size))
+
+
+def remedy(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes: float) -> str | None:
+    """Overrides with which it fits ``memory_bytes``; None where MAX_CHANGES of those tried do not suffice."""
+    options = list(_options(config, gpus_per_node))
+    for count in range(1, MAX_CHANGES + 1):
+        for changes in combinations(options, count):
+            if len({key for key, _ in changes}) == count:
+                changed = _having(config, changes)
+                if rules.is_legal(changed, world_size) and peak_bytes(changed, world_size) <= memory_bytes:
+                    return " ".join(f"{key}={value}" for key, value in changes)
+    return None
+
+
+def _options(config: RunConfig, gpus_per_node: int) -> Iterator[Change]:
+    """Single changes that save memory, in the order in which docs/parallelism.md advises them."""
+    parallel, micro_batch = config.parallel, config.train.micro_batch_size
+    if parallel.zero_stage == 0:
+        yield "parallel.zero_stage", 1
+    for kind in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[parallel.recompute]:
+        yield "parallel.recompute", kind
+    yield from (("train.micro_batch_size", size) for size in _halves(micro_batch))
+    yield from (("parallel.tensor", size) for size in _doubles(parallel.tensor, gpus_per_node))
+    yield from (("parallel.zero_stage", stage) for stage in range(max(parallel.zero_stage + 1, 2), 4))
+    yield from (("parallel.pipeline", size) for size in _doubles(parallel.pipeline, config.model.num_hidden_layers))
+    if parallel.offload == "none":
+        yield "parallel.offload", "optimizer"
+
+
+def _having(config: RunConfig, changes: tuple[Change, ...]) -> RunConfig:
+    for key, value in changes:
+        section, _, name = key.partition(".")
+        changed = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: changed})
+    return config
+
+
+def _halves(size: int) -> Iterator[int]:
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        yield size
+
+
+def _doubles(size: int, largest: int) -> Iterator[int]:
+    while size * 2 <= largest:
+        size *= 2
+        yield size

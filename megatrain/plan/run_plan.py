@@ -1,0 +1,151 @@
+"""What `megatrain plan` says of a run: memory, time, and what failures cost it, worked out from the config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatrain.config import RunConfig
+from megatrain.plan import rules
+from megatrain.plan.cluster import Cluster
+from megatrain.plan.flops import flops_per_token, num_parameters
+from megatrain.plan.goodput import Failures, best_interval, goodput
+from megatrain.plan.memory import RankMemory, rank_memory
+from megatrain.plan.part import parts
+from megatrain.plan.remedy import remedy
+from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble, step_time
+
+
+@dataclass(frozen=True)
+class Interruptions:
+    """How often nodes fail, and what saving and restarting cost; ``checkpoint_seconds`` None: a copy to CPU memory."""
+
+    mtbf_hours_per_node: float
+    restart_seconds: float
+    checkpoint_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run: one entry of ``ranks`` a pipeline stage, whose ranks are all alike."""
+
+    config: RunConfig
+    cluster: Cluster
+    ranks: tuple[RankMemory, ...]
+    time: StepTime
+    failures: Failures
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.cluster.world_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a step, on each copy of the model."""
+        return rules.num_micro_batches(self.config, self.world_size)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward, without recomputation."""
+        return flops_per_token(self.config.model, self.config.data.seq_len)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the whole job."""
+        return self.config.train.global_batch_size * self.config.data.seq_len
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole job, while it steps."""
+        return self.tokens_per_step / self.time.step
+
+    @property
+    def mfu(self) -> float:
+        """Fraction of the dense bf16 peak of all devices."""
+        return self.tokens_per_second * self.flops_per_token / (self.world_size * self.cluster.device.half_flops)
+
+    @property
+    def days(self) -> float:
+        """For all steps, without failures."""
+        return self.config.train.steps * self.time.step / 86400
+
+    @property
+    def interval_seconds(self) -> float:
+        """The best time between two saves."""
+        return best_interval(self.failures)
+
+    @property
+    def interval_steps(self) -> int:
+        """The same in steps, for checkpoint.every_steps."""
+        return max(1, round(self.interval_seconds / self.time.step))
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time that trains the model, saving at that interval."""
+        return goodput(self.failures, self.interval_seconds)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the run would not go; none: it fits."""
+        memory, fullest = self.cluster.device.memory_bytes, max(self.ranks, key=lambda rank: rank.peak_bytes)
+        if fullest.peak_bytes <= memory:
+            return []
+        way_out = remedy(self.config, self.world_size, self.cluster.gpus_per_node, memory)
+        nearest = f"nearest: {way_out}" if way_out else "no change of up to three keys that was tried would fit"
+        return [
+            f"a rank of stage {fullest.stage} needs {fullest.peak_bytes / 1e9:.1f} GB, and {self.cluster.device.name} "
+            f"has {memory / 1e9:.0f} GB: weights {fullest.weights_bytes / 1e9:.1f}, gradients "
+            f"{fullest.gradients_bytes / 1e9:.1f}, optimizer {fullest.optimizer_bytes / 1e9:.1f}, activations "
+            f"{fullest.activations_bytes / 1e9:.1f}, and what comes and goes; {nearest}"
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `megatrain plan --json` prints it."""
+        parallel = self.config.parallel
+        return {
+            "parameters": num_parameters(self.config.model),
+            "flops_per_token": self.flops_per_token,
+            "world_size": self.world_size,
+            "nodes": self.cluster.nodes,
+            "gpus_per_node": self.cluster.gpus_per_node,
+            "device": self.cluster.device.name,
+            "device_memory_bytes": int(self.cluster.device.memory_bytes),
+            "data": rules.data_degree(self.config, self.world_size),
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "micro_batches": self.num_micro_batches,
+            "problems": self.problems,
+            "pipeline_bubble": pipeline_bubble(self.config, self.num_micro_batches),
+            "ranks": [rank.to_json() for rank in self.ranks],
+            "efficiency": self.cluster.efficiency,
+            "tokens_per_step": self.tokens_per_step,
+            "step_seconds": self.time.step,
+            "seconds": vars(self.time),
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "days": self.days,
+            "days_with_failures": self.days / self.goodput if self.goodput else None,
+            "mtbf_seconds": self.failures.mtbf,
+            "checkpoint_seconds": self.failures.checkpoint,
+            "restart_seconds": self.failures.restart,
+            "goodput": self.goodput,
+            "checkpoint_interval_seconds": self.interval_seconds,
+            "checkpoint_every_steps": self.interval_steps,
+        }
+
+
+def make_plan(config: RunConfig, cluster: Cluster, interruptions: Interruptions) -> RunPlan:
+    """Plan a run of ``config``, whose vocabulary is known. Raises ConfigError where the layout is impossible."""
+    rules.check(config, cluster.world_size)
+    stages = parts(config, cluster.world_size)
+    ranks = tuple(rank_memory(part) for part in stages)
+    copy_seconds = max(rank.cpu["checkpoint copy"] for rank in ranks) / HOST_BYTES_PER_SECOND
+    given = interruptions.checkpoint_seconds
+    failures = Failures.of_nodes(
+        cluster.nodes,
+        interruptions.mtbf_hours_per_node,
+        copy_seconds if given is None else given,
+        interruptions.restart_seconds,
+    )
+    return RunPlan(config, cluster, ranks, step_time(stages, cluster), failures)

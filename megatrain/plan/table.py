@@ -1,0 +1,83 @@
+"""A plan as a person reads it: what each kind of rank holds, where a step's time goes, what failures cost."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from megatrain.plan import rules
+from megatrain.plan.flops import num_parameters
+from megatrain.plan.memory import RankMemory
+from megatrain.plan.run_plan import RunPlan
+
+_NAMES = {
+    "compute": "arithmetic",
+    "tensor": "tensor messages",
+    "pipeline": "pipeline messages",
+    "bubble": "pipeline idle",
+    "data": "data messages",
+    "update": "update",
+}
+_SMALLEST_SHARE = 0.0005
+
+
+def show(plan: RunPlan) -> None:
+    """Print the plan on standard output."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for line in _head(plan):
+        console.print(line)
+    console.print()
+    console.print(_memory(plan.ranks))
+    console.print()
+    for line in _rest(plan):
+        console.print(line)
+    for problem in plan.problems:
+        console.print(f"problem  {problem}", style="bold red")
+
+
+def _head(plan: RunPlan) -> list[str]:
+    config, cluster, parallel = plan.config, plan.cluster, plan.config.parallel
+    return [
+        f"model    {config.model.family}, {num_parameters(config.model):,} parameters, "
+        f"{plan.flops_per_token / 1e9:,.2f} GFLOPs a token",
+        f"layout   {plan.world_size:,} rank(s), {cluster.nodes:,} node(s) of {cluster.gpus_per_node} "
+        f"{cluster.device.name}: data {rules.data_degree(config, plan.world_size)} x tensor {parallel.tensor} x "
+        f"pipeline {parallel.pipeline}, ZeRO {parallel.zero_stage}, recompute {parallel.recompute}",
+        f"batch    {plan.tokens_per_step:,} tokens a step, in {plan.num_micro_batches} micro-batch(es)",
+    ]
+
+
+def _memory(ranks: tuple[RankMemory, ...]) -> Table:
+    """A row for each stage. Buffers: what the peak has more than is kept."""
+    table = Table(title="GB of a rank", title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+    columns = ("weights", "gradients", "optimizer", "activations", "buffers", "peak", "in CPU")
+    for column in ("stage", "ranks", "params", *columns):
+        table.add_column(column, justify="right")
+    for rank in ranks:
+        kept = (rank.weights_bytes, rank.gradients_bytes, rank.optimizer_bytes, rank.activations_bytes)
+        sizes = (*kept, rank.peak_bytes - rank.total_bytes, rank.peak_bytes, sum(rank.cpu.values()))
+        figures = [f"{size / 1e9:,.2f}" for size in sizes]
+        table.add_row(f"{rank.stage}", f"{rank.num_ranks:,}", _count(rank.parameters), *figures)
+    return table
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.3f}B" if number >= 1e9 else f"{number / 1e6:,.3f}M"
+
+
+def _rest(plan: RunPlan) -> list[str]:
+    failures, time = plan.failures, plan.time
+    shares = {_NAMES[key]: seconds / time.step for key, seconds in vars(time).items()}
+    spent = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= _SMALLEST_SHARE)
+    in_node = max(sum(rank.cpu.values()) for rank in plan.ranks) * plan.cluster.gpus_per_node
+    days = f"{plan.days / plan.goodput:,.1f} days" if plan.goodput else "never done"
+    return [
+        f"CPU      {in_node / 1e9:,.1f} GB of a node at the most: the copy that a save makes, and what is offloaded",
+        f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.cluster.efficiency:.0%} of peak: {spent}",
+        f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {plan.days:,.1f} days for "
+        f"{plan.config.train.steps:,} steps",
+        f"failures one in {failures.mtbf / 3600:,.1f} hours, {failures.restart:,.0f} s to restart, "
+        f"{failures.checkpoint:,.2f} s a save",
+        f"goodput  {plan.goodput:.2%} with a save every {plan.interval_seconds:,.0f} s ({plan.interval_steps:,} "
+        f"step(s)): {days}",
+    ]

@@ -1,0 +1,79 @@
+"""One rank of many: builds the engines of each case over torch's fake process group, and says what they hold.
+
+Nothing is sent, so that what other ranks own stays unfilled; what is allocated is real. A pipeline cannot step without
+its neighbours: there the gradients and the activations are left out.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks._layout_rank import Held, _batch, _live_tensors
+from megatrain.config import RunConfig
+from megatrain.distributed.bootstrap import RankInfo, export_rank, free_port
+from megatrain.distributed.fragment import Piece
+from megatrain.distributed.groups import make_groups
+from megatrain.distributed.topology import Topology
+from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.train.assemble import build_engine
+
+
+class Zeros:
+    """A source of state, so that the optimizer has all of its own before the first step."""
+
+    def read(self, wanted: Piece, kind: str) -> Tensor:
+        return torch.zeros(wanted.stop - wanted.start)
+
+    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+        target.zero_()
+
+
+def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
+    """Bytes of each kind that a rank's engine holds, and of what it would save."""
+    mesh = Topology.of(world_size, config.parallel.tensor, config.parallel.pipeline)
+    groups = make_groups(mesh, rank, torch.device("cpu"), 60.0)
+    others = _live_tensors()
+    engine = build_engine(config, groups)
+    engine.load_fragments(Zeros(), num_updates=1)
+    held = Held(engine, others)
+    if mesh.pipeline == 1:
+        train = config.train
+        shape = (train.micro_batch_size, config.data.seq_len)
+        count = train.global_batch_size // (train.micro_batch_size * mesh.data)
+        batches = [_batch(shape, config.model.vocab_size or 0, seed) for seed in range(count)]
+        with held.watch():
+            engine.train_batch(batches, count * shape[0] * shape[1], 1e-4)
+    else:
+        held._take()
+        del held.bytes["gradients"]
+    saved = sum(fragment.data.numel() * fragment.data.element_size() for fragment in engine.state_fragments())
+    engine.close()
+    return {**held.bytes, "saved": saved}
+
+
+def main() -> None:
+    rank, world_size = int(sys.argv[1]), int(sys.argv[2])
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    places = {"local_rank": 0, "local_world_size": 8, "master_addr": "127.0.0.1", "master_port": free_port()}
+    export_rank(RankInfo(rank=rank, world_size=world_size, launcher="none", **places))
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    start_deepspeed(60.0)
+    answers = []
+    for case in json.load(sys.stdin):
+        answers.append(measure(RunConfig.model_validate(case), rank, world_size))
+        gc.collect()
+    sys.stdout.write(f"\nanswer {json.dumps(answers)}\n")
+
+
+if __name__ == "__main__":
+    main()

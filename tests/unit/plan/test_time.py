@@ -1,0 +1,180 @@
+"""The time of a step follows from operations, bytes and rates, as worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatrain.config import RunConfig
+from megatrain.errors import EXIT_USAGE, ConfigError
+from megatrain.plan.cluster import Cluster, find_nodes
+from megatrain.plan.flops import flops_per_token
+from megatrain.plan.hardware import find_device
+from megatrain.plan.part import parts
+from megatrain.plan.run_plan import Interruptions, RunPlan, make_plan
+from megatrain.plan.time import StepTime, pipeline_bubble, step_time
+
+MODEL = {  # that of benchmarks/layouts.py, whose figures are in docs/parallelism.md
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "vocab_size": 4096,
+}
+NODE = Cluster.of(1, 8, "h100", 400.0, 0.5)
+
+
+def make_config(precision: str = "bf16", micro_batch: int = 1, **parallel: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "model": MODEL,
+            "data": {"train": [{"path": "unused"}], "seq_len": 256},
+            "train": {
+                "steps": 1000,
+                "global_batch_size": 4,
+                "micro_batch_size": micro_batch,
+                "precision": precision,
+            },
+            "parallel": parallel,
+        }
+    )
+
+
+def time_of(config: RunConfig, cluster: Cluster) -> StepTime:
+    return step_time(parts(config, cluster.world_size), cluster)
+
+
+def megabytes_sent(num_ranks: int, **parallel: Any) -> tuple[float, float, float]:
+    """By tensor, pipeline and data: over links of a byte a second, seconds are bytes."""
+    slow = replace(NODE, gpus_per_node=num_ranks, device=replace(NODE.device, link_bytes_per_second=1.0))
+    time = time_of(make_config(**parallel), slow)
+    return time.tensor / 1e6, time.pipeline / 1e6, time.data / 1e6
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel", "megabytes"),
+    [
+        (2, {"zero_stage": 0}, (0, 0, 16.0)),
+        (2, {"zero_stage": 1}, (0, 0, 16.0 + 4.0)),
+        (2, {"zero_stage": 2}, (0, 0, 16.0 + 4.0)),
+        (2, {"zero_stage": 3}, (0, 0, 16.0 + 8.0)),
+        (4, {"zero_stage": 3}, (0, 0, 12.0 + 6.0)),
+        (2, {"zero_stage": 0, "tensor": 2}, (9.5, 0, 0)),
+        (2, {"zero_stage": 0, "tensor": 2, "sequence": True}, (4.7 + 4.5 + 0.6, 0, 0)),
+        (4, {"zero_stage": 0, "tensor": 4}, (14.2, 0, 0)),
+        (4, {"zero_stage": 3, "tensor": 2}, (4.7, 0, 8.0 + 4.0)),
+    ],
+    ids=str,
+)
+def test_messages_are_those_that_were_measured(num_ranks, parallel, megabytes):
+    """The table of docs/parallelism.md, "sent a step"."""
+    assert megabytes_sent(num_ranks, **parallel) == pytest.approx(megabytes, abs=0.1)
+
+
+def test_arithmetic_alone_is_at_the_assumed_share_of_peak():
+    config = make_config()
+    alone = replace(NODE, gpus_per_node=1)
+    time = time_of(config, alone)
+    operations = 4 * 256 * flops_per_token(config.model, 256)
+    assert time.compute == pytest.approx(operations / (0.5 * 989.4e12))
+    assert time.update == pytest.approx(30 * parts(config, 1)[0].num_parameters / 3350e9)
+    assert (time.tensor, time.pipeline, time.bubble, time.data) == (0, 0, 0, 0)
+    assert time.step == time.compute + time.update
+
+
+def test_recomputation_costs_a_third_more_where_all_layers_are_done_twice():
+    alone = replace(NODE, gpus_per_node=1)
+    none, selective, full = (
+        time_of(make_config(recompute=kind), alone).compute for kind in ("none", "selective", "full")
+    )
+    model = make_config().model
+    head = 6 * model.hidden_size * model.vocab_size / flops_per_token(model, 256)
+    assert full / none == pytest.approx(1 + (1 - head) / 3)
+    assert none < selective < full
+
+
+def test_a_pipeline_of_like_stages_idles_for_its_bubble():
+    """Stages differ by the embedding and the head: here those are made small."""
+    config = make_config(pipeline=4)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 1})})
+    fast = replace(NODE, gpus_per_node=4, device=replace(NODE.device, link_bytes_per_second=1e30))
+    time = time_of(config, fast)
+    assert time.bubble / (time.bubble + time.compute) == pytest.approx(3 / 7, rel=1e-3)
+    assert pipeline_bubble(config, 4) == 3 / 7
+    assert pipeline_bubble(make_config(), 4) == 0.0
+
+
+def test_a_pipeline_is_as_slow_as_its_slowest_stage():
+    config = make_config(pipeline=2)
+    fast = replace(NODE, gpus_per_node=2, device=replace(NODE.device, link_bytes_per_second=1e30))
+    whole = time_of(make_config(), replace(NODE, gpus_per_node=1)).compute / 4  # of a micro-batch
+    time = time_of(config, fast)
+    assert time.compute + time.bubble == pytest.approx(3 * time.compute / 4 + whole)
+
+
+def test_a_ring_that_leaves_the_node_has_the_network_ports_of_its_ranks_there():
+    cluster = Cluster.of(4, 8, "h100", 400.0, 0.5)
+    assert cluster.bandwidth(8, 1) == 450e9  # tensor ranks of one node
+    assert cluster.bandwidth(32, 1) == 8 * 50e9  # data ranks, all of every node
+    assert cluster.bandwidth(16, 2) == 4 * 50e9  # those of one of two tensor ranks
+    assert cluster.bandwidth(4, 8) == 50e9  # one a node
+    assert replace(cluster, network_bytes_per_second=400e9).bandwidth(32, 1) == 450e9
+
+
+def make(config: RunConfig, cluster: Cluster) -> RunPlan:
+    return make_plan(config, cluster, Interruptions(mtbf_hours_per_node=6300.0, restart_seconds=600.0))
+
+
+def test_speed_mfu_and_days_follow_from_the_step():
+    config = make_config("fp32", zero_stage=1)
+    plan = make(config, replace(NODE, gpus_per_node=2))
+    assert plan.tokens_per_second == pytest.approx(4 * 256 / plan.time.step)
+    flops_per_second = plan.tokens_per_second * flops_per_token(config.model, 256)
+    assert plan.mfu == pytest.approx(flops_per_second / (2 * 989.4e12))  # of the bf16 peak, in fp32 too
+    assert plan.days == pytest.approx(1000 * plan.time.step / 86400)
+
+
+def test_offloading_costs_time_on_the_way_to_the_cpu():
+    alone = replace(NODE, gpus_per_node=1)
+    near, far = (time_of(make_config(zero_stage=2, offload=kind), alone) for kind in ("none", "optimizer"))
+    assert far.compute == near.compute
+    assert far.update > 50 * near.update
+
+
+@pytest.mark.parametrize(
+    ("parallel", "nodes", "gpus", "expected"),
+    [
+        ({}, None, None, (1, 1)),
+        ({"tensor": 2, "pipeline": 2}, None, None, (1, 4)),
+        ({"tensor": 8, "pipeline": 4}, None, None, (4, 8)),
+        ({"tensor": 4, "pipeline": 3}, None, None, (2, 6)),
+        ({}, 2, None, (2, 8)),
+        ({}, None, 4, (1, 4)),
+        ({"tensor": 8}, None, 4, (2, 4)),
+        ({}, 3, 2, (3, 2)),
+    ],
+    ids=str,
+)
+def test_what_is_left_open_is_as_few_as_the_layout_needs(parallel, nodes, gpus, expected):
+    assert find_nodes(make_config(**parallel), nodes, gpus) == expected
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"h101.*known:.* h100,.*mi300x") as caught:
+        Cluster.of(1, 8, "h101", 400.0, 0.5)
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x", "l40s"])
+def test_a_network_between_nodes_is_not_faster_than_the_links_within(device):
+    assert find_device(device).link_bytes_per_second >= 16e9
+    inside, outside = Cluster.of(1, 8, device, 100.0, 0.5), Cluster.of(8, 1, device, 100.0, 0.5)
+    config = make_config(zero_stage=1).model_copy(
+        update={"train": make_config().train.model_copy(update={"global_batch_size": 8})}
+    )
+    assert time_of(config, inside).data < time_of(config, outside).data
