@@ -39,6 +39,10 @@ class CheckpointError(MegatrainError):
     exit_code = EXIT_CHECKPOINT
 
 
+class Unreachable(CheckpointError):
+    """An object store does not answer: nothing is known of the checkpoints there, good or damaged."""
+
+
 class Superseded(CheckpointError):
     """A later start of the same run has taken over: this one can save nothing any more, and has to end."""
 

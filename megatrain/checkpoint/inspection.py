@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.location import Location, telling
 from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.reader import check_files
@@ -33,7 +33,7 @@ def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[Checkpo
     held: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if isinstance(run, Path):
         held = locked(run.parent if run == store.folder else run, job)
-    with held:
+    with held, telling(store.folder):
         return store.set_aside(step)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, Unreachable
 
 Location = Path | UPath
 Bytes = NDArray[np.uint8]
@@ -43,19 +43,21 @@ def locate(text: str | Path) -> Location:
 
 @contextmanager
 def telling(place: Location) -> Iterator[None]:
-    """Raise what goes wrong there as a CheckpointError that names it, also what a store's own package raises (no
-    connection, no credentials). FileNotFoundError and FileExistsError are answers, and pass.
+    """Raise what goes wrong there as a CheckpointError that names it: Unreachable for a store, whose own package may
+    raise anything (no connection, no credentials). FileNotFoundError and FileExistsError are answers, and pass.
     """
+    is_local = isinstance(place, Path)
     try:
         yield
     except (CheckpointError, FileNotFoundError, FileExistsError):
         raise
     except OSError as error:
-        raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from None
+        kind = CheckpointError if is_local else Unreachable
+        raise kind(f"{error.filename or place}: {error.strerror or error}") from None
     except Exception as error:
-        if isinstance(place, Path):
+        if is_local:
             raise
-        raise CheckpointError(f"{place}: {error}") from None
+        raise Unreachable(f"{place}: {error}") from None
 
 
 def list_folder(folder: Location) -> dict[str, int]:

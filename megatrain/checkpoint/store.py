@@ -21,7 +21,7 @@ import yaml
 
 from megatrain.checkpoint.location import Location, exists, list_folder, locate, sync_folder, telling, write_file
 from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, read_manifest
-from megatrain.errors import CheckpointError, Superseded
+from megatrain.errors import CheckpointError, Superseded, Unreachable
 
 _GENERATION = re.compile(r"\.generation-(\d+)-[0-9a-f]+")
 _DELETED = ".deleted-"
@@ -297,9 +297,14 @@ def add_file(folder: Location, name: str, content: bytes) -> FileEntry:
 
 
 def find_problem(path: Location) -> str | None:
-    """Why a checkpoint cannot be used, by its manifest and the sizes of its files; None if it looks whole."""
+    """Why a checkpoint cannot be used, by its manifest and the sizes of its files; None if it looks whole.
+
+    Raises Unreachable where that cannot be found out.
+    """
     try:
         manifest, sizes = read_manifest(path), list_folder(path)
+    except Unreachable:
+        raise
     except CheckpointError as error:
         return str(error)
     for entry in manifest.files:

@@ -16,7 +16,7 @@ from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store, resolve
-from megatrain.errors import CheckpointError, Diverged
+from megatrain.errors import CheckpointError, Diverged, Unreachable
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.progress import Progress, refuse_changes, resume_order
@@ -184,14 +184,20 @@ def _set_aside(store: CheckpointStore, step: int, damaged: Mapping[Location, str
 
 
 def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Do it on every rank. Its result; or, where any rank raised a CheckpointError, what the first of them said."""
-    result, problem = None, None
+    """Do it on every rank. Its result; or, where any rank raised a CheckpointError, what the first of them said.
+
+    Raises Unreachable where that is it: a store that does not answer is no damage.
+    """
+    result: T | None = None
+    problem: CheckpointError | None = None
     try:
         result = action()
     except CheckpointError as error:
-        problem = str(error)
+        problem = error
     first = run.groups.first(problem)
-    return (result, None) if first is None else (None, first)
+    if isinstance(first, Unreachable):
+        raise first
+    return (result, None) if first is None else (None, str(first))
 
 
 def _open(run: Run, folder: Location) -> CheckpointReader:

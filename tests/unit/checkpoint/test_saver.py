@@ -14,10 +14,10 @@ from upath import UPath
 from megatrain.checkpoint.object_store import ObjectStore
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome
-from megatrain.checkpoint.store import PosixStore, Retention
+from megatrain.checkpoint.store import PosixStore, Retention, find_problem
 from megatrain.distributed.bootstrap import free_port
 from megatrain.distributed.fragment import Box, Fragment, Placement, windows
-from megatrain.errors import CheckpointError
+from megatrain.errors import Unreachable
 
 
 def _save(saver: CheckpointSaver, step: int, pieces: Sequence[Fragment]) -> Outcome:
@@ -49,8 +49,10 @@ def test_a_store_that_cannot_be_reached_fails_that_save_alone_and_is_named(tmp_p
     assert saver.problem is not None
     assert saver.problem.startswith("s3://bucket/run/step-00000001.g00001-0badcafe/rank-00000.safetensors: Could not")
     saver.close()
-    with pytest.raises(CheckpointError, match="s3://bucket/run/generations: Could not connect"):
+    with pytest.raises(Unreachable, match="s3://bucket/run/generations: Could not connect"):
         store.list()
+    with pytest.raises(Unreachable, match=r"manifest\.json: Could not connect"):  # which is no damage
+        find_problem(nowhere / "step-00000001.g00001-0badcafe")
 
 
 def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) -> None:

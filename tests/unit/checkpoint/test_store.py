@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.store import CheckpointStore, PosixStore, Retention, find_store, open_store, resolve
 from megatrain.errors import CheckpointError, Superseded
+from tests.faults.small_disk import small_disk
 
 
 @pytest.fixture(params=["posix", "s3"])
@@ -198,6 +200,18 @@ def test_no_run_is_rewound_while_it_goes_on(name: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10)
     with locked(tmp_path, {"host": "elsewhere"}), pytest.raises(CheckpointError, match="in use"):
         rewind(tmp_path / name, 10, {"host": "here"})
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_by_rewinding(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        for step in (10, 20):
+            write_checkpoint(tmp_path, step)
+        shutil.copytree(tmp_path / "checkpoints", disk / "checkpoints")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text(f"checkpoint: {{dir: {disk}/checkpoints}}\n")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(CheckpointError, match="step-00000020: Read-only file system"):
+            rewind(tmp_path / "run", 10, {"host": "here"})
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
