@@ -6,6 +6,7 @@ wrong config fails before torch is there.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ CheckpointPath = Annotated[
 ]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else.")]
+
+
+def _finite(value: float | None) -> float | None:
+    """Refuse the numbers that no minimum refuses: nan and inf."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 @app.command()
@@ -84,20 +92,29 @@ def plan(
     ] = None,
     device: Annotated[str, typer.Option(help="What computes: a100, h100, h200, b200, mi300x, l40s, ...")] = "h100",
     network_gbits: Annotated[
-        float, typer.Option(min=0.001, help="Network of each GPU to other nodes, Gbit/s one way.")
+        float, typer.Option(min=0.001, callback=_finite, help="Network of each GPU to other nodes, Gbit/s one way.")
     ] = 400.0,
     efficiency: Annotated[
         float,
-        typer.Option(min=0.001, max=1.0, help="Share of its peak at which a GPU computes: assumed, better measured."),
+        typer.Option(
+            min=0.001,
+            max=1.0,
+            callback=_finite,
+            help="Share of its peak at which a GPU computes: assumed, better measured.",
+        ),
     ] = 0.5,
     mtbf_hours_per_node: Annotated[
-        float, typer.Option(min=0.001, help="Mean hours between failures of one node.")
+        float, typer.Option(min=0.001, callback=_finite, help="Mean hours between failures of one node.")
     ] = 6300.0,
     checkpoint_seconds: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Training stands still for a save; left out: for the copy to CPU memory."),
+        typer.Option(
+            min=0.0, callback=_finite, help="Training stands still for a save; left out: for the copy to CPU memory."
+        ),
     ] = None,
-    restart_seconds: Annotated[float, typer.Option(min=0.0, help="From a failure until training goes on.")] = 600.0,
+    restart_seconds: Annotated[
+        float, typer.Option(min=0.0, callback=_finite, help="From a failure until training goes on.")
+    ] = 600.0,
     as_json: AsJson = False,
 ) -> None:
     """What will this run need: memory of each rank, time, saves. Needs no torch, and no data if vocab_size is set."""

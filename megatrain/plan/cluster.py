@@ -45,11 +45,19 @@ class Cluster:
 
         Where it leaves the node, it has the network ports of all its ranks there.
         """
-        if size * stride <= self.gpus_per_node:
+        if self._is_in_a_node(size * stride):
             return self.device.link_bytes_per_second
         ranks_in_node = max(1, min(size, self.gpus_per_node // stride))
         ports = ranks_in_node * self.network_bytes_per_second
         return min(ports, self.device.link_bytes_per_second) if ranks_in_node > 1 else ports
+
+    def border_bandwidth(self, size: int, stride: int) -> float:
+        """The same from one of such ranks to the next alone, where that is slowest."""
+        return self.device.link_bytes_per_second if self._is_in_a_node(size * stride) else self.network_bytes_per_second
+
+    def _is_in_a_node(self, num_ranks: int) -> bool:
+        """Whether each run of so many consecutive ranks, from the first on, has a node to itself."""
+        return self.gpus_per_node % num_ranks == 0 or num_ranks <= self.world_size <= self.gpus_per_node
 
 
 def find_nodes(config: RunConfig, nodes: int | None, gpus_per_node: int | None) -> tuple[int, int]:

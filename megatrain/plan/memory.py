@@ -156,7 +156,7 @@ def _owned(part: Part) -> int:
         return sum(share(share(p.numel, data), p.num_replicas) * p.copies for p in own)
     if stage == 0:
         return sum(share(p.numel, p.num_replicas * data) * p.copies for p in own)
-    return min(_flat(part)[1], sum(p.numel * p.copies for p in own))
+    return min(_flat(part)[1], sum(share(p.numel, p.num_replicas) * p.copies for p in own))
 
 
 def _pass_buffers(part: Part) -> dict[str, int]:
@@ -165,6 +165,8 @@ def _pass_buffers(part: Part) -> dict[str, int]:
     bucket = bucket_setting(part, "reduce_bucket_size")
     is_half = bytes_ < 4
     buffers = {"a weight's gradient": bytes_ * part.largest_parameter}
+    if stage in (1, 2) and part.config.parallel.offload != "none":
+        buffers["a gradient on its way"] = bytes_ * part.largest_parameter
     if stage == 2:  # gradients in their own type, and in fp32 as they travel
         buffers["bucket of gradients"] = (bytes_ + 4 * is_half) * bucket
     if stage == 3:

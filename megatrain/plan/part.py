@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig, RunConfig
@@ -130,10 +130,15 @@ class Part:
 
 def parts(config: RunConfig, world_size: int) -> list[Part]:
     """Each stage's part: all that is different between ranks of a legal layout."""
-    counts = decoder_stages(config.model, config.data.seq_len, config.parallel.pipeline)
+    counts = _stages(config.model, config.data.seq_len, config.parallel.pipeline)
     data = rules.data_degree(config, world_size)
     num_micro_batches = rules.num_micro_batches(config, world_size)
     return [Part(config, stage, count, data, num_micro_batches) for stage, count in enumerate(counts)]
+
+
+@lru_cache(maxsize=64)  # the search for a layout that fits asks for the same ones hundreds of times
+def _stages(model: ModelConfig, seq_len: int, num_stages: int) -> tuple[int, ...]:
+    return tuple(decoder_stages(model, seq_len, num_stages))
 
 
 def share(size: int, ways: int) -> int:

@@ -123,7 +123,7 @@ def _pipeline(part: Part, cluster: Cluster) -> float:
         return 0.0
     num_borders = (not part.is_first) + (not part.is_last)
     stride = parallel.tensor * part.data
-    sent = num_borders * _border(part) / parallel.tensor / cluster.bandwidth(2, stride)
+    sent = num_borders * _border(part) / parallel.tensor / cluster.border_bandwidth(parallel.pipeline, stride)
     gathered = 0.0 if parallel.sequence else num_borders * _border(part) * (parallel.tensor - 1) / parallel.tensor
     return sent + gathered / cluster.bandwidth(parallel.tensor, 1)
 
@@ -151,9 +151,8 @@ def _tied(part: Part, cluster: Cluster) -> float:
     if parallel.pipeline == 1 or not model.tie_word_embeddings or not (part.is_first or part.is_last):
         return 0.0
     table = part.widths.vocab * model.hidden_size
-    return (
-        (4 + part.element_bytes) * table / cluster.bandwidth(2, (parallel.pipeline - 1) * parallel.tensor * part.data)
-    )
+    link = cluster.border_bandwidth(parallel.pipeline, parallel.tensor * part.data)
+    return (4 + part.element_bytes) * table / link
 
 
 def _update(part: Part, cluster: Cluster) -> float:

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def test_an_unknown_device_is_refused(megatrain: Megatrain) -> None:
     ended = megatrain("plan", CONFIGS / "llama_8b_64xh100.yaml", "--device", "abacus")
     assert (ended.code, ended.out) == (2, "")
     assert "--device abacus" in ended.err
+
+
+@pytest.mark.parametrize("option", ["mtbf-hours-per-node", "checkpoint-seconds", "network-gbits", "efficiency"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_figure_that_is_none_is_refused(megatrain: Megatrain, option: str, value: str) -> None:
+    ended = megatrain("plan", CONFIGS / "llama_8b_64xh100.yaml", f"--{option}={value}")
+    assert (ended.code, ended.out) == (2, "")
+    assert option in ended.err
+
+
+def test_figures_of_a_layout_that_fits_nowhere_come_soon(megatrain: Megatrain) -> None:
+    words = [CONFIGS / "llama_405b_1024xh100.yaml", "--device", "t4", "parallel.tensor=1", "parallel.sequence=false"]
+    began = time.process_time()
+    (problem,) = plan(megatrain, *words, "parallel.recompute=none", "parallel.zero_stage=0")["problems"]
+    assert "no change of up to three keys" in problem
+    assert time.process_time() - began < 1.0
 
 
 _PLAN = """

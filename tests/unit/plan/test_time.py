@@ -123,6 +123,9 @@ def test_a_ring_that_leaves_the_node_has_the_network_ports_of_its_ranks_there():
     assert cluster.bandwidth(32, 1) == 8 * 50e9  # data ranks, all of every node
     assert cluster.bandwidth(16, 2) == 4 * 50e9  # those of one of two tensor ranks
     assert cluster.bandwidth(4, 8) == 50e9  # one a node
+    assert cluster.border_bandwidth(4, 8) == 50e9  # from stage to stage, of one node each
+    assert cluster.border_bandwidth(4, 2) == 450e9
+    assert replace(cluster, gpus_per_node=6).bandwidth(4, 1) == 4 * 50e9  # every second group lies on two nodes
     assert replace(cluster, network_bytes_per_second=400e9).bandwidth(32, 1) == 450e9
 
 
