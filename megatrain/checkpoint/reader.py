@@ -77,7 +77,7 @@ class CheckpointReader:
         entry = next((entry for entry in self.manifest.files if entry.file == name), None)
         if entry is None:
             raise CheckpointError(f"{self.folder} holds no {name}.")
-        return check_plain_file(self.folder, entry)
+        return _check_plain_file(self.folder, entry)
 
     def _candidates(self, name: str, kind: str) -> Iterator[tuple[PieceFile, StoredPiece]]:
         """Every stored piece of a tensor: those of open files, then, as long as they are asked for, of further ones."""
@@ -135,7 +135,7 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
                 file.check()
                 _cover(coverage, file)
             else:
-                check_plain_file(folder, entry)
+                _check_plain_file(folder, entry)
         except CheckpointError as error:
             problem = str(error)
         damaged = damaged or problem is not None
@@ -159,7 +159,7 @@ def _cover(coverage: Coverage, file: PieceFile) -> None:
         raise CheckpointError(f"{file.path}: {error}.") from None
 
 
-def check_plain_file(folder: Location, entry: FileEntry) -> bytes:
+def _check_plain_file(folder: Location, entry: FileEntry) -> bytes:
     """The content of a file that holds no pieces (the tokenizer), as its checksum says. Raises CheckpointError naming
     it."""
     path = folder / entry.file

@@ -116,7 +116,8 @@ def from_transformers(theirs: Mapping[str, Any], path: Path) -> ModelConfig:
             raise CheckpointError(f"{path}: {key} is {theirs[key]!r}; only {needed!r} can be imported.")
     given = {**_ABSENT[family], **theirs}
     names = _GPT2_NAMES if family == "gpt2" else _NAMES
-    missing = [name for name in [*names.values(), "vocab_size"] if name not in given]
+    missing = [name for name in names.values() if name not in given]
+    missing += ["vocab_size"] if given.get("vocab_size") is None else []
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: the model's shape is not known.")
     ours = {ours: given[name] for ours, name in names.items()}

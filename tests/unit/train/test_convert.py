@@ -190,6 +190,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: (f / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}'),
         "lacks intermediate_size, num_hidden_layers, num_attention_heads, vocab_size",
     ),
+    "no vocabulary": ("llama", lambda f: change_config(f, vocab_size=None), "lacks vocab_size"),
     "more layers than weights": (
         "llama",
         lambda f: change_config(f, num_hidden_layers=10**7),
