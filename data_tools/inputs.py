@@ -32,6 +32,8 @@ SUFFIXES = {
     ".parquet": Kind.PARQUET,
     ".arrow": Kind.ARROW,
 }
+COMPRESSED = {**SUFFIXES, ".json": Kind.JSON_LINES}
+"""C4 and Dolma name their compressed JSON lines so; a .json by itself is one text, like any other source file."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 KNOWN = {*SUFFIXES, *COMPRESSIONS}
 WEB = ("http://", "https://")
@@ -56,8 +58,8 @@ class InputFile:
     @property
     def kind(self) -> Kind:
         """By the suffix before the compression's; anything unknown is a text file."""
-        suffixes = _suffixes(self.name)
-        return SUFFIXES.get(suffixes[-2] if self.compression else suffixes[-1], Kind.TEXT)
+        before, last = _suffixes(self.name)
+        return COMPRESSED.get(before, Kind.TEXT) if self.compression else SUFFIXES.get(last, Kind.TEXT)
 
     @property
     def key(self) -> str:

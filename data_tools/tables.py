@@ -14,7 +14,8 @@ from data_tools.inputs import InputFile, Kind
 from data_tools.units import MAX_DOCUMENT_BYTES, Part, ReadOptions, Record, Unit, decode
 from megatrain.errors import DataError
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 16
+"""In memory at a time, so few because of dictionaries: a million rows may all be the same document of 100 MB."""
 MAX_GROWTH = 1000
 
 
@@ -32,9 +33,18 @@ def read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]
 
 def _guarded(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     try:
-        yield from batches
+        yield from map(_plain, batches)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file.name} is cut off or damaged: {_reason(error)}. Download or write it again.") from None
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch without dictionaries, so that its size is that of what it stands for."""
+    is_dictionary = list(map(pa.types.is_dictionary, batch.schema.types))
+    if not any(is_dictionary):
+        return batch
+    columns = [c.dictionary_decode() if found else c for c, found in zip(batch.columns, is_dictionary, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _reason(error: Exception) -> str:
@@ -61,12 +71,12 @@ def _table_rows(
         texts = _texts(batch, first_row, options, file)
         columns = (texts, _ids(batch, options, file), _extras(batch, options, f"{file.name}, row {first_row}"))
         for row, (text, identity, extra) in enumerate(zip(*columns, strict=True), start=first_row):
-            place = f"{file.name}, row {row}"
             if text is None:
-                raise DataError(f"{place}: {options.text_key!r} should be text, not null.")
+                raise DataError(f"{file.name}, row {row}: {options.text_key!r} should be text, not null.")
             if isinstance(identity, bytes):
-                identity = decode(identity, options, place)
-            yield Record(decode(text, options, place), None if identity is None else str(identity), 0, extra)
+                identity = decode(identity, options, file.name, row)
+            document = decode(text, options, file.name, row)
+            yield Record(document, None if identity is None else str(identity), 0, extra)
         advance(batch.nbytes)
 
 
@@ -86,7 +96,10 @@ def _ids(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> list[o
     if options.id_key not in batch.schema.names:
         return [None] * batch.num_rows
     column = batch.column(options.id_key)
-    ids: list[object] = (_binary(column, options.id_key, file) if _is_text(column) else column).to_pylist()
+    try:
+        ids: list[object] = (_binary(column, options.id_key, file) if _is_text(column) else column).to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{file.name}: the column {options.id_key!r} cannot be read ({error}).") from None
     return ids
 
 
@@ -95,21 +108,18 @@ def _extras(batch: pa.RecordBatch, options: ReadOptions, place: str) -> list[dic
     names = [name for name in batch.schema.names if name not in (options.text_key, options.id_key)]
     try:
         rows: list[dict[str, Any]] = batch.select(names).to_pylist() if names else [{}] * batch.num_rows
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, OverflowError) as error:
         raise DataError(f"{place} or soon after: a column beside the text cannot be read ({error}).") from None
     return rows
 
 
 def _is_text(column: pa.Array) -> bool:
-    value_type = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return value_type in (pa.string(), pa.large_string(), pa.string_view())
+    return column.type in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _binary(column: pa.Array, name: str, file: InputFile) -> pa.Array:
     """A text column as bytes: Arrow does not check that text is UTF-8, and neither does this."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionarydecode()
-    if column.type not in (pa.string(), pa.large_string(), pa.string_view()):
+    if not _is_text(column):
         raise DataError(f"{file.name}: the column {name!r} holds {column.type}, not text.")
     try:
         column = column.cast(pa.large_binary())
@@ -123,9 +133,12 @@ def _columns(names: list[str], options: ReadOptions, file: InputFile) -> list[st
     if options.text_key not in names:
         listed = ", ".join(map(repr, names[:20]))
         raise DataError(f"{file.name} has no column {options.text_key!r}, its columns are {listed}; see --text-key.")
-    if options.whole_records:
-        return names
-    return [options.text_key, *({options.id_key} & set(names) - {options.text_key})]
+    wanted = set(names) if options.whole_records else {options.text_key, options.id_key}
+    columns = [name for name in names if name in wanted]
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{file.name} has more than one column {twice!r}: rename them, or leave out all but one.")
+    return columns
 
 
 def open_parquet(file: InputFile) -> pq.ParquetFile:

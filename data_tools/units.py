@@ -89,11 +89,12 @@ class Unit:
         )
 
 
-def decode(data: bytes, options: ReadOptions, place: str) -> str:
-    """The text that the bytes stand for. Raises DataError with the place where they are not UTF-8 and should be."""
+def decode(data: bytes, options: ReadOptions, file: str, row: int | None = None) -> str:
+    """The text that the bytes stand for. Raises DataError with their place if they are not UTF-8 and should be."""
     try:
         return data.decode(errors=options.errors)
     except UnicodeDecodeError as error:
+        place = file if row is None else f"{file}, row {row}"
         raise DataError(
             f"{place}: invalid UTF-8 at byte {error.start} ({error.reason}); "
             "--errors replace keeps such text, with U+FFFD for the bad bytes."

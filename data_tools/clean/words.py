@@ -42,7 +42,7 @@ _ADDRESS = (
     r"(?:[1-9]\d?|1\d\d|2[01]\d|22[0-3])(?:\.(?:1?\d{1,2}|2[0-4]\d|25[0-5])){2}\.(?:[1-9]\d?|1\d\d|2[0-4]\d|25[0-4])"
 )
 _URL = regex.compile(
-    rf"(?:[\w+\-.]{{2,}}://)?(?:\S+(?::\S*)?@)?(?:{_ADDRESS}|{_HOST}[{_LOWER}]{{2,63}})(?::\d{{2,5}})?(?:[/?#]\S*)?$"
+    rf"(?:[\w+\-.]{{2,}}://)?(?:\S+@)?(?:{_ADDRESS}|{_HOST}[{_LOWER}]{{2,63}})(?::\d{{2,5}})?(?:[/?#]\S*)?$"
 )
 _NEGATED = regex.compile(
     r"(ai|are|ca|could|dare|did|does|do|had|has|have|is|may|might|must|need|ought|sha|should|was|were|wo|would)"

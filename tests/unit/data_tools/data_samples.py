@@ -40,7 +40,9 @@ def _write_arrow(path: Path, documents: list[Document], kind: str) -> None:
     if kind == "parquet":
         pq.write_table(table, path, row_group_size=100)
         return
-    opened = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    if kind == "dictionary":
+        table = table.set_column(0, "text", table["text"].combine_chunks().dictionary_encode())
+    opened = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
     with opened(str(path), table.schema) as writer:
         writer.write_table(table, max_chunksize=37)
 
@@ -58,9 +60,11 @@ def _write_bytes(path: Path, data: bytes) -> None:
 WRITERS: dict[str, Callable[[Path, list[Document]], None]] = {
     "a.jsonl": lambda path, documents: _write_bytes(path, json_lines(documents)),
     "a.jsonl.gz": lambda path, documents: _write_bytes(path, gzip.compress(json_lines(documents), mtime=0)),
+    "a.json.gz": lambda path, documents: _write_bytes(path, gzip.compress(json_lines(documents), mtime=0)),
     "a.jsonl.zst": lambda path, documents: _write_bytes(path, zstandard.compress(json_lines(documents))),
     "a.parquet": lambda path, documents: _write_arrow(path, documents, "parquet"),
     "file.arrow": lambda path, documents: _write_arrow(path, documents, "file"),
+    "dictionary.arrow": lambda path, documents: _write_arrow(path, documents, "dictionary"),
     "stream.arrow": lambda path, documents: _write_arrow(path, documents, "stream"),
     "texts": _write_text_files,
 }

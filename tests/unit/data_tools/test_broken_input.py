@@ -32,6 +32,8 @@ def table_bytes(table: pa.Table, kind: str) -> bytes:
 WORDS = pa.table({"text": [f"word {number}" for number in range(100)]})
 LONG = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
 LONG_WINDOW = LONG.compress(GOOD) + LONG.flush()
+TWICE = pa.table([["a"], ["b"]], ["text", "text"])
+FAR_AWAY = pa.table({"text": ["a"], "id": pa.array([10**17], pa.timestamp("s"))})
 BAD_UTF8 = pa.table({"text": pa.array([b"good", b"\xff\xfe"]).view(pa.string())})
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
@@ -53,6 +55,11 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "parquet without the column": (
         "a.parquet", table_bytes(WORDS.rename_columns(["body"]), "parquet"), "a.parquet has no column 'text'"
     ),
+    "Arrow with the column twice": ("a.arrow", table_bytes(TWICE, "file"), "a.arrow has more than one column 'text'"),
+    "parquet with the column twice": (
+        "a.parquet", table_bytes(TWICE, "parquet"), "a.parquet has more than one column 'text'"
+    ),
+    "an id too far away": ("a.arrow", table_bytes(FAR_AWAY, "file"), "a.arrow: the column 'id' cannot be read"),
     "parquet of numbers": ("a.parquet", table_bytes(pa.table({"text": [1]}), "parquet"), "'text' holds int64, not"),
     "null in parquet": ("a.parquet", table_bytes(pa.table({"text": ["a", None]}), "parquet"), "row 1: 'text' should"),
     "invalid UTF-8 in parquet": ("a.parquet", table_bytes(BAD_UTF8, "parquet"), "a.parquet, row 1: invalid UTF-8"),

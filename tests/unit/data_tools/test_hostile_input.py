@@ -108,6 +108,24 @@ def test_what_would_fill_the_memory_is_refused_in_bounded_memory(
     assert memory_mib < 800, memory_mib
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_dictionary_is_never_written_out_for_many_rows_at_once(
+    kind: str, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["so it goes " * (MIB // 2)]))
+    table, path = pa.table({"text": texts}), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, store_schema=False, dictionary_pagesize_limit=64 * MIB)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    command = [sys.executable, "-c", MEASURED, "dedup", str(path), "--out", str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "exact duplicate: 199 documents" in done.stdout
+    assert int(done.stderr.split()[-1]) < 800, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_much_text_in_little_space_streams_through(kind: str, tmp_path: Path, tokenizer_path: Path) -> None:
