@@ -3,7 +3,7 @@
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test lint acceptance clean
+.PHONY: help setup demo test lint acceptance soak clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -26,8 +26,12 @@ lint: $(READY)  ## what CI checks of the code itself
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-acceptance: $(READY)  ## every long suite in full (hours); see docs/proofs.md
+acceptance: $(READY)  ## every long suite in full (hours), and the soak; see docs/proofs.md
 	MEGATRAIN_ACCEPTANCE=1 $(BIN)/pytest
+	$(BIN)/python -m tests.faults.soak
+
+soak: $(READY)  ## one run, hit by faults of every kind for 20 minutes: is anything lost?
+	$(BIN)/python -m tests.faults.soak
 
 clean:  ## remove what make has made, and nothing else: .venv, demo/, caches
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

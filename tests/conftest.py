@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import pydoc_data.topics
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.distributed.bootstrap import free_port
 from tests.runs import TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
-
-VOCAB_SIZE = 512
+from tests.tiny_data import VOCAB_SIZE, make_tiny_data
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Prose (this Python's help topics), code (two modules of its library) and held-out prose, with one tokenizer."""
-    folder = tmp_path_factory.mktemp("data")
-    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    texts = {
-        "prose": topics[:40],
-        "code": [inspect.getsource(textwrap), inspect.getsource(inspect)[:60_000]],
-        "held-out": topics[40:45],
-    }
-    for name, documents in texts.items():
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    tokenizer = folder / "tokenizer.json"
-    train_tokenizer([str(folder / "prose.jsonl"), str(folder / "code.jsonl")], VOCAB_SIZE, tokenizer, ReadOptions())
-    for name in texts:
-        effort = Effort(1, "tokenizers", silent, lambda warning: None)
-        tokenize([str(folder / f"{name}.jsonl")], tokenizer, folder / name, TokenizeOptions(), effort)
-    return TinyData(folder / "prose", folder / "code", folder / "held-out", tokenizer)
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
 
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<mask>", *(f"<extra_id_{k}>" for k in range(20)))
@@ -90,11 +70,6 @@ def bucket(s3_server: str) -> str:
     """The URL of an S3 bucket that all tests share: each takes a folder of its own."""
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="megatrain-tests")
     return "s3://megatrain-tests"
-
-
-@contextmanager
-def silent(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda amount: None
 
 
 @pytest.fixture(scope="session")

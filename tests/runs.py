@@ -92,6 +92,19 @@ class Metrics(NamedTuple):
         )
 
 
+def last_step(run_dir: Path, since: float = 0.0) -> int | None:
+    """The last step logged after ``since`` (seconds since 1970), by the end of metrics.jsonl; None without one."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 8192, 0))
+        _, *lines = (b"\n" + file.read()).splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
+    steps = [line["step"] for line in whole if "loss" in line and line["time"] > since]
+    return steps[-1] if steps else None
+
+
 class TrainProcess:
     """`megatrain train` of a config, running."""
 

@@ -53,5 +53,19 @@ def forget(run_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective ended because a peer died or no longer answers: gloo and NCCL say so in their own words."""
+    text = str(error)
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "NCCL",
+        "gloo",
+    )
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
 def _path(run_dir: Path, start: str) -> Path:
     return run_dir / "logs" / f"{_FILE}-{start}.json"

@@ -42,6 +42,13 @@ def kill_stopped(ranks: list[psutil.Process]) -> None:
                 process.kill()
 
 
+def kill(ranks: list[psutil.Process]) -> None:
+    """KILL ranks, of those that are still there."""
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def end(ranks: list[psutil.Process]) -> None:
     """Ask ranks to save and stop; KILL those that do not in a minute."""
     kill_stopped(ranks)
@@ -49,8 +56,7 @@ def end(ranks: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     _, alive = psutil.wait_procs(ranks, timeout=_GRACE_SECONDS)
-    for process in alive:
-        process.kill()
+    kill(alive)
 
 
 def process_began() -> float:

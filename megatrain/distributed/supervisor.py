@@ -23,6 +23,8 @@ from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
 _POLL_SECONDS = 0.1
+_END_SECONDS = 12.0
+"""For the others to end after one has failed. The launcher asks them one after the other, half a minute each."""
 
 
 def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path, *, has_gpu: bool) -> int:
@@ -41,11 +43,15 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
     # A session of its own: Ctrl-C reaches the ranks through us alone, once.
     launcher = subprocess.Popen(command, env=env, start_new_session=True)
     told: set[tuple[int, int]] = set()
+    failed_at: float | None = None
     try:
         while launcher.poll() is None:
             _pass_on(launcher.pid, requested, told)
-            if failures.read(run_dir, start_name(env)) is not None:
+            if (first := failures.read(run_dir, start_name(env))) is not None:
                 local_ranks.kill_stopped(_ranks(launcher.pid))
+                failed_at = failed_at or time.monotonic()
+                if first.exit_code != EXIT_PREEMPTED and time.monotonic() > failed_at + _END_SECONDS:
+                    local_ranks.kill(_ranks(launcher.pid))
             time.sleep(_POLL_SECONDS)
     finally:
         num_orphans = _end_orphans(launcher.pid)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from megatrain.checkpoint.lock import Lease, locked
 from megatrain.config import RunConfig, load
-from megatrain.distributed import failures
+from megatrain.distributed import failures, giving_up
 from megatrain.distributed.bootstrap import (
     RankInfo,
     bind_cores,
@@ -26,8 +28,9 @@ from megatrain.distributed.bootstrap import (
     supervisor_pid,
 )
 from megatrain.distributed.build_locks import clear_stale_locks
+from megatrain.distributed.lifeline import Lifeline
 from megatrain.distributed.signals import Requests
-from megatrain.errors import EXIT_BUG, EXIT_OK, MegatrainError, RankError
+from megatrain.errors import EXIT_BUG, EXIT_OK, EXIT_RANK, MegatrainError, RankError
 from megatrain.plan import rules
 from megatrain.train.start_clock import StartClock
 
@@ -52,11 +55,16 @@ def main(arguments: list[str]) -> int:
                 lease = held.enter_context(locked(Path(config.run.dir), job_identity()))
             clock.lap("lock")
             run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
-            return _train(config, rank, run_dir, stop, lease, clock)
+            if rank.rank == 0:
+                failures.forget(run_dir)
+            die = partial(_die, rank, run_dir)
+            is_told_to_end = partial(_is_told_to_end, stop, rank, run_dir)
+            lifeline = held.enter_context(Lifeline(rank, run_dir, start_name(), die, is_told_to_end))
+            return _train(config, rank, run_dir, stop, lease, clock, lifeline)
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
-        if _is_lost_peer(error):
+        if failures.is_lost_peer(error):
             lost = RankError(
                 f"Rank {rank.rank if rank else '?'} lost the others in the middle of a step: another rank or its node "
                 f"died, or does not answer ({str(error).splitlines()[0][:200]}). Start the run again: it goes on from "
@@ -67,19 +75,23 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(
-    config: RunConfig, rank: RankInfo, run_dir: Path, stop: Requests, lease: Lease | None, clock: StartClock
+    config: RunConfig,
+    rank: RankInfo,
+    run_dir: Path,
+    stop: Requests,
+    lease: Lease | None,
+    clock: StartClock,
+    lifeline: Lifeline,
 ) -> int:
     export_rank(rank)
     from megatrain.observe.logs import setup_logging
     from megatrain.train.start import train
 
-    if rank.rank == 0:
-        failures.forget(run_dir)
     setup_logging(run_dir, rank.rank, console=rank.rank == 0)
     clock.lap("imports")
     for told in clear_stale_locks(extensions_dir()) if rank.local_rank == 0 else ():
         logging.getLogger(__name__).warning("%s", told)
-    train(config, rank, stop, lease, clock)
+    train(config, rank, stop, lease, clock, lifeline)
     return EXIT_OK
 
 
@@ -92,18 +104,20 @@ def _fail(rank: RankInfo | None, run_dir: Path | None, exit_code: int, message: 
     return exit_code
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective ended because a peer died or no longer answers: gloo and NCCL say so in their own words."""
-    text = str(error)
-    words = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "NCCL",
-        "gloo",
-    )
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
+def _die(rank: RankInfo, run_dir: Path, report: str) -> None:
+    """Another rank has died, and this one may wait for it where nothing reaches it."""
+    code = _fail(rank, run_dir, EXIT_RANK, report)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_told_to_end(stop: Requests, rank: RankInfo, run_dir: Path) -> bool:
+    """By TERM, which launchers send to the ranks that are left on a node when one has died; or because no launcher of
+    another node is left, for which one rank of each node looks.
+    """
+    if stop.signal is signal.SIGTERM:
+        return True
+    return rank.local_rank == 0 and giving_up.why_given_up(run_dir, start_name()) is not None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig, dump
 from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import RankInfo, start_name
+from megatrain.distributed.lifeline import Lifeline
 from megatrain.distributed.signals import Requests
 from megatrain.distributed.watchdog import Watchdog
 from megatrain.errors import EXIT_RANK
@@ -34,16 +35,23 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: RunConfig, rank: RankInfo, stop: Requests, lease: Lease | None = None, clock: StartClock | None = None
+    config: RunConfig,
+    rank: RankInfo,
+    stop: Requests,
+    lease: Lease | None = None,
+    clock: StartClock | None = None,
+    lifeline: Lifeline | None = None,
 ) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
-    ``lease``: of the run folder, on rank 0. ``clock``: began with this process. Raises Preempted after a request to
-    stop, once the state is saved.
+    ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``lifeline``: is told when the ranks
+    have met. Raises Preempted after a request to stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
     clock = clock or StartClock()
     run = assemble(config, rank, clock)
+    if lifeline is not None:
+        lifeline.met()
     progress, folder, complaints = restore(run)
     clock.lap("restore")
     if rank.rank == 0:

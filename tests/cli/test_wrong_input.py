@@ -13,9 +13,9 @@ from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from tests.cli.conftest import Megatrain
-from tests.conftest import silent
 from tests.runs import TinyData, finished_config, tiny_config, write_config
 from tests.served import ServedRanks
+from tests.tiny_data import silent
 
 
 class Place(NamedTuple):

@@ -1,0 +1,194 @@
+"""Who hears of a death, and of what else not. Ranks are processes, forked from one that has no torch."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from megatrain.distributed import lifeline
+from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.lifeline import Lifeline
+from megatrain.errors import Preempted
+
+NUM_RANKS = 4
+
+
+def _rank(rank: int, run_dir: Path, orders: Connection, told_to_end: bool) -> None:
+    """A rank that does as it is told, and says what it hears."""
+
+    def die(report: str) -> None:
+        orders.send(report)
+        os._exit(5)
+
+    info = RankInfo(rank, NUM_RANKS, rank, NUM_RANKS, "test", "127.0.0.1", 1)
+    try:
+        with Lifeline(info, run_dir, "start", die, lambda: told_to_end):
+            order = orders.recv()
+            if order == "lose a peer":
+                raise RuntimeError("Connection closed by peer")
+            if order == "fail":
+                raise ValueError("an error of its own")
+            if order == "be preempted":
+                raise Preempted("saved")
+    except (ValueError, Preempted):
+        pass
+    orders.send("ended by itself")
+
+
+class Ranks:
+    """Some ranks of a run, and what they are told and say."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._context = run_dir, multiprocessing.get_context("fork")
+        self.processes: dict[int, BaseProcess] = {}
+        self.orders: dict[int, Connection] = {}
+
+    def start(self, *ranks: int, told_to_end: bool = False) -> None:
+        for rank in ranks:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_rank, args=(rank, self._run_dir, theirs, told_to_end))
+            process.start()
+            theirs.close()
+            self.processes[rank], self.orders[rank] = process, ours
+
+    def hears(self, rank: int, within_seconds: float = 20.0) -> str:
+        assert self.orders[rank].poll(within_seconds), f"rank {rank} heard nothing"
+        heard: str = self.orders[rank].recv()
+        return heard
+
+    def hear_nothing(self, *ranks: int, for_seconds: float) -> bool:
+        end = time.monotonic() + for_seconds
+        return not any(self.orders[rank].poll(max(end - time.monotonic(), 0.0)) for rank in ranks)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    monkeypatch.setattr(lifeline, "_FAILED_SECONDS", 3.0)
+    monkeypatch.setattr(lifeline, "_COME_SECONDS", 2.0)
+    ranks = Ranks(tmp_path)
+    yield ranks
+    for process in ranks.processes.values():
+        process.kill()
+        process.join()
+
+
+def _kill(ranks: Ranks, *numbers: int) -> None:
+    for number in numbers:
+        os.kill(ranks.processes[number].pid or 0, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("dead", [(2,), (0,), (1, 3)])
+def test_all_hear_within_seconds_who_has_died(dead: tuple[int, ...], ranks: Ranks) -> None:
+    ranks.start(*range(NUM_RANKS))
+    time.sleep(0.7)
+    _kill(ranks, *dead)
+    names = ", ".join(f"rank {rank} on {socket.gethostname()}" for rank in dead)
+    for rank in set(range(NUM_RANKS)) - {*dead}:
+        heard = ranks.hears(rank)
+        assert f"R{names[1:]}: killed, or crashed" in heard
+        assert "Start the run again" in heard
+
+
+def test_a_death_before_all_have_come_is_heard_of(ranks: Ranks) -> None:
+    ranks.start(0, 2, 3)
+    time.sleep(0.7)
+    _kill(ranks, 3)
+    assert "Rank 3 on " in ranks.hears(0)
+    assert "Rank 3 on " in ranks.hears(2)
+
+
+def test_a_rank_that_is_stopped_is_not_taken_for_dead(ranks: Ranks) -> None:
+    ranks.start(*range(NUM_RANKS))
+    time.sleep(0.7)
+    os.kill(ranks.processes[1].pid or 0, signal.SIGSTOP)
+    assert ranks.hear_nothing(0, 2, 3, for_seconds=2.0)
+
+
+@pytest.mark.parametrize("order", ["end", "be preempted"])
+def test_ranks_that_end_well_alarm_nobody(order: str, ranks: Ranks) -> None:
+    ranks.start(*range(NUM_RANKS))
+    time.sleep(0.7)
+    for rank in (1, 0, 3):  # one after the other, rank 0 before another
+        ranks.orders[rank].send(order)
+        assert ranks.hears(rank) == "ended by itself"
+    assert ranks.hear_nothing(2, for_seconds=2.0)
+    ranks.orders[2].send(order)
+    assert ranks.hears(2) == "ended by itself"
+
+
+def test_one_that_fails_with_an_error_leaves_the_others_time_to_notice_by_themselves(ranks: Ranks) -> None:
+    ranks.start(*range(NUM_RANKS))
+    time.sleep(0.7)
+    ranks.orders[2].send("fail")
+    assert ranks.hears(2) == "ended by itself"
+    assert ranks.hear_nothing(0, 1, 3, for_seconds=2.0)
+    for rank in (0, 1, 3):
+        assert "ended with an error of its own" in ranks.hears(rank)
+
+
+def test_one_that_lost_a_peer_in_a_collective_says_who_it_was(ranks: Ranks) -> None:
+    ranks.start(*range(NUM_RANKS))
+    time.sleep(0.7)
+    _kill(ranks, 3)
+    ranks.orders[1].send("lose a peer")
+    assert "Rank 3 on " in ranks.hears(1)
+
+
+def test_ranks_told_to_end_do_not_wait_for_one_that_never_came(ranks: Ranks) -> None:
+    ranks.start(0, 1, told_to_end=True)
+    assert "was told to end while the ranks were starting" in ranks.hears(0)
+    assert "was told to end while the ranks were starting" in ranks.hears(1) or "Rank 0" in ranks.hears(1)
+
+
+def test_what_an_earlier_start_left_behind_is_passed_over(ranks: Ranks, tmp_path: Path) -> None:
+    earlier = tmp_path / "logs" / "lifeline-start.json"
+    earlier.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        earlier.write_text(json.dumps([gone.getsockname()[1], "another"]))
+    ranks.start(3, 2, 1)
+    time.sleep(0.5)
+    ranks.start(0)
+    time.sleep(0.7)
+    _kill(ranks, 1)
+    assert all("Rank 1 on " in ranks.hears(rank) for rank in (0, 2, 3))
+
+
+def test_of_a_thousand_ranks_all_hear_of_a_death_in_seconds(tmp_path: Path) -> None:
+    size, reports = 1000, []
+    with Lifeline(RankInfo(0, size, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", reports.append):
+        port, token = json.loads((tmp_path / "logs" / "lifeline-start.json").read_text())
+        began = time.monotonic()
+        stranger = socket.create_connection(("127.0.0.1", port), timeout=20.0)
+        stranger.sendall(b"hello you\n")
+        assert stranger.makefile().read() == ""
+        others = [socket.create_connection(("127.0.0.1", port), timeout=20.0) for _ in range(1, size)]
+        for rank, other in enumerate(others, 1):
+            other.sendall(f"hello {token} {rank} node{rank // 8}\n".encode())
+        heard = [other.makefile() for other in others]
+        assert all(file.readline().startswith(f"hello {token} 0 ") and file.readline() == "all\n" for file in heard)
+        others[76].close()
+        heard[76].close()
+        told = [file.readline() for number, file in enumerate(heard) if number != 76]
+        assert time.monotonic() - began < 10.0
+    assert told == [f"death {reports[0]}\n"] * (size - 2)
+    assert reports[0].startswith("Rank 77 on node9: killed, or crashed")
+    for other in others:
+        other.close()
+
+
+def test_a_rank_alone_needs_nobody(tmp_path: Path) -> None:
+    alarmed: list[str] = []
+    end: Callable[[str], None] = alarmed.append
+    with Lifeline(RankInfo(0, 1, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", end):
+        assert not (tmp_path / "logs").exists()
+    assert not alarmed
