@@ -218,6 +218,7 @@ class PosixStore(CheckpointStore):
         assert isinstance(path, Path)
         hidden = path.with_name(f"{_DELETED}{path.name}-{secrets.token_hex(4)}")
         path.rename(hidden)
+        sync_folder(self.folder)  # that it is gone comes before that its files are
         shutil.rmtree(hidden, ignore_errors=True)
 
     def set_aside(self, after: int) -> Sequence[CheckpointFolder]:
@@ -302,7 +303,9 @@ def find_problem(path: Location) -> str | None:
     Raises Unreachable where that cannot be found out.
     """
     try:
-        manifest, sizes = read_manifest(path), list_folder(path)
+        sizes, manifest = list_folder(path), read_manifest(path)
+    except FileNotFoundError:
+        return f"{path} is not there."
     except Unreachable:
         raise
     except CheckpointError as error:

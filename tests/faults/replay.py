@@ -75,9 +75,10 @@ class Disk:
             del parent.entries[name]
         return True
 
-    def write(self, target: Path, keep_unsynced_names: bool) -> None:
-        """Make the files as a power loss would leave them: contents as far as synced; names too, or all of them."""
-        _store(self._tree, target, keep_unsynced_names)
+    def write(self, target: Path, unsynced_names_from: int | None) -> None:
+        """Make the files as a power loss would leave them: contents as far as synced; names too, but for those so many
+        folders down or further, which are as they were last (None: nowhere)."""
+        _store(self._tree, target, unsynced_names_from)
 
     def _find(self, path: Path) -> _File | _Folder:
         node: _File | _Folder = self._tree
@@ -100,13 +101,14 @@ def _load(path: Path) -> _File | _Folder:
     return _File(content, content)
 
 
-def _store(node: _File | _Folder, target: Path, all_names: bool) -> None:
+def _store(node: _File | _Folder, target: Path, unsynced_from: int | None) -> None:
     if isinstance(node, _File):
         target.write_bytes(node.synced)
         return
     target.mkdir()
-    for name, child in (node.entries if all_names else node.synced).items():
-        _store(child, target / name, all_names)
+    below = None if unsynced_from is None else max(unsynced_from - 1, 0)
+    for name, child in (node.entries if unsynced_from == 0 else node.synced).items():
+        _store(child, target / name, below)
 
 
 def _bytes(text: str) -> bytes:

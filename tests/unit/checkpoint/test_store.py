@@ -15,7 +15,15 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import CheckpointStore, PosixStore, Retention, find_store, open_store, resolve
+from megatrain.checkpoint.store import (
+    CheckpointStore,
+    PosixStore,
+    Retention,
+    find_problem,
+    find_store,
+    open_store,
+    resolve,
+)
 from megatrain.errors import CheckpointError, Superseded
 from tests.faults.small_disk import small_disk
 
@@ -131,6 +139,11 @@ def test_the_newest_good_one_skips_what_is_cut_off_or_missing(tmp_path: Path) ->
     again = store.newest_good({store.finished(2): "found damaged"})
     assert again is not None
     assert again.step == 1
+
+
+def test_a_checkpoint_that_goes_while_it_is_looked_at_is_said_to_be_missing(place: Location) -> None:
+    gone = save(_open(place), 1).with_name("step-00000002.g00001-0badcafe")
+    assert str(gone) in (find_problem(gone) or "")
 
 
 def test_where_none_is_good_the_newest_ones_fault_is_told(tmp_path: Path) -> None:
