@@ -11,7 +11,14 @@ from megatrain.checkpoint.location import Location, telling
 from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.reader import check_files
-from megatrain.checkpoint.store import CheckpointFolder, find_problem, find_store, is_checkpoint, resolve
+from megatrain.checkpoint.store import (
+    CheckpointFolder,
+    CheckpointStore,
+    find_problem,
+    find_store,
+    is_checkpoint,
+    resolve,
+)
 from megatrain.errors import CheckpointError
 
 
@@ -30,11 +37,17 @@ def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[Checkpo
     store = find_store(run)
     if (problem := find_problem(store.finished(step))) is not None:
         raise CheckpointError(f"The checkpoint of step {step} is not good: {problem}")
-    held: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if isinstance(run, Path):
-        held = locked(run.parent if run == store.folder else run, job)
-    with held, telling(store.folder):
+    with _held(run, store, job), telling(store.folder):
         return store.set_aside(step)
+
+
+def _held(run: Location, store: CheckpointStore, job: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
+    """The lock of the run folder, where ``run`` tells which that is; a checkpoint.dir or a URL does not."""
+    if not isinstance(run, Path):
+        return contextlib.nullcontext()
+    if run != store.folder:
+        return locked(run, job)
+    return locked(run.parent, job) if run.name == "checkpoints" else contextlib.nullcontext()
 
 
 def describe(path: Location) -> dict[str, Any]:

@@ -253,10 +253,13 @@ def open_store(run_dir: Path, place: str | None) -> CheckpointStore:
 
 
 def find_store(path: Location) -> CheckpointStore:
-    """The checkpoints that a user means by a run folder, its checkpoints folder, or the URL of either."""
+    """The checkpoints that a user means by a run folder, its checkpoints folder, a checkpoint.dir, or the URL of one."""
     if isinstance(path, Path):
+        itself = PosixStore(path)
         if path.name == "checkpoints" and (path.is_dir() or not (path / "checkpoints").is_dir()):
-            return PosixStore(path)
+            return itself
+        if any(True for _ in itself.names()):
+            return itself
         if (place := _configured_place(path)) is not None:
             return _store_at(locate(place))
         return PosixStore(path / "checkpoints")

@@ -194,8 +194,16 @@ def test_a_run_folder_leads_to_the_place_that_its_config_names(tmp_path: Path) -
     (run_dir / "config.yaml").write_text(f"checkpoint: {{dir: {tmp_path}/elsewhere}}\n")
     store = find_store(run_dir)
     path = save(store, 3)
-    assert resolve(run_dir) == path
+    assert resolve(run_dir) == resolve(tmp_path / "elsewhere") == path
     assert store.folder == tmp_path / "elsewhere"
+
+
+def test_a_place_of_checkpoints_that_is_no_run_folder_can_be_rewound_and_is_left_as_it_is(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path / "elsewhere")
+    save(store, 1)
+    save(store, 2)
+    assert [found.step for found in rewind(store.folder, 1, {"host": "here"})] == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]  # no lock beside it
 
 
 def test_rewinding_to_a_step_without_a_good_checkpoint_is_refused_by_what_there_is(tmp_path: Path) -> None:
