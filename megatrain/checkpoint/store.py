@@ -253,7 +253,7 @@ def open_store(run_dir: Path, place: str | None) -> CheckpointStore:
 
 
 def find_store(path: Location) -> CheckpointStore:
-    """The checkpoints that a user means by a run folder, its checkpoints folder, a checkpoint.dir, or the URL of one."""
+    """The checkpoints that a user means by a run folder, its checkpoints folder, a checkpoint.dir, or a URL."""
     if isinstance(path, Path):
         itself = PosixStore(path)
         if path.name == "checkpoints" and (path.is_dir() or not (path / "checkpoints").is_dir()):
