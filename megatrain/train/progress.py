@@ -126,7 +126,7 @@ class Progress:
                 rewinds=tuple(Rewind(**entry) for entry in state["rewinds"]),
                 training_seconds=float(state["training_seconds"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"The state in the checkpoint of step {step} cannot be read: {error!r}.") from None
 
 
@@ -144,9 +144,10 @@ def resume_table() -> str:
 
 def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming all of them, if the config changes what a run cannot change as it goes on."""
-    asked, problems, ways_out = _num_new_epochs(saved), [], []
+    former, problems, ways_out = _with_defaults(saved), [], []
+    asked = former.data.num_new_epochs
     is_new_epoch = config.data.num_new_epochs > asked
-    for path, before, after in _differences("", _with_defaults(saved), config.model_dump(mode="json")):
+    for path, before, after in _differences("", former.model_dump(mode="json"), config.model_dump(mode="json")):
         rule, text = rule_of(path), f"{path} was {before} and is now {after}"
         if rule.may is May.NEVER or (rule.key == "data.num_new_epochs" and not is_new_epoch):
             problems.append(f"{text} ({rule.why})")
@@ -217,16 +218,17 @@ def _segment(entry: Mapping[str, Any]) -> Segment:
     return Segment(entry["first_step"], Terms(**terms), places, entry["samples_before"])
 
 
-def _num_new_epochs(saved: Mapping[str, Any]) -> int:
-    return int(_with_defaults(saved).get("data", {}).get("num_new_epochs", 0))
-
-
-def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a checkpoint, with the keys that were added since; as it is, where this version cannot read it."""
+def _with_defaults(saved: Mapping[str, Any]) -> RunConfig:
+    """The config of a checkpoint, with the keys that were added since."""
     try:
-        return RunConfig.model_validate(saved).model_dump(mode="json")
-    except ValidationError:
-        return saved
+        return RunConfig.model_validate(saved)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["config", *map(str, first["loc"])])
+        raise CheckpointError(
+            f"The checkpoint is not one that this megatrain goes on from: {key}: {first['msg']}. Use the version that "
+            "wrote it; an imported model begins a new run, as its run.init_from."
+        ) from None
 
 
 def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -52,6 +52,30 @@ def test_a_state_that_lacks_something_is_refused(key: str) -> None:
         Progress.from_state(10, 5120, state)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("training_seconds", "x"), ("segments", 1), ("recent", []), ("digests", None)]
+)
+def test_a_state_of_another_kind_is_refused(key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match="checkpoint of step 10 cannot be read"):
+        Progress.from_state(10, 5120, {**PROGRESS.to_state(), key: value})
+
+
+@pytest.mark.parametrize(
+    ("saved", "key"),
+    [
+        ({}, "config.run: "),
+        ({"model": {}, "data": {"seq_len": 4, "document_mask": False}, "train": {"precision": "bf16"}}, "config.run: "),
+        ({"data": None}, "config.data: "),
+        ({"experts": {"count": 8}}, "config.experts: "),
+    ],
+    ids=["nothing", "an imported model", "no data", "a section of a later version"],
+)
+def test_a_config_that_this_version_cannot_read_is_refused_by_its_key(saved: dict[str, Any], key: str) -> None:
+    saved = saved if "run" in key else {**SAVED, **saved}
+    with pytest.raises(CheckpointError, match=f"goes on from: {key}.*Use the version that wrote it"):
+        refuse_changes(CONFIG, saved)
+
+
 def test_a_skipped_step_counts_as_a_step_but_not_as_an_update() -> None:
     skipped = PROGRESS.after_step(512, True, RECENT).after_step(512, True, RECENT)
     assert skipped.skipped_in_a_row == 2
