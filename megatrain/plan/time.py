@@ -117,14 +117,14 @@ def _tensor(part: Part, cluster: Cluster) -> float:
 
 
 def _pipeline(part: Part, cluster: Cluster) -> float:
-    """Activations on, gradients back; of each 1/tensor a rank, gathered on arrival."""
+    """Activations on, gradients back; of each 1/tensor a rank, gathered on arrival and once more for what was sent."""
     parallel = part.config.parallel
     if parallel.pipeline == 1:
         return 0.0
     num_borders = (not part.is_first) + (not part.is_last)
     stride = parallel.tensor * part.data
     sent = num_borders * _border(part) / parallel.tensor / cluster.border_bandwidth(parallel.pipeline, stride)
-    gathered = 0.0 if parallel.sequence else num_borders * _border(part) * (parallel.tensor - 1) / parallel.tensor
+    gathered = 0.0 if parallel.sequence else 2 * num_borders * _border(part) * (parallel.tensor - 1) / parallel.tensor
     return sent + gathered / cluster.bandwidth(parallel.tensor, 1)
 
 

@@ -68,6 +68,7 @@ def megabytes_sent(num_ranks: int, **parallel: Any) -> tuple[float, float, float
         (2, {"zero_stage": 0, "tensor": 2, "sequence": True}, (4.7 + 4.5 + 0.6, 0, 0)),
         (4, {"zero_stage": 0, "tensor": 4}, (14.2, 0, 0)),
         (4, {"zero_stage": 3, "tensor": 2}, (4.7, 0, 8.0 + 4.0)),
+        (2, {"zero_stage": 0, "pipeline": 2}, (0, 0.5, 4.2 + 2.1)),  # of the tied table: gradients both ways, weights
     ],
     ids=str,
 )
