@@ -98,9 +98,10 @@ def last_step(run_dir: Path, since: float = 0.0) -> int | None:
     if not path.exists():
         return None
     with path.open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - 8192, 0))
-        _, *lines = (b"\n" + file.read()).splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
+        begin = max(file.seek(0, os.SEEK_END) - 8192, 0)
+        file.seek(begin)
+        lines = file.read().splitlines(keepends=True)[1 if begin else 0 :]
+    whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
     steps = [line["step"] for line in whole if "loss" in line and line["time"] > since]
     return steps[-1] if steps else None
 
