@@ -190,22 +190,22 @@ class ShardWriter:
 
     def __call__(self, plan: ShardPlan, advance: Advance) -> None:
         """Write the shard, then delete the parts that are in it alone."""
+        # Every process comes to every shard in the end: of those that are written, one look is all that it costs.
+        if self.is_written(plan):
+            return
         with self._claims.claim(shard_name(plan.index)) as is_ours:
-            if not is_ours:
-                return
-            if not self.is_written(plan):
+            if is_ours and not self.is_written(plan):
                 write_shard(self._out, self._work, self._recipe, plan, advance)
-            for part in plan.inner_parts:
-                (self._work / part).unlink(missing_ok=True)
+                for part in plan.inner_parts:
+                    (self._work / part).unlink(missing_ok=True)
 
     def is_written(self, plan: ShardPlan) -> bool:
         """Whether the shard, and what the table of shards is to say of it, are on disk."""
-        stats_path = _stats_path(self._work, plan.index)
-        return (
-            (self._out / shard_name(plan.index)).exists()
-            and stats_path.exists()
-            and orjson.loads(stats_path.read_bytes())["plan"] == plan.key
-        )
+        try:
+            stats = orjson.loads(_stats_path(self._work, plan.index).read_bytes())
+        except FileNotFoundError:
+            return False
+        return bool(stats["plan"] == plan.key) and (self._out / shard_name(plan.index)).exists()
 
 
 def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance: Advance) -> None:

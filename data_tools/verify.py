@@ -95,7 +95,8 @@ def _chosen_batches(dataset: Dataset, extent: Extent) -> dict[int, list[int]] | 
 def _num_bytes(dataset: Dataset, chosen: dict[int, list[int]] | None) -> int:
     if chosen is None:
         return int(dataset.table.rows["bytes"].to_numpy().sum())
-    return sum(dataset.table.places(shard)[number].num_bytes for shard, numbers in chosen.items() for number in numbers)
+    places = {shard: dataset.table.places(shard) for shard in chosen}
+    return sum(places[shard][number].num_bytes for shard, numbers in chosen.items() for number in numbers)
 
 
 def _check_shards(
@@ -137,7 +138,7 @@ def check_run(dataset: Dataset, shards: Sequence[int], chosen: dict[int, list[in
             places = dataset.table.places(shard)
             for number in chosen[shard]:
                 data = dataset.storage.read(shard_name(shard), *_range(places[number]))
-                problems += check_batch(dataset, shard, number, data)
+                problems += check_batch(dataset, shard, places, number, data)
                 num_bytes += places[number].num_bytes
         except DataError as error:
             problems.append(str(error).partition(ADVICE)[0].rstrip("."))
@@ -156,7 +157,7 @@ def check_shard(dataset: Dataset, shard: int) -> list[str]:
         whole.update(memoryview(dataset.storage.read(name, position, start)))
         data = dataset.storage.read(name, start, stop)
         whole.update(memoryview(data))
-        problems += check_batch(dataset, shard, number, data)
+        problems += check_batch(dataset, shard, places, number, data)
         position = stop
     end = dataset.storage.read(name, position, size + 1)
     whole.update(memoryview(end))
@@ -171,15 +172,15 @@ def check_shard(dataset: Dataset, shard: int) -> list[str]:
     return problems
 
 
-def check_batch(dataset: Dataset, shard: int, number: int, data: pa.Buffer) -> list[str]:
+def check_batch(dataset: Dataset, shard: int, places: Sequence[BatchPlace], number: int, data: pa.Buffer) -> list[str]:
     """What is wrong with a record batch, given its bytes: the first damaged document, or the whole range of bytes."""
-    places = dataset.table.places(shard)
-    place, first_document = places[number], sum(before.num_documents for before in places[:number])
+    place = places[number]
     where = f"{dataset.path}/{shard_name(shard)}, record batch {number}"
     is_whole = data.size == place.num_bytes and is_content(data, place.checksum.hex())
     try:
         batch = pa.ipc.read_record_batch(data, dataset.schema)
         batch.validate(full=True)
+        first_document = sum(before.num_documents for before in places[:number])
         problem = _batch_problem(batch, dataset, place, data.address, first_document)
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
         problem = f"bytes {place.offset} to {place.offset + place.num_bytes} cannot be read ({_first_line(error)})"
