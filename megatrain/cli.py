@@ -252,7 +252,7 @@ def list_checkpoints(run: RunPlace, as_json: AsJson = False) -> None:
 
     rows = list_checkpoints(locate(run))
     if as_json:
-        _print_json([{"step": row.step, "path": str(row.path), "good": row.good} for row in rows])
+        _print_json([{"step": r.step, "path": str(r.path), "good": r.good, "problem": r.problem} for r in rows])
         return
     for row in rows:
         typer.echo(f"step {row.step:>8}  {row.path}  {'good' if row.good else f'NOT GOOD: {row.problem}'}")

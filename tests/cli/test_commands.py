@@ -36,7 +36,7 @@ def test_check_needs_no_data_where_the_vocabulary_is_given(
 def test_checkpoints_are_listed_oldest_first(megatrain: Megatrain, finished_run: Path) -> None:
     rows = json.loads(megatrain("checkpoint", "list", finished_run, "--json").out)
     assert [(row["step"], row["good"]) for row in rows] == [(2, True), (4, True), (6, True)]
-    assert all(Path(row["path"]).is_dir() for row in rows)
+    assert all(Path(row["path"]).is_dir() and row["problem"] is None for row in rows)
     text = megatrain("checkpoint", "list", finished_run).out
     assert text.count("good") == 3
 
