@@ -52,6 +52,9 @@ def slurm(
     config: Config,
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")],
     overrides: Overrides = None,
+    min_nodes: Annotated[
+        int | None, typer.Option(min=1, help="Elastic: each start takes the nodes that are there, from so many up.")
+    ] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one a rank.")] = None,
     procs_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks on each node, where there are no GPUs.")
@@ -79,22 +82,24 @@ def slurm(
     submit: Submit = False,
 ) -> None:
     """Print or submit a batch script that trains CONFIG, and requeues itself when preempted or when a rank died."""
+    from launcher.nodes import check_elastic
     from launcher.script import Job, render
     from launcher.site import read_site
     from megatrain.config import load
-    from megatrain.plan import rules
 
     if (gpus_per_node is None) == (procs_per_node is None):
         raise ConfigError("give either --gpus-per-node, or --procs-per-node for nodes without GPUs.")
     ranks_per_node = gpus_per_node or procs_per_node or 1
     loaded = load(config, overrides or ())
-    rules.check(loaded, nodes * ranks_per_node)
+    least = min_nodes or nodes
+    check_elastic(loaded, ranks_per_node, least, nodes)
     job = Job(
         config=config,
         overrides=tuple(overrides or ()),
         run_dir=Path.cwd() / loaded.run.dir,
         working_dir=Path.cwd(),
         nodes=nodes,
+        min_nodes=least,
         ranks_per_node=ranks_per_node,
         has_gpus=gpus_per_node is not None,
         via_ssh=via is Via.DEEPSPEED,
@@ -175,12 +180,24 @@ def _print_or_submit(script: str, submit: bool, num_jobs: int = 1) -> None:
 
 
 @job_app.command()
-def begin(config: Config, overrides: Overrides = None, tries: Tries = 3) -> None:
+def begin(
+    config: Config,
+    overrides: Overrides = None,
+    tries: Tries = 3,
+    min_nodes: Annotated[
+        int | None, typer.Option(min=1, help="Elastic: print too how many of the job's nodes to use, from so many up.")
+    ] = None,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each node, where the job is elastic.")] = 1,
+) -> None:
     """Before the ranks: refuse a run folder in use, forget what the start before left; prints a port that is free."""
     from launcher.job import begin_job
+    from launcher.nodes import choose_nodes
     from megatrain.config import load
 
-    typer.echo(begin_job(load(config, overrides or ()), tries))
+    loaded = load(config, overrides or ())
+    nodes = choose_nodes(loaded, ranks_per_node, min_nodes) if min_nodes else None
+    port = begin_job(loaded, tries)
+    typer.echo(port if nodes is None else f"{port} {nodes}")
 
 
 @job_app.command()
@@ -189,6 +206,20 @@ def sweep() -> None:
     from launcher.job import end_leftovers
 
     end_leftovers()
+
+
+@job_app.command()
+def watch(
+    config: Config,
+    launcher: Annotated[int, typer.Option(help="The process of `deepspeed`: when it has ended, so does this.")],
+    hostfile: Annotated[Path, typer.Option(help="The nodes that it starts ranks on.")],
+    overrides: Overrides = None,
+) -> None:
+    """While `deepspeed` runs: where it has ended on one node, tell the ranks that still wait for those of that one."""
+    from launcher.watch import watch_nodes
+    from megatrain.config import load
+
+    watch_nodes(Path(load(config, overrides or ()).run.dir), launcher, hostfile)
 
 
 @job_app.command()

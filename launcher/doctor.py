@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from launcher.nodes import job_nodes
 from megatrain.distributed.bootstrap import extensions_dir, free_port, visible_gpus
 from megatrain.distributed.judgement import ANSWER
 from megatrain.errors import ConfigError
@@ -68,9 +69,7 @@ def examine(hostfile: Path | None, procs_per_node: int | None, folder: Path) -> 
 
 
 def _through_srun(num_ranks: int, folder: Path) -> Diagnosis:
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-    ).stdout.split()
+    nodes = job_nodes()
     hosts = dict.fromkeys(nodes, num_ranks)
     size = [f"--nodes={len(nodes)}", f"--ntasks={num_ranks * len(nodes)}", f"--ntasks-per-node={num_ranks}"]
     starter = ["srun", *size, "--kill-on-bad-exit=0", "--wait=30", "--cpu-bind=none", sys.executable, "-m", RANK_MODULE]

@@ -27,6 +27,8 @@ class Job:
     run_dir: Path
     working_dir: Path
     nodes: int
+    min_nodes: int
+    """As many as ``nodes``, or fewer where each start takes those that are there."""
     ranks_per_node: int
     has_gpus: bool
     via_ssh: bool
@@ -38,6 +40,16 @@ class Job:
     signal_seconds: int
     tries: int
     chain: int | None
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether it is known at each start alone on how many nodes."""
+        return self.min_nodes < self.nodes
+
+    @property
+    def node_counts(self) -> str:
+        """On how many nodes, as sbatch reads it."""
+        return f"{self.min_nodes}-{self.nodes}" if self.is_elastic else str(self.nodes)
 
     @property
     def logs(self) -> Path:
@@ -115,9 +127,13 @@ def _template(name: str) -> Template:
 def _options(job: Job, site: Site) -> list[str]:
     """sbatch's options, in the order that a person would look for them."""
     given = [f"--{name}={value}" for name, value in job.options.items() if value is not None]
-    counts = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
+    counts = [f"--nodes={job.node_counts}"]
+    if job.is_elastic:  # SLURM gives no more nodes than tasks, and would count the tasks of the fewest: ask for cores
+        counts += [f"--mincpus={job.ranks_per_node * (job.cpus_per_task or 1)}"]
+    else:
+        counts += [f"--ntasks-per-node={job.ranks_per_node}"]
     counts += [f"--gpus-per-node={job.ranks_per_node}"] if job.has_gpus else []
-    counts += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+    counts += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task and not job.is_elastic else []
     output = str(job.logs).replace("%", "%%") + "/slurm-%j.out"
     return [
         *site.sbatch,

@@ -72,6 +72,8 @@ VARIANTS = [
     ("--nodes", "2", "--procs-per-node", "2", "--via", "deepspeed", "--cpus-per-task", "1"),
     ("--nodes", "1", "--gpus-per-node", "4", "--via", "deepspeed", "--cpus-per-task", "8"),
     ("--nodes", "1", "--procs-per-node", "4", "--chain", "3"),
+    ("--nodes", "4", "--min-nodes", "2", "--gpus-per-node", "2", "--via", "srun", "--cpus-per-task", "8"),
+    ("--nodes", "2", "--min-nodes", "1", "--procs-per-node", "2", "--via", "deepspeed"),
 ]
 
 
@@ -102,6 +104,19 @@ def test_sbatch_is_told_what_was_asked_for(launch: Launch, tmp_path: Path) -> No
         "--signal": "B:USR1@600",
     }
     assert (tmp_path / "runs/one/logs").is_dir()  # SLURM fails a job whose output has no folder
+
+
+def test_an_elastic_job_takes_what_is_there_and_starts_ranks_on_as_many_as_it_is_told(launch: Launch) -> None:
+    options = ["--nodes", "4", "--min-nodes", "2", "--procs-per-node", "2", "--cpus-per-task", "3", "--via", "srun"]
+    script = launch("slurm", "run.yaml", *options).out
+    asked = sbatch_options(script)
+    assert asked["--nodes"] == "2-4"
+    assert asked["--mincpus"] == "6"
+    assert "--ntasks-per-node" not in asked  # else SLURM would give two nodes at the most
+    assert '--nodes="$nodes" --relative=0 --ntasks=$((nodes * 2))' in script
+    fixed = launch("slurm", "run.yaml", "--nodes", "4", "--min-nodes", "4", "--procs-per-node", "2").out
+    assert sbatch_options(fixed)["--nodes"] == "4"
+    assert "$nodes" not in fixed
 
 
 def test_a_chain_does_not_requeue(launch: Launch) -> None:
@@ -191,6 +206,8 @@ def test_words_survive_ssh_which_hands_them_to_a_shell(launch: Launch) -> None:
         (["--nodes", "2"], "either --gpus-per-node"),
         (["--nodes", "2", "--gpus-per-node", "2", "--procs-per-node", "2"], "either --gpus-per-node"),
         (["--nodes", "3", "--gpus-per-node", "1"], "global_batch_size"),
+        (["--nodes", "4", "--gpus-per-node", "1", "--min-nodes", "3"], "it is legal on 1, 2, 4."),
+        (["--nodes", "2", "--gpus-per-node", "1", "--min-nodes", "4"], "--min-nodes 4 is more than --nodes 2"),
         (["--nodes", "2", "--gpus-per-node", "2", "train.stepz=3"], "train.stepz"),
         (["--nodes", "2", "--gpus-per-node", "2", "--time", "tomorrow"], "--time tomorrow"),
         (["--nodes", "2", "--gpus-per-node", "2", "--time", "2"], "--signal-seconds 180"),

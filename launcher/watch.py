@@ -1,0 +1,55 @@
+"""Looks after the nodes on which `deepspeed` starts ranks over ssh, while the ranks wait for each other.
+
+pdsh waits for all nodes, so where the ranks of one have ended in their first moment, or never began, nobody would tell
+the others, which wait for ranks that they have never heard of. (One that they have heard of, they miss by themselves.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from launcher.doctor import read_hostfile
+from megatrain.distributed import giving_up
+from megatrain.distributed.bootstrap import start_name
+
+_LOOK_SECONDS = 0.5
+_PATIENCE_SECONDS = 8.0  # ranks that end together do not do so in the same moment
+
+
+def watch_nodes(run_dir: Path, launcher: int, hostfile: Path) -> None:
+    """Until the process ``launcher`` has ended, or until ssh to one of several hosts has, and not to the others.
+
+    Then it is left in RUN/logs which host that was. Who waits for its ranks ends; a run that is under way goes on.
+    """
+    hosts = list(read_hostfile(hostfile))
+    missing_since: float | None = None
+    while len(hosts) > 1 and psutil.pid_exists(launcher):
+        reached = _reached(launcher, hosts)
+        missing = [host for host in hosts if host not in reached] if reached else []
+        missing_since = (missing_since or time.monotonic()) if missing else None
+        if missing_since is not None and time.monotonic() > missing_since + _PATIENCE_SECONDS:
+            giving_up.give_up(run_dir, start_name(), _report(missing))
+            return
+        time.sleep(_LOOK_SECONDS)
+
+
+def _report(hosts: Sequence[str]) -> str:
+    return (
+        f"On {', '.join(hosts)} the ranks ended, or could not be started, while the others waited for them: the output "
+        "above may say why."
+    )
+
+
+def _reached(launcher: int, hosts: Sequence[str]) -> set[str]:
+    """The hosts that a process below the launcher, such as ssh, is connected with: the first host that it names."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found.update([word for word in process.cmdline() if word in hosts][:1])
+    return found
