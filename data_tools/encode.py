@@ -23,6 +23,7 @@ from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Unit
 from data_tools.work import Advance, PartStore
 from megatrain.data.format import canonical_json, token_dtype
+from megatrain.errors import ConfigError
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -103,7 +104,10 @@ class UnitEncoder:
         texts = [document.text for document in documents]
         ids, offsets = self._engine.encoder.encode(texts)
         if np.any(ids == self._tokenizer.eod_id):
-            raise RuntimeError(f"The encoder {self._engine.name} turned text into the end-of-document token.")
+            raise ConfigError(
+                f"Text becomes the token {self._tokenizer.eod_token!r}, so it cannot tell where documents end. Name a "
+                "special token with --eod-token: no text becomes one."
+            )
         tokens, offsets = self._end_documents(ids, offsets)
         item_bytes = self._dtype.itemsize
         data = tokens.data.cast("B")

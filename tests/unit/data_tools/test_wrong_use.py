@@ -164,6 +164,15 @@ def test_a_dataset_without_its_tokenizer_names_it(
             assert (code, f"{dataset}/tokenizer.json is missing or damaged" in err) == (3, True)
 
 
+def test_a_token_that_text_becomes_cannot_end_documents(
+    source: Path, tokenizer_path: Path, tmp_path: Path, run_command: RunCommand
+) -> None:
+    arguments = ("--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--eod-token", "e")
+    code, _, err = run_command("tokenize", source, *arguments)
+    assert (code, "Traceback" in err) == (2, False)
+    assert "Text becomes the token 'e', so it cannot tell where documents end." in err
+
+
 def test_numbers_beyond_reason_are_refused(source: Path, tokenizer_path: Path, run_command: RunCommand) -> None:
     train, tokenize, dedup, _ = commands(source, source.parent / "out", tokenizer_path)
     for arguments in (
