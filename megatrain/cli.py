@@ -142,7 +142,7 @@ def train(
     ] = None,
 ) -> None:
     """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
-    from megatrain.checkpoint.lock import refuse_if_locked
+    from megatrain.checkpoint.lock import folders_of, refuse_if_locked
     from megatrain.config import load
     from megatrain.distributed.bootstrap import job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
@@ -156,7 +156,8 @@ def train(
     rules.check(loaded, num_ranks)
     _check_data(loaded)
     run_dir = Path(loaded.run.dir)
-    refuse_if_locked(run_dir, job_identity())
+    for folder in folders_of(run_dir, loaded.checkpoint.dir):
+        refuse_if_locked(folder, job_identity())
     raise typer.Exit(launch(config, overrides or (), num_ranks, run_dir, has_gpu=gpus > 0))
 
 

@@ -42,12 +42,10 @@ def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[Checkpo
 
 
 def _held(run: Location, store: CheckpointStore, job: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
-    """The lock of the run folder, where ``run`` tells which that is; a checkpoint.dir or a URL does not."""
+    """The lock of the run; there is none where only the URL of its checkpoints is known."""
     if not isinstance(run, Path):
         return contextlib.nullcontext()
-    if run != store.folder:
-        return locked(run, job)
-    return locked(run.parent, job) if run.name == "checkpoints" else contextlib.nullcontext()
+    return locked(run.parent if run == store.folder and run.name == "checkpoints" else run, job)
 
 
 def describe(path: Location) -> dict[str, Any]:

@@ -97,6 +97,16 @@ def locked(run_dir: Path, job: Mapping[str, str]) -> Iterator[Lease]:
         lock.release()
 
 
+def folders_of(run_dir: Path, checkpoint_dir: str | None) -> list[Path]:
+    """What only one job may have at a time: the run folder, and checkpoint.dir where that is another folder.
+
+    Of an object store the generations alone keep two runs apart.
+    """
+    if checkpoint_dir is None or "://" in checkpoint_dir or Path(checkpoint_dir).resolve() == run_dir.resolve():
+        return [run_dir]
+    return [run_dir, Path(checkpoint_dir)]
+
+
 def refuse_if_locked(run_dir: Path, job: Mapping[str, str]) -> None:
     """Raise CheckpointError if another job holds the run folder at this moment, and ``job`` may not take it over."""
     with _looking(run_dir):
@@ -115,7 +125,7 @@ def _looking(run_dir: Path) -> Iterator[None]:
         raise _in_use(run_dir, "another job that is just starting") from None
     except OSError as error:
         raise CheckpointError(
-            f"The run folder {run_dir} cannot be made or written to: {error.strerror}. Set run.dir elsewhere."
+            f"The run folder {run_dir} cannot be made or written to: {error.strerror}. Set it elsewhere."
         ) from None
 
 
@@ -208,4 +218,4 @@ def _read_holder(run_dir: Path) -> _Holder | None:
 
 
 def _in_use(run_dir: Path, holder: str) -> CheckpointError:
-    return CheckpointError(f"{run_dir} is in use by {holder}: stop that run, or use another run.dir.")
+    return CheckpointError(f"{run_dir} is in use by {holder}: stop that run, or use another folder.")

@@ -14,7 +14,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from megatrain.checkpoint.lock import Lease, locked
+from megatrain.checkpoint.lock import Lease, folders_of, locked
 from megatrain.config import RunConfig, load
 from megatrain.distributed import failures, giving_up
 from megatrain.distributed.bootstrap import (
@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> int:
         with contextlib.ExitStack() as held:
             lease = None
             if rank.rank == 0:
-                lease = held.enter_context(locked(Path(config.run.dir), job_identity()))
+                folders = folders_of(Path(config.run.dir), config.checkpoint.dir)
+                lease, *_ = [held.enter_context(locked(folder, job_identity())) for folder in folders]
             clock.lap("lock")
             run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
             if rank.rank == 0:

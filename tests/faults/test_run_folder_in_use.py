@@ -56,3 +56,17 @@ def test_a_rank_that_finds_the_folder_in_use_leaves_the_other_jobs_records_alone
     assert ended.returncode == 4
     assert "in use by" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_two_runs_never_share_a_place_for_checkpoints(tiny_data: TinyData, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints-of-both"
+    sections = {"checkpoint": {"dir": str(place)}}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "second", **sections))
+    for module, command in (("megatrain", ["train"]), ("megatrain.train", [])):
+        with locked(place, job_identity()):  # as by the first run, whose own folder is another
+            ended = subprocess.run(
+                [sys.executable, "-m", module, *command, str(config)], capture_output=True, text=True, timeout=60
+            )
+        assert ended.returncode == 4
+        assert f"{place} is in use by host {socket.gethostname()}, pid {os.getpid()}" in ended.stderr
+        assert len(ended.stderr.strip().splitlines()) == 1
