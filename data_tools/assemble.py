@@ -7,6 +7,7 @@ is written down first: then a part can be deleted as soon as the shards that its
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -72,16 +73,13 @@ class ShardPlan:
 
     index: int
     slices: list[Slice] = field(default_factory=list)
+    own_parts: list[str] = field(default_factory=list, repr=False)
+    """Parts that no other shard needs: not a neighbour, nor a later one because their file was named twice."""
 
     @property
     def key(self) -> str:
         """Names the plan: a shard written by another plan is written again."""
         return xxhash.xxh3_128_hexdigest(repr(self).encode())
-
-    @property
-    def inner_parts(self) -> set[str]:
-        """Parts that lie in this shard alone, surely: the first and the last may reach into a neighbour."""
-        return {each.part for each in self.slices} - {self.slices[0].part, self.slices[-1].part}
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,12 @@ class Plan:
     """Names the units that it was made for."""
     shards: list[ShardPlan]
     num_empty: int
+
+    def __post_init__(self) -> None:
+        parts = [{each.part for each in shard.slices} for shard in self.shards]
+        num_shards = Counter(part for each in parts for part in each)
+        for shard, each in zip(self.shards, parts, strict=True):
+            shard.own_parts = sorted(part for part in each if num_shards[part] == 1)
 
 
 def load_plan(store: PartStore, units: Sequence[Unit]) -> Plan | None:
@@ -196,7 +200,7 @@ class ShardWriter:
         with self._claims.claim(shard_name(plan.index)) as is_ours:
             if is_ours and not self.is_written(plan):
                 write_shard(self._out, self._work, self._recipe, plan, advance)
-                for part in plan.inner_parts:
+                for part in plan.own_parts:
                     (self._work / part).unlink(missing_ok=True)
 
     def is_written(self, plan: ShardPlan) -> bool:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data_samples import WRITERS, Document, MakeDataset, folder_bytes, json_line
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.engines import NASTY_TEXTS, FastokensEncoder, ReferenceEncoder, choose_engine
+from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from megatrain.data import open_dataset
 from megatrain.errors import ConfigError, DataError
 
@@ -188,6 +190,22 @@ def test_a_dead_worker_ends_the_command_with_code_5_and_nothing_half_written(
     assert "killed by SIGKILL" in message
     assert "Traceback" not in message
     assert not list(tmp_path.glob("out/*.arrow"))
+
+
+def test_a_file_that_is_named_twice_is_there_twice(
+    tmp_path: Path, documents: list[Document], tokenizer_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(documents))
+    effort = Effort(1, "tokenizers", lambda *_: nullcontext(lambda _: None), lambda _: None, part_bytes=20_000)
+    once, twice = (
+        tokenize([str(path)] * times, tokenizer_path, tmp_path / str(times), TokenizeOptions(shard_tokens=9000), effort)
+        for times in (1, 2)
+    )
+    assert once is not None
+    assert twice is not None
+    assert once.num_shards > 2
+    assert twice.num_tokens == 2 * once.num_tokens
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
