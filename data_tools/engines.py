@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from megatrain.errors import ConfigError
 
-ENGINES = ("auto", "tokenizers", "fastokens")
-
 NASTY_TEXTS = (
     "",
     " ",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -227,7 +226,7 @@ def _parse_odd_line(file: InputFile, offset: int, line: bytes, options: ReadOpti
 
 def _in_line(error: Exception) -> str:
     """What is wrong and in which column: a parser that sees one line calls it line 1."""
-    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"{error.msg}, column {error.colno}" if isinstance(error, orjson.JSONDecodeError) else str(error)
 
 
 def _without_surrogates(escape: re.Match[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -163,6 +164,8 @@ def plot(statistics: Statistics, title: str, path: Path) -> None:
     tokens.set(title=f"Tokens by frequency ({len(counts)} of {statistics.vocab_size})", xlabel="rank", ylabel="count")
     figure.suptitle(title.replace("$", r"\$"))
     try:
-        figure.savefig(path, dpi=120)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of signs in names that the font has not: boxes stand for them
+            figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--plot {path} cannot be written: {error}") from None

@@ -230,16 +230,18 @@ def test_an_error_says_its_place_and_the_way_out_once(
         assert (code, message in err, "line 1" in err, ".." in err) == (3, True, False, False)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_picture_is_of_the_kind_its_name_says(
     source: Path, make_dataset: MakeDataset, run_command: RunCommand
 ) -> None:
     dataset = source.parent / "data"
+    (source / "a.jsonl").rename(source / "\u4e2d$_x$.jsonl")  # what the font lacks, and mathematics to matplotlib
     make_dataset(source, dataset)
     before = sorted(source.parent.iterdir())
     for name in ("x", "x.eps", "x.jpg"):
         code, _, err = run_command("stats", dataset, "--plot", source.parent / name)
         assert (code, ".png, .svg, .pdf" in err) == (2, True)
     assert sorted(source.parent.iterdir()) == before
-    code, out, _ = run_command("stats", dataset, "--plot", source.parent / "x.svg")
-    assert (code, f"The picture: {source.parent}/x.svg" in out) == (0, True)
+    code, out, err = run_command("stats", dataset, "--plot", source.parent / "x.svg")
+    assert (code, f"The picture: {source.parent}/x.svg" in out, err) == (0, True, "")
     assert b"<svg" in (source.parent / "x.svg").read_bytes()
