@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megatrain.data.augmentation import DocumentPart
 from megatrain.data.dataset import Dataset
-from megatrain.data.format import checksum, committed
+from megatrain.data.format import checksum, committed, file_checksum, map_file
 from megatrain.errors import DataError
 
 Ints = NDArray[np.int64]
@@ -181,8 +181,7 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
             with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _schema(dataset, seq_len)) as writer:
                 for starts, lengths in _documents(dataset):
                     writer.write_batch(pack_documents(starts, lengths, seq_len))
-            with pa.memory_map(str(unfinished)) as source:
-                digest = checksum(source.read_buffer())
+            digest = file_checksum(unfinished)
             with unfinished.open("ab") as file:
                 file.write(digest)
     except OSError as error:
@@ -197,7 +196,7 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path) -> PackingPlan:
     """Map the plan that ``store_plan`` left. Raises DataError where there is none or it belongs to something else."""
     path = _plan_path(dataset, seq_len, folder)
     try:
-        buffer = pa.memory_map(str(path)).read_buffer()
+        buffer = map_file(path)
         body_bytes = max(buffer.size - CHECKSUM_BYTES, 0)
         reader = pa.ipc.open_file(buffer.slice(0, body_bytes))
         if not reader.schema.equals(_schema(dataset, seq_len), check_metadata=True):
@@ -300,11 +299,9 @@ def _plan_path(dataset: Dataset, seq_len: int, folder: Path) -> Path:
 def _is_whole(path: Path, dataset: Dataset, seq_len: int) -> bool:
     """Whether the plan is there, this dataset's, and what was written: its last bytes are the checksum of the rest."""
     try:
-        with pa.memory_map(str(path)) as source:
-            buffer = source.read_buffer()
-            body, end = buffer[:-CHECKSUM_BYTES], buffer[-CHECKSUM_BYTES:]
-            if buffer.size <= CHECKSUM_BYTES or checksum(body) != end.to_pybytes():
-                return False
+        buffer = map_file(path)
+        if buffer.size <= CHECKSUM_BYTES or checksum(buffer[:-CHECKSUM_BYTES]) != buffer[-CHECKSUM_BYTES:].to_pybytes():
+            return False
         open_plan(dataset, seq_len, path.parent)
     except (OSError, pa.ArrowException, DataError):
         return False
