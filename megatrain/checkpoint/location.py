@@ -100,6 +100,10 @@ class ByteSource(Protocol):
         """Bytes [begin, end)."""
         ...
 
+    def fetch(self, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end), read there and then. Raises OSError where they cannot be."""
+        ...
+
     def forget(self) -> None:
         """Let go of what holds the bytes that were read. Arrays stay good."""
         ...
@@ -116,6 +120,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self._path, self._size = path, path.stat().st_size
         self._bytes: Bytes | None = None
+        self._buffer: Bytes = np.empty(0, dtype=np.uint8)
 
     @property
     def size(self) -> int:
@@ -128,9 +133,22 @@ class MappedFile:
             self._bytes = self._map()
         return self._bytes[begin:end]
 
+    def fetch(self, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end), good until the next call. No map: one that is touched where the disk fails is SIGBUS."""
+        if self._buffer.size < end - begin:
+            self._buffer = np.empty(end - begin, dtype=np.uint8)
+        left = self._buffer[: end - begin].data
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            while left:
+                if not (count := file.readinto(left)):
+                    raise OSError(None, "the file has become shorter", str(self._path))
+                left = left[count:]
+        return self._buffer[: end - begin]
+
     def forget(self) -> None:
         """Let go of the map, and of the memory that holds what was read, with the last view of it."""
-        self._bytes = None
+        self._bytes, self._buffer = None, np.empty(0, dtype=np.uint8)
 
     def _map(self) -> Bytes:
         with self._path.open("rb") as file:
@@ -161,12 +179,14 @@ class RemoteFile:
             raise OSError(None, f"the store gave {len(data):,} bytes instead of {end - begin:,}", str(self._path))
         return np.frombuffer(data, dtype=np.uint8)
 
+    fetch = read
+
     def forget(self) -> None:
         """Nothing is held."""
 
 
 def open_bytes(path: Location) -> ByteSource:
-    """A file to be read by ranges. Raises OSError; its first read ValueError where a local one is empty."""
+    """A file to be read by ranges. Raises OSError."""
     return MappedFile(path) if isinstance(path, Path) else RemoteFile(path)
 
 

@@ -9,7 +9,7 @@ it vouches for the table, and the table for the data. The file is written front 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,10 +99,10 @@ def read_written(path: Location) -> Written:
     CheckpointError where it is no file of pieces."""
     try:
         file = open_bytes(path)
-        begin, end = _data_range(file.size, file.read(0, min(8, file.size)).tobytes())
+        begin, end = _data_range(file.size, file.fetch(0, min(8, file.size)).tobytes())
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}.") from None
-    vouched = file.read(0, begin).tobytes() + file.read(end, file.size).tobytes()
+    vouched = file.fetch(0, begin).tobytes() + file.fetch(end, file.size).tobytes()
     return Written(path.name, file.size, xxhash.xxh3_128(vouched).hexdigest())
 
 
@@ -137,7 +137,7 @@ class PieceFile:
         if self._file.is_mapped:
             self.check(begin, end)
             self._make_room(end - begin)
-            data = self._data(begin, end)
+            data = self._data(self._file.read, begin, end)
         else:
             parts = [
                 self._block(block)[max(begin - block * BLOCK_BYTES, 0) : end - block * BLOCK_BYTES]
@@ -168,20 +168,19 @@ class PieceFile:
         """A block of the data, checked. The last one is kept: small pieces lie side by side in it."""
         if self._last is not None and self._last[0] == block:
             return self._last[1]
-        self._make_room(BLOCK_BYTES)
         first = block * BLOCK_BYTES
         last = min(first + BLOCK_BYTES, self._data_end - self._data_begin)
-        data = self._data(first, last)
+        data = self._data(self._file.fetch, first, last)
         if xxhash.xxh3_128(data.data).digest() != self._table[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES]:
             raise self._damaged(f"bytes {self._in_words(first, last)} are not what was written")
         self._checked[block] = True
         self._last = (block, data)
         return data
 
-    def _data(self, begin: int, end: int) -> Bytes:
+    def _data(self, read: Callable[[int, int], Bytes], begin: int, end: int) -> Bytes:
         """Bytes [begin, end) of the data, as they are."""
         try:
-            return self._file.read(self._data_begin + begin, self._data_begin + end)
+            return read(self._data_begin + begin, self._data_begin + end)
         except OSError as error:
             cause = error.strerror or error
             raise self._damaged(f"bytes {self._in_words(begin, end)} cannot be read ({cause})") from None
@@ -205,9 +204,9 @@ class PieceFile:
 
     def _read_header(self, written: Written) -> tuple[bytes, bytes]:
         try:
-            self._data_begin, self._data_end = _data_range(written.bytes, self._file.read(0, 8).tobytes())
-            head = self._file.read(0, self._data_begin).tobytes()
-            table = self._file.read(self._data_end, written.bytes).tobytes()
+            self._data_begin, self._data_end = _data_range(written.bytes, self._file.fetch(0, 8).tobytes())
+            head = self._file.fetch(0, self._data_begin).tobytes()
+            table = self._file.fetch(self._data_end, written.bytes).tobytes()
         except ValueError as error:
             raise self._damaged(str(error)) from None
         except OSError as error:

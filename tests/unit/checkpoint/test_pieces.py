@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tracemalloc
 from collections.abc import Callable
@@ -168,6 +169,13 @@ def test_what_is_no_file_of_pieces_is_refused_in_bounded_memory(content: bytes, 
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 4 << 20
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_named_and_kills_nothing(tmp_path: Path) -> None:
+    file = PieceFile(tmp_path, write_pieces(tmp_path / "a.safetensors", fragments(0, 1)))
+    os.truncate(tmp_path / "a.safetensors", 4096)  # a map of it that is touched beyond is SIGBUS, as at an I/O error
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: bytes .* cannot be read \(the file has become shorter"):
+        file.check()
 
 
 def test_a_planted_pickle_is_found_and_never_loaded(tmp_path: Path) -> None:
