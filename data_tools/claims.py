@@ -1,6 +1,6 @@
 """Who does what: claims on pieces of work, by processes on any number of machines that share a folder.
 
-A claim is a lock on one byte of one file. When its holder ends, however it does, the kernel frees it, or on NFS, Lustre
+A claim is a lock on one byte of a file. When its holder ends, however it does, the kernel frees it, or on NFS, Lustre
 and the like the lock manager of the file system: no claim is ever left behind. Claims save work, no more: results
 are whole files that appear by one rename, and whoever makes one makes the same bytes. So on a file system that knows no
 locks everybody gets every claim, and some work is done twice.
@@ -13,7 +13,6 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,25 +23,24 @@ from megatrain.data.format import canonical_json, commit_bytes
 from megatrain.errors import ConfigError
 
 MEMBERS_BYTE = 0
-"""Locked by every process that is at work in the folder."""
+"""Locked by every process that is at work in the folder; lies in the first file."""
+NUM_FILES = 128
+"""Over which claims are spread: to take a lock, the kernel goes through all that are held on that file."""
 
 _TAKEN = {errno.EACCES, errno.EAGAIN}
 
 
 class Claims:
-    """The claims of this process in the folder of `path`. POSIX locks belong to processes: have one object in each."""
+    """The claims of this process, in files `path`-NNN. POSIX locks belong to processes: have one object in each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._files: dict[int, BinaryIO] = {}
         self.is_member = False
         """Whether this process is at work in the folder."""
 
     def __reduce__(self) -> tuple[type[Claims], tuple[Path]]:
         return Claims, (self._path,)
-
-    @cached_property
-    def _file(self) -> BinaryIO:
-        return self._path.open("a+b")
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -80,7 +78,7 @@ class Claims:
         """Be at work in the folder, until `leave`. False where the folder was removed just now: make it again."""
         self._lock(fcntl.LOCK_SH, MEMBERS_BYTE)
         try:
-            self.is_member = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+            self.is_member = os.path.samestat(os.fstat(self._files[0].fileno()), self._file_path(0).stat())
         except FileNotFoundError:
             self.is_member = False
         if not self.is_member:
@@ -100,20 +98,25 @@ class Claims:
 
     def close(self) -> None:
         """Give up all claims."""
-        if "_file" in vars(self):
-            self._file.close()
-            del self._file
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _file_path(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}-{number:03d}")
 
     def _lock(self, operation: int, byte: int) -> bool:
+        number = byte % NUM_FILES
+        if number not in self._files:
+            self._files[number] = self._file_path(number).open("a+b")
         try:
-            fcntl.lockf(self._file, operation, 1, byte)
+            fcntl.lockf(self._files[number], operation, 1, byte)
         except OSError as error:
             return error.errno not in _TAKEN
         return True
 
 
 def _byte(name: str) -> int:
-    """A byte of the lock file, behind MEMBERS_BYTE, for a claim's name."""
+    """A byte behind MEMBERS_BYTE for a claim's name."""
     return 1 + (xxhash.xxh3_64_intdigest(name.encode()) >> 2)
 
 

@@ -52,6 +52,7 @@ SEEKING_READERS = 1 << 10
 """Workers in a unit of which each reads only its own parts."""
 WORK_FOLDER = ".work"
 CLAIMS_FILE = "claims"
+"""Begins the names of these files."""
 COMMAND_FILE = "command.json"
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
@@ -334,7 +335,7 @@ def _start_over(out: Path, work: Path, claims: Claims) -> None:
         if path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name):
             path.unlink()
     for path in work.iterdir():
-        if path.name not in {CLAIMS_FILE, COMMAND_FILE}:
+        if path.name != COMMAND_FILE and not path.name.startswith(CLAIMS_FILE):
             path.unlink()
     claims.join()
 

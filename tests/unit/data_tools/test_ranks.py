@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,19 @@ def test_a_claim_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -
 def test_a_folder_that_was_removed_cannot_be_joined(tmp_path: Path) -> None:
     claims = Claims(tmp_path / "claims")
     assert claims.join()
-    (tmp_path / "claims").unlink()
+    (tmp_path / "claims-000").unlink()
     assert not claims.join()
     assert claims.join()
+
+
+def test_claims_of_thousands_of_workers_lie_in_many_files(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    with ExitStack() as stack:
+        assert all(stack.enter_context(claims.claim(f"part {number}")) for number in range(1280))
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        held = Counter(line[5] for line in locks if line[1] == "POSIX" and line[4] == str(os.getpid()))
+    claims.close()
+    inodes = {path.stat().st_ino for path in tmp_path.iterdir()}
+    counts = [count for place, count in held.items() if int(place.rpartition(":")[2]) in inodes]
+    assert sum(counts) == 1280
+    assert max(counts) < 40
