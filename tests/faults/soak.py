@@ -29,7 +29,7 @@ from tests.runs import Metrics, TinyData, TrainProcess, last_step, tiny_config, 
 from tests.tiny_data import make_tiny_data
 
 DISK_BYTES = 8 << 20  # a dozen checkpoints
-SAVE_EVERY = 20
+SAVE_EVERY = 10
 HANG_TIMEOUT_SECONDS = 10.0
 TRANSFORM = """
 import gc, os, time
@@ -42,7 +42,7 @@ PACE, FLIP = Path("{folder}/pace"), Path("{folder}/flip")
 
 def pass_through(tokens, random):
     if PACE.exists():  # so that minutes are not so many steps that repeating them takes minutes too
-        time.sleep(0.02)
+        time.sleep(0.1)
     if os.environ["RANK"] == "1" and FLIP.exists():
         FLIP.unlink()
         for found in gc.get_objects():
@@ -115,8 +115,8 @@ class Soak:
     def check_losses(self, num_steps: int) -> None:
         """Against a run of as many steps that nothing disturbs."""
         (self.folder / "pace").unlink()
-        code, output = self._start(self._straight, f"train.steps={num_steps}").wait()
-        assert code == 0, output
+        self.train = self._start(self._straight, f"train.steps={num_steps}")
+        assert self.train.process.wait() == 0, self.train.output()
         disturbed, straight = Metrics.read(self.run_dir), Metrics.read(self.folder / "straight")
         assert disturbed.steps == straight.steps == list(range(1, num_steps + 1))
         assert disturbed.losses == straight.losses
