@@ -55,7 +55,7 @@ class _Log:
         """Hear of bytes done."""
         self._done_bytes += num_bytes
         now = time.monotonic()
-        if now - self._last < LOG_SECONDS:
+        if now - self._last < LOG_SECONDS or not self._done_bytes:
             return
         self._last = now
         rate = self._done_bytes / (now - self._start)

@@ -127,6 +127,23 @@ def test_tokens_at_an_address_are_those_of_the_folder(
     assert num_bytes == sum(row["bytes"] for row in opened.shard_rows())
 
 
+@pytest.mark.parametrize("kind", ["http", "s3"])
+def test_shards_of_many_record_batches_are_verified_at_an_address(
+    kind: str, folder: Path, bucket: str, tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.assemble.BATCH_TOKENS", 2000)
+    effort = Effort(1, "tokenizers", lambda *_: nullcontext(lambda _: None), lambda _: None)
+    tokenize([str(folder.parent / "prose.jsonl")], tiny_data.tokenizer, tmp_path / "data", TokenizeOptions(), effort)
+    server = Server(tmp_path)
+    url = f"{server.url}/data" if kind == "http" else f"{bucket}/many"
+    if kind == "s3":
+        fsspec.filesystem("s3").put(str(tmp_path / "data"), url, recursive=True)
+    opened, num_bytes = verify_dataset(url, Extent(), lambda *_: nullcontext(lambda _: None))
+    server.stop()
+    assert num_bytes == sum(row["bytes"] for row in opened.shard_rows())
+    assert len(opened.table.places(0)) > 10
+
+
 def test_opening_fetches_the_manifest_alone(server: Server, cache: Cache) -> None:
     dataset = open_dataset(f"{server.url}/data/", cache)
     assert dataset.num_tokens > 0

@@ -14,6 +14,7 @@ import zstandard
 from data_samples import WRITERS, Document, MakeDataset, RunCommand
 from tokenizers import Tokenizer
 
+from data_tools.progress import show_progress
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 
@@ -166,3 +167,14 @@ def test_a_reader_that_goes_away_is_no_error_to_speak_of(dataset_path: Path) -> 
     process.stdout.close()
     assert process.stderr.read() == b""
     process.wait()
+
+
+def test_progress_is_told_from_the_first_bytes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data_tools.progress.LOG_SECONDS", 0.0)
+    with show_progress("verify", 4_000_000) as advance:
+        advance(0)  # a damaged part, of which nothing could be read, say
+        assert capsys.readouterr().err == ""
+        advance(1_000_000)
+    assert "verify: 25% of 4 MB" in capsys.readouterr().err
