@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.data.mixture import BLOCK, Mixture
@@ -10,6 +10,7 @@ from megatrain.data.mixture import BLOCK, Mixture
 weights = st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(weights)
 def test_a_block_holds_each_dataset_by_its_weight(given_weights: list[float]) -> None:
     mixture = Mixture(given_weights)
@@ -19,6 +20,7 @@ def test_a_block_holds_each_dataset_by_its_weight(given_weights: list[float]) ->
     assert mixture.quotas.min() >= 1
 
 
+@settings(deadline=None)
 @given(weights, st.integers(0, 3 * BLOCK), st.integers(1, 500))
 def test_a_samples_number_in_its_dataset_counts_those_before_it(
     given_weights: list[float], first: int, length: int
@@ -32,6 +34,7 @@ def test_a_samples_number_in_its_dataset_counts_those_before_it(
     assert np.array_equal(seen, mixture.counts_before(first + length))
 
 
+@settings(deadline=None)
 @given(weights, st.integers(0, 2 * BLOCK), st.integers(1, 2000))
 def test_any_stretch_sees_the_weights_that_were_asked_for(given_weights: list[float], first: int, length: int) -> None:
     mixture = Mixture(given_weights)
