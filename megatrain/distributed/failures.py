@@ -54,12 +54,13 @@ def forget(run_dir: Path) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective ended because a peer died or no longer answers: gloo and NCCL say so in their own words."""
+    """Whether a collective ended because a peer died or no longer answers: gloo, NCCL, torch's store have words of their own."""
     text = str(error)
     words = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Broken pipe",
+        "Connection was likely closed",  # torch's store, where rank 0 has died
         "Timed out waiting",
         "NCCL",
         "gloo",
