@@ -54,7 +54,7 @@ def forget(run_dir: Path) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective ended because a peer died or no longer answers: gloo, NCCL, torch's store have words of their own."""
+    """Whether a peer died or no longer answers: gloo, NCCL and torch's store each say so in their own words."""
     text = str(error)
     words = (
         "Connection closed by peer",
