@@ -1,8 +1,8 @@
 """What each distinct kind of rank holds in memory, in bytes: what stays, what a pass keeps, what comes and goes.
 
 Weights, gradients and optimizer are what DeepSpeed really allocates here, to the byte but for the cases named at
-`_gradients`; tests/unit/plan/test_rank_memory.py holds them against its engines. They differ from "ZeRO" (Rajbhandari et al.
-2020, arXiv:1910.02054) in that gradients are summed in fp32, and where docs/parallelism.md says so.
+`_gradients`; tests/unit/plan/test_rank_memory.py holds them against its engines. They differ from "ZeRO" (Rajbhandari
+et al. 2020, arXiv:1910.02054) in that gradients are summed in fp32, and where docs/parallelism.md says so.
 """
 
 from __future__ import annotations
