@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 import orjson
 
+from megatrain.errors import RankError
+
 _FILE = "first-failure"
+
+
+class LostPeer(RankError):
+    """Another rank does not answer any more: it has died, or the link to it has failed."""
 
 
 class Failure(NamedTuple):
@@ -65,7 +71,7 @@ def is_lost_peer(error: BaseException) -> bool:
         "NCCL",
         "gloo",
     )
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
+    return isinstance(error, LostPeer) or (isinstance(error, RuntimeError) and any(word in text for word in words))
 
 
 def _path(run_dir: Path, start: str) -> Path:
