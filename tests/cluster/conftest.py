@@ -1,14 +1,17 @@
-"""Runs on two nodes of a SLURM of three, and the run that nothing disturbed, to compare with."""
+"""Runs on two or four nodes of a SLURM of five, and the runs that nothing disturbed, to compare with."""
 
 from __future__ import annotations
 
+import functools
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.lab import Lab, missing
@@ -17,13 +20,13 @@ from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until,
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 100
 _SECTIONS = {
-    "train": {"steps": NUM_STEPS, "global_batch_size": 32, "hang_timeout_seconds": 40.0},
+    "train": {"steps": NUM_STEPS, "global_batch_size": 32, "hang_timeout_seconds": 60.0},
     "checkpoint": {"every_steps": 10},
 }
 
 
 class ClusterRun:
-    """A config that trains as a job: one rank on each of two nodes."""
+    """A config that trains as a job: one rank on each of its nodes."""
 
     def __init__(self, lab: Lab, data: TinyData, folder: Path) -> None:
         self.lab, self.run_dir = lab, folder / "run"
@@ -31,8 +34,10 @@ class ClusterRun:
         self.number = ""
 
     def submit(self, via: str, *options: str, nodes: int = 2, **environment: str) -> list[str]:
-        """Two ranks, through `megatrain-launch slurm --submit`; the numbers of the jobs, of which ours is the first."""
-        size = ["--nodes", str(nodes), "--procs-per-node", str(2 // nodes)]
+        """Through `megatrain-launch slurm --submit`, one rank a node; two on a single one. The numbers of the jobs, of
+        which ours is the first.
+        """
+        size = ["--nodes", str(nodes), "--procs-per-node", "2" if nodes == 1 else "1"]
         command = [sys.executable, "-m", "launcher", "slurm", str(self.config), *size]
         given = {**self.lab.environment, "OMP_NUM_THREADS": "1", **environment}
         command += ["--via", via, *options, "--submit"]
@@ -50,6 +55,18 @@ class ClusterRun:
         """Until the job has been requeued so often."""
         wait_until(lambda: self.lab.job(self.number)["Restarts"] == str(count) or self._has_ended(), 0.2)
         assert self.lab.job(self.number)["Restarts"] == str(count), self.output()
+
+    def rank(self, number: int) -> psutil.Process:
+        """One of the run's ranks, which is up."""
+        ranks = {}
+        for rank in self.ranks():
+            environ = rank.environ()
+            ranks[environ.get("RANK") or environ["SLURM_PROCID"]] = rank  # as deepspeed says it, as srun does
+        return ranks[str(number)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The run's ranks that are up."""
+        return [rank for rank in self.lab.ranks() if str(self.config) in rank.cmdline()]
 
     def finish(self) -> Metrics:
         """Until the job has ended well; what it logged."""
@@ -74,7 +91,7 @@ def lab() -> Iterator[Lab]:
     if (why := missing()) is not None:
         pytest.skip(why)
     folder = Path(tempfile.mkdtemp(prefix="megatrain-lab-"))
-    lab = Lab(folder, 3, slurmd_timeout=15)  # jobs take two: one is spare
+    lab = Lab(folder, 5, slurmd_timeout=15)  # jobs take two, or four: one is spare
     yield lab
     lab.down()
     shutil.rmtree(folder, ignore_errors=True)
@@ -86,23 +103,35 @@ def cluster_run(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> Iterator[Clust
     yield run
     if run.number:
         subprocess.run(["scancel", "--full", "--signal=KILL", run.number], env=lab.environment, check=False)
-        lab.wait_for_job(run.number)
+        subprocess.run(["scancel", run.number], env=lab.environment, check=False)
         for process in lab.ranks():
-            process.kill()
+            process.send_signal(signal.SIGKILL)
+        lab.mend()
 
 
-@pytest.fixture(scope="module")
-def check_same(lab: Lab, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Metrics], None]:
-    """Checks that a run logged what two ranks on one machine do, undisturbed, to the last bit (as far as that goes)."""
-    folder = tmp_path_factory.mktemp("straight")
-    train = TrainProcess(write_config(folder / "run.yaml", tiny_config(tiny_data, folder / "run", **_SECTIONS)), 2)
-    code, output = train.wait()
-    assert code == 0, output
-    straight = Metrics.read(folder / "run")
+@pytest.fixture(scope="session")
+def straight(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Metrics]:
+    """What so many ranks on one machine log, undisturbed."""
 
-    def check(metrics: Metrics) -> None:
+    @functools.cache
+    def train(num_ranks: int) -> Metrics:
+        folder = tmp_path_factory.mktemp("straight")
+        config = write_config(folder / "run.yaml", tiny_config(tiny_data, folder / "run", **_SECTIONS))
+        code, output = TrainProcess(config, num_ranks).wait()
+        assert code == 0, output
+        return Metrics.read(folder / "run")
+
+    return train
+
+
+@pytest.fixture
+def check_same(straight: Callable[[int], Metrics]) -> Callable[..., None]:
+    """Checks that a run logged what as many ranks do, undisturbed, to the last bit (as far as that goes)."""
+
+    def check(metrics: Metrics, num_ranks: int = 2) -> None:
+        expected = straight(num_ranks)
         assert metrics.steps[:NUM_STEPS] == list(range(1, NUM_STEPS + 1))
-        assert metrics.losses[:NUM_STEPS] == straight.losses
-        assert metrics.norms[:NUM_STEPS] == straight.norms
+        assert metrics.losses[:NUM_STEPS] == expected.losses
+        assert metrics.norms[:NUM_STEPS] == expected.norms
 
     return check

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -138,6 +138,25 @@ class Lab:
     def heal(self, node: int) -> None:
         """The node is reachable again."""
         _ip("link", "set", f"{self._name}v{node}", "up")
+
+    @contextlib.contextmanager
+    def drained(self, nodes: Sequence[int]) -> Iterator[None]:
+        """Some nodes take no jobs."""
+        for node in nodes:
+            self.call("scontrol", "update", f"nodename=node{node}", "state=drain", "reason=test")
+        try:
+            yield
+        finally:
+            for node in nodes:
+                self.call("scontrol", "update", f"nodename=node{node}", "state=resume")
+
+    def mend(self) -> None:
+        """All nodes are up, reachable and have nothing to do, whatever was done to them."""
+        for node in self.nodes:
+            self.heal(node)
+            if self._inits[node].poll() is not None:
+                self.boot(node)
+        self.wait_until_idle()
 
     def inside(self, node: int, *command: str) -> list[str]:
         """A command that runs ``command`` in a node."""

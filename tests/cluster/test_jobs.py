@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -17,49 +19,58 @@ from tests.runs import Metrics, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 acceptance = pytest.mark.skipif(os.environ.get("MEGATRAIN_ACCEPTANCE") != "1", reason="part of `make acceptance`")
 both_ways = pytest.mark.parametrize("via", ["deepspeed", "srun"])
-Check = Callable[[Metrics], None]
+Check = Callable[..., None]
 
 
-@pytest.mark.parametrize("via", ["deepspeed", pytest.param("srun", marks=acceptance)])
+def both_ways_and_sizes(*sample: tuple[str, int]) -> pytest.MarkDecorator:
+    """Each way to start ranks, on 2 nodes and on 4, of which all but the sample belong to `make acceptance`."""
+    cases = [(via, nodes) for nodes in (2, 4) for via in ("deepspeed", "srun")]
+    marked = [pytest.param(*case, marks=() if case in sample else acceptance) for case in cases]
+    return pytest.mark.parametrize(("via", "nodes"), marked)
+
+
+@both_ways_and_sizes(("deepspeed", 4))
 def test_a_job_told_of_its_limit_saves_requeues_itself_and_goes_on(
-    via: str, cluster_run: ClusterRun, check_same: Check
+    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
 ) -> None:
-    cluster_run.submit(via)
+    cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(3)
     cluster_run.lab.call("scancel", "--batch", "--signal=USR1", cluster_run.number)  # what --signal=B:USR1@S sends
-    check_same(cluster_run.finish())
+    check_same(cluster_run.finish(), nodes)
     assert "state saved: start it again" in cluster_run.output()
     assert cluster_run.lab.job(cluster_run.number)["Restarts"] == "1"
     assert cluster_run.events("resume") == cluster_run.events("stop")
 
 
-@pytest.mark.parametrize("via", ["srun", pytest.param("deepspeed", marks=acceptance)])
+@both_ways_and_sizes()
 def test_a_job_whose_rank_is_killed_requeues_itself_and_goes_on(
-    via: str, cluster_run: ClusterRun, check_same: Check
+    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
 ) -> None:
-    cluster_run.submit(via)
+    cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(13)
-    cluster_run.lab.ranks()[-1].send_signal(signal.SIGKILL)
-    check_same(cluster_run.finish())
+    cluster_run.rank(nodes - 1).send_signal(signal.SIGKILL)
+    check_same(cluster_run.finish(), nodes)
     assert cluster_run.lab.job(cluster_run.number)["Restarts"] == "1"
     assert cluster_run.events("resume")[0] >= 10
 
 
-@acceptance
-@both_ways
-def test_a_job_that_nothing_disturbs_ends_with_0(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
-    cluster_run.submit(via)
-    check_same(cluster_run.finish())
+@both_ways_and_sizes()
+def test_a_job_that_nothing_disturbs_ends_with_0(
+    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
+) -> None:
+    cluster_run.submit(via, nodes=nodes)
+    check_same(cluster_run.finish(), nodes)
     assert cluster_run.lab.job(cluster_run.number)["Restarts"] == "0"
 
 
-@acceptance
-@both_ways
-def test_a_job_that_is_requeued_by_hand_saves_first(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
-    cluster_run.submit(via)
+@both_ways_and_sizes()
+def test_a_job_that_is_requeued_by_hand_saves_first(
+    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
+) -> None:
+    cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(3)
     cluster_run.lab.call("scontrol", "requeue", cluster_run.number)
-    check_same(cluster_run.finish())
+    check_same(cluster_run.finish(), nodes)
     assert cluster_run.events("resume") == cluster_run.events("stop")
 
 
@@ -70,39 +81,42 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(via: str, cluster_
     cluster_run.wait_for_step(3)
     cluster_run.lab.call("scancel", cluster_run.number)
     assert cluster_run.lab.wait_for_job(cluster_run.number) == "CANCELLED"
-    wait_until(lambda: not cluster_run.lab.ranks())
+    wait_until(lambda: not cluster_run.ranks())
     assert cluster_run.events("stop") == Metrics.read(cluster_run.run_dir).steps[-1:]
     assert cluster_run.lab.job(cluster_run.number)["Restarts"] == "0"
 
 
-@acceptance
-@both_ways
-def test_a_job_whose_node_crashes_goes_on_with_another(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
-    cluster_run.submit(via)
+@both_ways_and_sizes()
+def test_a_job_whose_node_crashes_goes_on_with_another(
+    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
+) -> None:
+    cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(13)
     cluster_run.lab.crash(2)
     cluster_run.wait_for_restarts(1)
-    check_same(cluster_run.finish())
+    check_same(cluster_run.finish(), nodes)
     assert cluster_run.events("resume")[0] >= 10
-    cluster_run.lab.boot(2)
 
 
-@acceptance
-@both_ways
+@both_ways_and_sizes()
 def test_the_ranks_of_a_node_that_was_cut_off_commit_nothing(
-    via: str, cluster_run: ClusterRun, check_same: Check
+    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
 ) -> None:
-    """The first node, with rank 0: its ranks live on while the job goes on elsewhere, and when the node is back."""
-    cluster_run.submit(via)
+    """The first node, with rank 0, which stands still before it can see that it has lost the others: it wakes up when
+    the job goes on elsewhere, and the node is back.
+    """
+    cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(13)
-    left_behind = cluster_run.lab.ranks()
+    left_behind = cluster_run.rank(0)
+    left_behind.suspend()
     cluster_run.lab.cut(1)
     cluster_run.wait_for_restarts(1)
-    assert any(rank.is_running() for rank in left_behind)
-    wait_until(lambda: bool(cluster_run.events("resume")))
+    wait_until(lambda: len(cluster_run.events("resume")) == 1)
+    assert left_behind.is_running()
+    left_behind.resume()
     cluster_run.lab.heal(1)
-    check_same(cluster_run.finish())
-    wait_until(lambda: not cluster_run.lab.ranks())
+    check_same(cluster_run.finish(), nodes)
+    wait_until(lambda: not cluster_run.ranks())
 
 
 @acceptance
@@ -113,3 +127,28 @@ def test_what_no_restart_mends_ends_the_job_with_the_first_cause(via: str, clust
     assert cluster_run.lab.job(cluster_run.number)["ExitCode"] == "3:0"
     assert "/nowhere" in cluster_run.output()
     assert "Traceback" not in cluster_run.output()
+
+
+DIES_AT_ONCE = """
+import os, signal, socket, sys
+is_rank = sys.orig_argv[-3:-1] == ["-m", "megatrain.train"]
+if is_rank and socket.gethostname() == "node2" and "SLURM_RESTART_COUNT" not in os.environ:
+    open(os.environ["DIED"], "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@both_ways_and_sizes(("deepspeed", 2))
+def test_where_a_rank_dies_in_its_first_moment_the_others_end_within_half_a_minute(
+    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check, tmp_path: Path
+) -> None:
+    """Before the others have heard of it: in Python's own start."""
+    (tmp_path / "sitecustomize.py").write_text(DIES_AT_ONCE)
+    died = tmp_path / "died"
+    cluster_run.submit(via, nodes=nodes, PYTHONPATH=str(tmp_path), DIED=str(died))
+    wait_until(died.exists)
+    cluster_run.wait_for_restarts(1)
+    assert time.time() - died.stat().st_mtime < 30
+    if via == "deepspeed":
+        assert "On node2 the ranks ended, or could not be started" in cluster_run.output()
+    check_same(cluster_run.finish(), nodes)

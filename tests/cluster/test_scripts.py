@@ -12,26 +12,26 @@ import pytest
 from megatrain.data import open_dataset
 from tests.cluster.conftest import ClusterRun
 from tests.cluster.lab import Lab
-from tests.cluster.test_jobs import Check, acceptance, both_ways
+from tests.cluster.test_jobs import Check, acceptance, both_ways, both_ways_and_sizes
 from tests.runs import Metrics, TinyData, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900), acceptance]
 
 
-@both_ways
-def test_a_real_limit_is_announced_in_time(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
-    cluster_run.submit(via, "train.steps=1000000", "--time", "2", "--signal-seconds", "60")
+@both_ways_and_sizes()
+def test_a_real_limit_is_announced_in_time(via: str, nodes: int, cluster_run: ClusterRun, check_same: Check) -> None:
+    cluster_run.submit(via, "train.steps=1000000", "--time", "2", "--signal-seconds", "60", nodes=nodes)
     cluster_run.wait_for_restarts(1)
     wait_until(lambda: bool(cluster_run.events("resume")))
     cluster_run.wait_for_step(max(100, *cluster_run.events("resume")) + 1)
     assert cluster_run.events("resume") == cluster_run.events("stop")
-    check_same(Metrics.read(cluster_run.run_dir))
+    check_same(Metrics.read(cluster_run.run_dir), nodes)
 
 
 def test_a_chain_goes_on_where_the_job_before_failed_and_no_further(cluster_run: ClusterRun, check_same: Check) -> None:
     first, second, third = cluster_run.submit("srun", "--chain", "3")
     cluster_run.wait_for_step(13)
-    cluster_run.lab.ranks()[-1].send_signal(signal.SIGKILL)
+    cluster_run.ranks()[-1].send_signal(signal.SIGKILL)
     states = [cluster_run.lab.wait_for_job(number) for number in (first, second, third)]
     assert states == ["FAILED", "COMPLETED", "CANCELLED"]
     assert cluster_run.lab.job(first)["ExitCode"] == "5:0"
@@ -56,7 +56,7 @@ def test_ranks_get_words_and_variables_as_they_were_given(
     cluster_run.submit(via, override, "--cpus-per-task", "1", "--job-name", name, NASTY=nasty)
     assert cluster_run.lab.call("squeue", "-h", "-j", cluster_run.number, "-o", "%j") == name
     cluster_run.wait_for_step(3)
-    ranks = cluster_run.lab.ranks()
+    ranks = cluster_run.ranks()
     assert [rank.environ()["NASTY"] for rank in ranks] == [nasty, nasty]
     assert [rank.cmdline()[-1] for rank in ranks] == [override, override]
     assert {rank.environ()["SLURM_JOB_ID"] for rank in ranks} == {cluster_run.number}
