@@ -29,7 +29,7 @@ def both_ways_and_sizes(*sample: tuple[str, int]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("via", "nodes"), marked)
 
 
-@both_ways_and_sizes(("deepspeed", 4))
+@both_ways_and_sizes(("deepspeed", 2))
 def test_a_job_told_of_its_limit_saves_requeues_itself_and_goes_on(
     via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
 ) -> None:
@@ -138,7 +138,7 @@ if is_rank and socket.gethostname() == "node2" and "SLURM_RESTART_COUNT" not in 
 """
 
 
-@both_ways_and_sizes(("deepspeed", 2))
+@both_ways_and_sizes()
 def test_where_a_rank_dies_in_its_first_moment_the_others_end_within_half_a_minute(
     via: str, nodes: int, cluster_run: ClusterRun, check_same: Check, tmp_path: Path
 ) -> None:
