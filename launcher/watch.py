@@ -46,10 +46,16 @@ def _report(hosts: Sequence[str]) -> str:
 
 
 def _reached(launcher: int, hosts: Sequence[str]) -> set[str]:
-    """The hosts that a process below the launcher, such as ssh, is connected with: the first host that it names."""
+    """The hosts that a process below the launcher, such as ssh, is connected with: the first host that it names.
+
+    Processes that started others do not count: pdsh names all hosts, whatever has become of them.
+    """
     found = set()
     with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(launcher).children(recursive=True):
+        below = psutil.Process(launcher).children(recursive=True)
+        parents = {process.pid: process.ppid() for process in below if process.is_running()}
+        for process in below:
             with contextlib.suppress(psutil.Error):
-                found.update([word for word in process.cmdline() if word in hosts][:1])
+                if process.pid not in parents.values():
+                    found.update([word for word in process.cmdline() if word in hosts][:1])
     return found

@@ -63,6 +63,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,requeue_d
 SlurmdTimeout={slurmd_timeout}
 InactiveLimit=0
 KillWait=30
+UnkillableStepTimeout=600
 CompleteWait=0
 MessageTimeout=10
 TCPTimeout=2
@@ -156,7 +157,7 @@ class Lab:
             self.heal(node)
             if self._inits[node].poll() is not None:
                 self.boot(node)
-        self.wait_until_idle()
+        wait_until(self._is_mended, 0.5)
 
     def inside(self, node: int, *command: str) -> list[str]:
         """A command that runs ``command`` in a node."""
@@ -257,6 +258,12 @@ class Lab:
             _ip("-n", space, "link", "set", "lo", "up")
             _ip("-n", space, "addr", "add", f"{self._net}.{node}/24", "dev", "eth0")
             _ip("-n", space, "link", "set", "eth0", "up")
+
+    def _is_mended(self) -> bool:
+        """Whether all are idle; those that SLURM has drained, as one cut off in the midst of a job, are resumed."""
+        for name in self.call("sinfo", "-h", "-N", "-t", "drained", "-o", "%N").split():
+            self.call("scontrol", "update", f"nodename={name}", "state=resume")
+        return self._num_idle() == len(self.nodes)
 
     def _num_idle(self) -> int:
         return int(self.call("sinfo", "-h", "-t", "idle", "-o", "%D") or 0)

@@ -16,19 +16,24 @@ from megatrain.distributed.bootstrap import start_name
 from megatrain.distributed.giving_up import why_given_up
 
 HOSTS = ("node1", "node2", "node3")
-# As pdsh: a process for each host, whose words name it, and which waits for all of them.
-LAUNCHER = """
+# As pdsh, which names all hosts, has a process for each of them, whose words name it, and waits for all of these.
+PDSH = """
 import subprocess, sys
-nodes = [subprocess.Popen(["sh", "-c", "sleep 60; :", "-x", host, "a command"]) for host in sys.argv[1:]]
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+nodes = [subprocess.Popen([*sleep, "-x", host, "a command"]) for host in sys.argv[1:]]
 print("started", flush=True)
 for node in nodes:
     node.wait()
+"""
+LAUNCHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
 """
 
 
 @pytest.fixture
 def launcher() -> Iterator[psutil.Process]:
-    command = [sys.executable, "-c", LAUNCHER, *HOSTS]
+    command = [sys.executable, "-c", LAUNCHER, PDSH, *HOSTS]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"started\n"
@@ -49,16 +54,20 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _end_node(launcher: psutil.Process, host: str) -> None:
-    (node,) = [child for child in launcher.children() if host in child.cmdline()]
+    (pdsh,) = launcher.children()
+    (node,) = [child for child in pdsh.children() if host in child.cmdline()]
     node.kill()
 
 
-def test_a_node_whose_ranks_have_ended_is_told_to_those_that_wait(launcher: psutil.Process, run_dir: Path) -> None:
-    _end_node(launcher, "node2")
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_node_whose_ranks_have_ended_is_told_to_those_that_wait(
+    host: str, launcher: psutil.Process, run_dir: Path
+) -> None:
+    _end_node(launcher, host)
     watch.watch_nodes(run_dir, launcher.pid, run_dir / "hostfile")
     told = why_given_up(run_dir, start_name())
     assert told is not None
-    assert told.startswith("On node2 the ranks ended, or could not be started")
+    assert told.startswith(f"On {host} the ranks ended, or could not be started")
     assert launcher.is_running()
 
 
