@@ -70,7 +70,8 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
         total = tally(corpus, decisions, job)
         texts = write_kept(corpus, out, options.read, decisions, wanted_texts(total), job)
         report = make_report(command, total, corpus, texts)
-        report["clusters"] = {str(size): n for size, n in cluster_sizes(firsts, corpus.num_documents).items()}
+        sizes = partial(cluster_sizes, firsts, corpus.num_documents)  # by one: it counts in a file
+        report["clusters"] = job.share("clusters", lambda: {str(size): n for size, n in sizes().items()})
         _add_similarities(report, runs, sketch)
         commit_bytes(out / REPORT_FOLDER / "report.txt", render(report).encode(), job.work)
         return report
