@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 from megatrain.config import RunConfig
+from megatrain.distributed.node_list import hostnames
 from megatrain.errors import ConfigError
 from megatrain.plan import rules
 
 
 def job_nodes() -> list[str]:
     """The nodes of the SLURM job around us, in the order in which its ranks are numbered."""
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return hostnames(os.environ["SLURM_JOB_NODELIST"])
 
 
 def legal_counts(config: RunConfig, ranks_per_node: int, most: int) -> list[int]:

@@ -21,16 +21,6 @@ def config(tmp_path: Path) -> RunConfig:
     return load(path)
 
 
-@pytest.fixture(autouse=True)
-def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of SLURM's: the node list has the names as they are."""
-    program = tmp_path / "bin" / "scontrol"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-
-
 @pytest.mark.parametrize(
     ("given", "ranks_per_node", "used", "told"),
     [
