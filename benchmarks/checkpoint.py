@@ -57,6 +57,7 @@ model: {{hidden_size: 640, intermediate_size: 1728, num_hidden_layers: 6, num_at
   num_key_value_heads: 5, max_position_embeddings: 64, vocab_size: 16384}}
 data: {{train: [{{path: {data}}}], seq_len: 64}}
 train: {{steps: 1000000, global_batch_size: 4, micro_batch_size: 2}}
+optimizer: {{lr: 1.0e-3}}
 schedule: {{type: constant}}
 checkpoint: {{keep: 1}}
 """

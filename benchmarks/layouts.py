@@ -76,6 +76,7 @@ class Layout:
                 "micro_batch_size": MICRO_BATCH,
                 "precision": self.precision,
             },
+            "optimizer": {"lr": 1.0e-3},
             "parallel": self.parallel,
         }
 

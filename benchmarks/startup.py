@@ -42,6 +42,7 @@ model: {{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 4, num_atte
   max_position_embeddings: 32, vocab_size: 304}}
 data: {{train: [{{path: {folder}/data}}], seq_len: 32}}
 train: {{steps: 1000000, global_batch_size: {batch}, micro_batch_size: 1}}
+optimizer: {{lr: 1.0e-3}}
 parallel: {parallel}
 """
 LAYOUTS = {"data, ZeRO 1": "{zero_stage: 1}", "tensor 8 x pipeline 4 x data": "{tensor: 8, pipeline: 4}"}

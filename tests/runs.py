@@ -48,6 +48,7 @@ def tiny_config(data: TinyData, run_dir: Path, **sections: Mapping[str, Any]) ->
             "seq_len": 64,
         },
         "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "optimizer": {"lr": 1.0e-3},
         "schedule": {"type": "constant", "warmup_steps": 2},
         "checkpoint": {"every_steps": 5},
         "observe": {"tensorboard": False},

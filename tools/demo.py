@@ -25,7 +25,7 @@ import yaml
 from megatrain.errors import EXIT_RANK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "configs" / "tiny_cpu.yaml"
@@ -87,8 +87,12 @@ class Demo:
                 lost = self._losses()
         with self._stage("resume", "The same command again: it goes on from the newest checkpoint"):
             self._command(*command)
+        return self.done_twice(lost)
+
+    def done_twice(self, lost: Mapping[int, float]) -> dict[int, tuple[float, float]]:
+        """The losses, before the kill and after, of each step done again that both runs have logged."""
         final, resumed_from = self._losses(), self._resumed_from()
-        return {step: (loss, final[step]) for step, loss in lost.items() if step > resumed_from}
+        return {step: (loss, final[step]) for step, loss in lost.items() if step > resumed_from and step in final}
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
         figures = {}

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatrain.config.keys import nearest_key, record_at
+from megatrain.config.keys import is_section, nearest_key, record_at, record_of
 from megatrain.config.problem import NOT_GIVEN, Problem, shown
+from megatrain.config.schema import RunConfig
 
 _WORDS = {
     **dict.fromkeys(("true", "yes", "on", "y", "1"), "true"),
@@ -25,15 +26,23 @@ def explain(error: ValidationError) -> list[Problem]:
         if details["type"] == "inconsistent":
             prefix = f"{key}." if key else ""
             found += [problem.below(prefix) for problem in details["ctx"]["problems"]]
+        elif details["type"] == "missing":
+            found += [Problem(each, NOT_GIVEN, "a required key") for each in _required(key)]
         elif details["type"] != "too_short" or not details["input"]:  # else its entries are wrong, and said to be
             found.append(_problem(key, details))
     return found
 
 
+def _required(key: str) -> list[str]:
+    """The keys that are missing with ``key``: where it is a section, those directly in it that have no default."""
+    section = RunConfig.model_fields.get(key)
+    record = record_of(section.annotation) if section and is_section(section) else None
+    fields = record.model_fields if record else {}
+    return [f"{key}.{name}" for name, field in fields.items() if field.is_required()] or [key]
+
+
 def _problem(key: str, details: ErrorDetails) -> Problem:
     given, kind, context = details["input"], details["type"], details.get("ctx", {})
-    if kind == "missing":
-        return Problem(key, NOT_GIVEN, "a required key")
     if kind == "extra_forbidden":
         record = record_at(details["loc"][:-1])
         return Problem(key, given, "no such key", nearest_key(key, record))

@@ -246,7 +246,7 @@ class DataConfig(Section):
     cache_bytes: Count = Field(
         default=64 * 2**30, description="How many bytes of them; what was not used for longest goes first."
     )
-    seq_len: Size = Field(default=256, description="Tokens of a sample.")
+    seq_len: Size = Field(description="Tokens of a sample.")
     document_mask: bool = Field(
         default=False, description="Attention and positions start anew at each document within a sample."
     )
@@ -301,7 +301,7 @@ class TrainConfig(Section):
     """How long, how much at once, and how precisely."""
 
     steps: Count = Field(description="Optimizer steps of the whole run.")
-    global_batch_size: Size = Field(default=16, description="Sequences of one optimizer step, over all ranks.")
+    global_batch_size: Size = Field(description="Sequences of one optimizer step, over all ranks.")
     micro_batch_size: Size = Field(default=2, description="Sequences that one rank computes at once.")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="What the model computes in. Under bf16 and fp16 the optimizer keeps fp32 weights."
@@ -374,7 +374,7 @@ class OptimizerConfig(Section):
     """What updates the weights."""
 
     type: Literal["adamw"] = Field(default="adamw", description="AdamW: Adam with decoupled weight decay.")
-    lr: Annotated[float, Field(ge=0.0)] = Field(default=1.0e-3, description="The peak learning rate.")
+    lr: Annotated[float, Field(ge=0.0)] = Field(description="The peak learning rate.")
     betas: Annotated[tuple[Probability, Probability], Field(strict=False)] = Field(
         default=(0.9, 0.95), description="Decay of the running mean and of the running square of the gradient."
     )
@@ -436,8 +436,8 @@ class ObserveConfig(Section):
     tensorboard: bool = Field(default=True, description="Write TensorBoard events too.")
     compare_ranks_every_seconds: Annotated[float, Field(gt=0.0)] = Field(
         default=60.0,
-        description="Seconds between comparisons of how long each part of a step takes on each rank; a rank that stays "
-        "slower than the others is named.",
+        description="Seconds between comparisons of how long each part of a step takes on each rank, made at the next "
+        "step that is logged; a rank that stays slower than the others is named.",
     )
 
 
@@ -450,7 +450,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     spikes: SpikesConfig = SpikesConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()

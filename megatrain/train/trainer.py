@@ -203,7 +203,8 @@ class Trainer:
 
     def _asked(self) -> Asked:
         """What this rank was asked for since the last step."""
-        to_compare = self._run.rank.rank == 0 and time.monotonic() >= self._compare_at
+        due = self._run.rank.rank == 0 and time.monotonic() >= self._compare_at
+        to_compare = due and self._is_logged(self.progress.step + 1)  # the clock alone decides nothing that is logged
         return Asked(self._requests.signal is not None, self._is_save_asked(), to_compare)
 
     def _is_save_asked(self) -> bool:
@@ -213,6 +214,9 @@ class Trainer:
             with contextlib.suppress(OSError):
                 self._save_now.unlink()
         return self._requests.take_save() or by_file
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self._config.observe.log_every_steps == 0 or step == self._config.train.steps
 
     def _evaluate_if_due(self) -> None:
         run, step = self._run, self.progress.step
@@ -265,10 +269,10 @@ class Trainer:
 
     def _report(self, metrics: StepMetrics, to_compare: bool) -> None:
         seconds, parts = self._watch.lap()
-        observers, every = self._observers, self._config.observe.log_every_steps
+        observers = self._observers
         self._count_time(parts)
         ranks = self._compare_ranks(parts, to_compare)
-        if observers is None or not (ranks or metrics.step % every == 0 or metrics.step == self._config.train.steps):
+        if observers is None or not self._is_logged(metrics.step):
             return
         computing = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
         tokens = self._config.train.global_batch_size * self._config.data.seq_len

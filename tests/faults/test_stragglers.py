@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
+from tests.served import ServedRanks
 
 
 def throttle(process: psutil.Process, ended: threading.Event, stopped_seconds: float = 0.04) -> None:
@@ -54,3 +55,12 @@ def test_a_throttled_rank_is_named(tiny_data: TinyData, tmp_path: Path) -> None:
     finally:
         ended.set()
         run.kill_all()
+
+
+def test_ranks_are_compared_at_logged_steps_alone(tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path) -> None:
+    observe = {"tensorboard": False, "log_every_steps": 5, "compare_ranks_every_seconds": 1e-9}
+    config = tiny_config(tiny_data, tmp_path / "run", train={"steps": 12}, observe=observe)
+    one_rank.finish(write_config(tmp_path / "run.yaml", config))
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    logged = {line["step"]: "ranks" in line for line in lines if "loss" in line}
+    assert logged == {5: True, 10: True, 12: True}

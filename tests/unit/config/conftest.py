@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ from megatrain.errors import ConfigError
 REQUIRED_ONLY = """\
 run: {dir: runs/x}
 model: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}
-data: {train: [{path: data/code}]}
-train: {steps: 200}
+data: {train: [{path: data/code}], seq_len: 256}
+train: {steps: 200, global_batch_size: 16}
+optimizer: {lr: 1.0e-3}
 """
 
 
@@ -42,10 +43,11 @@ def refused(loaded: Callable[..., RunConfig]) -> Callable[..., str]:
 
 @pytest.fixture
 def with_line() -> Callable[..., str]:
-    """The required keys with further lines below them; the first further line is line 5."""
+    """The required keys with further lines below them; a section that these give stands in place of its own."""
 
-    def text(*lines: str, without: Sequence[str] = ()) -> str:
-        kept = [line for line in REQUIRED_ONLY.splitlines() if line.partition(":")[0] not in without]
+    def text(*lines: str) -> str:
+        given = {line.partition(":")[0] for line in lines}
+        kept = [line for line in REQUIRED_ONLY.splitlines() if line.partition(":")[0] not in given]
         return "\n".join([*kept, *lines]) + "\n"
 
     return text

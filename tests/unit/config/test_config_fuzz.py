@@ -16,8 +16,9 @@ from megatrain.plan import rules
 REQUIRED_ONLY = """\
 run: {dir: runs/x}
 model: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}
-data: {train: [{path: data/code}]}
-train: {steps: 200}
+data: {train: [{path: data/code}], seq_len: 256}
+train: {steps: 200, global_batch_size: 16}
+optimizer: {lr: 1.0e-3}
 """
 
 KEYS = sorted(path.replace("*", "0") for path, _ in leaves())

@@ -38,7 +38,9 @@ paralel: {tensor: 2}
         "data.train.0.weight (line 9): -1 given; must be at least 0.0; nearest: 0.0",
         "data.document_mask (line 10): yes given; must be true or false; nearest: true",
         "parallel.tensor (the command line): true given; must be an integer; nearest: 1",
+        "data.seq_len (data: line 6): is missing; a required key",
         "train.steps (train: line 11): is missing; a required key",
+        "train.global_batch_size (train: line 11): is missing; a required key",
         "train.stepz (line 11): 5 given; no such key; nearest: train.steps",
         "train.precision (line 11): bf17 given; must be one of bf16, fp16, fp32; nearest: bf16",
         "optimizer.betas.1 (line 12): 1.0 given; must be less than 1.0",
@@ -46,7 +48,7 @@ paralel: {tensor: 2}
         "paralel (line 13): {tensor: 2} given; no such key; nearest: parallel",
     ]:
         assert f"  {line}\n" in message + "\n"
-    assert message.splitlines()[0].endswith("run.yaml: 11 problems")
+    assert message.splitlines()[0].endswith("run.yaml: 13 problems")
 
 
 @pytest.mark.parametrize(

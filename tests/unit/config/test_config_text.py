@@ -55,8 +55,8 @@ def test_quoted_text_stays_text():
 def test_a_key_that_stands_twice_is_refused_with_both_lines(refused, with_line):
     message = refused(text=with_line("optimizer:", "  lr: 1", "  eps: 1e-8", "  lr: 2"))
     assert "optimizer.lr (line 6): 2 given; line 8: the key stands twice, first on line 6; keep one" in message
-    message = refused(text=with_line("train: {steps: 300}"))
-    assert "train (line 4): a mapping given; line 5: the key stands twice, first on line 4" in message
+    message = refused(text=with_line("observe: {log_every_steps: 1}", "observe: {log_every_steps: 2}"))
+    assert "observe (line 6): a mapping given; line 7: the key stands twice, first on line 6" in message
 
 
 def test_a_key_that_stands_twice_in_an_override_is_refused(refused):
@@ -65,16 +65,16 @@ def test_a_key_that_stands_twice_in_an_override_is_refused(refused):
 
 def test_a_broken_file_is_refused_with_line_and_column(refused, with_line):
     assert "run.yaml, line 6, column 1: not valid YAML" in refused(text=with_line("optimizer: {lr: 1"))
-    assert "line 5, column 1: not valid YAML: while scanning for the next token" in refused(
+    assert "line 6, column 1: not valid YAML: while scanning for the next token" in refused(
         text=with_line("\toptimizer: {lr: 1}")
     )
-    assert "line 5: not valid YAML: unacceptable character #x0000" in refused(text=with_line("a: \0"))
+    assert "line 6: not valid YAML: unacceptable character #x0000" in refused(text=with_line("a: \0"))
     assert "but found another document" in refused(text=with_line("---", "a: b"))
     assert "found undefined alias" in refused(text=with_line("optimizer: *other"))
 
 
 def test_anchors_may_be_used(loaded, with_line):
-    text = with_line("data:", "  train: [&code {path: data/code}, *code]", without=["data"])
+    text = with_line("data:", "  seq_len: 256", "  train: [&code {path: data/code}, *code]")
     assert [dataset.path for dataset in loaded(text=text).data.train] == ["data/code", "data/code"]
 
 
@@ -100,4 +100,4 @@ def test_tags_are_refused_and_construct_nothing(refused, with_line, value):
 
 def test_a_key_that_is_a_list_is_refused(refused, with_line):
     assert "a key must be one word" in refused(text=with_line("? [a, b]", ": 5"))
-    assert "<< (line 5)" in refused(text=with_line("<<: {a: b}"))
+    assert "<< (line 6)" in refused(text=with_line("<<: {a: b}"))

@@ -14,15 +14,15 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2}
-data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736, seq_len: 256,
+data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
              document_mask: false, packing: concat, num_new_epochs: 0}
 parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}
-train:      {global_batch_size: 16, micro_batch_size: 2, precision: bf16, gradient_clipping: 1.0,
+train:      {micro_batch_size: 2, precision: bf16, gradient_clipping: 1.0,
              eval_every_steps: 50, eval_batches: 16, hang_timeout_seconds: 600,
              compare_weights_every_steps: 100, initial_loss_scale_power: 16, loss_scale_window: 1000}
 spikes:     {action: none, window_steps: 128, num_deviations: 8.0, rewind_steps: 100, margin_batches: 10,
              max_in_a_row: 50}
-optimizer:  {type: adamw, lr: 1.0e-3, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
+optimizer:  {type: adamw, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
 schedule:   {type: cosine, warmup_steps: 20, min_lr_ratio: 0.1, decay_steps: null}
 checkpoint: {every_steps: 50, keep: 3, keep_every_steps: null, keep_best: 0, dir: null, background: true}
 observe:    {log_every_steps: 1, tensorboard: true, compare_ranks_every_seconds: 60.0}
@@ -32,8 +32,9 @@ deepspeed:  {}
 REQUIRED = {
     "run": {"dir"},
     "model": {"hidden_size", "num_hidden_layers", "num_attention_heads"},
-    "data": {"train"},
-    "train": {"steps"},
+    "data": {"train", "seq_len"},
+    "train": {"steps", "global_batch_size"},
+    "optimizer": {"lr"},
 }
 
 
@@ -49,8 +50,8 @@ def keys_but_required(name: str, section: dict[str, object]) -> dict[str, object
 
 
 def test_exactly_the_required_keys_are_required(refused):
-    message = refused(text="run: {}\nmodel: {}\ndata: {}\ntrain: {}\n")
-    missing = {line.split()[0] for line in message.splitlines()[1:] if "is missing" in line}
+    message = refused(text="run: {}\nmodel: {}\ndata: {}\n")  # the keys of a section left out are named one by one
+    missing = {line.split()[0].rstrip(":") for line in message.splitlines()[1:] if "is missing" in line}
     assert missing == {f"{section}.{key}" for section, keys in REQUIRED.items() for key in keys}
 
 

@@ -48,7 +48,8 @@ def opened(dataset: Dataset, *transforms: dict[str, Any], seed: int = 1) -> Augm
             "run": {"dir": "unused", "seed": seed},
             "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
             "data": {"train": [{"path": str(dataset.path), **entry}], "seq_len": SEQ_LEN},
-            "train": {"steps": 10},
+            "train": {"steps": 10, "global_batch_size": 2},
+            "optimizer": {"lr": 1.0e-3},
         }
     )
     (augmentation,) = open_augmentations(config, [dataset])

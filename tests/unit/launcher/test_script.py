@@ -20,6 +20,7 @@ CONFIG = {
     "model": {**MODEL, "vocab_size": 512},
     "data": {"train": [{"path": "data/code"}], "seq_len": 64},
     "train": {"steps": 20, "global_batch_size": 32, "micro_batch_size": 2},
+    "optimizer": {"lr": 1.0e-3},
 }
 
 

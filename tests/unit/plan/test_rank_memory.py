@@ -51,6 +51,7 @@ class Case:
             "model": {**MODEL, **self.model},
             "data": {"train": [{"path": "unused"}], "seq_len": 32},
             "train": {"steps": 10, "global_batch_size": 24, "micro_batch_size": 1, "precision": self.precision},
+            "optimizer": {"lr": 1.0e-3},
             "parallel": {"zero_stage": self.zero_stage, **self.parallel},
         }
 

@@ -17,6 +17,7 @@ run: {dir: runs/x}
 model: {hidden_size: 64, intermediate_size: 96, num_hidden_layers: 4, num_attention_heads: 8, num_key_value_heads: 2}
 data: {train: [{path: data/code}], seq_len: 256}
 train: {steps: 200, global_batch_size: 16, micro_batch_size: 2}
+optimizer: {lr: 1.0e-3}
 """
 
 

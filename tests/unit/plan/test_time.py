@@ -40,6 +40,7 @@ def make_config(precision: str = "bf16", micro_batch: int = 1, **parallel: Any) 
                 "micro_batch_size": micro_batch,
                 "precision": precision,
             },
+            "optimizer": {"lr": 1.0e-3},
             "parallel": parallel,
         }
     )

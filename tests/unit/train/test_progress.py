@@ -33,8 +33,9 @@ CONFIG = RunConfig.model_validate(
     {
         "run": {"dir": "runs/x"},
         "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512},
-        "data": {"train": [{"path": "data/a"}]},
-        "train": {"steps": 100},
+        "data": {"train": [{"path": "data/a"}], "seq_len": 256},
+        "train": {"steps": 100, "global_batch_size": 16},
+        "optimizer": {"lr": 1.0e-3},
     }
 )
 
