@@ -11,7 +11,6 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, field_validator
 
 from megatrain.checkpoint.location import Location, telling
-from megatrain.checkpoint.pieces import Written
 from megatrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -36,10 +35,25 @@ class FileEntry(BaseModel):
             raise ValueError("a file's name must be plain, without a folder")
         return name
 
-    @property
-    def written(self) -> Written:
-        """The same, as the piece files know it."""
-        return Written(self.file, self.bytes, self.checksum)
+
+class Token(BaseModel):
+    """A special token. ``token``: its text, None where only its id is known (a folder without a tokenizer)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    id: NonNegativeInt
+    token: str | None = None
+
+
+class SpecialTokens(BaseModel):
+    """Which tokens have a meaning of their own; None: there is none, or none is known. ``eod`` ends a document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    eod: Token | None = None
+    bos: Token | None = None
+    pad: Token | None = None
+    unk: Token | None = None
 
 
 class Manifest(BaseModel):
@@ -48,6 +62,7 @@ class Manifest(BaseModel):
     ``layout``: the degrees and the ZeRO stage it was written under (for the curious; loading does not depend on it).
     ``state``: what the trainer needs to go on, besides tensors. ``config``: the resolved config of the run.
     ``validation_loss``: at this step, where it was evaluated. ``on_request``: somebody asked for it, so it stays.
+    ``special_tokens``: of the tokenizer beside it; None in checkpoints of versions that did not keep them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -64,6 +79,7 @@ class Manifest(BaseModel):
     files: tuple[FileEntry, ...]
     validation_loss: float | None = None
     on_request: bool = False
+    special_tokens: SpecialTokens | None = None
 
     @field_validator("files")
     @classmethod
@@ -74,9 +90,12 @@ class Manifest(BaseModel):
 
     def encode(self) -> bytes:
         """The bytes of manifest.json; its last key is the checksum of what comes before."""
-        body = self.model_dump(mode="json")
-        checksum = xxhash.xxh3_128(orjson.dumps(body)).hexdigest()
-        return orjson.dumps({**body, "checksum": checksum}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        return _signed(self.model_dump(mode="json"))
+
+
+def _signed(body: dict[str, Any]) -> bytes:
+    checksum = xxhash.xxh3_128(orjson.dumps(body)).hexdigest()
+    return orjson.dumps({**body, "checksum": checksum}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def read_manifest(folder: Location) -> Manifest:
@@ -105,7 +124,7 @@ def read_manifest(folder: Location) -> Manifest:
         raise CheckpointError(f"{path} is not a manifest: {where}: {first['msg']}.") from None
     except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a manifest: {str(error).splitlines()[0]}.") from None
-    if text != manifest.encode():
+    if text != _signed(body):  # by the keys that it has: an older version wrote fewer
         raise CheckpointError(f"{path} is not what was written: a byte outside of its values has changed.")
     named = NAME.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:

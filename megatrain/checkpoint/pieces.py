@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatrain.checkpoint.location import Bytes, ByteSource, Location, create, open_bytes, write_all
+from megatrain.checkpoint.manifest import FileEntry
 from megatrain.distributed.fragment import Box, Fragment, Piece, copy_overlap, shared_range
 from megatrain.errors import CheckpointError
 
@@ -56,16 +57,7 @@ class StoredPiece:
         return self.piece.length * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a file became: its size, and the checksum that vouches for all of it."""
-
-    file: str
-    bytes: int
-    checksum: str
-
-
-def write_pieces(path: Location, fragments: Sequence[Fragment]) -> Written:
+def write_pieces(path: Location, fragments: Sequence[Fragment]) -> FileEntry:
     """Write ``fragments`` to a new file at ``path`` and wait until the disk, or the store, has it.
 
     The fragments' data must not change meanwhile. Raises OSError; what could be written is left to the caller.
@@ -91,10 +83,11 @@ def write_pieces(path: Location, fragments: Sequence[Fragment]) -> Written:
         if room < BLOCK_BYTES:
             digests += block.digest()
         write_all(file, memoryview(digests))
-    return Written(path.name, size + len(digests), xxhash.xxh3_128(header + bytes(digests)).hexdigest())
+    checksum = xxhash.xxh3_128(header + bytes(digests)).hexdigest()
+    return FileEntry(file=path.name, bytes=size + len(digests), checksum=checksum)
 
 
-def read_written(path: Location) -> Written:
+def read_written(path: Location) -> FileEntry:
     """What ``write_pieces`` returned for a file, from the file's header and block table alone. Raises OSError, or
     CheckpointError where it is no file of pieces."""
     try:
@@ -103,7 +96,7 @@ def read_written(path: Location) -> Written:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}.") from None
     vouched = file.fetch(0, begin).tobytes() + file.fetch(end, file.size).tobytes()
-    return Written(path.name, file.size, xxhash.xxh3_128(vouched).hexdigest())
+    return FileEntry(file=path.name, bytes=file.size, checksum=xxhash.xxh3_128(vouched).hexdigest())
 
 
 class PieceFile:
@@ -114,7 +107,7 @@ class PieceFile:
     the file.
     """
 
-    def __init__(self, folder: Location, written: Written) -> None:
+    def __init__(self, folder: Location, written: FileEntry) -> None:
         self.path = folder / written.file
         self._file = self._open(written)
         head, self._table = self._read_header(written)
@@ -189,7 +182,7 @@ class PieceFile:
         """A range of the data, counted from the beginning of the file."""
         return f"{self._data_begin + begin} to {self._data_begin + end}"
 
-    def _open(self, written: Written) -> ByteSource:
+    def _open(self, written: FileEntry) -> ByteSource:
         try:
             file = open_bytes(self.path)
         except FileNotFoundError:
@@ -202,7 +195,7 @@ class PieceFile:
             raise self._damaged("it is too short to be one of pieces")
         return file
 
-    def _read_header(self, written: Written) -> tuple[bytes, bytes]:
+    def _read_header(self, written: FileEntry) -> tuple[bytes, bytes]:
         try:
             self._data_begin, self._data_end = _data_range(written.bytes, self._file.fetch(0, 8).tobytes())
             head = self._file.fetch(0, self._data_begin).tobytes()

@@ -100,7 +100,7 @@ class CheckpointReader:
             oldest.forget()
 
     def _open(self, entry: FileEntry) -> None:
-        file = PieceFile(self.folder, entry.written)
+        file = PieceFile(self.folder, entry)
         _cover(self._coverage, file)
         for stored in file.pieces:
             self._found[stored.piece.name, stored.kind].append((file, stored))
@@ -131,7 +131,7 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
         problem = None
         try:
             if entry.file.endswith(PIECES_SUFFIX):
-                file = PieceFile(folder, entry.written)
+                file = PieceFile(folder, entry)
                 file.check()
                 _cover(coverage, file)
             else:

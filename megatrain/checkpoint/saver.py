@@ -156,8 +156,7 @@ class CheckpointSaver:
         folder = self._begin_folder()
         with self._naming(folder), ThreadPoolExecutor(_READERS) as readers:
             paths = [folder / rank_file(rank) for rank in range(self._world_size)]
-            written = readers.map(read_written, paths)
-            entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
+            entries = [*readers.map(read_written, paths)]
             entries += [add_file(folder, name, content) for name, content in self._files]
             self._store.commit(self._manifest(entries))
         self._thread.submit(self._tidy, self._store.prune, self._retention)

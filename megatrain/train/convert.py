@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import Location, sync_folder, write_file
-from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from megatrain.checkpoint.manifest import MANIFEST, Manifest
 from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saved_config import saved_config
@@ -72,8 +72,7 @@ def _write_checkpoint(
 ) -> Manifest:
     entries = []
     for number, tensors in enumerate(weights.batches()):
-        written = write_pieces(folder / f"rank-{number:05d}.safetensors", _fragments(tensors))
-        entries.append(FileEntry(file=written.file, bytes=written.bytes, checksum=written.checksum))
+        entries.append(write_pieces(folder / f"rank-{number:05d}.safetensors", _fragments(tensors)))
     entries += [add_file(folder, name, content) for name, content in huggingface.small_files(source)]
     seq_len = min(config.max_position_embeddings, _EVALUATION_TOKENS)
     manifest = Manifest(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from megatrain.checkpoint.manifest import MANIFEST, Manifest
 from megatrain.checkpoint.pieces import read_written
 from megatrain.config import RunConfig
 from megatrain.plan.flops import num_parameters
@@ -113,6 +113,6 @@ def _write_manifest(folder: Path, config: dict[str, Any], step: int) -> None:
         config=resolved.model_dump(mode="json"),
         versions={},
         created="",
-        files=tuple(FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written),
+        files=tuple(written),
     )
     (folder / MANIFEST).write_bytes(manifest.encode())

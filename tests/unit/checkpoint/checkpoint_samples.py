@@ -66,7 +66,6 @@ def save(store: CheckpointStore, step: int, num_ranks: int = 2, **facts: Any) ->
     if not store.generation:
         store.open_generation()
     folder = store.begin(step)
-    written = [write_pieces(folder / rank_file(rank), fragments(rank, num_ranks)) for rank in range(num_ranks)]
-    entries = [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]
+    entries = [write_pieces(folder / rank_file(rank), fragments(rank, num_ranks)) for rank in range(num_ranks)]
     entries.append(add_file(folder, "tokenizer.json", b'{"model": {}}' * 20))
     return store.commit(manifest(step, entries).model_copy(update=facts))

@@ -15,13 +15,20 @@ ENTRY = FileEntry(file="rank-00000.safetensors", bytes=10, checksum="00")
 
 def _signed(body: dict[str, object]) -> bytes:
     return orjson.dumps(
-        {**body, "checksum": xxhash.xxh3_128(orjson.dumps(body)).hexdigest()}, option=orjson.OPT_INDENT_2
+        {**body, "checksum": xxhash.xxh3_128(orjson.dumps(body)).hexdigest()},
+        option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE,
     )
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = manifest(12, [ENTRY])
     (tmp_path / "manifest.json").write_bytes(written.encode())
+    assert read_manifest(tmp_path) == written
+
+
+def test_one_of_an_older_version_is_read(tmp_path: Path) -> None:
+    written = manifest(12, [ENTRY])
+    (tmp_path / "manifest.json").write_bytes(_signed(written.model_dump(mode="json", exclude={"special_tokens"})))
     assert read_manifest(tmp_path) == written
 
 

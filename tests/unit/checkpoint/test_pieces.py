@@ -15,8 +15,8 @@ import xxhash
 from checkpoint_samples import KINDS, SHAPES, fragments, whole, write_checkpoint
 from safetensors.numpy import load_file
 
-from megatrain.checkpoint.manifest import read_manifest
-from megatrain.checkpoint.pieces import BLOCK_BYTES, PieceFile, Written, read_written, write_pieces
+from megatrain.checkpoint.manifest import FileEntry, read_manifest
+from megatrain.checkpoint.pieces import BLOCK_BYTES, PieceFile, read_written, write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.distributed.fragment import Box, Fragment, Piece, Placement
 from megatrain.errors import CheckpointError
@@ -94,7 +94,7 @@ def test_two_boxes_of_one_tensor_are_two_pieces(tmp_path: Path) -> None:
     assert [file.read(stored)[0] for stored in file.pieces] == [0.0, 1.0, 2.0]
 
 
-def _forge(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Written:
+def _forge(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> FileEntry:
     """Rewrite the header, and give the checksum that a forged manifest would have."""
     content = path.read_bytes()
     header_bytes = int.from_bytes(content[:8], "little")
@@ -162,7 +162,8 @@ def test_what_is_no_file_of_pieces_is_refused_in_bounded_memory(content: bytes, 
     try:
         written = read_written(path)  # what a forged manifest would say
     except CheckpointError:
-        written = Written(path.name, len(content), xxhash.xxh3_128(content).hexdigest())
+        checksum = xxhash.xxh3_128(content).hexdigest()
+        written = FileEntry(file=path.name, bytes=len(content), checksum=checksum)
     tracemalloc.start()
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         PieceFile(tmp_path, written)
