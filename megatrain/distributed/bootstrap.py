@@ -17,7 +17,6 @@ from megatrain.errors import ConfigError
 DEFAULT_MASTER_PORT = 29500
 _SUPERVISOR = "MEGATRAIN_SUPERVISOR"
 _LAUNCHED_AT = "MEGATRAIN_LAUNCHED_AT"
-_BIND_CORES = "MEGATRAIN_BIND_CORES"
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20000, 10000  # below the ports that Linux gives out by itself
 
 
@@ -117,9 +116,9 @@ def child_environment(num_ranks: int, *, has_gpu: bool, launched_at: float | Non
     env.setdefault("MASTER_PORT", str(free_port()))
     if launched_at is not None:
         env[_LAUNCHED_AT] = str(launched_at)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // num_ranks)))
     if not has_gpu:
         env.setdefault("DS_ACCELERATOR", "cpu")
-        env.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // num_ranks)))
         env.setdefault("OMP_WAIT_POLICY", "passive")
     return env
 
@@ -134,20 +133,6 @@ def launched_at() -> float | None:
     """When the command that started this rank began, in seconds since 1970; None where nobody on this host told."""
     text = os.environ.get(_LAUNCHED_AT, "")
     return float(text) if supervisor_pid() is not None and text.replace(".", "", 1).isdigit() else None
-
-
-def bind_cores(rank: RankInfo) -> None:
-    """Keep this rank to its share of the node's cores, where MEGATRAIN_BIND_CORES=1 asks for it.
-
-    For launchers that bind nothing: ranks that DeepSpeed starts over ssh. Shares are in the order of the cores'
-    numbers, so ranks of one socket stay on it, and so does the memory that they touch first.
-    """
-    if os.environ.get(_BIND_CORES) != "1" or not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // rank.local_world_size
-    if share:
-        os.sched_setaffinity(0, cores[rank.local_rank * share : (rank.local_rank + 1) * share])
 
 
 def extensions_dir() -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 import torch
 
+from megatrain.distributed.binding import bind
 from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_dir, read_rank
 from megatrain.distributed.groups import local_device, make_groups
 from megatrain.distributed.judgement import ANSWER, Effort, Finding, Reading, judge
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--scratch", type=Path, default=extensions_dir())
     options = parser.parse_args(arguments)
     rank = read_rank()
+    bind(rank)
     export_rank(rank)
     try:
         findings, readings = _examine(rank, options.folder, options.scratch)

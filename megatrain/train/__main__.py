@@ -17,9 +17,9 @@ from pathlib import Path
 from megatrain.checkpoint.lock import Lease, folders_of, locked
 from megatrain.config import RunConfig, load
 from megatrain.distributed import failures, giving_up
+from megatrain.distributed.binding import bind
 from megatrain.distributed.bootstrap import (
     RankInfo,
-    bind_cores,
     export_rank,
     extensions_dir,
     job_identity,
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     rank, run_dir = None, None
     try:
         rank = read_rank()
-        bind_cores(rank)
+        bind(rank)
         if (supervisor := supervisor_pid()) is not None:
             stop.follow(supervisor)
         path, *overrides = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))] or [""]
