@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -61,3 +61,16 @@ def nearest_key(unknown: str, record: type[Section] | None) -> str | None:
     if same_name:
         return same_name[0]
     return next(iter(difflib.get_close_matches(unknown, everywhere, n=1, cutoff=0.7)), None)
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Path, former and present value of every key that differs between two dumps; of `data.train`, whose entries
+    stand under `*`, as far as both go."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted(before.keys() | after.keys()):
+            yield from differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif path == "data.train":
+        for one, other in zip(before, after, strict=False):
+            yield from differences(one, other, f"{path}.*")
+    elif before != after:
+        yield path, before, after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatrain.config import RunConfig
+from megatrain.config.keys import differences
 from megatrain.data import Dataset
 from megatrain.data.order import Cut, DataOrder, Place, Segment, Terms
 from megatrain.errors import CheckpointError
@@ -147,7 +148,7 @@ def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
     former, problems, ways_out = _with_defaults(saved), [], []
     asked = former.data.num_new_epochs
     is_new_epoch = config.data.num_new_epochs > asked
-    for path, before, after in _differences("", former.model_dump(mode="json"), config.model_dump(mode="json")):
+    for path, before, after in differences(former.model_dump(mode="json"), config.model_dump(mode="json")):
         rule, text = rule_of(path), f"{path} was {before} and is now {after}"
         if rule.may is May.NEVER or (rule.key == "data.num_new_epochs" and not is_new_epoch):
             problems.append(f"{text} ({rule.why})")
@@ -229,15 +230,3 @@ def _with_defaults(saved: Mapping[str, Any]) -> RunConfig:
             f"The checkpoint is not one that this megatrain goes on from: {key}: {first['msg']}. Use the version that "
             "wrote it; an imported model begins a new run, as its run.init_from."
         ) from None
-
-
-def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Every key whose value differs; of lists, entry by entry as far as both go."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for key in sorted(before.keys() | after.keys()):
-            yield from _differences(f"{path}.{key}" if path else key, before.get(key), after.get(key))
-    elif path == "data.train":
-        for one, other in zip(before, after, strict=False):
-            yield from _differences(f"{path}.*", one, other)
-    elif before != after:
-        yield path, before, after
