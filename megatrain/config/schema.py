@@ -233,8 +233,8 @@ class ValidationDataset(Section):
 class DataConfig(Section):
     """What is read, and how it is cut into samples."""
 
-    train: Annotated[tuple[TrainingDataset, ...], Field(strict=False, min_length=1)] = Field(
-        description="The mixture to train on."
+    train: Annotated[tuple[TrainingDataset, ...], Field(strict=False, min_length=1, max_length=65_536)] = Field(
+        description="The mixture to train on: up to 65,536 datasets."
     )
     validation: Annotated[tuple[ValidationDataset, ...], Field(strict=False)] = Field(
         default=(), description="What to evaluate on; an empty list: no evaluation."

@@ -16,17 +16,23 @@ BLOCK = 1 << 16
 
 
 class Mixture:
-    """The interleaving of datasets in proportion to ``weights`` (any positive numbers), exact to 1/65,536."""
+    """The interleaving of datasets in proportion to ``weights`` (any positive numbers), exact to 1/65,536.
+
+    A positive weight is at least 1/65,536. Raises ValueError for what makes no mixture, and for more than 65,536.
+    """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        share = np.asarray(weights, dtype=np.float64)
-        if share.ndim != 1 or not share.size or not np.isfinite(share).all() or (share < 0).any() or share.sum() <= 0:
+        given = np.asarray(weights, dtype=np.float64)
+        if given.ndim != 1 or not given.size or not np.isfinite(given).all() or (given < 0).any() or not given.any():
             raise ValueError(f"weights must be finite, not negative, and not all zero: {list(weights)}")
-        self.quotas = _apportion(share / share.sum())
+        if np.count_nonzero(given) > BLOCK:
+            raise ValueError(f"a mixture holds at most {BLOCK:,} datasets: {np.count_nonzero(given):,} given")
+        self.quotas = _apportion(given)
         self._dataset = _spread(self.quotas)
+        order = np.argsort(self._dataset, kind="stable")
+        first = np.cumsum(self.quotas) - self.quotas
         self._before = np.empty(BLOCK, dtype=np.int64)  # how many of the same dataset lie earlier in the block
-        for number, quota in enumerate(self.quotas):
-            self._before[self._dataset == number] = np.arange(quota)
+        self._before[order] = np.arange(BLOCK) - np.repeat(first, self.quotas)
 
     def lookup(self, sample: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each sample number: its dataset, and the count of that dataset's samples before it."""
@@ -41,17 +47,20 @@ class Mixture:
         return block * self.quotas + within
 
 
-def _apportion(share: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Whole numbers that sum to BLOCK, by largest remainder; a positive share gets at least one."""
-    quotas = np.floor(share * BLOCK).astype(np.int64)
-    quotas[(quotas == 0) & (share > 0)] = 1
-    remainder = share * BLOCK - quotas
-    while (gap := BLOCK - int(quotas.sum())) != 0:
-        chosen = np.argsort(-remainder if gap > 0 else np.where(quotas > 1, remainder, np.inf), kind="stable")[
-            : abs(gap)
-        ]
-        quotas[chosen] += np.sign(gap)
-        remainder[chosen] -= np.sign(gap)
+def _apportion(weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Whole numbers that sum to BLOCK, by largest remainder. A positive weight gets at least one, and what that is more
+    than its share comes off the others in proportion."""
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    share = weights / total if np.isfinite(total) else weights / len(weights) / (weights / len(weights)).sum()
+    least = np.zeros(len(share), dtype=np.bool_)
+    exact = share * BLOCK
+    while (small := (weights > 0) & ~least & (exact < 1)).any():
+        least |= small
+        rest = share[~least].sum()
+        exact = np.where(least, 1.0, share * ((BLOCK - np.count_nonzero(least)) / rest if rest else 0.0))
+    quotas: NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    quotas[np.argsort(quotas - exact, kind="stable")[: BLOCK - int(quotas.sum())]] += 1
     return quotas
 
 

@@ -72,7 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    # In fp32: a scale rounded to bf16 would make every gradient of the model wrong by the same 0.2%.
+    # In fp32: a scale rounded to bf16 would make every gradient of the model wrong by the same 0.2%. Engines pass a
+    # power of two, which loses no bit (megatrain.parallel.loss_scale).
     return (x.float() * scale).to(x.dtype)
 
 

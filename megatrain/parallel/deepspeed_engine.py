@@ -2,7 +2,7 @@
 
 - ZeRO stage 0 in bf16 and fp16: DeepSpeed would accumulate gradients in that type. Its ZeRO-1 optimizer for bf16 sums
   whole fp32 gradients over the data ranks and cuts only the optimizer's state, so given a group of one to cut among, it
-  is stage 0. For fp16 it lacks the loss scale, which ``ScaledOptimizer`` adds.
+  is stage 0. It lacks a loss scale, which ``ScaledOptimizer`` adds.
 - ZeRO stage 0 in fp32: DeepSpeed clips, but forgets the gradient's norm, and would apply one that is not finite.
 """
 
@@ -22,10 +22,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from deepspeed.utils import groups as deepspeed_groups
@@ -36,6 +34,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatrain.distributed.groups import Groups
+from megatrain.parallel.loss_scale import ScaledOptimizer
 
 
 def start_deepspeed(timeout_seconds: float) -> None:
@@ -116,25 +115,6 @@ class Mesh:
         return dist.get_world_size(self._groups.tensor)
 
 
-class ScaledOptimizer(BF16_Optimizer):  # type: ignore[misc]
-    """The same for fp16, with a dynamic loss scale."""
-
-    loss_scaler: DynamicLossScaler
-
-    def use_scale(self, settings: dict[str, Any]) -> None:
-        """Scale as DeepSpeed's fp16 ``settings`` say."""
-        self.loss_scaler = CreateLossScaler(
-            torch.float16, static_loss_scale=0, dynamic_scaling=True, dynamic_loss_args=settings
-        )
-
-    def step(self, closure: Any = None) -> None:
-        """Update with the unscaled gradients; an overflow leaves the update out and lowers the scale."""
-        for gradients in self.fp32_groups_gradients_flat:
-            gradients.div_(self.loss_scaler.cur_scale)
-        super().step(closure)
-        self.loss_scaler.update_scale(self.overflow)
-
-
 class StageZero:
     """Mixed into DeepSpeed's engines: what stage 0 lacks there (see the module's docstring)."""
 
@@ -151,22 +131,20 @@ class StageZero:
         return super()._do_optimizer_sanity_check(basic_optimizer)  # type: ignore[misc]
 
     def _configure_bf16_optimizer(self, optimizer: Any) -> Any:
-        if self.zero_optimization_stage() != 0:  # type: ignore[attr-defined]
-            return super()._configure_bf16_optimizer(optimizer)  # type: ignore[misc]
-        kind = ScaledOptimizer if self.fp16_enabled() else BF16_Optimizer  # type: ignore[attr-defined]
-        whole = kind(
+        scaled = ScaledOptimizer(
             optimizer,
             self.param_names,  # type: ignore[attr-defined]
             bfloat16_config=DeepSpeedBF16Config(enabled=True),
             mpu=self.mpu,  # type: ignore[attr-defined]
             clip_grad=self.gradient_clipping(),  # type: ignore[attr-defined]
-            dp_process_group=self.alone,
+            allgather_bucket_size=self.zero_allgather_bucket_size(),  # type: ignore[attr-defined]
+            dp_process_group=self.alone if self.zero_optimization_stage() == 0 else self.seq_data_parallel_group,  # type: ignore[attr-defined]
             timers=NoopTimer(),
             grad_acc_dtype=torch.float32,
         )
-        if isinstance(whole, ScaledOptimizer):
-            whole.use_scale(self.dynamic_loss_scale_args())  # type: ignore[attr-defined]
-        return whole
+        if self.fp16_enabled():  # type: ignore[attr-defined]
+            scaled.use_dynamic_scale(self.dynamic_loss_scale_args())  # type: ignore[attr-defined]
+        return scaled
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not isinstance(self.optimizer, torch.optim.Optimizer):

@@ -17,6 +17,7 @@ from megatrain.distributed.groups import Groups
 from megatrain.parallel.deepspeed_config import deepspeed_config
 from megatrain.parallel.deepspeed_engine import Mesh, PlainDeepSpeedEngine, forget_globals, make_engine
 from megatrain.parallel.gate import Gate
+from megatrain.parallel.loss_scale import use_power_of_two
 from megatrain.parallel.replicas import Replicas, find_differences
 from megatrain.parallel.shard import LocalParameter, ShardedModel
 from megatrain.parallel.state import MasterSlice, link_state, master_slices, publish_masters, torch_optimizer
@@ -64,6 +65,9 @@ class Engine:
         optimizer = make_optimizer(config.optimizer, model)
         self._gate = Gate(optimizer)
         self._deepspeed: Any = self._start(optimizer, settings)
+        self._is_half = config.train.precision != "fp32"
+        if config.train.precision == "fp16":  # at the least scale updates are left out, until the trainer gives up
+            self._deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         return make_engine(
@@ -80,8 +84,7 @@ class Engine:
         engine = self._deepspeed
         self._set_lr(lr)
         skipped_before = engine.skipped_steps
-        # DeepSpeed averages over micro-batches and data ranks; ours is one sum, divided once.
-        scale = len(micro_batches) * self.groups.topology.data / num_targets
+        scale = self._scale(len(micro_batches), num_targets)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         self._ask(admit, lambda: float(loss_sum))
         for batch in micro_batches:
@@ -202,6 +205,14 @@ class Engine:
     def _own_share(self, loss_sum: float) -> float:
         """Tensor ranks compute the same loss: the first of them speaks for all."""
         return loss_sum if self.groups.coordinate.tensor == 0 else 0.0
+
+    def _scale(self, num_micro_batches: int, num_targets: int) -> float:
+        """By what a micro-batch's loss sum is multiplied: DeepSpeed averages over micro-batches and data ranks, ours is
+        one sum, divided once."""
+        per_target = self.groups.topology.data / num_targets
+        if self._is_half:
+            use_power_of_two(self._deepspeed.optimizer, per_target)
+        return num_micro_batches * per_target
 
     def _norm(self) -> float:
         """The gradient's norm of the step that is being made, or was made last."""

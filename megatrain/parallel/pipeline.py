@@ -48,7 +48,7 @@ class PipelinedEngine(Engine):
         engine = self._deepspeed
         self._set_lr(lr)
         skipped_before = engine.skipped_steps
-        scale = self._layers.loss_scale = len(micro_batches) * self.groups.topology.data / num_targets
+        scale = self._layers.loss_scale = self._scale(len(micro_batches), num_targets)
         engine.seconds_of_step = 0.0
         self._ask(admit, lambda: self._loss_sum(scale))
         engine.train_batch(data_iter=self._feed(micro_batches))

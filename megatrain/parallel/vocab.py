@@ -113,10 +113,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_NC, weight_VC, grad_NV = ctx.saved_tensors
-        scale = grad.to(x_NC.dtype)
-        grad_x_NC = (grad_NV @ weight_VC).mul_(scale) if ctx.needs_input_grad[0] else None
-        grad_weight_VC = grad_NV.t() @ (x_NC * scale) if ctx.needs_input_grad[1] else None
+        grad_x_NC = _scaled(grad_NV @ weight_VC, grad) if ctx.needs_input_grad[0] else None
+        grad_weight_VC = grad_NV.t() @ _scaled(x_NC, grad) if ctx.needs_input_grad[1] else None
         return grad_x_NC, grad_weight_VC, None, None, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale).to(x.dtype)  # for the reasons of megatrain.model.loss
 
 
 def _vocabulary(placement: Placement) -> tuple[int, int]:

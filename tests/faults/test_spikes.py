@@ -72,6 +72,24 @@ def test_too_many_in_a_row_end_the_run_with_the_reason(
     assert "(median of the 8 steps before: " in "".join(ended.output)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"zero_stage": 0}, {"zero_stage": 3}, {"pipeline": 2}], ids=str)
+def test_fp16_that_diverges_ends_in_our_words(
+    parallel: dict[str, int], tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    """At the least loss scale, below which DeepSpeed raises an error of its own."""
+    fp16 = {"precision": "fp16", "initial_loss_scale_power": 0}
+    config = write_config(
+        tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", train=fp16, parallel=parallel)
+    )
+    diverging = ("optimizer.lr=1e9", "optimizer.eps=1e-30", "spikes.max_in_a_row=4", "train.steps=20")
+    ended = two_ranks.train(config, *diverging)
+    output = "".join(ended.output)
+    assert ended.codes == [2, 2], output
+    assert "No update could be made in the last 4 steps" in output
+    assert "Traceback" not in output
+
+
 def num_spikes(metrics: Metrics, rule: SpikesConfig) -> int:
     """What the rule would find in the steps of a run that had none."""
     recent, found = Recent(), 0

@@ -48,7 +48,8 @@ NUM_VALIDATION_WINDOWS = 5
 class Case:
     """What to train. ``load``: a checkpoint to begin from, and what its manifest would say of it: ``num_updates``,
     ``loss_scale``. ``save``: a folder for the pieces, after ``save_after`` steps (None: the last).
-    ``poisoned_step``: the last rank's gradients are NaN in it. ``refused_step``: its update is left out at the last
+    ``poisoned_step``: the last rank's gradients are NaN in it, and in the ``num_poisoned`` steps from there on.
+    ``counted``: so many targets are said to be in a batch. ``refused_step``: its update is left out at the last
     moment. ``flipped``: when all is done, one bit of this parameter flips on the last rank.
     ``twice``: go back to the initial weights in the end, and take the first steps again."""
 
@@ -61,6 +62,8 @@ class Case:
     save: str | None = None
     save_after: int | None = None
     poisoned_step: int | None = None
+    num_poisoned: int = 1
+    counted: int | None = None
     refused_step: int | None = None
     flipped: str | None = None
     twice: bool = False
@@ -99,15 +102,17 @@ def train(case: Case) -> dict[str, Any]:
         if step == save_step:
             saved = save(engine, case, rank.rank, num_updates)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, config.train.steps)
-        count = batches.num_targets(step)
-        is_poisoned = step == case.poisoned_step and rank.rank == rank.world_size - 1
+        count = case.counted or batches.num_targets(step)
+        since = -1 if case.poisoned_step is None else step - case.poisoned_step
+        is_poisoned = 0 <= since < case.num_poisoned and rank.rank == rank.world_size - 1
         judged: list[float] = []
         admit = functools.partial(_admit, groups, judged, step == case.refused_step)
         result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr, admit)
         skipped.append(result.skipped)
-        losses.append(groups.sum([result.loss_sum])[0] / count)
+        (loss_sum,) = groups.sum([result.loss_sum])
+        losses.append(loss_sum / count)
         norms.append(result.grad_norm)
-        assert is_poisoned or judged in ([], [losses[-1] * count, norms[-1]]), "judged by other figures than are shown"
+        assert is_poisoned or judged in ([], [loss_sum, norms[-1]]), "judged by other figures than are shown"
         num_updates += not result.skipped
     again = take_first_steps_again(engine, config, batches) if case.twice else []
     batches.close()

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatrain.data.mixture import BLOCK, Mixture
 
 weights = st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=6)
+far_apart = st.lists(
+    st.one_of(st.floats(0.0, allow_nan=False, allow_infinity=False), st.sampled_from([1e-300, 1.0, 1e6, 5e12])),
+    min_size=1,
+    max_size=50,
+).filter(any)
 
 
 @settings(deadline=None)
@@ -40,6 +45,31 @@ def test_any_stretch_sees_the_weights_that_were_asked_for(given_weights: list[fl
     mixture = Mixture(given_weights)
     seen = mixture.counts_before(first + length) - mixture.counts_before(first)
     assert np.abs(seen - length * mixture.quotas / BLOCK).max() <= len(given_weights) + 1
+
+
+@settings(deadline=None, max_examples=300)
+@given(far_apart)
+@example([5e12, 1e12, 1e6, 1e6, 1e6, 1e6])
+@example([1e308, 1e308, 5e-324])
+def test_every_positive_weight_is_drawn_however_small(given_weights: list[float]) -> None:
+    quotas = Mixture(given_weights).quotas
+    assert quotas.sum() == BLOCK
+    assert [quota > 0 for quota in quotas] == [weight > 0 for weight in given_weights]
+    order = np.argsort(given_weights, kind="stable")
+    assert (np.diff(quotas[order]) >= -1).all(), "a larger weight is drawn as often or more, but for rounding"
+
+
+def test_small_weights_take_from_others_in_proportion() -> None:
+    quotas = Mixture([60_000.0, 5_000.0, *[1e-9] * 500]).quotas
+    assert quotas[2:].tolist() == [1] * 500
+    assert quotas[0] / quotas[1] == pytest.approx(12.0, abs=0.01)
+
+
+def test_more_datasets_than_a_block_holds_are_refused() -> None:
+    assert Mixture([1.0] * BLOCK).quotas.tolist() == [1] * BLOCK
+    assert Mixture([5.0, *[0.1] * (BLOCK - 1)]).quotas.tolist() == [1] * BLOCK
+    with pytest.raises(ValueError, match="at most 65,536 datasets"):
+        Mixture([1.0] * (BLOCK + 1))
 
 
 def test_a_weight_of_zero_is_never_drawn() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from megatrain.distributed.fragment import Placement
 from megatrain.model.loss import OutputHead
+from megatrain.parallel.vocab import VocabParallelHead
 
 
 def head_and_inputs(
@@ -41,21 +46,31 @@ def test_fp32_loss_and_gradients_equal_cross_entropy(masked: bool) -> None:
         torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
 
 
-def test_bfloat16_is_as_near_to_fp32_as_fp32_logits_are() -> None:
+@pytest.mark.parametrize("num_targets", [3, 344])  # bf16 rounds 1/3 by 0.2%, 1/344 by 0.26%
+@pytest.mark.parametrize("kind", ["whole", "cut"])
+def test_bfloat16_gradients_are_scaled_in_fp32(kind: str, num_targets: int, alone: dist.ProcessGroup) -> None:
     head, x, targets, mask = head_and_inputs(torch.bfloat16)
     exact_head, exact_x, _, _ = head_and_inputs()
     exact_head.load_state_dict(head.state_dict())
     exact_x = x.detach().float().requires_grad_()
-    loss = head.loss_sum(x, targets, mask)
     expected = reference_loss(exact_head, exact_x, targets, mask)
+    if kind == "cut":
+        head = VocabParallelHead(head, Placement.whole("head", head.weight.shape), alone)
+    loss = head.loss_sum(x, targets, mask)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
-    # A third is no bf16 number: were the scale rounded, all gradients would be off by 0.2%.
-    ours = torch.autograd.grad(loss / 3, [x, head.weight])
-    theirs = torch.autograd.grad(expected / 3, [exact_x, exact_head.weight])
+    ours = torch.autograd.grad(loss / num_targets, [x, head.weight])
+    theirs = torch.autograd.grad(expected / num_targets, [exact_x, exact_head.weight])
     for mine, reference in zip(ours, theirs, strict=True):
         assert (mine - reference).norm() < 0.01 * reference.norm()
         assert mine.float().flatten() @ reference.flatten() / reference.norm() ** 2 == pytest.approx(1.0, abs=5e-4)
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 def test_unscored_tokens_get_no_gradient_and_no_loss() -> None:
