@@ -23,7 +23,8 @@ from data_tools.stats import (
 from data_tools.work import Advance
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import shard_name
-from megatrain.errors import ConfigError, DataError
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import ConfigError
 
 STATISTICS = ("counted", "tokens_per_document", "length_histogram", "sources", "frequent_tokens")
 """The keys of what was counted."""
@@ -81,8 +82,7 @@ def describe(path: str, document: int | None, statistics: Statistics) -> dict[st
 
 def describe_statistics(dataset: Dataset, statistics: Statistics) -> dict[str, Any]:
     """What was counted, and in how much of the dataset."""
-    tokenizer = _tokenizer(dataset)
-    texts = (tokenizer.decode([token], skip_special_tokens=False) for token in range(dataset.vocab_size))
+    texts = (dataset.tokenizer.decode([token]) for token in range(dataset.vocab_size))
     return {
         "counted": {
             "record_batches": statistics.num_batches,
@@ -162,16 +162,15 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
         "row": info.source_row,
         "hash": info.hash.hex(),
         "text_bytes": info.text_bytes,
-        "text": _tokenizer(dataset).decode(tokens[:-1].tolist(), skip_special_tokens=False),
+        "text": dataset.tokenizer.decode(tokens[:-1].tolist()),
         "tokens": tokens.tolist(),
     }
 
 
 def _show_lines(console: Console, dataset: Dataset, tokens: list[int]) -> None:
     """The text line by line, beside the tokens of each line."""
-    tokenizer = _tokenizer(dataset)
     table = Table("text", "tokens", show_edge=False, show_lines=True)
-    for number, (text, ids) in enumerate(_token_lines(tokenizer, tokens)):
+    for number, (text, ids) in enumerate(_token_lines(dataset.tokenizer, tokens)):
         if number == MAX_SHOWN_LINES:
             table.add_row("...", "")
             break
@@ -179,31 +178,18 @@ def _show_lines(console: Console, dataset: Dataset, tokens: list[int]) -> None:
     console.print(table)
 
 
-def _token_lines(tokenizer: Any, tokens: list[int]) -> Iterator[tuple[str, list[int]]]:
+def _token_lines(tokenizer: Tokenizer, tokens: list[int]) -> Iterator[tuple[str, list[int]]]:
     line: list[int] = []
     for token in tokens:
         line.append(token)
         if "\n" in tokenizer.decode([token]):
-            yield tokenizer.decode(line, skip_special_tokens=False), line
+            yield tokenizer.decode(line), line
             line = []
     if line:
-        yield tokenizer.decode(line, skip_special_tokens=False), line
+        yield tokenizer.decode(line), line
 
 
 def _printable(text: str) -> str:
     """The text with control characters spelled out: a dataset is no place from which to command a terminal."""
     text = text.removesuffix("\n").replace("\t", "    ")
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-
-
-def _tokenizer(dataset: Dataset) -> Any:
-    from tokenizers import Tokenizer
-
-    path = dataset.tokenizer_path
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (the library raises plain Exception for whatever is wrong)
-        raise DataError(
-            f"{path} is missing or damaged ({error}). Copy it again from where the dataset was made; "
-            "`megatrain-data verify` checks the whole dataset."
-        ) from None

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import orjson
 
 from data_tools.inputs import InputFile, find_inputs
 from data_tools.outputs import refuse_among_inputs
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
+from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
 
 EOD_TOKEN = "<|endoftext|>"
@@ -34,28 +32,13 @@ class TokenizerFile:
 
 def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN) -> TokenizerFile:
     """Read a tokenizer.json. Raises ConfigError where it is missing, broken, or has no token `eod_token`."""
-    from tokenizers import Tokenizer
-
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"The tokenizer {path} cannot be read ({error.strerror}). `megatrain-data train-tokenizer` makes one."
-        ) from None
-    try:
-        tokenizer = Tokenizer.from_buffer(data)
-        ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    except Exception as error:  # noqa: BLE001 (the library raises plain Exception for whatever is wrong)
-        raise ConfigError(f"{path} is no tokenizer.json that `tokenizers` can read: {error}.") from None
-    if eod_token not in ids:
-        special = [token["content"] for token in orjson.loads(data).get("added_tokens", []) if token["special"]]
+    tokenizer = Tokenizer.open(path, ConfigError, "`megatrain-data train-tokenizer` makes one.")
+    if eod_token not in tokenizer.ids:
         raise ConfigError(
             f"{path} has no token {eod_token!r} to end a document with. Name one with --eod-token; "
-            f"its special tokens are {', '.join(special[:20]) or 'none'}."
+            f"its control tokens are {', '.join(list(tokenizer.control)[:20]) or 'none'}."
         )
-    return TokenizerFile(
-        data, hashlib.sha256(data).hexdigest(), max(ids.values()) + 1, eod_id=ids[eod_token], eod_token=eod_token
-    )
+    return TokenizerFile(tokenizer.json, tokenizer.sha256, tokenizer.vocab_size, tokenizer.ids[eod_token], eod_token)
 
 
 def train_tokenizer(

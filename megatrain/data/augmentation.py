@@ -114,14 +114,8 @@ class _SpecialTokens:
     """The special tokens of a dataset's tokenizer: no text ever becomes one."""
 
     def __init__(self, dataset: Dataset) -> None:
-        from tokenizers import Tokenizer
-
         self._dataset = dataset
-        try:
-            added = Tokenizer.from_file(str(dataset.tokenizer_path)).get_added_tokens_decoder()
-        except Exception as error:  # noqa: BLE001 - tokenizers raises the bare class
-            raise DataError(f"{dataset.tokenizer_path} is no readable tokenizer ({error}). Copy it again.") from None
-        self.ids = {token.content: number for number, token in added.items() if token.special}
+        self.ids = dataset.tokenizer.control
 
     def id_of(self, token: str, key: str) -> int:
         """The token's id."""

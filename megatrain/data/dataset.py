@@ -24,7 +24,8 @@ from megatrain.data.remote import Cache, RemoteFolder, is_address
 from megatrain.data.shard import Ints, Shard, Tokens
 from megatrain.data.shard_table import ShardTable
 from megatrain.data.storage import MAPPED_SHARDS, LocalFolder, Storage
-from megatrain.data.token_bytes import token_lengths
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import DataError
 
 
 def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards: int = MAPPED_SHARDS) -> Dataset:
@@ -112,6 +113,12 @@ class Dataset:
     def tokenizer_path(self) -> Path:
         """The tokenizer.json that made the tokens, on this machine."""
         return self.storage.file(TOKENIZER_FILE, self.manifest.tokenizer_sha256)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens. Raises DataError where its file is missing or damaged."""
+        advice = "Copy it again from where the dataset was made; `megatrain-data verify` checks the whole dataset."
+        return Tokenizer.open(self.tokenizer_path, DataError, advice)
 
     @property
     def num_shards(self) -> int:
@@ -217,7 +224,7 @@ class Dataset:
         Exact for every byte-level tokenizer without a normaliser: the bytes of a document's tokens add up to its
         `text_bytes`. A normaliser changes the text before it is cut, and this counts what it made of it.
         """
-        return token_lengths(self.tokenizer_path, self.vocab_size)
+        return self.tokenizer.token_lengths(self.vocab_size)
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
         """The record batches that hold tokens of [start, stop): shard, number in it, the batch's first position."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -16,13 +16,11 @@ from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import resolve
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
+from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.fragment import Placement
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 _TOKENS_AT_ONCE = 8192
@@ -64,22 +62,22 @@ def generate_text(
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
         raise ConfigError("--prompt has bytes that are not UTF-8: give it as text.")
     model, _, reader = load_decoder(path)
-    tokenizer = _load_tokenizer(reader)
-    encoding = tokenizer.encode(prompt, add_special_tokens=False)
-    room = model.config.max_position_embeddings - len(encoding.ids)
+    tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
+    ids = tokenizer.encode(prompt)
+    room = model.config.max_position_embeddings - len(ids)
     sampling = Sampling(temperature, top_k, top_p if top_p < 1.0 else None)
-    eos = tokenizer.token_to_id("<|endoftext|>")
+    eos = tokenizer.ids.get("<|endoftext|>")
     tokens = generate(
         model,
-        encoding.ids,
+        ids,
         min(max_new_tokens, room) if room > 0 else max_new_tokens,
         sampling,
         seed,
         eos,
-        tokenizer.get_vocab_size(),
+        tokenizer.vocab_size,
     )
     yield prompt
-    yield from _decode_stream(tokenizer, tokens)
+    yield from _decode_stream(tokenizer, ids, tokens)
 
 
 def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool) -> dict[str, Any]:
@@ -108,17 +106,6 @@ def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool
     }
 
 
-def _load_tokenizer(reader: CheckpointReader) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(reader.read_file(TOKENIZER).decode())
-    except CheckpointError:
-        raise
-    except Exception as error:  # noqa: BLE001 - tokenizers raises the bare class
-        raise CheckpointError(f"{reader.folder / TOKENIZER} is no tokenizer: {error}.") from None
-
-
 def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
     if not any(entry.file == TOKENIZER for entry in reader.manifest.files):
         return
@@ -129,14 +116,17 @@ def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
         )
 
 
-def _decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Text as soon as it is whole: a character's bytes may be spread over several tokens."""
-    ids: list[int] = []
-    shown = ""
+def _decode_stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
+    """What follows the prompt, as soon as it is whole: a character's bytes may be spread over several tokens.
+
+    Decoded with the prompt and cut, as a decoder may drop the space in front of a text.
+    """
+    ids = prompt.copy()
+    shown = text = tokenizer.decode(ids)
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
-    yield tokenizer.decode(ids, skip_special_tokens=False)[len(shown) :] if ids else ""
+    yield text[len(shown) :]

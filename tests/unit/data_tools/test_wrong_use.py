@@ -161,7 +161,7 @@ def test_a_dataset_without_its_tokenizer_names_it(
         damage(dataset / "tokenizer.json")
         for command in ("inspect", "stats"):
             code, _, err = run_command(command, dataset)
-            assert (code, f"{dataset}/tokenizer.json is missing or damaged" in err) == (3, True)
+            assert (code, f"{dataset}/tokenizer.json cannot be read as a tokenizer.json" in err) == (3, True)
 
 
 def test_a_token_that_text_becomes_cannot_end_documents(

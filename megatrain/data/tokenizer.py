@@ -1,0 +1,160 @@
+"""The one reader of tokenizers: a tokenizer.json, as the data tools, training, evaluation and generation use it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megatrain.errors import DataError, MegatrainError
+
+if TYPE_CHECKING:
+    pass
+
+_CONTROL_LIKE = re.compile(r"▁?<\S*\w\S*>")
+"""Added tokens that are control tokens although the file does not call them special: <tool_call>, <|fim_prefix|>."""
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+class Tokenizer:
+    """A tokenizer.json in use: truncation, padding and dropout, which the file may ask for, are switched off."""
+
+    def __init__(self, data: bytes, name: object, error: type[MegatrainError] = DataError, advice: str = "") -> None:
+        """Read the bytes of a tokenizer.json, called ``name``. Raises ``error``, with advice, where they are none."""
+        from tokenizers import Tokenizer as Library
+
+        self.json = data
+        self.name = str(name)
+        try:
+            self._library = Library.from_buffer(data)
+        except Exception as problem:  # noqa: BLE001 (the library raises plain Exception for whatever is wrong)
+            raise error(f"{name} cannot be read as a tokenizer.json: {problem}. {advice}".rstrip()) from None
+        self._library.no_truncation()
+        self._library.no_padding()
+        for randomness in ("dropout", "alpha", "nbest_size"):
+            if hasattr(self._library.model, randomness):
+                setattr(self._library.model, randomness, None)
+        if self._library.decoder is None:
+            self._library.decoder = self._missing_decoder()
+
+    @staticmethod
+    def open(path: Path, error: type[MegatrainError] = DataError, advice: str = "") -> Tokenizer:
+        """Read a tokenizer.json. Raises ``error``, with advice, where it is missing or broken."""
+        try:
+            data = path.read_bytes()
+        except OSError as problem:
+            raise error(f"{path} cannot be read as a tokenizer.json: {problem.strerror}. {advice}".rstrip()) from None
+        return Tokenizer(data, path, error, advice)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, in hex."""
+        return hashlib.sha256(self.json).hexdigest()
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return dict(self._library.get_vocab(with_added_tokens=True))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: a vocabulary may have holes."""
+        return max(self.ids.values(), default=-1) + 1
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """The tokens that stand for no text, and their ids.
+
+        These are the special ones, and among the other added ones those in angle brackets: files differ in whether they
+        call <tool_call> or <|fim_prefix|> special. Other added tokens are words of the vocabulary.
+        """
+        added = self._library.get_added_tokens_decoder().items()
+        return {t.content: i for i, t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)}
+
+    def token_of(self, token_id: int) -> str | None:
+        """The token of an id, None where the vocabulary has a hole."""
+        token: str | None = self._library.id_to_token(token_id)
+        return token
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt, nothing added; control tokens that are spelled out in it count as such."""
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens spelled out."""
+        return str(self._library.decode(list(ids), skip_special_tokens=False))
+
+    def token_lengths(self, vocab_size: int) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes of text behind each id below ``vocab_size``; none behind control tokens and holes.
+
+        A byte-level vocabulary spells every byte as one character. Any other is taken to spell text as it is, with
+        SentencePiece's two signs: U+2581 for a space, and `<0xNN>` for a byte; and with those that a WordPiece has in
+        front of what continues a word.
+        """
+        model = self.description["model"]
+        prefix = model.get("continuing_subword_prefix") or ""
+        suffix = model.get("end_of_word_suffix") or ""
+        added = {token["content"] for token in self.description["added_tokens"]}
+        lengths = np.zeros(vocab_size, np.int64)
+        for token, token_id in self.ids.items():
+            if token in self.control or token_id >= vocab_size:
+                continue
+            if token in added:
+                lengths[token_id] = len(token.encode())
+            elif self.is_byte_level:
+                lengths[token_id] = len(token.removesuffix(suffix))
+            else:
+                lengths[token_id] = _spelled_bytes(token.removeprefix(prefix).removesuffix(suffix))
+        return lengths
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The tokenizer as the library itself writes it: all keys are there, whoever wrote the file."""
+        value: dict[str, Any] = orjson.loads(self._library.to_str())
+        return value
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether the vocabulary spells each byte as one character, as GPT-2's does."""
+        return "ByteLevel" in self.component_types("normalizer", "pre_tokenizer", "decoder")
+
+    def component_types(self, *names: str) -> set[str]:
+        """The types of what is in these components ("normalizer", "pre_tokenizer", ...), however deep."""
+        return {part["type"] for name in names for part in _parts(self.description[name])}
+
+    def _missing_decoder(self) -> Any:
+        """Files without a decoder are used by those who only encode; this is the one that fits how they encode."""
+        from tokenizers import decoders
+
+        if self.is_byte_level:
+            return decoders.ByteLevel()
+        if "Metaspace" in self.component_types("pre_tokenizer"):
+            return decoders.Metaspace()
+        if self.description["model"]["type"] == "WordPiece":
+            return decoders.WordPiece(self.description["model"]["continuing_subword_prefix"])
+        return None
+
+
+def _parts(component: Any) -> Iterator[dict[str, Any]]:
+    """A component of a tokenizer and all that it is made of: the objects that have a type."""
+    if isinstance(component, dict):
+        if isinstance(component.get("type"), str):
+            yield component
+        for value in component.values():
+            yield from _parts(value)
+    elif isinstance(component, list):
+        for value in component:
+            yield from _parts(value)
+
+
+def _spelled_bytes(token: str) -> int:
+    if _BYTE_TOKEN.fullmatch(token):
+        return 1
+    return len(token.replace("\u2581", " ").encode())
