@@ -85,7 +85,7 @@ def slurm(
     from launcher.nodes import check_elastic
     from launcher.script import Job, render
     from launcher.site import read_site
-    from megatrain.config import load
+    from megatrain.checkpoint.origin import load
 
     if (gpus_per_node is None) == (procs_per_node is None):
         raise ConfigError("give either --gpus-per-node, or --procs-per-node for nodes without GPUs.")
@@ -192,7 +192,7 @@ def begin(
     """Before the ranks: refuse a run folder in use, forget what the start before left; prints a port that is free."""
     from launcher.job import begin_job
     from launcher.nodes import choose_nodes
-    from megatrain.config import load
+    from megatrain.checkpoint.origin import load
 
     loaded = load(config, overrides or ())
     nodes = choose_nodes(loaded, ranks_per_node, min_nodes) if min_nodes else None
@@ -217,7 +217,7 @@ def watch(
 ) -> None:
     """While `deepspeed` runs: where it has ended on one node, tell the ranks that still wait for those of that one."""
     from launcher.watch import watch_nodes
-    from megatrain.config import load
+    from megatrain.checkpoint.origin import load
 
     watch_nodes(Path(load(config, overrides or ()).run.dir), launcher, hostfile)
 
@@ -243,7 +243,7 @@ def end(
 ) -> None:
     """After the ranks: end those that are left; prints "requeue" or "stop", and exits with the first cause's code."""
     from launcher.job import end_job, outlive_the_job
-    from megatrain.config import load
+    from megatrain.checkpoint.origin import load
 
     outlive_the_job()
     answer, cause = end_job(load(config, overrides or ()), code, tries)

@@ -58,8 +58,11 @@ def check(
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node, one a GPU.")] = None,
     procs: Annotated[int | None, typer.Option(min=1, help="Ranks in all, where there are no GPUs.")] = None,
 ) -> None:
-    """Is this config right? Lists all that is wrong with it and its layout. Needs no torch and no data."""
-    from megatrain.config import load
+    """Is this config right? Lists all that is wrong with it and its layout. Needs no torch and no data.
+
+    Where the checkpoint in run.init_from is there, it must fit too.
+    """
+    from megatrain.checkpoint.origin import load
     from megatrain.plan import rules
 
     loaded = load(config, overrides or ())
@@ -70,11 +73,14 @@ def check(
     else:
         world_size = procs or (nodes or 1) * (gpus_per_node or 1)
     rules.check(loaded, world_size)
+    notes = _check_origin(loaded)
     data = rules.data_degree(loaded, world_size)
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
         f"{loaded.parallel.pipeline}, {rules.num_micro_batches(loaded, world_size)} micro-batch(es) a step."
     )
+    for note in notes:
+        typer.echo(note)
 
 
 @app.command()
@@ -118,7 +124,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What will this run need: memory of each rank, time, saves. Needs no torch, and no data if vocab_size is set."""
-    from megatrain.config import load
+    from megatrain.checkpoint.origin import load
     from megatrain.plan.cluster import Cluster, find_nodes
     from megatrain.plan.run_plan import Interruptions, make_plan
     from megatrain.plan.table import show
@@ -143,7 +149,7 @@ def train(
 ) -> None:
     """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
     from megatrain.checkpoint.lock import folders_of, refuse_if_locked
-    from megatrain.config import load
+    from megatrain.checkpoint.origin import load
     from megatrain.distributed.bootstrap import job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
@@ -155,6 +161,7 @@ def train(
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
     rules.check(loaded, num_ranks)
     _check_data(loaded)
+    _check_origin(_with_vocabulary(loaded), must_exist=True)
     run_dir = Path(loaded.run.dir)
     for folder in folders_of(run_dir, loaded.checkpoint.dir):
         refuse_if_locked(folder, job_identity())
@@ -327,11 +334,33 @@ def main() -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    """Find missing or broken datasets before ranks are started."""
+    """Find datasets that are missing, broken or of several tokenizers before ranks are started."""
+    from megatrain.data import open_dataset
+    from megatrain.data.dataset import refuse_mixed
+
+    paths = [*(e.path for e in config.data.train), *(e.path for e in config.data.validation)]
+    refuse_mixed([open_dataset(path) for path in paths])
+
+
+def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
+    """Refuse a checkpoint in run.init_from that is of another model or tokenizer, as far as it and the data are here;
+    what there is to say of it."""
+    from megatrain.checkpoint.origin import find_origin
+
+    place = config.run.init_from
+    if place is None:
+        return []
+    if not must_exist and "://" not in place and not Path(place).exists():
+        return [f"run.init_from: {place} is not here, so whether it fits is not known."]
+    if (origin := find_origin(config)) is None:
+        return ["run.init_from: not used any more, the run has checkpoints of its own."]
     from megatrain.data import open_dataset
 
-    for path in [*(e.path for e in config.data.train), *(e.path for e in config.data.validation)]:
-        open_dataset(path)
+    origin.refuse_other_model(config.model)
+    for entry in config.data.train:
+        if must_exist or Path(entry.path).exists():
+            origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)
+    return [f"run.init_from: weights of {origin.folder}, the same model."]
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:

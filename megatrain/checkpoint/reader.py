@@ -6,19 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-import xxhash
 from torch import Tensor
 
 from megatrain.checkpoint.coverage import Coverage
-from megatrain.checkpoint.location import Location, telling
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from megatrain.checkpoint.pieces import PieceFile, StoredPiece, copy_into
+from megatrain.checkpoint.store import read_small_file
 from megatrain.distributed.fragment import Piece, Placement, windows
 from megatrain.errors import CheckpointError
 
 PIECES_SUFFIX = ".safetensors"
 _FILES_IN_USE = 16
-_MAX_PLAIN_BYTES = 256 << 20
 
 
 class CheckpointReader:
@@ -77,7 +76,7 @@ class CheckpointReader:
         entry = next((entry for entry in self.manifest.files if entry.file == name), None)
         if entry is None:
             raise CheckpointError(f"{self.folder} holds no {name}.")
-        return _check_plain_file(self.folder, entry)
+        return read_small_file(self.folder, entry)
 
     def _candidates(self, name: str, kind: str) -> Iterator[tuple[PieceFile, StoredPiece]]:
         """Every stored piece of a tensor: those of open files, then, as long as they are asked for, of further ones."""
@@ -135,7 +134,7 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
                 file.check()
                 _cover(coverage, file)
             else:
-                _check_plain_file(folder, entry)
+                read_small_file(folder, entry)
         except CheckpointError as error:
             problem = str(error)
         damaged = damaged or problem is not None
@@ -157,22 +156,3 @@ def _cover(coverage: Coverage, file: PieceFile) -> None:
             coverage.add(stored.piece, stored.kind)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: {error}.") from None
-
-
-def _check_plain_file(folder: Location, entry: FileEntry) -> bytes:
-    """The content of a file that holds no pieces (the tokenizer), as its checksum says. Raises CheckpointError naming
-    it."""
-    path = folder / entry.file
-    try:
-        with telling(path):
-            size = path.stat().st_size
-            if size != entry.bytes:
-                raise CheckpointError(f"{path}: it has {size:,} bytes instead of {entry.bytes:,}.")
-            if size > _MAX_PLAIN_BYTES:
-                raise CheckpointError(f"{path}: {size:,} bytes are too many for a file beside the pieces.")
-            content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: it is missing.") from None
-    if xxhash.xxh3_128(content).hexdigest() != entry.checksum:
-        raise CheckpointError(f"{path}: its bytes are not what was written.")
-    return content

@@ -23,9 +23,11 @@ from megatrain.checkpoint.location import Location, exists, list_folder, locate,
 from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, read_manifest
 from megatrain.errors import CheckpointError, Superseded, Unreachable
 
+TOKENIZER = "tokenizer.json"  # of the data, beside the pieces
 _GENERATION = re.compile(r"\.generation-(\d+)-[0-9a-f]+")
 _DELETED = ".deleted-"
 _ASIDE = "set-aside-"
+_MAX_SMALL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,24 @@ def add_file(folder: Location, name: str, content: bytes) -> FileEntry:
     """Write a small file beside the pieces, synced; its entry for the manifest. Raises OSError."""
     write_file(folder / name, content)
     return FileEntry(file=name, bytes=len(content), checksum=xxhash.xxh3_128(content).hexdigest())
+
+
+def read_small_file(folder: Location, entry: FileEntry) -> bytes:
+    """The content of a file that holds no pieces, as its checksum says. Raises CheckpointError naming it."""
+    path = folder / entry.file
+    try:
+        with telling(path):
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise CheckpointError(f"{path}: it has {size:,} bytes instead of {entry.bytes:,}.")
+            if size > _MAX_SMALL_BYTES:
+                raise CheckpointError(f"{path}: {size:,} bytes are too many for a file beside the pieces.")
+            content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: it is missing.") from None
+    if xxhash.xxh3_128(content).hexdigest() != entry.checksum:
+        raise CheckpointError(f"{path}: its bytes are not what was written.")
+    return content
 
 
 def find_problem(path: Location) -> str | None:

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from megatrain.config.keys import is_section, nearest_key, record_at, record_of
 from megatrain.config.problem import NOT_GIVEN, Problem, shown
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
 
 _WORDS = {
     **dict.fromkeys(("true", "yes", "on", "y", "1"), "true"),
@@ -54,6 +54,8 @@ def _problem(key: str, details: ErrorDetails) -> Problem:
         name, words, closed = _BOUNDS[kind]
         bound = context[name]
         return Problem(key, given, f"must be {words} {shown(bound)}", shown(bound) if closed else None)
+    if (key, given) == ("model", FROM_CHECKPOINT):
+        return Problem(key, given, "there is no checkpoint yet to take it from: name one in run.init_from")
     reason, nearest = _TYPES.get(kind, (details["msg"][:1].lower() + details["msg"][1:], None))
     return Problem(key, given, reason, nearest(given) if nearest else None)
 

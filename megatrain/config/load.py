@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -14,17 +15,22 @@ from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
 from megatrain.config.problem import refusal
 from megatrain.config.scalar import scalar
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
 from megatrain.errors import ConfigError
 
 COMMAND_LINE = "the command line"
+SavedModel = Callable[[str | None, str | None, str | None], Mapping[str, Any] | None]
+"""run.dir, checkpoint.dir and run.init_from to the keys of a model; None: there is no checkpoint to take it from."""
 
 
-def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
+def load(
+    path: str | FilePath, overrides: Sequence[str] = (), saved_model: SavedModel = lambda *places: None
+) -> RunConfig:
     """The config in the YAML file `path`, with each "section.key=value" of `overrides` put over it.
 
     A list entry is reached by its index (`data.train.0.weight=2`); values are read as YAML; the last override of a
     key wins. Raises ConfigError with every problem found, each with its key, its line and what would be legal.
+    ``saved_model``: finds what `model: from_checkpoint` stands for; overrides of the model's keys are put over that.
     """
     read = document.read(_text(FilePath(path)), str(path))
     if not isinstance(read.tree, dict):
@@ -34,8 +40,10 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
         )
     problems = list(read.problems)
     places = {key: f"line {line}" for key, line in read.lines.items()}
-    tree = read.tree
-    for override in overrides:
+    tree, in_order = read.tree, sorted(overrides, key=_is_of_the_model)
+    for override in in_order:
+        if _is_of_the_model(override):
+            tree = _with_saved_model(tree, saved_model)
         tree, changed, found = apply_override(tree, override)
         problems += found
         for changed_path in changed:
@@ -44,7 +52,7 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
                 places.setdefault(changed_path[:end], COMMAND_LINE)
     config = None
     try:
-        config = RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(_with_saved_model(tree, saved_model))
     except ValidationError as error:
         problems += explain(error)
     if config is None or problems:
@@ -55,6 +63,25 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
 def dump(config: RunConfig) -> str:
     """The config as YAML with every default written out; `load` reads the same config from it."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _is_of_the_model(override: str) -> bool:
+    return override.lstrip().startswith("model.")
+
+
+def _with_saved_model(tree: dict[str, Any], saved_model: SavedModel) -> dict[str, Any]:
+    """The tree with a saved model's keys where it says `model: from_checkpoint`, if there is such a model."""
+    if tree.get("model") != FROM_CHECKPOINT:
+        return tree
+    values = (_value(tree, *key) for key in (("run", "dir"), ("checkpoint", "dir"), ("run", "init_from")))
+    run_dir, checkpoint_dir, init_from = (value if isinstance(value, str) and value else None for value in values)
+    model = saved_model(run_dir, checkpoint_dir, init_from)
+    return tree if model is None else {**tree, "model": dict(model)}
+
+
+def _value(tree: dict[str, Any], section: str, key: str) -> object:
+    inside = tree.get(section)
+    return inside.get(key) if isinstance(inside, dict) else None
 
 
 def _text(path: FilePath) -> str:

@@ -10,7 +10,7 @@ from megatrain.config.document import Path
 from megatrain.config.keys import is_section, leaves
 from megatrain.config.problem import Problem
 from megatrain.config.scalar import scalar
-from megatrain.config.schema import RunConfig
+from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
 from megatrain.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def apply_override(tree: Any, override: str) -> tuple[Any, list[Path], list[Prob
         return tree, [], [Problem("the command line", override, "an override is KEY=VALUE, such as parallel.tensor=2")]
     path = tuple(int(part) if part.isdecimal() else part for part in parts)
     section = RunConfig.model_fields.get(key)
-    if section is not None and is_section(section):
+    if section is not None and is_section(section) and (key, text.strip()) != ("model", FROM_CHECKPOINT):
         example = f"{key}.{next(path for path, _ in leaves() if path.startswith(key)).rpartition('.')[2]}"
         return (
             tree,

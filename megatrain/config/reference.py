@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -52,7 +53,8 @@ def reference() -> str:
 def _tables(path: str, record: type[Section]) -> list[str]:
     """The section's own table, and one for each kind of record inside it."""
     properties = record.model_json_schema()["properties"]
-    head = f"## {path}\n\n{record.__doc__}\n\n| key | allowed | default | meaning |\n|---|---|---|---|\n"
+    text = inspect.cleandoc(record.__doc__ or "")
+    head = f"## {path}\n\n{text}\n\n| key | allowed | default | meaning |\n|---|---|---|---|\n"
     rows, inner_tables = [], []
     for name, field in record.model_fields.items():
         default = "required" if field.is_required() else f"`{shown(field.default)}`".replace("|", "\\|")

@@ -18,6 +18,7 @@ from megatrain.config.problem import Problem
 
 LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
+FROM_CHECKPOINT = "from_checkpoint"  # in place of the model's keys: see ModelConfig
 
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
@@ -47,7 +48,9 @@ class RunSection(Section):
         default=1234, description="Seed of the initial weights, the data order and dropout."
     )
     init_from: Path | None = Field(
-        default=None, description="A checkpoint folder to take the weights from; null: initialise them from the seed."
+        default=None,
+        description="A checkpoint or run folder to take the weights from, which must be of this model and tokenizer; "
+        "null: initialise them from the seed.",
     )
 
 
@@ -77,7 +80,11 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """The decoder's shape, under Hugging Face's names, which are the same here for every family."""
+    """The decoder's shape, under Hugging Face's names, which are the same here for every family.
+
+    `model: from_checkpoint` in place of the keys takes all of them from the run's own newest checkpoint, or, where it
+    has none yet, from the one in `run.init_from`; `model.KEY=VALUE` on the command line is put over that.
+    """
 
     family: Literal["llama", "mistral", "qwen3", "gpt2"] = Field(
         default="llama",

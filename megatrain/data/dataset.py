@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -40,6 +40,24 @@ def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards
     dataset = Dataset(LocalFolder(Path(path), max_mapped_shards))
     dataset.table  # noqa: B018 (mapped and checked now: it is there at once, and what is wrong with it is told early)
     return dataset
+
+
+def refuse_mixed(datasets: Sequence[Dataset]) -> None:
+    """Raise DataError where datasets that one model is to see are of several tokenizers or end-of-document tokens."""
+    first = datasets[0]
+    for other in datasets[1:]:
+        one, another = first.manifest, other.manifest
+        if one.tokenizer_sha256 != another.tokenizer_sha256:
+            raise DataError(
+                f"{other.path} was tokenized with another tokenizer than {first.path}: a model knows one vocabulary. "
+                "Tokenize both with the same tokenizer.json."
+            )
+        if one.eod_id != another.eod_id:
+            raise DataError(
+                f"{other.path} ends its documents with {another.eod_token} (id {another.eod_id}), and {first.path} "
+                f"with {one.eod_token} (id {one.eod_id}): a model learns one end of text. Tokenize both with the same "
+                "--eod-token."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.store import CheckpointStore, open_store
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, SampleSource, TrainingBatches, Windows
+from megatrain.data.dataset import refuse_mixed
 from megatrain.data.order import DataOrder, Terms
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.data.remote import Cache
@@ -24,7 +26,7 @@ from megatrain.distributed.judgement import Finding
 from megatrain.distributed.preflight import LEAST_FREE_BYTES, Places, examine, existing
 from megatrain.distributed.rendezvous import meet
 from megatrain.distributed.topology import Topology
-from megatrain.errors import ConfigError, DataError, RankError
+from megatrain.errors import ConfigError, RankError
 from megatrain.model.attention import CoreAttention
 from megatrain.model.decoder import Decoder, DecoderStage
 from megatrain.model.families import LayerSpec, build_layers, family_of
@@ -38,6 +40,7 @@ from megatrain.parallel.shard import Cut, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.stages import decoder_stages
+from megatrain.train.companions import Companions
 from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768
@@ -65,6 +68,10 @@ class Run:
     validation: EvaluationBatches | None
     store: CheckpointStore
     findings: Sequence[Finding]
+    companions: Companions = field(default_factory=Companions)
+    """What came along with the weights it has begun with; on rank 0."""
+    origin: Location | None = None
+    """The checkpoint that its first weights were taken from, in this start."""
 
     def training_batches(self, order: DataOrder) -> TrainingBatches:
         """This rank's micro-batches in ``order``."""
@@ -72,19 +79,16 @@ class Run:
 
 
 def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
-    """The datasets to train and to validate on. Raises DataError where one is broken, or their tokenizers differ."""
+    """The datasets to train and to validate on.
+
+    Raises DataError where one is broken, or where they are of several tokenizers or end-of-document tokens.
+    """
     cache = Cache(Path(config.data.cache_dir).expanduser(), config.data.cache_bytes)
     share = MAPPED_SHARDS_IN_ALL // (len(config.data.train) + len(config.data.validation))
     opened = partial(open_dataset, cache=cache, max_mapped_shards=min(max(share, 1), MAPPED_SHARDS))
     train = [opened(entry.path) for entry in config.data.train]
     validation = [opened(entry.path) for entry in config.data.validation]
-    first = train[0]
-    for other in [*train, *validation]:
-        if other.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
-            raise DataError(
-                f"{other.path} was tokenized with another tokenizer than {first.path}: a model knows one vocabulary. "
-                "Tokenize both with the same tokenizer.json."
-            )
+    refuse_mixed([*train, *validation])
     return train, validation
 
 

@@ -11,20 +11,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from megatrain.checkpoint.location import Location, locate
-from megatrain.checkpoint.manifest import FileEntry, Manifest
+from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.manifest import FileEntry, Manifest, Token
+from megatrain.checkpoint.origin import find_origin
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes
-from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store, resolve
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store
 from megatrain.errors import CheckpointError, Diverged, Unreachable
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
+from megatrain.train.companions import Companions
 from megatrain.train.progress import Progress, refuse_changes, resume_order
 from megatrain.train.spikes import Rewind, SpikeError, num_in_a_row
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer.json"
 T = TypeVar("T")
 _VERSIONS = ("megatrain", "torch", "deepspeed")
 
@@ -57,14 +58,18 @@ class Saving:
         """
         ended = self.finish()
         run = self._run
-        tokenizer = run.datasets[0].tokenizer_path.read_bytes() if run.rank.rank == 0 else b""
+        companions = _companions(run) if run.rank.rank == 0 else run.companions
         self._saver.begin(
             progress.step,
             run.engine.state_fragments(),
             lambda files: _manifest(run, progress, files).model_copy(
-                update={"validation_loss": validation_loss, "on_request": on_request}
+                update={
+                    "validation_loss": validation_loss,
+                    "on_request": on_request,
+                    "special_tokens": companions.special_tokens,
+                }
             ),
-            [(TOKENIZER, tokenizer)],
+            [*companions.files.items()],
         )
         return ended if run.config.checkpoint.background else [*ended, *self.finish()]
 
@@ -112,7 +117,7 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
         reader, problem = _on_all_ranks(run, partial(_open, run, found.path))
         if reader is not None:
             progress = _check_progress(run, reader.manifest)
-            _, problem = _on_all_ranks(run, partial(run.engine.load_fragments, reader, progress.updates))
+            _, problem = _on_all_ranks(run, partial(_fill, run, reader, progress.updates))
         if problem is None:
             if progress.loss_scale and run.engine.loss_scale:
                 run.engine.load_loss_scale(progress.loss_scale)
@@ -212,13 +217,37 @@ def _check_progress(run: Run, manifest: Manifest) -> Progress:
     return replace(progress, segments=run.order.segments)
 
 
+def _fill(run: Run, reader: CheckpointReader, num_updates: int) -> None:
+    """Take a checkpoint's state into the engine, and on rank 0 the files beside it into the run."""
+    run.engine.load_fragments(reader, num_updates)
+    if run.rank.rank == 0:
+        run.companions = Companions.of_checkpoint(reader.folder, reader.manifest)
+
+
+def _companions(run: Run) -> Companions:
+    """What is saved beside the pieces."""
+    dataset = run.datasets[0]
+    eod = Token(id=dataset.eod_id, token=dataset.manifest.eod_token)
+    return run.companions.with_data(dataset.tokenizer_path.read_bytes(), eod)
+
+
+def _fitting_origin(run: Run) -> Location:
+    """The checkpoint of ``run.init_from``. Raises CheckpointError where it is of another model or tokenizer."""
+    origin = find_origin(run.config)
+    assert origin is not None
+    origin.refuse_other_model(run.config.model)
+    for dataset in run.datasets:
+        origin.refuse_other_tokenizer(dataset.path, dataset.manifest.tokenizer_sha256)
+    return origin.folder
+
+
 def _begin(run: Run) -> Progress:
     config = run.config
     if config.run.init_from is None:
         run.engine.load_fragments(run.initial_weights, num_updates=0)
     else:
-        folder = _on_first_rank(run, partial(resolve, locate(config.run.init_from)))
-        _, problem = _on_all_ranks(run, lambda: run.engine.load_fragments(_open(run, folder), num_updates=0))
+        run.origin = folder = _on_first_rank(run, partial(_fitting_origin, run))
+        _, problem = _on_all_ranks(run, lambda: _fill(run, _open(run, folder), num_updates=0))
         if problem is not None:
             raise CheckpointError(f"run.init_from cannot be used: {problem}")
     run.engine.publish()

@@ -135,6 +135,7 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
         "data": ", ".join(f"{d.path} ({d.num_tokens:,} tokens)" for d in run.datasets),
         "run": config.run.dir,
     }
+    facts |= {"init_from": str(run.origin)} if run.origin else {}
     return facts | ({"resumed from": resumed_from} if resumed_from else {})
 
 

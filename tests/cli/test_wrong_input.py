@@ -83,6 +83,18 @@ CHECKPOINTS: dict[str, tuple[Arguments, str]] = {
     "generate from nothing": (lambda p: ["generate", p.folder / "gone", "--prompt", "a"], "gone"),
     "generate from a torn one": (lambda p: ["generate", p.folder / "torn", "--prompt", "a"], "rank-00000.safetensors"),
     "evaluate nothing": (lambda p: ["eval", p.folder / "gone", "--data", p.data.held_out], "gone"),
+    "a model to begin from that is not there": (
+        lambda p: ["train", p.config, f"run.init_from={p.folder / 'gone'}"],
+        "run.init_from cannot be used",
+    ),
+    "weights of another model": (
+        lambda p: ["train", p.config, f"run.init_from={p.run}", "model.rope_theta=5.0"],
+        "model.rope_theta is 10000.0 there and 5.0 here",
+    ),
+    "weights of another model, checked": (
+        lambda p: ["check", p.config, f"run.init_from={p.run}", "model.tie_word_embeddings=false"],
+        "model.tie_word_embeddings is true there and false here",
+    ),
     "a run folder that is a file": (lambda p: ["train", p.config, f"run.dir={p.config}"], "run.yaml"),
 }
 CASES = [
@@ -108,6 +120,14 @@ def test_a_dataset_of_another_tokenizer_is_refused(place: Place, megatrain: Mega
     ended = megatrain("eval", place.run, "--data", other_tokenizer)
     assert ended.code == 3
     assert "another tokenizer" in ended.err
+
+
+def test_weights_meet_no_other_tokenizer(place: Place, megatrain: Megatrain, other_tokenizer: Path) -> None:
+    overrides = [f"run.init_from={place.run}", f"data.train=[{{path: {other_tokenizer}}}]", "data.validation=[]"]
+    for command in ("check", "train"):
+        ended = megatrain(command, place.config, *overrides, "model.vocab_size=512")
+        assert ended.code == 4
+        assert "another tokenizer than that of" in ended.err
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,9 @@ def test_weights_are_taken_from_another_runs_checkpoint(
 ) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run"))
     two_ranks.finish(config, "train.steps=2", f"run.init_from={finished_run}")
-    assert Metrics.read(tmp_path / "run").losses[0] < Metrics.read(finished_run).losses[0] - 0.02
+    begun = Metrics.read(tmp_path / "run")
+    assert begun.losses[0] < Metrics.read(finished_run).losses[0] - 0.02
+    assert begun.events[0]["init_from"] == str(finished_run / "checkpoints" / "step-00000006")
 
 
 def test_where_one_rank_finds_the_weights_to_begin_with_damaged_all_end_and_it_is_named(

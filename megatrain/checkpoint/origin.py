@@ -1,0 +1,164 @@
+"""The checkpoint that a run takes its first weights from, and a config that takes its model from there too.
+
+What needs no checkpoint stays quick: the rest is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatrain import config
+from megatrain.config import ModelConfig, RunConfig
+from megatrain.config.keys import differences
+from megatrain.config.problem import shown
+from megatrain.errors import CheckpointError, Unreachable
+
+if TYPE_CHECKING:
+    from megatrain.checkpoint.location import Location
+    from megatrain.checkpoint.manifest import Manifest
+
+MAY_DIFFER: Mapping[str, str] = {
+    "attention_dropout": "it is used in training alone",
+    "hidden_dropout": "it is used in training alone",
+    "initializer_range": "the weights are there",
+    "init_scheme": "the weights are there",
+    "max_position_embeddings": "it may be longer, but for gpt2, where each position has a weight",
+}
+"""The model's keys that may differ from those of the checkpoint in ``run.init_from``; docs/checkpoints.md has them."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """`megatrain.config.load`, for configs that say ``model: from_checkpoint`` too.
+
+    That is the model of the run's own newest checkpoint, or, where it has none, of ``run.init_from``. Raises
+    ConfigError, CheckpointError.
+    """
+    return config.load(path, overrides, _saved_model)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint to begin from. ``model``: what its weights are the weights of."""
+
+    folder: Location
+    manifest: Manifest
+    model: ModelConfig
+
+    def refuse_other_model(self, model: ModelConfig) -> None:
+        """Raise CheckpointError, naming each key with both values, where the weights would compute something else in
+        ``model``. A vocabulary that is not known yet is passed over."""
+        found = [
+            f"model.{key} is {shown(theirs)} there and {shown(ours)} here"
+            for key, theirs, ours in differences(_whole(self.model), _whole(model))
+            if not _may_differ(key, theirs, ours, model) and (key, ours) != ("vocab_size", None)
+        ]
+        if found:
+            raise CheckpointError(
+                f"run.init_from: {self.folder} holds the weights of another model than this config's: "
+                f"{'; '.join(found)}. `model: from_checkpoint` takes the whole section from there. To change a key on "
+                "purpose, `megatrain export` the checkpoint, edit config.json, and `megatrain import` that."
+            )
+        from megatrain.plan.flops import num_parameters
+
+        if model.vocab_size is not None and self.manifest.parameters != num_parameters(model):
+            raise CheckpointError(
+                f"run.init_from: {self.folder} holds {self.manifest.parameters:,} parameters, and this config's model "
+                f"has {num_parameters(model):,}: there are tensors too many or too few."
+            )
+
+    def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str) -> None:
+        """Raise CheckpointError where ``dataset`` is of another tokenizer. One that the checkpoint lacks is passed
+        over: nothing can be compared."""
+        from megatrain.checkpoint.store import TOKENIZER, read_small_file
+
+        entry = next((entry for entry in self.manifest.files if entry.file == TOKENIZER), None)
+        if entry and hashlib.sha256(read_small_file(self.folder, entry)).hexdigest() != tokenizer_sha256:
+            raise CheckpointError(
+                f"run.init_from: {dataset} was tokenized with another tokenizer than that of {self.folder}: its token "
+                "ids mean other texts to these weights. Tokenize the text again with --tokenizer "
+                f"{self.folder / TOKENIZER}."
+            )
+
+
+def find_origin(config: RunConfig) -> Origin | None:
+    """What a start of this run would begin from; None where ``run.init_from`` is null, or where the run has
+    checkpoints of its own and goes on from those. Raises CheckpointError where there is no good checkpoint there."""
+    if config.run.init_from is None:
+        return None
+    from megatrain.checkpoint.location import locate
+    from megatrain.checkpoint.manifest import read_manifest
+    from megatrain.checkpoint.saved_config import saved_config
+    from megatrain.checkpoint.store import open_store, resolve
+
+    if any(True for _ in open_store(Path(config.run.dir), config.checkpoint.dir).names()):
+        return None
+    with _naming_the_key():
+        folder = resolve(locate(config.run.init_from))
+        manifest = read_manifest(folder)
+        return Origin(folder, manifest, saved_config(manifest, folder).model)
+
+
+def may_differ_table() -> str:
+    """MAY_DIFFER as a Markdown table."""
+    rows = (f"| `model.{key}` | {why} |" for key, why in MAY_DIFFER.items())
+    return "\n".join(["| key | why |", "|---|---|", *rows])
+
+
+def _may_differ(key: str, theirs: Any, ours: Any, model: ModelConfig) -> bool:
+    if key == "max_position_embeddings":
+        return model.family != "gpt2" and bool(ours > theirs)
+    return key in MAY_DIFFER
+
+
+def _whole(model: ModelConfig) -> dict[str, Any]:
+    """The model with what follows from its keys where they are null."""
+    derived = {"intermediate_size": model.ffn_size, "num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+    return {**model.model_dump(mode="json"), **derived}
+
+
+def _saved_model(run_dir: str | None, checkpoint_dir: str | None, init_from: str | None) -> dict[str, Any] | None:
+    """What ``model: from_checkpoint`` stands for; None where there is no checkpoint to take it from.
+
+    Of each checkpoint only the manifest is read: all ranks of a run do it.
+    """
+    from megatrain.checkpoint.location import locate
+    from megatrain.checkpoint.store import find_store, is_checkpoint, open_store, resolve
+
+    own = [*open_store(Path(run_dir), checkpoint_dir).names()] if run_dir is not None else []
+    if own or init_from is None:
+        return _newest_model(own)
+    with _naming_the_key():
+        place = locate(init_from)
+        if is_checkpoint(place):
+            return _newest_model([(0, place)])
+        return _newest_model([*find_store(place).names()] or [(0, resolve(place))])
+
+
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f"run.init_from cannot be used: {error}") from None
+
+
+def _newest_model(checkpoints: Sequence[tuple[int, Location]]) -> dict[str, Any] | None:
+    from megatrain.checkpoint.manifest import read_manifest
+    from megatrain.checkpoint.saved_config import saved_config
+
+    problem = None
+    for _, folder in sorted(checkpoints, key=lambda found: found[0], reverse=True):
+        try:
+            return saved_config(read_manifest(folder), folder).model.model_dump(mode="json")
+        except Unreachable:
+            raise
+        except CheckpointError as error:  # the start will pass over it, too
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None

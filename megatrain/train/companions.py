@@ -1,0 +1,153 @@
+"""The small files beside the pieces of a checkpoint: its tokenizer, and what an imported folder says of how to use it.
+
+They go along from an import through the runs that begin from it to an export. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.manifest import Manifest, SpecialTokens, Token
+from megatrain.checkpoint.store import TOKENIZER, read_small_file
+from megatrain.errors import CheckpointError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER_CONFIG, TOKENIZER_MAP = "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_MAP,
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+CARRIED = (CONFIG, GENERATION, *TOKENIZER_FILES)
+"""The files of a Hugging Face folder that are kept as they are, both ways."""
+
+_FORMER_EOD = "<|endoftext|>"  # what `tokenize` ends documents with unless told otherwise
+# What transformers takes for an id that config.json leaves out.
+_ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
+    "llama": {"bos": 1, "eos": 2},
+    "mistral": {"bos": 1, "eos": 2},
+    "gpt2": {"bos": 50256, "eos": 50256},
+}
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What goes along with the weights. ``files``: name to content, of CARRIED."""
+
+    special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of_folder(cls, files: Mapping[str, bytes]) -> Companions:
+        """Those of an imported folder: its special tokens as transformers reads them."""
+        return cls(_read_special_tokens(files), files)
+
+    @classmethod
+    def of_checkpoint(cls, folder: Location, manifest: Manifest) -> Companions:
+        """Those of a checkpoint. Raises CheckpointError where a file is not what was written."""
+        files = {e.file: read_small_file(folder, e) for e in manifest.files if e.file in CARRIED}
+        if manifest.special_tokens is not None:
+            return cls(manifest.special_tokens, files)
+        special_tokens = _read_special_tokens(files)  # an older version wrote it, which kept none
+        if special_tokens.eod is None and (number := _vocabulary(files).get(_FORMER_EOD)) is not None:
+            special_tokens = special_tokens.model_copy(update={"eod": Token(id=number, token=_FORMER_EOD)})
+        return cls(special_tokens, files)
+
+    def with_data(self, tokenizer_json: bytes, eod: Token) -> Companions:
+        """The same for a run on data of this tokenizer and end-of-document token.
+
+        Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
+        """
+        known = self.files if TOKENIZER in self.files else _without(self.files, TOKENIZER_FILES)
+        special_tokens = self.special_tokens.model_copy(update={"eod": eod})
+        return replace(self, special_tokens=special_tokens, files={**known, TOKENIZER: tokenizer_json})
+
+    @property
+    def is_of_folder(self) -> bool:
+        """Whether special tokens are still those of the folder that was imported."""
+        return self.special_tokens == _read_special_tokens(self.files)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end what is generated: the folder's own, where that which ends a document is among them."""
+        eod, theirs = self.special_tokens.eod, _folder_ids(self.files, "eos")
+        if eod is None or eod.id in theirs:
+            return theirs
+        return [eod.id]
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A file that holds a JSON object; None where there is no such file."""
+        return _json(self.files, name)
+
+
+def _read_special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
+    """By ids of generation_config.json and config.json, and by names of the tokenizer's files."""
+    ids_by_text = _vocabulary(files)
+    texts_by_id = {number: text for text, number in ids_by_text.items()}
+    found: dict[str, Token] = {}
+    for role in ("eos", "bos", "pad", "unk"):
+        named, ids = _folder_text(files, role), _folder_ids(files, role)
+        number = ids_by_text.get(named) if named is not None else None
+        if ids and number not in ids:
+            number = ids[0]
+        if number is not None:
+            text = texts_by_id.get(number) if texts_by_id else (named if len(ids) == 1 else None)
+            found["eod" if role == "eos" else role] = Token(id=number, token=text)
+    return SpecialTokens(**found)
+
+
+def _folder_ids(files: Mapping[str, bytes], role: str) -> list[int]:
+    """The ids that transformers gives a role, of which eos may have several."""
+    key, config = f"{role}_token_id", _json(files, CONFIG) or {}
+    value = (_json(files, GENERATION) or {}).get(key)
+    if value is None:
+        value = config.get(key) if key in config else _ABSENT_IDS.get(str(config.get("model_type")), {}).get(role)
+    size = config.get("vocab_size")
+    ids = value if isinstance(value, list) else [value]
+    return [i for i in ids if type(i) is int and 0 <= i < (size if type(size) is int else 1 << 32)]
+
+
+def _folder_text(files: Mapping[str, bytes], role: str) -> str | None:
+    """What the tokenizer's files call a role."""
+    for name in (TOKENIZER_CONFIG, TOKENIZER_MAP):
+        value = (_json(files, name) or {}).get(f"{role}_token")
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            return text
+    return None
+
+
+def _vocabulary(files: Mapping[str, bytes]) -> dict[str, int]:
+    """Text to id of a tokenizer.json's tokens; nothing where it is one that `tokenizers` cannot read."""
+    from tokenizers import Tokenizer
+
+    try:
+        return dict(Tokenizer.from_buffer(files[TOKENIZER]).get_vocab(with_added_tokens=True))
+    except Exception:  # noqa: BLE001 (the library raises plain Exception for whatever is wrong)
+        return {}
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
+    if name not in files:
+        return None
+    try:
+        value = orjson.loads(files[name])
+    except orjson.JSONDecodeError as error:
+        raise CheckpointError(f"{name} cannot be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} holds no JSON object.")
+    return value
+
+
+def _without(files: Mapping[str, bytes], names: tuple[str, ...]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name not in names}
