@@ -5,7 +5,7 @@ B: sequences (one here), T: tokens, V: vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +49,10 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int = 0,
-    eos_id: int | None = None,
+    stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens one by one, up to ``max_new_tokens``, or up to and without ``eos_id``.
+    """Yield new tokens one by one, up to ``max_new_tokens``, or up to and without one of ``stop_ids``.
 
     The model is to be in evaluation mode. Ids from ``vocab_size`` on (the tokenizer's; None: the model's) are never
     chosen. The same arguments give the same tokens. Raises ConfigError, at once, for an empty prompt, an id out of
@@ -71,7 +71,7 @@ def generate(
             f"positions (model.max_position_embeddings): ask for at most {max(0, limit - len(tokens))} new tokens, "
             "or shorten the prompt."
         )
-    return _stream(model, tokens, max_new_tokens, sampling, seed, eos_id, num_ids)
+    return _stream(model, tokens, max_new_tokens, sampling, seed, stop_ids, num_ids)
 
 
 def _stream(
@@ -80,7 +80,7 @@ def _stream(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    eos_id: int | None,
+    stop_ids: Collection[int],
     num_ids: int,
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def _stream(
     new = list(tokens)
     for _ in range(max_new_tokens):
         token = sampling.choose(next_logits(model, new, cache)[:num_ids], generator)
-        if token == eos_id:
+        if token in stop_ids:
             return
         yield token
         new = [token]

@@ -14,7 +14,8 @@ import orjson
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import Manifest, SpecialTokens, Token
 from megatrain.checkpoint.store import TOKENIZER, read_small_file
-from megatrain.errors import CheckpointError
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import CheckpointError, DataError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, TOKENIZER_MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -128,12 +129,10 @@ def _folder_text(files: Mapping[str, bytes], role: str) -> str | None:
 
 
 def _vocabulary(files: Mapping[str, bytes]) -> dict[str, int]:
-    """Text to id of a tokenizer.json's tokens; nothing where it is one that `tokenizers` cannot read."""
-    from tokenizers import Tokenizer
-
+    """Text to id of a tokenizer.json's tokens; nothing where there is none that can be read."""
     try:
-        return dict(Tokenizer.from_buffer(files[TOKENIZER]).get_vocab(with_added_tokens=True))
-    except Exception:  # noqa: BLE001 (the library raises plain Exception for whatever is wrong)
+        return Tokenizer(files[TOKENIZER], TOKENIZER).ids if TOKENIZER in files else {}
+    except DataError:
         return {}
 
 

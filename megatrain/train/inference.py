@@ -21,6 +21,7 @@ from megatrain.distributed.fragment import Placement
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
+from megatrain.train.companions import Companions
 
 TOKENIZER = "tokenizer.json"
 _TOKENS_AT_ONCE = 8192
@@ -66,14 +67,13 @@ def generate_text(
     ids = tokenizer.encode(prompt)
     room = model.config.max_position_embeddings - len(ids)
     sampling = Sampling(temperature, top_k, top_p if top_p < 1.0 else None)
-    eos = tokenizer.ids.get("<|endoftext|>")
     tokens = generate(
         model,
         ids,
         min(max_new_tokens, room) if room > 0 else max_new_tokens,
         sampling,
         seed,
-        eos,
+        Companions.of_checkpoint(reader.folder, reader.manifest).stop_ids,
         tokenizer.vocab_size,
     )
     yield prompt
