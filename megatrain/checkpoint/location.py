@@ -7,6 +7,7 @@ does not ask which it is. Here is what does differ: how a file comes to be, and 
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
 from collections.abc import Iterator
@@ -219,6 +220,13 @@ def write_all(file: IO[Any], data: memoryview) -> None:
     """Write all of ``data``: an unbuffered file may take less at a time."""
     while data:
         data = data[file.write(data) :]
+
+
+def sync_so_far(file: IO[Any]) -> None:
+    """Wait until the disk has what was written: the sync at the end of a large file would last for as long as all of it
+    takes, and nobody could tell how far it is. A store takes its parts as they are written."""
+    if isinstance(file, io.FileIO):
+        os.fdatasync(file.fileno())
 
 
 def write_file(path: Location, content: bytes) -> None:

@@ -20,8 +20,9 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatrain.checkpoint.location import Bytes, ByteSource, Location, create, open_bytes, write_all
+from megatrain.checkpoint.location import Bytes, ByteSource, Location, create, open_bytes, sync_so_far, write_all
 from megatrain.checkpoint.manifest import FileEntry
+from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import Box, Fragment, Piece, copy_overlap, shared_range
 from megatrain.errors import CheckpointError
 
@@ -31,6 +32,7 @@ FORMAT = "megatrain-pieces-1"
 _DIGEST_BYTES = 16
 _MAX_HEADER_BYTES = 1 << 26
 _MAX_RESIDENT_BYTES = 4 * BLOCK_BYTES
+_BLOCKS_PER_SYNC = 16
 
 DTYPE_CODES = {  # of safetensors
     torch.float64: "F64",
@@ -57,11 +59,13 @@ class StoredPiece:
         return self.piece.length * self.dtype.itemsize
 
 
-def write_pieces(path: Location, fragments: Sequence[Fragment]) -> FileEntry:
+def write_pieces(path: Location, fragments: Sequence[Fragment], activity: Activity | None = None) -> FileEntry:
     """Write ``fragments`` to a new file at ``path`` and wait until the disk, or the store, has it.
 
-    The fragments' data must not change meanwhile. Raises OSError; what could be written is left to the caller.
+    ``activity``: told of each part. The fragments' data must not change meanwhile. Raises OSError; what could be
+    written is left to the caller.
     """
+    activity = activity or Activity()
     header = _encode_header(fragments)
     digests = bytearray()
     size = len(header)
@@ -80,6 +84,9 @@ def write_pieces(path: Location, fragments: Sequence[Fragment]) -> FileEntry:
                 if not room:
                     digests += block.digest()
                     block, room = xxhash.xxh3_128(), BLOCK_BYTES
+                    if len(digests) % (_BLOCKS_PER_SYNC * _DIGEST_BYTES) == 0:
+                        sync_so_far(file)
+                activity.transfer(len(part))
         if room < BLOCK_BYTES:
             digests += block.digest()
         write_all(file, memoryview(digests))
@@ -104,11 +111,12 @@ class PieceFile:
 
     Opening checks the header and the block table against ``written``. Nothing in the file is trusted further than it
     has been checked: lengths are compared with the file's before anything is allocated. Raises CheckpointError naming
-    the file.
+    the file. ``activity``: told of each block.
     """
 
-    def __init__(self, folder: Location, written: FileEntry) -> None:
+    def __init__(self, folder: Location, written: FileEntry, activity: Activity | None = None) -> None:
         self.path = folder / written.file
+        self._activity = activity or Activity()
         self._file = self._open(written)
         head, self._table = self._read_header(written)
         try:
@@ -166,6 +174,7 @@ class PieceFile:
         data = self._data(self._file.fetch, first, last)
         if xxhash.xxh3_128(data.data).digest() != self._table[block * _DIGEST_BYTES : (block + 1) * _DIGEST_BYTES]:
             raise self._damaged(f"bytes {self._in_words(first, last)} are not what was written")
+        self._activity.transfer()
         self._checked[block] = True
         self._last = (block, data)
         return data

@@ -13,6 +13,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from megatrain.checkpoint.pieces import PieceFile, StoredPiece, copy_into
 from megatrain.checkpoint.store import read_small_file
+from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import Piece, Placement, windows
 from megatrain.errors import CheckpointError
 
@@ -21,7 +22,7 @@ _FILES_IN_USE = 16
 
 
 class CheckpointReader:
-    """One checkpoint. ``near``: the number of the rank that reads, and of how many.
+    """One checkpoint. ``near``: the number of the rank that reads, and of how many. ``activity``: told of each block.
 
     Files are opened when a piece is not found in those already open, from the reader's own place among the ranks
     outwards: a rank's share lies about there under every layout. So under the layout that wrote it each rank opens its
@@ -29,8 +30,11 @@ class CheckpointReader:
     damage raises CheckpointError naming file and bytes.
     """
 
-    def __init__(self, folder: Location, near: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, folder: Location, near: tuple[int, int] | None = None, activity: Activity | None = None
+    ) -> None:
         self.folder = folder
+        self._activity = activity
         self.manifest: Manifest = read_manifest(folder)
         entries = [entry for entry in self.manifest.files if entry.file.endswith(PIECES_SUFFIX)]
         self._unopened = _nearest_last(entries, near)
@@ -99,7 +103,7 @@ class CheckpointReader:
             oldest.forget()
 
     def _open(self, entry: FileEntry) -> None:
-        file = PieceFile(self.folder, entry)
+        file = PieceFile(self.folder, entry, self._activity)
         _cover(self._coverage, file)
         for stored in file.pieces:
             self._found[stored.piece.name, stored.kind].append((file, stored))

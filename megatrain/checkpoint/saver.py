@@ -21,6 +21,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.pieces import read_written, write_pieces
 from megatrain.checkpoint.store import CheckpointStore, Retention, add_file
+from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import Fragment, Piece
 from megatrain.errors import CheckpointError, Superseded
 
@@ -50,10 +51,18 @@ class Outcome:
 
 
 class CheckpointSaver:
-    """Saves this rank's fragments into ``rank-00000.safetensors`` of a checkpoint."""
+    """Saves this rank's fragments into ``rank-00000.safetensors`` of a checkpoint. ``activity``: told of each block."""
 
-    def __init__(self, store: CheckpointStore, rank: int, world_size: int, retention: Retention) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        rank: int,
+        world_size: int,
+        retention: Retention,
+        activity: Activity | None = None,
+    ) -> None:
         self._store, self._rank, self._world_size, self._retention = store, rank, world_size, retention
+        self._activity = activity or Activity()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._state: Literal["idle", "writing", "committing"] = "idle"
         self._future: Future[Any] | None = None
@@ -95,6 +104,7 @@ class CheckpointSaver:
         if self._preparation is not None:
             self._preparation.result()
         copies = [self._copy(fragment) for fragment in fragments]
+        self._activity.begin_transfer(sum(copy.data.nbytes for copy in copies))
         self._stall = time.perf_counter() - self._began
         self._step, self._manifest, self._files, self._state, self.problem = (
             step,
@@ -105,9 +115,14 @@ class CheckpointSaver:
         )
         self._future = self._thread.submit(self._write, copies)
 
-    def votes(self, wait: bool = False) -> Votes:
-        """What this rank has to say now; with ``wait``, once its part is done."""
-        if self._future is None or not (wait or self._future.done()):
+    @property
+    def under_way(self) -> Future[Any] | None:
+        """This rank's part of what the ranks do now; None where it has none."""
+        return self._future
+
+    def votes(self) -> Votes:
+        """What this rank has to say now."""
+        if self._future is None or not self._future.done():
             return Votes()
         error = self._future.exception()
         if error is not None:
@@ -149,15 +164,20 @@ class CheckpointSaver:
     def _write(self, fragments: Sequence[Fragment]) -> None:
         path = self._begin_folder() / rank_file(self._rank)
         with self._naming(path):
-            write_pieces(path, fragments)
+            write_pieces(path, fragments, self._activity)
 
     def _commit(self) -> None:
         assert self._manifest is not None
         folder = self._begin_folder()
         with self._naming(folder), ThreadPoolExecutor(_READERS) as readers:
             paths = [folder / rank_file(rank) for rank in range(self._world_size)]
-            entries = [*readers.map(read_written, paths)]
-            entries += [add_file(folder, name, content) for name, content in self._files]
+            entries = []
+            for entry in readers.map(read_written, paths):
+                entries.append(entry)
+                self._activity.transfer()
+            for name, content in self._files:
+                entries.append(add_file(folder, name, content))
+                self._activity.transfer()
             self._store.commit(self._manifest(entries))
         self._thread.submit(self._tidy, self._store.prune, self._retention)
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatrain.distributed.activity import Activity
 from megatrain.distributed.topology import AXES, Axis, Coordinate, Topology
 
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
-"""How often the ranks that wait for the first one hear from it; when it is done, at once."""
+"""How often ranks that wait for one another hear of each other; when all are done, at once."""
 
 
 @dataclass(frozen=True)
 class Groups:
     """This rank's place, and its group along each axis (a group of one has a process group too).
 
-    Some may be the same, or the default one.
+    Some may be the same, or the default one. ``activity``: what this rank gets done.
     """
 
     topology: Topology
@@ -35,6 +36,7 @@ class Groups:
     model: dist.ProcessGroup  # along pipeline and tensor: the ranks that together hold one copy of the model
     ends: dist.ProcessGroup  # on the first and last stage: the two of them; elsewhere this rank by itself
     alone: dist.ProcessGroup  # this rank by itself
+    activity: Activity = field(default_factory=Activity)
 
     @property
     def coordinate(self) -> Coordinate:
@@ -69,25 +71,51 @@ class Groups:
         return None if int(speaker) == size else self._tell(value, int(speaker))
 
     def on_first_rank(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives on rank 0, on every rank; also the exception it raises. Collective.
-
-        However long it takes: the ranks stay in touch, so that no timeout takes the wait for a hang.
-        """
-        outcome: tuple[Any, Exception | None] = (None, None)
-        with ThreadPoolExecutor(1, thread_name_prefix="first-rank") as pool:
-            future = pool.submit(work) if self.rank == 0 else None
-            while self.sum([float(future is not None and not wait([future], POLL_SECONDS).done)])[0]:
-                pass
-            if future is not None:
-                try:
-                    outcome = future.result(), None
-                except Exception as error:  # noqa: BLE001 - it is raised on all ranks
-                    outcome = None, error
+        """What ``work`` gives on rank 0, on every rank; also the exception it raises. Collective, see wait_for_all."""
+        outcome: tuple[Any, BaseException | None] = (None, None)
+        if self.rank == 0:
+            ended = self._ended(work)
+            problem = ended.exception()
+            outcome = (None if problem else ended.result()), problem
+        else:
+            self.wait_for_all(None)
         result, problem = self._tell(outcome, 0)
         if problem is not None:
             raise problem
         first: T = result
         return first
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives or raises on this rank, once all ranks are through with theirs. Collective, see
+        wait_for_all."""
+        return self._ended(work).result()
+
+    def wait_for_all(self, future: Future[Any] | None) -> None:
+        """Wait until this ``future`` and those of all other ranks have ended, however they did. Collective.
+
+        However long it takes: the ranks stay in touch, so that no collective runs into its timeout, and what any of
+        them gets done meanwhile is activity on all.
+        """
+        seen = self.activity.count
+        at_work = 1.0
+        while at_work:
+            mine = future is not None and not wait([future], POLL_SECONDS).done
+            before, seen = seen, self.activity.count
+            at_work, moved = self.sum([float(mine), float(seen > before)])
+            if moved:
+                self.activity.elsewhere()
+
+    def _ended(self, work: Callable[[], T]) -> Future[T]:
+        """``work`` done in a thread, while this one stays in touch with the other ranks."""
+
+        def enter_thread() -> None:
+            if self.device.type == "cuda":  # each thread has a current device of its own
+                torch.cuda.set_device(self.device)
+
+        with ThreadPoolExecutor(1, "work", enter_thread) as pool:
+            future = pool.submit(work)
+            self.wait_for_all(future)
+        return future
 
     def _tell(self, value: T, speaker: int) -> T:
         """The value of one rank, on all."""

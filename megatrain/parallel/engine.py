@@ -87,7 +87,7 @@ class Engine:
         scale = self._scale(len(micro_batches), num_targets)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         self._ask(admit, lambda: float(loss_sum))
-        for batch in micro_batches:
+        for batch in self._counted(micro_batches):
             loss = engine(batch.to(self.groups.device))
             engine.backward(loss * scale)
             loss_sum += loss.detach()
@@ -102,7 +102,7 @@ class Engine:
         """This rank's share of the sum of the cross-entropy over the scored targets; nothing is learned."""
         engine = self._deepspeed
         engine.eval()
-        total = sum(float(engine(batch.to(self.groups.device))) for batch in micro_batches)
+        total = sum(float(engine(batch.to(self.groups.device))) for batch in self._counted(micro_batches))
         engine.train()
         return self._own_share(total)
 
@@ -129,8 +129,10 @@ class Engine:
 
         Not collective: where no rank's ``source`` has failed, ``publish`` completes it.
         """
-        optimizer = self._deepspeed.optimizer
+        optimizer, activity = self._deepspeed.optimizer, self.groups.activity
         states = torch_optimizer(optimizer).state
+        num_kinds = 1 + (len(ADAM_STATES) if num_updates else 0)
+        activity.begin_transfer(sum(held.length for _, held in self._slices()) * num_kinds * torch.float32.itemsize)
         for local, held in self._slices():
             kinds = {WEIGHT: held.buffer}
             if num_updates:
@@ -146,6 +148,7 @@ class Engine:
                     else:
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
                         target[index] = source.read(piece, kind).to(target)
+                    activity.transfer(piece.length * torch.float32.itemsize)
             for buffer in kinds.values():
                 _clear_padding(local.placement, held, held.of(buffer))
         if num_updates:
@@ -192,6 +195,12 @@ class Engine:
         scaler = self._deepspeed.optimizer.loss_scaler
         for key in state.keys() & set(_LOSS_SCALER_STATE):
             setattr(scaler, key, state[key] if key == "cur_scale" else int(state[key]))
+
+    def _counted(self, micro_batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same; with each that is asked for, another is through."""
+        for batch in micro_batches:
+            self.groups.activity.batch()
+            yield batch
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and globals, so that another engine can be made in this process."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
+from megatrain.distributed.activity import Activity
 from megatrain.distributed.groups import Groups, release
 from megatrain.parallel.deepspeed_engine import StageZero, make_engine
 from megatrain.parallel.engine import Admit, Engine, StepResult
@@ -58,7 +59,7 @@ class PipelinedEngine(Engine):
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> float:
         """See Engine."""
-        batches = list(micro_batches)
+        batches = list(self._counted(micro_batches))
         self._layers.loss_scale = 1.0
         losses = self._deepspeed.eval_batch(
             self._feed(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
@@ -85,7 +86,7 @@ class PipelinedEngine(Engine):
             yield Replicas(group, {"the tied embedding": weight})
 
     def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-        self._layers = StageLayers(self._model.module, self._carries)
+        self._layers = StageLayers(self._model.module, self._carries, self.groups.activity)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its plans
             module = StagePipe(self._layers, self.groups, self._tied)
             return make_engine(StagedDeepSpeedEngine, module, module.mpu(), optimizer, settings, self.groups)
@@ -131,11 +132,12 @@ class StageLayers(nn.Module):
     """A stage as DeepSpeed's pipeline calls it: packed in, packed out, and from the last one the scaled loss.
 
     The loss belongs to the forward pass: at the border of that, DeepSpeed clears gradients. ``labels`` (targets, and
-    the loss mask if there is one) are set before.
+    the loss mask if there is one) are set before. ``activity``: told of each micro-batch.
     """
 
-    def __init__(self, stage: Any, carried: Carried) -> None:
+    def __init__(self, stage: Any, carried: Carried, activity: Activity) -> None:
         super().__init__()
+        self._activity = activity
         self.stage = stage
         self.labels: tuple[Tensor, ...] = ()
         self.loss_scale = 1.0
@@ -143,6 +145,7 @@ class StageLayers(nn.Module):
 
     def forward(self, packed: Any) -> Any:
         """Through all layers of the stage."""
+        self._activity.batch()
         x, positions_BT, document_ids_BT, sample_ids_B = self._carried.unpack(packed)
         context = self.stage.make_context(positions_BT, document_ids_BT, sample_ids_B, self.stage.dtype)
         x = self.stage.hidden(x, context)

@@ -37,7 +37,7 @@ class Saving:
         self._run = run
         kept = run.config.checkpoint
         retention = Retention(kept.keep, kept.keep_every_steps, kept.keep_best)
-        self._saver = CheckpointSaver(run.store, run.rank.rank, run.rank.world_size, retention)
+        self._saver = CheckpointSaver(run.store, run.rank.rank, run.rank.world_size, retention, run.groups.activity)
         self.last_saved: int | None = None
         self.problem: str | None = None
         """Why the last save failed, wherever it did; None where it did not."""
@@ -86,12 +86,13 @@ class Saving:
         """Wait until no save is under way. Collective."""
         ended: list[Outcome] = []
         while self.is_busy:
-            ended += self.settle(Votes(*self._run.groups.sum(list(self._saver.votes(wait=True)))))
+            self._run.groups.wait_for_all(self._saver.under_way)
+            ended += self.settle(Votes(*self._run.groups.sum(list(self._saver.votes()))))
         return ended
 
     def close(self) -> None:
-        """End the thread that writes."""
-        self._saver.close()
+        """End the thread that writes, once it has removed what is not kept. Collective."""
+        self._run.groups.together(self._saver.close)
 
     def _note(self, outcome: Outcome) -> Outcome:
         """All ranks are here: a save ends for all at the same step."""
@@ -196,7 +197,7 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
     result: T | None = None
     problem: CheckpointError | None = None
     try:
-        result = action()
+        result = run.groups.together(action)
     except CheckpointError as error:
         problem = error
     first = run.groups.first(problem)
@@ -206,7 +207,7 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
 
 
 def _open(run: Run, folder: Location) -> CheckpointReader:
-    return CheckpointReader(folder, near=(run.rank.rank, run.rank.world_size))
+    return CheckpointReader(folder, (run.rank.rank, run.rank.world_size), run.groups.activity)
 
 
 def _check_progress(run: Run, manifest: Manifest) -> Progress:
@@ -244,7 +245,7 @@ def _fitting_origin(run: Run) -> Location:
 def _begin(run: Run) -> Progress:
     config = run.config
     if config.run.init_from is None:
-        run.engine.load_fragments(run.initial_weights, num_updates=0)
+        run.groups.together(lambda: run.engine.load_fragments(run.initial_weights, num_updates=0))
     else:
         run.origin = folder = _on_first_rank(run, partial(_fitting_origin, run))
         _, problem = _on_all_ranks(run, lambda: _fill(run, _open(run, folder), num_updates=0))

@@ -52,13 +52,13 @@ def train(
     run = assemble(config, rank, clock)
     if lifeline is not None:
         lifeline.met()
-    progress, folder, complaints = restore(run)
-    clock.lap("restore")
-    if rank.rank == 0:
-        _write_config(run.config)
-    resumed_from = str(folder.path) if folder else None
     ledger = GoodputLedger(Path(config.run.dir), clock.began) if rank.rank == 0 else None
-    with _watched(config, rank) as watchdog:
+    with _watched(run) as watchdog:
+        progress, folder, complaints = restore(run)
+        clock.lap("restore")
+        if rank.rank == 0:
+            _write_config(run.config)
+        resumed_from = str(folder.path) if folder else None
         while True:
             with _observed(run, progress, resumed_from, complaints, clock, ledger) as observers:
                 trainer = Trainer(run, progress, stop, observers, lease, watchdog)
@@ -66,6 +66,7 @@ def train(
                     return trainer.run()
                 except SpikeError as spike:
                     clock = None  # what comes now is no start
+                    watchdog.enter(spike.step, "start")
                     progress, complaints = go_back(run, trainer.progress, spike)
                     resumed_from = str(run.store.place(progress.step))
 
@@ -101,9 +102,9 @@ def _observed(
 
 
 @contextlib.contextmanager
-def _watched(config: RunConfig, rank: RankInfo) -> Iterator[Watchdog]:
+def _watched(run: Run) -> Iterator[Watchdog]:
     """A rank that stands still ends itself: what it waits for will not come."""
-    run_dir = Path(config.run.dir)
+    rank, run_dir, timeout_seconds = run.rank, Path(run.config.run.dir), run.config.train.hang_timeout_seconds
 
     def end(report: str) -> None:
         logger.error("%s", report)
@@ -112,7 +113,7 @@ def _watched(config: RunConfig, rank: RankInfo) -> Iterator[Watchdog]:
             sys.stderr.flush()
         os._exit(EXIT_RANK)
 
-    watchdog = Watchdog(rank, config.train.hang_timeout_seconds, log_path(run_dir, rank.rank), end)
+    watchdog = Watchdog(rank, timeout_seconds, log_path(run_dir, rank.rank), end, run.groups.activity)
     try:
         yield watchdog
     finally:

@@ -6,12 +6,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from megatrain.batch import Batch
 from megatrain.checkpoint.lock import Lease
 from megatrain.checkpoint.saver import Outcome, Votes
 from megatrain.data.batches import TrainingBatches
@@ -105,12 +104,6 @@ class Trainer:
     def _note_part(self, part: str) -> None:
         if self._watchdog is not None:
             self._watchdog.enter(self.progress.step, part)
-
-    def _moving(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same; each of them is progress."""
-        for batch in batches:
-            self._note_part("eval")
-            yield batch
 
     def run(self) -> Progress:
         """Train to the last step.
@@ -226,7 +219,7 @@ class Trainer:
             return
         began = time.perf_counter()
         with self._watch.measure("eval"):
-            (total,) = run.groups.sum([run.engine.evaluate(self._moving(run.validation))])
+            (total,) = run.groups.sum([run.engine.evaluate(run.validation)])
         self._validation_loss = total / run.validation.num_targets
         if self._observers:
             self._observers.validation(step, self._validation_loss, time.perf_counter() - began)

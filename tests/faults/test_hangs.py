@@ -1,8 +1,13 @@
-"""A rank that stands still, wherever it does, ends the run in time with code 5, and is named with its host."""
+"""A rank that stands still, wherever it does, ends the run in time with code 5, and is named with its host.
+
+One that is slow, wherever it is, is no hang.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,21 +38,48 @@ def stand_still(tokens, random):
 """
 
 
+SLOW = """
+import os, time
+from megatrain.checkpoint import pieces
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.parallel.pipeline import StageLayers
+
+def slow(function, seconds):
+    def slowly(*arguments):
+        time.sleep(seconds)
+        return function(*arguments)
+    return slowly
+
+if os.environ["RANK"] == "1":
+    pieces.write_all = slow(pieces.write_all, {disk_seconds})
+    CheckpointReader.read_into = slow(CheckpointReader.read_into, {disk_seconds})
+    StageLayers.forward = slow(StageLayers.forward, 0.25)
+
+def same(tokens, random):
+    return tokens
+"""
+
+
+def _with_module(folder: Path, config: dict[str, Any], name: str, text: str, function: str) -> dict[str, str]:
+    """The config with a transform out of such a module; the environment in which that is found."""
+    (folder / f"{name}.py").write_text(text)
+    config["data"]["train"][0]["transform"] = f"{name}:{function}"
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 class HangingRun:
     """A long run of two ranks, of which one is made to stand still."""
 
     def __init__(self, data: TinyData, folder: Path) -> None:
         self.folder, self.flag = folder, folder / "flag"
-        (folder / "standing.py").write_text(TRANSFORM.format(flag=self.flag))
         config = tiny_config(
             data,
             folder / "run",
             train={"steps": 100_000, "hang_timeout_seconds": HANG_TIMEOUT_SECONDS},
             checkpoint={"every_steps": 200, "background": False},
         )
-        config["data"]["train"][0]["transform"] = "standing:stand_still"
-        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {"PYTHONPATH": path}
+        module = TRANSFORM.format(flag=self.flag)
+        environment = _with_module(folder, config, "standing", module, "stand_still")
         self.train = TrainProcess(write_config(folder / "run.yaml", config), 2, environment=environment)
 
     def end(self, interrupt: Callable[[TrainProcess], None]) -> str:
@@ -112,3 +145,55 @@ def test_a_rank_whose_data_does_not_come_is_named_with_the_part(run: HangingRun)
     output = run.end(lambda train: run.flag.write_text("sleep") and None)
     assert f"the others wait for rank 1 on {socket.gethostname()} in data of step " in output
     assert "stand_still" in run.stacks(1)
+
+
+def test_a_slow_disk_and_long_evaluations_are_no_hang(tiny_data: TinyData, tmp_path: Path) -> None:
+    hang_seconds = 6.0
+    config = tiny_config(
+        tiny_data,
+        tmp_path / "run",
+        parallel={"pipeline": 2},
+        train={
+            "steps": 2,
+            "global_batch_size": 36,
+            "micro_batch_size": 1,
+            "eval_batches": 1,
+            "eval_every_steps": 2,
+            "precision": "fp32",
+            "hang_timeout_seconds": hang_seconds,
+        },
+        checkpoint={"every_steps": 2, "background": False},
+    )
+    environment = _with_module(tmp_path, config, "slow", SLOW.format(disk_seconds=0.4), "same")
+    path = write_config(tmp_path / "run.yaml", config)
+    for steps in (2, 3):  # the second start reads what the first one wrote
+        train = TrainProcess(path, 2, f"train.steps={steps}", environment=environment)
+        try:
+            code, output = train.wait()
+        finally:
+            train.kill_all()
+        assert code == 0, output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    parts = [line["parts"] for line in lines if "loss" in line]
+    validation = [line["seconds"] for line in lines if "validation_loss" in line]
+    restored = [line["startup_seconds"]["restore"] for line in lines if line.get("event") == "resume"]
+    saved = [line["seconds"] for line in lines if line.get("event") == "save"]
+    longest = min(parts[0]["forward_backward"], validation[0], restored[0], saved[0])
+    assert longest > hang_seconds, (parts, validation, restored, saved)
+
+
+def test_a_disk_that_takes_nothing_more_is_told_with_the_bytes(tiny_data: TinyData, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_data,
+        tmp_path / "run",
+        train={"steps": 2, "hang_timeout_seconds": HANG_TIMEOUT_SECONDS},
+        checkpoint={"every_steps": 2},
+    )
+    environment = _with_module(tmp_path, config, "slow", SLOW.format(disk_seconds=1000), "same")
+    train = TrainProcess(write_config(tmp_path / "run.yaml", config), 2, environment=environment)
+    try:
+        code, output = train.wait()
+    finally:
+        train.kill_all()
+    assert code == 5, output
+    assert re.search(r"wait for rank 1 on \S+ saving, 0 of \d+,\d{3} bytes written, at step 2\.", output), output

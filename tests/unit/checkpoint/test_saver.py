@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def _save(saver: CheckpointSaver, step: int, pieces: Sequence[Fragment]) -> Outc
     saver.begin(step, pieces, partial(manifest, step))
     outcome = None
     while saver.is_busy:
-        outcome = saver.settle(saver.votes(wait=True))
+        wait([under_way] if (under_way := saver.under_way) else [])
+        outcome = saver.settle(saver.votes())
     assert outcome is not None
     return outcome
 
