@@ -2,12 +2,13 @@
 
 Layout below the store's URL, ``g00004-1a2b3c4d`` being a generation:
 
-    generations/00004.json                      what the run had when its fourth start began
+    generations/00004.json                      what the run had when its fourth start began, and what was set aside
     step-00000160.g00004-1a2b3c4d/manifest.json put last: the checkpoint appears
 
 A checkpoint exists if its manifest is there, and it is of the newest generation or listed by it. A start lists what it
 finds and puts the record of its generation, if none of that number exists; so what an earlier start commits after
-that is listed nowhere, and does not exist for any reader.
+that is listed nowhere, and does not exist for any reader. What was set aside stays where it is, and every later record
+lists it as that, for as long as it is there: it is no checkpoint of the run any more, and no start removes it.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class _Generation:
-    """The record of one start. ``before``: the checkpoints that the run had, by folder name."""
+    """The record of one start. ``before``: the checkpoints that the run had, by folder name; ``aside``: what had been
+    taken out of it."""
 
     number: int
     token: str
     before: frozenset[str]
+    aside: frozenset[str]
 
     @property
     def name(self) -> str:
         return f"g{self.number:05d}-{self.token}"
 
 
-_NONE = _Generation(0, "", frozenset())
+_NONE = _Generation(0, "", frozenset(), frozenset())
 
 
 class ObjectStore(CheckpointStore):
@@ -61,7 +64,7 @@ class ObjectStore(CheckpointStore):
     def open_generation(self) -> str:
         """Fence all earlier starts of the run, remove what they left unfinished, and begin to write."""
         self.generation = self._put_generation(self._existing).name
-        kept = {path.name for _, path in self.names()}
+        kept = {path.name for _, path in self.names()} | self._newest().aside
         for name in self._children():
             if NAME.fullmatch(name) and name not in kept:
                 self._delete(name)
@@ -91,12 +94,12 @@ class ObjectStore(CheckpointStore):
         self._delete(path.name)
 
     def set_aside(self, after: int) -> Sequence[CheckpointFolder]:
-        """Open a generation that lists no checkpoint after a step. The objects stay until the next start."""
+        """Open a generation that lists the checkpoints after a step as set aside. Their objects stay where they are."""
         found = list(self.names())
         taken = [CheckpointFolder(step, path, None) for step, path in found if step > after]
         if taken:
             left = [path.name for step, path in found if step <= after]
-            generation = self._put_generation(lambda: left)
+            generation = self._put_generation(lambda: left, [each.path.name for each in taken])
             if self.generation:
                 self.generation = generation.name
         return sorted(taken, key=lambda checkpoint: checkpoint.step, reverse=True)
@@ -112,12 +115,14 @@ class ObjectStore(CheckpointStore):
         if self.generation and newest.name != self.generation and unless_listed not in newest.before:
             raise self._superseded()
 
-    def _put_generation(self, before: Callable[[], Iterable[str]]) -> _Generation:
-        """Put the next generation's record. Two starts at one time: one of them gets the number, the other the next."""
+    def _put_generation(self, before: Callable[[], Iterable[str]], taken: Sequence[str] = ()) -> _Generation:
+        """Put the next generation's record; ``taken``: what it sets aside. Two starts at one time: one of them gets the
+        number, the other the next."""
         for _ in range(_TRIES):
-            listed = sorted(before())
-            generation = _Generation(self._newest().number + 1, secrets.token_hex(4), frozenset(listed))
-            record = {"token": generation.token, "before": listed}
+            listed, newest = sorted(before()), self._newest()
+            aside = newest.aside.intersection(self._children()).union(taken)
+            generation = _Generation(newest.number + 1, secrets.token_hex(4), frozenset(listed), aside)
+            record = {"token": generation.token, "before": listed, "aside": sorted(aside)}
             try:
                 write_if_absent(self._record(generation.number), orjson.dumps(record))
                 return generation
@@ -136,7 +141,8 @@ class ObjectStore(CheckpointStore):
         try:
             with telling(path):
                 record = orjson.loads(path.read_bytes())
-            return _Generation(max(numbers), record["token"], frozenset(record["before"]))
+            aside = frozenset(record.get("aside", ()))  # older versions kept no such list
+            return _Generation(max(numbers), record["token"], frozenset(record["before"]), aside)
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not the record of a start ({error!r}).") from None
 

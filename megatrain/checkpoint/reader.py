@@ -30,9 +30,7 @@ class CheckpointReader:
     damage raises CheckpointError naming file and bytes.
     """
 
-    def __init__(
-        self, folder: Location, near: tuple[int, int] | None = None, activity: Activity | None = None
-    ) -> None:
+    def __init__(self, folder: Location, near: tuple[int, int] | None = None, activity: Activity | None = None) -> None:
         self.folder = folder
         self._activity = activity
         self.manifest: Manifest = read_manifest(folder)

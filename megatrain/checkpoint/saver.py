@@ -120,9 +120,9 @@ class CheckpointSaver:
         """This rank's part of what the ranks do now; None where it has none."""
         return self._future
 
-    def votes(self) -> Votes:
-        """What this rank has to say now."""
-        if self._future is None or not self._future.done():
+    def votes(self, wait: bool = False) -> Votes:
+        """What this rank has to say now; with ``wait``, once its part is done."""
+        if self._future is None or not (wait or self._future.done()):
             return Votes()
         error = self._future.exception()
         if error is not None:

@@ -19,6 +19,7 @@ from megatrain.batch import Batch
 from megatrain.data.augmentation import Augmentation, DocumentPart
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import DataOrder, Samples
+from megatrain.distributed.activity import Activity
 from megatrain.errors import DataError
 
 
@@ -123,6 +124,7 @@ class BatchMaker:
     """Micro-batches from samples of several sources, all of one length and kind.
 
     ``augmentations``: what is done to the documents of each source; left out, as for an evaluation: nothing.
+    ``activity``: told of each sample.
     """
 
     def __init__(
@@ -130,7 +132,9 @@ class BatchMaker:
         sources: Sequence[SampleSource],
         micro_batch_size: int,
         augmentations: Sequence[Augmentation | None] | None = None,
+        activity: Activity | None = None,
     ) -> None:
+        self._activity = activity or Activity()
         self.sources = tuple(sources)
         self._augmentations = augmentations or [None] * len(sources)
         self.micro_batch_size = micro_batch_size
@@ -157,6 +161,7 @@ class BatchMaker:
                 seen[row] = augmentation.apply(source.parts(window), epoch, tokens[row])
             elif seen is not tokens:
                 seen[row] = tokens[row]
+            self._activity.batch()
         if mask is not None and num_scored is not None:
             mask[num_scored:] = False
         positions = np.broadcast_to(np.arange(length), (count, length)) if ids is None else _positions(ids)

@@ -6,10 +6,10 @@ from __future__ import annotations
 class Activity:
     """Of one rank. Raised from any thread, without a lock: that a count has risen is all that anybody goes by.
 
-    ``num_batches``: micro-batches that went through this rank's layers, trained on or evaluated. ``num_transfers``: blocks
-    of state written or read, and checkpoints looked at or removed; ``transferred_bytes`` of ``total_bytes``: how much
-    of the state that is being saved or restored. ``num_elsewhere``: raised for what other ranks got done while this
-    one waited for them.
+    ``num_batches``: micro-batches that went through this rank's layers, trained on or evaluated, and samples read for
+    them. ``num_transfers``: blocks of state written or read, and checkpoints looked at or removed.
+    ``transferred_bytes`` of ``total_bytes``: how much of the state that is being saved or restored.
+    ``num_elsewhere``: raised for what other ranks got done while this one waited for them.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Activity:
         return self.num_batches + self.num_transfers
 
     def batch(self) -> None:
-        """A micro-batch is through."""
+        """A micro-batch is through, or a sample of one is read."""
         self.num_batches += 1
 
     def begin_transfer(self, total_bytes: int) -> None:

@@ -38,8 +38,8 @@ _KEY = "megatrain/heartbeat/{}"
 
 
 class Heartbeat(NamedTuple):
-    """Where a rank stands. ``beats`` rise as long as the process lives; ``done_bytes`` of ``total_bytes``: how much of the
-    state that it saves or restores is through."""
+    """Where a rank stands. ``beats`` rise as long as it lives; ``done_bytes`` of ``total_bytes`` are through of
+    the state that it saves or restores."""
 
     rank: int
     host: str
@@ -149,7 +149,8 @@ class Watchdog:
     def _own_report(self) -> str:
         return (
             f"Nothing has moved for {self._timeout:.0f} s (train.hang_timeout_seconds): rank {self._rank.rank} waits "
-            f"{self._heartbeat(0).doing()} at step {self._step_shown}. Its stacks are in {self._log}. Start the run again."
+            f"{self._heartbeat(0).doing()} at step {self._step_shown}. Its stacks are in {self._log}. Start the run "
+            "again."
         )
 
     def _look(self) -> str:

@@ -134,7 +134,9 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     if held_out:
         batches = config.train.eval_batches
         limit = None if batches is None else batches * config.train.global_batch_size
-        evaluation = EvaluationBatches(BatchMaker(held_out, micro_batch_size), data_rank, topology.data, limit)
+        evaluation = EvaluationBatches(
+            BatchMaker(held_out, micro_batch_size, None, groups.activity), data_rank, topology.data, limit
+        )
     lap("order")
     engine = build_engine(config, groups)
     lap("engine")
@@ -146,7 +148,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
         order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),
-        maker=BatchMaker(sources, micro_batch_size, augmentations),
+        maker=BatchMaker(sources, micro_batch_size, augmentations, groups.activity),
         validation=evaluation,
         store=open_store(Path(config.run.dir), config.checkpoint.dir),
         findings=findings,

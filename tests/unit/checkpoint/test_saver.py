@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +24,7 @@ def _save(saver: CheckpointSaver, step: int, pieces: Sequence[Fragment]) -> Outc
     saver.begin(step, pieces, partial(manifest, step))
     outcome = None
     while saver.is_busy:
-        wait([under_way] if (under_way := saver.under_way) else [])
-        outcome = saver.settle(saver.votes())
+        outcome = saver.settle(saver.votes(wait=True))
     assert outcome is not None
     return outcome
 

@@ -116,6 +116,10 @@ def test_going_back_takes_later_checkpoints_out_of_the_run_and_loses_none(place:
         assert CheckpointReader(found.path).manifest.step == found.step
     save(store, 2)  # the run comes to that step again
     assert _steps(_open(place)) == [1, 2]
+    for _ in range(2):  # nor does a later start remove what was set aside
+        _open(place).open_generation()
+        assert [CheckpointReader(found.path).manifest.step for found in taken] == [3, 2]
+    assert _steps(_open(place)) == [1, 2]
 
 
 def test_pruning_keeps_the_newest_the_nth_the_best_and_the_asked_for(place: Location) -> None:
