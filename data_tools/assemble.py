@@ -174,6 +174,8 @@ def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifes
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         eod_token=tokenizer.eod_token,
+        bos_id=tokenizer.bos_id,
+        bos_token=tokenizer.bos_token,
         tokenizer_sha256=tokenizer.sha256,
         options=recipe.options,
         job=recipe.job,
@@ -225,6 +227,7 @@ def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance:
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,
         "eod_token": tokenizer.eod_token,
+        **({} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id, "bos_token": tokenizer.bos_token}),
     }
     metadata = shard_metadata(same_for_all, plan.index, *totals)
     schema = document_schema(token_dtype(tokenizer.vocab_size), metadata)

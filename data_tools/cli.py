@@ -132,7 +132,7 @@ def train_tokenizer_command(
 @app.command()
 def tokenize(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json.")],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with one.")],
     out: Annotated[Path, typer.Option(metavar="DATASET", parser=local_path, help="The dataset folder to write.")],
     workers: Workers = None,
     text_key: TextKey = "text",
@@ -140,6 +140,7 @@ def tokenize(
     shard_tokens: Annotated[int, typer.Option(min=1, max=1 << 48, help="About how many tokens a shard holds.")] = 2**28,
     errors: ErrorsOption = Errors.STRICT,
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
+    bos_token: Annotated[str | None, typer.Option(help="A token to begin each document with, such as <s>.")] = None,
     engine: Annotated[Engine, typer.Option(help="auto: fastokens if it gives the ids of tokenizers.")] = Engine.AUTO,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
@@ -156,7 +157,7 @@ def tokenize(
     from data_tools.units import ReadOptions
     from data_tools.work import limit_threads
 
-    options = TokenizeOptions(ReadOptions(text_key, id_key, errors.value), eod_token, shard_tokens)
+    options = TokenizeOptions(ReadOptions(text_key, id_key, errors.value), eod_token, bos_token, shard_tokens)
     ranks = find_ranks()
     num_workers = workers or ranks.num_cores()
     limit_threads(min(num_workers, ranks.num_cores()))

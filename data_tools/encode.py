@@ -23,7 +23,6 @@ from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Unit
 from data_tools.work import Advance, PartStore
 from megatrain.data.format import canonical_json, token_dtype
-from megatrain.errors import ConfigError
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -103,12 +102,7 @@ class UnitEncoder:
     def _encode(self, documents: list[_Document]) -> pa.RecordBatch:
         texts = [document.text for document in documents]
         ids, offsets = self._engine.encoder.encode(texts)
-        if np.any(ids == self._tokenizer.eod_id):
-            raise ConfigError(
-                f"Text becomes the token {self._tokenizer.eod_token!r}, so it cannot tell where documents end. Name a "
-                "special token with --eod-token: no text becomes one."
-            )
-        tokens, offsets = self._end_documents(ids, offsets)
+        tokens, offsets = self._mark_documents(ids, offsets)
         item_bytes = self._dtype.itemsize
         data = tokens.data.cast("B")
         borders = (offsets * item_bytes).tolist()
@@ -124,18 +118,20 @@ class UnitEncoder:
         ]
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
-    def _end_documents(
+    def _mark_documents(
         self, ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """The ids with the end-of-document id behind each document, in the dataset's type; and the new offsets."""
-        num_documents = len(offsets) - 1
-        ends = offsets[1:] + np.arange(num_documents)
-        tokens = np.empty(len(ids) + num_documents, self._dtype)
+        """The ids in the dataset's type, the id that begins a document and the one that ends it added; new offsets."""
+        bos_id = self._tokenizer.bos_id
+        offsets = offsets + np.arange(len(offsets)) * (1 if bos_id is None else 2)
+        tokens = np.empty(offsets[-1], self._dtype)
         is_text = np.ones(len(tokens), bool)
-        is_text[ends] = False
+        for places, marker in ((offsets[:-1], bos_id), (offsets[1:] - 1, self._tokenizer.eod_id)):
+            if marker is not None:
+                is_text[places] = False
+                tokens[places] = marker
         tokens[is_text] = ids
-        tokens[ends] = self._tokenizer.eod_id
-        return tokens, offsets + np.arange(num_documents + 1)
+        return tokens, offsets
 
 
 def _in_batches(part: Part, is_text: bool, counts: dict[str, int]) -> Iterator[list[_Document]]:

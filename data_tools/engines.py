@@ -1,7 +1,4 @@
-"""Encoders: `tokenizers`, the reference, and `fastokens`, used where it has been proven to give the same ids.
-
-Both encode a special token's literal text, `<|endoftext|>` say, as the ordinary text it is.
-"""
+"""Encoders: `tokenizers`, the reference, and `fastokens`, used where it has been proven to give the same ids."""
 
 from __future__ import annotations
 
@@ -50,13 +47,13 @@ class ReferenceEncoder:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """See `Encoder`."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001 (plain Exception, where a model needs an unknown token and has none)
+            raise ConfigError(f"The tokenizer cannot encode every text: {error}. Give it an unknown token.") from None
         ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum([len(one) for one in ids], out=offsets[1:])
@@ -71,12 +68,11 @@ class FastokensEncoder:
     def __init__(self, tokenizer_json: bytes) -> None:
         # Imported by name at run time: it is an accelerator, and a machine may lack its wheel.
         self._tokenizer: Any = importlib.import_module("fastokens").Tokenizer.from_json_str(tokenizer_json.decode())
-        self._tokenizer.no_truncation()
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """See `Encoder`."""
         ids, offsets = self._tokenizer.encode_batch_flat(
-            list(texts), add_special_tokens=False, split_special_tokens=True
+            list(texts), add_special_tokens=False, split_special_tokens=False
         )
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<i8")
 

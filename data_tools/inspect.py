@@ -70,6 +70,8 @@ def describe(path: str, document: int | None, statistics: Statistics) -> dict[st
         "vocab_size": dataset.vocab_size,
         "eod_id": dataset.eod_id,
         "eod_token": manifest.eod_token,
+        "bos_id": dataset.bos_id,
+        "bos_token": manifest.bos_token,
         "options": manifest.options,
         "bytes_per_token": dataset.text_bytes / dataset.num_tokens,
         "shards": [{"file": shard_name(index), **row} for index, row in enumerate(dataset.shard_rows())],
@@ -162,7 +164,7 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
         "row": info.source_row,
         "hash": info.hash.hex(),
         "text_bytes": info.text_bytes,
-        "text": dataset.tokenizer.decode(tokens[:-1].tolist()),
+        "text": dataset.tokenizer.decode(tokens[0 if dataset.bos_id is None else 1 : -1].tolist()),
         "tokens": tokens.tolist(),
     }
 

@@ -65,6 +65,7 @@ class TokenizeOptions:
 
     read: ReadOptions = field(default_factory=ReadOptions)
     eod_token: str = EOD_TOKEN
+    bos_token: str | None = None
     shard_tokens: int = DEFAULT_SHARD_TOKENS
 
 
@@ -150,7 +151,7 @@ def _prepare(
     restart: bool,
 ) -> _Job:
     """Look at everything, refuse what is wrong, and make the folder: what one process does for all that speak MPI."""
-    tokenizer = load_tokenizer(tokenizer_path, options.eod_token)
+    tokenizer = load_tokenizer(tokenizer_path, options.eod_token, options.bos_token)
     files = find_inputs(inputs)
     refuse_among_inputs(out, inputs, files)
     command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
@@ -176,7 +177,9 @@ def _prepare(
     pending = _unfinished(list({unit.key: unit for unit in units}.values()), store)
     engine = None
     if pending:
-        engine, warning = choose_engine(effort.engine, tokenizer.json, _sample(pending, options.read))
+        engine, warning = choose_engine(
+            effort.engine, tokenizer.text_json, [*tokenizer.control, *_sample(pending, options.read)]
+        )
         if warning:
             effort.warn(warning)
     return _Job(name, None, tokenizer, units, pending, engine)
@@ -188,14 +191,15 @@ def _make(
     """Everything that is not there yet; None where others, not joined by MPI, are still at some of it."""
     work = out / WORK_FOLDER
     store = PartStore(work)
-    engine = job.engine or Engine("tokenizers", job.tokenizer.json)
+    engine = job.engine or Engine("tokenizers", job.tokenizer.text_json)
     encoder = UnitEncoder(store, claims, job.tokenizer, options.read, engine)
     _encode(job, engine, encoder, store, effort, ranks)
     ranks.wait()
     plan = ranks.share(partial(_plan, job, encoder, store, options, effort, claims))
     if plan is None:
         return None
-    recipe = Recipe(job.tokenizer, {"errors": options.read.errors}, options.shard_tokens, job.name)
+    how = {"errors": options.read.errors, **({"bos_token": options.bos_token} if options.bos_token else {})}
+    recipe = Recipe(job.tokenizer, how, options.shard_tokens, job.name)
     writer = ShardWriter(out, work, claims, recipe)
     shards_bytes = len(plan.shards) * options.shard_tokens * token_dtype(job.tokenizer.vocab_size).itemsize
     with effort.progress("write shards", shards_bytes // ranks.size) as advance:

@@ -23,22 +23,62 @@ class TokenizerFile:
     """A tokenizer.json, and what a dataset needs to know of it."""
 
     json: bytes
+    text_json: bytes
+    """The one to encode text with: no text becomes a control token."""
     sha256: str
     vocab_size: int
     """One more than the largest id."""
     eod_id: int
     eod_token: str
+    bos_id: int | None
+    bos_token: str | None
+    control: tuple[str, ...]
 
 
-def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN) -> TokenizerFile:
-    """Read a tokenizer.json. Raises ConfigError where it is missing, broken, or has no token `eod_token`."""
-    tokenizer = Tokenizer.open(path, ConfigError, "`megatrain-data train-tokenizer` makes one.")
-    if eod_token not in tokenizer.ids:
+def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN, bos_token: str | None = None) -> TokenizerFile:
+    """Read a tokenizer.json. Raises ConfigError where it is missing or broken, or has no such tokens."""
+    tokenizer = Tokenizer.open(path, ConfigError, _how_to_get(path))
+    ends = {"--eod-token": eod_token} if bos_token is None else {"--eod-token": eod_token, "--bos-token": bos_token}
+    for option, token in ends.items():
+        if token not in tokenizer.ids:
+            problem = f"{path} has no token {token!r}"
+        elif token not in tokenizer.added and tokenizer.comes_from_text(token):
+            problem = f"{option} {token!r} is an ordinary token of {path}: text becomes it, so it can mark no document"
+        else:
+            continue
         raise ConfigError(
-            f"{path} has no token {eod_token!r} to end a document with. Name one with --eod-token; "
-            f"its control tokens are {', '.join(list(tokenizer.control)[:20]) or 'none'}."
+            f"{problem}. Name a control token with {option}; its control tokens are "
+            f"{', '.join(list(tokenizer.control)[:20]) or 'none'}."
         )
-    return TokenizerFile(tokenizer.json, tokenizer.sha256, tokenizer.vocab_size, tokenizer.ids[eod_token], eod_token)
+    if bos_token == eod_token:
+        raise ConfigError(
+            f"--bos-token and --eod-token are both {eod_token!r}: documents need two tokens to begin and end."
+        )
+    bos_id = None if bos_token is None else tokenizer.ids[bos_token]
+    return TokenizerFile(
+        tokenizer.json,
+        tokenizer.for_text(*ends.values()),
+        tokenizer.sha256,
+        tokenizer.vocab_size,
+        tokenizer.ids[eod_token],
+        eod_token,
+        bos_id,
+        bos_token,
+        tuple(dict.fromkeys([*tokenizer.control, *ends.values()])),
+    )
+
+
+def _how_to_get(path: Path) -> str:
+    """What to do about a path that is no tokenizer.json."""
+    if path.exists() or path.suffix == ".json":
+        return (
+            "`megatrain-data train-tokenizer` makes one. A tokenizer.model or vocab.txt is exported by "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT) of transformers."
+        )
+    return (
+        'If that is a name on the Hugging Face hub, export it first: python -c "from tokenizers import Tokenizer; '
+        f"Tokenizer.from_pretrained('{path}').save('tokenizer.json')\""
+    )
 
 
 def train_tokenizer(

@@ -214,6 +214,8 @@ def _batch_problem(
     ends = np.flatnonzero(tokens == dataset.eod_id)
     if not np.array_equal(ends, offsets[1:] - 1):
         return "the end-of-document token is not the last of every document, and only there"
+    if dataset.bos_id is not None and not np.array_equal(np.flatnonzero(tokens == dataset.bos_id), offsets[:-1]):
+        return "the token that begins documents is not the first of every document, and only there"
     if int(tokens.max(initial=0)) >= dataset.vocab_size:
         return f"it holds a token above the vocabulary of {dataset.vocab_size}"
     return None

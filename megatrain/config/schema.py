@@ -168,9 +168,9 @@ class FillInTheMiddle(Section):
     spm_rate: Share = Field(
         default=0.5, description="Of these, the share in the order suffix, prefix, middle; the others: prefix first."
     )
-    prefix_token: Text = Field(default="<|fim_prefix|>", description="A special token of the tokenizer.")
-    middle_token: Text = Field(default="<|fim_middle|>", description="A special token of the tokenizer.")
-    suffix_token: Text = Field(default="<|fim_suffix|>", description="A special token of the tokenizer.")
+    prefix_token: Text = Field(default="<|fim_prefix|>", description="A control token of the tokenizer.")
+    middle_token: Text = Field(default="<|fim_middle|>", description="A control token of the tokenizer.")
+    suffix_token: Text = Field(default="<|fim_suffix|>", description="A control token of the tokenizer.")
 
     @model_validator(mode="after")
     def _consistent(self) -> FillInTheMiddle:
@@ -187,7 +187,7 @@ class SpanCorruption(Section):
     )
     mean_span_tokens: Annotated[float, Field(ge=1.0)] = Field(default=3.0, description="Mean length of a span.")
     sentinel_token: Text = Field(
-        default="<extra_id_{}>", description="Special tokens of the tokenizer, with 0, 1, ... for the braces."
+        default="<extra_id_{}>", description="Control tokens of the tokenizer, with 0, 1, ... for the braces."
     )
 
     @model_validator(mode="after")
@@ -200,7 +200,7 @@ class TokenMasking(Section):
     """Tokens hidden from the model's inputs; what it has to predict stays as it is."""
 
     rate: Probability = Field(default=0.15, description="Share of the tokens.")
-    mask_token: Text = Field(default="<mask>", description="A special token of the tokenizer.")
+    mask_token: Text = Field(default="<mask>", description="A control token of the tokenizer.")
 
 
 class TrainingDataset(Section):

@@ -45,11 +45,15 @@ class Augmentation:
     masking: TokenMasking | None
 
     def apply(self, parts: Iterable[DocumentPart], epoch: int, tokens: Tokens) -> Tokens:
-        """Transform a sample's tokens in place; its tokens as the model is to see them. End-of-document tokens stay."""
+        """Transform a sample's tokens in place; its tokens as the model is to see them.
+
+        The tokens that begin and end documents stay where they are.
+        """
         spans = []
         for part in parts:
             end = part.end - int(tokens[part.end - 1] == self.dataset.eod_id)
-            spans.append((part, slice(part.begin, end)))
+            begin = part.begin + int(part.offset == 0 and tokens[part.begin] == self.dataset.bos_id)
+            spans.append((part, slice(begin, end)))
         for part, span in spans:
             if self.function is not None and span.start < span.stop:
                 tokens[span] = self.function(tokens[span].copy(), self._random("function", part, epoch))
@@ -80,7 +84,7 @@ class Augmentation:
 def open_augmentations(config: RunConfig, datasets: Sequence[Dataset]) -> list[Augmentation | None]:
     """For each training dataset what is done to its documents, None for nothing.
 
-    Raises ConfigError where a sentinel is no special token of the dataset's tokenizer, or a function of the user's
+    Raises ConfigError where a sentinel is no control token of the dataset's tokenizer, or a function of the user's
     cannot be imported or is no transform.
     """
     pairs = enumerate(zip(config.data.train, datasets, strict=True))
@@ -91,41 +95,46 @@ def _open(entry: TrainingDataset, dataset: Dataset, seed: int, key: str) -> Augm
     fill, spans, masking = entry.fill_in_the_middle, entry.span_corruption, entry.token_masking
     if (entry.transform, fill, spans, masking) == (None, None, None, None):
         return None
-    special = _SpecialTokens(dataset)
+    sentinels = _Sentinels(dataset)
     choices: list[tuple[float, Transform]] = []
     if fill is not None:
         names = ("prefix_token", "middle_token", "suffix_token")
         prefix, middle, suffix = (
-            special.id_of(getattr(fill, name), f"{key}.fill_in_the_middle.{name}") for name in names
+            sentinels.id_of(getattr(fill, name), f"{key}.fill_in_the_middle.{name}") for name in names
         )
         choices.append((fill.rate, FillInTheMiddle(prefix, middle, suffix, fill.spm_rate)))
     if spans is not None:
-        sentinels = special.numbered(spans.sentinel_token, f"{key}.span_corruption.sentinel_token")
-        choices.append((spans.rate, SpanCorruption(sentinels, spans.corrupted, spans.mean_span_tokens)))
+        numbered = sentinels.numbered(spans.sentinel_token, f"{key}.span_corruption.sentinel_token")
+        choices.append((spans.rate, SpanCorruption(numbered, spans.corrupted, spans.mean_span_tokens)))
     mask = None
     if masking is not None:
-        mask_id = special.id_of(masking.mask_token, f"{key}.token_masking.mask_token")
-        mask = TokenMasking(mask_id, masking.rate, tuple(special.ids.values()))
+        mask_id = sentinels.id_of(masking.mask_token, f"{key}.token_masking.mask_token")
+        mask = TokenMasking(mask_id, masking.rate, tuple(dataset.tokenizer.control.values()))
     function = None if entry.transform is None else _import(entry.transform, dataset, f"{key}.transform")
     return Augmentation(dataset, seed, function, tuple(choices), mask)
 
 
-class _SpecialTokens:
-    """The special tokens of a dataset's tokenizer: no text ever becomes one."""
+class _Sentinels:
+    """The added tokens of a dataset's tokenizer that no text became, but for those that begin and end documents."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-        self.ids = dataset.tokenizer.control
+        tokenizer = dataset.tokenizer
+        taken = {dataset.eod_id, dataset.bos_id, tokenizer.ids.get(tokenizer.unknown or "")}
+        self._path = dataset.path
+        self.ids = {
+            token: number
+            for token, number in tokenizer.added.items()
+            if number not in taken and not tokenizer.comes_from_text(token)
+        }
 
     def id_of(self, token: str, key: str) -> int:
         """The token's id."""
-        if token in self.ids and self.ids[token] != self._dataset.eod_id:
+        if token in self.ids:
             return self.ids[token]
-        others = ", ".join(text for text, number in self.ids.items() if number != self._dataset.eod_id)
         raise ConfigError(
-            f"{key}: {shown(token)} given; it must be a special token of the tokenizer of {self._dataset.path}, other "
-            f"than the one that ends documents (it has: {others or 'none'}). Tokenize the text with a tokenizer that "
-            "has it, or name another."
+            f"{key}: {shown(token)} given; it must be an added token of the tokenizer of {self._path} that no text "
+            f"becomes, other than those that begin and end documents (it has: {', '.join(self.ids) or 'none'}). "
+            "Tokenize the text with a tokenizer that has it, or name another."
         )
 
     def numbered(self, pattern: str, key: str) -> tuple[int, ...]:
@@ -174,7 +183,7 @@ def _import(name: str, dataset: Dataset, key: str) -> Transform:
     if not callable(function):
         raise ConfigError(f"{key}: {name} given; it is no function.")
     transform = _UserFunction(name, function, dataset)
-    sample = dataset.document(0)[:-1].astype(np.int64)
+    sample = dataset.document(0)[0 if dataset.bos_id is None else 1 : -1].astype(np.int64)
     try:
         first, again = (transform(sample.copy(), np.random.Generator(np.random.Philox(key=7))) for _ in range(2))
     except DataError as error:

@@ -123,6 +123,11 @@ class Dataset:
         return self.manifest.eod_id
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins every document, where the dataset was made with one."""
+        return self.manifest.bos_id
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id that the tokenizer can give."""
         return self.manifest.vocab_size
@@ -242,7 +247,9 @@ class Dataset:
         Exact for every byte-level tokenizer without a normaliser: the bytes of a document's tokens add up to its
         `text_bytes`. A normaliser changes the text before it is cut, and this counts what it made of it.
         """
-        return self.tokenizer.token_lengths(self.vocab_size)
+        lengths = self.tokenizer.token_lengths(self.vocab_size)
+        lengths[[marker for marker in (self.eod_id, self.bos_id) if marker is not None]] = 0
+        return lengths
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:
         """The record batches that hold tokens of [start, stop): shard, number in it, the batch's first position."""

@@ -182,12 +182,16 @@ class Manifest:
     job: str
     """Names the command that made the dataset: its inputs, tokenizer and options."""
     shard_table_checksum: str
+    bos_id: int | None = None
+    """Begins each document, where --bos-token was given."""
+    bos_token: str | None = None
     format: str = FORMAT_NAME
     format_version: int = FORMAT_VERSION
 
     def dump(self) -> bytes:
         """The bytes of manifest.json, its own checksum included."""
-        body = asdict(self)
+        # What is None is left out, as in manifests of versions that did not know of it.
+        body = {name: value for name, value in asdict(self).items() if value is not None}
         return canonical_json({**body, "checksum": checksum(canonical_json(body)).hex()})
 
     @staticmethod
@@ -246,17 +250,21 @@ def _not_a_dataset(folder: Path, error: OSError) -> str:
 def _manifest_problem(body: dict[str, Any]) -> str | None:
     """What is wrong with the values of a manifest, whoever wrote it."""
     types: dict[str, type] = {"int": int, "str": str, "dict[str, str]": dict}
-    expected = {field.name: types[str(field.type)] for field in fields(Manifest)}
-    if set(body) != set(expected):
+    expected = {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(Manifest)}
+    optional = {field.name for field in fields(Manifest) if field.default is None}
+    if not set(expected) - optional <= set(body) <= set(expected):
         return f"its keys should be {', '.join(sorted(expected))}"
-    for name, kind in expected.items():
-        value: object = body[name]
+    for name, value in body.items():
+        kind = expected[name]
         if type(value) is not kind:
             return f"{name} should be a {kind.__name__}, not {value!r:.80}"
         if isinstance(value, int) and not 0 <= value < 2**62:
             return f"{name} is {value}, which cannot be"
-    if not 0 < body["vocab_size"] <= 2**32 or body["eod_id"] >= body["vocab_size"]:
-        return f"vocab_size {body['vocab_size']} and eod_id {body['eod_id']} cannot both be right"
+    for marker in ("eod_id", "bos_id"):
+        if not 0 < body["vocab_size"] <= 2**32 or body.get(marker, 0) >= body["vocab_size"]:
+            return f"vocab_size {body['vocab_size']} and {marker} {body.get(marker)} cannot both be right"
+    if ("bos_id" in body) != ("bos_token" in body):
+        return "bos_id and bos_token belong together"
     if body["dtype"] != token_dtype(body["vocab_size"]).name:
         return f"dtype {body['dtype']!r} does not fit a vocabulary of {body['vocab_size']}"
     if not re.fullmatch("[0-9a-f]{32}", body["shard_table_checksum"]):

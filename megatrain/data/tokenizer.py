@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from megatrain.data.format import TOKENIZER_FILE
 from megatrain.errors import DataError, MegatrainError
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ class Tokenizer:
 
     @staticmethod
     def open(path: Path, error: type[MegatrainError] = DataError, advice: str = "") -> Tokenizer:
-        """Read a tokenizer.json. Raises ``error``, with advice, where it is missing or broken."""
+        """Read a tokenizer.json, or that of a folder. Raises ``error``, with advice, where it is missing or broken."""
+        if path.is_dir():
+            path = path / TOKENIZER_FILE
         try:
             data = path.read_bytes()
         except OSError as problem:
@@ -72,11 +76,26 @@ class Tokenizer:
     def control(self) -> dict[str, int]:
         """The tokens that stand for no text, and their ids.
 
-        These are the special ones, and among the other added ones those in angle brackets: files differ in whether they
-        call <tool_call> or <|fim_prefix|> special. Other added tokens are words of the vocabulary.
+        These are the special ones, the one for unknown text, and among the other added ones those in angle brackets:
+        files differ in whether they call <tool_call> or <|fim_prefix|> special. Other added tokens are words.
         """
         added = self._library.get_added_tokens_decoder().items()
-        return {t.content: i for i, t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)}
+        found = {t.content: i for i, t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)}
+        return found if self.unknown is None else {self.unknown: self.ids[self.unknown], **found}
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """The tokens that were added to the model's own, and their ids: control tokens and others."""
+        return {token.content: number for number, token in self._library.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def unknown(self) -> str | None:
+        """The token for what the model has no other token for; None: it has none."""
+        model = self.description["model"]
+        if model["type"] == "Unigram":
+            return None if model["unk_id"] is None else str(model["vocab"][model["unk_id"]][0])
+        token: str | None = model["unk_token"]
+        return token if token in self.ids else None
 
     def token_of(self, token_id: int) -> str | None:
         """The token of an id, None where the vocabulary has a hole."""
@@ -86,6 +105,39 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, nothing added; control tokens that are spelled out in it count as such."""
         return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def comes_from_text(self, token: str) -> bool:
+        """Whether text becomes this token when a dataset is made: found out by encoding it."""
+        spelled = f"{token} {token} {self.decode([self.ids[token]])}"
+        return token not in self.control and self.ids[token] in self.encode(spelled)
+
+    def for_text(self, *control: str) -> bytes:
+        """A tokenizer.json that gives text the same ids, but never that of a control token, nor of those named here.
+
+        Such a token gets a name that no text has, in the list of added tokens and in the model, where Unigram,
+        WordPiece and WordLevel would find it too; merges that would spell it out are left out.
+        """
+        description: dict[str, Any] = orjson.loads(self._library.to_str())
+        description["post_processor"] = None  # it only adds tokens, and may name those that are hidden here
+        secret = secrets.token_hex(16)
+        hidden = {token: f"<{secret}-{self.ids[token]}>" for token in (*self.control, *control)}
+        for token in description["added_tokens"]:
+            if token["content"] in hidden:
+                token.update(content=hidden[token["content"]], normalized=False)
+        model = description["model"]
+        if model["type"] == "Unigram":
+            model["vocab"] = [(hidden.get(token, token), score) for token, score in model["vocab"]]
+            return orjson.dumps(description)
+        model["vocab"] = {hidden.get(token, token): number for token, number in model["vocab"].items()}
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+        if model["type"] == "BPE":
+            prefix = model["continuing_subword_prefix"] or ""
+            model["merges"] = [
+                (left, right)
+                for left, right in model["merges"]
+                if hidden.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
+            ]
+        return orjson.dumps(description)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens spelled out."""
@@ -101,12 +153,11 @@ class Tokenizer:
         model = self.description["model"]
         prefix = model.get("continuing_subword_prefix") or ""
         suffix = model.get("end_of_word_suffix") or ""
-        added = {token["content"] for token in self.description["added_tokens"]}
         lengths = np.zeros(vocab_size, np.int64)
         for token, token_id in self.ids.items():
             if token in self.control or token_id >= vocab_size:
                 continue
-            if token in added:
+            if token in self.added:
                 lengths[token_id] = len(token.encode())
             elif self.is_byte_level:
                 lengths[token_id] = len(token.removesuffix(suffix))

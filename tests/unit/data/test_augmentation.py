@@ -202,7 +202,7 @@ def test_a_sentinel_that_is_no_special_token_is_refused_by_key(
 ) -> None:
     with pytest.raises(ConfigError) as refused:
         opened(dataset, transform)
-    assert f"data.train.0.{key}: {token} given; it must be a special token" in str(refused.value)
+    assert f"data.train.0.{key}: {token} given; it must be an added token" in str(refused.value)
     assert "<|fim_prefix|>, <|fim_middle|>" in str(refused.value)
 
 

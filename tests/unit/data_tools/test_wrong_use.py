@@ -170,7 +170,9 @@ def test_a_token_that_text_becomes_cannot_end_documents(
     arguments = ("--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--eod-token", "e")
     code, _, err = run_command("tokenize", source, *arguments)
     assert (code, "Traceback" in err) == (2, False)
-    assert "Text becomes the token 'e', so it cannot tell where documents end." in err
+    assert "--eod-token 'e' is an ordinary token" in err
+    assert "its control tokens are <|endoftext|>" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_numbers_beyond_reason_are_refused(source: Path, tokenizer_path: Path, run_command: RunCommand) -> None:
