@@ -6,7 +6,10 @@ Only what parses the command line is imported here; each command imports what it
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +47,14 @@ Qos = Annotated[str | None, typer.Option(help="As for sbatch.")]
 Exclude = Annotated[str | None, typer.Option(help="Nodes to stay away from, as for sbatch.")]
 Time = Annotated[str | None, typer.Option(help="Limit, as for sbatch: 30, 12:00:00, 2-00.")]
 SiteFile = Annotated[Path | None, typer.Option("--site", help="A YAML file with this cluster's own lines.")]
+Sbatch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sbatch", metavar="--KEY=VALUE", help="Any option of sbatch, such as --sbatch --reservation=x; often."
+    ),
+]
 Submit = Annotated[bool, typer.Option("--submit", help="Submit it, instead of printing it.")]
+TestOnly = Annotated[bool, typer.Option("--test-only", help="Ask sbatch whether it would take it, and when it starts.")]
 
 
 @app.command()
@@ -55,15 +65,22 @@ def slurm(
     min_nodes: Annotated[
         int | None, typer.Option(min=1, help="Elastic: each start takes the nodes that are there, from so many up.")
     ] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one a rank.")] = None,
+    gpus_per_node: Annotated[
+        str | None,
+        typer.Option(metavar="[TYPE:]N", help="GPUs of each node, one a rank: 8, h100:8. Takes whole nodes."),
+    ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Leave what the GPUs' ranks do not ask for of their nodes to others.")
+    ] = False,
     procs_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks on each node, where there are no GPUs.")
     ] = None,
     via: Annotated[
-        Via, typer.Option(help="Who starts the ranks: `deepspeed`, over ssh, or `srun`, which needs no ssh.")
-    ] = Via.DEEPSPEED,
+        Via | None,
+        typer.Option(help="Who starts the ranks: `deepspeed`, over ssh; left out: where it cannot, `srun`."),
+    ] = None,
     cpus_per_task: Annotated[
-        int | None, typer.Option(min=1, help="Cores of each rank, which is bound to them; left out: not bound.")
+        int | None, typer.Option(min=1, help="Cores of each rank; ranks without GPUs are bound where it is given.")
     ] = None,
     partition: Partition = None,
     account: Account = None,
@@ -78,18 +95,21 @@ def slurm(
     chain: Annotated[
         int | None, typer.Option(min=1, help="No requeueing: so many jobs, each if the one before did not finish.")
     ] = None,
+    sbatch: Sbatch = None,
     site: SiteFile = None,
     submit: Submit = False,
+    test_only: TestOnly = False,
 ) -> None:
     """Print or submit a batch script that trains CONFIG, and requeues itself when preempted or when a rank died."""
     from launcher.nodes import check_elastic
-    from launcher.script import Job, render
+    from launcher.options import read_gpus
+    from launcher.script import Job, render, why_not_ssh
     from launcher.site import read_site
     from megatrain.checkpoint.origin import load
 
     if (gpus_per_node is None) == (procs_per_node is None):
         raise ConfigError("give either --gpus-per-node, or --procs-per-node for nodes without GPUs.")
-    ranks_per_node = gpus_per_node or procs_per_node or 1
+    ranks_per_node = read_gpus(gpus_per_node) if gpus_per_node else procs_per_node or 1
     loaded = load(config, overrides or ())
     least = min_nodes or nodes
     check_elastic(loaded, ranks_per_node, least, nodes)
@@ -101,16 +121,22 @@ def slurm(
         nodes=nodes,
         min_nodes=least,
         ranks_per_node=ranks_per_node,
-        has_gpus=gpus_per_node is not None,
-        via_ssh=via is Via.DEEPSPEED,
+        gpus_per_node=gpus_per_node,
+        is_shared=shared,
+        via_ssh=via is not Via.SRUN,
         cpus_per_task=cpus_per_task,
-        options={"partition": partition, "account": account, "qos": qos, "exclude": exclude, "time": time},
+        options=(*_given(partition=partition, account=account, qos=qos, exclude=exclude, time=time), *(sbatch or ())),
         name=job_name or Path(config).stem,
         signal_seconds=signal_seconds,
         tries=tries,
         chain=chain,
     )
-    _print_or_submit(render(job, read_site(site)), submit, chain or 1)
+    here = read_site(site)
+    if via is not Via.SRUN and (why := why_not_ssh(job, here)) is not None:
+        taken = "srun starts the ranks" if via is None else "--via deepspeed may fail"
+        typer.echo(f"megatrain-launch: {taken}: {why}.", err=True)
+        job = replace(job, via_ssh=via is Via.DEEPSPEED)
+    _hand_over(lambda: render(job, here), job.logs, submit=submit, test_only=test_only, num_jobs=chain or 1)
 
 
 @app.command()
@@ -119,29 +145,40 @@ def array(
         list[str], typer.Argument(metavar="-- COMMAND...", help="tokenize, dedup or filter with its arguments.")
     ],
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks, which share the work.")],
+    max_running: Annotated[int | None, typer.Option(min=1, help="At most so many tasks at the same time.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each task.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of each task, as for sbatch: 16G.")] = None,
+    logs: Annotated[Path, typer.Option(help="Folder for the tasks' output, one file each.")] = Path("logs"),
     partition: Partition = None,
     account: Account = None,
     qos: Qos = None,
     exclude: Exclude = None,
     time: Time = None,
     job_name: Annotated[str | None, typer.Option(help="Left out: the command's name.")] = None,
+    sbatch: Sbatch = None,
     site: SiteFile = None,
     submit: Submit = False,
+    test_only: TestOnly = False,
 ) -> None:
     """Print or submit an array of SLURM tasks that do the work of one `megatrain-data` command together."""
     from launcher.script import Array, render_array
     from launcher.site import read_site
+    from launcher.submit import check_array
 
+    options = _given(partition=partition, account=account, qos=qos, exclude=exclude, time=time, mem=mem)
     job = Array(
         command=tuple(command),
         num_tasks=tasks,
+        max_running=max_running,
         cpus_per_task=cpus_per_task,
         working_dir=Path.cwd(),
-        options={"partition": partition, "account": account, "qos": qos, "exclude": exclude, "time": time},
+        logs=Path.cwd() / logs,
+        options=(*options, *(sbatch or ())),
         name=job_name or f"megatrain-{command[0]}",
     )
-    _print_or_submit(render_array(job, read_site(site)), submit)
+    check_array(tasks)
+    here = read_site(site)
+    _hand_over(lambda: render_array(job, here), job.logs, submit=submit, test_only=test_only)
 
 
 @app.command()
@@ -169,14 +206,24 @@ def doctor(
     raise typer.Exit(EXIT_RANK if found.findings else EXIT_OK)
 
 
-def _print_or_submit(script: str, submit: bool, num_jobs: int = 1) -> None:
-    from launcher.submit import submit_script
+def _given(**options: str | None) -> list[str]:
+    """Options of sbatch by name; those that are None are left out."""
+    return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
-    if not submit:
+
+def _hand_over(make: Callable[[], str], logs: Path, *, submit: bool, test_only: bool, num_jobs: int = 1) -> None:
+    """Print the script that ``make`` gives, or hand it to sbatch; only a script that is submitted has a folder made."""
+    from launcher.submit import make_logs, submit_script, try_script
+
+    script = make()
+    if test_only:
+        typer.echo(try_script(script))
+    elif not submit:
         typer.echo(script, nl=False)
-        return
-    for number in submit_script(script, num_jobs):
-        typer.echo(number)
+    else:
+        make_logs(logs)
+        for number in submit_script(make(), num_jobs):
+            typer.echo(number)
 
 
 @job_app.command()
@@ -198,6 +245,28 @@ def begin(
     nodes = choose_nodes(loaded, ranks_per_node, min_nodes) if min_nodes else None
     port = begin_job(loaded, tries)
     typer.echo(port if nodes is None else f"{port} {nodes}")
+
+
+@job_app.command()
+def nodes() -> None:
+    """Print the nodes of this job, one a line: what `scontrol show hostnames` says, where it knows the names' kind."""
+    from launcher.nodes import job_nodes
+
+    typer.echo("\n".join(job_nodes()))
+
+
+@job_app.command()
+def environment() -> None:
+    """Print the variables that ranks on other nodes need, as a shell reads them; secrets are left out, and named."""
+    from launcher.environment import exports, secrets
+
+    if left_out := secrets(os.environ):
+        typer.echo(
+            f"Not passed on over ssh, as they look like secrets: {', '.join(left_out)}. Ranks on other nodes that need "
+            "them find them in files (such as ~/.aws/credentials), or with --via srun.",
+            err=True,
+        )
+    typer.echo(exports(os.environ), nl=False)
 
 
 @job_app.command()
@@ -240,13 +309,18 @@ def end(
     code: Annotated[int, typer.Option(help="The exit code of what started the ranks.")],
     overrides: Overrides = None,
     tries: Tries = 3,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="Cancel the jobs of the chain that wait, unless one could go on.")
+    ] = False,
 ) -> None:
     """After the ranks: end those that are left; prints "requeue" or "stop", and exits with the first cause's code."""
-    from launcher.job import end_job, outlive_the_job
+    from launcher.job import end_chain, end_job, outlive_the_job
     from megatrain.checkpoint.origin import load
 
     outlive_the_job()
     answer, cause = end_job(load(config, overrides or ()), code, tries)
+    if chain and answer == "stop":
+        end_chain()
     typer.echo(answer)
     raise typer.Exit(cause)
 

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
-from launcher.nodes import job_nodes
+from launcher.nodes import job_slots
+from megatrain.distributed.binding import ASSIGNED_DEVICES
 from megatrain.distributed.bootstrap import extensions_dir, free_port, visible_gpus
-from megatrain.distributed.judgement import ANSWER
+from megatrain.distributed.judgement import ANSWER, HERE
+from megatrain.distributed.node_list import expand
 from megatrain.errors import ConfigError
 
 RANK_MODULE = "megatrain.distributed.doctor"
+_OF_THE_JOBS_TASKS = re.compile(r"SLURM_(NTASKS|NPROCS|NTASKS_PER_NODE|CPUS_PER_TASK|DISTRIBUTION|[CG]PU_BIND.*)")
+"""What srun would take for options of its own."""
 _SSH_SECONDS, _NUM_SSH = 5, 64
-_PATIENCE_SECONDS = 100
+_START_SECONDS, _SECONDS_A_RANK = 120.0, 0.02
+"""Until a first rank is heard of, which then says how long it waits for the others."""
+_EXAMINE_SECONDS = 75.0
+_END_SECONDS = 10.0
 
 
 class Diagnosis(NamedTuple):
@@ -62,18 +74,27 @@ def examine(hostfile: Path | None, procs_per_node: int | None, folder: Path) -> 
     if hostfile is not None:
         hosts = read_hostfile(hostfile)
         return _through_deepspeed({host: procs_per_node or slots for host, slots in hosts.items()}, folder)
-    num_ranks = procs_per_node or len(visible_gpus()) or 1
     if "SLURM_JOB_ID" in os.environ:
-        return _through_srun(num_ranks, folder)
-    return _through_deepspeed({"localhost": num_ranks}, folder)
+        return _through_srun({host: procs_per_node or slots for host, slots in job_slots().items()}, folder)
+    return _through_deepspeed({"localhost": procs_per_node or len(visible_gpus()) or 1}, folder)
 
 
-def _through_srun(num_ranks: int, folder: Path) -> Diagnosis:
-    nodes = job_nodes()
-    hosts = dict.fromkeys(nodes, num_ranks)
-    size = [f"--nodes={len(nodes)}", f"--ntasks={num_ranks * len(nodes)}", f"--ntasks-per-node={num_ranks}"]
-    starter = ["srun", *size, "--kill-on-bad-exit=0", "--wait=30", "--cpu-bind=none", sys.executable, "-m", RANK_MODULE]
-    return _ask([*starter, *_arguments(hosts, folder)], hosts)
+def _through_srun(hosts: Mapping[str, int], folder: Path) -> Diagnosis:
+    """Through a step of the job around us, beside what else runs in it, whose tasks may be fewer than our ranks."""
+    num_ranks = sum(hosts.values())
+    starter = ["srun", f"--nodes={len(hosts)}", f"--ntasks={num_ranks}", "--overcommit", "--overlap"]
+    starter += ["--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none", "--export=ALL"]
+    with tempfile.TemporaryDirectory() as aside:
+        environment = {name: value for name, value in os.environ.items() if not _OF_THE_JOBS_TASKS.fullmatch(name)}
+        environment["MASTER_ADDR"] = next(iter(hosts))
+        if len(set(hosts.values())) == 1:
+            starter += [f"--ntasks-per-node={num_ranks // len(hosts)}", "--distribution=block"]
+        else:
+            order = Path(aside) / "hosts"
+            order.write_text("".join(f"{host}\n" * slots for host, slots in hosts.items()))
+            starter += ["--distribution=arbitrary"]
+            environment["SLURM_HOSTFILE"] = str(order)
+        return _ask([*starter, sys.executable, "-m", RANK_MODULE, *_arguments(hosts, folder)], hosts, environment)
 
 
 def _through_deepspeed(hosts: Mapping[str, int], folder: Path) -> Diagnosis:
@@ -91,7 +112,10 @@ def _through_deepspeed(hosts: Mapping[str, int], folder: Path) -> Diagnosis:
         starter += ["--log_level", "critical", "--master_port", str(free_port())]
         starter += ["--no_ssh_check", "--master_addr", "127.0.0.1"] if is_here else []
         starter += [] if is_here else ["--force_multi", "--master_addr", first]
-        more = _ask([*starter, "--module", RANK_MODULE, *_arguments(there, folder)], there)
+        environment = dict(os.environ)
+        if is_here and "CUDA_VISIBLE_DEVICES" in environment:  # DeepSpeed's launcher would take the first ones
+            environment[ASSIGNED_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
+        more = _ask([*starter, "--module", RANK_MODULE, *_arguments(there, folder)], there, environment)
     return Diagnosis(found.findings + more.findings, found.exclude + more.exclude, more.readings)
 
 
@@ -117,26 +141,78 @@ def _unreachable(hosts: Sequence[str]) -> dict[str, str]:
         return {host: why for host, why in zip(hosts, pool.map(ask, hosts), strict=True) if why}
 
 
-def _ask(command: Sequence[str], hosts: Mapping[str, int]) -> Diagnosis:
-    """Start the ranks; what rank 0 says, or that it says nothing."""
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False)
-        output, said = ended.stdout, ended.stderr
-    except subprocess.TimeoutExpired as error:
-        output, said = _text(error.stdout), _text(error.stderr)
-    except OSError as error:
-        raise ConfigError(f"{command[0]} cannot be started: {error.strerror}.") from None
-    for line in output.splitlines():
-        if ANSWER in line:
-            answer = orjson.loads(line.partition(ANSWER)[2])
-            texts = [text for text, _, _ in answer["findings"]]
-            bad = [host for _, names, _ in answer["findings"] for host in names]
-            return Diagnosis(texts, list(dict.fromkeys(bad)), answer["readings"])
+def _ask(command: Sequence[str], hosts: Mapping[str, int], environment: Mapping[str, str]) -> Diagnosis:
+    """Start the ranks; what rank 0 says, or that it says nothing. Raises ConfigError where none could be started."""
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        try:
+            launcher = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+            )
+        except OSError as error:
+            raise ConfigError(f"{command[0]} cannot be started: {error.strerror}.") from None
+        assert launcher.stdout is not None
+        heard, answer = _listen(launcher.stdout, sum(hosts.values()))
+        was_silent = answer is None and launcher.poll() is None and not _has_ended(launcher)
+        _end(launcher)
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if answer is not None:
+        found = orjson.loads(answer)
+        bad = [host for _, names, _ in found["findings"] for host in names]
+        return Diagnosis([text for text, _, _ in found["findings"]], list(dict.fromkeys(bad)), found["readings"])
     first = next(iter(hosts))
-    words = said.strip().splitlines()[-10:]
+    blamed = [first] if was_silent else _blamed(said, hosts)
+    if not heard and not blamed and command[0] == "srun":
+        raise ConfigError(f"srun starts no ranks in job {environment['SLURM_JOB_ID']}: {' '.join(said[-10:])}")
     silence = f"rank 0 on {first} gave no answer; its launcher's last words:"
-    return Diagnosis(["\n".join([silence, *words])], [first], [])
+    return Diagnosis(["\n".join([silence, *said[-10:]])], blamed, [])
 
 
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def _listen(output: Iterable[str], num_ranks: int) -> tuple[bool, str | None]:
+    """Whether a rank was heard of before the output ended, or patience did; and rank 0's answer."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in output:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, name="doctor", daemon=True).start()
+    heard, deadline = False, time.monotonic() + _START_SECONDS + _SECONDS_A_RANK * num_ranks
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return heard, None
+        if line is None:
+            return heard, None
+        if ANSWER in line:
+            return True, line.partition(ANSWER)[2]
+        if HERE in line:  # it waits so long for the others, and then looks at them
+            heard = True
+            deadline = max(deadline, time.monotonic() + float(line.partition(HERE)[2]) + _EXAMINE_SECONDS)
+
+
+def _has_ended(launcher: subprocess.Popen[str]) -> bool:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(_END_SECONDS)
+    return launcher.returncode is not None
+
+
+def _end(launcher: subprocess.Popen[str]) -> None:
+    """Ranks that have answered end by themselves; others are told to, through what started them."""
+    for ask in (launcher.terminate, launcher.kill):
+        if _has_ended(launcher):
+            return
+        ask()
+    launcher.wait()
+
+
+def _blamed(said: Iterable[str], hosts: Mapping[str, int]) -> list[str]:
+    """The hosts that a launcher names in its last words; none, where it names all of several."""
+    words = {word.strip(".-") for line in said for word in re.findall(r"[\w.-]+", line)}
+    words |= {
+        name for line in said for group in re.findall(r"[\w.-]+\[[\d,-]+\][\w.-]*", line) for name in expand(group)
+    }
+    named = [host for host in hosts if host in words]
+    return named if len(named) < len(hosts) or len(hosts) == 1 else []

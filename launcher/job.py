@@ -17,6 +17,7 @@ from pathlib import Path
 import orjson
 import psutil
 
+from launcher.submit import cancel_chain
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.lock import refuse_if_locked
 from megatrain.config import RunConfig
@@ -105,6 +106,12 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
     if not is_left:
         sys.stderr.write(f"{tries} starts in a row left no new checkpoint: the job is given up.\n")
     return "requeue" if is_left else "stop", code
+
+
+def end_chain() -> None:
+    """Cancel the jobs that wait for this one to fail: what ended it would end them too, or the run is complete."""
+    if rest := cancel_chain(os.environ.get("SLURM_JOB_ID", "")):
+        sys.stderr.write(f"The rest of the chain is cancelled: {' '.join(reversed(rest))}.\n")
 
 
 def relay_signal(name: str, script: int) -> None:

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 
 from megatrain.config import RunConfig
-from megatrain.distributed.node_list import hostnames
+from megatrain.distributed.node_list import hostnames, tasks_per_node
 from megatrain.errors import ConfigError
 from megatrain.plan import rules
+
+_SHARE = re.compile(r"\bNodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)")
+_GPUS = re.compile(r"(?:^|,)gpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=[(,]|$)")
 
 
 def job_nodes() -> list[str]:
     """The nodes of the SLURM job around us, in the order in which its ranks are numbered."""
     return hostnames(os.environ["SLURM_JOB_NODELIST"])
+
+
+def job_slots() -> dict[str, int]:
+    """The nodes of the SLURM job around us, and how many ranks each is for: its GPUs in the job, else its tasks.
+
+    Of a shell that `salloc` has started this node says nothing: it may be one where people log in.
+    """
+    nodes = job_nodes()
+    asked = subprocess.run(
+        ["scontrol", "show", "job", "-d", "-o", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
+    )
+    gpus = {
+        node: sum(int(count or 1) for count in _GPUS.findall(gres))
+        for names, gres in _SHARE.findall(asked.stdout)
+        for node in hostnames(names)
+    }
+    tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE") or f"1(x{len(nodes)})")
+    return {node: gpus.get(node) or num for node, num in zip(nodes, tasks, strict=True)}
 
 
 def legal_counts(config: RunConfig, ranks_per_node: int, most: int) -> list[int]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from launcher.options import as_comment, check_gpus, check_limit, check_passed, merged, value_of
 from launcher.site import Site
 from megatrain.errors import ConfigError
 
 ARRAY_COMMANDS = ("tokenize", "dedup", "filter")
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class Job:
     min_nodes: int
     """As many as ``nodes``, or fewer where each start takes those that are there."""
     ranks_per_node: int
-    has_gpus: bool
+    gpus_per_node: str | None
+    """As sbatch reads it, ``8`` or ``h100:8``; None for nodes without GPUs."""
+    is_shared: bool
+    """Whether a job with GPUs leaves the rest of its nodes to others."""
     via_ssh: bool
     """Whether `deepspeed` starts the ranks, over ssh; else `srun` does."""
     cpus_per_task: int | None
-    options: Mapping[str, str | None]
-    """Options of sbatch by name; those that are None are left out."""
+    options: tuple[str, ...]
+    """Further options of sbatch, from the command line."""
     name: str
     signal_seconds: int
     tries: int
@@ -63,32 +67,32 @@ class Array:
 
     command: tuple[str, ...]
     num_tasks: int
+    max_running: int | None
     cpus_per_task: int | None
     working_dir: Path
-    options: Mapping[str, str | None]
+    logs: Path
+    options: tuple[str, ...]
     name: str
 
 
 def render(job: Job, site: Site) -> str:
-    """The batch script; makes the folder of its output, without which SLURM would fail the job.
+    """The batch script. Makes nothing: where the folder of its output is not there, the script makes it.
 
     Raises ConfigError for what cannot stand in a script: control characters; names that DeepSpeed would pass over ssh
-    unquoted; a limit that is shorter than the signal ahead of it.
+    unquoted; options that the script depends on; a limit that is shorter than the signal ahead of it.
     """
-    _check(job, site)
-    try:
-        job.logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{job.logs} cannot be made: {error.strerror}. Set run.dir to shared storage.") from None
+    options = _options(job, site)
+    _check(job, site, options)
     words = [job.config, *job.overrides]
     return _template("slurm.sh.j2").render(
         job=job,
-        options=[_for_sbatch(option) for option in _options(job, site)],
+        options=[as_comment(option) for option in options],
         python=shlex.join(site.python),
         words=shlex.join(words),
         remote_words=" ".join(shlex.quote(_for_remote_shell(word)) for word in words),
         bindings=shlex.join([*_bindings(job), *site.srun]),
         logs=shlex.quote(str(job.logs)),
+        has_logs=job.logs.is_dir(),
         prologue=site.prologue.strip("\n"),
     )
 
@@ -97,20 +101,52 @@ def render_array(job: Array, site: Site) -> str:
     """The batch script of an array. Raises ConfigError for other commands, and for what cannot stand in a script."""
     if job.command[0] not in ARRAY_COMMANDS:
         raise ConfigError(f"{job.command[0]}: an array of tasks can do {', '.join(ARRAY_COMMANDS)}.")
-    _refuse_control_characters([*job.command, str(job.working_dir), job.name, *_given(job.options)])
-    if job.options.get("time") is not None:
-        limit_seconds(str(job.options["time"]))
-    options = [*site.sbatch, f"--job-name={job.name}", f"--array=0-{job.num_tasks - 1}"]
-    options += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
-    options += [f"--{name}={value}" for name, value in job.options.items() if value is not None]
-    options += [f"--chdir={job.working_dir}", "--open-mode=append", "--requeue"]
+    most = f"%{job.max_running}" if job.max_running else ""
+    asked = [f"--job-name={job.name}", f"--array=0-{job.num_tasks - 1}{most}"]
+    asked += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+    options = [
+        *_merged([], asked, job.options, site, _output(job.logs, job.working_dir, "%A_%a")),
+        f"--chdir={job.working_dir}",
+        "--open-mode=append",
+        "--requeue",
+    ]
+    _check_words([*job.command, str(job.working_dir), job.name, *options], job.logs)
+    check_limit(options)
     return _template("array.sh.j2").render(
         job=job,
-        options=[_for_sbatch(option) for option in options],
+        options=[as_comment(option) for option in options],
         python=shlex.join(site.python),
         words=shlex.join(job.command),
+        logs=shlex.quote(str(job.logs)),
+        has_logs=job.logs.is_dir(),
         prologue=site.prologue.strip("\n"),
     )
+
+
+def why_not_ssh(job: Job, site: Site) -> str | None:
+    """What keeps `deepspeed` from starting the ranks of this job; None where nothing does that can be seen here."""
+    if site.srun:
+        return "the site's srun options are for srun alone"
+    if job.nodes == 1:
+        return None
+    if absent := [program for program in ("pdsh", "ssh") if shutil.which(program) is None]:
+        return f"{' and '.join(absent)}, with which it reaches other nodes, cannot be found on this machine"
+    return _ssh_cannot(job, site)
+
+
+def _ssh_cannot(job: Job, site: Site) -> str | None:
+    """What ssh to other nodes does not carry, wherever the job runs."""
+    if len(site.python) > 1:
+        return "a container (the site's python) is not what it starts ranks in on other nodes"
+    if job.gpus_per_node and "--exclusive" not in _options(job, site):
+        return "ranks started over ssh are outside of the job's share of a node, and would take somebody else's GPUs"
+    for word in (str(job.working_dir), str(job.logs), *site.python):
+        if not _PLAIN.fullmatch(word):
+            return (
+                f"{word}: it passes that over ssh without quotes, so it may have letters, digits and @+=:,./-_ alone; "
+                "use another folder"
+            )
+    return None
 
 
 def _template(name: str) -> Template:
@@ -126,42 +162,49 @@ def _template(name: str) -> Template:
 
 def _options(job: Job, site: Site) -> list[str]:
     """sbatch's options, in the order that a person would look for them."""
-    given = [f"--{name}={value}" for name, value in job.options.items() if value is not None]
-    counts = [f"--nodes={job.node_counts}"]
+    asked = [f"--job-name={job.name}", f"--nodes={job.node_counts}"]
     if job.is_elastic:  # SLURM gives no more nodes than tasks, and would count the tasks of the fewest: ask for cores
-        counts += [f"--mincpus={job.ranks_per_node * (job.cpus_per_task or 1)}"]
+        asked += [f"--mincpus={job.ranks_per_node * (job.cpus_per_task or 1)}"]
     else:
-        counts += [f"--ntasks-per-node={job.ranks_per_node}"]
-    counts += [f"--gpus-per-node={job.ranks_per_node}"] if job.has_gpus else []
-    counts += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task and not job.is_elastic else []
-    output = str(job.logs).replace("%", "%%") + "/slurm-%j.out"
+        asked += [f"--ntasks-per-node={job.ranks_per_node}"]
+        asked += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+    usual = [f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []
+    if job.gpus_per_node and not job.is_shared:  # else SLURM gives a core and a core's share of the memory with each
+        usual += ["--exclusive", "--mem=0"]
     return [
-        *site.sbatch,
-        f"--job-name={job.name}",
-        *counts,
-        *given,
+        *_merged(usual, asked, job.options, site, _output(job.logs, job.working_dir, "%j")),
         f"--chdir={job.working_dir}",
-        f"--output={output}",
         "--open-mode=append",
         "--no-requeue" if job.chain else "--requeue",
         f"--signal=B:USR1@{job.signal_seconds}",
     ]
 
 
-def _for_sbatch(option: str) -> str:
-    """An option as sbatch reads it in a comment: quotes as in a shell, but a backslash escapes even inside of them."""
-    return shlex.quote(option.replace("\\", "\\\\"))
+def _merged(usual: Iterable[str], asked: Iterable[str], passed: Iterable[str], site: Site, output: str) -> list[str]:
+    """What this cluster does not refuse of the usual, the site's, what was asked for; an output, unless it has one."""
+    check_passed(passed, "--sbatch")
+    left = [option for option in usual if option.partition("=")[0] not in site.without]
+    options = merged(left, site.sbatch, asked, passed, site.sbatch_always)
+    return options if value_of(options, "--output") is not None else [*options, output]
+
+
+def _output(logs: Path, working_dir: Path, number: str) -> str:
+    """Where SLURM writes a job's output: into a folder that is there as the job begins, else SLURM fails it."""
+    folder = logs if logs.is_dir() else working_dir
+    return f"--output={str(folder).replace('%', '%%')}/slurm-{number}.out"
 
 
 def _bindings(job: Job) -> list[str]:
-    """srun's options that give each rank its cores and their memory.
+    """srun's options that put ranks of a node side by side, and give each its cores.
 
-    Ranks see all GPUs of their node and take theirs by LOCAL_RANK: hidden from each other, they copy slowly.
+    Ranks with GPUs bind themselves, to the cores near theirs. They see all GPUs of the job on their node and take
+    theirs by LOCAL_RANK: hidden from each other, they copy slowly. (SLURM 22.05 hides from ranks of --gpu-bind=none
+    which these are.)
     """
-    gpus = ["--gpu-bind=none"] if job.has_gpus else []
-    if job.cpus_per_task is None:
-        return [*gpus, "--cpu-bind=none"]
-    return [*gpus, f"--cpus-per-task={job.cpus_per_task}", "--cpu-bind=cores", "--mem-bind=local"]
+    shared = ["--distribution=block:block", *([f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else [])]
+    if job.gpus_per_node or not job.cpus_per_task:
+        return [*shared, "--cpu-bind=none"]
+    return [*shared, "--cpu-bind=cores", "--mem-bind=local"]
 
 
 def _for_remote_shell(word: str) -> str:
@@ -175,55 +218,21 @@ def _for_remote_shell(word: str) -> str:
     return f"$'{''.join(safe)}'"
 
 
-def _check(job: Job, site: Site) -> None:
-    paths = [str(job.run_dir), str(job.working_dir)]
-    _refuse_control_characters([job.config, *job.overrides, *paths, job.name, *_given(job.options)])
-    if "\\" in str(job.logs):
-        raise ConfigError(f"{job.logs}: SLURM writes no output below a name with a backslash. Set run.dir elsewhere.")
-    limit = job.options.get("time")
-    if limit is not None and (seconds := limit_seconds(limit)) is not None and seconds <= job.signal_seconds:
-        raise ConfigError(
-            f"--time {limit} is no longer than --signal-seconds {job.signal_seconds}: the run would be asked to end as "
-            "it begins. Give more time, or a signal closer to the limit."
-        )
-    if not job.via_ssh:
-        return
-    if site.srun:
-        raise ConfigError("the site's srun options need --via srun: with --via deepspeed, srun starts no ranks.")
-    if job.nodes > 1:
-        if len(site.python) > 1:
-            raise ConfigError("a container (the site's python) needs --via srun: DeepSpeed starts ranks outside of it.")
-        for word in (str(job.working_dir), str(job.logs), *site.python):
-            if not _PLAIN.fullmatch(word):
-                raise ConfigError(
-                    f"{word}: DeepSpeed passes it over ssh without quotes, so it may have letters, digits and "
-                    "@+=:,./-_ alone. Use another folder, or --via srun."
-                )
+def _check(job: Job, site: Site, options: list[str]) -> None:
+    _check_words([job.config, *job.overrides, str(job.working_dir), *options], job.logs)
+    check_limit(options, job.signal_seconds)
+    if job.gpus_per_node:
+        check_gpus(options, job.ranks_per_node)
+    if job.via_ssh:
+        if site.srun:
+            raise ConfigError("the site's srun options need --via srun: with --via deepspeed, srun starts no ranks.")
+        if job.nodes > 1 and (why := _ssh_cannot(job, site)) is not None:
+            raise ConfigError(f"--via deepspeed cannot start these ranks: {why}. Use --via srun.")
 
 
-def _given(options: Mapping[str, str | None]) -> list[str]:
-    return [value for value in options.values() if value is not None]
-
-
-def _refuse_control_characters(words: Iterable[str]) -> None:
-    for word in words:
+def _check_words(words: Iterable[str], logs: Path) -> None:
+    for word in (*words, str(logs)):
         if not word.isprintable():
             raise ConfigError(f"{word!r} has a control character: it cannot stand in a batch script.")
-
-
-def limit_seconds(limit: str) -> int | None:
-    """A limit as sbatch takes it (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s); None where it has none, such as UNLIMITED.
-
-    Raises ConfigError for other text.
-    """
-    if limit.upper() in {"INFINITE", "UNLIMITED"}:
-        return None
-    match = _TIME.fullmatch(limit)
-    if match is None:
-        raise ConfigError(f"--time {limit}: give minutes, minutes:seconds, hours:minutes:seconds, or days-hours.")
-    parts = [int(part) for part in match["rest"].split(":")]
-    if match["days"] is not None:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
-    hours, minutes, seconds = parts if len(parts) == 3 else (0, *[*parts, 0][:2])
-    return (hours * 60 + minutes) * 60 + seconds
+    if "\\" in str(logs):
+        raise ConfigError(f"{logs}: SLURM writes no output below a name with a backslash. Take another folder.")

@@ -9,9 +9,11 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from launcher.options import check_passed
 from megatrain.errors import ConfigError
 
 Option = Annotated[str, StringConstraints(pattern=r"^--[a-z][^\x00-\x1f]*$")]
+Name = Annotated[str, StringConstraints(pattern=r"^--[a-z-]+$")]
 Word = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$")]
 
 
@@ -21,7 +23,12 @@ class Site(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     sbatch: list[Option] = []
-    """Options of sbatch, such as --constraint=ib. Those of the command line come after them, and win."""
+    """Options of sbatch, such as --constraint=ib. They win over what megatrain-launch asks for by itself (--exclusive,
+    --mem=0, --gpus-per-node); the command line wins over them."""
+    sbatch_always: list[Option] = []
+    """The same, but they win over the command line too."""
+    without: list[Name] = []
+    """Options that this cluster refuses, such as --mem: megatrain-launch does not give them by itself."""
     prologue: str = ""
     """Lines of bash that run first in the batch script, such as `module load cuda`."""
     python: list[Word] = Field(default=[sys.executable], min_length=1)
@@ -35,7 +42,7 @@ def read_site(path: Path | None) -> Site:
     if path is None:
         return Site()
     try:
-        return Site.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        site = Site.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--site {path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
@@ -45,5 +52,8 @@ def read_site(path: Path | None) -> Site:
             f"{'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}" for found in error.errors()
         )
         raise ConfigError(
-            f"--site {path}: {wrong}. It may have: sbatch, srun (lists of --options), prologue (text), python (a list)."
+            f"--site {path}: {wrong}. It may have: sbatch, sbatch_always, without, srun (lists of --options), prologue "
+            "(text), python (a list)."
         ) from None
+    check_passed([*site.sbatch, *site.sbatch_always], f"--site {path}")
+    return site

@@ -1,12 +1,30 @@
-"""Handing a script to sbatch."""
+"""What sbatch and its like are asked: to take a script, to say whether they would, and to drop jobs that wait."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from megatrain.errors import ConfigError
+
+_SETTINGS = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_MPI_TYPE", "SLURM_TIME_FORMAT"}
+_OF_A_JOB = re.compile(
+    r"(SLURM|SLURMD|PMI|PMIX|OMPI|PRTE|TORCHELASTIC)_.*|SBATCH_(CPU|MEM)_BIND.*|MPI_LOCAL.*|RANK|WORLD_SIZE"
+    r"|LOCAL_(RANK|SIZE|WORLD_SIZE)|GROUP_RANK|MASTER_(ADDR|PORT)|CROSS_(RANK|SIZE)|MEGATRAIN_(SUPERVISOR|LAUNCHED_AT)"
+    r"|MEGATRAIN_(DEVICE|BIND_CORES|ASSIGNED_DEVICES)|DS_ACCELERATOR"
+    r"|(CUDA|ROCR|HIP)_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|ZE_AFFINITY_MASK"
+)
+_ARRAY_LIMIT = re.compile(r"^MaxArraySize\s*=\s*(\d+)$", re.MULTILINE)
+_SECONDS = 30
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what a job told the processes in it, which another job, submitted from there, would take for its own."""
+    return {key: value for key, value in environ.items() if key in _SETTINGS or not _OF_A_JOB.fullmatch(key)}
 
 
 def submit_script(text: str, num_jobs: int = 1) -> Iterator[str]:
@@ -15,14 +33,73 @@ def submit_script(text: str, num_jobs: int = 1) -> Iterator[str]:
     Of several jobs each waits for the one before, and starts only if that has not ended with 0. Raises ConfigError with
     sbatch's own words where it refuses.
     """
-    if shutil.which("sbatch") is None:
-        raise ConfigError("--submit: there is no sbatch here. Leave it out, and submit what is printed where there is.")
     before: str | None = None
     for _ in range(num_jobs):
         after = [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"] if before else []
-        command = ["sbatch", "--parsable", *after]
-        ended = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            raise ConfigError(f"{' '.join(command)} refuses the job: {ended.stderr.strip()}")
-        before = ended.stdout.strip().split(";")[0]
+        before = _sbatch(["--parsable", *after], text).stdout.strip().split(";")[0]
         yield before
+
+
+def try_script(text: str) -> str:
+    """Whether sbatch would take a script, and when it would start, in its own words. Raises ConfigError."""
+    return _sbatch(["--test-only"], text).stderr.strip()
+
+
+def make_logs(logs: Path) -> None:
+    """Make the folder of a job's output, without which SLURM would fail the job. Raises ConfigError."""
+    _find("sbatch", "--submit")
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{logs} cannot be made: {error.strerror}. It has to be on shared storage.") from None
+
+
+def check_array(num_tasks: int) -> None:
+    """Raise ConfigError where this cluster, if there is one, takes no array of so many tasks."""
+    limit = _ARRAY_LIMIT.search(_ask("scontrol", "show", "config"))
+    if limit and num_tasks > int(limit[1]):
+        raise ConfigError(
+            f"--tasks {num_tasks}: an array of this cluster has {limit[1]} tasks at the most (MaxArraySize). Give "
+            "fewer, with more --cpus-per-task or `--workers`: the tasks share the work, however many they are."
+        )
+
+
+def cancel_chain(job: str) -> list[str]:
+    """Cancel the jobs that wait for a job to fail, and those that wait for these; which, the last one first."""
+    waits = [
+        line.split()
+        for line in _ask("squeue", f"--user={os.getuid()}", "-h", "-t", "PENDING", "-o", "%i %E").splitlines()
+    ]
+    chain = [job]
+    for before in chain:
+        after = [words[0] for words in waits if re.search(rf"afternotok:{before}(?!\d)", " ".join(words[1:]))]
+        chain += [number for number in after if number not in chain]
+    rest = chain[:0:-1]
+    if rest:
+        _ask("scancel", *rest)
+    return rest
+
+
+def _sbatch(options: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    command = [_find("sbatch", options[0]), *options]
+    environment = clean_environment(os.environ)
+    ended = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise ConfigError(f"sbatch {' '.join(options)} refuses the job: {ended.stderr.strip()}")
+    return ended
+
+
+def _find(program: str, option: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        raise ConfigError(f"{option}: there is no {program} here. Print the script, and submit it where there is.")
+    return found
+
+
+def _ask(*command: str) -> str:
+    """What one of SLURM's programs prints; nothing where it is not there, or does not answer."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ended.stdout

@@ -16,6 +16,7 @@ import psutil
 from launcher.doctor import read_hostfile
 from megatrain.distributed import giving_up
 from megatrain.distributed.bootstrap import start_name
+from megatrain.observe.metrics import METRICS_FILE
 
 _LOOK_SECONDS = 0.5
 _PATIENCE_SECONDS = 8.0  # ranks that end together do not do so in the same moment
@@ -24,11 +25,14 @@ _PATIENCE_SECONDS = 8.0  # ranks that end together do not do so in the same mome
 def watch_nodes(run_dir: Path, launcher: int, hostfile: Path) -> None:
     """Until the process ``launcher`` has ended, or until ssh to one of several hosts has, and not to the others.
 
-    Then it is left in RUN/logs which host that was. Who waits for its ranks ends; a run that is under way goes on.
+    Then it is left in RUN/logs which host that was. Who waits for its ranks ends; a run that is under way goes on. As
+    soon as that is so all ranks have read the file of variables, which is removed.
     """
     hosts = list(read_hostfile(hostfile))
     missing_since: float | None = None
     while len(hosts) > 1 and psutil.pid_exists(launcher):
+        if _has_begun(run_dir, hostfile):
+            hostfile.with_name("environment.sh").unlink(missing_ok=True)
         reached = _reached(launcher, hosts)
         missing = [host for host in hosts if host not in reached] if reached else []
         missing_since = (missing_since or time.monotonic()) if missing else None
@@ -36,6 +40,13 @@ def watch_nodes(run_dir: Path, launcher: int, hostfile: Path) -> None:
             giving_up.give_up(run_dir, start_name(), _report(missing))
             return
         time.sleep(_LOOK_SECONDS)
+
+
+def _has_begun(run_dir: Path, hostfile: Path) -> bool:
+    """Whether this start has logged anything, which rank 0 does when all ranks have met."""
+    with contextlib.suppress(FileNotFoundError):
+        return (run_dir / METRICS_FILE).stat().st_mtime > hostfile.stat().st_mtime
+    return False
 
 
 def _report(hosts: Sequence[str]) -> str:

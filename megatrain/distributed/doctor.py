@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 
 import orjson
@@ -17,7 +18,8 @@ import torch
 from megatrain.distributed.binding import bind
 from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_dir, read_rank
 from megatrain.distributed.groups import local_device, make_groups
-from megatrain.distributed.judgement import ANSWER, Effort, Finding, Reading, judge
+from megatrain.distributed.judgement import ANSWER, HERE, Effort, Finding, Reading, judge
+from megatrain.distributed.local_ranks import process_began
 from megatrain.distributed.naming import name_ranks
 from megatrain.distributed.preflight import Places, existing, take_reading
 from megatrain.distributed.rendezvous import RanksMissing, meet
@@ -26,7 +28,9 @@ from megatrain.errors import EXIT_OK, EXIT_RANK, MegatrainError, RankError
 
 EFFORT = Effort(written_bytes=32 << 20, sent_bytes=16 << 20)
 _WAIT_SECONDS = 25.0
-"""For ranks that do not come, and for a link that is silent: together under a minute."""
+"""For a link that is silent; and for ranks that do not come, where all start at once: together under a minute."""
+_WAIT_FOR_A_RANK_SECONDS = 0.01
+_NUM_IMPORTS = 2.0
 
 
 def main(arguments: list[str]) -> int:
@@ -39,10 +43,14 @@ def main(arguments: list[str]) -> int:
     rank = read_rank()
     bind(rank)
     export_rank(rank)
+    patience = patience_seconds(rank.world_size, time.time() - process_began())
+    if rank.local_rank == 0:
+        sys.stdout.write(f"{HERE}{patience:.0f}\n")
+        sys.stdout.flush()
     try:
-        findings, readings = _examine(rank, options.folder, options.scratch)
+        findings, readings = _examine(rank, options.folder, options.scratch, patience)
     except RanksMissing as error:
-        findings, readings = _name_missing(error, options.hosts), []
+        findings, readings = _name_missing(error, options.hosts, patience), []
     except MegatrainError as error:
         findings, readings = [Finding(str(error), ())], []
     if rank.rank == 0:
@@ -52,11 +60,19 @@ def main(arguments: list[str]) -> int:
     return EXIT_RANK if findings else EXIT_OK
 
 
-def _examine(rank: RankInfo, folder: Path, scratch: Path) -> tuple[list[Finding], list[Reading]]:
+def patience_seconds(num_ranks: int, start_seconds: float) -> float:
+    """How long a rank that took so long to start, imports included, waits for the others.
+
+    They read the same files, from the same storage, which serves one after the other.
+    """
+    return _WAIT_SECONDS + _WAIT_FOR_A_RANK_SECONDS * num_ranks + _NUM_IMPORTS * start_seconds
+
+
+def _examine(rank: RankInfo, folder: Path, scratch: Path, patience: float) -> tuple[list[Finding], list[Reading]]:
     device = local_device(rank.local_rank)
     if device.type == "cpu":
         torch.set_num_threads(1)  # as many as each rank has a core for, however the ranks are laid out
-    meet(rank, _WAIT_SECONDS, _WAIT_SECONDS)
+    meet(rank, patience, _WAIT_SECONDS)
     groups = make_groups(Topology.of(rank.world_size, 1, 1), rank.rank, device, _WAIT_SECONDS)
     places = Places(folder, existing(scratch))
     try:
@@ -67,12 +83,12 @@ def _examine(rank: RankInfo, folder: Path, scratch: Path) -> tuple[list[Finding]
     return judge(readings, EFFORT), readings
 
 
-def _name_missing(error: RanksMissing, hosts: str) -> list[Finding]:
+def _name_missing(error: RanksMissing, hosts: str, patience: float) -> list[Finding]:
     """``hosts``: name and number of ranks of each, in the order of ranks."""
     pairs = [pair.rpartition(":") for pair in hosts.split(",") if pair]
     host_of = [name for name, _, count in pairs for _ in range(int(count))]
     missing = [(rank, host_of[rank] if rank < len(host_of) else "an unknown node") for rank in error.ranks]
-    text = f"{name_ranks(missing)} did not come within {_WAIT_SECONDS:.0f} s"
+    text = f"{name_ranks(missing)} did not come within {patience:.0f} s"
     return [Finding(text, tuple(dict.fromkeys(host for _, host in missing)))]
 
 

@@ -13,6 +13,8 @@ from megatrain.distributed.naming import name_ranks
 
 ANSWER = "megatrain-doctor-says "
 """What the doctor's one line begins with, wherever a launcher puts a name before it."""
+HERE = "megatrain-doctor-is-here "
+"""What a node's first rank says before: it has started, and waits for the others for so many seconds."""
 SLOW = 2.0
 """A disk or link is slow that takes more than so many times what the median one takes."""
 SLOW_RANK = 2.5

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,10 @@ CompleteWait=0
 MessageTimeout=10
 TCPTimeout=2
 ReturnToService=2
+GresTypes=gpu
 """
+GPUS_PER_NODE = 2
+"""In name: SLURM counts and gives them, by CUDA_VISIBLE_DEVICES; nothing else can be done with them."""
 
 
 def missing() -> str | None:
@@ -229,9 +233,14 @@ class Lab:
         ports = {"ctl_port": free_port(), "node_port": 16818}
         conf = _CONF.format(lab=folder, ctl=ctl, slurmd_timeout=slurmd_timeout, **ports)
         for node in self.nodes:
-            conf += f"NodeName=node{node} NodeHostname=node{node} NodeAddr={self._net}.{node} CPUs=2 RealMemory=1000\n"
+            name = f"NodeName=node{node} NodeHostname=node{node} NodeAddr={self._net}.{node}"
+            conf += f"{name} CPUs=2 RealMemory=1000 Gres=gpu:{GPUS_PER_NODE}\n"
         conf += "PartitionName=main Nodes=ALL Default=YES State=UP OverTimeLimit=0\n"
         (folder / "slurm.conf").write_text(conf)
+        gpus = [folder / f"gpu{number}" for number in range(GPUS_PER_NODE)]
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
+        for gpu in gpus:
+            os.mknod(gpu, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null
         names = "".join(f"{self._net}.{node} node{node}\n" for node in self.nodes)
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{ctl} ctl\n{names}")
         (folder / "empty").touch()  # no name server: what is not in `hosts` fails at once

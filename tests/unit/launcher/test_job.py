@@ -15,7 +15,7 @@ from megatrain.config import RunConfig, load
 from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import job_port, start_name
 from megatrain.errors import CheckpointError, ConfigError, RankError
-from tests.unit.launcher.test_script import CONFIG
+from tests.unit.launcher.conftest import CONFIG
 
 TRIES = 3
 

@@ -8,7 +8,7 @@ import yaml
 from launcher.nodes import choose_nodes
 from megatrain.config import RunConfig, load
 from megatrain.errors import ConfigError
-from tests.unit.launcher.test_script import CONFIG
+from tests.unit.launcher.conftest import CONFIG
 
 MORE = "The layout is not legal on more of them; idle:"
 

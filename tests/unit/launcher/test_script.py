@@ -4,52 +4,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
 
-from launcher import cli
-from launcher.script import limit_seconds
+from launcher.options import limit_seconds
 from megatrain.errors import ConfigError
-
-MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CONFIG = {
-    "model": {**MODEL, "vocab_size": 512},
-    "data": {"train": [{"path": "data/code"}], "seq_len": 64},
-    "train": {"steps": 20, "global_batch_size": 32, "micro_batch_size": 2},
-    "optimizer": {"lr": 1.0e-3},
-}
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Launch = Callable[..., Ended]
-
-
-@pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Launch:
-    """Runs `megatrain-launch` in this process, in a folder with run.yaml."""
-    monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text(yaml.safe_dump({"run": {"dir": "runs/one"}, **CONFIG}))
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["megatrain-launch", *arguments])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return Ended(code, *capfd.readouterr())
-
-    return run
+from tests.unit.launcher.conftest import Launch
 
 
 def sbatch_options(script: str) -> dict[str, str]:
@@ -75,6 +37,8 @@ VARIANTS = [
     ("--nodes", "1", "--procs-per-node", "4", "--chain", "3"),
     ("--nodes", "4", "--min-nodes", "2", "--gpus-per-node", "2", "--via", "srun", "--cpus-per-task", "8"),
     ("--nodes", "2", "--min-nodes", "1", "--procs-per-node", "2", "--via", "deepspeed"),
+    ("--nodes", "2", "--gpus-per-node", "h100:2", "--via", "deepspeed"),
+    ("--nodes", "2", "--gpus-per-node", "2", "--shared", "--via", "srun"),
 ]
 
 
@@ -82,29 +46,141 @@ VARIANTS = [
 def test_a_script_is_short_and_sound_bash(launch: Launch, options: tuple[str, ...]) -> None:
     script = checked(launch("slurm", "run.yaml", *options).out)
     assert script.startswith("#!/bin/bash\n")
-    assert len(script.splitlines()) < 75
+    assert len(script.splitlines()) < 80
 
 
 def test_sbatch_is_told_what_was_asked_for(launch: Launch, tmp_path: Path) -> None:
     options = ["--partition", "gpu", "--account", "a", "--qos", "long", "--exclude", "bad[1-2],bad7", "--time", "2-00"]
-    script = launch("slurm", "run.yaml", "--nodes", "2", "--gpus-per-node", "4", *options, "--signal-seconds", "600")
+    script = launch("slurm", "run.yaml", "--nodes", "2", "--procs-per-node", "4", *options, "--signal-seconds", "600")
     assert sbatch_options(script.out) == {
         "--job-name": "run",
         "--nodes": "2",
         "--ntasks-per-node": "4",
-        "--gpus-per-node": "4",
         "--partition": "gpu",
         "--account": "a",
         "--qos": "long",
         "--exclude": "bad[1-2],bad7",
         "--time": "2-00",
         "--chdir": str(tmp_path),
-        "--output": f"{tmp_path}/runs/one/logs/slurm-%j.out",
+        "--output": f"{tmp_path}/slurm-%j.out",
         "--open-mode": "append",
         "--requeue": "",
         "--signal": "B:USR1@600",
     }
-    assert (tmp_path / "runs/one/logs").is_dir()  # SLURM fails a job whose output has no folder
+
+
+GPUS = ("slurm", "run.yaml", "--nodes", "2", "--gpus-per-node")
+_WHOLE = {"--gpus-per-node": "4", "--exclusive": "", "--mem": "0"}
+
+
+@pytest.mark.parametrize(
+    ("options", "site", "asked"),
+    [
+        ((), {}, _WHOLE),
+        (("--shared",), {}, {"--gpus-per-node": "4"}),
+        (("--sbatch", "--mem=500G"), {}, {**_WHOLE, "--mem": "500G"}),
+        (("--sbatch=--mem-per-gpu=60G",), {}, {"--gpus-per-node": "4", "--exclusive": "", "--mem-per-gpu": "60G"}),
+        (("--sbatch", "--gres=gpu:h100:4"), {}, {"--exclusive": "", "--mem": "0", "--gres": "gpu:h100:4"}),
+        ((), {"sbatch": ["--gres=gpu:4,nvme:1"]}, {"--exclusive": "", "--mem": "0", "--gres": "gpu:4,nvme:1"}),
+        (
+            (),
+            {"sbatch": ["--oversubscribe", "--mem=9G"]},
+            {"--gpus-per-node": "4", "--oversubscribe": "", "--mem": "9G"},
+        ),
+        ((), {"without": ["--mem", "--exclusive"]}, {"--gpus-per-node": "4"}),
+        (("--sbatch", "--mem=1G"), {"without": ["--mem"]}, {**_WHOLE, "--mem": "1G"}),
+        (("--sbatch", "--mem=1G"), {"sbatch": ["--mem=2G"]}, {**_WHOLE, "--mem": "1G"}),
+        (("--sbatch", "--mem=1G"), {"sbatch_always": ["--mem=3G"]}, {**_WHOLE, "--mem": "3G"}),
+    ],
+)
+def test_gpu_jobs_take_whole_nodes_unless_told(
+    options: tuple[str, ...], site: dict[str, list[str]], asked: dict[str, str], launch: Launch
+) -> None:
+    Path("site.yaml").write_text(yaml.safe_dump(site))
+    ended = launch(*GPUS, "4", "--site", "site.yaml", "--via", "srun", *options)
+    names = {"--gpus-per-node", "--gres", "--exclusive", "--oversubscribe", "--mem", "--mem-per-gpu"}
+    assert {name: value for name, value in sbatch_options(ended.out).items() if name in names} == asked, ended.err
+
+
+def test_options_of_sbatch_are_passed_on(launch: Launch) -> None:
+    passed = ["--sbatch", "--reservation=big one", "--sbatch", "--mail-type=END,FAIL", "--sbatch=--mail-user=a@b.c"]
+    options = sbatch_options(checked(launch(*GPUS, "h100:4", *passed).out))
+    assert (options["--reservation"], options["--mail-type"], options["--mail-user"]) == (
+        "big one",
+        "END,FAIL",
+        "a@b.c",
+    )
+    assert (options["--gpus-per-node"], options["--ntasks-per-node"]) == ("h100:4", "4")
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--nodes=3", "--nodes"),
+        ("--ntasks-per-node=3", "--gpus-per-node or"),
+        ("--signal=B:TERM@5", "--signal-seconds"),
+        ("--wrap=ls", "Leave it out"),
+        ("-p debug", "long form"),
+        ("--time=tomorrow", "--time tomorrow"),
+        ("--gres=gpu:8", "8 GPU(s) on each node to 4 rank(s)"),
+        ("--comment=a\nb", "control character"),
+    ],
+)
+def test_options_the_script_depends_on_are_refused(option: str, named: str, launch: Launch) -> None:
+    ended = launch(*GPUS, "4", "--sbatch", option)
+    assert (ended.code, ended.out) == (2, "")
+    assert named in ended.err
+    Path("site.yaml").write_text(yaml.safe_dump({"sbatch": [option]}))
+    assert launch(*GPUS, "4", "--site", "site.yaml").code == 2
+
+
+@pytest.mark.parametrize("gpus", ["0", "h100:", "h100:0", ":8", "8:h100", "gpu:h100:8", "a b:8"])
+def test_gpus_that_are_no_number_are_refused(gpus: str, launch: Launch) -> None:
+    ended = launch(*GPUS, gpus)
+    assert ended.code == 2
+    assert f"--gpus-per-node {gpus}" in ended.err
+
+
+@pytest.mark.parametrize("folder", [None, "runs/one/logs"])
+def test_printing_a_script_makes_nothing(folder: str | None, launch: Launch, tmp_path: Path) -> None:
+    """SLURM fails a job whose output has no folder: until the script makes it, the output is in the working folder."""
+    if folder is not None:
+        (tmp_path / folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    script = checked(launch("slurm", "run.yaml", "--nodes", "1", "--procs-per-node", "4").out)
+    checked(launch("array", "--tasks", "8", "--", "tokenize", "x").out)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert sbatch_options(script)["--output"] == f"{tmp_path / (folder or '')}/slurm-%j.out"
+    assert ("mkdir" in script) == (folder is None)
+
+
+def test_srun_starts_ranks_where_pdsh_is_missing(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    common = ["slurm", "run.yaml", "--procs-per-node", "2", "--nodes"]
+    ended = launch(*common, "2")
+    assert "\nsrun " in ended.out
+    assert ended.err.startswith("megatrain-launch: srun starts the ranks: pdsh and ssh, with which it")
+    ended = launch(*common, "2", "--via", "deepspeed")
+    assert "deepspeed.launcher" in ended.out
+    assert ended.err.startswith("megatrain-launch: --via deepspeed may fail: pdsh and ssh, with which it")
+    ended = launch(*common, "1")
+    assert "deepspeed.launcher" in ended.out
+    assert ended.err == ""
+
+
+@pytest.mark.parametrize("site", [{}, {"without": ["--exclusive"]}, {"sbatch": ["--oversubscribe"]}])
+def test_shared_gpus_are_not_reached_over_ssh(site: dict[str, list[str]], launch: Launch) -> None:
+    Path("site.yaml").write_text(yaml.safe_dump(site))
+    options = [*GPUS, "4", "--site", "site.yaml", *([] if site else ["--shared"])]
+    assert "somebody else's GPUs" in launch(*options, "--via", "deepspeed").err
+    assert "\nsrun " in launch(*options).out
+
+
+def test_ranks_of_one_node_keep_the_gpus_of_slurm(launch: Launch) -> None:
+    script = launch("slurm", "run.yaml", "--nodes", "1", "--gpus-per-node", "2", "--shared", "--via", "deepspeed").out
+    assert "export MEGATRAIN_ASSIGNED_DEVICES=${CUDA_VISIBLE_DEVICES-}" in script
 
 
 def test_an_elastic_job_takes_what_is_there_and_starts_ranks_on_as_many_as_it_is_told(launch: Launch) -> None:
@@ -129,13 +205,21 @@ def test_a_chain_does_not_requeue(launch: Launch) -> None:
 
 def test_ranks_are_bound_where_cores_were_asked_for(launch: Launch) -> None:
     common = ["slurm", "run.yaml", "--nodes", "2", "--procs-per-node", "2"]
-    assert "--cpu-bind=none" in launch(*common, "--via", "srun").out
+    assert "--distribution=block:block --cpu-bind=none" in launch(*common, "--via", "srun").out
     assert (
-        "--cpus-per-task=3 --cpu-bind=cores --mem-bind=local"
+        "--distribution=block:block --cpus-per-task=3 --cpu-bind=cores --mem-bind=local"
         in launch(*common, "--via", "srun", "--cpus-per-task", "3").out
     )
     assert "MEGATRAIN_BIND_CORES=1" in launch(*common, "--cpus-per-task", "3").out
     assert "BIND" not in launch(*common).out
+
+
+@pytest.mark.parametrize("via", ["srun", "deepspeed"])
+def test_gpu_ranks_bind_themselves_and_need_gpus(via: str, launch: Launch) -> None:
+    script = launch("slurm", "run.yaml", "--nodes", "2", "--gpus-per-node", "2", "--via", via).out
+    assert "export MEGATRAIN_DEVICE=cuda MEGATRAIN_BIND_CORES=${MEGATRAIN_BIND_CORES:-1}" in script
+    assert ("--cpu-bind=none" in script) == (via == "srun")
+    assert "--gpu-bind" not in script  # with "none" SLURM 22.05 does not tell ranks which GPUs are theirs
 
 
 def test_a_sites_own_lines_come_from_its_file(launch: Launch) -> None:
@@ -170,7 +254,8 @@ def test_a_sites_own_lines_come_from_its_file(launch: Launch) -> None:
 )
 def test_what_is_wrong_with_a_sites_file_is_named(launch: Launch, text: str, named: str) -> None:
     Path("site.yaml").write_text(text)
-    ended = launch("slurm", "run.yaml", "--nodes", "2", "--procs-per-node", "2", "--site", "site.yaml")
+    options = ["--nodes", "2", "--procs-per-node", "2", "--via", "deepspeed"]
+    ended = launch("slurm", "run.yaml", *options, "--site", "site.yaml")
     assert (ended.code, ended.out) == (2, "")
     assert named in ended.err
 
@@ -213,7 +298,7 @@ def test_words_survive_ssh_which_hands_them_to_a_shell(launch: Launch) -> None:
         (["--nodes", "2", "--gpus-per-node", "2", "--time", "tomorrow"], "--time tomorrow"),
         (["--nodes", "2", "--gpus-per-node", "2", "--time", "2"], "--signal-seconds 180"),
         (["--nodes", "2", "--gpus-per-node", "2", "--partition", "a\n#SBATCH --uid=0"], "control character"),
-        (["--nodes", "2", "--gpus-per-node", "2", "run.dir=runs/a b"], "--via srun"),
+        (["--nodes", "2", "--gpus-per-node", "2", "run.dir=runs/a b", "--via", "deepspeed"], "--via srun"),
         (["--nodes", "2", "--gpus-per-node", "2", "--site", "nowhere.yaml"], "nowhere.yaml"),
         (["--nodes", "2", "--gpus-per-node", "2", "run.dir=runs/a\\\\b"], "backslash"),
     ],
@@ -225,11 +310,15 @@ def test_what_cannot_be_run_is_refused_with_code_2(launch: Launch, arguments: li
     assert "Traceback" not in ended.err
 
 
-def test_without_sbatch_nothing_is_submitted(launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--submit", "--test-only"])
+def test_without_sbatch_nothing_is_submitted(
+    option: str, launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    ended = launch("slurm", "run.yaml", "--nodes", "1", "--procs-per-node", "4", "--submit")
+    ended = launch("slurm", "run.yaml", "--nodes", "1", "--procs-per-node", "4", option)
     assert ended.code == 2
-    assert "no sbatch here" in ended.err
+    assert f"{option}: there is no sbatch here" in ended.err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +331,9 @@ def test_without_sbatch_nothing_is_submitted(launch: Launch, monkeypatch: pytest
         ("1-2:30", 95400),
         ("1-00:00:05", 86405),
         ("UNLIMITED", None),
+        ("0", None),  # "a time limit of zero requests that no time limit be imposed"
+        ("0:00", None),
+        ("0-00:00:00", None),
     ],
 )
 def test_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int | None) -> None:
@@ -256,13 +348,17 @@ def test_other_limits_are_refused(limit: str) -> None:
 
 def test_an_array_does_a_command_of_the_data_tools(launch: Launch, tmp_path: Path) -> None:
     words = ["tokenize", "my data/*.jsonl", "--tokenizer", "t.json", "--out", "$HOME", "--workers", "2"]
-    script = checked(launch("array", "--tasks", "8", "--cpus-per-task", "2", "--time", "60", "--", *words).out)
+    (tmp_path / "logs").mkdir()
+    options = ["--tasks", "8", "--cpus-per-task", "2", "--time", "60", "--max-running", "3", "--mem", "16G"]
+    script = checked(launch("array", *options, "--", *words).out)
     assert sbatch_options(script) == {
         "--job-name": "megatrain-tokenize",
-        "--array": "0-7",
+        "--array": "0-7%3",
         "--cpus-per-task": "2",
         "--time": "60",
+        "--mem": "16G",
         "--chdir": str(tmp_path),
+        "--output": f"{tmp_path}/logs/slurm-%A_%a.out",
         "--open-mode": "append",
         "--requeue": "",
     }
