@@ -24,7 +24,7 @@ def unused(section: Section, keys: tuple[str, ...], why: str) -> list[Problem]:
     """A problem for each of the keys that was moved from its default though nothing reads it."""
     fields = type(section).model_fields
     moved = ((key, getattr(section, key)) for key in keys if getattr(section, key) != fields[key].default)
-    return [Problem(key, value, why, f"{key} left out") for key, value in moved]
+    return [Problem(key, value, why, f"{key} left out", is_value=False) for key, value in moved]
 
 
 def rope_scaling(scaling: schema.RopeScaling) -> list[Problem]:

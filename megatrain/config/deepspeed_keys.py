@@ -112,9 +112,11 @@ def _section(given: Mapping[str, Any], prefix: str, passed: set[str]) -> list[Pr
         key = f"{prefix}{name}"
         if key in DERIVED:
             reason = "megatrain derives it from its own keys"
-            problems.append(Problem(f"deepspeed.{key}", value, reason, DERIVED[key]))
+            problems.append(Problem(f"deepspeed.{key}", value, reason, DERIVED[key], is_value=False))
         elif name not in passed:
             close = difflib.get_close_matches(name, passed, n=1, cutoff=0.6)
             nearest = f"deepspeed.{prefix}{close[0]}" if close else None
-            problems.append(Problem(f"deepspeed.{key}", value, "no such key is passed on to DeepSpeed", nearest))
+            problems.append(
+                Problem(f"deepspeed.{key}", value, "no such key is passed on to DeepSpeed", nearest, is_value=False)
+            )
     return problems

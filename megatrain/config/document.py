@@ -2,7 +2,8 @@
 
 PyYAML follows YAML 1.1, where `3e-4` is text, `no` is false, `010` is eight and a repeated key silently wins. Here
 PyYAML only parses; scalars are read by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2), and a
-repeated key, a tag or a document that unfolds without bound is a problem with its line.
+repeated key, a tag or a document that unfolds without bound is a problem with its line. Of YAML 1.1 the merge key
+(`<<: *base`) is kept, as most tools do; keys that begin with `x-` are left out: a place for anchors.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MAX_CHARACTERS = 256 * 1024
 MAX_VALUES = 20_000  # aliases count as often as they are used, so that a few lines cannot unfold into gigabytes
 MAX_DEPTH = 20
 
+_MERGE_KEY, _EXTENSION = "<<", "x-"
 _PLAIN_TAGS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
 
 
@@ -67,12 +69,8 @@ class _Unfolding:
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         """The plain data of a node that stands at `path`."""
-        self.num_values += 1
-        line = node.start_mark.line + 1
-        if self.num_values > MAX_VALUES or len(path) > MAX_DEPTH:
-            limit = f"{MAX_VALUES} values" if self.num_values > MAX_VALUES else f"{MAX_DEPTH} levels"
-            raise ConfigError(f"{self.what}, line {line}: more than {limit}, aliases unfolded; no config needs that")
-        self.document.lines.setdefault(path, line)
+        self._count(node, len(path))
+        self.document.lines.setdefault(path, node.start_mark.line + 1)
         if node.tag not in _PLAIN_TAGS:
             reason = "tags are not used in a config: write the plain value"
             self.document.problems.append(Problem(_dotted(path), node.tag, reason))
@@ -83,14 +81,29 @@ class _Unfolding:
             return [self.value(child, (*path, index)) for index, child in enumerate(node.value)]
         return scalar_of(node)
 
-    def _entries(self, node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, yaml.Node]]:
-        """The entries of a mapping, the first of each key; a repeated key is noted with both lines."""
+    def _count(self, node: yaml.Node, depth: int) -> None:
+        self.num_values += 1
+        if self.num_values > MAX_VALUES or depth > MAX_DEPTH:
+            limit = f"{MAX_VALUES} values" if self.num_values > MAX_VALUES else f"{MAX_DEPTH} levels"
+            where = f"{self.what}, line {node.start_mark.line + 1}"
+            raise ConfigError(f"{where}: more than {limit}, aliases unfolded; no config needs that")
+
+    def _entries(self, node: yaml.MappingNode, path: Path, num_merges: int = 0) -> Iterator[tuple[str, yaml.Node]]:
+        """The entries of a mapping, the first of each key; a repeated key is noted with both lines. Then those that it
+        merges in, but for keys that it has."""
+        self._count(node, len(path) + num_merges)
         first_lines: dict[str, int] = {}
+        merged: list[yaml.Node] = []
         for key_node, child in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 reason = f"line {line}: a key must be one word"
                 self.document.problems.append(Problem(_dotted(path), "a list or mapping as key", reason))
+                continue
+            if key_node.value == _MERGE_KEY and key_node.style is None:
+                merged += child.value if isinstance(child, yaml.SequenceNode) else [child]
+                continue
+            if key_node.value.startswith(_EXTENSION):
                 continue
             key = key_node.value
             if key in first_lines:
@@ -100,6 +113,15 @@ class _Unfolding:
             first_lines[key] = line
             self.document.lines[(*path, key)] = line
             yield key, child
+        for source in merged:
+            if not isinstance(source, yaml.MappingNode):
+                reason = f"line {source.start_mark.line + 1}: {_MERGE_KEY} merges a mapping, or a list of mappings"
+                self.document.problems.append(Problem(_dotted((*path, _MERGE_KEY)), scalar_of(source), reason))
+                continue
+            for key, child in self._entries(source, path, num_merges + 1):
+                if key not in first_lines:
+                    first_lines[key] = child.start_mark.line + 1
+                    yield key, child
 
 
 def scalar_of(node: yaml.Node) -> object:

@@ -45,7 +45,7 @@ def _problem(key: str, details: ErrorDetails) -> Problem:
     given, kind, context = details["input"], details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
         record = record_at(details["loc"][:-1])
-        return Problem(key, given, "no such key", nearest_key(key, record))
+        return Problem(key, given, "no such key", nearest_key(key, record), is_value=False)
     if kind == "literal_error":
         allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
         close = difflib.get_close_matches(str(given).lower(), allowed, n=1, cutoff=0.5)

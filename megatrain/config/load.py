@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatrain.config import document
 from megatrain.config.document import Path
 from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
-from megatrain.config.problem import refusal
+from megatrain.config.problem import SEPARATOR, Problem, refusal
 from megatrain.config.scalar import scalar
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
 from megatrain.errors import ConfigError
@@ -50,11 +51,9 @@ def load(
             places[changed_path] = COMMAND_LINE
             for end in range(1, len(changed_path)):  # sections that the file leaves out
                 places.setdefault(changed_path[:end], COMMAND_LINE)
-    config = None
-    try:
-        config = RunConfig.model_validate(_with_saved_model(tree, saved_model))
-    except ValidationError as error:
-        problems += explain(error)
+    tree = _with_saved_model(tree, saved_model)
+    config, found = _validated(tree)
+    problems += [_with_legal_hint(problem, tree) for problem in found]
     if config is None or problems:
         raise refusal(str(path), problems, lambda key: _place(key, places))
     return config
@@ -63,6 +62,27 @@ def load(
 def dump(config: RunConfig) -> str:
     """The config as YAML with every default written out; `load` reads the same config from it."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _validated(tree: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
+    try:
+        return RunConfig.model_validate(tree), []
+    except ValidationError as error:
+        return None, explain(error)
+
+
+def _with_legal_hint(problem: Problem, tree: dict[str, Any]) -> Problem:
+    """The problem without nearest values that would be refused in turn: in place of each, what is nearest to that."""
+    if problem.nearest is None or not problem.is_value:
+        return problem
+    to_try, legal = problem.nearest.split(SEPARATOR), []
+    for value in to_try:  # grows
+        changed, _, refused = apply_override(tree, f"{problem.key}={value}")
+        found = refused or [other for other in _validated(changed)[1] if other.key == problem.key]
+        if not found:
+            legal.append(value)
+        to_try += [other.nearest for other in found if other.nearest is not None and other.nearest not in to_try]
+    return replace(problem, nearest=SEPARATOR.join(legal) or None)
 
 
 def _is_of_the_model(override: str) -> bool:

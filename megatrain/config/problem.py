@@ -9,6 +9,7 @@ from megatrain.config.scalar import scalar
 from megatrain.errors import ConfigError
 
 NOT_GIVEN = object()
+SEPARATOR = " or "
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,15 @@ class Problem:
     """A value that cannot stand: where it is, what it is, what is allowed, and the nearest way out.
 
     `key` is the full path ("parallel.tensor"), `given` the value (NOT_GIVEN where a required key is missing), `reason`
-    a clause that says what is allowed or why it is refused, `nearest` the nearest legal value, key or layout.
+    a clause that says what is allowed or why it is refused, `nearest` the way out: values for the key that are legal,
+    joined by "or", or where `is_value` is false something else, such as another key.
     """
 
     key: str
     given: object
     reason: str
     nearest: str | None = None
+    is_value: bool = True
 
     def below(self, prefix: str) -> Problem:
         """The same problem with the path of its section before its key."""
@@ -54,7 +57,7 @@ def shown(value: object) -> str:
 
 def either(values: Iterable[object]) -> str:
     """The values as alternatives: "8 or 16"."""
-    return " or ".join(map(str, values))
+    return SEPARATOR.join(map(str, values))
 
 
 def refusal(what: str, problems: Sequence[Problem], place: Callable[[str], str] = lambda key: "") -> ConfigError:

@@ -8,9 +8,9 @@ that need the number of ranks are in megatrain.plan.rules. docs/config.md is gen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatrain.config import checks
@@ -237,14 +237,18 @@ class ValidationDataset(Section):
     )
 
 
+_Dataset = TypeVar("_Dataset", TrainingDataset, ValidationDataset)
+_ByPath = Annotated[_Dataset, BeforeValidator(lambda given: {"path": given} if isinstance(given, str) else given)]
+
+
 class DataConfig(Section):
     """What is read, and how it is cut into samples."""
 
-    train: Annotated[tuple[TrainingDataset, ...], Field(strict=False, min_length=1, max_length=65_536)] = Field(
-        description="The mixture to train on: up to 65,536 datasets."
+    train: Annotated[tuple[_ByPath[TrainingDataset], ...], Field(strict=False, min_length=1, max_length=65_536)] = (
+        Field(description="The mixture to train on: up to 65,536 datasets. An entry that is text is a path.")
     )
-    validation: Annotated[tuple[ValidationDataset, ...], Field(strict=False)] = Field(
-        default=(), description="What to evaluate on; an empty list: no evaluation."
+    validation: Annotated[tuple[_ByPath[ValidationDataset], ...], Field(strict=False)] = Field(
+        default=(), description="What to evaluate on; an empty list: no evaluation. An entry that is text is a path."
     )
     cache_dir: Path = Field(
         default="~/.cache/megatrain",

@@ -164,7 +164,8 @@ def _batch_divides(layout: Layout) -> Objection | None:
     if layout.global_batch % unit == 0:
         return None
     reason = f"must be divisible by micro_batch_size x data degree ({layout.micro_batch} x {degree} = {unit})"
-    return Objection("global_batch", reason, ("global_batch", "micro_batch"))
+    # The micro-batch first: the batch of an update is part of the experiment, how it is cut is not.
+    return Objection("global_batch", reason, ("micro_batch", "global_batch"))
 
 
 RULES: tuple[Rule, ...] = (

@@ -58,6 +58,8 @@ paralel: {tensor: 2}
         ("train.steps=true", "must be an integer; nearest: 1"),
         ("train.steps='5'", 'train.steps (the command line): "5" given; must be an integer; nearest: 5'),
         ("train.steps=0", "must be at least 1; nearest: 1"),
+        ("train.steps=0.4", "must be an integer; nearest: 1"),
+        ("train.micro_batch_size=1.0e12", "must be an integer; nearest: 16777216"),
         ("train.steps=", "null given; must be an integer"),
         ("parallel.zero_stage=true", "must be an integer; nearest: 1"),
         ("parallel.zero_stage=4", "must be at most 3; nearest: 3"),
@@ -80,9 +82,16 @@ paralel: {tensor: 2}
         ("run.dir=2024", 'must be text; nearest: "2024"'),
         ("data.train=[]", "must have at least one entry"),
         ("data.train=data/code", "must be a list"),
-        ("data.train=[data/code]", "data.train.0 (the command line): data/code given; must be a mapping"),
+        ("data.train=[5]", "data.train.0 (the command line): 5 given; must be a mapping"),
         ("model.rope_scaling={rope_type: yarn, factor: 2}", "must be one of linear, llama3"),
         ("train.lr=1", "no such key; nearest: optimizer.lr"),
+        ("model.n_head=1", "no such key; nearest: model.num_attention_heads"),
+        ("model.n_embd=1", "no such key; nearest: model.hidden_size"),
+        ("model.n_layer=1", "no such key; nearest: model.num_hidden_layers"),
+        ("learning_rate=1", "no such key; nearest: optimizer.lr"),
+        ("train.batch_size=1", "no such key; nearest: train.global_batch_size"),
+        ("block_size=1", "no such key; nearest: data.seq_len"),
+        ("model.max_seq_len=1", "no such key; nearest: data.seq_len"),
         ("model.n_layers=1", "model.n_layers (the command line): 1 given; no such key; nearest: model.num"),
         ("train.global_batchsize=1", "no such key; nearest: train.global_batch_size"),
         ("precision=bf16", "no such key; nearest: train.precision"),
@@ -137,12 +146,22 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_with_the_nearest_legal_on
         (["schedule.warmup_steps=201"], "must be at most train.steps (200); nearest: 200"),
         (["schedule.type=wsd", "schedule.decay_steps=190"], "(200 - 20); nearest: 180"),
         (["schedule.decay_steps=10"], "used with type: wsd only"),
+        (
+            ["schedule.type=wsd", "schedule.warmup_steps=200", "schedule.decay_steps=5"],
+            "train.steps - schedule.warmup_steps (200 - 200)\n",
+        ),
         (["parallel.recompute_every=2"], "used with recompute: full only (it is none)"),
         (["train.loss_scale_window=5"], "used with precision: fp16 only (it is bf16)"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(refused, overrides, expected):
-    assert expected in refused(*overrides)
+    assert expected in refused(*overrides) + "\n"
+
+
+def test_an_entry_of_datasets_may_be_a_path(loaded):
+    data = loaded("data.train=[a, {path: b, weight: 2}]", "data.validation=[c]").data
+    assert [(dataset.path, dataset.weight) for dataset in data.train] == [("a", 1.0), ("b", 2.0)]
+    assert [dataset.path for dataset in data.validation] == ["c"]
 
 
 @pytest.mark.parametrize(

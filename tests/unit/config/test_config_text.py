@@ -78,12 +78,39 @@ def test_anchors_may_be_used(loaded, with_line):
     assert [dataset.path for dataset in loaded(text=text).data.train] == ["data/code", "data/code"]
 
 
+def test_merge_keys_fill_in_what_is_missing(loaded, with_line):
+    base = "x-base: &base {lr: 1.0e-3, weight_decay: 0.5}"
+    more = "x-more: &more {<<: *base, eps: 1.0e-6, weight_decay: 0.25}"
+    assert loaded(text=with_line(base, "optimizer: {<<: *base, lr: 2.0e-3}")).optimizer.lr == 2.0e-3
+    optimizer = loaded(text=with_line(base, more, "optimizer: {<<: [*more, *base]}")).optimizer
+    assert (optimizer.lr, optimizer.eps, optimizer.weight_decay) == (1.0e-3, 1.0e-6, 0.25)
+
+
+def test_a_merge_key_merges_mappings_alone(refused, with_line):
+    message = refused(text=with_line("x-base: &base [1]", "optimizer: {<<: *base, lr: 1.0e-3}"))
+    assert "optimizer.<<" in message
+    assert "merges a mapping, or a list of mappings" in message
+
+
+def test_a_typo_in_merged_keys_is_refused(refused, with_line):
+    message = refused(text=with_line("x-base: &base {lr: 1.0e-3, wait_decay: 0.5}", "optimizer: {<<: *base}"))
+    assert "optimizer.wait_decay (line 5): 0.5 given; no such key; nearest: optimizer.weight_decay" in message
+
+
+def test_keys_that_begin_with_x_are_left_alone(loaded, with_line):
+    assert loaded(text=with_line("x-note: !!set {any: thing}", "x-note: twice")) == loaded()
+
+
 def test_aliases_that_unfold_without_bound_are_refused_at_once(refused, with_line):
     bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 15)]
     start = time.perf_counter()
     assert "no config needs that" in refused(text=with_line(*bomb))
     assert "more than 20 levels" in refused(text=with_line("a: &a [*a]"))
+    assert "more than 20 levels" in refused(text=with_line("a: &a {<<: *a}"))
+    bomb = ["x-0: &a0 {x: 1}"]
+    bomb += [f"x-{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 15)]
+    assert "no config needs that" in refused(text=with_line(*bomb, "a: *a14"))
     assert time.perf_counter() - start < 5
 
 
@@ -100,4 +127,3 @@ def test_tags_are_refused_and_construct_nothing(refused, with_line, value):
 
 def test_a_key_that_is_a_list_is_refused(refused, with_line):
     assert "a key must be one word" in refused(text=with_line("? [a, b]", ": 5"))
-    assert "<< (line 6)" in refused(text=with_line("<<: {a: b}"))

@@ -56,8 +56,8 @@ def test_a_legal_layout_passes(layout, overrides, world_size, degree, num_micro_
     ("overrides", "world_size", "key", "reason", "nearest"),
     [
         ([], 3, "train.global_batch_size", "(2 x 3 = 6)", "train.global_batch_size=18 or 12"),
-        (["train.micro_batch_size=3"], 1, "train.global_batch_size", "(3 x 1 = 3)", "train.global_batch_size=15 or 18"),
-        (["train.global_batch_size=1"], 1, "train.global_batch_size", "(2 x 1 = 2)", "train.global_batch_size=2"),
+        (["train.micro_batch_size=3"], 1, "train.global_batch_size", "(3 x 1 = 3)", "train.micro_batch_size=4 or 2"),
+        (["train.global_batch_size=1"], 1, "train.global_batch_size", "(2 x 1 = 2)", "train.micro_batch_size=1"),
         (["parallel.tensor=4"], 2, "parallel.tensor", "(4 would do)", "parallel.tensor=2"),
         (["parallel.tensor=4"], 6, "parallel.tensor", "must divide the 6 ranks", None),
         (
