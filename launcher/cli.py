@@ -206,6 +206,18 @@ def doctor(
     raise typer.Exit(EXIT_RANK if found.findings else EXIT_OK)
 
 
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (run.dir of its config).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
+) -> None:
+    """Tell how a run is doing: its job, step, rate, last save, and what is wrong."""
+    from launcher.status import look
+
+    found = look(run)
+    typer.echo(json.dumps(found._asdict()) if as_json else "\n".join(found.lines()))
+
+
 def _given(**options: str | None) -> list[str]:
     """Options of sbatch by name; those that are None are left out."""
     return [f"--{name}={value}" for name, value in options.items() if value is not None]

@@ -69,8 +69,8 @@ def begin_job(config: RunConfig, tries: int) -> int:
         raise ConfigError("SLURM_JOB_ID is not set: this is for batch scripts, inside their job.")
     refuse_if_locked(run_dir, job)
     start = int(job.get("slurm_restarts", "0"))
-    before = Restarts.read(run_dir) if start else None
-    restarts = before.next(_newest_step(config)) if before else Restarts(_newest_step(config))
+    before, newest = Restarts.read(run_dir) if start else None, newest_step(run_dir, config.checkpoint.dir)
+    restarts = before.next(newest) if before else Restarts(newest)
     if restarts.num_fruitless >= tries:
         raise RankError(
             f"{tries} starts in a row left no new checkpoint in {run_dir}: the job is given up. The output above and "
@@ -102,7 +102,7 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
     code = verdict(status, len(orphans), first)
     if code != EXIT_RANK:
         return "stop", code
-    is_left = restarts.next(_newest_step(config)).num_fruitless < tries
+    is_left = restarts.next(newest_step(run_dir, config.checkpoint.dir)).num_fruitless < tries
     if not is_left:
         sys.stderr.write(f"{tries} starts in a row left no new checkpoint: the job is given up.\n")
     return "requeue" if is_left else "stop", code
@@ -156,9 +156,8 @@ def _is_earlier(start: tuple[str, int], job: str, restarts: int) -> bool:
     return bool(job) and start[0] == job and start[1] < restarts
 
 
-def _newest_step(config: RunConfig) -> int | None:
+def newest_step(run_dir: Path, checkpoint_dir: str | None) -> int | None:
     """Of the run's checkpoints, by their names alone: what reads them properly imports torch."""
-    place = config.checkpoint.dir
-    folder = locate(place) if place else Path(config.run.dir) / "checkpoints"
+    folder = locate(checkpoint_dir) if checkpoint_dir else run_dir / "checkpoints"
     names = [path.parent.name.partition(".")[0] for path in folder.glob("step-*/manifest.json")]
     return max((int(name.removeprefix("step-")) for name in names), default=None)

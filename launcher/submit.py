@@ -64,6 +64,17 @@ def check_array(num_tasks: int) -> None:
         )
 
 
+def job_state(job: str) -> str | None:
+    """What squeue says of a job, in words; None where it knows of none."""
+    known = _ask("squeue", "-h", "-j", job, "-o", "%T|%M|%N|%r|%S").strip().splitlines()
+    if not known:
+        return None
+    state, since, nodes, reason, begin = known[0].split("|")
+    if state == "PENDING":
+        return f"PENDING, {reason}" + (f", starts at {begin}" if begin not in ("N/A", "") else "")
+    return f"{state} for {since}" + (f" on {nodes}" if nodes else "")
+
+
 def cancel_chain(job: str) -> list[str]:
     """Cancel the jobs that wait for a job to fail, and those that wait for these; which, the last one first."""
     waits = [

@@ -113,6 +113,18 @@ def refuse_if_locked(run_dir: Path, job: Mapping[str, str]) -> None:
         _refuse_if_held(run_dir, job)
 
 
+def holder_of(run_dir: Path) -> Mapping[str, str] | None:
+    """The job that holds the run folder, or did when it died; None where none does. Changes nothing."""
+    holder = _read_holder(run_dir)
+    return holder.job if holder else None
+
+
+def is_alive(run_dir: Path) -> bool:
+    """Whether the holder gives a sign of life; where it gives none, it takes LEASE_SECONDS to know. Changes nothing."""
+    holder = _read_holder(run_dir)
+    return holder is not None and _is_moving(run_dir, holder)
+
+
 @contextlib.contextmanager
 def _looking(run_dir: Path) -> Iterator[None]:
     """Of those that want the folder, one looks at a time."""

@@ -5,17 +5,13 @@ Every moment belongs to one part, so that the parts together are the time from t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.observe.metrics import METRICS_FILE, parse_line
+from megatrain.observe.metrics import tail
 from megatrain.observe.units import format_duration
-
-_TAIL_BYTES = 1 << 20
-"""Of metrics.jsonl: weeks of it need not be read for its last line."""
 
 
 class Goodput(NamedTuple):
@@ -115,11 +111,5 @@ def goodput_of(line: Mapping[str, Any]) -> Goodput | None:
 
 def _last_figures(run_dir: Path) -> tuple[Goodput, float] | None:
     """The last figures in metrics.jsonl, and when they were written."""
-    try:
-        with (run_dir / METRICS_FILE).open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
-            lines = [line for text in file if (line := parse_line(text)) is not None]
-    except OSError:
-        return None
-    found = [(figures, line["time"]) for line in lines if (figures := goodput_of(line)) and "time" in line]
+    found = [(figures, line["time"]) for line in tail(run_dir) if (figures := goodput_of(line)) and "time" in line]
     return found[-1] if found else None

@@ -18,6 +18,8 @@ import orjson
 from megatrain.observe.append import AppendFile
 
 METRICS_FILE = "metrics.jsonl"
+_TAIL_BYTES = 1 << 20
+"""Weeks of the file need not be read for its last lines."""
 
 
 class Spread(NamedTuple):
@@ -111,6 +113,16 @@ class MetricsWriter:
             aside.unlink(missing_ok=True)
             raise
         self.num_dropped_steps = num_dropped
+
+
+def tail(run_dir: Path) -> list[dict[str, Any]]:
+    """The last lines of RUN/metrics.jsonl, those within 1 MiB; none where there is no such file."""
+    try:
+        with (run_dir / METRICS_FILE).open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+            return [line for text in file if (line := parse_line(text)) is not None]
+    except OSError:
+        return []
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
