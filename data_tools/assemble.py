@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from megatrain.data.format import (
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
     Manifest,
+    Unknown,
     commit_bytes,
     committed,
     content_digest,
@@ -84,12 +85,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes into all shards, and how many empty documents are left out."""
+    """What goes into all shards, how many empty documents are left out, and what text has no tokens."""
 
     units: str
     """Names the units that it was made for."""
     shards: list[ShardPlan]
     num_empty: int
+    unknown: Unknown
 
     def __post_init__(self) -> None:
         parts = [{each.part for each in shard.slices} for shard in self.shards]
@@ -101,7 +103,7 @@ class Plan:
 def load_plan(store: PartStore, units: Sequence[Unit]) -> Plan | None:
     """The plan that was written down for these units, if it was. One for other units is removed."""
     try:
-        units_key, num_empty, shards = orjson.loads(store.plan_path.read_bytes())
+        units_key, num_empty, unknown, shards = orjson.loads(store.plan_path.read_bytes())
     except FileNotFoundError:
         return None
     if units_key != _units_key(units):
@@ -111,23 +113,24 @@ def load_plan(store: PartStore, units: Sequence[Unit]) -> Plan | None:
         ShardPlan(index, [Slice(part, tuple(files), *rest) for part, files, *rest in slices])
         for index, slices in enumerate(shards)
     ]
-    return Plan(units_key, plans, num_empty)
+    return Plan(units_key, plans, num_empty, Unknown(**unknown))
 
 
 def make_plan(store: PartStore, units: Sequence[Unit], shard_tokens: int) -> Plan:
     """Plan the shards of units that are all finished, and write the plan down."""
-    shards, num_empty = plan_shards(units, store, shard_tokens)
+    shards, num_empty, unknown = plan_shards(units, store, shard_tokens)
     if not shards:
         raise DataError(f"The input holds no text: {num_empty} documents, all of them empty.")
-    plan = Plan(_units_key(units), shards, num_empty)
+    plan = Plan(_units_key(units), shards, num_empty, unknown)
     slices = [[[s.part, s.files, s.first_row, s.first, s.last] for s in shard.slices] for shard in shards]
-    commit_bytes(store.plan_path, orjson.dumps([plan.units, num_empty, slices]))
+    commit_bytes(store.plan_path, orjson.dumps([plan.units, num_empty, asdict(unknown), slices]))
     return plan
 
 
-def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> tuple[list[ShardPlan], int]:
-    """Which documents go into which shard, and how many empty documents there are."""
+def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> tuple[list[ShardPlan], int, Unknown]:
+    """Which documents go into which shard, how many empty documents there are, and what has no tokens."""
     plans: list[ShardPlan] = []
+    unknown = Unknown()
     position = num_empty = first_row = 0
     last_shard = -1
     for unit in units:
@@ -142,8 +145,9 @@ def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> t
                 plans[-1].slices.append(Slice(part.path.name, files, first_row, first, last))
             first_row += part.num_rows
             num_empty += part.num_empty
+            unknown += Unknown(**part.unknown)
             position += part.num_tokens
-    return plans, num_empty
+    return plans, num_empty, unknown
 
 
 def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tuple[int, int, int]]:
@@ -170,6 +174,7 @@ def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifes
         num_tokens=sum(row["tokens"] for row in rows),
         text_bytes=sum(row["text_bytes"] for row in rows),
         num_empty_documents=plan.num_empty,
+        unknown=plan.unknown,
         dtype=token_dtype(tokenizer.vocab_size).name,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,

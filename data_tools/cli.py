@@ -142,6 +142,9 @@ def tokenize(
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
     bos_token: Annotated[str | None, typer.Option(help="A token to begin each document with, such as <s>.")] = None,
     engine: Annotated[Engine, typer.Option(help="auto: fastokens if it gives the ids of tokenizers.")] = Engine.AUTO,
+    max_unknown: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The most of the text (a share) that may have no tokens.")
+    ] = 0.01,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
     ] = False,
@@ -162,7 +165,13 @@ def tokenize(
     num_workers = workers or ranks.num_cores()
     limit_threads(min(num_workers, ranks.num_cores()))
     progress = show_progress if ranks.reports else no_progress
-    effort = Effort(num_workers, engine.value, progress, lambda text: typer.echo(f"Warning: {text}", err=True))
+    effort = Effort(
+        num_workers,
+        engine.value,
+        progress,
+        lambda text: typer.echo(f"Warning: {text}", err=True),
+        max_unknown=max_unknown,
+    )
     with _ending_all(ranks), saying_what_is_full(out):
         manifest = run(inputs, tokenizer, out, options, effort, ranks, restart=restart)
     if not ranks.reports:
@@ -175,6 +184,8 @@ def tokenize(
         f"{manifest.text_bytes / 1e6:.1f} MB of text, {manifest.num_shards} shards, "
         f"{manifest.num_empty_documents} empty documents left out, digest {manifest.digest}"
     )
+    if manifest.unknown and manifest.unknown.characters:
+        typer.echo(f"Warning: the tokenizer has no tokens for {manifest.unknown}", err=True)
 
 
 @app.command()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +24,9 @@ from data_tools.readers import read_parts
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Unit
 from data_tools.work import Advance, PartStore
-from megatrain.data.format import canonical_json, token_dtype
+from megatrain.data.format import Unknown, canonical_json, token_dtype
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.unknown_text import UnknownText
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -31,7 +35,7 @@ ENCODE_CHARACTERS = 1 << 20
 """About how much text the encoder is given at once."""
 
 
-def part_schema(dtype: np.dtype[Any], metadata: dict[str, int]) -> pa.Schema:
+def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Schema:
     """Columns of a part: those of a shard, but for what only the whole input tells.
 
     `file` is the index in the unit's files, `row` is counted from the start of the part.
@@ -93,15 +97,30 @@ class UnitEncoder:
 
     def _commit(self, unit: Unit, part: Part) -> None:
         is_text = unit.files[0].kind is Kind.TEXT
-        counts = {"num_rows": 0, "num_empty": 0}
-        batches = list(_ahead(self._encode, _in_batches(part, is_text, counts)))
+        counts: dict[str, Any] = {"num_rows": 0, "num_empty": 0}
+        documents = _in_batches(part, is_text, counts)
+        batches, unknown = [], Unknown()
+        for batch, unknown_there in _ahead(partial(self._encode, unit), documents):
+            batches.append(batch)
+            unknown += unknown_there
+        counts["unknown"] = asdict(unknown)
         counts["num_documents"] = sum(batch.num_rows for batch in batches)
         counts["num_tokens"] = sum(len(batch["tokens"].values) for batch in batches)
         self._store.commit_part(unit, part.number, part_schema(self._dtype, counts), batches)
 
-    def _encode(self, documents: list[_Document]) -> pa.RecordBatch:
+    @cached_property
+    def _unknown_text(self) -> UnknownText | None:
+        """Counts what has no tokens, with a tokenizer to which that can happen."""
+        tokenizer = self._tokenizer
+        return None if tokenizer.loses_nothing else UnknownText(Tokenizer(tokenizer.text_json, "the tokenizer"))
+
+    def _encode(self, unit: Unit, documents: list[_Document]) -> tuple[pa.RecordBatch, Unknown]:
         texts = [document.text for document in documents]
         ids, offsets = self._engine.encoder.encode(texts)
+        unknown = Unknown()
+        if self._unknown_text is not None:
+            names = [document.id or unit.files[document.file].name for document in documents]
+            unknown = self._unknown_text.count(texts, ids, offsets, names)
         tokens, offsets = self._mark_documents(ids, offsets)
         item_bytes = self._dtype.itemsize
         data = tokens.data.cast("B")
@@ -116,7 +135,7 @@ class UnitEncoder:
             pa.array([document.row for document in documents], pa.uint64()),
             pa.array([len(text) if text.isascii() else len(text.encode()) for text in texts], pa.uint64()),
         ]
-        return pa.RecordBatch.from_arrays(columns, schema=schema)
+        return pa.RecordBatch.from_arrays(columns, schema=schema), unknown
 
     def _mark_documents(
         self, ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64]

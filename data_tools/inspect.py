@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -64,6 +65,7 @@ def describe(path: str, document: int | None, statistics: Statistics) -> dict[st
         "tokens": dataset.num_tokens,
         "text_bytes": dataset.text_bytes,
         "empty_documents": manifest.num_empty_documents,
+        "unknown": manifest.unknown and {**asdict(manifest.unknown), "share": manifest.unknown.share},
         "dtype": dataset.dtype.name,
         "digest": dataset.digest,
         "tokenizer_sha256": manifest.tokenizer_sha256,
@@ -109,6 +111,7 @@ def show(path: str, document: int | None, statistics: Statistics) -> None:
     description = describe(path, document or 0, statistics)
     shown = description.pop("document")
     shards = description.pop("shards")
+    description["unknown"] = open_dataset(path).manifest.unknown
     counted = {name: description.pop(name) for name in STATISTICS}
     console = OutputConsole(highlight=False, soft_wrap=True)
     for name, value in description.items():

@@ -38,6 +38,8 @@ from megatrain.data.format import (
     commit_bytes,
     token_dtype,
 )
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.unknown_text import UnknownText, refuse_above
 from megatrain.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -45,6 +47,8 @@ T = TypeVar("T")
 SAMPLE_UNITS = 8
 SAMPLE_CHARACTERS = 1 << 16
 DEFAULT_SHARD_TOKENS = 1 << 28
+HOPELESS = 0.5
+"""The share of a sample without tokens from which on the work does not begin."""
 MAX_READERS = 8
 """Workers in one file that must be read from its start: more would only decompress, which is some ten times faster
 than encoding."""
@@ -79,6 +83,8 @@ class Effort:
     warn: Callable[[str], None]
     part_bytes: int = PART_BYTES
     """About how much text is committed at a time."""
+    max_unknown: float = 0.01
+    """How much of the text may have no tokens (0 to 1): if it is more, no dataset is made."""
     worker_seconds: float = 1.0
     """How long a worker process should have to do: for less, to start it costs more than it brings."""
 
@@ -177,9 +183,12 @@ def _prepare(
     pending = _unfinished(list({unit.key: unit for unit in units}.values()), store)
     engine = None
     if pending:
-        engine, warning = choose_engine(
-            effort.engine, tokenizer.text_json, [*tokenizer.control, *_sample(pending, options.read)]
-        )
+        sample = _sample(pending, options.read)
+        engine, warning = choose_engine(effort.engine, tokenizer.text_json, [*tokenizer.control, *sample])
+        if not tokenizer.loses_nothing:
+            counter = UnknownText(Tokenizer(tokenizer.text_json, tokenizer_path))
+            unknown = counter.count(sample, *engine.encoder.encode(sample), ["it"] * len(sample))
+            refuse_above(max(effort.max_unknown, HOPELESS), unknown, "a sample of the text")
         if warning:
             effort.warn(warning)
     return _Job(name, None, tokenizer, units, pending, engine)
@@ -254,13 +263,16 @@ def _plan(
     with claims.hold("plan"):
         plan = load_plan(store, job.units)
         if plan:
+            refuse_above(effort.max_unknown, plan.unknown, "the text")
             return plan
         # Where a network's file system was slow to show one rank what another had done, a unit may have been left.
         left = _unfinished(job.pending, store)
         run_tasks(encoder, [Assignment(unit, 1) for unit in left], 1, lambda _: None)
         if _unfinished(left, store):
             return None
-        return make_plan(store, job.units, options.shard_tokens)
+        plan = make_plan(store, job.units, options.shard_tokens)
+        refuse_above(effort.max_unknown, plan.unknown, "the text")
+        return plan
 
 
 def _finish(out: Path, work: Path, plan: Plan, recipe: Recipe, writer: ShardWriter, claims: Claims) -> Manifest | None:

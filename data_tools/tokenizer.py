@@ -33,6 +33,8 @@ class TokenizerFile:
     bos_id: int | None
     bos_token: str | None
     control: tuple[str, ...]
+    loses_nothing: bool
+    """Whether all text has tokens."""
 
 
 def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN, bos_token: str | None = None) -> TokenizerFile:
@@ -42,8 +44,10 @@ def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN, bos_token: str | None
     for option, token in ends.items():
         if token not in tokenizer.ids:
             problem = f"{path} has no token {token!r}"
-        elif token not in tokenizer.added and tokenizer.comes_from_text(token):
-            problem = f"{option} {token!r} is an ordinary token of {path}: text becomes it, so it can mark no document"
+        elif (token not in tokenizer.added and tokenizer.comes_from_text(token)) or (
+            token == tokenizer.unknown and not tokenizer.loses_nothing
+        ):
+            problem = f"{option} {token!r} of {path} is a token that text becomes, so it can mark no document"
         else:
             continue
         raise ConfigError(
@@ -65,6 +69,7 @@ def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN, bos_token: str | None
         bos_id,
         bos_token,
         tuple(dict.fromkeys([*tokenizer.control, *ends.values()])),
+        tokenizer.loses_nothing,
     )
 
 

@@ -38,6 +38,8 @@ class PartFile(NamedTuple):
     num_empty: int
     num_documents: int
     num_tokens: int
+    unknown: dict[str, Any]
+    """Fields of `Unknown`."""
 
 
 @dataclass(frozen=True)

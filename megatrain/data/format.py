@@ -40,6 +40,7 @@ BATCH_TOKENS = 1 << 20
 """A document belongs to record batch (its first token's place in the shard) // BATCH_TOKENS."""
 
 MAX_MANIFEST_BYTES = 1 << 20
+_UNKNOWN_TYPES = {"tokens": int, "characters": int, "of_characters": int, "example": str}
 
 _RECORD_BATCH = pa.field(
     "item",
@@ -161,6 +162,36 @@ def commit_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
 
 
 @dataclass(frozen=True)
+class Unknown:
+    """Text that a tokenizer has no tokens for. ``characters``: those behind unknown tokens, or that gave no token."""
+
+    tokens: int = 0
+    characters: int = 0
+    of_characters: int = 0
+    example: str = ""
+    """The text from the first such character on, and where it is from."""
+
+    def __add__(self, later: Unknown) -> Unknown:
+        return Unknown(
+            self.tokens + later.tokens,
+            self.characters + later.characters,
+            self.of_characters + later.of_characters,
+            self.example or later.example,
+        )
+
+    def __str__(self) -> str:
+        if not self.characters:
+            return "none"
+        figures = f"{self.characters} of {self.of_characters} characters ({100 * self.share:.3g}%)"
+        return f"{figures}, {self.tokens} unknown tokens, such as {self.example}"
+
+    @property
+    def share(self) -> float:
+        """Of the characters, 0 to 1."""
+        return self.characters / max(self.of_characters, 1)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What manifest.json says. Written last, so a folder that has one is a whole dataset."""
 
@@ -182,6 +213,8 @@ class Manifest:
     job: str
     """Names the command that made the dataset: its inputs, tokenizer and options."""
     shard_table_checksum: str
+    unknown: Unknown | None = None
+    """None: it was not counted."""
     bos_id: int | None = None
     """Begins each document, where --bos-token was given."""
     bos_token: str | None = None
@@ -230,7 +263,7 @@ class Manifest:
         problem = _manifest_problem(body)
         if problem:
             raise DataError(f"{broken}: {problem}. Copy it again, or tokenize again.")
-        manifest = Manifest(**body)
+        manifest = Manifest(**{**body, "unknown": Unknown(**body["unknown"]) if "unknown" in body else None})
         if manifest.dump() != data:
             raise DataError(f"{broken}: its checksum does not match its content. Copy it again, or tokenize again.")
         return manifest
@@ -249,7 +282,7 @@ def _not_a_dataset(folder: Path, error: OSError) -> str:
 
 def _manifest_problem(body: dict[str, Any]) -> str | None:
     """What is wrong with the values of a manifest, whoever wrote it."""
-    types: dict[str, type] = {"int": int, "str": str, "dict[str, str]": dict}
+    types: dict[str, type] = {"int": int, "str": str, "dict[str, str]": dict, "Unknown": dict}
     expected = {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(Manifest)}
     optional = {field.name for field in fields(Manifest) if field.default is None}
     if not set(expected) - optional <= set(body) <= set(expected):
@@ -263,6 +296,8 @@ def _manifest_problem(body: dict[str, Any]) -> str | None:
     for marker in ("eod_id", "bos_id"):
         if not 0 < body["vocab_size"] <= 2**32 or body.get(marker, 0) >= body["vocab_size"]:
             return f"vocab_size {body['vocab_size']} and {marker} {body.get(marker)} cannot both be right"
+    if {key: type(value) for key, value in body.get("unknown", asdict(Unknown())).items()} != _UNKNOWN_TYPES:
+        return f"unknown is {body['unknown']!r:.80}, which cannot be"
     if ("bos_id" in body) != ("bos_token" in body):
         return "bos_id and bos_token belong together"
     if body["dtype"] != token_dtype(body["vocab_size"]).name:

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 _CONTROL_LIKE = re.compile(r"▁?<\S*\w\S*>")
 """Added tokens that are control tokens although the file does not call them special: <tool_call>, <|fim_prefix|>."""
-_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_KEEPING_TEXT = frozenset(
+    {
+        *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace", "ByteLevel", "Sequence"),
+        *("Metaspace", "Digits", "UnicodeScripts", "Split", "Punctuation"),
+    }
+)
+"""Types of normalizers and pre-tokenizers that leave no text out, unless they replace it by nothing or remove it."""
 
 
 class Tokenizer:
@@ -143,6 +150,60 @@ class Tokenizer:
         """The text of ids, control tokens spelled out."""
         return str(self._library.decode(list(ids), skip_special_tokens=False))
 
+    @cached_property
+    def is_plain_bpe(self) -> bool:
+        """Whether the model merges characters, each of which is a token or unknown wherever it stands."""
+        model = self.description["model"]
+        return model["type"] == "BPE" and not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+
+    @cached_property
+    def loses_nothing(self) -> bool:
+        """Whether all text has tokens: BPE that knows all bytes, and nothing in front of it that leaves text out."""
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        keeps_text = all(
+            part["type"] in _KEEPING_TEXT and part.get("content") != "" and part.get("behavior") != "Removed"
+            for name in ("normalizer", "pre_tokenizer")
+            for part in _parts(self.description[name])
+        )
+        knows_bytes = (
+            self.ids.keys() >= set(ByteLevel.alphabet())
+            if self.is_byte_level
+            else self.description["model"].get("byte_fallback", False) and self.ids.keys() >= _BYTE_TOKENS
+        )
+        return self.is_plain_bpe and keeps_text and knows_bytes
+
+    def knows(self, character: str) -> bool:
+        """Whether a character reaches the model and, in BPE, is or makes a token there.
+
+        White space and control characters that do not reach the model were left out on purpose.
+        """
+        model = self.description["model"]
+        reached = self._pieces(f"0{character}").removeprefix(self._pieces("0"))
+        if not reached:
+            return character.isspace() or not character.isprintable()
+        if model["type"] != "BPE":
+            return True
+        prefix, suffix = model["continuing_subword_prefix"] or "", model["end_of_word_suffix"] or ""
+        return all(
+            not self.ids.keys().isdisjoint((one, prefix + one, one + suffix))
+            or (model["byte_fallback"] and self.ids.keys() >= {f"<0x{byte:02X}>" for byte in one.encode()})
+            for one in reached
+        )
+
+    def unknown_spans(self, text: str) -> list[tuple[int, int]]:
+        """Which characters of a text, [begin, end), are behind each unknown token."""
+        encoding = self._library.encode(text, add_special_tokens=False)
+        unknown_id = self.ids.get(self.unknown or "")
+        return [span for number, span in zip(encoding.ids, encoding.offsets, strict=True) if number == unknown_id]
+
+    def _pieces(self, text: str) -> str:
+        """A text as it reaches the model, its pieces put together."""
+        normalizer, splitter = self._library.normalizer, self._library.pre_tokenizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        return text if splitter is None else "".join(piece for piece, _ in splitter.pre_tokenize_str(text))
+
     def token_lengths(self, vocab_size: int) -> npt.NDArray[np.int64]:
         """UTF-8 bytes of text behind each id below ``vocab_size``; none behind control tokens and holes.
 
@@ -206,6 +267,6 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
 
 
 def _spelled_bytes(token: str) -> int:
-    if _BYTE_TOKEN.fullmatch(token):
+    if token in _BYTE_TOKENS:
         return 1
     return len(token.replace("\u2581", " ").encode())

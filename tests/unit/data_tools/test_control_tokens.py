@@ -84,10 +84,10 @@ def test_each_document_begins_with_the_bos_token(make: Make, bos: str, tmp_path:
 @pytest.mark.parametrize(
     ("option", "token", "words"),
     [
-        ("--bos-token", "the", "ordinary token"),
+        ("--bos-token", "the", "a token that text becomes"),
         ("--bos-token", "<none>", "has no token"),
         ("--bos-token", "</s>", "both"),
-        ("--eod-token", "to", "ordinary token"),
+        ("--eod-token", "to", "a token that text becomes"),
     ],
 )
 def test_tokens_around_documents_must_be_control_tokens(

@@ -170,7 +170,7 @@ def test_a_token_that_text_becomes_cannot_end_documents(
     arguments = ("--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--eod-token", "e")
     code, _, err = run_command("tokenize", source, *arguments)
     assert (code, "Traceback" in err) == (2, False)
-    assert "--eod-token 'e' is an ordinary token" in err
+    assert f"--eod-token 'e' of {tokenizer_path} is a token that text becomes" in err
     assert "its control tokens are <|endoftext|>" in err
     assert not (tmp_path / "out").exists()
 
