@@ -32,7 +32,9 @@ class Via(str, Enum):
     SRUN = "srun"
 
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML config: see docs/config.md and configs/.")]
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML config, or the name of a recipe: see `megatrain recipes`.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of single keys, such as train.steps=10.")
 ]

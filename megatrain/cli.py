@@ -28,7 +28,9 @@ app = typer.Typer(
 checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML config: see docs/config.md and configs/.")]
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML config, or the name of a recipe: see `megatrain recipes`.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of single keys, such as train.steps=10.")
 ]
@@ -81,6 +83,29 @@ def check(
     )
     for note in notes:
         typer.echo(note)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="The recipe to show; left out: all, with what they are for.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Copy it to this file, which must not exist yet.")] = None,
+) -> None:
+    """The configs that come with megatrain. A recipe's name does for CONFIG everywhere."""
+    from megatrain.config import recipes
+
+    if name is None:
+        if out is not None:
+            raise ConfigError(f"--out {out}: name the recipe to copy there; `megatrain recipes` lists them.")
+        width = max(map(len, recipes.names()))
+        for each in recipes.names():
+            typer.echo(f"{each:{width}}  {recipes.summary(each)}")
+    elif out is None:
+        sys.stdout.write(recipes.text(name))
+    else:
+        _write_new(out, recipes.text(name))
+        typer.echo(f"{out} is a copy of {name}.")
 
 
 @app.command()
@@ -376,6 +401,16 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
             f"model.vocab_size is null, so the dataset decides it; set it to plan without data. {error}"
         ) from error
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists already: name another file, or remove it.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _print_json(value: object) -> None:

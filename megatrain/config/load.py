@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatrain.config import document
+from megatrain.config import document, recipes
 from megatrain.config.document import Path
 from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
@@ -27,13 +27,13 @@ SavedModel = Callable[[str | None, str | None, str | None], Mapping[str, Any] | 
 def load(
     path: str | FilePath, overrides: Sequence[str] = (), saved_model: SavedModel = lambda *places: None
 ) -> RunConfig:
-    """The config in the YAML file `path`, with each "section.key=value" of `overrides` put over it.
+    """The config in the YAML file `path`, or the recipe of that name, with "section.key=value" overrides put over it.
 
     A list entry is reached by its index (`data.train.0.weight=2`); values are read as YAML; the last override of a
     key wins. Raises ConfigError with every problem found, each with its key, its line and what would be legal.
     ``saved_model``: finds what `model: from_checkpoint` stands for; overrides of the model's keys are put over that.
     """
-    read = document.read(_text(FilePath(path)), str(path))
+    read = document.read(_text(recipes.find(path)), str(path))
     if not isinstance(read.tree, dict):
         content = "is empty" if read.tree is None else "is no mapping"
         raise ConfigError(
@@ -110,7 +110,7 @@ def _text(path: FilePath) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a config is a YAML file") from None
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; configs/ holds ready ones") from None
+        raise ConfigError(f"{path}: no such config file, and {recipes.unknown(path.stem)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; name the YAML file in it") from None
     except (OSError, ValueError) as error:

@@ -23,12 +23,13 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from megatrain import __version__
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.distributed.judgement import CLOCK_SECONDS, SLOW_RANK, Effort, Finding, Reading, is_slow, judge
 from megatrain.distributed.probe import arithmetic_seconds, next_link, write_seconds
 
-_PACKAGES = ("megatrain", "torch", "deepspeed", "numpy")
+_PACKAGES = ("torch", "deepspeed", "numpy")
 _NUM_TRIES = 4
 """At most so often is measured, and the best counts."""
 LEAST_FREE_BYTES = 256 << 20
@@ -91,7 +92,8 @@ def _measure(groups: Groups, rank: RankInfo, places: Places, effort: Effort) -> 
     link = next_link(rank.rank, rank.world_size, name, effort.sent_bytes, device)
     if link is not None:
         seconds |= {"latency": link.latency_seconds, "exchange": link.exchange_seconds}
-    software = {"Python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+    software = {"Python": platform.python_version(), "megatrain": __version__}
+    software |= {package: version(package) for package in _PACKAGES}
     is_far = link is not None and link.peer != name
     return Reading(rank.rank, host, software, _device_name(device), tuple(troubles), clock, seconds, is_far)
 

@@ -6,11 +6,13 @@ head h // (H / G).
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatrain.model.blockwise_attention import Drop, blockwise_attention
-from megatrain.model.context import Context
+from megatrain.model.context import TORCH_VERSION, Context
 from megatrain.model.dropout import Dropout
 
 
@@ -61,8 +63,13 @@ def _variable_length(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, document_st
     """Flash attention over documents laid end to end: no mask, no work between documents. CUDA, half precision."""
     from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler, for a second
 
+    num_sharing = q_BTHD.shape[2] // k_BTGD.shape[2]
+    if num_sharing > 1 and TORCH_VERSION < "2.12":  # whose varlen_attn has no enable_gqa
+        k_BTGD, v_BTGD = (x.repeat_interleave(num_sharing, dim=2) for x in (k_BTGD, v_BTGD))
+        num_sharing = 1
+    attend = partial(varlen_attn, enable_gqa=True) if num_sharing > 1 else varlen_attn
     longest = q_BTHD.shape[1]  # an upper bound, known without waiting for the device
-    out_XHD = varlen_attn(
+    out_XHD = attend(
         q_BTHD.flatten(0, 1),
         k_BTGD.flatten(0, 1),
         v_BTGD.flatten(0, 1),
@@ -71,7 +78,6 @@ def _variable_length(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, document_st
         longest,
         longest,
         window_size=(-1, 0),
-        enable_gqa=q_BTHD.shape[2] != k_BTGD.shape[2],
     )
     assert isinstance(out_XHD, Tensor)
     return out_XHD.view(q_BTHD.shape)

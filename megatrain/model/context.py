@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from megatrain.model.rope import Rotary, RotaryEmbedding
 
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
+
+TORCH_VERSION = TorchVersion(torch.__version__)
 
 
 class KeyValueCache:
@@ -82,8 +85,8 @@ class ContextBuilder:
 
 
 def has_variable_length_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention over documents needs no dense mask: flash attention, so CUDA and half precision."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    """Whether attention over documents needs no dense mask: flash attention, so CUDA and half precision; torch 2.11."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and TORCH_VERSION >= "2.11"
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:

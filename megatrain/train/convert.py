@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatrain import __version__
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import Location, sync_folder, write_file
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
@@ -86,7 +87,7 @@ def _write_checkpoint(
             "data": {"seq_len": seq_len, "document_mask": False},
             "train": {"precision": weights.precision},
         },
-        versions={name: version(name) for name in ("megatrain", "torch")},
+        versions={"megatrain": __version__, "torch": version("torch")},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files=tuple(entries),
     )

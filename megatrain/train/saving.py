@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+from megatrain import __version__
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token
 from megatrain.checkpoint.origin import find_origin
@@ -27,7 +28,7 @@ from megatrain.train.spikes import Rewind, SpikeError, num_in_a_row
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_VERSIONS = ("megatrain", "torch", "deepspeed")
+_VERSIONS = ("torch", "deepspeed")
 
 
 class Saving:
@@ -271,7 +272,7 @@ def _manifest(run: Run, progress: Progress, files: Sequence[FileEntry]) -> Manif
         },
         state=progress.to_state(),
         config=config.model_dump(mode="json"),
-        versions={name: version(name) for name in _VERSIONS},
+        versions={"megatrain": __version__} | {name: version(name) for name in _VERSIONS},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files=tuple(files),
     )

@@ -107,3 +107,27 @@ def test_report_writes_a_page_or_a_picture(
     ended = megatrain("report", finished_run, "--out", out)
     assert ended.code == 0, ended.err
     assert out.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<!")
+
+
+def test_a_recipe_is_copied_out_and_found_by_name(megatrain: Megatrain, tmp_path: Path) -> None:
+    listed = megatrain("recipes").out
+    assert "\ntiny_cpu " in listed
+    copy = tmp_path / "mine.yaml"
+    assert megatrain("recipes", "tiny_cpu", "--out", copy).code == 0
+    assert copy.read_text() == megatrain("recipes", "tiny_cpu").out
+    assert megatrain("check", "tiny_cpu").out == megatrain("check", copy).out.replace(str(copy), "tiny_cpu")
+
+
+def test_a_recipe_that_is_not_there_is_named(megatrain: Megatrain, tmp_path: Path) -> None:
+    for words in (["check", "tiny_cpus"], ["recipes", "tiny_cpus"]):
+        ended = megatrain(*words)
+        assert (ended.code, "no recipe has that name; nearest: tiny_cpu" in ended.err) == (2, True)
+    (tmp_path / "mine.yaml").touch()
+    assert "exists already" in megatrain("recipes", "tiny_cpu", "--out", tmp_path / "mine.yaml").err
+    assert "name the recipe" in megatrain("recipes", "--out", tmp_path / "mine.yaml").err
+
+
+def test_a_file_goes_before_a_recipe(megatrain: Megatrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_cpu").write_text("- no config\n")
+    assert "is no mapping" in megatrain("check", "tiny_cpu").err

@@ -151,7 +151,7 @@ def test_errors_replace_keeps_what_stands_beside_the_text_too(tmp_path: Path, ru
 @pytest.mark.parametrize(
     ("depth", "errors", "message"),
     [
-        (100_000, "replace", "a.jsonl, line 2: bad JSON (depth limit exceeded"),
+        (100_000, "replace", "a.jsonl, line 2: bad JSON ("),
         (
             300,
             "strict",

@@ -8,10 +8,12 @@ import pytest
 import torch
 from model_samples import SIZES, logits, random_batch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from megatrain.config.schema import ModelConfig
+from megatrain.model import attention
 from megatrain.model.attention import CoreAttention
-from megatrain.model.context import Context, document_starts
+from megatrain.model.context import TORCH_VERSION, Context, document_starts
 from megatrain.model.decoder import Decoder
 from megatrain.model.dropout import Dropout
 from megatrain.model.init import init_model
@@ -50,6 +52,25 @@ def test_no_gradient_crosses_a_document_border() -> None:
         assert x.grad[:, end:].abs().sum() == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_groups", [4, 2])
+@pytest.mark.parametrize("version", [TORCH_VERSION, "2.11"], ids=["this torch", "without enable_gqa"])
+def test_flash_attention_over_documents_is_masked_attention(
+    version: str, num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "TORCH_VERSION", TorchVersion(version))
+    ids_BT = _document_ids(2).contiguous().cuda()
+    shapes = [(2, sum(LENGTHS), heads, 64) for heads in (4, num_groups, num_groups)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+    core = CoreAttention(Dropout(0.0, 0, "core", num_offsets=3))
+    masked, flash = (core(*inputs, context) for context in (_context(ids_BT), _flash_context(ids_BT)))
+    torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
+    weights = torch.randn_like(masked)
+    grads = [torch.autograd.grad(out, inputs, weights) for out in (masked, flash)]
+    for expected, found in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, atol=4e-2, rtol=4e-2)
+
+
 def test_document_starts_are_those_of_each_sequence_and_the_end() -> None:
     ids_BT = torch.tensor([[5, 5, 6, 6], [6, 6, 6, 7]], dtype=torch.int32)
     assert document_starts(ids_BT).tolist() == [0, 2, 4, 7, 8]
@@ -63,3 +84,7 @@ def _document_ids(num_sequences: int) -> Tensor:
 
 def _context(document_ids_BT: Tensor) -> Context:
     return Context(torch.zeros_like(document_ids_BT), document_ids_BT)
+
+
+def _flash_context(document_ids_BT: Tensor) -> Context:
+    return _context(document_ids_BT)._replace(document_starts=document_starts(document_ids_BT))
