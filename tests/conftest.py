@@ -11,13 +11,24 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
 
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.distributed.bootstrap import free_port
-from tests.runs import TinyData, finished_config, is_listening, wait_until, write_config
+from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
 from tests.tiny_data import VOCAB_SIZE, make_tiny_data
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a marker asks for and this machine or command has not is skipped, and said to be."""
+    missing = {"gpu": None if torch.cuda.is_available() else "needs a GPU"}
+    missing["acceptance"] = None if ACCEPTANCE else "part of `make acceptance`"
+    for item in items:
+        for name, why in missing.items():
+            if why is not None and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(scope="session")

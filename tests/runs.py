@@ -19,6 +19,8 @@ import psutil
 import yaml
 
 TIMEOUT_SECONDS = 240.0
+ACCEPTANCE = os.environ.get("MEGATRAIN_ACCEPTANCE") == "1"
+"""Whether samples are whole, and tests marked `acceptance` run: `make acceptance`."""
 
 
 class TinyData(NamedTuple):

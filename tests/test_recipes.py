@@ -1,4 +1,4 @@
-"""Every recipe for one GPU trains for some steps: as it is on a GPU; scaled down, where there is none, on the CPU."""
+"""Every recipe for one GPU trains for some steps: as it is on a GPU, and scaled down on the CPU."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatrain.config import load
+from megatrain.config import load, recipes
 from tests.runs import Metrics, TinyData
 from tests.served import ServedRanks
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*_1xgpu.yaml"))
-HAS_GPU = torch.cuda.is_available()
+RECIPES = [name for name in recipes.names() if name.endswith("_1xgpu")]
 NUM_STEPS = 24
 SCALED_DOWN = [
     "model.hidden_size=64",
@@ -31,34 +29,37 @@ SCALED_DOWN = [
 ]
 
 
-@pytest.mark.gpu
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-@pytest.mark.parametrize("place", ["on a GPU" if HAS_GPU else "scaled down on the CPU"])
-def test_a_recipe_for_one_gpu_learns(
-    place: str, recipe: Path, tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path
-) -> None:
-    overrides = [
-        f"run.dir={tmp_path / 'run'}",
-        f"data.train.0.path={tiny_data.prose}",
-        f"data.validation.0.path={tiny_data.held_out}",
-        f"train.steps={NUM_STEPS}",
-        "train.eval_batches=1",
-        "schedule.warmup_steps=1",
-    ]
-    if HAS_GPU:
-        # Two micro-batches are enough to see that they add up; the recipe's own batch is hundreds of sequences.
-        overrides.append(f"train.global_batch_size={2 * load(recipe).train.micro_batch_size}")
-        command = [sys.executable, "-m", "megatrain", "train", str(recipe), *overrides, "--procs", "1"]
-        ended = subprocess.run(command, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-    else:
-        one_rank.finish(recipe, *overrides, *SCALED_DOWN)
-    metrics = Metrics.read(tmp_path / "run")
+OVERRIDES = [f"train.steps={NUM_STEPS}", "train.eval_batches=1", "schedule.warmup_steps=1"]
+
+
+def check_that_it_learned(run_dir: Path) -> None:
+    metrics = Metrics.read(run_dir)
     assert metrics.steps == list(range(1, NUM_STEPS + 1))
     assert all(map(math.isfinite, metrics.losses + metrics.norms))
     assert sum(metrics.losses[-5:]) / 5 < sum(metrics.losses[:5]) / 5 - 0.02  # single batches differ by as much
 
 
-def test_there_are_recipes_for_one_gpu() -> None:
-    assert len(RECIPES) >= 3
+def places(data: TinyData, run_dir: Path) -> list[str]:
+    return [f"run.dir={run_dir}", f"data.train.0.path={data.prose}", f"data.validation.0.path={data.held_out}"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_scaled_down_learns_on_the_cpu(
+    recipe: str, tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path
+) -> None:
+    one_rank.finish(Path(recipe), *OVERRIDES, *places(tiny_data, tmp_path / "run"), *SCALED_DOWN)
+    check_that_it_learned(tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_for_one_gpu_learns(recipe: str, tiny_data: TinyData, tmp_path: Path) -> None:
+    # Two micro-batches are enough to see that they add up; the recipe's own batch is hundreds of sequences.
+    batch = f"train.global_batch_size={2 * load(recipe).train.micro_batch_size}"
+    overrides = [*OVERRIDES, *places(tiny_data, tmp_path / "run"), batch]
+    command = [sys.executable, "-m", "megatrain", "train", recipe, *overrides, "--procs", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    check_that_it_learned(tmp_path / "run")

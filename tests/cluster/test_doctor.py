@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
@@ -18,9 +17,10 @@ from megatrain.distributed.judgement import ANSWER
 from tests.cluster.conftest import ROOT
 from tests.cluster.lab import Lab
 from tests.faults.test_stragglers import throttle
+from tests.runs import ACCEPTANCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
-acceptance = pytest.mark.skipif(os.environ.get("MEGATRAIN_ACCEPTANCE") != "1", reason="part of `make acceptance`")
+acceptance = pytest.mark.acceptance
 NODES = range(1, 4)  # of the lab
 RATE = ("rate", "20mbit", "burst", "32kbit", "latency", "400ms")
 
@@ -62,7 +62,7 @@ def clinic(lab: Lab, tmp_path: Path) -> Clinic:
 
 
 def test_on_healthy_nodes_it_is_silent(clinic: Clinic) -> None:
-    for _ in range(5 if os.environ.get("MEGATRAIN_ACCEPTANCE") == "1" else 1):
+    for _ in range(5 if ACCEPTANCE else 1):
         assert clinic.call() == (0, "")
     assert list((clinic.folder / "run").iterdir()) == []
 

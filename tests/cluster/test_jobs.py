@@ -5,7 +5,6 @@ The suite marked slow takes a sample; MEGATRAIN_ACCEPTANCE=1 runs all.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from tests.cluster.conftest import ClusterRun
 from tests.runs import Metrics, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
-acceptance = pytest.mark.skipif(os.environ.get("MEGATRAIN_ACCEPTANCE") != "1", reason="part of `make acceptance`")
+acceptance = pytest.mark.acceptance
 both_ways = pytest.mark.parametrize("via", ["deepspeed", "srun"])
 Check = Callable[..., None]
 

@@ -5,7 +5,6 @@ Nobody looks after these ranks: they are started by hand, one on each node.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from tests.cluster.lab import Lab
 from tests.runs import Metrics, TinyData, tiny_config, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-acceptance = pytest.mark.skipif(os.environ.get("MEGATRAIN_ACCEPTANCE") != "1", reason="part of `make acceptance`")
+acceptance = pytest.mark.acceptance
 MOST_SECONDS = 30.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.tokenize_inputs import environment, folder_bytes, write_inputs
+from tests.runs import ACCEPTANCE
 
 # Runs the command in forks of one process that has imported everything. Each fork kills itself at its n-th call that
 # opens, renames, removes or makes a file: the n-th step at which what is on disk can be torn.
@@ -70,7 +70,7 @@ def run(folder: Path, command: str, out: str, *steps: int) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-KILLS_IN_ALL = 200 if os.environ.get("MEGATRAIN_ACCEPTANCE") else 12
+KILLS_IN_ALL = 200 if ACCEPTANCE else 12
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from megatrain.distributed.bootstrap import free_port
-from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
+from tests.runs import ACCEPTANCE, Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 
 pytestmark = pytest.mark.slow
-acceptance = pytest.mark.skipif(os.environ.get("MEGATRAIN_ACCEPTANCE") != "1", reason="part of `make acceptance`")
+acceptance = pytest.mark.acceptance
 MOST_SECONDS = 30.0
 LONG_HANG_SECONDS = 600.0  # what ends the others must not be that nothing moves any more
 
@@ -46,7 +46,7 @@ SAMPLE = [("imports", 2, 1), ("a step", 4, 0)]
 ALL = [(moment, num_ranks, rank) for moment in MOMENTS for num_ranks in (2, 4) for rank in (0, num_ranks - 1)]
 
 
-@pytest.mark.parametrize(("moment", "num_ranks", "rank"), ALL if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
+@pytest.mark.parametrize(("moment", "num_ranks", "rank"), ALL if ACCEPTANCE else SAMPLE)
 def test_a_killed_rank_ends_all_within_half_a_minute(
     moment: str, num_ranks: int, rank: int, tiny_data: TinyData, tmp_path: Path
 ) -> None:

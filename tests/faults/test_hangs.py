@@ -22,7 +22,7 @@ import pytest
 from tests.runs import TinyData, TrainProcess, tiny_config, write_config
 
 pytestmark = pytest.mark.slow
-acceptance = pytest.mark.skipif(os.environ.get("MEGATRAIN_ACCEPTANCE") != "1", reason="part of `make acceptance`")
+acceptance = pytest.mark.acceptance
 
 HANG_TIMEOUT_SECONDS = 10.0
 TRANSFORM = """

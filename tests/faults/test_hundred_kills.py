@@ -5,7 +5,6 @@ MEGATRAIN_ACCEPTANCE=1 kills a hundred times.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import sys
@@ -18,12 +17,12 @@ import psutil
 import pytest
 
 from megatrain.checkpoint.store import find_store
-from tests.runs import Metrics, TinyData, TrainProcess, last_step, tiny_config, wait_until, write_config
+from tests.runs import ACCEPTANCE, Metrics, TinyData, TrainProcess, last_step, tiny_config, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SEED = 7
-NUM_KILLS = 100 if os.environ.get("MEGATRAIN_ACCEPTANCE") else 4
+NUM_KILLS = 100 if ACCEPTANCE else 4
 SAVE_EVERY, EVALUATE_EVERY = 20, 15
 # What a kill hits, and for how long that lasts: it comes at any moment of it.
 MOMENTS = {"start": 6.0, "step": 2.0, "save": 0.02, "evaluation": 0.1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 
 from megatrain.checkpoint.inspection import verify
 from megatrain.checkpoint.store import find_store
-from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
+from tests.runs import ACCEPTANCE, Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 
 NUM_STEPS = 20
 
@@ -199,7 +198,7 @@ SYSTEM_CALLS = [(0, "rename", 1)] + [
         (0, "mkdir", 1), (0, "fsync", 1), (0, "fsync", 2), (0, "fsync", 3), (0, "fsync", 4), (1, "mkdir", 1),
         (1, "write", 3), (0, "rename", 2), (1, "fsync", 1),
     ]
-    if os.environ.get("MEGATRAIN_ACCEPTANCE")
+    if ACCEPTANCE
 ]  # fmt: skip
 
 

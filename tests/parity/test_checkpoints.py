@@ -8,7 +8,6 @@ within 1e-3 in bf16: an activation has 8 significant bits there, and each layout
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from megatrain.train.inference import load_decoder
 from tests.parity.figures import Pool
 from tests.parity.saves import Layout, Saves
 from tests.parity.worker import NUM_VALIDATION_WINDOWS
+from tests.runs import ACCEPTANCE
 
 slow = pytest.mark.slow
-ACCEPTANCE = os.environ.get("MEGATRAIN_ACCEPTANCE") == "1"
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
 OTHER_PRECISION = 5e-3
 # Neighbours differ in as much as they can: each is loaded by the next one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import socket
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from tests.parity.figures import Pool
 from tests.parity.matrix import parity_config
+from tests.runs import ACCEPTANCE
 
 POISONED, NUM_STEPS = 3, 6
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
@@ -33,7 +33,7 @@ SAMPLE = ("ZeRO 0 bf16", "ZeRO 2 fp32", "ZeRO 3 bf16", "tensor under ZeRO 3", "p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
+@pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
 def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_update_out_on_all(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     found = _figures(pool, num_ranks, parallel, precision, poisoned_step=POISONED)
@@ -47,7 +47,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_update_out_on_all(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
+@pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
 def test_an_update_that_is_refused_at_the_last_moment_changes_nothing(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     found = _figures(pool, num_ranks, parallel, precision, refused_step=POISONED)
@@ -61,7 +61,7 @@ def test_an_update_that_is_refused_at_the_last_moment_changes_nothing(layout: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("MEGATRAIN_ACCEPTANCE") else SAMPLE)
+@pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
 def test_an_engine_that_goes_back_takes_the_same_steps_again(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     found = _figures(pool, num_ranks, parallel, precision, twice=True, refused_step=POISONED)

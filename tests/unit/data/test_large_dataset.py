@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from functools import partial
@@ -18,16 +17,15 @@ from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import shard_name
 from megatrain.data.storage import MAPPED_SHARDS
 
-ACCEPTANCE = pytest.mark.skipif(not os.environ.get("MEGATRAIN_ACCEPTANCE"), reason="part of `make acceptance`")
 QUICK = pytest.param(1_500, 10**7, id="1,500 shards")
-SLOW = pytest.param(10_000, 10**8, marks=[pytest.mark.slow, ACCEPTANCE], id="10^12 tokens in 10^4 shards")
+SLOW = pytest.param(10_000, 10**8, marks=[pytest.mark.slow, pytest.mark.acceptance], id="10^12 tokens in 10^4 shards")
 LONG = pytest.param(
     100_000,
     10**7,
     marks=[
         pytest.mark.slow,
         pytest.mark.timeout(1800),
-        ACCEPTANCE,
+        pytest.mark.acceptance,
     ],
     id="10^12 tokens in 10^5 shards",
 )

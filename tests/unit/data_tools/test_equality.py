@@ -5,7 +5,6 @@ The suite marked slow takes three formats, MEGATRAIN_ACCEPTANCE=1 all.
 
 from __future__ import annotations
 
-import os
 import random
 import unicodedata
 from pathlib import Path
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 
 from data_tools.engines import NASTY_TEXTS
 from megatrain.data import open_dataset
+from tests.runs import ACCEPTANCE
 
 ALPHABETS = [
     [chr(code) for code in range(128)],
@@ -33,7 +33,6 @@ ALPHABETS = [
     ["the", " quick", " brown", "\n\n    ", "def ", "(self)", "://", "____", ".", ",", "don't"],
 ]
 
-ACCEPTANCE = os.environ.get("MEGATRAIN_ACCEPTANCE") == "1"
 FORMATS = list(WRITERS) if ACCEPTANCE else ["a.jsonl.zst", "a.parquet", "texts"]
 
 
