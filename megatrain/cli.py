@@ -279,16 +279,21 @@ def report(
 
 @checkpoint_app.command("list")
 def list_checkpoints(run: RunPlace, as_json: AsJson = False) -> None:
-    """The checkpoints of a run, oldest first, and whether they look whole."""
+    """The checkpoints of a run, oldest first: tokens trained on, validation loss, whether they look whole."""
     from megatrain.checkpoint.inspection import list_checkpoints
     from megatrain.checkpoint.location import locate
 
     rows = list_checkpoints(locate(run))
     if as_json:
-        _print_json([{"step": r.step, "path": str(r.path), "good": r.good, "problem": r.problem} for r in rows])
+        _print_json([row.to_json() for row in rows])
         return
     for row in rows:
-        typer.echo(f"step {row.step:>8}  {row.path}  {'good' if row.good else f'NOT GOOD: {row.problem}'}")
+        tokens, loss = (
+            ("?", None) if row.manifest is None else (f"{row.manifest.tokens:,}", row.manifest.validation_loss)
+        )
+        validation = "" if loss is None else f"validation loss {loss:.4f}"
+        state = "good" if row.good else f"NOT GOOD: {row.problem}"
+        typer.echo(f"step {row.step:>8}  {tokens:>15} tokens  {validation:<22}  {row.path}  {state}")
 
 
 @checkpoint_app.command("inspect")

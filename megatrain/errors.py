@@ -47,6 +47,10 @@ class Superseded(CheckpointError):
     """A later start of the same run has taken over: this one can save nothing any more, and has to end."""
 
 
+class NotFinite(CheckpointError):
+    """State has NaN or infinity in it, and is not worth a checkpoint."""
+
+
 class RankError(MegatrainError):
     """A rank failed or hung."""
 
@@ -54,7 +58,7 @@ class RankError(MegatrainError):
 
 
 class Diverged(MegatrainError):
-    """Too many updates had to be left out: the same start again would end the same way."""
+    """The state is ruined, or too many updates had to be left out: the same start again would end the same way."""
 
     exit_code = EXIT_USAGE
 

@@ -19,6 +19,8 @@ from megatrain.errors import CheckpointError
 
 PIECES_SUFFIX = ".safetensors"
 _FILES_IN_USE = 16
+_STILL_OPEN_ELSEWHERE = ".nfs"
+"""How NFS calls a file that was deleted while somebody has it open."""
 
 
 class CheckpointReader:
@@ -142,7 +144,8 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
         damaged = damaged or problem is not None
         yield entry, problem
     known = {entry.file for entry in manifest.files} | {MANIFEST}
-    for stray in sorted(path.name for path in folder.iterdir() if path.name not in known):
+    names = (path.name for path in folder.iterdir())
+    for stray in sorted(name for name in names if name not in known and not name.startswith(_STILL_OPEN_ELSEWHERE)):
         yield FileEntry(file=stray, bytes=0, checksum=""), f"{folder / stray}: the manifest does not know this file."
     if not damaged:
         whole = FileEntry(file=MANIFEST, bytes=0, checksum="")

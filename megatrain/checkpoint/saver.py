@@ -23,7 +23,7 @@ from megatrain.checkpoint.pieces import read_written, write_pieces
 from megatrain.checkpoint.store import CheckpointStore, Retention, add_file
 from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import Fragment, Piece
-from megatrain.errors import CheckpointError, Superseded
+from megatrain.errors import CheckpointError, NotFinite, Superseded
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,14 @@ class CheckpointSaver:
         self._manifest: Callable[[Sequence[FileEntry]], Manifest] | None = None
         self._files: tuple[tuple[str, bytes], ...] = ()
         self._step, self._began, self._stall = 0, 0.0, 0.0
-        self.problem: str | None = None
+        self._is_prune_due = False
+        self.error: CheckpointError | None = None
+        """Why this rank's part of the last save failed; None where it did not."""
+
+    @property
+    def problem(self) -> str | None:
+        """The same in words."""
+        return None if self.error is None else str(self.error)
 
     @property
     def is_busy(self) -> bool:
@@ -106,7 +113,7 @@ class CheckpointSaver:
         copies = [self._copy(fragment) for fragment in fragments]
         self._activity.begin_transfer(sum(copy.data.nbytes for copy in copies))
         self._stall = time.perf_counter() - self._began
-        self._step, self._manifest, self._files, self._state, self.problem = (
+        self._step, self._manifest, self._files, self._state, self.error = (
             step,
             manifest,
             tuple(files),
@@ -128,7 +135,7 @@ class CheckpointSaver:
         if error is not None:
             if isinstance(error, Superseded) or not isinstance(error, CheckpointError):
                 raise error
-            self.problem = str(error)
+            self.error = error
             return Votes(failed=1.0)
         return Votes(written=1.0) if self._state == "writing" else Votes(committed=1.0)
 
@@ -145,8 +152,16 @@ class CheckpointSaver:
             return self._end(self._store.place(self._step))
         return None
 
-    def close(self) -> None:
-        """Stop the thread, once it has written what it is writing."""
+    def prune(self) -> None:
+        """Remove the checkpoints that are not kept, in the background, if one has appeared since this was last done."""
+        if self._is_prune_due:
+            self._is_prune_due = False
+            self._thread.submit(self._tidy, self._store.prune, self._retention)
+
+    def close(self, *, prune: bool = True) -> None:
+        """Stop the thread, once it has written what it is writing, and removed what is not kept."""
+        if prune:
+            self.prune()
         self._thread.shutdown(wait=True)
 
     def _end(self, path: Location | None) -> Outcome:
@@ -162,6 +177,8 @@ class CheckpointSaver:
         return fragment._replace(data=self._copies[key].copy_(data))
 
     def _write(self, fragments: Sequence[Fragment]) -> None:
+        for fragment in fragments:
+            _refuse_what_is_not_finite(fragment)
         path = self._begin_folder() / rank_file(self._rank)
         with self._naming(path):
             write_pieces(path, fragments, self._activity)
@@ -179,7 +196,7 @@ class CheckpointSaver:
                 entries.append(add_file(folder, name, content))
                 self._activity.transfer()
             self._store.commit(self._manifest(entries))
-        self._thread.submit(self._tidy, self._store.prune, self._retention)
+        self._is_prune_due = True
 
     def _begin_folder(self) -> Location:
         with self._naming(self._store.folder):
@@ -203,6 +220,12 @@ class CheckpointSaver:
         except OSError as error:
             self._store.refuse_if_superseded()
             raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from error
+
+
+def _refuse_what_is_not_finite(fragment: Fragment) -> None:
+    """Raise NotFinite, naming the parameter. A single pass: the least and the greatest of NaN are NaN."""
+    if fragment.data.numel() and not torch.stack(torch.aminmax(fragment.data)).isfinite().all():
+        raise NotFinite(f"{fragment.piece.name} ({fragment.kind}) has NaN or infinity in it")
 
 
 def _key(fragment: Fragment) -> tuple[Piece, str]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import xxhash
 import yaml
@@ -32,16 +33,31 @@ _MAX_SMALL_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A checkpoint that a run has; ``problem``: why it cannot be used, None if it looks whole."""
+    """A checkpoint that a run has; ``problem``: why it cannot be used, None if it looks whole. ``manifest``:
+    what it says, where that can be read."""
 
     step: int
     path: Location
     problem: str | None
+    manifest: Manifest | None = None
 
     @property
     def good(self) -> bool:
         """Whether its manifest is sound and every file has its size (contents are checked as they are read)."""
         return self.problem is None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `megatrain checkpoint list --json` says of it."""
+        known = self.manifest.model_dump(include={"tokens", "validation_loss"}) if self.manifest else {}
+        return {
+            "step": self.step,
+            "tokens": None,
+            "validation_loss": None,
+            **known,
+            "path": str(self.path),
+            "good": self.good,
+            "problem": self.problem,
+        }
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,7 @@ class CheckpointStore(ABC):
 
     def list(self) -> list[CheckpointFolder]:
         """All checkpoints of the run, oldest first."""
-        found = [CheckpointFolder(step, path, find_problem(path)) for step, path in self.names()]
+        found = [CheckpointFolder(step, path, *_look(path)) for step, path in self.names()]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest_good(self, damaged: Mapping[Location, str] = MappingProxyType({})) -> CheckpointFolder | None:
@@ -325,21 +341,27 @@ def find_problem(path: Location) -> str | None:
 
     Raises Unreachable where that cannot be found out.
     """
+    problem, _ = _look(path)
+    return problem
+
+
+def _look(path: Location) -> tuple[str | None, Manifest | None]:
+    """The same, and the manifest, where it can be read."""
     try:
         sizes, manifest = list_folder(path), read_manifest(path)
     except FileNotFoundError:
-        return f"{path} is not there."
+        return f"{path} is not there.", None
     except Unreachable:
         raise
     except CheckpointError as error:
-        return str(error)
+        return str(error), None
     for entry in manifest.files:
         size = sizes.get(entry.file)
         if size is None:
-            return f"{path / entry.file} is missing."
+            return f"{path / entry.file} is missing.", manifest
         if size != entry.bytes:
-            return f"{path / entry.file} has {size:,} bytes instead of {entry.bytes:,}."
-    return None
+            return f"{path / entry.file} has {size:,} bytes instead of {entry.bytes:,}.", manifest
+    return None, manifest
 
 
 def _readable(path: Location) -> Manifest | None:

@@ -5,6 +5,7 @@ Each function takes a section whose keys are right one by one, and gives all tha
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -167,4 +168,23 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if config.spikes.action == "rewind" and config.spikes.rewind_steps > kept:
         reason = f"must be at most checkpoint.keep * checkpoint.every_steps ({kept}): older ones are deleted"
         problems.append(Problem("spikes.rewind_steps", config.spikes.rewind_steps, reason, str(kept)))
-    return problems + deepspeed(config.deepspeed)
+    return [*problems, *retention(config), *deepspeed(config.deepspeed)]
+
+
+def retention(config: schema.RunConfig) -> list[Problem]:
+    """What asks for checkpoints to be kept must be able to find one."""
+    problems = []
+    kept, steps = config.checkpoint, config.train.steps
+    nth, every, evaluated = kept.keep_every_steps, kept.every_steps, config.train.eval_every_steps
+    if nth is not None and steps % nth and math.lcm(nth, every) > steps:
+        reason = f"keeps nothing: no step up to train.steps ({steps}) is a multiple of it and is saved ("
+        reason += f"checkpoint.every_steps is {every})"
+        problems.append(Problem("checkpoint.keep_every_steps", nth, reason, str(every) if every <= steps else "null"))
+    if kept.keep_best and not config.data.validation:
+        reason = "keeps nothing: without data.validation no checkpoint has a validation loss"
+        problems.append(Problem("checkpoint.keep_best", kept.keep_best, reason, "0"))
+    elif kept.keep_best and max(every, evaluated) < steps <= math.lcm(every, evaluated):
+        reason = f"keeps nothing: no step before the last is both saved (checkpoint.every_steps is {every}) and "
+        reason += f"evaluated (train.eval_every_steps is {evaluated}); make one a multiple of the other"
+        problems.append(Problem("checkpoint.keep_best", kept.keep_best, reason))
+    return problems

@@ -18,7 +18,7 @@ from megatrain.checkpoint.origin import find_origin
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store
-from megatrain.errors import CheckpointError, Diverged, Unreachable
+from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.companions import Companions
@@ -32,10 +32,15 @@ _VERSIONS = ("torch", "deepspeed")
 
 
 class Saving:
-    """Saves a run's state at its pace; the same calls at the same steps on all ranks."""
+    """Saves a run's state at its pace; the same calls at the same steps on all ranks.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    A checkpoint replaces none that is older before an update was made from its state: the update before it may have
+    ruined the weights, and from ruined ones no gradient is finite. ``num_updates``: made by the state that the run goes
+    on from.
+    """
+
+    def __init__(self, run: Run, num_updates: int) -> None:
+        self._run, self._num_updates = run, num_updates
         kept = run.config.checkpoint
         retention = Retention(kept.keep, kept.keep_every_steps, kept.keep_best)
         self._saver = CheckpointSaver(run.store, run.rank.rank, run.rank.world_size, retention, run.groups.activity)
@@ -55,10 +60,12 @@ class Saving:
     def begin(self, progress: Progress, validation_loss: float | None, on_request: bool) -> list[Outcome]:
         """Start to save; first wait for the save before, if it is still under way. What ended meanwhile.
 
+        Raises Diverged where the state of the save before, or this one's, turns out not to be finite.
+
         ``validation_loss``: of this very step, where it was evaluated. ``on_request``: kept until somebody deletes it.
         """
         ended = self.finish()
-        run = self._run
+        run, self._num_updates = self._run, progress.updates
         companions = _companions(run) if run.rank.rank == 0 else run.companions
         self._saver.begin(
             progress.step,
@@ -91,18 +98,34 @@ class Saving:
             ended += self.settle(Votes(*self._run.groups.sum(list(self._saver.votes()))))
         return ended
 
-    def close(self) -> None:
-        """End the thread that writes, once it has removed what is not kept. Collective."""
-        self._run.groups.together(self._saver.close)
+    def is_new(self, progress: Progress) -> bool:
+        """Whether an update was made since the last checkpoint."""
+        return progress.updates > self._num_updates
+
+    def note_step(self, progress: Progress) -> None:
+        """Let the last checkpoint replace older ones, once it is there and an update was made from its state."""
+        if self.is_new(progress):
+            self._saver.prune()
+
+    def close(self, *, prune: bool) -> None:
+        """End the thread that writes; ``prune``: once it has removed what is not kept. Collective."""
+        self._run.groups.together(lambda: self._saver.close(prune=prune))
 
     def _note(self, outcome: Outcome) -> Outcome:
         """All ranks are here: a save ends for all at the same step."""
         if outcome.path is not None:
             self.last_saved, self.problem = outcome.step, None
             return outcome
-        self.problem = self._run.groups.first(self._saver.problem)
         if self._saver.problem:
             logger.error("checkpoint of step %d failed on this rank: %s", outcome.step, self._saver.problem)
+        first = self._run.groups.first(self._saver.error)
+        self.problem = str(first)
+        if isinstance(first, NotFinite):
+            raise Diverged(
+                f"The state after step {outcome.step} was not saved, as it is ruined: {first}. The checkpoints before "
+                "it stay. Look at the data and the learning rate, and start again; go back further, if need be, with "
+                "`megatrain checkpoint rewind`."
+            )
         return outcome
 
 

@@ -19,7 +19,7 @@ from megatrain.distributed.bootstrap import RankInfo, start_name
 from megatrain.distributed.lifeline import Lifeline
 from megatrain.distributed.signals import Requests
 from megatrain.distributed.watchdog import Watchdog
-from megatrain.errors import EXIT_RANK
+from megatrain.errors import EXIT_RANK, Diverged
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
@@ -62,13 +62,14 @@ def train(
         while True:
             with _observed(run, progress, resumed_from, complaints, clock, ledger) as observers:
                 trainer = Trainer(run, progress, stop, observers, lease, watchdog)
-                try:
-                    return trainer.run()
-                except SpikeError as spike:
-                    clock = None  # what comes now is no start
-                    watchdog.enter(spike.step, "start")
-                    progress, complaints = go_back(run, trainer.progress, spike)
-                    resumed_from = str(run.store.place(progress.step))
+                with _giving_up_told(observers, trainer):
+                    try:
+                        return trainer.run()
+                    except SpikeError as spike:
+                        clock = None  # what comes now is no start
+                        watchdog.enter(spike.step, "start")
+                        progress, complaints = go_back(run, trainer.progress, spike)
+                        resumed_from = str(run.store.place(progress.step))
 
 
 @contextlib.contextmanager
@@ -99,6 +100,17 @@ def _observed(
         if (change := begun_segment(progress)) is not None:
             observers.event("data order", progress.step, change)
         yield observers
+
+
+@contextlib.contextmanager
+def _giving_up_told(observers: Observers | None, trainer: Trainer) -> Iterator[None]:
+    """That a run gives up is an event, as any other end."""
+    try:
+        yield
+    except Diverged as error:
+        if observers:
+            observers.end("diverged", trainer.progress.step, f"gave up: {error}")
+        raise
 
 
 @contextlib.contextmanager

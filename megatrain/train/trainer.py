@@ -92,7 +92,7 @@ class Trainer:
         self._requests, self._observers, self._lease, self._watchdog = requests, observers, lease, watchdog
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
-        self._saving = Saving(run)
+        self._saving = Saving(run, progress.updates)
         self._spikes = SpikeWatch(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
@@ -109,7 +109,8 @@ class Trainer:
         """Train to the last step.
 
         Raises Preempted once state is saved after a request to stop, CheckpointError where it could not be saved,
-        Diverged where too many updates were left out in a row, SpikeError where the run is to go back for a spike.
+        Diverged where it is ruined or too many updates were left out in a row, SpikeError where the run is to go back
+        for a spike.
         """
         batches = self._run.training_batches(self._run.order)
         try:
@@ -126,7 +127,7 @@ class Trainer:
                 self._save_if_due(stopping, asked.to_save)
         except SpikeError:
             self._tell(self._saving.finish())
-            self._saving.close()
+            self._saving.close(prune=False)
             raise
         finally:
             batches.close()
@@ -153,6 +154,7 @@ class Trainer:
         if spike is not None and self._config.spikes.action == "rewind":
             raise SpikeError(self.progress.step, spike)
         self.progress = self.progress.after_step(count, result.skipped, self._spikes.recent)
+        self._saving.note_step(self.progress)
         self._note_skip(loss, result)
         metrics = StepMetrics(
             step=self.progress.step,
@@ -227,7 +229,8 @@ class Trainer:
     def _save_if_due(self, stopping: bool, on_request: bool) -> None:
         step = self.progress.step
         last = stopping or step == self._config.train.steps
-        due = last or on_request or step % self._config.checkpoint.every_steps == 0
+        in_turn = step % self._config.checkpoint.every_steps == 0 and self._saving.is_new(self.progress)
+        due = last or on_request or in_turn
         every = self._config.train.compare_weights_every_steps
         if every is not None and (due or step % every == 0):
             self._refuse_weights_that_differ()
@@ -241,7 +244,8 @@ class Trainer:
                 self._tell(self._saving.finish())
 
     def _end(self, stopping: bool) -> None:
-        self._saving.close()
+        is_sound = self.progress.skipped_in_a_row == 0 and math.isfinite(self._validation_loss or 0.0)
+        self._saving.close(prune=is_sound)
         self._requests.ignore_further()
         self._count_time(self._watch.lap()[1])
         step, saved = self.progress.step, self._saving.last_saved

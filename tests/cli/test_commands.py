@@ -37,8 +37,11 @@ def test_checkpoints_are_listed_oldest_first(megatrain: Megatrain, finished_run:
     rows = json.loads(megatrain("checkpoint", "list", finished_run, "--json").out)
     assert [(row["step"], row["good"]) for row in rows] == [(2, True), (4, True), (6, True)]
     assert all(Path(row["path"]).is_dir() and row["problem"] is None for row in rows)
+    assert [row["tokens"] for row in rows] == [8 * 64 * step for step in (2, 4, 6)]
+    assert [row["validation_loss"] is None for row in rows] == [True, True, False]  # the last step is evaluated
     text = megatrain("checkpoint", "list", finished_run).out
     assert text.count("good") == 3
+    assert f"{8 * 64 * 6:,} tokens  validation loss {rows[-1]['validation_loss']:.4f}" in text
 
 
 def test_a_checkpoint_is_described_as_it_is(megatrain: Megatrain, finished_run: Path) -> None:

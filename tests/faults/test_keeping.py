@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.store import PosixStore
 from tests.faults.conftest import Copy
@@ -79,3 +81,26 @@ def test_a_changed_place_of_checkpoints_is_refused_rather_than_begun_afresh(
     ended = two_ranks.train(run.config, f"checkpoint.dir={tmp_path / 'elsewhere'}")
     assert ended.codes == [4, 4], ended.output
     assert f"checkpoints are in {run.run_dir / 'checkpoints'}" in "".join(ended.output)
+
+
+RUINED = ("optimizer.lr=1e39",)  # the first update makes weights that are not finite
+SKIPPED = ("train.precision=fp16", "train.initial_loss_scale_power=32")  # no gradient is finite
+
+
+@pytest.mark.parametrize("background", ["checkpoint.background=true", "checkpoint.background=false"])
+@pytest.mark.parametrize("fault", [RUINED, SKIPPED], ids=["ruined", "skipped"])
+def test_no_ruined_or_standing_state_replaces_a_good_checkpoint(
+    fault: tuple[str, ...], background: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    sections = {"train": {"steps": 4}, "checkpoint": {"every_steps": 1, "keep": 1}}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir, **sections))
+    two_ranks.finish(config)
+    assert _steps(run_dir) == [4]
+    ended = two_ranks.train(config, "train.steps=30", "spikes.max_in_a_row=5", background, *fault)
+    output = "".join(ended.output)
+    assert ended.codes == [2, 2], output
+    assert _steps(run_dir) == [4]
+    gave_up = [event for event in Metrics.read(run_dir).events if event["event"] == "diverged"]
+    assert len(gave_up) == 1
+    assert "megatrain checkpoint rewind" in gave_up[0]["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -77,3 +78,17 @@ def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) 
     assert outcome.path is not None
     read = CheckpointReader(outcome.path).read_parameter(placement, "weight")
     assert torch.equal(read.flatten(), local)
+
+
+def test_state_with_nan_or_infinity_is_never_saved(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path)
+    store.open_generation()
+    saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
+    _save(saver, 1, fragments(0, 1))
+    for step, value in ((2, math.nan), (3, -math.inf)):
+        ruined = fragments(0, 1)
+        ruined[3].data[-1] = value
+        assert _save(saver, step, ruined).path is None
+        assert saver.problem == f"{ruined[3].piece.name} (exp_avg) has NaN or infinity in it"
+    saver.close()
+    assert [found.step for found in store.list()] == [1]

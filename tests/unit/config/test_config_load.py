@@ -113,6 +113,18 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_with_the_nearest_legal_on
         (["model.head_dim=15"], "must be even for the rotary embedding; nearest: 16"),
         (["model.layer_norm_epsilon=1e-6"], "read by family gpt2 only"),
         (
+            ["checkpoint.keep_best=2"],
+            "checkpoint.keep_best (the command line): 2 given; keeps nothing: without data.val",
+        ),
+        (
+            ["checkpoint.keep_best=2", "data.validation=[{path: v}]", "train.eval_every_steps=30", "train.steps=140"],
+            "keep_best (the command line): 2 given; keeps nothing: no step before the last is both saved (checkpoint.",
+        ),
+        (
+            ["checkpoint.keep_every_steps=75", "train.steps=140"],
+            "keep_every_steps (the command line): 75 given; keeps nothing: no step up to train.steps (140) is a mul",
+        ),
+        (
             ["data.train.0.fill_in_the_middle.rate=0.75", "data.train.0.span_corruption.rate=0.5"],
             "span_corruption.rate (the command line): 0.5 given; a document gets this or fill_in_the_middle: "
             "their rates must add up to 1.0 at most; nearest: 0.25",
