@@ -31,7 +31,7 @@ from data_tools import tokenize, units
 
 if __name__ == "__main__":
     # As the command does it, but in parts so small that there are many of them.
-    tokenize.Effort.__init__.__defaults__ = (int(sys.argv.pop(1)), 0.0)
+    tokenize.Effort.__init__.__defaults__ = (int(sys.argv.pop(1)), 0.01, 0.0)
     main()
 """
 
