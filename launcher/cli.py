@@ -48,6 +48,7 @@ Account = Annotated[str | None, typer.Option(help="As for sbatch.")]
 Qos = Annotated[str | None, typer.Option(help="As for sbatch.")]
 Exclude = Annotated[str | None, typer.Option(help="Nodes to stay away from, as for sbatch.")]
 Time = Annotated[str | None, typer.Option(help="Limit, as for sbatch: 30, 12:00:00, 2-00.")]
+Mem = Annotated[str | None, typer.Option(help="Memory of each node (of an array: of each task), as for sbatch: 64G.")]
 SiteFile = Annotated[Path | None, typer.Option("--site", help="A YAML file with this cluster's own lines.")]
 Sbatch = Annotated[
     list[str] | None,
@@ -89,6 +90,7 @@ def slurm(
     qos: Qos = None,
     exclude: Exclude = None,
     time: Time = None,
+    mem: Mem = None,
     job_name: Annotated[str | None, typer.Option(help="Left out: the config's file name.")] = None,
     signal_seconds: Annotated[
         int, typer.Option(min=1, max=65535, help="How long before the limit the run is asked to save and end.")
@@ -115,6 +117,7 @@ def slurm(
     loaded = load(config, overrides or ())
     least = min_nodes or nodes
     check_elastic(loaded, ranks_per_node, least, nodes)
+    named = _given(partition=partition, account=account, qos=qos, exclude=exclude, time=time, mem=mem)
     job = Job(
         config=config,
         overrides=tuple(overrides or ()),
@@ -127,7 +130,7 @@ def slurm(
         is_shared=shared,
         via_ssh=via is not Via.SRUN,
         cpus_per_task=cpus_per_task,
-        options=(*_given(partition=partition, account=account, qos=qos, exclude=exclude, time=time), *(sbatch or ())),
+        options=(*named, *(sbatch or ())),
         name=job_name or Path(config).stem,
         signal_seconds=signal_seconds,
         tries=tries,
@@ -149,7 +152,7 @@ def array(
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks, which share the work.")],
     max_running: Annotated[int | None, typer.Option(min=1, help="At most so many tasks at the same time.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each task.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of each task, as for sbatch: 16G.")] = None,
+    mem: Mem = None,
     logs: Annotated[Path, typer.Option(help="Folder for the tasks' output, one file each.")] = Path("logs"),
     partition: Partition = None,
     account: Account = None,
@@ -167,7 +170,7 @@ def array(
     from launcher.site import read_site
     from launcher.submit import check_array
 
-    options = _given(partition=partition, account=account, qos=qos, exclude=exclude, time=time, mem=mem)
+    named = _given(partition=partition, account=account, qos=qos, exclude=exclude, time=time, mem=mem)
     job = Array(
         command=tuple(command),
         num_tasks=tasks,
@@ -175,7 +178,7 @@ def array(
         cpus_per_task=cpus_per_task,
         working_dir=Path.cwd(),
         logs=Path.cwd() / logs,
-        options=(*options, *(sbatch or ())),
+        options=(*named, *(sbatch or ())),
         name=job_name or f"megatrain-{command[0]}",
     )
     check_array(tasks)

@@ -59,7 +59,7 @@ class Status(NamedTuple):
         yield f"step       {self.step:,}{of}{loss}{ago}"
         if self.step_seconds is not None:
             mfu = f", MFU {self.mfu:.1%}" if self.mfu is not None else ""
-            left = f"; {format_duration(self.seconds_left)} left" if self.seconds_left else ""
+            left = f"; {format_duration(self.seconds_left)} of training left" if self.seconds_left else ""
             speed = f", {format_count(self.tokens_per_second)} tokens/s" if self.tokens_per_second else ""
             yield f"rate       {self.step_seconds:.3g} s a step{speed}{mfu}{left}"
         saved = "none" if self.saved_step is None else f"step {self.saved_step:,}"
@@ -129,8 +129,8 @@ def _job(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return ("queued" if slurm.startswith("PENDING") else "starting"), words
     ended = [line for line in lines if "event" not in line or line["event"] in (*_BEGINS, "stop", "finish")]
     if ended and ended[-1].get("event") == "finish":
-        return "finished", f"nobody has it any more{f'; it was {words}' if words else ''}"
-    return "stopped", f"nobody has it{f'; it was {words}' if words else ''}"
+        return "finished", words or "no job holds it"
+    return "stopped", f"no job holds it{f', the last one was {words}' if words else ''}"
 
 
 def _newest_job(run_dir: Path) -> str | None:
@@ -146,7 +146,7 @@ def _problems(
     events: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
     if status.state == "stopped":
-        yield f"it stands at step {status.step:,}, and nobody trains it: start it again, and it goes on"
+        yield f"no job trains it, it stands at step {status.step:,}: start it again, and it goes on"
     failure = failures.last(run_dir) if status.state in ("stopped", "queued") else None
     if failure is not None and failure.exit_code != EXIT_PREEMPTED:
         yield f"the last start ended with code {failure.exit_code}, rank {failure.rank} first: {failure.message}"

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def submit_script(text: str, num_jobs: int = 1) -> Iterator[str]:
     before: str | None = None
     for _ in range(num_jobs):
         after = [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"] if before else []
-        before = _sbatch(["--parsable", *after], text).stdout.strip().split(";")[0]
+        ended = _sbatch(["--parsable", *after], text)
+        sys.stderr.write(ended.stderr)  # what a site's sbatch has to say of a job that it takes
+        before = ended.stdout.strip().split(";")[0]
         yield before
 
 

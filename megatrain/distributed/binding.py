@@ -7,7 +7,7 @@ are mostly numbered after all cores, so that the second half of the numbers are 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatrain.distributed.bootstrap import RankInfo, visible_gpus
@@ -26,7 +26,7 @@ def bind(rank: RankInfo) -> None:
 
     As many OpenMP threads as that share has cores, unless OMP_NUM_THREADS is set.
     """
-    if assigned := os.environ.get(ASSIGNED_DEVICES):
+    if assigned := _assigned_devices(os.environ):
         os.environ["CUDA_VISIBLE_DEVICES"] = assigned
     if os.environ.get(BIND_CORES) != "1" or not hasattr(os, "sched_setaffinity"):
         return
@@ -36,6 +36,15 @@ def bind(rank: RankInfo) -> None:
     os.sched_setaffinity(0, share)
     num_threads = min(sum(not share.isdisjoint(core) for core in cores), max(1, len(cores) // rank.local_world_size))
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+
+
+def _assigned_devices(env: Mapping[str, str]) -> str | None:
+    """The GPUs that the job was given, where DeepSpeed's launcher has replaced them by as many from 0 up."""
+    if ASSIGNED_DEVICES in env or "LOCAL_SIZE" not in env:  # DeepSpeed's word
+        return env.get(ASSIGNED_DEVICES)
+    slurm = env.get("GPU_DEVICE_ORDINAL", "") if "SLURM_JOB_ID" in env else ""  # mostly set beside CUDA_VISIBLE_DEVICES
+    from_0_up = ",".join(map(str, range(slurm.count(",") + 1)))
+    return slurm if slurm and env.get("CUDA_VISIBLE_DEVICES") == from_0_up else None
 
 
 def share_of_cores(cores: Sequence[Cpus], near: Sequence[Cpus], local_rank: int) -> Cpus:

@@ -22,7 +22,7 @@ from tests.runs import TinyData, tiny_config, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
 RANK = """
-import json, os, pathlib, sys
+import json, os, pathlib, socket, sys
 if sys.orig_argv[-3:-1] == ["-m", "megatrain.train"]:
     sys.path.insert(0, os.getcwd())
     from megatrain.distributed.binding import bind
@@ -30,7 +30,8 @@ if sys.orig_argv[-3:-1] == ["-m", "megatrain.train"]:
     rank = read_rank()
     bind(rank)
     logs = pathlib.Path(os.environ["SEEN"])
-    seen = {"world_size": rank.world_size, "cores": sorted(os.sched_getaffinity(0)), "environment": dict(os.environ)}
+    seen = {"world_size": rank.world_size, "host": socket.gethostname(), "environment": dict(os.environ)}
+    seen["cores"] = sorted(os.sched_getaffinity(0))
     (logs / f"rank-{rank.rank}.json").write_text(json.dumps(seen))
     os._exit(int(os.environ.get("ENDS_WITH", "0")))
 """
@@ -102,6 +103,9 @@ def test_ranks_on_whole_nodes_share_out_gpus_and_cores(via: str, desk: Desk) -> 
     (job,) = desk.submit("--nodes", "2", "--gpus-per-node", "2", "--via", via, NEEDED="it's", **secrets)
     ranks = desk.ranks(job)
     assert [rank["world_size"] for rank in ranks] == [4] * 4
+    hosts = [rank["host"] for rank in ranks]
+    assert hosts == sorted(hosts)  # side by side
+    assert len(set(hosts)) == 2
     assert desk.lab.job(job)["NumCPUs"] == "4"
     assert {rank["environment"]["CUDA_VISIBLE_DEVICES"] for rank in ranks} == {"0,1"}
     assert {rank["environment"]["NEEDED"] for rank in ranks} == {"it's"}

@@ -18,7 +18,7 @@ def local_rank(number: int, num_ranks: int) -> RankInfo:
 
 @pytest.fixture(autouse=True)
 def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "MEGATRAIN_BIND_CORES"):
+    for key in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "MEGATRAIN_BIND_CORES", "LOCAL_SIZE"):
         monkeypatch.delenv(key, raising=False)
 
 
@@ -124,8 +124,20 @@ def test_threads_that_the_user_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
-def test_devices_that_deepspeed_replaced_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setenv("MEGATRAIN_ASSIGNED_DEVICES", "4,6")
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({"MEGATRAIN_ASSIGNED_DEVICES": "4,6"}, "4,6"),
+        ({"GPU_DEVICE_ORDINAL": "4,6", "SLURM_JOB_ID": "7", "LOCAL_SIZE": "2"}, "4,6"),
+        ({"GPU_DEVICE_ORDINAL": "4", "SLURM_JOB_ID": "7", "LOCAL_SIZE": "2"}, "0,1"),
+        ({"GPU_DEVICE_ORDINAL": "4,6", "SLURM_JOB_ID": "7"}, "0,1"),  # of another launcher, which replaces nothing
+        ({"GPU_DEVICE_ORDINAL": "4,6", "LOCAL_SIZE": "2"}, "0,1"),
+    ],
+)
+def test_devices_that_deepspeed_replaced_are_taken_back(
+    environment: dict[str, str], devices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"CUDA_VISIBLE_DEVICES": "0,1", **environment}.items():
+        monkeypatch.setenv(name, value)
     bind(local_rank(0, 2))
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == devices

@@ -63,7 +63,7 @@ def test_a_run_under_way_tells_all(run: Path, tmp_path: Path, monkeypatch: pytes
         f"run        {run}",
         "job        running: host node7, slurm job 12 (RUNNING for 1:02:03 on node[7-8])",
         "step       20 of 40 (50%), loss 2.8000, logged 10s ago",
-        "rate       1.5 s a step, 2.00M tokens/s, MFU 41.0%; 30s left",
+        "rate       1.5 s a step, 2.00M tokens/s, MFU 41.0%; 30s of training left",
         "last save  step 15, 15s ago",
         "goodput    75.0%",
         "wrong      nothing",
@@ -99,7 +99,7 @@ def test_events_of_this_start_are_told_once_each(run: Path) -> None:
 def test_a_run_that_failed_says_why(run: Path) -> None:
     failures.claim(run, "1", failures.Failure(3, 5, "Rank 3 on node7: killed, or crashed"))
     problems = look(run, NOW).problems
-    assert problems[0] == "it stands at step 20, and nobody trains it: start it again, and it goes on"
+    assert problems[0] == "no job trains it, it stands at step 20: start it again, and it goes on"
     assert problems[1] == "the last start ended with code 5, rank 3 first: Rank 3 on node7: killed, or crashed"
 
 
@@ -108,7 +108,7 @@ def test_a_holder_that_died_has_nothing(run: Path) -> None:
         lease = (run / ".lease.json").read_bytes()
     (run / ".lease.json").write_bytes(lease)
     found = look(run, NOW)
-    assert (found.state, found.job) == ("stopped", "nobody has it; it was host node7, pid 1")
+    assert (found.state, found.job) == ("stopped", "no job holds it, the last one was host node7, pid 1")
 
 
 def test_a_run_in_the_queue_says_what_for(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -81,3 +82,21 @@ def test_a_run_that_ends_within_a_moment_on_all_nodes_is_not_given_up(launcher: 
     watching.join(10)
     assert not watching.is_alive()
     assert why_given_up(run_dir, start_name()) is None
+
+
+def test_variables_are_removed_once_ranks_have_met(launcher: psutil.Process, run_dir: Path) -> None:
+    """And not by what an earlier start has logged."""
+    variables, metrics = run_dir / "environment.sh", run_dir / "metrics.jsonl"
+    variables.touch()
+    metrics.touch()
+    os.utime(metrics, (0, 0))
+    watching = threading.Thread(target=watch.watch_nodes, args=(run_dir, launcher.pid, run_dir / "hostfile"))
+    watching.start()
+    time.sleep(1.2)
+    assert variables.exists()
+    later = (run_dir / "hostfile").stat().st_mtime + 1
+    os.utime(metrics, (later, later))
+    time.sleep(1.2)
+    assert not variables.exists()
+    launcher.kill()
+    watching.join(10)
