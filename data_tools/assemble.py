@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,13 @@ import xxhash
 
 from data_tools.claims import Claims
 from data_tools.tokenizer import TokenizerFile
-from data_tools.units import Unit
+from data_tools.units import Unit, no_text
 from data_tools.work import Advance, PartFile, PartStore
 from megatrain.data.format import (
     BATCH_TOKENS,
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
+    SKIPPED_FILE,
     Manifest,
     Unknown,
     commit_bytes,
@@ -42,7 +43,6 @@ from megatrain.data.format import (
 )
 from megatrain.data.shard import Views
 from megatrain.data.shard_table import shard_row, write_shard_table
-from megatrain.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Plan:
     """Names the units that it was made for."""
     shards: list[ShardPlan]
     num_empty: int
+    num_skipped: int
     unknown: Unknown
 
     def __post_init__(self) -> None:
@@ -103,35 +104,37 @@ class Plan:
 def load_plan(store: PartStore, units: Sequence[Unit]) -> Plan | None:
     """The plan that was written down for these units, if it was. One for other units is removed."""
     try:
-        units_key, num_empty, unknown, shards = orjson.loads(store.plan_path.read_bytes())
+        units_key, *planned = orjson.loads(store.plan_path.read_bytes())
     except FileNotFoundError:
         return None
     if units_key != _units_key(units):
         store.plan_path.unlink()
         return None
+    num_empty, num_skipped, unknown, shards = planned
     plans = [
         ShardPlan(index, [Slice(part, tuple(files), *rest) for part, files, *rest in slices])
         for index, slices in enumerate(shards)
     ]
-    return Plan(units_key, plans, num_empty, Unknown(**unknown))
+    return Plan(units_key, plans, num_empty, num_skipped, Unknown(**unknown))
 
 
 def make_plan(store: PartStore, units: Sequence[Unit], shard_tokens: int) -> Plan:
     """Plan the shards of units that are all finished, and write the plan down."""
-    shards, num_empty, unknown = plan_shards(units, store, shard_tokens)
-    if not shards:
-        raise DataError(f"The input holds no text: {num_empty} documents, all of them empty.")
-    plan = Plan(_units_key(units), shards, num_empty, unknown)
-    slices = [[[s.part, s.files, s.first_row, s.first, s.last] for s in shard.slices] for shard in shards]
-    commit_bytes(store.plan_path, orjson.dumps([plan.units, num_empty, asdict(unknown), slices]))
+    with committed(store.folder / SKIPPED_FILE) as path, path.open("wb") as skipped:
+        plan = plan_shards(units, store, shard_tokens, skipped)
+    if not plan.shards:
+        raise no_text(plan.num_empty, plan.num_skipped)
+    slices = [[[s.part, s.files, s.first_row, s.first, s.last] for s in shard.slices] for shard in plan.shards]
+    counts = (plan.num_empty, plan.num_skipped, asdict(plan.unknown))
+    commit_bytes(store.plan_path, orjson.dumps([plan.units, *counts, slices]))
     return plan
 
 
-def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> tuple[list[ShardPlan], int, Unknown]:
-    """Which documents go into which shard, how many empty documents there are, and what has no tokens."""
+def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int, skipped: IO[bytes]) -> Plan:
+    """Which documents go into which shard, and what is left out; `skipped` gets the list of what could not be read."""
     plans: list[ShardPlan] = []
     unknown = Unknown()
-    position = num_empty = first_row = 0
+    position = num_empty = num_skipped = first_row = 0
     last_shard = -1
     for unit in units:
         if unit.start == 0:
@@ -143,11 +146,13 @@ def plan_shards(units: Sequence[Unit], store: PartStore, shard_tokens: int) -> t
                     plans.append(ShardPlan(len(plans)))
                     last_shard = shard
                 plans[-1].slices.append(Slice(part.path.name, files, first_row, first, last))
+            skipped.write(unit.skipped_lines(first_row, part.skipped))
             first_row += part.num_rows
             num_empty += part.num_empty
+            num_skipped += part.num_skipped
             unknown += Unknown(**part.unknown)
             position += part.num_tokens
-    return plans, num_empty, unknown
+    return Plan(_units_key(units), plans, num_empty, num_skipped, unknown)
 
 
 def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tuple[int, int, int]]:
@@ -166,6 +171,8 @@ def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifes
         stale.unlink()
     with committed(out / SHARD_TABLE_FILE, work) as path:
         write_shard_table(path, rows)
+    if plan.num_skipped:
+        commit_bytes(out / SKIPPED_FILE, (work / SKIPPED_FILE).read_bytes(), work)
     tokenizer = recipe.tokenizer
     manifest = Manifest(
         digest=content_digest(tokenizer.sha256, recipe.options, _document_hashes(out, plan.shards)),
@@ -174,6 +181,8 @@ def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifes
         num_tokens=sum(row["tokens"] for row in rows),
         text_bytes=sum(row["text_bytes"] for row in rows),
         num_empty_documents=plan.num_empty,
+        num_skipped=plan.num_skipped or None,
+        skipped_checksum=file_checksum(out / SKIPPED_FILE).hex() if plan.num_skipped else None,
         unknown=plan.unknown,
         dtype=token_dtype(tokenizer.vocab_size).name,
         vocab_size=tokenizer.vocab_size,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +20,7 @@ from typing import BinaryIO
 import orjson
 import xxhash
 
+from data_tools.inputs import InputFile
 from megatrain.data.format import canonical_json, commit_bytes
 from megatrain.errors import ConfigError
 
@@ -135,4 +137,21 @@ def join_command(out: Path, path: Path, command: Mapping[str, object], way_out: 
         raise ConfigError(
             f"{out} is unfinished, and was begun by a command with other {', '.join(differing)}. "
             f"Run that command again to finish it, give another --out, or {way_out}."
+        )
+
+
+def job_name(command: object, files: Sequence[InputFile]) -> str:
+    """Names a command, in its first half, and the very files that it reads, in the second."""
+    return "".join(
+        hashlib.sha256(canonical_json(value)).hexdigest()[:32] for value in (command, [file.key for file in files])
+    )
+
+
+def refuse_other_job(job: str, begun: str, what: str, way_out: str) -> None:
+    """Raise ConfigError where `what` was made by another job than this, with the `way_out`."""
+    if job[:32] != begun[:32]:
+        raise ConfigError(f"{what}, made from other inputs or with other options. {way_out}")
+    if job != begun:
+        raise ConfigError(
+            f"{what}, and of its inputs one was changed after it was made, or replaced, added or taken away. {way_out}"
         )

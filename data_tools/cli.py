@@ -5,11 +5,13 @@ Only what parses the command line is imported here; each command imports what it
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from data_tools.kinds import Kind
 from data_tools.outputs import local_path, saying_what_is_full
-from megatrain.errors import EXIT_DATA, MegatrainError
+from megatrain.errors import EXIT_DATA, ConfigError, MegatrainError
 
 if TYPE_CHECKING:
     from data_tools.clean.job import Effort
@@ -50,10 +53,11 @@ app = typer.Typer(
 
 
 class Errors(str, Enum):
-    """What to do with bytes that are not UTF-8."""
+    """What to do with what cannot be read."""
 
     STRICT = "strict"
     REPLACE = "replace"
+    SKIP = "skip"
 
 
 class Engine(str, Enum):
@@ -75,22 +79,82 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
-        help="Files, folders, globs and fsspec URLs: .jsonl (.gz, .zst), .parquet, .arrow, and text files.",
+        help="Files, folders, globs and fsspec URLs: .jsonl, .json, .csv, .tsv, .txt (also .gz, .zst, .bz2, .xz), "
+        ".parquet, .arrow; other files as text where they are named.",
     ),
 ]
 DatasetArgument = Annotated[
     str, typer.Argument(metavar="DATASET", help="The folder that `tokenize` wrote, or an address of a copy.")
 ]
-TextKey = Annotated[str, typer.Option(help="The key or column that holds a record's text.")]
-IdKey = Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes; one a core unless given.")]
 CleanOut = Annotated[
     Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write to: .jsonl.zst, and .report in it.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Start over, whatever an earlier such command left there.")]
-ErrorsOption = Annotated[Errors, typer.Option(help="Invalid UTF-8: stop with its place, or keep it with U+FFFD.")]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+
+
+def _read_options(
+    text_key: Annotated[str, typer.Option(help="The key or column with a record's text; a.b: key b in a.")] = "text",
+    id_key: Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")] = "id",
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Read only such files; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out such files; repeatable.")] = None,
+    format: Annotated[Kind | None, typer.Option(help="What every file holds, whatever its name.")] = None,
+    text_files: Annotated[
+        bool, typer.Option("--text-files", help="Files of folders whose kind is not known are text, a document each.")
+    ] = False,
+    errors: Annotated[
+        Errors,
+        typer.Option(help="What cannot be read: stop; stop, but keep invalid UTF-8 as U+FFFD; leave out and list."),
+    ] = Errors.STRICT,
+) -> Any:
+    """The ReadOptions, of what all commands that read text are told of it."""
+    from data_tools.inputs import Selection
+    from data_tools.units import ReadOptions
+
+    selection = Selection(tuple(include or ()), tuple(exclude or ()), format, text_files)
+    return ReadOptions(text_key, id_key, errors.value, selection=selection)
+
+
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Only read all inputs, list every file that cannot be read, and write nothing.")
+]
+
+
+def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_read_options`, in place of its parameter `read`, and `--check`."""
+    own = inspect_module.signature(command, eval_str=True).parameters.values()
+    options = inspect_module.signature(_read_options, eval_str=True).parameters
+    check = inspect_module.Parameter(
+        "check", inspect_module.Parameter.KEYWORD_ONLY, default=False, annotation=CheckOption
+    )
+    parameters = [each for each in own if each.name != "read"]
+    parameters += [each.replace(kind=each.KEYWORD_ONLY) for each in options.values()] + [check]
+
+    def run(**given: Any) -> None:
+        read = _read_options(**{name: given.pop(name) for name in options})
+        if given.pop("check"):
+            _check(given["inputs"], read, given.get("workers"))
+        else:
+            command(**given, read=read)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _check(inputs: list[str], read: Any, workers: int | None) -> None:
+    from data_tools.check import check_inputs
+    from data_tools.progress import show_progress
+    from data_tools.ranks import Ranks
+
+    check_inputs(inputs, read, workers or Ranks().num_cores(), show_progress, typer.echo)
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 @app.command()
@@ -107,6 +171,7 @@ def corpus(
 
 
 @app.command("train-tokenizer")
+@reads_inputs
 def train_tokenizer_command(
     inputs: Inputs,
     vocab_size: Annotated[int, typer.Option(max=1 << 24, help="Tokens, the 256 bytes and <|endoftext|> included.")],
@@ -115,30 +180,26 @@ def train_tokenizer_command(
         list[str] | None,
         typer.Option(help="A token that no text becomes, such as <|fim_prefix|>; may be given several times."),
     ] = None,
-    text_key: TextKey = "text",
-    errors: ErrorsOption = Errors.STRICT,
+    read: Any = None,
 ) -> None:
     """Train a byte-level BPE tokenizer; no text is ever unknown to it."""
     from data_tools.tokenizer import train_tokenizer
-    from data_tools.units import ReadOptions
 
     with saying_what_is_full(out):
-        size = train_tokenizer(inputs, vocab_size, out, ReadOptions(text_key, errors=errors.value), special_token or [])
+        size = train_tokenizer(inputs, vocab_size, out, read, special_token or [], _tell)
     if size < vocab_size:
         typer.echo(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.", err=True)
     typer.echo(f"{out}: {size} tokens")
 
 
 @app.command()
+@reads_inputs
 def tokenize(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with one.")],
     out: Annotated[Path, typer.Option(metavar="DATASET", parser=local_path, help="The dataset folder to write.")],
     workers: Workers = None,
-    text_key: TextKey = "text",
-    id_key: IdKey = "id",
     shard_tokens: Annotated[int, typer.Option(min=1, max=1 << 48, help="About how many tokens a shard holds.")] = 2**28,
-    errors: ErrorsOption = Errors.STRICT,
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
     bos_token: Annotated[str | None, typer.Option(help="A token to begin each document with, such as <s>.")] = None,
     engine: Annotated[Engine, typer.Option(help="auto: fastokens if it gives the ids of tokenizers.")] = Engine.AUTO,
@@ -148,6 +209,7 @@ def tokenize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
     ] = False,
+    read: Any = None,
 ) -> None:
     """Turn text into a dataset. The same command again goes on where it was stopped.
 
@@ -157,10 +219,9 @@ def tokenize(
     from data_tools.ranks import find_ranks
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
-    from data_tools.units import ReadOptions
     from data_tools.work import limit_threads
 
-    options = TokenizeOptions(ReadOptions(text_key, id_key, errors.value), eod_token, bos_token, shard_tokens)
+    options = TokenizeOptions(read, eod_token, bos_token, shard_tokens)
     ranks = find_ranks()
     num_workers = workers or ranks.num_cores()
     limit_threads(min(num_workers, ranks.num_cores()))
@@ -169,11 +230,12 @@ def tokenize(
         num_workers,
         engine.value,
         progress,
-        lambda text: typer.echo(f"Warning: {text}", err=True),
+        lambda text: _tell(f"Warning: {text}"),
         max_unknown=max_unknown,
+        say=_tell,
     )
     with _ending_all(ranks), saying_what_is_full(out):
-        manifest = run(inputs, tokenizer, out, options, effort, ranks, restart=restart)
+        manifest = run(inputs, tokenizer.expanduser(), out, options, effort, ranks, restart=restart)
     if not ranks.reports:
         return
     if manifest is None:
@@ -185,30 +247,38 @@ def tokenize(
         f"{manifest.num_empty_documents} empty documents left out, digest {manifest.digest}"
     )
     if manifest.unknown and manifest.unknown.characters:
-        typer.echo(f"Warning: the tokenizer has no tokens for {manifest.unknown}", err=True)
+        _tell(f"Warning: the tokenizer has no tokens for {manifest.unknown}")
+    if manifest.num_skipped:
+        _tell(f"{manifest.num_skipped} rows could not be read and were skipped; {out / 'skipped.jsonl'} lists them.")
 
 
 @app.command()
+@reads_inputs
 def dedup(
     inputs: Inputs,
     out: CleanOut,
     method: Annotated[Method, typer.Option(help="exact: the same characters; minhash: nearly.")] = Method.EXACT,
-    threshold: Annotated[float, typer.Option(help="minhash: Jaccard index of shingles from which on.")] = 0.8,
-    num_permutations: Annotated[int, typer.Option(help="minhash: size of a signature.")] = 256,
-    ngram: Annotated[int, typer.Option(help="minhash: words in a shingle.")] = 5,
+    threshold: Annotated[
+        float | None, typer.Option(help="minhash: Jaccard index of shingles from which on; 0.8 unless given.")
+    ] = None,
+    num_permutations: Annotated[
+        int | None, typer.Option(help="minhash: size of a signature; 256 unless given.")
+    ] = None,
+    ngram: Annotated[int | None, typer.Option(help="minhash: words in a shingle; 5 unless given.")] = None,
     workers: Workers = None,
-    text_key: TextKey = "text",
-    id_key: IdKey = "id",
-    errors: ErrorsOption = Errors.STRICT,
     restart: Restart = False,
+    read: Any = None,
 ) -> None:
     """Leave out documents that are the same, or nearly, as an earlier one. The same command again goes on."""
     from data_tools.clean.dedup import DedupOptions
     from data_tools.clean.dedup import dedup as run
-    from data_tools.units import ReadOptions
 
-    read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
-    options = DedupOptions(read, method.value, threshold, num_permutations, ngram)
+    asked = {"threshold": threshold, "num_permutations": num_permutations, "ngram": ngram}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if given and method is not Method.MINHASH:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{named} would do nothing: it is for near duplicates, --method minhash.")
+    options = DedupOptions(replace(read, whole_records=True), method.value, **given)
     _clean(out, workers, lambda effort: run(inputs, out, options, effort, restart))
 
 
@@ -220,7 +290,9 @@ def _clean(out: Path, workers: int | None, work: Callable[[Effort], dict[str, An
     from data_tools.ranks import find_ranks
 
     ranks = find_ranks()
-    effort = Effort(workers or ranks.num_cores(), show_progress if ranks.reports else no_progress, ranks)
+    quiet = (no_progress, lambda _: None)
+    progress, say = (show_progress, _tell) if ranks.reports else quiet
+    effort = Effort(workers or ranks.num_cores(), progress, ranks, say=say)
     with _ending_all(ranks), saying_what_is_full(out):
         report = work(effort)
     if ranks.reports:
@@ -228,27 +300,22 @@ def _clean(out: Path, workers: int | None, work: Callable[[Effort], dict[str, An
 
 
 @app.command("filter")
+@reads_inputs
 def filter_command(
     inputs: Inputs,
     out: CleanOut,
     filters: Annotated[str | None, typer.Option(help="Names with commas between, in order; docs/cleaning.md.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file: filters and their parameters.")] = None,
     workers: Workers = None,
-    text_key: TextKey = "text",
-    id_key: IdKey = "id",
-    errors: ErrorsOption = Errors.STRICT,
     restart: Restart = False,
+    read: Any = None,
 ) -> None:
     """Leave out documents that a quality filter finds fault with. The same command again goes on."""
     from data_tools.clean.filter import choose_filters, filter_documents
-    from data_tools.units import ReadOptions
 
-    read = ReadOptions(text_key, id_key, errors.value, whole_records=True)
-    _clean(
-        out,
-        workers,
-        lambda effort: filter_documents(inputs, out, read, choose_filters(filters, config), effort, restart),
-    )
+    chosen = choose_filters(filters, config and config.expanduser())
+    read = replace(read, whole_records=True)
+    _clean(out, workers, lambda effort: filter_documents(inputs, out, read, chosen, effort, restart))
 
 
 @app.command()

@@ -19,10 +19,9 @@ import xxhash
 
 from data_tools.claims import Claims
 from data_tools.engines import Engine
-from data_tools.inputs import Kind
 from data_tools.readers import read_parts
 from data_tools.tokenizer import TokenizerFile
-from data_tools.units import Part, ReadOptions, Unit
+from data_tools.units import Part, ReadOptions, Record, Unit
 from data_tools.work import Advance, PartStore
 from megatrain.data.format import Unknown, canonical_json, token_dtype
 from megatrain.data.tokenizer import Tokenizer
@@ -49,13 +48,6 @@ def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Schema:
         "text_bytes": pa.uint64(),
     }
     return pa.schema(list(columns.items()), metadata={b"megatrain": canonical_json(metadata)})
-
-
-class _Document(NamedTuple):
-    text: str
-    id: str | None
-    file: int
-    row: int
 
 
 class Assignment(NamedTuple):
@@ -96,9 +88,8 @@ class UnitEncoder:
                 self._store.finish_unit(unit, list(paths))
 
     def _commit(self, unit: Unit, part: Part) -> None:
-        is_text = unit.files[0].kind is Kind.TEXT
-        counts: dict[str, Any] = {"num_rows": 0, "num_empty": 0}
-        documents = _in_batches(part, is_text, counts)
+        counts: dict[str, Any] = {"num_empty": 0}
+        documents = _without_empty(unit.batches(part, ENCODE_CHARACTERS, counts), counts)
         batches, unknown = [], Unknown()
         for batch, unknown_there in _ahead(partial(self._encode, unit), documents):
             batches.append(batch)
@@ -114,12 +105,12 @@ class UnitEncoder:
         tokenizer = self._tokenizer
         return None if tokenizer.loses_nothing else UnknownText(Tokenizer(tokenizer.text_json, "the tokenizer"))
 
-    def _encode(self, unit: Unit, documents: list[_Document]) -> tuple[pa.RecordBatch, Unknown]:
-        texts = [document.text for document in documents]
+    def _encode(self, unit: Unit, documents: list[tuple[int, Record]]) -> tuple[pa.RecordBatch, Unknown]:
+        texts = [document.text for _, document in documents]
         ids, offsets = self._engine.encoder.encode(texts)
         unknown = Unknown()
         if self._unknown_text is not None:
-            names = [document.id or unit.files[document.file].name for document in documents]
+            names = [document.id or unit.files[document.file].name for _, document in documents]
             unknown = self._unknown_text.count(texts, ids, offsets, names)
         tokens, offsets = self._mark_documents(ids, offsets)
         item_bytes = self._dtype.itemsize
@@ -129,10 +120,10 @@ class UnitEncoder:
         schema = part_schema(self._dtype, {})
         columns = [
             pa.LargeListArray.from_arrays(offsets, pa.array(tokens), type=schema.field("tokens").type),
-            pa.array([document.id for document in documents], pa.string()),
+            pa.array([document.id for _, document in documents], pa.string()),
             pa.array(hashes, pa.binary(16)),
-            pa.array([document.file for document in documents], pa.uint32()),
-            pa.array([document.row for document in documents], pa.uint64()),
+            pa.array([document.file for _, document in documents], pa.uint32()),
+            pa.array([row for row, _ in documents], pa.uint64()),
             pa.array([len(text) if text.isascii() else len(text.encode()) for text in texts], pa.uint64()),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=schema), unknown
@@ -153,24 +144,15 @@ class UnitEncoder:
         return tokens, offsets
 
 
-def _in_batches(part: Part, is_text: bool, counts: dict[str, int]) -> Iterator[list[_Document]]:
-    """The documents of a part, some at a time; empty ones are left out and counted, as all rows are."""
-    documents: list[_Document] = []
-    num_characters = 0
-    for row, record in enumerate(part.rows):
-        counts["num_rows"] += 1
-        if record is None:
-            continue
-        if not record.text:
-            counts["num_empty"] += 1
-            continue
-        documents.append(_Document(record.text, record.id, record.file, 0 if is_text else row))
-        num_characters += len(record.text)
-        if num_characters >= ENCODE_CHARACTERS:
+def _without_empty(
+    batches: Iterator[list[tuple[int, Record]]], counts: dict[str, Any]
+) -> Iterator[list[tuple[int, Record]]]:
+    """The documents that have text; the others are counted."""
+    for batch in batches:
+        documents = [(row, document) for row, document in batch if document.text]
+        counts["num_empty"] += len(batch) - len(documents)
+        if documents:
             yield documents
-            documents, num_characters = [], 0
-    if documents:
-        yield documents
 
 
 def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:

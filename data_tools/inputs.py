@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any
 
+import orjson
 import xxhash
 
+from data_tools.kinds import STREAMED, Compression, Kind, kind_of, suffix_of
+from data_tools.stores import list_at, open_at
 from megatrain.errors import ConfigError, DataError
 
-
-class Kind(Enum):
-    """How documents lie in a file."""
-
-    JSON_LINES = "jsonl"
-    PARQUET = "parquet"
-    ARROW = "arrow"
-    TEXT = "text"
+LOCAL = ("file://", "local://")
+"""Addresses of this machine's own files, which are found and opened like paths."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+HEAD_BYTES = 1 << 16
+MAX_OBJECT_BYTES = 1 << 26
+"""A .json file of one object that is larger is not looked into beforehand."""
 
 
-SUFFIXES = {
-    ".jsonl": Kind.JSON_LINES,
-    ".ndjson": Kind.JSON_LINES,
-    ".parquet": Kind.PARQUET,
-    ".arrow": Kind.ARROW,
-}
-COMPRESSED = {**SUFFIXES, ".json": Kind.JSON_LINES}
-"""C4 and Dolma name their compressed JSON lines so; a .json by itself is one text, like any other source file."""
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-KNOWN = {*SUFFIXES, *COMPRESSIONS}
-WEB = ("http://", "https://")
+@dataclass(frozen=True)
+class Selection:
+    """Which of the files that are found are read, and as what."""
 
-T = TypeVar("T")
+    include: tuple[str, ...] = ()
+    """Patterns, of which one has to fit a file's name or the end of its path; "*" stands for any characters."""
+    exclude: tuple[str, ...] = ()
+    format: Kind | None = None
+    """What every file holds, whatever its name."""
+    text_files: bool = False
+    """Whether files of a folder whose kind is not known are documents."""
+
+    def kind(self, name: str, is_named: bool) -> Kind | None:
+        """What a file is read as; None if it is passed over. `is_named`: it is not just one of a folder's files."""
+        included = _fits(name, self.include)
+        if _fits(name, self.exclude) or (self.include and not included):
+            return None
+        as_text = Kind.TEXT if is_named or included or self.text_files else None
+        return self.format or kind_of(name)[0] or as_text
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}") for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -48,18 +59,18 @@ class InputFile:
     name: str
     num_bytes: int
     version: str
-    """Changes when the content does, as far as the file system tells: a modification time or an ETag."""
+    """Changes when the content does: inode and times of a file, the ETag or the like of a store's object."""
+    kind: Kind
 
     @property
-    def compression(self) -> str | None:
-        """`gzip`, `zstd` or None, by the last suffix."""
-        return COMPRESSIONS.get(_suffixes(self.name)[-1])
+    def compression(self) -> Compression | None:
+        """By the last suffix."""
+        return kind_of(self.name)[1]
 
     @property
-    def kind(self) -> Kind:
-        """By the suffix before the compression's; anything unknown is a text file."""
-        before, last = _suffixes(self.name)
-        return COMPRESSED.get(before, Kind.TEXT) if self.compression else SUFFIXES.get(last, Kind.TEXT)
+    def is_streamed(self) -> bool:
+        """Whether it is read from its beginning to its end, and never from the middle."""
+        return self.compression is not None or self.kind in STREAMED
 
     @property
     def key(self) -> str:
@@ -67,120 +78,166 @@ class InputFile:
         return xxhash.xxh3_128_hexdigest("\0".join([self.name, str(self.num_bytes), self.version]).encode())
 
     @property
-    def is_streamed(self) -> bool:
-        """Whether it is read from its beginning to its end, and never from the middle."""
-        return self.compression is not None or self.kind is Kind.TEXT
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the name is an fsspec URL."""
-        return "://" in self.name
+    def path(self) -> Path | None:
+        """Where it lies on this machine; None for an address elsewhere."""
+        return local_part(self.name)
 
     def open(self) -> IO[bytes]:
         """The raw bytes of the file. Raises DataError where it cannot be opened."""
+        if self.path is None:
+            return open_at(self.name)
         try:
-            if not self.is_remote:
-                return Path(self.name).open("rb")
+            return self.path.open("rb")
         except OSError as error:
             raise DataError(f"{self.name} cannot be opened: {error.strerror or error}.") from None
-        import fsspec
-
-        try:
-            return cast("IO[bytes]", _RemoteBytes(fsspec.open(self.name, "rb").open()))
-        except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
-            raise DataError(f"{self.name} cannot be opened: {_sentence(error)} Check your access.") from None
 
 
-class _RemoteBytes(io.RawIOBase):
-    """A file of a store, whatever goes wrong with it as an OSError: each store's driver has exceptions of its own."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-
-    def read(self, size: int = -1) -> bytes:
-        """``size`` bytes, fewer only at the end of the file: a driver may give what has arrived so far."""
-        blocks: list[bytes] = []
-        while size and (block := self._call(self._raw.read, size)):
-            blocks.append(block)
-            size -= len(block) if size > 0 else 0
-        return b"".join(blocks)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place in the file."""
-        self._call(self._raw.seek, offset, whence)
-        return self.tell()
-
-    def tell(self) -> int:
-        """The place in the file."""
-        position: int = self._call(self._raw.tell)
-        return position
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def close(self) -> None:
-        """Let the file go."""
-        self._raw.close()
-        super().close()
-
-    @staticmethod
-    def _call(function: Callable[..., T], *arguments: object) -> T:
-        try:
-            return function(*arguments)
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(_sentence(error).removesuffix(".")) from error
+def local_part(argument: str) -> Path | None:
+    """The path that a path or a file:// address stands for, "~" resolved; None for other addresses."""
+    scheme = next((scheme for scheme in LOCAL if argument.startswith(scheme)), "")
+    if not scheme and "://" in argument:
+        return None
+    path = argument.removeprefix(scheme)
+    return Path(path if os.path.lexists(path) else os.path.expanduser(path))  # noqa: PTH111 (that one raises)
 
 
-def _suffixes(name: str) -> list[str]:
-    """The last two suffixes, lower case; empty texts where there are fewer. What a URL asks for behind "?" is none."""
-    if name.startswith(WEB):
-        name = name.partition("?")[0].partition("#")[0]
-    parts = name.rsplit("/", 1)[-1].lower().split(".")[1:]
-    return ["", "", *(f".{part}" for part in parts)][-2:]
-
-
-def find_inputs(arguments: Sequence[str]) -> list[InputFile]:
+def find_inputs(
+    arguments: Sequence[str],
+    selection: Selection | None = None,
+    text_key: str = "text",
+    say: Callable[[str], None] = lambda _: None,
+) -> list[InputFile]:
     """The files that the arguments name, in the order of the arguments; within a folder or pattern, sorted by name.
 
-    A folder stands for every file below it but hidden ones (a name that begins with a dot).
-    Raises DataError for an argument that names nothing, or a folder below it that cannot be read.
+    A folder stands for the files of known kinds below it, hidden ones (a name that begins with a dot) left out; so does
+    one that a pattern matches. `say` is told how many files of which kind there are, and what was passed over. Raises
+    DataError for an argument that names nothing, or a folder below it that cannot be read.
     """
     if "" in arguments:
         raise ConfigError("An input is an empty text (an unset variable?). Give a file, a folder, a glob or a URL.")
     files: list[InputFile] = []
+    passed_over: Counter[str] = Counter()
     for argument in arguments:
-        found = sorted(_find_remote(argument) if "://" in argument else _find_local(argument), key=lambda f: f.name)
+        passed_here: Counter[str] = Counter()
+        found = list(_find(argument, selection or Selection(), text_key, passed_here))
         if not found:
-            raise DataError(f"Input {argument} names no file. Give a file, a folder with files, a glob or a URL.")
+            raise DataError(
+                f"Input {argument} names no file{' that is read' if passed_here else ''}. {_passed(passed_here)}"
+                "Give a file, a folder with files, a glob or a URL."
+            )
         files += found
+        passed_over += passed_here
+    kinds = Counter(file.kind.value for file in files)
+    listed = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    size = sum(file.num_bytes for file in files)
+    say(f"Input: {len(files)} files ({listed}), {size / 1e6:.1f} MB. {_passed(passed_over)}".strip())
     return files
 
 
-def _find_local(argument: str) -> Iterator[InputFile]:
-    path = Path(argument)
-    if path.is_dir():
-        paths = list(_walk(path))
-    elif path.exists():
-        paths = [path]
-    else:
-        paths = list(_match(argument))
-    for found in paths:
-        if found.is_dir():
+def _passed(passed_over: Mapping[str, int]) -> str:
+    """What was left out, by suffix, and how to have it."""
+    if not passed_over:
+        return ""
+    listed = ", ".join(f"{number} {suffix}" for suffix, number in sorted(passed_over.items()))
+    return f"Passed over: {listed}. What is text is taken by --text-files, or by a glob that names it. "
+
+
+def _find(argument: str, selection: Selection, text_key: str, passed_over: Counter[str]) -> Iterator[InputFile]:
+    # Only what is more than wildcards names a file: `README*` and `*.md` do, `corpus/*` is a folder's content.
+    is_specific = bool(argument.rstrip("/").rpartition("/")[2].strip("*?."))
+    found = _find_local(argument) if local_part(argument) is not None else list_at(argument)
+    by_name = {each[0]: each for each in found}
+    for name, is_named, num_bytes, version in sorted(by_name.values()):
+        is_named = is_named and is_specific
+        kind, label = selection.kind(name, is_named), suffix_of(name) or "without a suffix"
+        file = InputFile(name, num_bytes or 0, version, kind or Kind.TEXT)
+        if kind is Kind.JSON and file.compression is None and selection.format is None:
+            kind, label = _look_into(file, text_key, is_named), f"{label} (an object without {text_key!r})"
+            file = InputFile(name, num_bytes or 0, version, kind or Kind.JSON)
+        if kind is None:
+            passed_over[label] += 1
             continue
-        try:
-            status = found.stat()
-        except OSError as error:
-            raise DataError(f"Input {found} cannot be read: {error.strerror}.") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"Input {found} is no regular file, so it cannot be read twice. Write it to a file first.")
-        if not _is_utf8(found.as_posix()):
+        if num_bytes is None and not file.is_streamed:
             raise DataError(
-                f"Input {str(found)!a} has a name that is not UTF-8, which no dataset can store. Rename it."
+                f"Input {name} cannot be read in parts: its server does not say how large it is. Copy it to this "
+                "machine first, or name a compressed one."
             )
-        yield InputFile(found.as_posix(), status.st_size, str(status.st_mtime_ns))
+        yield file
+
+
+def _look_into(file: InputFile, text_key: str, is_named: bool) -> Kind | None:
+    """What a .json file holds: JSON lines, or values that go over many lines; None for metadata.
+
+    Metadata is one object without the text's key, in a folder: state.json of `datasets`, a model's config.json.
+    """
+    with file.open() as raw:
+        head = raw.read(HEAD_BYTES)
+        kind = Kind.JSON_LINES if are_json_lines(head) else Kind.JSON
+        first, _, more = head.lstrip().partition(b"\n")
+        is_long = kind is Kind.JSON_LINES and more.strip() and is_object(first)
+        if is_named or is_long or file.num_bytes > MAX_OBJECT_BYTES:
+            return kind
+        value = _parsed(head + raw.read())
+    is_metadata = isinstance(value, dict) and not isinstance(take(value, text_key), str)
+    return None if is_metadata else kind
+
+
+def are_json_lines(head: bytes) -> bool:
+    """Whether what begins so has an object in each line, and not one value, or an array, over many lines."""
+    lines = [line.strip() for line in head.removeprefix(BYTE_ORDER_MARK).lstrip().split(b"\n")[:8]]
+    if lines[0].startswith(b"[") or lines[0] == b"{":
+        return False
+    return any(map(is_object, lines)) or len(lines) == 1
+
+
+def is_object(line: bytes) -> bool:
+    """Whether this is one whole JSON object."""
+    return isinstance(_parsed(line), dict)
+
+
+def _parsed(data: bytes) -> object:
+    try:
+        return orjson.loads(data.removeprefix(BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError:
+        return None
+
+
+def take(record: dict[str, Any], key: str, default: object = None) -> Any:
+    """Remove and give what stands under a key; `a.b` is also the key `b` of the object under `a`."""
+    if key in record:
+        return record.pop(key)
+    outer, _, inner = key.partition(".")
+    value = record.get(outer) if inner else None
+    return take(value, inner, default) if isinstance(value, dict) else default
+
+
+def _find_local(argument: str) -> Iterator[tuple[str, bool, int, str]]:
+    """Name, whether it was named itself, bytes and version of each file."""
+    path = local_part(argument)
+    assert path is not None
+    scheme = next((scheme for scheme in LOCAL if argument.startswith(scheme)), "")
+    matched = [path] if path.exists() or path.is_symlink() else _match(str(path))
+    for top in matched:
+        is_folder = top.is_dir()
+        for found in _walk(top) if is_folder else [top]:
+            yield scheme + found.as_posix(), not is_folder, *_status(found)
+
+
+def _status(path: Path) -> tuple[int, str]:
+    """Bytes and version of a file. Raises DataError where it is none that can be read twice, or named in a dataset."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"Input {path} cannot be read: {error.strerror}.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"Input {path} is no regular file, so it cannot be read twice. Write it to a file first.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"Input {str(path)!a} has a name that is not UTF-8, which no dataset can store. Rename it."
+        ) from None
+    return status.st_size, f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -200,66 +257,17 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
-def _match(pattern: str) -> Iterator[Path]:
+def _match(pattern: str) -> list[Path]:
     """What the pattern names, hidden files left out. "**" follows no links to folders: they may go in circles."""
     if "**" not in pattern:
-        yield from map(Path, glob.glob(pattern))  # noqa: PTH207 (Path.glob refuses "/x/*")
-        return
+        return list(map(Path, glob.glob(pattern)))  # noqa: PTH207 (Path.glob refuses "/x/*")
     parts = Path(pattern).parts
     first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     folder = Path(*parts[:first])
-    for path in folder.glob("/".join(parts[first:])):
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _find_remote(argument: str) -> Iterator[InputFile]:
-    for name, info in _list_remote(argument):
-        version = "".join(str(info.get(key, "")) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified"))
-        file = InputFile(name, int(info.get("size") or 0), version)
-        if info.get("size") is None and not file.is_streamed:
-            raise DataError(
-                f"Input {name} cannot be read in parts: its server does not say how large it is. Copy it to this "
-                "machine first, or name a compressed one."
-            )
-        yield file
-
-
-def _list_remote(argument: str) -> list[tuple[str, dict[str, Any]]]:
-    """What the address, folder or pattern names, and what its store says of each file; hidden ones left out."""
-    import fsspec
-
-    given = set(argument.split("/"))
-    try:
-        filesystem, path = fsspec.core.url_to_fs(argument)
-        if argument.startswith(WEB) and _suffixes(argument)[-1] in KNOWN and not set("*[") & set(argument):
-            # On the web whatever has links in it is a folder as well, and documents may have them.
-            found = {path: filesystem.info(path)}
-        elif filesystem.isdir(path):
-            found = filesystem.find(path, detail=True)
-        else:
-            found = filesystem.glob(path, detail=True)
-        return [
-            (filesystem.unstrip_protocol(name), info if info.get("size") is not None else filesystem.info(name))
-            for name, info in found.items()
-            if info["type"] != "directory"
-            and not any(part.startswith(".") and part not in given for part in name.split("/"))
-        ]
-    except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
-        reason = error.__cause__ if isinstance(error, FileNotFoundError) else None
-        raise DataError(
-            f"Input {argument} cannot be listed: {_sentence(reason or error)} Check the address and your access."
-        ) from None
-
-
-def _sentence(error: BaseException) -> str:
-    """The first line of an error's text, with one full stop."""
-    return f"{(str(error) or type(error).__name__).partition(chr(10))[0].rstrip('. ')}."
+    found = folder.glob("/".join(parts[first:]))
+    return [
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not (path.is_symlink() and path.is_dir())
+    ]

@@ -1,36 +1,50 @@
-"""Documents out of JSON lines and text files, plain or compressed."""
+"""Documents out of JSON and text files, plain or compressed."""
 
 from __future__ import annotations
 
-import gzip
+import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NoReturn
+from functools import partial
+from itertools import chain
+from typing import IO, Any
 
 import orjson
 
-from data_tools.inputs import InputFile
-from data_tools.units import MAX_DOCUMENT_BYTES, Part, ReadOptions, Record, Unit, decode
+from data_tools.inputs import BYTE_ORDER_MARK, InputFile, are_json_lines, take
+from data_tools.kinds import Kind, magic_name
+from data_tools.streams import BLOCK_BYTES, read_blocks
+from data_tools.units import (
+    MAX_DOCUMENT_BYTES,
+    BadInput,
+    Fault,
+    Part,
+    ReadOptions,
+    Record,
+    Row,
+    Unit,
+    decode,
+    refuse_binary,
+)
 from megatrain.errors import DataError
 
-BLOCK_BYTES = 1 << 20
 LINE_BYTES = 1 << 16
 """Read behind a part at once, which most often holds the end of its last line."""
 TOO_LONG = f"the line is longer than {MAX_DOCUMENT_BYTES} bytes"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ESCAPES = re.compile(
     r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
 )
 """Escapes in JSON: a pair of surrogates, one without the other, or any other."""
+_BETWEEN = re.compile(r"[\s,]*")
+_MISSING = object()
 
 
 def read_json_lines(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
-    """The lines of a unit, in parts by where they begin. Raises DataError with file and line."""
+    """The lines of a unit, in parts by where they begin; a JSON value that goes over many lines counts as one."""
     file = unit.files[0]
-    if file.compression:
-        for number, offset, data in _compressed_parts(unit, advance):
-            yield Part(number, _rows(file, offset, data, 0, len(data), options))
+    if file.is_streamed:
+        for number, offset, data, faults in _streamed_parts(unit, advance):
+            yield Part(number, chain(_rows(file, offset, data, 0, len(data), options), faults))
         return
     stop = file.num_bytes if unit.stop is None else unit.stop
     for number, first in enumerate(range(unit.start, stop, unit.part_bytes)):
@@ -39,7 +53,7 @@ def read_json_lines(unit: Unit, options: ReadOptions, advance: Callable[[int], N
 
 def _plain_rows(
     file: InputFile, start: int, stop: int, options: ReadOptions, advance: Callable[[int], None]
-) -> Iterator[Record | None]:
+) -> Iterator[Row]:
     """The lines whose first byte lies in [start, stop) of a plain file."""
     # The byte before decides whether a line begins at the very start; the last line may end behind the stop.
     first = max(start - 1, 0)
@@ -51,36 +65,44 @@ def _plain_rows(
             if start > 0 and (begin == 0 or first + begin >= stop):
                 return
             end = data.find(b"\n", stop - first - 1) + 1
-            if end == 0:
-                data += _rest_of_line(file, raw, first + len(data), first + data.rfind(b"\n") + 1)
-                end = len(data)
+            last = data.rfind(b"\n") + 1
+            rest = b"" if end else _rest_of_line(raw, len(data) - last)
     except OSError as error:
-        raise DataError(f"{file.name} cannot be read: {error}.") from None
+        raise DataError(f"{file.name} cannot be read: {error.strerror or error}.") from None
     advance(stop - start)
-    yield from _rows(file, first, data, begin, end, options)
+    if rest is None:
+        yield from _rows(file, first, data, begin, last, options)
+        yield _fault(file, first + last, TOO_LONG)
+    else:
+        yield from _rows(file, first, data + rest if rest else data, begin, end or len(data) + len(rest), options)
 
 
-def _rest_of_line(file: InputFile, raw: IO[bytes], position: int, line_start: int) -> bytes:
-    """What is left of the line that begins at `line_start`, from `position` of the file on."""
+def _rest_of_line(raw: IO[bytes], num_bytes: int) -> bytes | None:
+    """What is left of a line of which `num_bytes` were read; None if it is too long."""
     blocks: list[bytes] = []
     while block := raw.read(BLOCK_BYTES):
         end = block.find(b"\n") + 1
         blocks.append(block[:end] if end else block)
-        position += len(blocks[-1])
+        num_bytes += len(blocks[-1])
         if end:
             break
-        if position - line_start > MAX_DOCUMENT_BYTES:
-            _fail(file, line_start, TOO_LONG)
+        if num_bytes > MAX_DOCUMENT_BYTES:
+            return None
     return b"".join(blocks)
 
 
-def _compressed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[int, int, bytes]]:
-    """Each part of a compressed file: its number, the offset of its first line, and its lines."""
+def _streamed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[int, int, bytes, list[Fault]]]:
+    """Each part of a file that is read from its start: its number, the offset of its first line, its lines, and at the
+    end what is wrong with the rest of the file."""
     file = unit.files[0]
     part_bytes = unit.part_bytes
-    offset = position = line_start = 0
+    offset = position = line_start = num_whole = 0
     pieces: list[bytes] = []
-    for block in _blocks(file, advance):
+    for block in _past_damage(read_lines(file, advance)):
+        if isinstance(block, Fault):
+            whole = b"".join(pieces)
+            yield offset // part_bytes, offset, whole[: whole.rfind(b"\n") + 1], [block]
+            return
         while block:
             # The part's last line is the one that holds the byte before the next part's first.
             border = (offset // part_bytes + 1) * part_bytes
@@ -88,114 +110,115 @@ def _compressed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tu
             pieces.append(block[:end] if end else block)
             last_newline = pieces[-1].rfind(b"\n")
             if last_newline >= 0:
-                line_start = position + last_newline + 1
+                line_start, num_whole = position + last_newline + 1, len(pieces)
             position += len(pieces[-1])
             if end:
-                yield offset // part_bytes, offset, b"".join(pieces)
-                pieces, offset = [], position
+                yield offset // part_bytes, offset, b"".join(pieces), []
+                pieces, offset, num_whole = [], position, 0
             elif position - line_start > MAX_DOCUMENT_BYTES:
-                _fail(file, line_start, TOO_LONG)
+                too_long = _fault(file, line_start, f"{TOO_LONG}; what follows it in the file is not read")
+                del pieces[num_whole:]
+                yield offset // part_bytes, offset, b"".join(pieces)[: line_start - offset], [too_long]
+                return
             block = block[end:] if end else b""
     if pieces:
-        yield offset // part_bytes, offset, b"".join(pieces)
+        yield offset // part_bytes, offset, b"".join(pieces), []
 
 
-def _rows(
-    file: InputFile, offset: int, data: bytes, begin: int, end: int, options: ReadOptions
-) -> Iterator[Record | None]:
+def _past_damage(blocks: Iterator[bytes]) -> Iterator[bytes | Fault]:
+    try:
+        yield from blocks
+    except BadInput as error:
+        yield Fault(str(error), partial(BadInput, str(error)))
+
+
+def read_lines(file: InputFile, advance: Callable[[int], None] = lambda _: None) -> Iterator[bytes]:
+    """The bytes of a file of JSON, decompressed, in which each value has a line of its own."""
+    blocks = read_blocks(file, advance)
+    if file.kind is Kind.JSON_LINES:
+        return blocks
+    head = next(blocks, b"")
+    blocks = chain([head], blocks)
+    return blocks if are_json_lines(head) else _values_in_lines(file, blocks)
+
+
+def _values_in_lines(file: InputFile, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The values of a JSON array, or values one after another, each on a line of its own."""
+    # One character a byte: what is found is cut out of the bytes as it stands, whatever its encoding.
+    decoder = json.JSONDecoder(strict=False, parse_int=str, parse_float=str)
+    text, place, wanted, in_array = "", 0, 0, False
+    for number, block in enumerate(chain(blocks, [b""])):
+        text, place = text[place:] + block.decode("latin-1"), 0
+        if number == 0:
+            text = text.removeprefix(BYTE_ORDER_MARK.decode("latin-1")).lstrip()
+            place = in_array = text.startswith("[")
+        if block and len(text) < wanted:
+            continue
+        wanted = 0
+        while not wanted and (place := _skip_between(text, place)) < len(text) and text[place] != "]":
+            try:
+                _, end = decoder.raw_decode(text, place)
+            except (ValueError, RecursionError) as error:
+                if not block or len(text) - place > MAX_DOCUMENT_BYTES:
+                    raise BadInput(f"{file.name} is cut off, or no JSON: {_in_line(error)}.") from None
+                wanted = 2 * (len(text) - place)  # twice as much, so that a long value is not parsed again and again
+            else:
+                yield text[place:end].translate(_NO_LINE_ENDS).encode("latin-1") + b"\n"
+                place = end
+    if in_array and text[place : place + 1] != "]":
+        raise BadInput(f"{file.name} is cut off: its array does not end. Download or write it again.")
+    if text[place + in_array :].strip():
+        raise BadInput(f"{file.name} is no JSON: something follows its array.")
+
+
+def _skip_between(text: str, place: int) -> int:
+    found = _BETWEEN.match(text, place)
+    return found.end() if found else place
+
+
+_NO_LINE_ENDS = {ord("\n"): " ", ord("\r"): " "}
+
+
+def _rows(file: InputFile, offset: int, data: bytes, begin: int, end: int, options: ReadOptions) -> Iterator[Row]:
     """The lines of data[begin:end]; `offset` is where the data begin in the (decompressed) file."""
     view = memoryview(data)
     while begin < end:
         line_end = data.find(b"\n", begin, end)
         if line_end < 0:
             line_end = end
-        if line_end - begin > MAX_DOCUMENT_BYTES:
-            _fail(file, offset + begin, TOO_LONG)
-        yield _parse_line(file, offset + begin, view[begin:line_end], options)
+        try:
+            if line_end - begin > MAX_DOCUMENT_BYTES:
+                raise BadInput(TOO_LONG)
+            yield _parse_line(view[begin:line_end], options, is_first=offset + begin == 0)
+        except BadInput as error:
+            yield _fault(file, offset + begin, str(error))
         begin = line_end + 1
 
 
-def _blocks(file: InputFile, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of the file, decompressed."""
-    with file.open() as raw:
-        try:
-            if file.compression == "zstd":
-                yield from _zstd_blocks(file, raw, advance)
-            elif file.compression == "gzip":
-                yield from _gzip_blocks(file, raw, advance)
-            else:
-                while block := raw.read(BLOCK_BYTES):
-                    advance(len(block))
-                    yield block
-        except OSError as error:
-            raise DataError(f"{file.name} cannot be read: {error}.") from None
-
-
-def _gzip_blocks(file: InputFile, raw: Any, advance: Callable[[int], None]) -> Iterator[bytes]:
-    position = 0
-    try:
-        with gzip.GzipFile(fileobj=raw) as stream:
-            while block := stream.read(BLOCK_BYTES):
-                advance(raw.tell() - position)
-                position = raw.tell()
-                yield block
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file.name} is cut off or damaged: {error}. Download or compress it again.") from None
-    if position == 0 and file.num_bytes == 0:
-        raise DataError(f"{file.name} is empty, which no gzip file is. Download or compress it again.")
-
-
-def _zstd_blocks(file: InputFile, raw: Any, advance: Callable[[int], None]) -> Iterator[bytes]:
-    import zstandard
-
-    # Small pieces of input bound what one piece can blow up to; `eof` tells a whole frame from one cut off.
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    try:
-        while piece := raw.read(1 << 12):
-            advance(len(piece))
-            while piece:
-                if frame is None or frame.eof:
-                    frame = decompressor.decompressobj()
-                block = frame.decompress(piece)
-                piece = frame.unused_data if frame.eof else b""
-                if block:
-                    yield block
-    except zstandard.ZstdError as error:
-        if "too much memory" in str(error):
-            raise DataError(
-                f"{file.name} was compressed with a window of more than 128 MiB (zstd --long), which takes as much "
-                "memory to read. Compress it again without."
-            ) from None
-        raise DataError(f"{file.name} is damaged or is not zstd: {error}. Download or compress it again.") from None
-    if frame is None or not frame.eof:
-        raise DataError(f"{file.name} is cut off: its last zstd frame does not end. Download or compress it again.")
-
-
-def _parse_line(file: InputFile, offset: int, line: memoryview, options: ReadOptions) -> Record | None:
+def _parse_line(line: memoryview, options: ReadOptions, *, is_first: bool) -> Record | None:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        bare = bytes(line).removeprefix(BYTE_ORDER_MARK) if offset == 0 else bytes(line)
+        bare = bytes(line).removeprefix(BYTE_ORDER_MARK) if is_first else bytes(line)
         if not bare.strip():
             return None
-        record = _parse_odd_line(file, offset, bare, options)
+        record = _parse_odd_line(bare, options, is_first)
     if not isinstance(record, dict):
-        _fail(file, offset, f"the line is no JSON object but {bytes(line[:40]).decode(errors='replace')!r}")
-    text = record.get(options.text_key)
+        raise BadInput(f"the line is no JSON object but {bytes(line[:40]).decode(errors='replace')!r}")
+    keys = ", ".join(map(repr, list(record)[:20])) or "none" if options.text_key not in record else ""
+    text = take(record, options.text_key, _MISSING)
     if not isinstance(text, str):
-        if options.text_key not in record:
-            keys = ", ".join(map(repr, list(record)[:20])) or "none"
-            _fail(file, offset, f"the record has no key {options.text_key!r}, its keys are {keys}; see --text-key")
-        _fail(file, offset, f"{options.text_key!r} should be text, not {text!r:.40}")
-    identity = record.get(options.id_key)
-    extra = record if options.whole_records else {}
-    for key in (options.text_key, options.id_key):
-        extra.pop(key, None)
-    return Record(text, identity if identity is None or isinstance(identity, str) else _scalar(identity), 0, extra)
+        if text is _MISSING:
+            raise BadInput(f"the record has no key {options.text_key!r}, its keys are {keys}; see --text-key")
+        raise BadInput(f"{options.text_key!r} should be text, not {text!r:.40}")
+    refuse_binary(text)
+    identity = take(record, options.id_key)
+    if identity is not None and not isinstance(identity, str):
+        identity = orjson.dumps(identity).decode()
+    return Record(text, identity, 0, record if options.whole_records else {})
 
 
-def _parse_odd_line(file: InputFile, offset: int, line: bytes, options: ReadOptions) -> Any:
+def _parse_odd_line(line: bytes, options: ReadOptions, is_first: bool) -> Any:
     """Parse a line without its byte order mark; replace invalid UTF-8 and lone surrogates if that was asked for."""
     error: Exception
     try:
@@ -209,19 +232,21 @@ def _parse_odd_line(file: InputFile, offset: int, line: bytes, options: ReadOpti
         invalid = True
         error = decode_error
     if b"\0" in line and line.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
-        _fail(file, offset, "the line is UTF-16, not UTF-8: convert the file")
+        raise BadInput("the line is UTF-16, not UTF-8: convert the file")
+    name = magic_name(line) if is_first else None
+    if name and (invalid or b"\0" in line):
+        raise BadInput(f"this is {name}, no JSON. Name the file after what it is, or leave it out with --exclude")
     if not invalid:
-        _fail(file, offset, f"bad JSON ({_in_line(error)})")
-    if options.errors == "strict":
-        _fail(
-            file,
-            offset,
-            f"invalid UTF-8 ({_in_line(error)}); --errors replace keeps such text, with U+FFFD for the bad bytes",
+        raise BadInput(f"bad JSON ({_in_line(error)})")
+    if options.errors != "replace":
+        raise BadInput(
+            f"invalid UTF-8 ({_in_line(error)}); --errors replace keeps such text, with U+FFFD for the bad bytes, and "
+            "--errors skip leaves it out"
         )
     try:
         return orjson.loads(_ESCAPES.sub(_without_surrogates, line.decode(errors="replace")))
     except orjson.JSONDecodeError as json_error:
-        _fail(file, offset, f"bad JSON ({_in_line(json_error)})")
+        raise BadInput(f"bad JSON ({_in_line(json_error)})") from None
 
 
 def _in_line(error: Exception) -> str:
@@ -233,28 +258,42 @@ def _without_surrogates(escape: re.Match[str]) -> str:
     return "\\ufffd" if escape["lone"] else escape[0]
 
 
-def _scalar(value: object) -> str:
-    return orjson.dumps(value).decode()
+def _fault(file: InputFile, offset: int, problem: str) -> Fault:
+    return Fault(problem, partial(_with_its_line, file, offset, problem))
 
 
-def _fail(file: InputFile, offset: int, problem: str) -> NoReturn:
-    """Raise DataError with the number of the line that begins at `offset`: counted only now, when it is needed."""
+def _with_its_line(file: InputFile, offset: int, problem: str) -> BadInput:
+    """The error of the line that begins at `offset`: its number is counted only now, when it is needed."""
     line = 1
-    for block in _blocks(file, lambda _: None):
+    for block in read_lines(file):
         line += block[: max(offset, 0)].count(b"\n")
         offset -= len(block)
         if offset <= 0:
             break
-    raise DataError(f"{file.name}, line {line}: {problem}.")
+    return BadInput(f"{file.name}, {'line' if file.kind is Kind.JSON_LINES else 'record'} {line}: {problem}.")
 
 
-def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Record | None]:
-    """Each file of a unit as one document."""
+def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
+    """Each file of a unit as one document, all in one part."""
+    yield Part(0, _texts(unit, options, advance))
+
+
+def _texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Row]:
     for index, file in enumerate(unit.files):
-        blocks, size = [], 0
-        for block in _blocks(file, advance):
-            blocks.append(block)
-            size += len(block)
-            if size > MAX_DOCUMENT_BYTES:
-                raise DataError(f"{file.name} is a text file of more than {MAX_DOCUMENT_BYTES} bytes: one document.")
-        yield Record(decode(b"".join(blocks), options, file.name), None, index)
+        try:
+            yield Record(_text(file, options, advance), None, index)
+        except BadInput as error:
+            yield Fault(str(error), partial(BadInput, str(error)), index)
+
+
+def _text(file: InputFile, options: ReadOptions, advance: Callable[[int], None]) -> str:
+    blocks, size = [], 0
+    for block in read_blocks(file, advance):
+        blocks.append(block)
+        size += len(block)
+        if size > MAX_DOCUMENT_BYTES:
+            raise BadInput(f"{file.name} is a text file of more than {MAX_DOCUMENT_BYTES} bytes: one document.")
+    try:
+        return decode(b"".join(blocks), options)
+    except BadInput as error:
+        raise BadInput(f"{file.name}: {error}.") from None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_tools.inputs import InputFile
+from data_tools.inputs import InputFile, local_part
 from megatrain.errors import ConfigError, DataError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
@@ -20,7 +20,9 @@ def local_path(text: str) -> Path:
         raise ConfigError("An empty text was given as the place to write to (an unset variable?). Give a path.")
     if "://" in text:
         raise ConfigError(f"{text}: what is written needs a local path, not an address. Write it here and copy it.")
-    return Path(text)
+    path = local_part(text)
+    assert path is not None
+    return path
 
 
 def refuse_among_inputs(out: Path, arguments: Sequence[str], files: Sequence[InputFile]) -> None:
@@ -30,16 +32,17 @@ def refuse_among_inputs(out: Path, arguments: Sequence[str], files: Sequence[Inp
     """
     place = Path(os.path.realpath(out))
     for argument in arguments:
-        if "://" not in argument and Path(argument).is_dir() and place.is_relative_to(os.path.realpath(argument)):
+        path = local_part(argument)
+        if path is not None and path.is_dir() and place.is_relative_to(path.resolve()):
             raise ConfigError(f"--out {out} lies in the input folder {argument}. Give a place outside of it.")
     folders: dict[str, Path] = {}
     is_file = out.is_file()
-    for name in (file.name for file in files if not file.is_remote):
-        folder = str(Path(name).parent)
+    for path in (file.path for file in files if file.path is not None):
+        folder = str(path.parent)
         if folder not in folders:  # one look for all files of a folder: there may be millions
             folders[folder] = Path(os.path.realpath(folder))
-        if folders[folder].is_relative_to(place) or (is_file and out.samefile(name)):
-            raise ConfigError(f"--out {out} is, or holds, the input {name}. Give another place to write to.")
+        if folders[folder].is_relative_to(place) or (is_file and out.samefile(path)):
+            raise ConfigError(f"--out {out} is, or holds, the input {path}. Give another place to write to.")
 
 
 @contextmanager

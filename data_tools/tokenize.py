@@ -7,7 +7,6 @@ said by claims. MPI, where there is one, saves looking: rank 0 finds and checks 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -19,22 +18,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_plan, make_plan
-from data_tools.claims import Claims, join_command
+from data_tools.claims import Claims, job_name, join_command, refuse_other_job
 from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
-from data_tools.inputs import InputFile, find_inputs
+from data_tools.inputs import find_inputs
 from data_tools.outputs import refuse_among_inputs
 from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
-from data_tools.units import PART_BYTES, ReadOptions, Unit
+from data_tools.units import PART_BYTES, ReadOptions, Record, Unit
 from data_tools.work import Advance, PartStore, run_tasks
 from megatrain.data.format import (
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
+    SKIPPED_FILE,
     TOKENIZER_FILE,
     Manifest,
-    canonical_json,
     commit_bytes,
     token_dtype,
 )
@@ -87,6 +86,8 @@ class Effort:
     """How much of the text may have no tokens (0 to 1): if it is more, no dataset is made."""
     worker_seconds: float = 1.0
     """How long a worker process should have to do: for less, to start it costs more than it brings."""
+    say: Callable[[str], None] = field(default=lambda _: None, kw_only=True)
+    """Is told which inputs there are."""
 
 
 BYTES_A_SECOND = {"fastokens": 60e6, "tokenizers": 2e6}
@@ -98,7 +99,7 @@ class _Job:
     """What has been found out before the work begins."""
 
     name: str
-    """Names the command, in its first half, and the files and their sizes."""
+    """See `claims.job_name`."""
     finished: Manifest | None
     """The dataset, where it is there already."""
     tokenizer: TokenizerFile
@@ -158,24 +159,24 @@ def _prepare(
 ) -> _Job:
     """Look at everything, refuse what is wrong, and make the folder: what one process does for all that speak MPI."""
     tokenizer = load_tokenizer(tokenizer_path, options.eod_token, options.bos_token)
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, options.read.selection, options.read.text_key, effort.say)
     refuse_among_inputs(out, inputs, files)
     command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
-    name = _hash(command) + _hash([[file.name, file.num_bytes] for file in files])
+    name = job_name(command, files)
     work = out / WORK_FOLDER
     if (out / MANIFEST_FILE).exists() and not (work.exists() or restart):
-        return _Job(name, _finished(out, name, files), tokenizer)
+        return _Job(name, _finished(out, name), tokenizer)
     _refuse_other_things(out, work, name, restart)
     _join_folder(work, claims)
     with claims.hold("command"):
         if (out / MANIFEST_FILE).exists() and not restart:
-            return _Job(name, _finished(out, name, files), tokenizer)
+            return _Job(name, _finished(out, name), tokenizer)
         join_command(out, work / COMMAND_FILE, command, "delete the folder to start over")
         if restart:
             _start_over(out, work, claims)
         if not (out / TOKENIZER_FILE).exists():
             commit_bytes(out / TOKENIZER_FILE, tokenizer.json, scratch=work)
-    units = list(plan_units(files, effort.part_bytes))
+    units = list(plan_units(files, effort.part_bytes, options.read.errors))
     store = PartStore(work)
     with claims.hold("plan"):
         if load_plan(store, units):
@@ -293,7 +294,7 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
         # Broken input is reported by the worker that comes to it, when what is before it has been committed.
         with suppress(DataError):
             for record in (record for part in islice(read_parts(unit, options), 1) for record in part.rows):
-                if record is not None:
+                if isinstance(record, Record):
                     texts.append(record.text[:remaining])
                     remaining -= len(texts[-1])
                 if remaining <= 0:
@@ -301,21 +302,10 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
     return texts
 
 
-def _finished(out: Path, job: str, files: Sequence[InputFile]) -> Manifest:
-    """The manifest of the finished dataset `out`, if this very command made it."""
+def _finished(out: Path, job: str) -> Manifest:
+    """The manifest of the finished dataset `out`, if this very command made it of these very inputs."""
     manifest = Manifest.load(out)
-    if manifest.job != job:
-        raise ConfigError(
-            f"{out} already holds a dataset, made from other inputs or with other options. "
-            "Give another --out, or delete that folder."
-        )
-    finished_ns = (out / MANIFEST_FILE).stat().st_mtime_ns
-    for file in files:
-        if not file.is_remote and int(file.version) > finished_ns:
-            raise ConfigError(
-                f"{out} already holds a dataset, and {file.name} was changed after it was made. "
-                "Give another --out, or delete that folder."
-            )
+    refuse_other_job(job, manifest.job, f"{out} already holds a dataset", "Give another --out, or delete that folder.")
     return manifest
 
 
@@ -345,7 +335,7 @@ def _start_over(out: Path, work: Path, claims: Claims) -> None:
     """Remove what this command has made, by the names that it gives, and nothing else."""
     if not claims.is_alone():
         raise ConfigError(f"Another process is at work on {out} just now: stop it before --restart.")
-    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE}
+    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE}
     # The manifest goes first: what is left without it is an unfinished dataset.
     for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST_FILE):
         if path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name):
@@ -354,10 +344,6 @@ def _start_over(out: Path, work: Path, claims: Claims) -> None:
         if path.name != COMMAND_FILE and not path.name.startswith(CLAIMS_FILE):
             path.unlink()
     claims.join()
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()[:32]
 
 
 def _command_of(job: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.inputs import InputFile, find_inputs
 from data_tools.outputs import refuse_among_inputs
 from data_tools.readers import plan_units, read_parts
-from data_tools.units import ReadOptions
+from data_tools.units import Fault, ReadOptions, Record, no_text
 from megatrain.data.format import commit_bytes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -87,7 +87,12 @@ def _how_to_get(path: Path) -> str:
 
 
 def train_tokenizer(
-    inputs: Sequence[str], vocab_size: int, out: Path, options: ReadOptions, special_tokens: Sequence[str] = ()
+    inputs: Sequence[str],
+    vocab_size: int,
+    out: Path,
+    options: ReadOptions,
+    special_tokens: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Train a byte-level BPE on the text of the inputs, write it to `out`, and return its true vocabulary size.
 
@@ -107,7 +112,7 @@ def train_tokenizer(
         raise ConfigError("--special-token was given an empty text: a token needs a name.")
     if not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} for --out {out}: make it first.")
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, options.selection, options.text_key, say)
     refuse_among_inputs(out, inputs, files)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,7 +128,9 @@ def train_tokenizer(
     if texts.error is not None:
         raise texts.error
     if not texts.num_characters:
-        raise DataError(f"The input holds no text: {texts.num_documents} documents, all of them empty.")
+        raise no_text(texts.num_documents, texts.num_skipped)
+    if texts.num_skipped:
+        say(f"{texts.num_skipped} rows could not be read and were skipped; --check lists where.")
     commit_bytes(out, tokenizer.to_str(pretty=True).encode())
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
 
@@ -134,16 +141,18 @@ class _TextIterator:
     def __init__(self, files: list[InputFile], options: ReadOptions) -> None:
         self.error: DataError | None = None
         self.num_documents = 0
+        self.num_skipped = 0
         self.num_characters = 0
         self._files = files
         self._options = options
 
     def __iter__(self) -> Iterator[str]:
         try:
-            for unit in plan_units(self._files):
+            for unit in plan_units(self._files, errors=self._options.errors):
                 for part in read_parts(unit, self._options):
                     for record in part.rows:
-                        if record is not None:
+                        self.num_skipped += isinstance(record, Fault)
+                        if isinstance(record, Record):
                             self.num_documents += 1
                             self.num_characters += len(record.text)
                             yield record.text

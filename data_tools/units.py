@@ -1,20 +1,23 @@
 """Into which pieces the input is cut, whoever reads them.
 
-A `Unit` is what one worker takes at a time: a byte range of a plain JSON-lines file, a row group of a parquet file, a
-whole compressed or Arrow file, or some text files. It comes apart into numbered `Part`s of about PART_BYTES, by where
+A `Unit` is what one worker takes at a time: a byte range of a plain JSON-lines file, some row groups of a parquet file,
+a whole compressed or Arrow file, or some text files. It comes apart into numbered `Part`s of about PART_BYTES, by where
 in the unit a document begins. So the same files give the same parts, whoever reads them, and however often. Several
 workers may read the same unit, and each do some of its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import orjson
 import xxhash
 
-from data_tools.inputs import InputFile, Kind
+from data_tools.inputs import InputFile, Selection
+from data_tools.kinds import Kind, magic_name
 from megatrain.errors import DataError
 
 PART_BYTES = 16 << 20
@@ -22,17 +25,28 @@ MAX_DOCUMENT_BYTES = 1 << 28
 """A longer document is taken for a mistake, or for an attack on memory."""
 USUAL_COMPRESSION = 4
 """How many times smaller compressed text is, about."""
+MAX_LISTED = 1000
+"""Rows of a part that are listed as skipped; all are counted."""
+
+
+class BadInput(DataError):
+    """Content of an input that is not what it should be. `--errors skip` goes on behind it."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How text is found in records, and what is done with bytes that are not UTF-8 (`strict` or `replace`)."""
+    """How text is found in records, and what is done with what cannot be read.
+
+    `errors`: `strict` stops at it; so does `replace`, but keeps bytes that are not UTF-8, as U+FFFD; `skip` leaves out
+    the row, or what is left of the file, and counts it. A key `a.b` is also the key `b` of the object under `a`.
+    """
 
     text_key: str = "text"
     id_key: str = "id"
     errors: str = "strict"
     whole_records: bool = False
     """Whether a record's other keys are read as well."""
+    selection: Selection = field(default_factory=Selection)
 
 
 class Record(NamedTuple):
@@ -46,6 +60,20 @@ class Record(NamedTuple):
     """The record's other keys, if they were asked for."""
 
 
+class Fault(NamedTuple):
+    """A row that cannot be read, or all that is left of a file."""
+
+    problem: str
+    error: Callable[[], DataError]
+    """What the command stops with, unless it is to skip. Made only then: it may count the lines up to there."""
+    file: int = 0
+    """Index in the unit's files."""
+
+
+Row = Record | Fault | None
+"""None is a row without a document: a blank line."""
+
+
 class Part(NamedTuple):
     """Part number `number` of a unit. Its rows are to be read before the next part is asked for, or not at all.
 
@@ -53,8 +81,7 @@ class Part(NamedTuple):
     """
 
     number: int
-    rows: Iterator[Record | None]
-    """None is a row without a document: a blank line."""
+    rows: Iterator[Row]
 
 
 @dataclass(frozen=True)
@@ -63,9 +90,9 @@ class Unit:
 
     files: tuple[InputFile, ...]
     start: int = 0
-    """First byte (JSON lines) or the row group (parquet)."""
+    """First byte (JSON lines) or row group (parquet)."""
     stop: int | None = None
-    """A line that begins at or behind this byte belongs to another unit."""
+    """What begins at or behind this byte, or row group, belongs to another unit."""
     num_bytes: int = 0
     """About how many bytes there are to be read; for showing progress."""
     part_bytes: int = PART_BYTES
@@ -73,7 +100,7 @@ class Unit:
     @property
     def is_seekable(self) -> bool:
         """Whether a part can be read without those before it."""
-        return self.files[0].kind is Kind.JSON_LINES and self.files[0].compression is None
+        return self.files[0].kind is Kind.JSON_LINES and not self.files[0].is_streamed
 
     @property
     def text_bytes(self) -> int:
@@ -88,14 +115,80 @@ class Unit:
             f"{[file.key for file in self.files]} {self.start} {self.stop} {self.part_bytes}".encode()
         )
 
+    def batches(self, part: Part, num_characters: int, counts: dict[str, Any]) -> Iterator[list[tuple[int, Record]]]:
+        """The documents of a part and their rows, from the start of the part, about so many characters at a time.
 
-def decode(data: bytes, options: ReadOptions, file: str, row: int | None = None) -> str:
-    """The text that the bytes stand for. Raises DataError with their place if they are not UTF-8 and should be."""
+        `counts` gets `num_rows`, `num_skipped`, and `skipped`: file, row and problem of the first MAX_LISTED.
+        """
+        counts |= {"num_rows": 0, "num_skipped": 0, "skipped": []}
+        batch: list[tuple[int, Record]] = []
+        size = 0
+        for number, row in enumerate(part.rows):
+            counts["num_rows"] += 1
+            place = 0 if self.files[0].kind is Kind.TEXT else number
+            if isinstance(row, Fault):
+                counts["num_skipped"] += 1
+                counts["skipped"] += [[row.file, place, row.problem]][: MAX_LISTED - len(counts["skipped"])]
+            elif row is not None:
+                batch.append((place, row))
+                size += len(row.text)
+            if size >= num_characters:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def skipped_lines(self, first_row: int, skipped: Sequence[tuple[int, int, str]]) -> bytes:
+        """What `batches` listed as skipped, as JSON lines, of a part that begins at row `first_row` of its file."""
+        keys = ("file", "row", "problem")
+        rows = ((self.files[file].name, first_row + row, problem) for file, row, problem in skipped)
+        return b"".join(orjson.dumps(dict(zip(keys, row, strict=True))) + b"\n" for row in rows)
+
+
+def decode(data: bytes, options: ReadOptions) -> str:
+    """The text that the bytes stand for. Raises BadInput if they are not UTF-8 and should be, or are no text at all."""
     try:
-        return data.decode(errors=options.errors)
+        text = data.decode(errors="replace" if options.errors == "replace" else "strict")
     except UnicodeDecodeError as error:
-        place = file if row is None else f"{file}, row {row}"
-        raise DataError(
-            f"{place}: invalid UTF-8 at byte {error.start} ({error.reason}); "
-            "--errors replace keeps such text, with U+FFFD for the bad bytes."
+        name = magic_name(data)
+        if name:
+            raise BadInput(f"this is {name}, no UTF-8 text") from None
+        raise BadInput(
+            f"invalid UTF-8 at byte {error.start} ({error.reason}); --errors replace keeps such text, with U+FFFD for "
+            "the bad bytes, and --errors skip leaves it out"
         ) from None
+    refuse_binary(text, data)
+    return text
+
+
+def refuse_binary(text: str, data: bytes = b"") -> None:
+    """Raise BadInput for what is valid UTF-8, or was made so, and yet no text; `data` is what it was decoded from."""
+    num_odd = text.count("\0") + text.count("\ufffd")
+    if not num_odd:
+        return
+    name = magic_name(data)
+    if name:
+        raise BadInput(f"this is {name}, no UTF-8 text")
+    # In UTF-16 every other byte of most alphabets is the same control character: NUL for Latin.
+    halves = (text[0:64:2], text[1:64:2])
+    if len(text) >= 8 and any(all(character < " " for character in half) for half in halves):
+        raise BadInput("this looks like UTF-16 without a byte order mark, not UTF-8: convert it")
+    if len(text) >= 16 and 3 * num_odd >= len(text):
+        raise BadInput(f"{num_odd} of {len(text)} characters are U+FFFD or NUL, so it is no UTF-8 text")
+
+
+def no_text(num_empty: int, num_skipped: int) -> DataError:
+    """What to say of an input without any text."""
+    skipped = f"; {num_skipped} rows were skipped, see --check" if num_skipped else ""
+    documents = f"{num_empty} documents, all of them empty" if num_empty else "no documents in its files"
+    return DataError(f"The input holds no text: {documents}{skipped}.")
+
+
+def as_text(value: object) -> str:
+    """What stands for a value that JSON cannot write: bytes as UTF-8, or else base64; others as Python shows them."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    return str(value)

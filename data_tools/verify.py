@@ -18,7 +18,7 @@ import xxhash
 
 from data_tools.work import Advance
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.format import content_digest, is_content, map_file, shard_name
+from megatrain.data.format import SKIPPED_FILE, content_digest, is_content, map_file, shard_name
 from megatrain.data.shard import Views
 from megatrain.data.shard_table import BatchPlace
 from megatrain.errors import DataError, RankError
@@ -63,6 +63,7 @@ def verify_dataset(
             problems.append(f"{dataset.tokenizer_path}: its SHA-256 is not the one in the manifest")
     except OSError as error:
         problems.append(f"{dataset.tokenizer_path} cannot be read: {os.strerror(error.errno or 0)}")
+    problems += _check_skipped(dataset)
     num_bytes = _num_bytes(dataset, chosen)
     num_workers = min(extent.num_workers, 1 + num_bytes // BYTES_PER_WORKER)
     with progress("verify", num_bytes) as advance:
@@ -77,6 +78,18 @@ def verify_dataset(
         listed = "; ".join(problems[:MAX_REPORTED])
         raise DataError(f"{path} is damaged: {listed}{more}. Copy these files again, or tokenize again.")
     return dataset, sum(part.num_bytes for part in found)
+
+
+def _check_skipped(dataset: Dataset) -> list[str]:
+    """What is wrong with the list of skipped rows, where there is to be one."""
+    checksum = dataset.manifest.skipped_checksum
+    if checksum is None:
+        return []
+    try:
+        is_whole = is_content(dataset.storage.content(SKIPPED_FILE, checksum), checksum)
+    except DataError as error:
+        return [_problem(error)]
+    return [] if is_whole else [f"{dataset.path}/{SKIPPED_FILE}: its checksum is not the one in the manifest"]
 
 
 def _chosen_batches(dataset: Dataset, extent: Extent) -> dict[int, list[int]] | None:
@@ -141,7 +154,7 @@ def check_run(dataset: Dataset, shards: Sequence[int], chosen: dict[int, list[in
                 problems += check_batch(dataset, shard, places, number, data)
                 num_bytes += places[number].num_bytes
         except DataError as error:
-            problems.append(str(error).partition(ADVICE)[0].rstrip("."))
+            problems.append(_problem(error))
     return Found(problems, num_bytes)
 
 
@@ -226,6 +239,10 @@ def _hashes(dataset: Dataset) -> Iterator[pa.Array]:
     for index in range(dataset.num_shards):
         shard = dataset.shard(index)
         yield from (shard.record_batch(number)["hash"] for number in range(len(shard.places)))
+
+
+def _problem(error: DataError) -> str:
+    return str(error).partition(ADVICE)[0].rstrip(".")
 
 
 def _first_line(error: Exception) -> str:

@@ -40,6 +40,9 @@ class PartFile(NamedTuple):
     num_tokens: int
     unknown: dict[str, Any]
     """Fields of `Unknown`."""
+    num_skipped: int
+    skipped: list[tuple[int, int, str]]
+    """File of the unit, row in the part, and problem of rows that were skipped: see `Unit.batches`."""
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,14 @@ class Matcher:
             keys, documents = other_keys[~is_same], others[~is_same]
 
     def _are_same(self, first: Documents, second: Documents) -> npt.NDArray[np.bool_]:
-        wanted, places = np.unique(np.concatenate([first, second]), return_inverse=True)
-        found = signatures(self.runs, wanted)
-        num_equal = equal_bytes(found[places[: len(first)]], found[places[len(first) :]])
-        return num_equal >= self.sketch.min_equal_bytes
+        return equal_places(self.runs, first, second) >= self.sketch.min_equal_bytes
+
+
+def equal_places(runs: RunFiles, first: Documents, second: Documents) -> npt.NDArray[np.int64]:
+    """In how many places the signatures of each pair of documents agree."""
+    wanted, places = np.unique(np.concatenate([first, second]), return_inverse=True)
+    found = signatures(runs, wanted)
+    return equal_bytes(found[places[: len(first)]], found[places[len(first) :]])
 
 
 def signatures(runs: RunFiles, documents: Documents) -> Bytes:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.clean.candidates import RunFiles, find_pairs, signatures
+from data_tools.clean.candidates import RunFiles, equal_places, find_pairs
+from data_tools.clean.chains import measure_chains
 from data_tools.clean.clusters import ClusterDecisions, cluster, cluster_sizes
 from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
 from data_tools.clean.output import write_kept
 from data_tools.clean.report import make_report, render, tally, wanted_texts
-from data_tools.clean.sketch import ExactSketch, MinHashSketch, Sketch, equal_bytes
+from data_tools.clean.sketch import ExactSketch, MinHashSketch, Sketch
 from data_tools.clean.survey import survey
 from data_tools.inputs import find_inputs
 from data_tools.outputs import refuse_among_inputs
@@ -57,12 +58,12 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
     Returns the report. Raises ConfigError where `out` holds anything else.
     """
     sketch = options.sketch()
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, options.read.selection, options.read.text_key, effort.say)
     refuse_among_inputs(out, inputs, files)
     command = {"command": "dedup", "inputs": list(inputs), "part_bytes": effort.part_bytes, **asdict(options)}
 
     def make(job: Job) -> dict[str, Any]:
-        corpus = survey(list(plan_units(files, effort.part_bytes)), options.read, sketch, job)
+        corpus = survey(list(plan_units(files, effort.part_bytes, options.read.errors)), options.read, sketch, job)
         runs, pair_files = find_pairs(corpus, sketch, job)
         firsts = job.work / "firsts"
         job.run_alone("cluster", partial(cluster, pair_files, corpus.num_documents, firsts), firsts)
@@ -72,6 +73,8 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
         report = make_report(command, total, corpus, texts)
         sizes = partial(cluster_sizes, firsts, corpus.num_documents)  # by one: it counts in a file
         report["clusters"] = job.share("clusters", lambda: {str(size): n for size, n in sizes().items()})
+        if options.method == "minhash":
+            report["chains"] = measure_chains(corpus, runs, firsts, sketch, job)
         _add_similarities(report, runs, sketch)
         commit_bytes(out / REPORT_FOLDER / "report.txt", render(report).encode(), job.work)
         return report
@@ -83,6 +86,5 @@ def _add_similarities(report: dict[str, Any], runs: RunFiles, sketch: Sketch) ->
     """To each example: how similar it is to the document that is kept."""
     for reason in report["reasons"].values():
         for example in reason["examples"]:
-            pair = np.array([example["kept"]["document"], example["document"]], np.uint64)
-            found = signatures(runs, pair)
-            example["similarity"] = round(sketch.similarity(int(equal_bytes(found[:1], found[1:])[0])), 4)
+            kept, dropped = (np.array([each["document"]], np.uint64) for each in (example["kept"], example))
+            example["similarity"] = round(sketch.similarity(int(equal_places(runs, kept, dropped)[0])), 4)

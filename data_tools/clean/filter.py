@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,34 @@ def choose_filters(names: str | None, config: Path | None) -> Chosen:
     """
     if (names is None) == (config is None):
         raise ConfigError(f"Give either --filters or --config. There are {', '.join(FILTERS)}.")
-    given: Any = {name.strip(): None for name in names.split(",")} if names is not None else _read(config)
+    listed = [name.strip() for name in names.split(",")] if names is not None else []
+    twice = next((name for name in listed if listed.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--filters names {twice} twice: name it once.")
+    given: Any = dict.fromkeys(listed) if names is not None else _read(config)
     if not isinstance(given, dict) or not given:
         raise ConfigError(f"{config} should have the names of filters as keys: {', '.join(FILTERS)}.")
     return {name: _make_filter(name, parameters) for name, parameters in given.items()}
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen: set[object] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} stands twice; keep one"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(config: Path | None) -> object:
     assert config is not None
     try:
-        return yaml.safe_load(config.read_bytes())
+        return yaml.load(config.read_bytes(), _UniqueKeys)
     except FileNotFoundError:
         raise ConfigError(f"--config {config} does not exist.") from None
     except yaml.MarkedYAMLError as error:
@@ -104,14 +122,14 @@ def filter_documents(
 
     Returns the report. Raises ConfigError where `out` holds anything else.
     """
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, read.selection, read.text_key, effort.say)
     refuse_among_inputs(out, inputs, files)
     filters = [[name, each.model_dump(mode="json")] for name, each in chosen.items()]
     command = {"command": "filter", "inputs": list(inputs), "part_bytes": effort.part_bytes, "filters": filters}
-    command |= {"text_key": read.text_key, "id_key": read.id_key, "errors": read.errors}
+    command |= {"read": asdict(read)}
 
     def make(job: Job) -> dict[str, Any]:
-        corpus = survey(list(plan_units(files, effort.part_bytes)), read, FilterJudge(chosen), job)
+        corpus = survey(list(plan_units(files, effort.part_bytes, read.errors)), read, FilterJudge(chosen), job)
         decisions = FilterDecisions()
         total = tally(corpus, decisions, job)
         texts = write_kept(corpus, out, read, decisions, wanted_texts(total), job)

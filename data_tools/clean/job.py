@@ -6,19 +6,18 @@ is doing, and waits for the rest.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import orjson
 
-from data_tools.claims import Claims, join_command
+from data_tools.claims import Claims, job_name, join_command, refuse_other_job
 from data_tools.inputs import InputFile
 from data_tools.ranks import Ranks
 from data_tools.units import PART_BYTES
@@ -30,6 +29,10 @@ REPORT_FOLDER = ".report"
 """Hidden, so that a command which reads the folder finds documents only."""
 REPORT_FILE = "report.json"
 WORK_FOLDER = ".work"
+COMMAND_FILE = "command.json"
+INPUTS_FILE = "inputs"
+"""Names the files that what is in the work folder was made of."""
+SURVEY_FOLDER = "survey"
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 5.0
 """Between two looks at what others have done."""
 
@@ -47,6 +50,8 @@ class Effort:
     ranks: Ranks
     part_bytes: int = PART_BYTES
     """About how much text is read between two commits."""
+    say: Callable[[str], None] = field(default=lambda _: None, kw_only=True)
+    """Is told which inputs there are."""
 
 
 @dataclass(frozen=True)
@@ -134,22 +139,23 @@ def run_once(
     `make` is to leave in the job's folder what it wants to find again after a kill. It returns the report, and when
     that is stored the command is done. Raises ConfigError where `out` holds anything else.
     """
-    listed = [[file.name, file.num_bytes] for file in files]
-    digest = hashlib.sha256(canonical_json([command, listed])).hexdigest()
+    digest = job_name(command, files)
     work, report_path = out / WORK_FOLDER, out / REPORT_FOLDER / REPORT_FILE
     if restart and effort.ranks.size > 1 and not effort.ranks.speak_mpi:
         raise ConfigError("--restart is for one process, or for ranks that speak MPI: others remove the folder first.")
-    effort.ranks.share(lambda: _begin(out, work, command, restart, report_path))
+    effort.ranks.share(lambda: _begin(out, work, command, restart, report_path, digest))
     if report_path.exists() and not work.exists():
-        return _finished(out, report_path, digest, files)
+        return _finished(out, report_path, digest)
     job = Job(work, effort)
     try:
         while not job.claims.join():
-            _begin(out, work, command, False, report_path)
+            _begin(out, work, command, False, report_path, digest)
         if not report_path.exists():
+            if (work / INPUTS_FILE).read_text() != digest:
+                raise ConfigError(f"Another process is writing {out} just now, of inputs that have changed. Stop it.")
             report = canonical_json({**make(job), "job": digest})
             job.run_alone("report", lambda: commit_bytes(report_path, report, work), report_path)
-        result = _finished(out, report_path, digest, files)
+        result = _finished(out, report_path, digest)
         effort.ranks.wait()
         if job.claims.leave():
             shutil.rmtree(work, ignore_errors=True)
@@ -158,7 +164,7 @@ def run_once(
     return result
 
 
-def _begin(out: Path, work: Path, command: dict[str, Any], restart: bool, report_path: Path) -> None:
+def _begin(out: Path, work: Path, command: dict[str, Any], restart: bool, report_path: Path, digest: str) -> None:
     """Make the folder ready for this command, or find that it is."""
     if restart:
         _clear(out)
@@ -166,38 +172,40 @@ def _begin(out: Path, work: Path, command: dict[str, Any], restart: bool, report
         return
     _make_folder(out, work)
     if not report_path.exists():
-        join_command(out, work / "command.json", command, "--restart to start over")
+        join_command(out, work / COMMAND_FILE, command, "--restart to start over")
+        inputs = work / INPUTS_FILE
+        if inputs.exists() and inputs.read_text() != digest:
+            # Of what was read, the survey keeps what is of files that are still the same. It names them.
+            _clear(out, {COMMAND_FILE, SURVEY_FOLDER, INPUTS_FILE})
+        commit_bytes(inputs, digest.encode())
 
 
-def _finished(out: Path, report_path: Path, digest: str, files: Sequence[InputFile]) -> dict[str, Any]:
+def _finished(out: Path, report_path: Path, digest: str) -> dict[str, Any]:
     report: dict[str, Any] = orjson.loads(report_path.read_bytes())
-    if report["job"] != digest:
-        raise ConfigError(
-            f"{out} already holds a result, made from other inputs or with other options. "
-            "Give another --out, or --restart to replace it."
-        )
-    finished_ns = report_path.stat().st_mtime_ns
-    for file in files:
-        if not file.is_remote and int(file.version) > finished_ns:
-            raise ConfigError(
-                f"{out} already holds a result, and {file.name} was changed after it was made. "
-                "Give another --out, or --restart to replace it."
-            )
+    way_out = "Give another --out, or --restart to replace it."
+    refuse_other_job(digest, report["job"], f"{out} already holds a result", way_out)
     return report
 
 
-def _clear(out: Path) -> None:
-    """Remove what an earlier command of this kind has written to the folder, and nothing else."""
+def _clear(out: Path, kept: Collection[str] = ()) -> None:
+    """Remove what a command of this kind has written to the folder, and nothing else; `kept`: of the work folder."""
     if not (out / WORK_FOLDER).is_dir() and not (out / REPORT_FOLDER / REPORT_FILE).is_file():
         return
     claims = Claims(out / WORK_FOLDER / "claims")
     try:
         if (out / WORK_FOLDER).is_dir() and not claims.is_alone():
-            raise ConfigError(f"--restart: another process is writing {out} just now. Stop it first.")
+            raise ConfigError(f"Another process is writing {out} just now. Stop it first.")
     finally:
         claims.close()
     # The report goes last: a kill in between leaves a folder that is still known as ours.
-    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    if kept:
+        for path in (out / WORK_FOLDER).iterdir():
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path)
+            elif path.name not in kept and not path.name.startswith("claims"):
+                path.unlink()
+    else:
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
     for path in out.glob("part-*.jsonl.zst"):
         path.unlink()
     shutil.rmtree(out / REPORT_FOLDER, ignore_errors=True)

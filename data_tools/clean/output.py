@@ -20,9 +20,9 @@ import zstandard
 
 from data_tools.clean.job import REPORT_FOLDER, Job, Task
 from data_tools.clean.survey import Corpus, Place, SurveyedPart, read_columns
-from data_tools.inputs import Kind
+from data_tools.kinds import Kind
 from data_tools.readers import read_parts
-from data_tools.units import Part, ReadOptions, Record, Unit
+from data_tools.units import Part, ReadOptions, Record, Unit, as_text
 from data_tools.work import Advance
 from megatrain.data.format import commit_bytes, committed
 from megatrain.errors import DataError
@@ -124,7 +124,7 @@ class OutputWriter:
         ):
             for each in parts:
                 reasons = self.decisions.of(each.surveyed).reasons
-                records = ((row, record) for row, record in enumerate(each.part.rows) if record is not None)
+                records = ((row, record) for row, record in enumerate(each.part.rows) if isinstance(record, Record))
                 for index, (row, record) in enumerate(records):
                     document = each.surveyed.first_document + index
                     if document in self.examples:
@@ -138,7 +138,7 @@ class OutputWriter:
         is_text = each.unit.files[0].kind is Kind.TEXT
         place = self.corpus.place(each.surveyed, record.id, record.file, 0 if is_text else row)
         try:
-            return orjson.dumps(make_record(record, place), default=str, option=orjson.OPT_APPEND_NEWLINE)
+            return orjson.dumps(make_record(record, place), default=as_text, option=orjson.OPT_APPEND_NEWLINE)
         except TypeError as error:
             raise DataError(
                 f"{place.file}, row {place.row} (from 0): the record cannot be written again as JSON: {error}. "

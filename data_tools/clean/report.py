@@ -11,6 +11,7 @@ import xxhash
 from data_tools.clean.job import Job
 from data_tools.clean.output import Decisions
 from data_tools.clean.survey import Corpus, Place, read_columns
+from megatrain.data.format import SKIPPED_FILE
 
 EXAMPLES = 5
 """Of each reason."""
@@ -94,6 +95,7 @@ def make_report(command: dict[str, Any], total: Tally, corpus: Corpus, texts: di
     return {
         "command": command,
         "documents": total.documents,
+        "skipped": corpus.num_skipped,
         "kept": total.documents - num_dropped,
         "dropped": num_dropped,
         "text_bytes": total.text_bytes,
@@ -136,8 +138,13 @@ def render(report: dict[str, Any]) -> str:
         f"Kept: {report['kept']} ({_share(report['kept'], documents)}), {report['kept_text_bytes'] / 1e6:.1f} MB "
         f"({_share(report['kept_text_bytes'], size)}). Dropped: {report['dropped']}."
     ]
+    if report["skipped"]:
+        lines.append(f"Skipped, because they could not be read: {report['skipped']} rows, listed in {SKIPPED_FILE}.")
     if report.get("clusters"):
-        lines.append("Clusters by size: " + ", ".join(f"{n} of {size}" for size, n in report["clusters"].items()))
+        sizes = sorted((int(size), number) for size, number in report["clusters"].items())
+        lines.append("Clusters by size: " + ", ".join(f"{number} of {size}" for size, number in sizes))
+    if report.get("chains"):
+        lines.append(_chains(report["chains"], report["dropped"]))
     by_number = sorted(report["reasons"].items(), key=lambda item: -item[1]["documents"])
     for reason, found in by_number:
         lines += ["", f"{reason}: {found['documents']} documents, {found['text_bytes'] / 1e6:.1f} MB"]
@@ -147,6 +154,17 @@ def render(report: dict[str, Any]) -> str:
                 similarity = f"  (similarity {example['similarity']:.2f})" if "similarity" in example else ""
                 lines += [f"  kept     {_where(example['kept'])}{similarity}", *_quoted(example["kept"]["text"])]
     return "\n".join(lines) + "\n"
+
+
+def _chains(chains: dict[str, Any], num_dropped: int) -> str:
+    """How far clusters reach: their documents are the same by way of others, and need not be like the one kept."""
+    least = f"Least similar to the document that is kept instead: {chains['least_similarity']:.2f}"
+    if not chains["documents"]:
+        return f"{least}."
+    return (
+        f"{least} (id {chains['id']}, kept {chains['kept_id']}). Below the threshold, and dropped because others lie "
+        f"between: {chains['documents']} of {num_dropped} ({_share(chains['documents'], num_dropped)})."
+    )
 
 
 def _share(part: int, whole: int) -> str:

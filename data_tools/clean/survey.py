@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
-from data_tools.clean.job import Job, Task
-from data_tools.inputs import Kind
+from data_tools.clean.job import REPORT_FOLDER, SURVEY_FOLDER, Job, Task
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit
 from data_tools.work import Advance
-from megatrain.data.format import canonical_json, commit_bytes, committed
+from megatrain.data.format import SKIPPED_FILE, canonical_json, commit_bytes, committed
 
 JUDGE_CHARACTERS = 1 << 20
 """About how much text a judge is given at once."""
@@ -63,9 +64,10 @@ class Surveyor:
         commit_bytes(list_path(self.folder, unit), orjson.dumps(listed))
 
     def _commit(self, path: Path, unit: Unit, part: Part) -> None:
-        counts = {"num_rows": 0, "num_documents": 0}
+        counts: dict[str, Any] = {}
         fields = PLACE_FIELDS + self.judge.fields()
-        batches = [self._batch(rows) for rows in _in_batches(part, unit.files[0].kind is Kind.TEXT, counts)]
+        batches = [self._batch(rows) for rows in unit.batches(part, JUDGE_CHARACTERS, counts)]
+        counts["num_documents"] = sum(batch.num_rows for batch in batches)
         schema = pa.schema(fields, {b"megatrain": canonical_json(counts)})
         with committed(path) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
             for batch in batches:
@@ -83,23 +85,6 @@ class Surveyor:
         return pa.RecordBatch.from_arrays(
             columns + self.judge(texts), schema=pa.schema(PLACE_FIELDS + self.judge.fields())
         )
-
-
-def _in_batches(part: Part, is_text: bool, counts: dict[str, int]) -> Iterator[list[tuple[int, Record]]]:
-    rows: list[tuple[int, Record]] = []
-    num_characters = 0
-    for row, record in enumerate(part.rows):
-        counts["num_rows"] += 1
-        if record is None:
-            continue
-        counts["num_documents"] += 1
-        rows.append((0 if is_text else row, record))
-        num_characters += len(record.text)
-        if num_characters >= JUDGE_CHARACTERS:
-            yield rows
-            rows, num_characters = [], 0
-    if rows:
-        yield rows
 
 
 class Place(NamedTuple):
@@ -120,6 +105,7 @@ class SurveyedPart:
     """Row in the file at which the part begins."""
     first_document: int
     num_documents: int
+    num_skipped: int
 
 
 @dataclass(frozen=True)
@@ -132,18 +118,26 @@ class Corpus:
     @staticmethod
     def load(units: Sequence[Unit], folder: Path, job: Job) -> Corpus:
         """Of units that are all surveyed."""
-        lists = job.share("parts", lambda: [orjson.loads(list_path(folder, unit).read_bytes()) for unit in units])
+        keys = ("path", "num_rows", "num_documents", "num_skipped")
+        lists = job.share(
+            "parts", lambda: [[[each[key] for key in keys] for each in _listed(folder, unit)] for unit in units]
+        )
         parts = []
         first_row = first_document = 0
         for number, (unit, listed_parts) in enumerate(zip(units, lists, strict=True)):
             if unit.start == 0:
                 first_row = 0
-            for listed in listed_parts:
-                path, num_documents = folder / listed["path"], listed["num_documents"]
-                parts.append(SurveyedPart(path, number, first_row, first_document, num_documents))
-                first_row += listed["num_rows"]
+            for name, num_rows, num_documents, num_skipped in listed_parts:
+                path = folder / name
+                parts.append(SurveyedPart(path, number, first_row, first_document, num_documents, num_skipped))
+                first_row += num_rows
                 first_document += num_documents
         return Corpus(units, parts)
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows that could not be read."""
+        return sum(part.num_skipped for part in self.parts)
 
     @property
     def num_documents(self) -> int:
@@ -181,8 +175,27 @@ def list_path(folder: Path, unit: Unit) -> Path:
 
 def survey(units: Sequence[Unit], options: ReadOptions, judge: Judge, job: Job) -> Corpus:
     """Let the judge see every document that it has not seen before a kill."""
-    folder = job.work / "survey"
+    folder = job.work / SURVEY_FOLDER
     folder.mkdir(exist_ok=True)
     tasks = [Task(list_path(folder, unit), unit.num_bytes, unit) for unit in units]
     job.run("read", Surveyor(folder, options, judge), list({task.done: task for task in tasks}.values()))
-    return Corpus.load(units, folder, job)
+    corpus = Corpus.load(units, folder, job)
+    if options.errors == "skip":
+        path = job.work.parent / REPORT_FOLDER / SKIPPED_FILE
+        path.parent.mkdir(exist_ok=True)
+        job.run_alone("skipped", partial(_list_skipped, corpus, folder, path, job.work), path)
+    return corpus
+
+
+def _listed(folder: Path, unit: Unit) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = orjson.loads(list_path(folder, unit).read_bytes())
+    return listed
+
+
+def _list_skipped(corpus: Corpus, folder: Path, path: Path, work: Path) -> None:
+    """Write down the rows that could not be read, with their files."""
+    with committed(path, work) as unfinished, unfinished.open("wb") as file:
+        for number, parts in groupby(corpus.parts, lambda part: part.unit):
+            unit = corpus.units[number]
+            for part, listed in zip(parts, _listed(folder, unit), strict=True):
+                file.write(unit.skipped_lines(part.first_row, listed["skipped"]))

@@ -4,6 +4,7 @@ A dataset is a folder:
 
     manifest.json          totals, tokenizer, digest, and the checksums of the two files below; its own checksum too
     tokenizer.json         the tokenizer that made the tokens, byte for byte
+    skipped.jsonl          only where `--errors skip` left rows out: file, row and problem of each
     shards.arrow           one row a shard: how many documents, tokens and bytes it holds, its checksum, and the same
                            of each of its record batches, with its place in the file
     shard-000000.arrow     the documents, in order: uncompressed Arrow IPC files, see `document_schema`
@@ -36,6 +37,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 SHARD_TABLE_FILE = "shards.arrow"
+SKIPPED_FILE = "skipped.jsonl"
 BATCH_TOKENS = 1 << 20
 """A document belongs to record batch (its first token's place in the shard) // BATCH_TOKENS."""
 
@@ -218,6 +220,10 @@ class Manifest:
     bos_id: int | None = None
     """Begins each document, where --bos-token was given."""
     bos_token: str | None = None
+    num_skipped: int | None = None
+    """Rows that were left out because they could not be read, if there are any."""
+    skipped_checksum: str | None = None
+    """Of SKIPPED_FILE, which lists them."""
     format: str = FORMAT_NAME
     format_version: int = FORMAT_VERSION
 

@@ -1,0 +1,75 @@
+"""Reading every input and writing nothing: all that is wrong, before hours of work stop at the first of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple
+
+from data_tools.inputs import find_inputs
+from data_tools.readers import plan_units, read_parts_with_faults
+from data_tools.units import Fault, ReadOptions, Record, Unit
+from data_tools.work import Advance
+from megatrain.errors import DataError
+
+
+class Checked(NamedTuple):
+    """What was found in a unit."""
+
+    num_documents: int
+    faults: dict[str, list[str]]
+    """By file: what is wrong with the first row that cannot be read, and nothing for each further one."""
+    num_bytes: int
+
+
+def check_unit(options: ReadOptions, unit: Unit) -> Checked:
+    """Read all of a unit."""
+    num_documents = 0
+    faults: dict[str, list[str]] = {}
+    for row in (row for part in read_parts_with_faults(unit, options) for row in part.rows):
+        num_documents += isinstance(row, Record)
+        if isinstance(row, Fault):
+            found = faults.setdefault(unit.files[row.file].name, [])
+            found.append("" if found else str(row.error()))
+    return Checked(num_documents, faults, unit.num_bytes)
+
+
+def check_inputs(
+    inputs: Sequence[str],
+    options: ReadOptions,
+    num_workers: int,
+    progress: Callable[[str, int], AbstractContextManager[Advance]],
+    say: Callable[[str], None],
+) -> None:
+    """Read all inputs as a command would, and tell of each file that it would stop at.
+
+    Raises DataError where there is one.
+    """
+    files = find_inputs(inputs, options.selection, options.text_key, say)
+    units = list(plan_units(files, errors="skip"))
+    num_documents = 0
+    counts: Counter[str] = Counter()
+    firsts: dict[str, str] = {}
+    with (
+        progress("check", sum(unit.num_bytes for unit in units)) as advance,
+        ProcessPoolExecutor(num_workers, get_context("spawn")) as pool,
+    ):
+        run = map if num_workers == 1 or len(units) <= 1 else pool.map
+        for checked in run(partial(check_unit, options), units):
+            num_documents += checked.num_documents
+            for name, faults in checked.faults.items():
+                counts[name] += len(faults)
+                firsts.setdefault(name, faults[0])
+            advance(checked.num_bytes)
+    for name, first in firsts.items():
+        say(f"{first} ({counts[name]} rows of this file cannot be read.)" if counts[name] > 1 else first)
+    if firsts:
+        raise DataError(
+            f"{len(firsts)} of {len(files)} files have something that cannot be read, {counts.total()} rows in all; "
+            f"{num_documents} documents can. --errors skip leaves such rows out."
+        )
+    say(f"All of it can be read: {num_documents} documents.")
