@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -51,6 +52,7 @@ def check_inputs(
     """
     files = find_inputs(inputs, options.selection, options.text_key, say)
     units = list(plan_units(files, errors="skip"))
+    options = options if options.errors == "replace" else replace(options, errors="skip")
     num_documents = 0
     counts: Counter[str] = Counter()
     firsts: dict[str, str] = {}

@@ -131,13 +131,18 @@ def join_command(out: Path, path: Path, command: Mapping[str, object], way_out: 
     if not path.exists():
         commit_bytes(path, given)
         return
-    begun = orjson.loads(path.read_bytes())
-    differing = [key for key, value in orjson.loads(given).items() if begun.get(key) != value]
+    begun = dict(_leaves(orjson.loads(path.read_bytes())))
+    differing = [key for key, value in _leaves(orjson.loads(given)) if begun.get(key) != value]
     if differing:
         raise ConfigError(
             f"{out} is unfinished, and was begun by a command with other {', '.join(differing)}. "
             f"Run that command again to finish it, give another --out, or {way_out}."
         )
+
+
+def _leaves(command: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in command.items():
+        yield from _leaves(value) if isinstance(value, dict) else [(key, value)]
 
 
 def job_name(command: object, files: Sequence[InputFile]) -> str:

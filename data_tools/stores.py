@@ -121,7 +121,9 @@ def _store(address: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(address)
         return filesystem, path
     kind = fsspec.get_filesystem_class(address.partition("://")[0])
-    return kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
+    filesystem, path = kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
+    is_relative = kind.root_marker == "/" and not path.startswith("/")  # memory:// leaves such a name as it is
+    return filesystem, f"/{path}" if is_relative and not filesystem.exists(path) else path
 
 
 def _sentence(error: BaseException) -> str:

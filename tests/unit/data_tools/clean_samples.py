@@ -33,10 +33,11 @@ def run_dedup(
     workers: int = 1,
     part_bytes: int = 100_000,
     restart: bool = False,
+    read: ReadOptions = WHOLE,
     **options: Any,
 ) -> dict[str, Any]:
     effort = Effort(workers, silent, Ranks(), part_bytes)
-    return dedup([str(source)], out, DedupOptions(WHOLE, method, **options), effort, restart)
+    return dedup([str(source)], out, DedupOptions(read, method, **options), effort, restart)
 
 
 def run_filter(

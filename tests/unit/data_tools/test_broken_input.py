@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,11 @@ import pytest
 import zstandard
 from data_samples import RunCommand
 
+from data_tools.inputs import find_inputs
+from data_tools.readers import plan_units, read_parts
+from data_tools.units import ReadOptions
 from megatrain.data import open_dataset
+from megatrain.errors import DataError
 
 GOOD = b'{"text": "good", "id": 7}\n'
 INCOMPRESSIBLE = orjson.dumps({"text": bytes(range(32, 90)).decode() * 30_000, "id": "x"}) + b"\n"
@@ -68,6 +73,13 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "cut-off Arrow file": ("a.arrow", table_bytes(WORDS, "file")[:-20], "a.arrow is cut off or damaged"),
     "no Arrow": ("a.arrow", b"", "a.arrow is empty"),
     "invalid UTF-8 in a text file": ("a.txt", b"good \xff", "a.txt: invalid UTF-8 at byte 5"),
+    "a row of CSV too many": ("a.csv", b"text,n\na,1\nb\n", "a.csv is cut off or damaged: CSV parse error: Row #2"),
+    "CSV without the column": ("a.csv", b"body\na\n", "a.csv has no column 'text', its columns are 'body'"),
+    "cut-off bzip2": ("a.jsonl.bz2", bz2.compress(GOOD * 9)[:-9], "a.jsonl.bz2 is cut off"),
+    "damaged xz": ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz is damaged or is not xz"),
+    "two arrays": ("a.json", b'[{"text": "a"}] [1]', "a.json is no JSON: something follows its array"),
+    "an array of numbers": ("a.json", b'[{"text": "a"}, 1]', "a.json, record 2: the line is no JSON object"),
+    "no document at all": ("a.jsonl", b"\n\n", "The input holds no text: no documents in its files."),
     "nothing but empty documents": ("a.jsonl", b'{"text": ""}\n', "The input holds no text: 1 documents"),
 }  # fmt: skip
 
@@ -192,3 +204,70 @@ def test_inputs_may_be_mixed_globbed_nested_and_remote(
     names = [info.source_file.rsplit("/", 1)[-1] for info in infos]
     assert names == ["x1.jsonl", "x2.ndjson", "b.jsonl", "a.txt", "r.jsonl", "r.jsonl"]
     assert [info.id for info in infos[:2]] == ["7", "7"]
+
+
+def bad_folder(folder: Path) -> list[tuple[str, int]]:
+    """A folder of files that have something wrong each, beside five good documents; file and row of all that is."""
+    folder.mkdir()
+    files: dict[str, tuple[bytes, list[int]]] = {
+        "a.jsonl": (GOOD + b"{bad\n" + GOOD + b'{"text": 5}\n', [1, 3]),
+        "b.jsonl.gz": (gzip.compress(GOOD + INCOMPRESSIBLE)[:-99], [1]),
+        "c.parquet": (table_bytes(BAD_UTF8, "parquet"), [1]),
+        "d.parquet": (b"no parquet", [0]),
+        "e.csv": (b"text,n\nfine,1\nb\n", [1]),
+        "f.txt": ("utf-16 text".encode("utf-16-le"), [0]),
+    }
+    for name, (data, _) in files.items():
+        (folder / name).write_bytes(data)
+    return [(str(folder / name), row) for name, (_, rows) in files.items() for row in rows]
+
+
+def test_skipped_rows_are_counted_and_listed(tmp_path: Path, tokenizer_path: Path, run_command: RunCommand) -> None:
+    bad = bad_folder(tmp_path / "in")
+    arguments = (tmp_path / "in", "--errors", "skip", "--workers", 1)
+    code, _, err = run_command("tokenize", *arguments, "--tokenizer", tokenizer_path, "--out", tmp_path / "ds")
+    assert (code, "7 rows could not be read and were skipped" in err) == (0, True), err
+    dataset = open_dataset(tmp_path / "ds")
+    assert (dataset.num_documents, dataset.manifest.num_skipped) == (5, len(bad))
+    listed = [orjson.loads(line) for line in (tmp_path / "ds" / "skipped.jsonl").read_bytes().splitlines()]
+    assert [(each["file"], each["row"]) for each in listed] == bad
+    assert all(each["problem"] for each in listed)
+    assert run_command("verify", tmp_path / "ds")[0] == 0
+    code, shown, _ = run_command("dedup", *arguments, "--out", tmp_path / "clean")
+    assert (code, "Skipped, because they could not be read: 7 rows" in shown) == (0, True)
+    assert orjson.loads((tmp_path / "clean" / ".report" / "report.json").read_bytes())["skipped"] == len(bad)
+    assert (tmp_path / "clean" / ".report" / "skipped.jsonl").read_bytes() == (
+        tmp_path / "ds" / "skipped.jsonl"
+    ).read_bytes()
+    code, _, err = run_command("train-tokenizer", *arguments[:3], "--vocab-size", 300, "--out", tmp_path / "t.json")
+    assert (code, "7 rows could not be read and were skipped" in err) == (0, True)
+    (tmp_path / "ds" / "skipped.jsonl").write_bytes(b"")
+    code, _, err = run_command("verify", tmp_path / "ds")
+    assert (code, "skipped.jsonl: its checksum" in err) == (3, True)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_check_lists_every_bad_file_and_writes_nothing(workers: int, tmp_path: Path, run_command: RunCommand) -> None:
+    bad = bad_folder(tmp_path / "in")
+    arguments = (tmp_path / "in", "--check", "--workers", workers, "--out", tmp_path / "out")
+    code, shown, err = run_command("dedup", *arguments)
+    assert (code, "6 of 6 files have something that cannot be read, 7 rows in all; 5 documents can" in err) == (3, True)
+    assert all(sum(name in line for line in shown.splitlines()) == 1 for name, _ in bad)
+    assert "a.jsonl, line 2: bad JSON" in shown and "(2 rows of this file cannot be read.)" in shown
+    code, shown, _ = run_command("filter", *arguments, "--filters", "length", "--include", "*.gz", "--format", "text")
+    assert (code, "b.jsonl.gz is cut off" in shown) == (3, True)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "good.jsonl").write_bytes(GOOD)
+    code, shown, _ = run_command("dedup", tmp_path / "good.jsonl", *arguments[1:])
+    assert (code, "All of it can be read: 1 documents." in shown) == (0, True)
+
+
+def test_a_failing_disk_or_store_is_not_skipped(tmp_path: Path) -> None:
+    written = {"a.jsonl.gz": gzip.compress(GOOD), "a.txt": GOOD, "a.parquet": table_bytes(WORDS, "parquet")}
+    for name, data in written.items():
+        (tmp_path / name).write_bytes(data)
+        files = find_inputs([str(tmp_path / name)])
+        units = list(plan_units(files))
+        (tmp_path / name).unlink()
+        with pytest.raises(DataError, match=r"cannot be (opened|read): .*No such file"):
+            [row for unit in units for part in read_parts(unit, ReadOptions(errors="skip")) for row in part.rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +25,7 @@ from data_tools.clean import candidates
 from data_tools.clean.candidates import find_pairs
 from data_tools.clean.dedup import DedupOptions, dedup
 from data_tools.clean.job import Effort, Job
+from data_tools.clean.report import render
 from data_tools.clean.sketch import MinHashSketch
 from data_tools.clean.survey import survey
 from data_tools.inputs import find_inputs
@@ -183,6 +185,8 @@ def test_the_command_reports_and_its_output_goes_on_to_tokenize_and_back_into_de
         (["--threshold", "1.5", "--method", "minhash"], 2, "--threshold 1.5 should be from 0.1 to 1"),
         (["--num-permutations", "3", "--method", "minhash"], 2, "--num-permutations 3 should be"),
         (["--ngram", "0", "--method", "minhash"], 2, "--ngram 0 should be"),
+        (["--threshold", "0.9"], 2, "--threshold would do nothing: it is for near duplicates, --method minhash"),
+        (["--ngram", "5", "--num-permutations", "256"], 2, "--num-permutations, --ngram would do nothing"),
         (["--text-key", "body"], 3, "no key 'body'"),
     ],
 )
@@ -222,6 +226,58 @@ def test_estimates_are_those_of_the_jaccard_index() -> None:
 
 
 def test_what_is_not_json_in_a_table_becomes_text(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a"], "raw": [b"raw"]}), tmp_path / "a.parquet")
+    moment = pa.array([1_700_000_000_123_456_789], pa.timestamp("ns"))
+    columns = {
+        "text": ["a"],
+        "id": [b"\xff\x00"],
+        "raw": [b"raw"],
+        "blob": [b"\xff\x00"],
+        "score": [float("nan")],
+        "scores": [[1.5, float("inf"), float("-inf")]],
+        "inner": [{"raw": b"\xff", "score": float("nan")}],
+        "when": moment,
+        "aware": moment.cast(pa.timestamp("ns", "UTC")),
+        "whens": pa.ListArray.from_arrays([0, 1], moment),
+        "whole": moment.cast(pa.timestamp("s"), safe=False),
+        "time": pa.array([1], pa.time64("ns")),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", version="2.6")
     run_dedup(tmp_path / "a.parquet", tmp_path / "out")
-    assert read_records(tmp_path / "out")[0]["raw"] == "b'raw'"
+    record = read_records(tmp_path / "out")[0]
+    written = "2023-11-14 22:13:20.123456789"
+    assert {key: record[key] for key in columns} == {
+        "text": "a",
+        "id": "/wA=",
+        "raw": "raw",
+        "blob": "/wA=",
+        "score": "NaN",
+        "scores": [1.5, "Infinity", "-Infinity"],
+        "inner": {"raw": "/w==", "score": "NaN"},
+        "when": written,
+        "aware": f"{written}Z",
+        "whens": [written],
+        "whole": "2023-11-14T22:13:20",
+        "time": "00:00:00.000000001",
+    }
+
+
+def test_chains_of_near_duplicates_are_told(tmp_path: Path, run_command: RunCommand) -> None:
+    texts = [" ".join(f"w{word}" for word in range(first, first + 300)) for first in range(0, 600, 6)]
+    source = write_records(tmp_path / "a.jsonl", [*texts, "alone"])
+    code, shown, _ = run_command("dedup", source, "--out", tmp_path / "out", "--method", "minhash", "--workers", 1)
+    assert (code, "Kept: 2 (2.0%)" in shown) == (0, True)
+    assert "Least similar to the document that is kept instead: 0.0" in shown
+    assert "dropped because others lie between:" in shown
+    chains = orjson.loads((tmp_path / "out" / ".report" / "report.json").read_bytes())["chains"]
+    dropped = int(chains["id"].removeprefix("d"))
+    assert chains["least_similarity"] < 0.05 and jaccard(texts[0], texts[dropped]) < 0.05 and chains["kept_id"] == "d0"
+    near = [text for text in texts[1:] if jaccard(texts[0], text) > 0.7]
+    assert abs(chains["documents"] - (len(texts) - 1 - len(near))) <= 3
+    source = write_records(tmp_path / "b.jsonl", ["x", "y"])
+    assert run_dedup(source, tmp_path / "none", "minhash")["chains"] is None
+
+
+def test_clusters_are_shown_by_their_size() -> None:
+    report = {"documents": 20, "text_bytes": 0, "kept": 3, "kept_text_bytes": 0, "dropped": 17, "skipped": 0}
+    clusters = {"11": 1, "14": 2, "2": 3}
+    assert "Clusters by size: 3 of 2, 1 of 11, 2 of 14\n" in render({**report, "reasons": {}, "clusters": clusters})

@@ -155,11 +155,18 @@ def test_parameters_come_from_a_file_and_wrong_ones_end_with_code_2(tmp_path: Pa
         ("lengths:", "no filter 'lengths'"),
         ("- length", "names of filters as keys"),
         ("a: [", "no YAML"),
+        (
+            "length: {min_characters: 5}\nlength: {max_characters: 9}",
+            "line 2, column 1: no YAML: the key 'length'",
+        ),
+        ("length: {min_characters: 5, min_characters: 6}", "the key 'min_characters' stands twice"),
     ]:
         config.write_text(text)
         code, _, error = run_command("filter", source, "--out", tmp_path / "other", "--config", config)
         assert code == 2 and message in error and "Traceback" not in error
     assert run_command("filter", source, "--out", tmp_path / "other")[0] == 2
+    with pytest.raises(ConfigError, match="names length twice"):
+        choose_filters("length,language, length", None)
     with pytest.raises(ConfigError, match="no filter 'gopher'"):
         choose_filters("gopher", None)
 
