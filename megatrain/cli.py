@@ -65,6 +65,7 @@ def check(
     Where the checkpoint in run.init_from is there, it must fit too.
     """
     from megatrain.checkpoint.origin import load
+    from megatrain.checkpoint.transformers_config import not_in_transformers
     from megatrain.plan import rules
 
     loaded = load(config, overrides or ())
@@ -75,7 +76,7 @@ def check(
     else:
         world_size = procs or (nodes or 1) * (gpus_per_node or 1)
     rules.check(loaded, world_size)
-    notes = _check_origin(loaded)
+    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model)]
     data = rules.data_degree(loaded, world_size)
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
@@ -250,7 +251,10 @@ def export(
     from megatrain.checkpoint.location import locate
     from megatrain.train.convert import export_checkpoint
 
-    typer.echo(f"{out} is {export_checkpoint(locate(checkpoint), out)} for transformers.")
+    exported = export_checkpoint(locate(checkpoint), out)
+    typer.echo(f"{out} is {exported.source} for transformers.")
+    for note in exported.notes:
+        typer.echo(note)
 
 
 @app.command("import")
@@ -261,8 +265,11 @@ def import_command(
     """Make a checkpoint of a Hugging Face folder (llama, mistral, qwen3, gpt2) for run.init_from, eval and generate."""
     from megatrain.train.convert import import_folder
 
-    manifest = import_folder(folder, out)
-    typer.echo(f"{out} holds {folder}: {manifest.parameters:,} parameters. Start from it with run.init_from={out}.")
+    imported = import_folder(folder, out)
+    typer.echo(f"{out} holds {folder}: {imported.num_parameters:,} parameters.")
+    for note in imported.notes:
+        typer.echo(note)
+    typer.echo(f"Start from it with run.init_from={out} and, in the config, model: from_checkpoint.")
 
 
 @app.command()

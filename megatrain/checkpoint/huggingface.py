@@ -6,6 +6,8 @@ weights (``.bin``) are not read: loading one can run code.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 from collections import Counter
@@ -18,40 +20,41 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatrain.checkpoint.location import create, list_folder, sync_folder, write_all, write_file
+from megatrain.checkpoint.location import create, sync_folder, write_all, write_file
 from megatrain.checkpoint.pieces import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saved_config import SavedConfig
-from megatrain.checkpoint.transformers_config import from_transformers, to_transformers
+from megatrain.checkpoint.transformers_config import from_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Placement
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.plan.flops import num_parameters
 
-CONFIG, INDEX, WEIGHTS, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
-GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-SMALL_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION)  # kept as they are, both ways
+CONFIG, INDEX, WEIGHTS, HEAD = "config.json", "model.safetensors.index.json", "model.safetensors", "lm_head.weight"
 SHARD_BYTES = 2 << 30
 BATCH_BYTES = 1 << 30
 _MAX_JSON_BYTES = 64 << 20
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PRECISIONS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-_END_OF_TEXT = "<|endoftext|>"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_FILE_BYTES = 256 << 20
 # Buffers that older versions of transformers saved beside the weights.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$")
 
 
 def export_folder(
     reader: CheckpointReader,
-    saved: SavedConfig,
     shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    files: Mapping[str, bytes],
     out: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the checkpoint as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    ``shapes``: the model's parameters, tied ones once. Weights get the type the run computed in, in files of at most
-    ``shard_bytes`` (a larger tensor has one of its own); one tensor at a time is in memory. The folder appears when it
-    is whole. Raises ConfigError where ``out`` exists, CheckpointError for a damaged checkpoint or a full disk.
+    ``shapes``: the model's parameters, tied ones once. Weights get the type ``dtype``, in files of at most
+    ``shard_bytes`` (a larger tensor has one of its own); one tensor at a time is in memory. ``files``: what stands
+    beside them. The folder appears when it is whole. Raises ConfigError where ``out`` exists, CheckpointError for a
+    damaged checkpoint or a full disk.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
@@ -59,10 +62,9 @@ def export_folder(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        dtype = _DTYPES[saved.train.precision]
         _export_weights(reader, shapes, aside, dtype, shard_bytes)
-        special_ids = _export_small_files(reader, aside, saved.model)
-        _write_json(aside / CONFIG, to_transformers(saved.model, str(dtype).removeprefix("torch."), special_ids))
+        for name, content in files.items():
+            write_file(aside / name, content)
         sync_folder(aside)
         aside.rename(out)
     except OSError as error:
@@ -72,19 +74,52 @@ def export_folder(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model that a folder's config.json describes. Raises CheckpointError where it cannot be imported."""
-    return from_transformers(read_json(folder / CONFIG), folder / CONFIG)
+def read_config(folder: Path) -> tuple[ModelConfig, list[str]]:
+    """The model in a folder, by its config.json and its weights; and what is to be said of it.
+
+    Where config.json says that head and embedding are one, and the weights have a head of its own that differs,
+    transformers uses that, and so it is not tied here. Raises CheckpointError where the model cannot be imported.
+    """
+    theirs = read_json(folder / CONFIG)
+    config, notes = from_transformers(theirs, folder / CONFIG), []
+    _refuse_too_small(folder, config)
+    if config.tie_word_embeddings and _has_head_of_its_own(folder, config):
+        config = config.model_copy(update={"tie_word_embeddings": False})
+        notes.append(f"{CONFIG} ties head and embedding, but the weights have two that differ: they are not tied.")
+    if config.family == "gpt2" and theirs.get("embd_pdrop", 0.1) != theirs.get("resid_pdrop", 0.1):
+        notes.append(f"hidden_dropout is resid_pdrop ({config.hidden_dropout}); it stands for embd_pdrop, too.")
+    return config, notes
 
 
-def refuse_too_small(folder: Path, num_parameters: int) -> None:
-    """Raise CheckpointError where a folder's weights cannot be those of so many parameters: no model is made then."""
-    sizes = list_folder(folder)
-    held = sum(sizes.get(file, 0) for file in _weight_files(folder))
-    if held < num_parameters * min(dtype.itemsize for dtype in _DTYPES.values()):
+def _refuse_too_small(folder: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError where a folder's weights cannot be those of the model: nothing is made of it then."""
+    held = sum((folder / file).stat().st_size for file in _weight_files(folder))
+    if held < num_parameters(config) * min(dtype.itemsize for dtype in DTYPES.values()):
         raise CheckpointError(
-            f"{folder}: its weights have {held:,} bytes, too few for the {num_parameters:,} parameters that {CONFIG} "
-            "describes."
+            f"{folder}: its weights have {held:,} bytes, too few for the {num_parameters(config):,} parameters that "
+            f"{CONFIG} describes."
+        )
+
+
+def _has_head_of_its_own(folder: Path, config: ModelConfig) -> bool:
+    """Whether the weights hold an output head that is not the token embedding; compared some rows at a time."""
+    embedding_name = "wte.weight" if config.family == "gpt2" else "embed_tokens.weight"
+    with contextlib.ExitStack() as opened:
+        found: dict[str, Any] = {}
+        for file in _weight_files(folder):
+            tensors = opened.enter_context(_opened(folder / file))
+            found |= {k: tensors.get_slice(k) for k in tensors.keys() if k == HEAD or k.endswith(embedding_name)}  # noqa: SIM118
+        head = found.pop(HEAD, None)
+        if head is None or not found:
+            return False
+        embedding = next(iter(found.values()))
+        num_rows, width = head.get_shape()
+        if embedding.get_shape() != [num_rows, width]:
+            return True
+        rows = max(1, BATCH_BYTES // (16 * width))
+        return any(
+            not torch.equal(head[begin : begin + rows].float(), embedding[begin : begin + rows].float())
+            for begin in range(0, num_rows, rows)
         )
 
 
@@ -97,12 +132,15 @@ class HuggingFaceWeights:
 
     def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
         self._folder, self._shapes = folder, shapes
-        self._prefix = next(iter(shapes)).partition(".")[0] + "."
-        self._files: dict[str, list[str]] = {}
+        self._embedding = next(iter(shapes))
+        self._prefix = self._embedding.partition(".")[0] + "."
+        keys = {file: _keys(folder / file) for file in _weight_files(folder)}
+        names = {self._ours(key) for in_file in keys.values() for key in in_file if key != HEAD}
+        self._drops_head = HEAD not in shapes and self._embedding in names  # the same as the embedding, by read_config
+        self._files = {f: [k for k in in_file if self._is_parameter(folder / f, k)] for f, in_file in keys.items()}
         types: set[str] = set()
-        for file in _weight_files(folder):
+        for file in self._files:
             with _opened(folder / file) as tensors:
-                self._files[file] = [key for key in tensors.keys() if self._is_parameter(folder / file, key)]  # noqa: SIM118
                 types |= {self._check(folder / file, key, tensors.get_slice(key)) for key in self._files[file]}
         found = Counter(self._ours(key) for keys in self._files.values() for key in keys)
         if missing := [name for name in shapes if name not in found]:
@@ -126,12 +164,16 @@ class HuggingFaceWeights:
         yield batch
 
     def _ours(self, key: str) -> str:
+        if key == HEAD and HEAD not in self._shapes:  # tied, under the other of its names
+            return self._embedding
         return key if key in self._shapes else self._prefix + key  # a base model's names lack the prefix
 
     def _is_parameter(self, path: Path, key: str) -> bool:
+        if key == HEAD and self._drops_head:
+            return False
         if self._ours(key) in self._shapes:
             return True
-        if key != "lm_head.weight" and not _BUFFERS.search(key):  # a head that is here is one that is tied
+        if not _BUFFERS.search(key):
             raise CheckpointError(f"{path}: {key} is no tensor of the model that {CONFIG} describes.")
         return False
 
@@ -145,27 +187,53 @@ class HuggingFaceWeights:
         return dtype
 
 
-def small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of what a folder has beside weights and config.json: the tokenizer, and how to generate."""
-    for name in SMALL_FILES:
-        if (folder / name).exists():
+def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Those of ``names`` that a folder has. Raises CheckpointError naming one that is not what it should be."""
+    found = {name: _content(folder / name, _MAX_FILE_BYTES) for name in names if os.path.lexists(folder / name)}
+    for name in found:
+        if name.endswith(".json"):
             read_json(folder / name)
-            yield name, (folder / name).read_bytes()
+    return found
+
+
+def left_out(folder: Path, carried: Sequence[str]) -> list[str]:
+    """What else lies in a folder, beside its weights: files and folders, hidden ones passed over."""
+    known = {*carried, INDEX, *_weight_files(folder)}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known and not path.name.startswith("."))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises CheckpointError naming the file."""
+    content = _content(path, _MAX_JSON_BYTES)
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is far too large for what it should be.")
-        value = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is no Hugging Face model folder: it has no {path.name}.") from None
-    except (OSError, orjson.JSONDecodeError) as error:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
     return value
+
+
+def _content(path: Path, most_bytes: int) -> bytes:
+    _refuse_stand_in(path)
+    try:
+        if path.stat().st_size > most_bytes:
+            raise CheckpointError(f"{path} is far too large for what it should be.")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is no Hugging Face model folder: it has no {path.name}.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _refuse_stand_in(path: Path) -> None:
+    """Raise CheckpointError for what stands where a file should be, after a download that is not whole."""
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to {path.readlink()}, which is not there: download it again.")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: `git lfs pull` fetches it.")
 
 
 def _export_weights(
@@ -204,35 +272,9 @@ def _write_shard(reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], 
             write_all(file, tensor_bytes(tensor))
 
 
-def _export_small_files(reader: CheckpointReader, folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """What was imported goes out as it was; the rest is made from the tokenizer. The special ids for config.json."""
-    kept = {entry.file for entry in reader.manifest.files} & set(SMALL_FILES)
-    for name in kept:
-        write_file(folder / name, reader.read_file(name))
-    tokenizer = read_json(folder / TOKENIZER) if TOKENIZER in kept else {}
-    added = _special_tokens(tokenizer)
-    end = next((token for token in added if token["content"] == _END_OF_TEXT), added[0] if added else None)
-    if TOKENIZER in kept and TOKENIZER_CONFIG not in kept:
-        settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        }
-        if end:
-            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end["content"])
-        _write_json(folder / TOKENIZER_CONFIG, settings)
-    if GENERATION not in kept:
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end["id"] if end else None)
-        _write_json(folder / GENERATION, {**ids, "do_sample": True})
-    generation = read_json(folder / GENERATION)
-    return {key: generation.get(key) for key in ("bos_token_id", "eos_token_id")}
-
-
-def _special_tokens(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Those of a tokenizer.json, which may be anyone's."""
-    added = tokenizer.get("added_tokens")
-    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
-    return [entry for entry in entries if entry.get("special") and {"content", "id"} <= entry.keys()]
+def _keys(path: Path) -> list[str]:
+    with _opened(path) as tensors:
+        return list(tensors.keys())
 
 
 def _opened(path: Path) -> Any:
@@ -243,15 +285,25 @@ def _opened(path: Path) -> Any:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX).exists():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+    """The files that hold the weights, all there: one, or where it is missing those of the index, as transformers."""
+    if os.path.lexists(folder / WEIGHTS):
+        names = {WEIGHTS}
+    elif (folder / INDEX).exists():
+        listed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(n, str) and Path(n).name == n for n in listed.values()):
             raise CheckpointError(f"{folder / INDEX}: its weight_map is not one of plain file names.")
-        return sorted(set(names.values()))
-    if not (folder / WEIGHTS).exists():
+        names = set(listed.values())
+    else:
         pickled = " Pickled weights (.bin) are not read: they can run code." if any(folder.glob("*.bin")) else ""
         raise CheckpointError(f"{folder} has no {WEIGHTS} and no {INDEX}.{pickled}")
-    return [WEIGHTS]
+    for name in sorted(names):
+        _refuse_stand_in(folder / name)
+    if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder / missing[0]} is missing: {len(missing)} of the {len(names)} files that {INDEX} names are not "
+            "there. Download the folder again."
+        )
+    return sorted(names)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

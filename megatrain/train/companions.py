@@ -14,6 +14,8 @@ import orjson
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import Manifest, SpecialTokens, Token
 from megatrain.checkpoint.store import TOKENIZER, read_small_file
+from megatrain.checkpoint.transformers_config import laid_over, to_transformers
+from megatrain.config import ModelConfig
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, DataError
 
@@ -32,6 +34,7 @@ TOKENIZER_FILES = (
 CARRIED = (CONFIG, GENERATION, *TOKENIZER_FILES)
 """The files of a Hugging Face folder that are kept as they are, both ways."""
 
+_JSON_STYLE = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 _FORMER_EOD = "<|endoftext|>"  # what `tokenize` ends documents with unless told otherwise
 # What transformers takes for an id that config.json leaves out.
 _ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
@@ -74,11 +77,6 @@ class Companions:
         return replace(self, special_tokens=special_tokens, files={**known, TOKENIZER: tokenizer_json})
 
     @property
-    def is_of_folder(self) -> bool:
-        """Whether special tokens are still those of the folder that was imported."""
-        return self.special_tokens == _read_special_tokens(self.files)
-
-    @property
     def stop_ids(self) -> list[int]:
         """The tokens that end what is generated: the folder's own, where that which ends a document is among them."""
         eod, theirs = self.special_tokens.eod, _folder_ids(self.files, "eos")
@@ -86,9 +84,51 @@ class Companions:
             return theirs
         return [eod.id]
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """A file that holds a JSON object; None where there is no such file."""
-        return _json(self.files, name)
+
+def exported_files(companions: Companions, model: ModelConfig, dtype: str) -> dict[str, bytes]:
+    """The files of a Hugging Face folder beside its weights: what came along as it was, but for a model or an end of
+    text that have become others. ``dtype``: torch's name of the weights' type.
+
+    A special token that is not known is null in config.json: left out, transformers would take one of its own.
+    """
+    files, tokens = companions.files, companions.special_tokens
+    ids = {f"{role}_token_id": token.id for role, token in _by_role(tokens) if role != "unk"}
+    theirs = _json(files, CONFIG)
+    changed: dict[str, dict[str, Any]] = {}
+    if theirs is None:
+        nothing_known = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        changed[CONFIG] = {**to_transformers(model, dtype), **nothing_known, **ids}
+    else:
+        changed[CONFIG] = laid_over(theirs, model, dtype)
+    if theirs is None and GENERATION not in files:
+        changed[GENERATION] = ids
+    if TOKENIZER in files and TOKENIZER_CONFIG not in files:
+        changed[TOKENIZER_CONFIG] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model.max_position_embeddings,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+            **{f"{role}_token": token.token for role, token in _by_role(tokens) if token.token is not None},
+        }
+    if tokens.eod is not None and tokens.eod != _read_special_tokens(files).eod:
+        for name in (CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER_MAP):
+            value = changed.get(name) or _json(files, name)
+            if value is not None:
+                changed[name] = _ending_with(tokens.eod, value, "token_id" if name in (CONFIG, GENERATION) else "token")
+    return {**files, **{name: orjson.dumps(value, option=_JSON_STYLE) for name, value in changed.items()}}
+
+
+def _ending_with(eod: Token, settings: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Settings of transformers in which the text ends with this token; it may be one of several that end it."""
+    value, former = (eod.id if kind == "token_id" else eod.token), settings.get(f"eos_{kind}")
+    is_there = value in former if isinstance(former, list) else value == former
+    return settings if is_there or value is None else {**settings, f"eos_{kind}": value}
+
+
+def _by_role(tokens: SpecialTokens) -> list[tuple[str, Token]]:
+    """The tokens that are known, by transformers' names of their roles."""
+    named = {"eos": tokens.eod, "bos": tokens.bos, "pad": tokens.pad, "unk": tokens.unk}
+    return [(role, token) for role, token in named.items() if token is not None]
 
 
 def _read_special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:

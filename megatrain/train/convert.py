@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,47 +20,62 @@ from megatrain.checkpoint.pieces import write_pieces
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import add_file, resolve
+from megatrain.checkpoint.transformers_config import not_in_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Fragment, Placement, windows
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.decoder import Decoder
 from megatrain.plan.flops import num_parameters
+from megatrain.train.companions import CARRIED, Companions, exported_files
 
 _EVALUATION_TOKENS = 1024
 
 
-def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> Location:
-    """Write a checkpoint (or the newest good one of a run) as a Hugging Face folder; the checkpoint's folder."""
+class Converted(NamedTuple):
+    """What an import or export has made. ``source``: what it was made of; ``notes``: what is to be said of it."""
+
+    source: Path | Location
+    num_parameters: int
+    notes: list[str]
+
+
+def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> Converted:
+    """Write a checkpoint (or the newest good one of a run) as a Hugging Face folder."""
     folder = resolve(path)
     reader = CheckpointReader(folder)
     saved = saved_config(reader.manifest, folder)
-    huggingface.export_folder(reader, saved, parameter_shapes(saved.model), out, shard_bytes)
-    return folder
+    dtype = huggingface.DTYPES[saved.train.precision]
+    companions = Companions.of_checkpoint(folder, reader.manifest)
+    files = exported_files(companions, saved.model, str(dtype).removeprefix("torch."))
+    huggingface.export_folder(reader, parameter_shapes(saved.model), dtype, files, out, shard_bytes)
+    return Converted(folder, reader.manifest.parameters, not_in_transformers(saved.model))
 
 
-def import_folder(folder: Path, out: Path) -> Manifest:
+def import_folder(folder: Path, out: Path) -> Converted:
     """Make a checkpoint of a Hugging Face folder, for ``run.init_from``, eval and generate; it appears when whole.
 
     Raises CheckpointError where the folder is no model, or not one that can be imported.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
-    config = huggingface.read_config(folder)
-    huggingface.refuse_too_small(folder, num_parameters(config))
+    config, notes = huggingface.read_config(folder)
+    companions = Companions.of_folder(huggingface.read_files(folder, CARRIED))
     weights = huggingface.HuggingFaceWeights(folder, parameter_shapes(config))
+    if others := huggingface.left_out(folder, CARRIED):
+        notes.append(f"left out: {', '.join(others)}.")
     aside = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        manifest = _write_checkpoint(folder, aside, config, weights)
+        _write_checkpoint(aside, config, weights, companions)
         sync_folder(aside)
         aside.rename(out)
-        return manifest
     except OSError as error:
         where = error.filename or out
         raise CheckpointError(f"{where} cannot be written ({error.strerror}): nothing was imported.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    return Converted(folder, num_parameters(config), notes)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -69,12 +85,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _write_checkpoint(
-    source: Path, folder: Path, config: ModelConfig, weights: huggingface.HuggingFaceWeights
-) -> Manifest:
+    folder: Path, config: ModelConfig, weights: huggingface.HuggingFaceWeights, companions: Companions
+) -> None:
     entries = []
     for number, tensors in enumerate(weights.batches()):
         entries.append(write_pieces(folder / f"rank-{number:05d}.safetensors", _fragments(tensors)))
-    entries += [add_file(folder, name, content) for name, content in huggingface.small_files(source)]
+    entries += [add_file(folder, name, content) for name, content in companions.files.items()]
     seq_len = min(config.max_position_embeddings, _EVALUATION_TOKENS)
     manifest = Manifest(
         step=0,
@@ -90,9 +106,9 @@ def _write_checkpoint(
         versions={"megatrain": __version__, "torch": version("torch")},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files=tuple(entries),
+        special_tokens=companions.special_tokens,
     )
     write_file(folder / MANIFEST, manifest.encode())
-    return manifest
 
 
 def _fragments(tensors: Mapping[str, Tensor]) -> list[Fragment]:

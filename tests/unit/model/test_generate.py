@@ -63,7 +63,7 @@ def test_ids_beyond_the_tokenizers_are_never_chosen(model: Decoder) -> None:
 
 def test_it_stops_before_the_end_token(model: Decoder) -> None:
     tokens = list(generate(model, PROMPT, 20, RANDOM, seed=1))
-    assert list(generate(model, PROMPT, 20, RANDOM, seed=1, eos_id=tokens[7])) == tokens[: tokens.index(tokens[7])]
+    assert list(generate(model, PROMPT, 20, RANDOM, seed=1, stop_ids=[tokens[7]])) == tokens[: tokens.index(tokens[7])]
 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy(model: Decoder) -> None:

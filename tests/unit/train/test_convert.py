@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -28,6 +29,8 @@ from transformers import (
 )
 
 from megatrain.checkpoint.reader import check_files
+from megatrain.checkpoint.transformers_config import not_in_transformers, to_transformers
+from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.inference import load_decoder
@@ -144,9 +147,58 @@ def test_weights_keep_their_type_whatever_config_json_says(tmp_path: Path) -> No
     assert all(torch.equal(tensor.float(), mixed[name]) for name, tensor in stored(hf).items())
 
 
+@pytest.mark.parametrize("head", ["equal", "the only copy"])
+def test_a_head_that_is_the_embedding_stays_tied(head: str, tmp_path: Path) -> None:
+    hf = save(model_of("llama", tied=True), tmp_path / "hf")
+    embedding = stored(hf)["model.embed_tokens.weight"]
+    change_weights(hf, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    if head == "the only copy":
+        change_weights(hf, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    assert import_folder(hf, tmp_path / "checkpoint").notes == []
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
+    assert "lm_head.weight" not in stored(tmp_path / "back")
+    assert torch.equal(stored(tmp_path / "back")["model.embed_tokens.weight"], embedding)
+
+
+def test_a_head_of_its_own_is_imported_untied(tmp_path: Path) -> None:
+    hf = save(model_of("gpt2", tied=True), tmp_path / "hf")
+    change_weights(hf, lambda tensors: tensors.update({"lm_head.weight": torch.ones(131, 32)}))
+    assert "they are not tied" in import_folder(hf, tmp_path / "checkpoint").notes[0]
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
+    assert torch.equal(stored(tmp_path / "back")["lm_head.weight"], torch.ones(131, 32))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_model_safetensors_comes_before_an_index(tmp_path: Path) -> None:
+    hf = save(model_of("llama", tied=True), tmp_path / "hf")
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
+    import_folder(hf, tmp_path / "checkpoint")
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "usual": {"hidden_size": 32},
+    "no multiple of the heads": {"hidden_size": 30, "head_dim": 8},
+    "wide initial weights": {"hidden_size": 32, "initializer_range": 1.5},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_transformers_does_not_load_is_said(shape: str, family: str) -> None:
+    keys = {**SIZES, "num_hidden_layers": 1, **SHAPES[shape], "family": family}
+    model = ModelConfig.model_validate(keys)
+    try:
+        AutoConfig.for_model(**to_transformers(model, "float32"))
+    except Exception:  # noqa: BLE001 - pydantic's kind of huggingface_hub, or ValueError
+        assert "transformers 5 does not load" in not_in_transformers(model)[0]
+    else:
+        assert not_in_transformers(model) == []
+
+
 def test_exported_tokenizer_encodes_and_decodes_as_ours(tiny_data: TinyData, tmp_path: Path) -> None:
     save(model_of("llama", tied=True), tmp_path / "hf")
     (tmp_path / "hf" / "generation_config.json").unlink()
+    change_config(tmp_path / "hf", bos_token_id=None, eos_token_id=0)
     shutil.copy(tiny_data.tokenizer, tmp_path / "hf" / "tokenizer.json")
     import_folder(tmp_path / "hf", tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
@@ -154,7 +206,9 @@ def test_exported_tokenizer_encodes_and_decodes_as_ours(tiny_data: TinyData, tmp
     text = "def f(x):\n    return 'é 😀' + x\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token == "<|endoftext|>"
-    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert (tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token) == (None, None, None)
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+    assert not (tmp_path / "back" / "generation_config.json").exists()
 
 
 def test_how_to_tokenize_and_generate_goes_through_unchanged(tiny_data: TinyData, tmp_path: Path) -> None:
@@ -168,7 +222,7 @@ def test_how_to_tokenize_and_generate_goes_through_unchanged(tiny_data: TinyData
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
     for name in ("tokenizer.json", *own):
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [7, 9]
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
 
 
 def test_a_tokenizer_of_another_make_does_not_stop_an_export(tmp_path: Path) -> None:
@@ -177,7 +231,17 @@ def test_a_tokenizer_of_another_make_does_not_stop_an_export(tmp_path: Path) -> 
     (hf / "tokenizer.json").write_text('{"added_tokens": [1, {"special": true}]}')
     import_folder(hf, tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] is None
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 2
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:5e\nsize 2000000\n"
+
+
+def missing_shard(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    save(model, folder, max_shard_size="20KB")
+    next(folder.glob("model-00001-*")).unlink()
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -228,7 +292,9 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "window of qwen3": (
         "qwen3",
-        lambda f: change_config(f, use_sliding_window=True, sliding_window=16),
+        lambda f: change_config(
+            f, use_sliding_window=True, sliding_window=16, layer_types=["full_attention", "sliding_attention"]
+        ),
         "a window of 16 tokens",
     ),
     "a window that is no number": ("mistral", lambda f: change_config(f, sliding_window="wide"), "of the wrong type"),
@@ -254,6 +320,27 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "llama",
         lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})),
         "of type I8",
+    ),
+    "a missing shard": (
+        "llama",
+        lambda f: missing_shard(f),
+        r"model-00001-of-0000\d\.safetensors is missing: 1 of the \d files that model\.safetensors\.index\.json names",
+    ),
+    "a Git LFS pointer": ("llama", lambda f: (f / "model.safetensors").write_bytes(POINTER), "is a Git LFS pointer"),
+    "a tokenizer that is a pointer": (
+        "llama",
+        lambda f: (f / "tokenizer.model").write_bytes(POINTER),
+        r"tokenizer\.model is a Git LFS pointer",
+    ),
+    "a link to nowhere": (
+        "llama",
+        lambda f: (f / "tokenizer.json").symlink_to(f / "blobs" / "5e"),
+        r"tokenizer\.json is a link to .*5e, which is not there",
+    ),
+    "rope of each kind of layer": (
+        "qwen3",
+        lambda f: change_config(f, rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+        "layers, each in its own way",
     ),
     "pickled": (
         "gpt2",
