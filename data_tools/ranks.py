@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatrain.distributed.slurm_step import find_step, whole
 from megatrain.errors import ConfigError
 
 T = TypeVar("T")
 
 LONGEST_PAUSE_SECONDS = 0.25
-
-_BATCH_STEPS = {"4294967291", "-5", "batch"}
 
 
 @dataclass(frozen=True)
@@ -86,20 +85,17 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
     for rank_key, size_key, launcher in (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "mpirun"),
         ("PMI_RANK", "PMI_SIZE", "the launcher"),
-        ("PMIX_RANK", "SLURM_NTASKS", "srun"),
+        ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "srun"),
     ):
-        size = _whole(env, size_key, 1)
+        size = whole(env, size_key, 1)
         if rank_key in env and size > 1:
-            return _speak_mpi(launcher, _whole(env, rank_key, 0), size)
-    rank, size, num_local = 0, 1, 1
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "batch") not in _BATCH_STEPS:
-        rank, size = _whole(env, "SLURM_PROCID", 0), _whole(env, "SLURM_NTASKS", 1)
-        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-        num_local = int(per_node) if per_node.isdigit() and int(per_node) else 1
+            return _speak_mpi(launcher, whole(env, rank_key), size)
+    step = find_step(env)
+    rank, size, num_local = (step.rank, step.size, step.local_size or 1) if step else (0, 1, 1)
     if "SLURM_ARRAY_TASK_ID" in env:
-        task = _whole(env, "SLURM_ARRAY_TASK_ID", 0) - _whole(env, "SLURM_ARRAY_TASK_MIN", 0)
-        num_tasks = max(_whole(env, "SLURM_ARRAY_TASK_COUNT", 1), 1)
-        task = task // max(_whole(env, "SLURM_ARRAY_TASK_STEP", 1), 1) % num_tasks
+        task = whole(env, "SLURM_ARRAY_TASK_ID", 0) - whole(env, "SLURM_ARRAY_TASK_MIN", 0)
+        num_tasks = max(whole(env, "SLURM_ARRAY_TASK_COUNT", 1), 1)
+        task = task // max(whole(env, "SLURM_ARRAY_TASK_STEP", 1), 1) % num_tasks
         rank, size = task * size + rank, num_tasks * size
     return Ranks(rank, size, num_local)
 
@@ -125,10 +121,3 @@ def _speak_mpi(launcher: str, rank: int, size: int) -> Ranks:
         )
     num_local = world.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
     return Ranks(world.Get_rank(), size, num_local, world)
-
-
-def _whole(env: Mapping[str, str], key: str, default: int) -> int:
-    try:
-        return int(env.get(key, default))
-    except ValueError:
-        raise ConfigError(f"the environment variable {key} is {env[key]!r}, not a whole number.") from None

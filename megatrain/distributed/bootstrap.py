@@ -11,12 +11,34 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from megatrain.distributed.node_list import hostnames
+from megatrain.distributed.slurm_step import SlurmStep, find_step, whole
 from megatrain.errors import ConfigError
 
 DEFAULT_MASTER_PORT = 29500
+_THIS_HOST = "127.0.0.1"
 _SUPERVISOR = "MEGATRAIN_SUPERVISOR"
 _LAUNCHED_AT = "MEGATRAIN_LAUNCHED_AT"
+GPUS_PER_NODE = "MEGATRAIN_GPUS_PER_NODE"
+"""Set by the batch scripts of `megatrain-launch slurm`: ranks that ssh starts see none of SLURM's variables."""
+_GPU_COUNTS = (
+    GPUS_PER_NODE,
+    "SLURM_GPUS",
+    "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_SOCKET",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_GPUS_ON_NODE",
+)
+_GPU_LISTS = (
+    "SLURM_JOB_GPUS",
+    "SLURM_STEP_GPUS",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+)
+_NO_GPUS = {"", "-1", "NoDevFiles"}
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20000, 10000  # below the ports that Linux gives out by itself
 
 
@@ -33,50 +55,78 @@ class RankInfo:
     master_port: int
 
 
+class _Dialect(NamedTuple):
+    """How a launcher tells a rank who it is. Of ``local_rank`` and ``local_size`` the first that is set counts."""
+
+    rank: str
+    size: str
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+    launcher: str
+
+
 _DIALECTS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "deepspeed or torchrun"),
-    (
+    _Dialect("RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), "deepspeed or torchrun"),
+    _Dialect(
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
         "mpirun",
     ),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpirun"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "srun"),
+    _Dialect(  # MPICH, Intel MPI, PALS, and srun --mpi=pmi2, which leaves the local rank to SLURM's own variables
+        "PMI_RANK",
+        "PMI_SIZE",
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+        "mpirun",
+    ),
 )
 
 
 def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
     """Find this process's rank under deepspeed, torchrun, mpirun or srun; alone, it is rank 0 of 1.
 
-    Raises ConfigError where a launcher's variables contradict each other.
+    Raises ConfigError where a launcher's variables contradict each other, or do not say which rank of its node this is,
+    or where rank 0 is.
     """
     env = os.environ if environ is None else environ
-    for rank_key, size_key, local_key, local_size_key, launcher in _DIALECTS:
-        if rank_key not in env or size_key not in env:
-            continue
-        if launcher == "srun" and _is_batch_shell(env):
-            continue
-        rank, world_size = _whole(env, rank_key), _whole(env, size_key)
-        local_rank = _whole(env, local_key) if local_key in env else 0
-        local_world_size = _local_size(env, local_size_key, world_size)
-        if not 0 <= rank < world_size:
-            raise ConfigError(
-                f"{rank_key}={rank} is outside of {size_key}={world_size}: the launcher's variables are broken."
-            )
-        if (
-            world_size > 1
-            and "MASTER_ADDR" not in env
-            and "SLURM_NODELIST" not in env
-            and local_world_size < world_size
-        ):
-            raise ConfigError(
-                f"{world_size} ranks on several nodes ({launcher}), but MASTER_ADDR is not set: export it as the "
-                "name of the first node, and MASTER_PORT if that port may be in use."
-            )
-        return RankInfo(rank, world_size, local_rank, local_world_size, launcher, _master_addr(env), _master_port(env))
-    return RankInfo(0, 1, 0, 1, "none", _master_addr(env), _master_port(env))
+    step = find_step(env)
+    for words in _DIALECTS:
+        if words.rank in env and words.size in env:
+            return _as_told(env, words, step)
+    if step is not None:
+        return _as_task(env, step)
+    return RankInfo(0, 1, 0, 1, "none", env.get("MASTER_ADDR", _THIS_HOST), _master_port(env))
+
+
+def _as_told(env: Mapping[str, str], words: _Dialect, step: SlurmStep | None) -> RankInfo:
+    rank, size = whole(env, words.rank), whole(env, words.size)
+    if not 0 <= rank < size:
+        raise ConfigError(
+            f"{words.rank}={rank} is outside of {words.size}={size}: the launcher's variables are broken."
+        )
+    if step is not None and size > 1 and (step.rank, step.size) == (rank, size):
+        return _as_task(env, step)  # the ranks are the step's tasks, whoever else speaks of them
+    local_keys = tuple(dict.fromkeys((*words.local_rank, "LOCAL_RANK")))
+    local = next((key for key in local_keys if key in env), None)
+    if local is None and size > 1:
+        raise ConfigError(
+            f"{words.launcher} started {size} ranks ({words.rank}, {words.size}), but none of {', '.join(local_keys)} "
+            "says which of its node's ranks this one is, and so which GPU is its own: export LOCAL_RANK, 0 where each "
+            "rank has a node to itself."
+        )
+    local_size = next((whole(env, key) for key in (*words.local_size, "LOCAL_WORLD_SIZE") if env.get(key)), 0)
+    local_size = local_size if local_size > 0 else size
+    master = _master_addr(env, words.launcher, size, local_size)
+    local_rank = whole(env, local) if local else 0
+    return RankInfo(rank, size, local_rank, local_size, words.launcher, master, _master_port(env))
+
+
+def _as_task(env: Mapping[str, str], step: SlurmStep) -> RankInfo:
+    local_rank, local_size = whole(env, "SLURM_LOCALID"), step.local_size or step.size
+    master = env.get("MASTER_ADDR") or (step.first_host() if step.size > 1 else _THIS_HOST)
+    return RankInfo(step.rank, step.size, local_rank, local_size, "srun", master, _master_port(env))
 
 
 def export_rank(info: RankInfo) -> None:
@@ -97,12 +147,12 @@ def export_rank(info: RankInfo) -> None:
 
 def hosts_store(info: RankInfo) -> bool:
     """Whether the store at which the ranks meet is in this process: rank 0's, unless torchrun brings its own."""
-    return info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return info.rank == 0 and not agents_hold_store()
 
 
-def start_attempt() -> int:
-    """How often the launcher has started these ranks before, with one store: torchrun does."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def agents_hold_store() -> bool:
+    """Whether torchrun's agents hold the store at which the ranks meet, from one start of the ranks to the next."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def child_environment(num_ranks: int, *, has_gpu: bool, launched_at: float | None = None) -> dict[str, str]:
@@ -124,8 +174,13 @@ def child_environment(num_ranks: int, *, has_gpu: bool, launched_at: float | Non
 
 
 def supervisor_pid(environ: Mapping[str, str] | None = None) -> int | None:
-    """The process on this host that watches over this rank (`megatrain train`, a batch script); None without one."""
-    host, _, pid = (os.environ if environ is None else environ).get(_SUPERVISOR, "").rpartition(":")
+    """The process on this host that watches over this rank (`megatrain train`, a batch script, torchrun's agent); None
+    without one.
+    """
+    env = os.environ if environ is None else environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return os.getppid()
+    host, _, pid = env.get(_SUPERVISOR, "").rpartition(":")
     return int(pid) if host == socket.gethostname() and pid.isdigit() else None
 
 
@@ -141,12 +196,42 @@ def extensions_dir() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions")
 
 
-def visible_gpus() -> list[str]:
+def wants_cpu(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether somebody asked for CPUs, whatever GPUs there are: in DeepSpeed's word, DS_ACCELERATOR=cpu."""
+    return (os.environ if environ is None else environ).get("DS_ACCELERATOR") == "cpu"
+
+
+def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
     """GPUs that this process may use, without importing torch: as CUDA_VISIBLE_DEVICES says, or as the driver lists."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device.strip() for device in visible.split(",") if device.strip() not in {"", "-1"}]
+    env = os.environ if environ is None else environ
+    if wants_cpu(env):
+        return []
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return [gpu for word in env["CUDA_VISIBLE_DEVICES"].split(",") if (gpu := word.strip()) not in _NO_GPUS]
     return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def gpu_request(environ: Mapping[str, str] | None = None) -> str | None:
+    """What says that this process was started for GPUs, such as ``SLURM_GPUS_ON_NODE=8``; None where nothing does, or
+    somebody asked for CPUs.
+    """
+    env = os.environ if environ is None else environ
+    if wants_cpu(env):
+        return None
+    for key in _GPU_COUNTS:
+        if env.get(key, "0").rpartition(":")[2] != "0":
+            return f"{key}={env[key]}"
+    for key in _GPU_LISTS:
+        if env.get(key, "").split(",")[0].strip() not in _NO_GPUS:
+            return f"{key}={env[key]}"
+    return "/dev/nvidia0 and its like" if visible_gpus(env) else None
+
+
+def export_device(index: int) -> None:
+    """Tell DeepSpeed which of the GPUs that this process sees is its own: it takes the local rank for that number."""
+    os.environ["LOCAL_RANK"] = str(index)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed insists on that both are the same
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
 
 
 def free_port() -> int:
@@ -201,46 +286,23 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _is_batch_shell(env: Mapping[str, str]) -> bool:
-    """A batch script (and what it starts without srun) sees SLURM_PROCID=0 too, but is no task of a step."""
-    return "SLURM_STEP_ID" not in env or env.get("SLURM_STEP_ID") in {"4294967291", "-5", "batch"}
-
-
-def _whole(env: Mapping[str, str], key: str) -> int:
-    try:
-        return int(env[key])
-    except ValueError:
-        raise ConfigError(f"the environment variable {key} is {env[key]!r}, not a whole number.") from None
-
-
-def _local_size(env: Mapping[str, str], key: str, world_size: int) -> int:
-    text = env.get(key, "")
-    if not text and key == "LOCAL_WORLD_SIZE":
-        text = env.get("LOCAL_SIZE", "")  # DeepSpeed's word for it
-    if not text and "SLURM_TASKS_PER_NODE" in env:
-        text = env["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-    return int(text) if text.isdigit() and int(text) > 0 else world_size
-
-
-def _master_addr(env: Mapping[str, str]) -> str:
-    if "MASTER_ADDR" in env:
+def _master_addr(env: Mapping[str, str], launcher: str, size: int, local_size: int) -> str:
+    """Where rank 0 is, of ranks that are not the tasks of a SLURM step."""
+    if env.get("MASTER_ADDR"):
         return env["MASTER_ADDR"]
-    nodes = env.get("SLURM_NODELIST", "")
-    return _first_node(nodes) if nodes and "SLURM_PROCID" in env else "127.0.0.1"
-
-
-def _first_node(nodelist: str) -> str:
-    """The first host of a SLURM node list: ``gpu[003-010,12],login1`` gives ``gpu003``."""
-    head = nodelist.split(",")[0]
-    if "[" not in head:
-        return head
-    prefix, _, numbers = head.partition("[")
-    return prefix + numbers.rstrip("]").split("-")[0]
+    if size == local_size:
+        return _THIS_HOST
+    if nodes := env.get("SLURM_JOB_NODELIST"):  # mpirun in an allocation begins on its first node
+        return hostnames(nodes)[0]
+    raise ConfigError(
+        f"{size} ranks on several nodes ({launcher}), but MASTER_ADDR is not set: export it as the name of the first "
+        "node, and MASTER_PORT if that port may be in use."
+    )
 
 
 def _master_port(env: Mapping[str, str]) -> int:
     if "MASTER_PORT" in env:
-        return _whole(env, "MASTER_PORT")
+        return whole(env, "MASTER_PORT")
     if "SLURM_JOB_ID" in env:  # the same for every task of a job, rarely for two jobs on a node
-        return _FIRST_JOB_PORT + int(env["SLURM_JOB_ID"]) % _NUM_JOB_PORTS
+        return _FIRST_JOB_PORT + whole(env, "SLURM_JOB_ID") % _NUM_JOB_PORTS
     return DEFAULT_MASTER_PORT

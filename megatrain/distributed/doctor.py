@@ -17,12 +17,13 @@ import torch
 
 from megatrain.distributed.binding import bind
 from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_dir, read_rank
-from megatrain.distributed.groups import local_device, make_groups
+from megatrain.distributed.device import local_device
+from megatrain.distributed.groups import make_groups
 from megatrain.distributed.judgement import ANSWER, HERE, Effort, Finding, Reading, judge
 from megatrain.distributed.local_ranks import process_began
 from megatrain.distributed.naming import name_ranks
 from megatrain.distributed.preflight import Places, existing, take_reading
-from megatrain.distributed.rendezvous import RanksMissing, meet
+from megatrain.distributed.rendezvous import RanksMissing, RanksUnfit, meet
 from megatrain.distributed.topology import Topology
 from megatrain.errors import EXIT_OK, EXIT_RANK, MegatrainError, RankError
 
@@ -51,6 +52,8 @@ def main(arguments: list[str]) -> int:
         findings, readings = _examine(rank, options.folder, options.scratch, patience)
     except RanksMissing as error:
         findings, readings = _name_missing(error, options.hosts, patience), []
+    except RanksUnfit as error:
+        findings, readings = [Finding(str(error), error.hosts)], []
     except MegatrainError as error:
         findings, readings = [Finding(str(error), ())], []
     if rank.rank == 0:

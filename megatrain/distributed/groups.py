@@ -136,14 +136,6 @@ def release(groups: Iterable[object]) -> None:
             dist.destroy_process_group(group)
 
 
-def local_device(local_rank: int) -> torch.device:
-    """The device of a rank: its GPU by its rank on the node, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
-
-
 def make_groups(topology: Topology, rank: int, device: torch.device, timeout_seconds: float) -> Groups:
     """Make this rank's groups; collective over all ranks. The default process group must exist.
 

@@ -33,6 +33,7 @@ from deepspeed.utils.timer import NoopTimer
 from torch import nn
 from torch.nn import functional
 
+from megatrain.distributed.device import has_gpu
 from megatrain.distributed.groups import Groups
 from megatrain.parallel.loss_scale import ScaledOptimizer
 
@@ -49,10 +50,10 @@ def start_deepspeed(timeout_seconds: float) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.ops.__compatible_ops__ = {}
     _import_muon()
-    if not torch.cuda.is_available():  # torch computes fp16 on any CPU, only slowly; DeepSpeed asks for fast hardware
+    if not has_gpu():  # torch computes fp16 on any CPU, only slowly; DeepSpeed asks for fast hardware
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        dist_backend="nccl" if has_gpu() else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timedelta(seconds=timeout_seconds),

@@ -21,7 +21,8 @@ from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.data.remote import Cache
 from megatrain.data.storage import MAPPED_SHARDS
 from megatrain.distributed.bootstrap import RankInfo, extensions_dir
-from megatrain.distributed.groups import Groups, local_device, make_groups
+from megatrain.distributed.device import local_device
+from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.judgement import Finding
 from megatrain.distributed.preflight import LEAST_FREE_BYTES, Places, examine, existing
 from megatrain.distributed.rendezvous import meet

@@ -17,6 +17,7 @@ from megatrain.checkpoint.store import resolve
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.data.tokenizer import Tokenizer
+from megatrain.distributed.device import has_gpu
 from megatrain.distributed.fragment import Placement
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.decoder import Decoder
@@ -42,7 +43,7 @@ def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
     """
     reader = CheckpointReader(resolve(path))
     saved = saved_config(reader.manifest, reader.folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if has_gpu() else "cpu")
     with torch.device("meta"):
         model = Decoder(saved.model)
     model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)

@@ -16,7 +16,7 @@ from data_tools.ranks import Ranks, find_ranks
 from megatrain.errors import ConfigError
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_PROCID": "0"}
-STEP = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
+STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ STEP = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
         (STEP, 2, 4),
         ({**ARRAY, **STEP}, 18, 32),
         ({**STEP, "SLURM_STEP_ID": "4294967291"}, 0, 1),  # a batch script, not a task
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 0, 1),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "PMIX_RANK": "0"}, 0, 1),
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, 0, 1),
     ],
 )
@@ -37,8 +37,8 @@ def test_the_rank_is_found_without_mpi(environment: dict[str, str], rank: int, s
 
 
 def test_a_broken_variable_is_named() -> None:
-    with pytest.raises(ConfigError, match="SLURM_NTASKS is 'many'"):
-        find_ranks({**STEP, "SLURM_NTASKS": "many"})
+    with pytest.raises(ConfigError, match="SLURM_STEP_NUM_TASKS is 'many'"):
+        find_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "many"})
 
 
 def test_ranks_on_one_machine_share_its_cores() -> None:

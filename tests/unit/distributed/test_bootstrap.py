@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from data_tools.ranks import Ranks, find_ranks
 from megatrain.distributed.bootstrap import (
     child_environment,
     free_port,
@@ -26,15 +28,17 @@ DEEPSPEED = {
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
 OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "node0"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-SRUN = {
-    "SLURM_PROCID": "6",
-    "SLURM_NTASKS": "8",
-    "SLURM_LOCALID": "2",
-    "SLURM_TASKS_PER_NODE": "4(x2)",
-    "SLURM_NODELIST": "gpu[003-004],login1",
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_ID": "123456",
-}
+PALS = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PALS_LOCAL_RANKID": "1", "PMI_LOCAL_SIZE": "4"}
+PALS |= {"MASTER_ADDR": "node0"}
+# The words of SLURM 22.05, as `env` shows them in a task.
+JOB = {"SLURM_JOB_ID": "123456", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "gpu[001-004]", "SLURM_PROCID": "0"}
+JOB |= {"SLURM_NODELIST": "gpu[001-004]", "SLURM_TASKS_PER_NODE": "4(x4)", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SRUN = {**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+SRUN |= {"SLURM_NTASKS": "7", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
+SRUN |= {"SLURM_NODEID": "1"}
+PMI2 = {**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7"}
+BY_HAND = {**SRUN, "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "0"}
+INTERACTIVE = {**JOB, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "gpu001"}
 
 
 @pytest.mark.parametrize(
@@ -46,10 +50,15 @@ SRUN = {
         ({**DEEPSPEED, "RANK": "4", "WORLD_SIZE": "6"}, (4, 6, 1, 2, "127.0.0.1", 29501)),
         (OPENMPI, (3, 4, 1, 2, "node0", 29500)),
         (MPICH, (1, 2, 1, 2, "127.0.0.1", 29500)),
-        (SRUN, (6, 8, 2, 4, "gpu003", 23456)),
-        ({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, (6, 8, 2, 4, "10.0.0.1", 1234)),
-        ({**SRUN, "SLURM_NODELIST": "a1"}, (6, 8, 2, 4, "a1", 23456)),
-        ({**SRUN, "SLURM_NODELIST": "rack[7,9-12]"}, (6, 8, 2, 4, "rack7", 23456)),
+        (PALS, (5, 8, 1, 4, "node0", 29500)),
+        ({**OPENMPI, **JOB, "MASTER_ADDR": ""}, (3, 4, 1, 2, "gpu001", 23456)),
+        (SRUN, (5, 7, 1, 3, "gpu003", 23456)),
+        (PMI2, (5, 7, 1, 3, "gpu003", 23456)),
+        (BY_HAND, (5, 7, 1, 3, "gpu003", 23456)),
+        ({**SRUN, "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}, (5, 7, 3, 4, "gpu003", 23456)),
+        ({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, (5, 7, 1, 3, "10.0.0.1", 1234)),
+        ({**SRUN, "SLURM_STEP_NODELIST": "a1"}, (5, 7, 1, 3, "a1", 23456)),
+        ({**SRUN, "SLURM_STEP_NODELIST": "rack[7,9-12]-ib"}, (5, 7, 1, 3, "rack7-ib", 23456)),
     ],
     ids=[
         "alone",
@@ -58,10 +67,15 @@ SRUN = {
         "deepspeed on several nodes",
         "openmpi",
         "mpich",
+        "pals",
+        "openmpi in an allocation",
         "srun",
+        "srun with pmi2",
+        "srun with a script's own exports",
+        "srun on uneven nodes",
         "srun with an address",
         "one node",
-        "a list",
+        "a suffix",
     ],
 )
 def test_each_launchers_variables_give_the_rank(
@@ -76,13 +90,47 @@ def test_what_deepspeed_sets_inside_of_srun_wins() -> None:
     assert read_rank({**SRUN, **DEEPSPEED}).rank == 1
 
 
-@pytest.mark.parametrize("step_id", [None, "batch", "4294967291"])
-def test_a_batch_script_is_no_task_of_its_job(step_id: str | None) -> None:
-    environment = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"}
-    if step_id is not None:
-        environment["SLURM_STEP_ID"] = step_id
+def test_ranks_of_mpirun_in_a_step_keep_its_words() -> None:
+    """MPICH starts its ranks through one task of SLURM a node, whose variables they inherit."""
+    hydra = {**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[001-004]"}
+    info = read_rank({**hydra, "PMI_RANK": "3", "PMI_SIZE": "16", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"})
+    assert (info.local_rank, info.local_world_size, info.master_addr) == (3, 4, "gpu001")
+
+
+@pytest.mark.parametrize(
+    "environment", [JOB, {**JOB, "SLURM_STEP_ID": "0"}, INTERACTIVE], ids=["batch", "ssh", "shell"]
+)
+def test_outside_of_a_step_a_process_is_alone(environment: dict[str, str]) -> None:
     info = read_rank(environment)
-    assert (info.rank, info.world_size) == (0, 1)
+    assert (info.rank, info.world_size, info.local_rank, info.local_world_size) == (0, 1, 0, 1)
+    assert find_ranks(environment) == Ranks(0, 1)
+
+
+def test_a_hostfile_says_where_rank_0_is(tmp_path: Path) -> None:
+    """Under --distribution=arbitrary the step's list is sorted all the same."""
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("gpu004*3\ngpu003\n")
+    arbitrary = {**SRUN, "SLURM_DISTRIBUTION": "arbitrary"}
+    assert read_rank({**arbitrary, "SLURM_HOSTFILE": str(hostfile)}).master_addr == "gpu004"
+    hostfile.write_text("gpu001\n")  # since rewritten, for another step
+    for told in ({}, {"SLURM_HOSTFILE": str(hostfile)}, {"SLURM_HOSTFILE": "/no/such/file"}):
+        with pytest.raises(ConfigError, match="export MASTER_ADDR"):
+            read_rank({**arbitrary, **told})
+
+
+def test_a_step_without_a_list_asks_for_an_address() -> None:
+    with pytest.raises(ConfigError, match="export MASTER_ADDR"):
+        read_rank({**SRUN, "SLURM_STEP_NODELIST": ""})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PMI_RANK": "1", "PMI_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0"}],
+)
+def test_several_ranks_without_a_local_rank_are_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="export LOCAL_RANK"):
+        read_rank(environment)
+    assert read_rank({**environment, "LOCAL_RANK": "0"}).local_rank == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""What a rank computes on, and whether all ranks can: asked in one place, so that no two parts or ranks disagree."""
+
+from __future__ import annotations
+
+import socket
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from megatrain.distributed.bootstrap import export_device, gpu_request, wants_cpu
+from megatrain.distributed.naming import name_ranks
+from megatrain.errors import EXIT_RANK, EXIT_USAGE
+
+ON_CPUS = "To train on CPUs, export DS_ACCELERATOR=cpu."
+
+
+class Seat(NamedTuple):
+    """Where a rank sits. ``gpu``: the unique id of its GPU; "" on a CPU, for the reason ``why``. ``asked``: what says that
+    it was started for GPUs, if anything.
+    """
+
+    host: str
+    gpu: str
+    why: str
+    asked: str
+
+
+class Objection(NamedTuple):
+    """Why ranks cannot train together, the exit code that this is worth, and the hosts at fault."""
+
+    text: str
+    exit_code: int
+    hosts: tuple[str, ...]
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU: there is one that torch can use, and nobody asked for CPUs."""
+    return torch.cuda.is_available() and not wants_cpu()
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The device of a rank: its GPU by its rank on the node, or the CPU where there is none.
+
+    Where tasks see GPUs of their own alone, each counts them from 0.
+    """
+    if not has_gpu():
+        return torch.device("cpu")
+    index = local_rank % torch.cuda.device_count()
+    export_device(index)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def take_seat() -> Seat:
+    """This rank's seat, once it has taken its device."""
+    host, asked = socket.gethostname(), gpu_request() or ""
+    if not has_gpu():
+        return Seat(host, "", _why_no_gpu(), asked)
+    return Seat(host, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid), "", asked)
+
+
+def find_objection(seats: Sequence[Seat]) -> Objection | None:
+    """Why ranks with these seats, in their order, must not train; None where all is well."""
+    without = [rank for rank, seat in enumerate(seats) if not seat.gpu]
+    asked = next((seat.asked for seat in seats if seat.asked), None)
+    if without and (asked or len(without) < len(seats)):
+        return _no_gpu(seats, without, asked)
+    holders: dict[str, list[int]] = defaultdict(list)
+    for rank, seat in enumerate(seats):
+        holders[seat.gpu].append(rank)
+    shared = [ranks for gpu, ranks in holders.items() if gpu and len(ranks) > 1]
+    return _shared_gpu(seats, shared) if shared else None
+
+
+def _no_gpu(seats: Sequence[Seat], without: Sequence[int], asked: str | None) -> Objection:
+    reasons: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for rank in without:
+        reasons[seats[rank].why].append((rank, seats[rank].host))
+    told = "; ".join(f"{name_ranks(ranks)}: {why}" for why, ranks in reasons.items())
+    for_gpus = f"The job was started for GPUs ({asked})" if asked else f"{len(seats) - len(without)} ranks have a GPU"
+    text = (
+        f"{for_gpus}, but {len(without)} of {len(seats)} ranks have none. {told}. Install a torch for the driver that "
+        f"is there (make setup TORCH=cuda), or leave the node out. {ON_CPUS}"
+    )
+    code = EXIT_USAGE if len(without) == len(seats) else EXIT_RANK
+    return Objection(text, code, tuple(dict.fromkeys(seats[rank].host for rank in without)))
+
+
+def _shared_gpu(seats: Sequence[Seat], shared: Sequence[Sequence[int]]) -> Objection:
+    told = "; ".join(name_ranks((rank, seats[rank].host) for rank in ranks) for ranks in shared)
+    text = (
+        f"Ranks share a GPU, which NCCL cannot do: {told}. Start as many ranks on a node as it has GPUs, and let each see "
+        "all of them, or one of its own; LOCAL_RANK says which is whose."
+    )
+    return Objection(text, EXIT_USAGE, tuple(dict.fromkeys(seats[ranks[0]].host for ranks in shared)))
+
+
+def _why_no_gpu() -> str:
+    if wants_cpu():
+        return "DS_ACCELERATOR=cpu"
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return f"torch {torch.__version__} finds no GPU"
