@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -176,12 +177,19 @@ def train(
     """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
     from megatrain.checkpoint.lock import folders_of, refuse_if_locked
     from megatrain.checkpoint.origin import load
-    from megatrain.distributed.bootstrap import job_identity, visible_gpus
+    from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
+from megatrain.checkpoint.origin import load
+    from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
 
     loaded = load(config, overrides or ())
     gpus = len(visible_gpus())
+    if not gpus and (asked := gpu_request()) is not None:
+        raise ConfigError(
+            f"started for GPUs ({asked}), but {socket.gethostname()} shows none: no /dev/nvidia*, or "
+            "CUDA_VISIBLE_DEVICES hides them. Look at the driver there; to train on CPUs, export DS_ACCELERATOR=cpu."
+        )
     num_ranks = procs or max(gpus, 1)
     if gpus and num_ranks > gpus:
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")

@@ -70,7 +70,7 @@ def near_each_rank(rank: RankInfo, allowed: Cpus, root: Path = Path("/")) -> lis
 
     A rank that sees one GPU, while there are others, sees no one else's: what it is near to is not divided.
     """
-    devices, gpus = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else visible_gpus(), _gpus(root)
+    devices, gpus = visible_gpus(), _gpus(root)
     near = [_near(device, gpus, root) & allowed or allowed for device in devices]
     if len(near) == 1 < rank.local_world_size:
         return [near[0] if peer == rank.local_rank else frozenset() for peer in range(rank.local_world_size)]

@@ -17,8 +17,10 @@ ON_CPUS = "To train on CPUs, export DS_ACCELERATOR=cpu."
 
 
 class Seat(NamedTuple):
-    """Where a rank sits. ``gpu``: the unique id of its GPU; "" on a CPU, for the reason ``why``. ``asked``: what says that
-    it was started for GPUs, if anything.
+    """Where a rank sits.
+
+    ``gpu``: the unique id of its GPU; "" on a CPU, for the reason ``why``. ``asked``: what says that it was started for
+    GPUs, if anything.
     """
 
     host: str
@@ -91,8 +93,8 @@ def _no_gpu(seats: Sequence[Seat], without: Sequence[int], asked: str | None) ->
 def _shared_gpu(seats: Sequence[Seat], shared: Sequence[Sequence[int]]) -> Objection:
     told = "; ".join(name_ranks((rank, seats[rank].host) for rank in ranks) for ranks in shared)
     text = (
-        f"Ranks share a GPU, which NCCL cannot do: {told}. Start as many ranks on a node as it has GPUs, and let each see "
-        "all of them, or one of its own; LOCAL_RANK says which is whose."
+        f"Ranks share a GPU, which NCCL cannot do: {told}. Start as many ranks on a node as it has GPUs, and let each "
+        "see all of them, or one of its own; LOCAL_RANK says which is whose."
     )
     return Objection(text, EXIT_USAGE, tuple(dict.fromkeys(seats[ranks[0]].host for ranks in shared)))
 
@@ -100,10 +102,10 @@ def _shared_gpu(seats: Sequence[Seat], shared: Sequence[Sequence[int]]) -> Objec
 def _why_no_gpu() -> str:
     if wants_cpu():
         return "DS_ACCELERATOR=cpu"
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return f"torch {torch.__version__} is built without CUDA"
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return str(error).splitlines()[0]
     return f"torch {torch.__version__} finds no GPU"

@@ -1,13 +1,14 @@
 """How the ranks meet: at a store on rank 0, by its address and port. Who is missing is told, and when it is known.
 
-A store outlives the ranks where torchrun's agents hold it, and none of them counts the same restarts. So rank 0 opens a
-meeting, by a number that the store counts; the others come to the newest that is not over, and rank 0 ends it once all are
-there. Whoever finds a meeting of ranks that have died goes on to the next. Each rank tells the store four things, whatever
-their number, and looks once a second whether a newer meeting has begun.
+A store outlives the ranks where torchrun's agents hold it, and no two agents count the same restarts. So rank 0 opens a
+meeting, by a number that the store counts; the others come to the newest that is not over, and rank 0 ends it once all
+are there. Whoever came to a meeting of ranks that have died goes on to the next. Each rank tells the store four things,
+whatever their number, and looks once a second whether a newer meeting has begun.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import threading
@@ -24,10 +25,11 @@ from megatrain.distributed.bootstrap import RankInfo, agents_hold_store, hosts_s
 from megatrain.distributed.device import Seat, find_objection, has_gpu, take_seat
 from megatrain.errors import MegatrainError, RankError
 
-_RETRY_SECONDS, _LOOK_SECONDS = 0.5, 1.0
+_RETRY_SECONDS, _LOOK_SECONDS, _PARTING_SECONDS = 0.5, 1.0, 10.0
 _NUM_MEETINGS = "megatrain/num_meetings"
 _HERE, _NUM_COMINGS = "megatrain/{}/here/{}", "megatrain/{}/num_comings/{}"
 _NUM_HERE, _ALL_HERE, _OVER = "megatrain/{}/num_here", "megatrain/{}/all_here", "megatrain/{}/over"
+_NUM_LEAVINGS, _ALL_LEFT = "megatrain/{}/num_leavings", "megatrain/{}/all_left"
 _MOST_NAMED = 16
 _STALE_AGENT = (
     " Where another node has replaced rank 0's, torchrun's agents may still give out the old address: export "
@@ -154,7 +156,8 @@ def _gather(rank: RankInfo, store: Store, deadline: float) -> int:
             _come(rank, store, meeting, seat)
             store.wait([_ALL_HERE.format(meeting)], timedelta(seconds=max(deadline - began, 1.0)))
             seats = store.multi_get([_HERE.format(meeting, number) for number in range(rank.world_size)])
-            store.set(_OVER.format(meeting), orjson.dumps(find_objection([Seat(*orjson.loads(s)) for s in seats])))
+            verdict = find_objection([Seat(*orjson.loads(told)) for told in seats])
+            store.set(_OVER.format(meeting), orjson.dumps(verdict and tuple(verdict)).decode())
         while not (meeting and _is_over(store, meeting)):
             if time.monotonic() > deadline:
                 raise dist.DistStoreError("some did not come")
@@ -163,7 +166,7 @@ def _gather(rank: RankInfo, store: Store, deadline: float) -> int:
                 _come(rank, store, meeting, seat)
             elif not meeting:
                 time.sleep(_RETRY_SECONDS)
-        verdict = orjson.loads(store.get(_OVER.format(meeting)))
+        objection = orjson.loads(store.get(_OVER.format(meeting)))
     except RuntimeError as error:
         missing = _missing(rank, store, meeting)
         raise RanksMissing(
@@ -171,8 +174,9 @@ def _gather(rank: RankInfo, store: Store, deadline: float) -> int:
             f"{_count(missing)}. The launcher's output or those ranks' logs tell why; then start the run again.",
             missing or [0],
         ) from error
-    if verdict is not None:
-        raise RanksUnfit(*verdict)
+    if objection is not None:
+        _part(rank, store, meeting)
+        raise RanksUnfit(*objection)
     return meeting
 
 
@@ -184,10 +188,19 @@ def _open_meeting(store: Store) -> int:
 
 def _come(rank: RankInfo, store: Store, meeting: int, seat: Seat) -> None:
     """Take part in a meeting. A rank that has been started again takes the place of its former self."""
-    store.set(_HERE.format(meeting, rank.rank), orjson.dumps(seat))
+    store.set(_HERE.format(meeting, rank.rank), orjson.dumps(tuple(seat)).decode())
     is_first = store.add(_NUM_COMINGS.format(meeting, rank.rank), 1) == 1
     if is_first and store.add(_NUM_HERE.format(meeting), 1) == rank.world_size:
         store.set(_ALL_HERE.format(meeting), "")
+
+
+def _part(rank: RankInfo, store: Store, meeting: int) -> None:
+    """Leave a meeting for good: rank 0, with which the store may end, once all have heard why."""
+    if store.add(_NUM_LEAVINGS.format(meeting), 1) == rank.world_size:
+        store.set(_ALL_LEFT.format(meeting), "")
+    elif rank.rank == 0:
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([_ALL_LEFT.format(meeting)], timedelta(seconds=_PARTING_SECONDS))
 
 
 def _is_over(store: Store, meeting: int) -> bool:
