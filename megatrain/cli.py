@@ -178,8 +178,6 @@ def train(
     from megatrain.checkpoint.lock import folders_of, refuse_if_locked
     from megatrain.checkpoint.origin import load
     from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
-from megatrain.checkpoint.origin import load
-    from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
 

@@ -2,7 +2,7 @@
 
 A store outlives the ranks where torchrun's agents hold it, and no two agents count the same restarts. So rank 0 opens a
 meeting, by a number that the store counts; the others come to the newest that is not over, and rank 0 ends it once all
-are there. Whoever came to a meeting of ranks that have died goes on to the next. Each rank tells the store four things,
+are there. Whoever came to a meeting of ranks that have died goes on to the next. Each rank tells the store five things,
 whatever their number, and looks once a second whether a newer meeting has begun.
 """
 
@@ -167,6 +167,7 @@ def _gather(rank: RankInfo, store: Store, deadline: float) -> int:
             elif not meeting:
                 time.sleep(_RETRY_SECONDS)
         objection = orjson.loads(store.get(_OVER.format(meeting)))
+        _part(rank, store, meeting)
     except RuntimeError as error:
         missing = _missing(rank, store, meeting)
         raise RanksMissing(
@@ -175,7 +176,6 @@ def _gather(rank: RankInfo, store: Store, deadline: float) -> int:
             missing or [0],
         ) from error
     if objection is not None:
-        _part(rank, store, meeting)
         raise RanksUnfit(*objection)
     return meeting
 
@@ -195,7 +195,7 @@ def _come(rank: RankInfo, store: Store, meeting: int, seat: Seat) -> None:
 
 
 def _part(rank: RankInfo, store: Store, meeting: int) -> None:
-    """Leave a meeting for good: rank 0, with which the store may end, once all have heard why."""
+    """Leave a meeting; rank 0, with which the store may end, not before all have heard how it ended."""
     if store.add(_NUM_LEAVINGS.format(meeting), 1) == rank.world_size:
         store.set(_ALL_LEFT.format(meeting), "")
     elif rank.rank == 0:
