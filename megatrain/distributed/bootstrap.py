@@ -21,10 +21,7 @@ DEFAULT_MASTER_PORT = 29500
 _THIS_HOST = "127.0.0.1"
 _SUPERVISOR = "MEGATRAIN_SUPERVISOR"
 _LAUNCHED_AT = "MEGATRAIN_LAUNCHED_AT"
-GPUS_PER_NODE = "MEGATRAIN_GPUS_PER_NODE"
-"""Set by the batch scripts of `megatrain-launch slurm`: ranks that ssh starts see none of SLURM's variables."""
 _GPU_COUNTS = (
-    GPUS_PER_NODE,
     "SLURM_GPUS",
     "SLURM_GPUS_PER_NODE",
     "SLURM_GPUS_PER_SOCKET",
@@ -32,13 +29,14 @@ _GPU_COUNTS = (
     "SLURM_GPUS_ON_NODE",
 )
 _GPU_LISTS = (
+    "MEGATRAIN_DEVICE",  # "cuda" in the batch scripts of `megatrain-launch slurm`: over ssh ranks see none of SLURM's
     "SLURM_JOB_GPUS",
     "SLURM_STEP_GPUS",
     "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES",
 )
-_NO_GPUS = {"", "-1", "NoDevFiles"}
+_NO_GPUS = {"", "-1", "NoDevFiles", "cpu"}
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20000, 10000  # below the ports that Linux gives out by itself
 
 

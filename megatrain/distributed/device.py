@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from megatrain.distributed.bootstrap import export_device, gpu_request, wants_cpu
@@ -30,7 +31,7 @@ class Seat(NamedTuple):
 
 
 class Objection(NamedTuple):
-    """Why ranks cannot train together, the exit code that this is worth, and the hosts at fault."""
+    """Why ranks cannot train together, the exit code that this is worth, and the hosts to leave out for it."""
 
     text: str
     exit_code: int
@@ -53,6 +54,13 @@ def local_device(local_rank: int) -> torch.device:
     export_device(index)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def memory_bytes(local_world_size: int) -> float:
+    """All memory of this rank's GPU, or its share of the machine's."""
+    if has_gpu():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return float(psutil.virtual_memory().total / local_world_size)
 
 
 def take_seat() -> Seat:
@@ -86,8 +94,9 @@ def _no_gpu(seats: Sequence[Seat], without: Sequence[int], asked: str | None) ->
         f"{for_gpus}, but {len(without)} of {len(seats)} ranks have none. {told}. Install a torch for the driver that "
         f"is there (make setup TORCH=cuda), or leave the node out. {ON_CPUS}"
     )
-    code = EXIT_USAGE if len(without) == len(seats) else EXIT_RANK
-    return Objection(text, code, tuple(dict.fromkeys(seats[rank].host for rank in without)))
+    if len(without) == len(seats):
+        return Objection(text, EXIT_USAGE, ())
+    return Objection(text, EXIT_RANK, tuple(dict.fromkeys(seats[rank].host for rank in without)))
 
 
 def _shared_gpu(seats: Sequence[Seat], shared: Sequence[Sequence[int]]) -> Objection:

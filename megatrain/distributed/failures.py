@@ -69,20 +69,5 @@ def forget(run_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a peer died or no longer answers: gloo, NCCL and torch's store each say so in their own words."""
-    text = str(error)
-    words = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Connection was likely closed",  # torch's store, where rank 0 has died
-        "Timed out waiting",
-        "NCCL",
-        "gloo",
-    )
-    return isinstance(error, LostPeer) or (isinstance(error, RuntimeError) and any(word in text for word in words))
-
-
 def _path(run_dir: Path, start: str) -> Path:
     return run_dir / "logs" / f"{_FILE}-{start}.json"

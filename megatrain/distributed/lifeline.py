@@ -25,7 +25,7 @@ from typing import NamedTuple
 import orjson
 
 from megatrain.distributed.bootstrap import RankInfo
-from megatrain.distributed.failures import is_lost_peer
+from megatrain.distributed.causes import is_lost_peer
 from megatrain.distributed.naming import name_ranks
 from megatrain.errors import Preempted
 

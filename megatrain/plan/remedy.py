@@ -11,6 +11,8 @@ from megatrain.plan.memory import rank_memory
 from megatrain.plan.part import parts
 
 MAX_CHANGES = 3
+WORTHWHILE = 0.9
+"""Of the peak: what saves less would soon run out again."""
 
 Change = tuple[str, int | str]
 """A key with its section, and its new value."""
@@ -31,6 +33,18 @@ def remedy(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes:
                 if rules.is_legal(changed, world_size) and peak_bytes(changed, world_size) <= memory_bytes:
                     return " ".join(f"{key}={value}" for key, value in changes)
     return None
+
+
+def save_memory(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes: float) -> str:
+    """What to do about a run that is out of memory, of which each rank has ``memory_bytes``, whatever was planned."""
+    peak = peak_bytes(config, world_size)
+    changes = remedy(config, world_size, gpus_per_node, min(memory_bytes, WORTHWHILE * peak))
+    nearest = f"it takes less with {changes}" if changes else "no change of up to three keys that was tried would do"
+    return (
+        f"`megatrain plan` counts {peak / 1e9:.1f} GB of the {memory_bytes / 1e9:.1f} GB that a rank has; {nearest}. "
+        "Where that should have fitted, another process holds memory there, or it is in pieces: "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+    )
 
 
 def _options(config: RunConfig, gpus_per_node: int) -> Iterator[Change]:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from megatrain.checkpoint.lock import Lease, folders_of, locked
 from megatrain.checkpoint.origin import find_origin, load
 from megatrain.config import RunConfig
-from megatrain.distributed import failures, giving_up
+from megatrain.distributed import causes, failures, giving_up
 from megatrain.distributed.binding import bind
 from megatrain.distributed.bootstrap import (
     RankInfo,
@@ -31,8 +32,9 @@ from megatrain.distributed.bootstrap import (
 from megatrain.distributed.build_locks import clear_stale_locks
 from megatrain.distributed.lifeline import Lifeline
 from megatrain.distributed.signals import Requests
-from megatrain.errors import EXIT_BUG, EXIT_OK, EXIT_RANK, MegatrainError, RankError
+from megatrain.errors import EXIT_BUG, EXIT_OK, EXIT_RANK, MegatrainError
 from megatrain.plan import rules
+from megatrain.plan.remedy import save_memory
 from megatrain.train.start_clock import StartClock
 
 
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> int:
     """Train as this rank of the config named in ``arguments``; the exit code."""
     clock = StartClock()
     stop = Requests()  # first of all: a signal while torch is being imported must not be lost
-    rank, run_dir = None, None
+    rank, run_dir, config = None, None, None
     try:
         rank = read_rank()
         bind(rank)
@@ -68,14 +70,8 @@ def main(arguments: list[str]) -> int:
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
-        if failures.is_lost_peer(error):
-            lost = RankError(
-                f"Rank {rank.rank if rank else '?'} lost the others in the middle of a step: another rank or its node "
-                f"died, or does not answer ({str(error).splitlines()[0][:200]}). Start the run again: it goes on from "
-                "the newest checkpoint."
-            )
-            return _fail(rank, run_dir, lost.exit_code, str(lost))
-        return _fail(rank, run_dir, EXIT_BUG, traceback.format_exc())
+        code, message = _explain(error, rank, config)
+        return _fail(rank, run_dir, code, message)
 
 
 def _train(
@@ -99,9 +95,28 @@ def _train(
     return EXIT_OK
 
 
+def _explain(error: Exception, rank: RankInfo | None, config: RunConfig | None) -> tuple[int, str]:
+    """The exit code and what to tell the user: one paragraph, and for a bug, ours or a library's, the traceback."""
+    who = f"Rank {rank.rank if rank else '?'} on {socket.gethostname()}"
+    code, message = causes.explain(error, who) or (EXIT_BUG, "")
+    if causes.find_cause(error) is causes.Cause.MEMORY and rank is not None and config is not None:
+        from megatrain.distributed.device import memory_bytes
+
+        memory = memory_bytes(rank.local_world_size)
+        message = f"{message} {save_memory(config, rank.world_size, rank.local_world_size, memory)}"
+    return code, f"{traceback.format_exc()}{message}" if code == EXIT_BUG else message
+
+
 def _fail(rank: RankInfo | None, run_dir: Path | None, exit_code: int, message: str) -> int:
     number = rank.rank if rank else 0
-    logging.getLogger("megatrain").log(logging.INFO, "rank %d ends with code %d: %s", number, exit_code, message)
+    logging.getLogger("megatrain").log(
+        logging.INFO,
+        "rank %d ends with code %d: %s",
+        number,
+        exit_code,
+        message,
+        exc_info=sys.exc_info()[0] is not None,
+    )
     failure = failures.Failure(number, exit_code, message)
     if number == 0 if run_dir is None else failures.claim(run_dir, start_name(), failure):
         sys.stderr.write(message.rstrip() + "\n")

@@ -167,6 +167,7 @@ def test_the_doctor_examines_all_gpus_of_an_allocation(desk: Desk) -> None:
     salloc = ["salloc", "--quiet", "--nodes=2", "--gpus-per-node=2"]
     command = [*salloc, sys.executable, "-m", "launcher", "doctor", "--json", "--folder", str(desk.folder)]
     environment = {**desk.lab.environment, "TORCH_EXTENSIONS_DIR": str(desk.folder / "cache")}
+    environment["DS_ACCELERATOR"] = "cpu"  # the lab's GPUs compute nothing
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     found = json.loads(ended.stdout)
     assert [reading["host"] for reading in found["readings"]] == ["node1", "node1", "node2", "node2"], ended.stderr

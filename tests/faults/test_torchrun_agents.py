@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from megatrain.distributed.bootstrap import free_port
 from tests.runs import Metrics, TinyData, last_step, tiny_config, wait_until, write_config
@@ -21,29 +21,37 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
 class Agents:
-    """torchrun's agents of one run of two ranks, each as on a node of its own. The first hosts their rendezvous."""
+    """torchrun's agents of one run of two ranks, each as on a node of its own. What they meet at is held by this process,
+    or by the first of them (``static``).
+    """
 
-    def __init__(self, config: Path) -> None:
-        self._config, self._port, self._log = config, free_port(), config.with_suffix(".log")
+    def __init__(self, config: Path, static: bool, **environment: str) -> None:
+        self._config, self._log = config, config.with_suffix(".log")
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
+        if static:
+            self._options = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+        else:
+            self._rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            patience = "is_host=0,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+            self._options = ["--rdzv-backend=c10d", "--rdzv-id=run", f"--rdzv-conf={patience}"]
+            self._options += [f"--rdzv-endpoint=127.0.0.1:{self._rendezvous.port}", "--local-addr=127.0.0.1"]
         self.running: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, node: int) -> subprocess.Popen[bytes]:
         """One more."""
-        rdzv = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self._port}", "--rdzv-id=run"]
-        is_host = 0 if self.running else 1
-        rdzv += [f"--rdzv-conf=is_host={is_host},last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"]
-        command = [str(TORCHRUN), "--nnodes=2", "--nproc-per-node=1", "--max-restarts=5", "--local-addr=127.0.0.1"]
-        command += [*rdzv, "-m", "megatrain.train", str(self._config)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [str(TORCHRUN), "--nnodes=2", "--nproc-per-node=1", "--max-restarts=5", f"--node-rank={node}"]
+        command += [*self._options, "-m", "megatrain.train", str(self._config)]
         with self._log.open("ab") as log:
-            self.running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            self.running.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
         return self.running[-1]
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks that are up, whoever started them."""
         line = ["-m", "megatrain.train", str(self._config)]
         processes = psutil.process_iter(["cmdline"])
-        return [p for p in processes if (p.info["cmdline"] or [])[-3:] == line and "torchrun" not in p.info["cmdline"][1]]
+        return [
+            p for p in processes if (p.info["cmdline"] or [])[-3:] == line and "torchrun" not in p.info["cmdline"][1]
+        ]
 
     def rank_of(self, agent: subprocess.Popen[bytes]) -> psutil.Process:
         """The rank that an agent has started."""
@@ -59,41 +67,43 @@ class Agents:
             process.send_signal(signal.SIGKILL)
 
 
-@pytest.fixture
-def agents(tiny_data: TinyData, tmp_path: Path) -> Iterator[Agents]:
-    sections = {"train": {"steps": 100_000}, "checkpoint": {"every_steps": 5}}
-    agents = Agents(write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", **sections)))
-    yield agents
-    agents.kill_all()
-
-
-def _wait_for_steps(agents: Agents, run_dir: Path) -> None:
+def _wait_for_steps(run_dir: Path) -> None:
     """Until the run has gone on from here."""
     now, before = time.time(), last_step(run_dir) or 0
     wait_until(lambda: (last_step(run_dir, now) or 0) > before + 5, 0.1)
 
 
-@pytest.mark.parametrize("replaced", [0, 1], ids=["the first node", "the second"])
-def test_a_run_outlives_a_rank_and_an_agent(replaced: int, agents: Agents, tmp_path: Path) -> None:
-    """Whichever agent is replaced: the others hold the store of earlier starts, or it is gone."""
-    first = agents.start()
-    time.sleep(1.0)
-    second = agents.start()
+# What torchrun is started with; and which agent is replaced. Where agents share their store (c10d, torch 2.13), those of
+# rank 0 never tell a new one where it is: only they can be replaced.
+WAYS: dict[str, tuple[bool, dict[str, str], int]] = {
+    "c10d, rank 0's node is replaced": (False, {}, 0),
+    "c10d, the other node is replaced": (False, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, 1),
+    "static, the other node is replaced": (True, {}, 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_outlives_a_rank_and_an_agent(way: str, tiny_data: TinyData, tmp_path: Path) -> None:
+    sections = {"train": {"steps": 100_000}, "checkpoint": {"every_steps": 5}}
     run_dir = tmp_path / "run"
+    static, environment, replaced = WAYS[way]
+    agents = Agents(
+        write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir, **sections)), static, **environment
+    )
     try:
+        pair = [agents.start(0), agents.start(1)]
         wait_until(lambda: (last_step(run_dir) or 0) >= 10, 0.1)
-        agents.rank_of(second).send_signal(signal.SIGKILL)
+        agents.rank_of(pair[1]).send_signal(signal.SIGKILL)
         time.sleep(1.0)
-        _wait_for_steps(agents, run_dir)
-        rank_0 = next(rank for rank in agents.ranks() if rank.environ()["RANK"] == "0")
-        print("rank 0 under", rank_0.ppid(), "first", first.pid)
-        second.send_signal(signal.SIGKILL)
-        second.wait()
-        agents.start()
+        _wait_for_steps(run_dir)
+        pair[replaced].send_signal(signal.SIGKILL)
+        pair[replaced].wait()
+        agents.start(replaced)
         time.sleep(1.0)
-        _wait_for_steps(agents, run_dir)
+        _wait_for_steps(run_dir)
+        assert [event["event"] for event in Metrics.read(run_dir).events].count("resume") >= 2
+        assert len(agents.ranks()) == 2, "ranks of the agent that was killed are left"
     except AssertionError as error:
         raise AssertionError(f"{error}\n{agents.output()}") from None
-    events = [event["event"] for event in Metrics.read(run_dir).events]
-    assert events.count("resume") >= 2
-    assert len(agents.ranks()) == 2, "ranks of the agent that was killed are left"
+    finally:
+        agents.kill_all()

@@ -38,7 +38,7 @@ def test_a_rank_takes_its_own_of_the_gpus_it_sees(
 @pytest.mark.parametrize(
     "variables",
     [
-        {"MEGATRAIN_GPUS_PER_NODE": "8"},
+        {"MEGATRAIN_DEVICE": "cuda"},
         {"SLURM_GPUS": "h100:8"},
         {"SLURM_GPUS_PER_TASK": "1"},
         {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""},
