@@ -46,6 +46,15 @@ RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or t
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else.")]
 
 
+Nodes = Annotated[
+    int | None, typer.Option(min=1, help="Number of nodes; left out: 1, or as many as one copy of the model needs.")
+]
+GpusPerNode = Annotated[
+    int | None,
+    typer.Option(min=1, help="Ranks on each node, one a GPU; left out: 8, or without --nodes as few as are needed."),
+]
+
+
 def _finite(value: float | None) -> float | None:
     """Refuse the numbers that no minimum refuses: nan and inf."""
     if value is not None and not math.isfinite(value):
@@ -57,8 +66,8 @@ def _finite(value: float | None) -> float | None:
 def check(
     config: Config,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node, one a GPU.")] = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
     procs: Annotated[int | None, typer.Option(min=1, help="Ranks in all, where there are no GPUs.")] = None,
 ) -> None:
     """Is this config right? Lists all that is wrong with it and its layout. Needs no torch and no data.
@@ -68,14 +77,12 @@ def check(
     from megatrain.checkpoint.origin import load
     from megatrain.checkpoint.transformers_config import not_in_transformers
     from megatrain.plan import rules
+    from megatrain.plan.cluster import find_nodes
 
     loaded = load(config, overrides or ())
     if procs is not None and (nodes is not None or gpus_per_node is not None):
         raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
-    if procs is None and nodes is None and gpus_per_node is None:
-        world_size = rules.model_ranks(loaded)
-    else:
-        world_size = procs or (nodes or 1) * (gpus_per_node or 1)
+    world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
     notes = [*_check_origin(loaded), *not_in_transformers(loaded.model)]
     data = rules.data_degree(loaded, world_size)
@@ -114,15 +121,8 @@ def recipes(
 def plan(
     config: Config,
     overrides: Overrides = None,
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="Number of nodes; left out: 1, or as many as one copy of the model needs.")
-    ] = None,
-    gpus_per_node: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Ranks on each node, one a GPU; left out: 8, or without --nodes as few as are needed."
-        ),
-    ] = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
     device: Annotated[str, typer.Option(help="What computes: a100, h100, h200, b200, mi300x, l40s, ...")] = "h100",
     network_gbits: Annotated[
         float, typer.Option(min=0.001, callback=_finite, help="Network of each GPU to other nodes, Gbit/s one way.")
@@ -142,9 +142,20 @@ def plan(
     checkpoint_seconds: Annotated[
         float | None,
         typer.Option(
-            min=0.0, callback=_finite, help="Training stands still for a save; left out: for the copy to CPU memory."
+            min=0.0,
+            callback=_finite,
+            help="Training stands still for a save; left out: for the copy to CPU memory, and for the writing where "
+            "checkpoint.background is false.",
         ),
     ] = None,
+    write_gbytes: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            callback=_finite,
+            help="Gigabytes a second that a node writes of a save: assumed, better measured.",
+        ),
+    ] = 2.0,
     restart_seconds: Annotated[
         float, typer.Option(min=0.0, callback=_finite, help="From a failure until training goes on.")
     ] = 600.0,
@@ -159,7 +170,8 @@ def plan(
     loaded = _with_vocabulary(load(config, overrides or ()))
     nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node)
     cluster = Cluster.of(nodes, gpus_per_node, device, network_gbits, efficiency)
-    planned = make_plan(loaded, cluster, Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds))
+    interruptions = Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds, write_gbytes * 1e9)
+    planned = make_plan(loaded, cluster, interruptions)
     if as_json:
         _print_json(planned.to_json())
     else:

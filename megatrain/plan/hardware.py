@@ -18,7 +18,7 @@ class Device:
     """One kind of accelerator, as one rank sees it.
 
     ``pattern``: a regular expression that finds it in ``torch.cuda.get_device_name()``, in any case of letters.
-    ``half_flops``: FLOP/s of dense matrix products in bf16, with sums in fp32 (V100 and T4 know no bf16: fp16).
+    ``half_flops``: FLOP/s of dense matrix products in bf16, with sums in fp32 (of those without bf16: fp16).
     ``single_flops``: FLOP/s in fp32 as torch computes it by default, without tensor cores.
     ``memory_bytes``: nominal. ``bytes_per_second``: the memory's bandwidth. ``link_bytes_per_second``: what it sends to
     its neighbours in the node at the most, one way: over NVLink or Infinity Fabric if boards come with it, else PCIe.
@@ -31,6 +31,7 @@ class Device:
     memory_bytes: float
     bytes_per_second: float
     link_bytes_per_second: float
+    has_bf16: bool = True
 
     def peak_flops(self, precision: str) -> float:
         """Peak FLOP/s in ``precision``: bf16, fp16 or fp32."""
@@ -38,10 +39,18 @@ class Device:
 
 
 def _device(
-    name: str, pattern: str, half: float, single: float, memory: float, bandwidth: float, link: float
+    name: str,
+    pattern: str,
+    half: float,
+    single: float,
+    memory: float,
+    bandwidth: float,
+    link: float,
+    has_bf16: bool = True,
 ) -> Device:
     """A row of the table: TFLOP/s, TFLOP/s, GB, GB/s, GB/s."""
-    return Device(name, pattern, half * _TERA, single * _TERA, memory * _GIGA, bandwidth * _GIGA, link * _GIGA)
+    rates = half * _TERA, single * _TERA, memory * _GIGA, bandwidth * _GIGA, link * _GIGA
+    return Device(name, pattern, *rates, has_bf16)
 
 
 # The first row whose pattern is found counts: variants stand before the plain name, which then means the common form.
@@ -78,9 +87,9 @@ DEVICES: tuple[Device, ...] = (
     _device("rtx4090", r"\brtx ?4090$", 165.2, 82.6, 24, 1008, 32),
     _device("rtx3090", r"\brtx ?3090$", 71, 35.6, 24, 936, 32),
     # "NVIDIA Tesla V100 GPU Architecture" and "NVIDIA Turing GPU Architecture" whitepapers
-    _device("v100-pcie", r"\bv100-pcie\b", 112, 14, 32, 900, 16),
-    _device("v100", r"\bv100\b", 125, 15.7, 32, 900, 150),
-    _device("t4", r"\bt4\b", 65, 8.1, 16, 320, 16),
+    _device("v100-pcie", r"\bv100-pcie\b", 112, 14, 32, 900, 16, has_bf16=False),
+    _device("v100", r"\bv100\b", 125, 15.7, 32, 900, 150, has_bf16=False),
+    _device("t4", r"\bt4\b", 65, 8.1, 16, 320, 16, has_bf16=False),
     # AMD Instinct data sheets; an MI250X shows itself as two devices, each half of it
     _device("mi355x", r"\bmi355x\b", 2516.6, 157.3, 288, 8000, 538),
     _device("mi350x", r"\bmi350x\b", 2306.9, 144.2, 288, 8000, 538),

@@ -18,11 +18,16 @@ from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble
 
 @dataclass(frozen=True)
 class Interruptions:
-    """How often nodes fail, and what saving and restarting cost; ``checkpoint_seconds`` None: a copy to CPU memory."""
+    """How often nodes fail, and what saving and restarting cost.
+
+    ``checkpoint_seconds``: that training stands still for a save; None: as long as a copy to CPU memory takes, and,
+    where the config does not write in the background, the writing, at ``write_bytes_per_second`` of a node.
+    """
 
     mtbf_hours_per_node: float
     restart_seconds: float
     checkpoint_seconds: float | None = None
+    write_bytes_per_second: float = 2e9
 
 
 @dataclass(frozen=True)
@@ -86,19 +91,32 @@ class RunPlan:
         return goodput(self.failures, self.interval_seconds)
 
     @property
+    def configured_goodput(self) -> float:
+        """The same, saving as often as the config says."""
+        return goodput(self.failures, self.config.checkpoint.every_steps * self.time.step)
+
+    @property
     def problems(self) -> list[str]:
         """Why the run would not go; none: it fits."""
-        memory, fullest = self.cluster.device.memory_bytes, max(self.ranks, key=lambda rank: rank.peak_bytes)
-        if fullest.peak_bytes <= memory:
-            return []
+        device, precision = self.cluster.device, self.config.train.precision
+        found = []
+        if precision == "bf16" and not device.has_bf16:
+            found.append(f"{device.name} computes no bf16: set train.precision=fp16")
+        fullest = max(self.ranks, key=lambda rank: rank.peak_bytes)
+        if fullest.peak_bytes > device.memory_bytes:
+            found.append(self._does_not_fit(fullest))
+        return found
+
+    def _does_not_fit(self, fullest: RankMemory) -> str:
+        memory = self.cluster.device.memory_bytes
         way_out = remedy(self.config, self.world_size, self.cluster.gpus_per_node, memory)
         nearest = f"nearest: {way_out}" if way_out else "no change of up to three keys that was tried would fit"
-        return [
+        return (
             f"a rank of stage {fullest.stage} needs {fullest.peak_bytes / 1e9:.1f} GB, and {self.cluster.device.name} "
             f"has {memory / 1e9:.0f} GB: weights {fullest.weights_bytes / 1e9:.1f}, gradients "
             f"{fullest.gradients_bytes / 1e9:.1f}, optimizer {fullest.optimizer_bytes / 1e9:.1f}, activations "
             f"{fullest.activations_bytes / 1e9:.1f}, and what comes and goes; {nearest}"
-        ]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As `megatrain plan --json` prints it."""
@@ -132,6 +150,8 @@ class RunPlan:
             "goodput": self.goodput,
             "checkpoint_interval_seconds": self.interval_seconds,
             "checkpoint_every_steps": self.interval_steps,
+            "configured_every_steps": self.config.checkpoint.every_steps,
+            "configured_goodput": self.configured_goodput,
         }
 
 
@@ -140,12 +160,15 @@ def make_plan(config: RunConfig, cluster: Cluster, interruptions: Interruptions)
     rules.check(config, cluster.world_size)
     stages = parts(config, cluster.world_size)
     ranks = tuple(rank_memory(part) for part in stages)
-    copy_seconds = max(rank.cpu["checkpoint copy"] for rank in ranks) / HOST_BYTES_PER_SECOND
+    saved_bytes = max(rank.cpu["checkpoint copy"] for rank in ranks)
+    still_seconds = saved_bytes / HOST_BYTES_PER_SECOND
+    if not config.checkpoint.background:
+        still_seconds += saved_bytes * cluster.gpus_per_node / interruptions.write_bytes_per_second
     given = interruptions.checkpoint_seconds
     failures = Failures.of_nodes(
         cluster.nodes,
         interruptions.mtbf_hours_per_node,
-        copy_seconds if given is None else given,
+        still_seconds if given is None else given,
         interruptions.restart_seconds,
     )
     return RunPlan(config, cluster, ranks, step_time(stages, cluster), failures)

@@ -70,7 +70,6 @@ def _rest(plan: RunPlan) -> list[str]:
     shares = {_NAMES[key]: seconds / time.step for key, seconds in vars(time).items()}
     spent = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= _SMALLEST_SHARE)
     in_node = max(sum(rank.cpu.values()) for rank in plan.ranks) * plan.cluster.gpus_per_node
-    days = f"{plan.days / plan.goodput:,.1f} days" if plan.goodput else "never done"
     return [
         f"CPU      {in_node / 1e9:,.1f} GB of a node at the most: the copy that a save makes, and what is offloaded",
         f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.cluster.efficiency:.0%} of peak: {spent}",
@@ -79,5 +78,10 @@ def _rest(plan: RunPlan) -> list[str]:
         f"failures one in {failures.mtbf / 3600:,.1f} hours, {failures.restart:,.0f} s to restart, "
         f"{failures.checkpoint:,.2f} s a save",
         f"goodput  {plan.goodput:.2%} with a save every {plan.interval_seconds:,.0f} s ({plan.interval_steps:,} "
-        f"step(s)): {days}",
+        f"step(s)), the best: {_days(plan.days, plan.goodput)}; {plan.configured_goodput:.2%} with "
+        f"checkpoint.every_steps={plan.config.checkpoint.every_steps}: {_days(plan.days, plan.configured_goodput)}",
     ]
+
+
+def _days(days: float, goodput: float) -> str:
+    return f"{days / goodput:,.1f} days" if goodput else "never done"

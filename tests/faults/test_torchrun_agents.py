@@ -21,8 +21,9 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
 class Agents:
-    """torchrun's agents of one run of two ranks, each as on a node of its own. What they meet at is held by this process,
-    or by the first of them (``static``).
+    """torchrun's agents of one run of two ranks, each as on a node of its own.
+
+    What they meet at is held by this process, or by the first of them (``static``).
     """
 
     def __init__(self, config: Path, static: bool, **environment: str) -> None:
@@ -73,8 +74,8 @@ def _wait_for_steps(run_dir: Path) -> None:
     wait_until(lambda: (last_step(run_dir, now) or 0) > before + 5, 0.1)
 
 
-# What torchrun is started with; and which agent is replaced. Where agents share their store (c10d, torch 2.13), those of
-# rank 0 never tell a new one where it is: only they can be replaced.
+# What torchrun is started with; and which agent is replaced. Where agents share their store (c10d, torch 2.13), that of
+# rank 0 never tells a new one where it is: no other can be replaced.
 WAYS: dict[str, tuple[bool, dict[str, str], int]] = {
     "c10d, rank 0's node is replaced": (False, {}, 0),
     "c10d, the other node is replaced": (False, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, 1),
