@@ -30,7 +30,7 @@ _PART_BYTES = 32 << 20  # of an upload; S3 takes at most 10,000 of them
 def locate(text: str | Path) -> Location:
     """The place that a user names: a path, or a URL such as ``s3://bucket/run``.
 
-    Raises CheckpointError for a store that no installed package serves.
+    Raises CheckpointError for a store that no installed package serves, or whose package cannot work here.
     """
     if "://" not in str(text):
         return Path(text)
@@ -39,6 +39,11 @@ def locate(text: str | Path) -> Location:
         _ = place.fs  # the store's package is imported here
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"{text}: {error}. Install the fsspec package of that store.") from None
+    except OSError as error:
+        raise Unreachable(
+            f"{text}: this machine does not get to that store ({error}). hdfs:// needs Java and Hadoop's libraries, by "
+            "JAVA_HOME, HADOOP_HOME and CLASSPATH."
+        ) from None
     return Path(place.path) if place.protocol in ("", "file", "local") else place
 
 

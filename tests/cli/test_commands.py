@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Megatrain
-from tests.runs import TinyData, finished_config, write_config
+from tests.runs import TinyData, finished_config, tiny_config, write_config
 
 
 def test_check_tells_the_layout(megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path) -> None:
@@ -22,6 +22,18 @@ def test_check_tells_the_layout(megatrain: Megatrain, tiny_data: TinyData, tmp_p
     ended = megatrain("check", config, "parallel.tensor=2", "--nodes", 2, "--gpus-per-node", 2)
     assert "4 rank(s): data 2 x tensor 2 x pipeline 1" in ended.out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [("--nodes", 2), ("--gpus-per-node", 4), ("--nodes", 2, "--gpus-per-node", 2), ()])
+def test_check_and_plan_mean_the_same_ranks(
+    size: tuple[str | int, ...], megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", train={"micro_batch_size": 1})
+    )
+    words = [config, "train.global_batch_size=16", *size]
+    ranks = json.loads(megatrain("plan", *words, "--json").out)["world_size"]
+    assert f"is right on {ranks} rank(s)" in megatrain("check", *words).out
 
 
 def test_check_needs_no_data_where_the_vocabulary_is_given(

@@ -117,6 +117,30 @@ def test_failures_that_are_more_frequent_or_dearer_leave_less(megatrain: Megatra
     assert rare["days"] == dear["days"] < dear["days_with_failures"]
 
 
+def test_saves_as_the_config_says_have_their_goodput(megatrain: Megatrain) -> None:
+    """In the foreground training stands still for the writing too."""
+    words = (CONFIGS / "llama_8b_64xh100.yaml", "--nodes", 8, "--mtbf-hours-per-node", 100)
+    best, often = plan(megatrain, *words), plan(megatrain, *words, "checkpoint.every_steps=1")
+    assert often["configured_every_steps"] == 1
+    assert max(often["configured_goodput"], best["configured_goodput"]) < best["goodput"] == often["goodput"]
+    same = plan(megatrain, *words, f"checkpoint.every_steps={best['checkpoint_every_steps']}")
+    assert same["configured_goodput"] == pytest.approx(best["goodput"], abs=1e-4)
+    behind, slower = (
+        plan(megatrain, *words, "checkpoint.background=false", "--write-gbytes", rate)["checkpoint_seconds"]
+        for rate in (2, 1)
+    )
+    assert slower - best["checkpoint_seconds"] == pytest.approx(2 * (behind - best["checkpoint_seconds"]))
+    assert behind > 10 * best["checkpoint_seconds"]
+
+
+@pytest.mark.parametrize(("device", "has_bf16"), [("v100", False), ("t4", False), ("a100", True)])
+def test_a_device_without_bf16_is_told(megatrain: Megatrain, device: str, has_bf16: bool) -> None:
+    words = (CONFIGS / "gpt2_124m_1xgpu.yaml", "train.micro_batch_size=1", "--device", device)
+    told = [problem for problem in plan(megatrain, *words)["problems"] if "train.precision=fp16" in problem]
+    assert bool(told) is not has_bf16
+    assert plan(megatrain, *words, "train.precision=fp16")["problems"] == []
+
+
 def test_a_dataset_decides_the_vocabulary_that_the_config_leaves_open(
     megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
 ) -> None:
@@ -147,6 +171,7 @@ def test_a_figure_that_is_none_is_refused(megatrain: Megatrain, option: str, val
 
 def test_figures_of_a_layout_that_fits_nowhere_come_soon(megatrain: Megatrain) -> None:
     words = [CONFIGS / "llama_405b_1024xh100.yaml", "--device", "t4", "parallel.tensor=1", "parallel.sequence=false"]
+    words.append("train.precision=fp16")
     began = time.process_time()
     (problem,) = plan(megatrain, *words, "parallel.recompute=none", "parallel.zero_stage=0")["problems"]
     assert "no change of up to three keys" in problem

@@ -33,3 +33,16 @@ def test_a_port_in_use_ends_the_start_and_a_killed_build_does_not_hold_it_up(
     assert code == 0, output
     assert f"{lock} was removed" in output
     assert not lock.exists()
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_told_in_one_paragraph(tiny_data: TinyData, tmp_path: Path) -> None:
+    """With what `megatrain plan` would change; the traceback is in the rank's log."""
+    sizes = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 64}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", model=sizes))
+    code, output = TrainProcess(config, 1).wait()
+    assert code == 2, output
+    assert f"Rank 0 on {socket.gethostname()}: out of memory (" in output
+    assert "`megatrain plan` counts " in output
+    assert "Traceback" not in output
+    assert "Traceback" in (tmp_path / "run/logs/rank-00000.log").read_text()

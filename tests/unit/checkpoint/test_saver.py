@@ -12,6 +12,7 @@ import torch
 from checkpoint_samples import fragments, manifest
 from upath import UPath
 
+from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.object_store import ObjectStore
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome
@@ -92,3 +93,9 @@ def test_state_with_nan_or_infinity_is_never_saved(tmp_path: Path) -> None:
         assert saver.problem == f"{ruined[3].piece.name} (exp_avg) has NaN or infinity in it"
     saver.close()
     assert [found.step for found in store.list()] == [1]
+
+
+def test_a_store_whose_libraries_do_not_load_is_told() -> None:
+    """hdfs:// without Java, or without that cluster."""
+    with pytest.raises(Unreachable, match=r"hdfs://nn\.invalid/run: this machine does not get to that store"):
+        locate("hdfs://nn.invalid/run")
