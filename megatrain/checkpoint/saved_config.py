@@ -18,6 +18,12 @@ _LEAST_BYTES = 2  # of a stored element
 class _Data(BaseModel):
     seq_len: PositiveInt
     document_mask: bool
+    packing: str = "concat"
+    score_after_eod: bool | None = None
+
+    @property
+    def scores_after_eod(self) -> bool:
+        return self.packing == "concat" if self.score_after_eod is None else self.score_after_eod
 
 
 class _Train(BaseModel):

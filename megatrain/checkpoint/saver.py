@@ -105,13 +105,21 @@ class CheckpointSaver:
         manifest: Callable[[Sequence[FileEntry]], Manifest],
         files: Sequence[tuple[str, bytes]] = (),
     ) -> None:
-        """Copy the fragments in memory and start to write. ``manifest`` and the small ``files`` are rank 0's part."""
+        """Copy the fragments in memory and start to write. ``manifest`` and the small ``files`` are rank 0's part.
+
+        Where ``fragments`` raises CheckpointError, this rank votes that it has failed.
+        """
         assert not self.is_busy
         self._began = time.perf_counter()
         if self._preparation is not None:
             self._preparation.result()
-        copies = [self._copy(fragment) for fragment in fragments]
-        self._activity.begin_transfer(sum(copy.data.nbytes for copy in copies))
+        copied: Future[list[Fragment]] = Future()
+        try:
+            copies = [self._copy(fragment) for fragment in fragments]
+            copied.set_result(copies)
+            self._activity.begin_transfer(sum(copy.data.nbytes for copy in copies))
+        except CheckpointError as error:
+            copied.set_exception(error)
         self._stall = time.perf_counter() - self._began
         self._step, self._manifest, self._files, self._state, self.error = (
             step,
@@ -120,7 +128,7 @@ class CheckpointSaver:
             "writing",
             None,
         )
-        self._future = self._thread.submit(self._write, copies)
+        self._future = self._thread.submit(self._write, copied)
 
     @property
     def under_way(self) -> Future[Any] | None:
@@ -176,7 +184,8 @@ class CheckpointSaver:
             self._copies[key] = _memory(data.shape, data.dtype, data.is_cuda)
         return fragment._replace(data=self._copies[key].copy_(data))
 
-    def _write(self, fragments: Sequence[Fragment]) -> None:
+    def _write(self, copied: Future[list[Fragment]]) -> None:
+        fragments = copied.result()
         for fragment in fragments:
             _refuse_what_is_not_finite(fragment)
         path = self._begin_folder() / rank_file(self._rank)

@@ -101,10 +101,14 @@ def training_dataset(config: schema.TrainingDataset) -> list[Problem]:
 
 
 def data(config: schema.DataConfig) -> list[Problem]:
-    """Some dataset must have a share."""
-    if sum(dataset.weight for dataset in config.train) > 0:
-        return []
-    return [Problem("train.0.weight", config.train[0].weight, "the weights must not all be zero", "1.0")]
+    """Some dataset must have a share; packed documents lie in no order that could be learned."""
+    problems = []
+    if not any(dataset.weight for dataset in config.train):
+        problems.append(Problem("train.0.weight", config.train[0].weight, "the weights must not all be zero", "1.0"))
+    if config.score_after_eod and config.packing == "best_fit":
+        reason = "with packing: best_fit what follows a document is filling, or chosen by its length"
+        problems.append(Problem("score_after_eod", True, reason, "false"))
+    return problems
 
 
 def parallel(config: schema.ParallelConfig) -> list[Problem]:

@@ -1,6 +1,8 @@
-"""Which of DeepSpeed's own keys pass through a config, and which megatrain derives from its own.
+"""Which of DeepSpeed's own keys pass through a config, with which values, and why the others do not.
 
-DeepSpeed ignores a top-level key that it does not know, so a misspelt one is caught here. Names as of DeepSpeed 0.19.
+A key passes if the parity and checkpoint tests have run with it: each has a row in tests/parity/test_deepspeed_keys.py.
+DeepSpeed ignores a top-level key that it does not know, and its own models of the values cannot be had without torch:
+both are checked here. Names as of DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -48,62 +50,73 @@ DERIVED = {
     "data_efficiency": "data.train",
     "checkpoint": "checkpoint.every_steps",
     "tensorboard": "observe.tensorboard",
+    "csv_monitor": "observe.tensorboard",
+    "wandb": "observe.tensorboard",
+    "comet": "observe.tensorboard",
+    "timers": "observe.log_every_steps",
+    "wall_clock_breakdown": "observe.log_every_steps",
+    "memory_breakdown": "observe.log_every_steps",
+    "flops_profiler": "observe.log_every_steps",
+    "comms_logger": "observe.compare_ranks_every_seconds",
 }
 
-PASSED_THROUGH = {
-    "aio",
-    "comet",
-    "comms_logger",
-    "csv_monitor",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "timers",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_optimization",
+# What does not pass, and why. A name stands for all below it too.
+REFUSED = {
+    "aio": "it is read for offload to NVMe, which megatrain does not have",
+    "disable_allgather": "DeepSpeed ignores it",
+    "disable_python_gc": "Python would keep what training leaves behind",
+    "dump_state": "it prints DeepSpeed's settings at each step",
+    "gradient_predivide_factor": "gradients are summed in fp32 and divided once; ZeRO 2 and 3 would scale them wrongly",
+    "prescale_gradients": "gradients are summed in fp32 and divided once; ZeRO 2 and 3 fail with it",
+    "zero_optimization.enable_sanity_checks": "it is for finding errors in DeepSpeed",
+    "zero_optimization.ignore_unused_parameters": "a model has no unused parameters here",
+    "zero_optimization.leaf_module": "it is for mixtures of experts",
+    "zero_optimization.log_trace_cache_warnings": "it is for finding errors in DeepSpeed",
+    "zero_optimization.round_robin_gradients": "DeepSpeed reorders its state: weights would be saved under other names",
+    "zero_optimization.stage3_module_granularity_threshold": "DeepSpeed fails where it takes a module as a whole",
+    "zero_optimization.zero_hpz_partition_size": "its groups cross those of parallel.tensor",
+    "zero_optimization.zero_quantized_gradients": "it rounds gradients: another training than that of one rank",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it rounds weights: another model than that of one rank",
+    "zero_optimization.zero_quantized_weights": "it rounds weights: another model than that of one rank",
 }
 
-ZERO_PASSED_THROUGH = {
-    "allgather_bucket_size",
+PASSED_THROUGH = {"zero_optimization"}
+
+# By the least value and what it must be a multiple of; those of stage 3 may be 0.
+ZERO_COUNTS = {
+    "allgather_bucket_size": (2, 2),
+    "reduce_bucket_size": (1, 1),
+    "stage3_max_live_parameters": (0, 1),
+    "stage3_max_reuse_distance": (0, 1),
+    "stage3_prefetch_bucket_size": (0, 1),
+    "sub_group_size": (1, 1),
+}
+ZERO_SWITCHES = {
     "allgather_partitions",
     "contiguous_gradients",
-    "enable_sanity_checks",
-    "ignore_unused_parameters",
-    "leaf_module",
-    "log_trace_cache_warnings",
     "memory_efficient_linear",
     "overlap_comm",
     "parameter_alignment",
-    "reduce_bucket_size",
     "reduce_scatter",
-    "round_robin_gradients",
     "stage3_allgather_sequential",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_module_granularity_threshold",
-    "stage3_prefetch_bucket_size",
     "stage3_use_all_reduce_for_fetch_params",
-    "sub_group_size",
     "use_multi_rank_bucket_allreduce",
-    "zero_hpz_partition_size",
-    "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_weights",
 }
+ZERO_PASSED_THROUGH = {*ZERO_COUNTS, *ZERO_SWITCHES}
+LARGEST_COUNT = 2**53
 
 
 def deepspeed(given: Mapping[str, Any]) -> list[Problem]:
-    """A problem for each key that megatrain derives from its own keys, or that is not passed on."""
+    """A problem for each key that does not pass, and for each value that DeepSpeed would not take."""
     problems = _section(given, "", PASSED_THROUGH)
     zero = given.get("zero_optimization", {})
-    if isinstance(zero, Mapping):
-        return problems + _section(zero, "zero_optimization.", ZERO_PASSED_THROUGH)
-    return [*problems, Problem("deepspeed.zero_optimization", zero, "must be a mapping of keys to values")]
+    if not isinstance(zero, Mapping):
+        return [*problems, Problem("deepspeed.zero_optimization", zero, "must be a mapping of keys to values")]
+    problems += _section(zero, "zero_optimization.", ZERO_PASSED_THROUGH)
+    values = ((name, value, _wrong_value(name, value)) for name, value in zero.items() if name in ZERO_PASSED_THROUGH)
+    return problems + [
+        Problem(f"deepspeed.zero_optimization.{name}", value, *wrong) for name, value, wrong in values if wrong
+    ]
 
 
 def _section(given: Mapping[str, Any], prefix: str, passed: set[str]) -> list[Problem]:
@@ -113,6 +126,8 @@ def _section(given: Mapping[str, Any], prefix: str, passed: set[str]) -> list[Pr
         if key in DERIVED:
             reason = "megatrain derives it from its own keys"
             problems.append(Problem(f"deepspeed.{key}", value, reason, DERIVED[key], is_value=False))
+        elif key in REFUSED:
+            problems.append(Problem(f"deepspeed.{key}", value, f"not passed on to DeepSpeed: {REFUSED[key]}"))
         elif name not in passed:
             close = difflib.get_close_matches(name, passed, n=1, cutoff=0.6)
             nearest = f"deepspeed.{prefix}{close[0]}" if close else None
@@ -120,3 +135,16 @@ def _section(given: Mapping[str, Any], prefix: str, passed: set[str]) -> list[Pr
                 Problem(f"deepspeed.{key}", value, "no such key is passed on to DeepSpeed", nearest, is_value=False)
             )
     return problems
+
+
+def _wrong_value(name: str, value: Any) -> tuple[str, str | None] | None:
+    """What is wrong with the value of a key in ``zero_optimization``, and the nearest right one; None: nothing."""
+    if name in ZERO_SWITCHES:
+        return None if isinstance(value, bool) else ("must be true or false", None)
+    least, step = ZERO_COUNTS[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value % 1:
+        return "must be an integer", None
+    if not least <= value <= LARGEST_COUNT:
+        bound = f"at least {least}" if value < least else f"at most {LARGEST_COUNT}"
+        return f"must be {bound}", str(least if value < least else LARGEST_COUNT)
+    return (f"must be a multiple of {step}", str(int(value) + 1)) if value % step else None

@@ -6,7 +6,7 @@ import inspect
 import sys
 from typing import Any
 
-from megatrain.config.deepspeed_keys import DERIVED, PASSED_THROUGH, ZERO_PASSED_THROUGH
+from megatrain.config.deepspeed_keys import DERIVED, REFUSED, ZERO_PASSED_THROUGH
 from megatrain.config.keys import is_list, is_section, record_of
 from megatrain.config.problem import shown
 from megatrain.config.schema import LARGEST_SIZE, RunConfig, Section
@@ -29,10 +29,17 @@ path, the line, what was given, what is allowed and the nearest legal value.
 This page is generated from `megatrain/config/schema.py`; a test keeps the two equal.
 """
 
-_DEEPSPEED = """\
+_DERIVED = """\
 Refused, because megatrain derives them from its own keys, with all that is below them:
 
 | DeepSpeed's key | use instead |
+|---|---|
+"""
+
+_REFUSED = """\
+Refused for other reasons, with all that is below them:
+
+| DeepSpeed's key | why |
 |---|---|
 """
 
@@ -46,8 +53,9 @@ def reference() -> str:
             parts += _tables(name, record)
     derived = "\n".join(f"| `{key}` | `{instead.replace(', ', '`, `')}` |" for key, instead in DERIVED.items())
     description = RunConfig.model_fields["deepspeed"].description
-    passed = f"Passed on: {_listed(PASSED_THROUGH)}; in `zero_optimization`: {_listed(ZERO_PASSED_THROUGH)}."
-    parts.append(f"## deepspeed\n\n{description}\n\n{passed}\n\n{_DEEPSPEED}{derived}\n")
+    passed = f"Passed on, in `zero_optimization`: {_listed(ZERO_PASSED_THROUGH)}."
+    refused = "\n".join(f"| `{key}` | {reason} |" for key, reason in REFUSED.items())
+    parts.append(f"## deepspeed\n\n{description}\n\n{passed}\n\n{_DERIVED}{derived}\n\n{_REFUSED}{refused}\n")
     return "\n".join(parts)
 
 

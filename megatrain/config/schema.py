@@ -266,11 +266,21 @@ class DataConfig(Section):
         description="concat: the stream of documents is cut every seq_len tokens; best_fit: documents are packed into "
         "samples so that none is cut that fits into one (planned once, in RUN/packing). Validation is always concat.",
     )
+    score_after_eod: bool | None = Field(
+        default=None,
+        description="The target after each end-of-document token counts, in training and in every evaluation; null: it "
+        "does with packing: concat. best_fit has no such targets.",
+    )
     num_new_epochs: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
         default=0,
         description="Raised by one, the resume that sees it gives up what is left of every dataset's epoch and begins "
         "the next: then seq_len and packing may change at will. It counts such requests, and stays as it is after.",
     )
+
+    @property
+    def scores_after_eod(self) -> bool:
+        """Whether targets that begin a document count, derived from the packing where score_after_eod is null."""
+        return self.packing == "concat" if self.score_after_eod is None else self.score_after_eod
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -467,8 +477,8 @@ class RunConfig(Section):
     observe: ObserveConfig = ObserveConfig()
     deepspeed: Mapping[str, JsonValue] = Field(
         default={},
-        description="Passed through to DeepSpeed's own config, such as bucket sizes. What megatrain derives from its "
-        "own keys is refused by name, and so is a key that DeepSpeed would ignore.",
+        description="Passed through to DeepSpeed's own config, such as bucket sizes: keys that the parity and "
+        "checkpoint tests have run with. All others are refused by name.",
     )
 
     @model_validator(mode="before")

@@ -63,12 +63,14 @@ class Windows:
     """A dataset cut every ``seq_len`` tokens: window k's inputs are tokens [kL, kL + L), its targets one token on.
 
     What is left at the end and fills no window is not used. With ``document_mask``, a window also says where documents
-    begin in it, so that attention and positions can start anew there.
+    begin in it, so that attention and positions can start anew there. Without ``score_after_eod``, a target that begins
+    a document does not count: what stands before it is another document.
     """
 
     dataset: Dataset
     seq_len: int
     document_mask: bool = False
+    score_after_eod: bool = True
 
     def __post_init__(self) -> None:
         if self.num_windows < 1:
@@ -84,12 +86,23 @@ class Windows:
 
     @property
     def all_scored(self) -> bool:
-        """Every target of a window counts, also where it begins the next document."""
-        return True
+        """Whether every target of a window counts, also where it begins the next document."""
+        return self.score_after_eod
 
     def num_targets(self, windows: NDArray[np.int64]) -> int:
         """Scored targets of these windows together."""
-        return len(windows) * self.seq_len
+        if self.score_after_eod:
+            return len(windows) * self.seq_len
+        return len(windows) * self.seq_len - sum(map(self._num_begun, *_runs(windows)))
+
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text behind the scored targets of all windows."""
+        count = self.num_windows * self.seq_len
+        every = self.dataset.window_bytes(1, count)  # targets are the tokens after the first
+        if self.score_after_eod:
+            return every
+        begins = 1 + self.dataset.document_starts(1, count)
+        return every - sum(self.dataset.window_bytes(begin, 1) for begin in begins.tolist())
 
     def fill(
         self,
@@ -99,9 +112,11 @@ class Windows:
         scored: NDArray[np.bool_] | None,
     ) -> None:
         """Write a window's seq_len + 1 tokens; the document's number of each input; which targets count."""
+        start = window * self.seq_len
         if scored is not None:
             scored[:] = True
-        start = window * self.seq_len
+            if not self.score_after_eod:
+                scored[self.dataset.document_starts(start + 1, self.seq_len)] = False
         tokens[:] = self.dataset.window(start, self.seq_len + 1)
         if document_ids is not None:
             begins = self.dataset.document_starts(start, self.seq_len)
@@ -118,6 +133,11 @@ class Windows:
         for begin, end in pairwise([0, *begins[begins > 0].tolist(), length]):
             yield DocumentPart(document, offset, begin, end)
             document, offset = document + 1, 0
+
+    def _num_begun(self, first: int, last: int) -> int:
+        """Documents that begin in the targets of windows ``first`` to ``last``."""
+        at = self.dataset.document_at
+        return at((last + 1) * self.seq_len) - at(first * self.seq_len)
 
 
 class BatchMaker:
@@ -252,6 +272,12 @@ class EvaluationBatches:
 def _in_order(source: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
     """Samples of the first epoch, numbered as they come."""
     return Samples(source, np.zeros_like(source), window, np.arange(len(source)))
+
+
+def _runs(numbers: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    """Where runs of numbers that follow each other begin, and where they end."""
+    ends = np.flatnonzero(np.diff(numbers, append=-1) != 1) if len(numbers) else np.empty(0, dtype=np.int64)
+    return numbers[np.append(0, ends[:-1] + 1)[: len(ends)]].tolist(), numbers[ends].tolist()
 
 
 def _spread(count: int, limit: int | None) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """The figures of a step, and the file they are kept in: RUN/metrics.jsonl, one JSON object a line.
 
-Three kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``validation_loss``), and of an event
-(``event``, ``step``). Every line also has ``time``, in seconds since 1970. A figure that is not finite is null.
+Three kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``validation_loss``, and by dataset
+``validation_losses``), and of an event (``event``, ``step``). Every line also has ``time``, in seconds since 1970. A
+figure that is not finite is null.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class Spread(NamedTuple):
 class StepMetrics:
     """What is known of one training step once it has ended; the counts of steps and tokens include it.
 
-    ``tokens``: trained on since the run began. ``loss``: mean cross-entropy in nats over the targets of the global
-    batch, before the update. ``grad_norm``: global L2 norm before clipping. ``mfu``: share of the devices' peak, None
-    where that is unknown. ``skipped``: updates left out since the run began. ``parts``: seconds of each part of the
-    step (data, forward_backward, exchange, optimizer, eval, save, other), together ``step_seconds``. ``memory_bytes``:
-    the most that this rank has held. ``ranks``: where ranks were compared after this step, seconds of each part over
-    all of them, a step's mean since the last comparison, and of "arithmetic", the same piece of it on each.
-    ``goodput``: where all time since the first start went, in seconds, by the parts of ``observe.goodput``.
+    ``tokens``: targets trained on since the run began; ``tokens_per_second`` counts the same. ``loss``: mean
+    cross-entropy in nats over the targets of the global batch, before the update. ``grad_norm``: global L2 norm before
+    clipping. ``mfu``: share of the devices' peak, None where that is unknown. ``skipped``: updates left out since the
+    run began. ``parts``: seconds of each part of the step (data, forward_backward, exchange, optimizer, eval, save,
+    other), together ``step_seconds``. ``memory_bytes``: the most that this rank has held. ``ranks``: where ranks were
+    compared after this step, seconds of each part over all of them, a step's mean since the last comparison, and of
+    "arithmetic", the same piece of it on each. ``goodput``: where all time since the first start went, in seconds, by
+    the parts of ``observe.goodput``.
     """
 
     step: int
@@ -77,9 +79,10 @@ class MetricsWriter:
         line = {**vars(metrics), "ranks": {part: spread._asdict() for part, spread in metrics.ranks.items()}}
         self._append({name: value for name, value in line.items() if value != {} or name == "parts"})
 
-    def validation(self, step: int, loss: float, seconds: float) -> None:
-        """Append the line of a validation after ``step`` steps that took ``seconds``."""
-        self._append({"step": step, "validation_loss": loss, "seconds": seconds})
+    def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
+        """Append the line of a validation after ``step`` steps that took ``seconds``; ``each``: losses by dataset."""
+        by_dataset = {"validation_losses": {**each}} if each else {}
+        self._append({"step": step, "validation_loss": loss, **by_dataset, "seconds": seconds})
 
     def event(self, name: str, step: int, facts: Mapping[str, Any] | None = None) -> None:
         """Append the line of an event (start, resume, save, ...) after ``step`` steps, with what else is known."""

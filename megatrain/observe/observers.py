@@ -68,12 +68,17 @@ class Observers:
             self._tensorboard.step(metrics)
         self._console.step(metrics)
 
-    def validation(self, step: int, loss: float, seconds: float) -> None:
-        """Record and show the validation loss after ``step`` steps, and the seconds it took."""
-        self._metrics.validation(step, loss, seconds)
+    def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
+        """Record and show the validation loss after ``step`` steps, and the seconds it took.
+
+        ``each``: the loss of each dataset by its name; shown where there are several.
+        """
+        self._metrics.validation(step, loss, seconds, each)
+        several = each if each and len(each) > 1 else {}
         if self._tensorboard:
-            self._tensorboard.validation(step, loss)
-        self._console.line(f"step {step} | validation loss {loss:.4f} ({format_duration(seconds)})")
+            self._tensorboard.validation(step, loss, several)
+        text = "".join(f" | {name} {of_set:.4f}" for name, of_set in several.items())
+        self._console.line(f"step {step} | validation loss {loss:.4f}{text} ({format_duration(seconds)})")
 
     def saved(self, step: int, path: object, seconds: float) -> None:
         """Record and show a checkpoint that is now safe at ``path``; training stood still for ``seconds``."""

@@ -56,9 +56,10 @@ class TensorBoardWriter:
             figures["throughput/mfu"] = metrics.mfu
         self._scalars(metrics.step, figures)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Write the validation loss after ``step`` steps, in a chart beside the training loss."""
-        self._scalars(step, {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))})
+    def validation(self, step: int, loss: float, each: Mapping[str, float] | None = None) -> None:
+        """Write the validation loss after ``step`` steps, and by its name that of ``each`` dataset."""
+        figures = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
+        self._scalars(step, figures | {f"validation_loss/{name}": of_set for name, of_set in (each or {}).items()})
 
     def close(self) -> None:
         """Write what was held back, if that can be done now, and close the file."""

@@ -41,6 +41,7 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at each micro-batch
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }

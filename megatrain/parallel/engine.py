@@ -14,13 +14,14 @@ from megatrain.batch import Batch
 from megatrain.config import OptimizerConfig, RunConfig
 from megatrain.distributed.fragment import Fragment, Piece, Placement, windows
 from megatrain.distributed.groups import Groups
+from megatrain.errors import CheckpointError
 from megatrain.parallel.deepspeed_config import deepspeed_config
 from megatrain.parallel.deepspeed_engine import Mesh, PlainDeepSpeedEngine, forget_globals, make_engine
 from megatrain.parallel.gate import Gate
 from megatrain.parallel.loss_scale import use_power_of_two
 from megatrain.parallel.replicas import Replicas, find_differences
 from megatrain.parallel.shard import LocalParameter, ShardedModel
-from megatrain.parallel.state import MasterSlice, link_state, master_slices, publish_masters, torch_optimizer
+from megatrain.parallel.state import MasterSlice, is_own, link_state, master_slices, publish_masters, torch_optimizer
 
 WEIGHT = "weight"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
@@ -121,6 +122,19 @@ class Engine:
                         data = held.of(buffer)[start - held.start : stop - held.start]
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
                         yield Fragment(piece, kind, data[index])
+
+    def check_fragments(self) -> None:
+        """Raise CheckpointError where ``state_fragments`` would give out the weights of another parameter than it says.
+
+        Some elements of each are compared with the module's own, which ``publish`` and each update made of them.
+        """
+        own = dict(self._model.module.named_parameters())
+        for local, held in self._slices():
+            if not local.is_copy and not is_own(held, own[local.placement.name]):
+                raise CheckpointError(
+                    f"what would be saved as {local.placement.name} is not that parameter: this version of DeepSpeed, "
+                    "under these settings, keeps its state in another order than megatrain reads it in"
+                )
 
     @torch.no_grad()
     def load_fragments(self, source: PieceSource, num_updates: int) -> None:

@@ -101,7 +101,8 @@ def _allocate(model: Model, config: RunConfig, groups: Groups) -> None:
         model.tie_weights()
         return
     model.tie_weights()
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **offload_settings(config)}
+    given = config.deepspeed.get("zero_optimization", {})  # some of its keys are read here, not by the engine
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **offload_settings(config), **given}  # type: ignore[dict-item]
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     for name, module in list(model.named_modules()):
         if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):

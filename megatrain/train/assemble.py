@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,7 @@ class Run:
     datasets: Sequence[Dataset]
     order: DataOrder
     maker: BatchMaker
-    validation: EvaluationBatches | None
+    validation: Mapping[str, EvaluationBatches]
     store: CheckpointStore
     findings: Sequence[Finding]
     companions: Companions = field(default_factory=Companions)
@@ -131,13 +131,13 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     lap("preflight")
     sources = training_sources(config, train, groups)
     micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
-    evaluation = None
-    if held_out:
-        batches = config.train.eval_batches
-        limit = None if batches is None else batches * config.train.global_batch_size
-        evaluation = EvaluationBatches(
-            BatchMaker(held_out, micro_batch_size, None, groups.activity), data_rank, topology.data, limit
+    limit = _windows_of_each(config, len(held_out))
+    evaluations = {
+        name: EvaluationBatches(
+            BatchMaker([windows], micro_batch_size, None, groups.activity), data_rank, topology.data, limit
         )
+        for name, windows in zip(_names(validation), held_out, strict=True)
+    }
     lap("order")
     engine = build_engine(config, groups)
     lap("engine")
@@ -150,10 +150,23 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         datasets=train,
         order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),
         maker=BatchMaker(sources, micro_batch_size, augmentations, groups.activity),
-        validation=evaluation,
+        validation=evaluations,
         store=open_store(Path(config.run.dir), config.checkpoint.dir),
         findings=findings,
     )
+
+
+def _windows_of_each(config: RunConfig, num_datasets: int) -> int | None:
+    """Of how many windows of each dataset an evaluation takes; None: all."""
+    batches = config.train.eval_batches
+    return None if batches is None else -(-batches * config.train.global_batch_size // max(num_datasets, 1))
+
+
+def _names(datasets: Sequence[Dataset]) -> list[str]:
+    """What figures of these datasets stand under: the last part of each path, or the path where two have the same."""
+    paths = [str(dataset.path).rstrip("/") for dataset in datasets]
+    last = [path.rsplit("/", 1)[-1] for path in paths]
+    return last if len(set(last)) == len(last) else paths
 
 
 def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Finding]:
@@ -220,4 +233,4 @@ def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num
 
 
 def _windows(config: RunConfig, dataset: Dataset) -> Windows:
-    return Windows(dataset, config.data.seq_len, config.data.document_mask)
+    return Windows(dataset, config.data.seq_len, config.data.document_mask, config.data.scores_after_eod)

@@ -84,19 +84,19 @@ def generate_text(
 def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool) -> dict[str, Any]:
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
-    Windows are as long as those the model was trained on.
+    Windows are as long as those the model was trained on, and the same targets count.
     """
     dataset = open_dataset(data)
     model, saved, reader = load_decoder(path)
     _check_tokenizer(dataset, reader)
-    windows = Windows(dataset, saved.data.seq_len, saved.data.document_mask)
+    windows = Windows(dataset, saved.data.seq_len, saved.data.document_mask, saved.data.scores_after_eod)
     batches = EvaluationBatches(BatchMaker([windows], max(1, _TOKENS_AT_ONCE // saved.data.seq_len)), 0, 1)
     device = next(model.parameters()).device
     total = 0.0
     with torch.inference_mode():
         for batch in track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True):
             total += float(model(batch.to(device)))
-    num_bytes = dataset.window_bytes(1, batches.num_targets)  # targets are the tokens after the first
+    num_bytes = windows.num_bytes()
     loss = total / batches.num_targets
     return {
         "loss": loss,

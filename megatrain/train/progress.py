@@ -51,6 +51,7 @@ RULES = (
     Rule("data.validation", May.YES, "it does not touch the training"),
     Rule("data.seq_len", May.NEW_EPOCH, "it decides where samples begin"),
     Rule("data.document_mask", May.NEVER, "it decides what each token sees"),
+    Rule("data.score_after_eod", May.YES, "from that step on; losses before and after are not the same measure"),
     Rule("data.packing", May.NEW_EPOCH, "it decides where samples begin"),
     Rule("data.cache_dir", May.YES, "it does not touch the training"),
     Rule("data.cache_bytes", May.YES, "it does not touch the training"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -18,7 +18,9 @@ from megatrain.checkpoint.origin import find_origin
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store
+from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
+from megatrain.parallel.engine import Engine
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.companions import Companions
@@ -69,7 +71,7 @@ class Saving:
         companions = _companions(run) if run.rank.rank == 0 else run.companions
         self._saver.begin(
             progress.step,
-            run.engine.state_fragments(),
+            _checked_state(run.engine),
             lambda files: _manifest(run, progress, files).model_copy(
                 update={
                     "validation_loss": validation_loss,
@@ -174,6 +176,12 @@ def go_back(run: Run, former: Progress, spike: SpikeError) -> tuple[Progress, li
         )
     run.order = order.leave_out(rewind.to_step, rewind.until_step)
     return replace(progress, segments=run.order.segments, rewinds=rewinds), complaints
+
+
+def _checked_state(engine: Engine) -> Iterator[Fragment]:
+    """What a rank saves. Raises CheckpointError where it is not what it is taken for."""
+    engine.check_fragments()
+    yield from engine.state_fragments()
 
 
 def _make_newest(store: CheckpointStore, step: int) -> None:

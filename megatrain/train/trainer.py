@@ -98,6 +98,7 @@ class Trainer:
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
         self._peak = peak_flops(run.groups.device, run.config.train.precision) if observers else None
         self._first_step = progress.step
+        self._tokens_before = progress.tokens
         self._comparison = RankComparison(run.groups)
         self._compare_at = time.monotonic() + run.config.observe.compare_ranks_every_seconds
 
@@ -137,6 +138,7 @@ class Trainer:
     def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, Asked]:
         """One step: its figures, and what any rank was asked for."""
         run, step, watch = self._run, self.progress.step, self._watch
+        self._tokens_before = self.progress.tokens
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
         with watch.measure("data"):
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
@@ -217,14 +219,16 @@ class Trainer:
         run, step = self._run, self.progress.step
         self._validation_loss = None
         due = step % self._config.train.eval_every_steps == 0 or step == self._config.train.steps
-        if run.validation is None or not due:
+        if not run.validation or not due:
             return
         began = time.perf_counter()
         with self._watch.measure("eval"):
-            (total,) = run.groups.sum([run.engine.evaluate(run.validation)])
-        self._validation_loss = total / run.validation.num_targets
+            sums = run.groups.sum([run.engine.evaluate(each) for each in run.validation.values()])
+        counts = {name: each.num_targets for name, each in run.validation.items()}
+        self._validation_loss = sum(sums) / sum(counts.values())
         if self._observers:
-            self._observers.validation(step, self._validation_loss, time.perf_counter() - began)
+            losses = {name: total / counts[name] for name, total in zip(counts, sums, strict=True)}
+            self._observers.validation(step, self._validation_loss, time.perf_counter() - began, losses)
 
     def _save_if_due(self, stopping: bool, on_request: bool) -> None:
         step = self.progress.step
@@ -272,8 +276,7 @@ class Trainer:
         if observers is None or not self._is_logged(metrics.step):
             return
         computing = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
-        tokens = self._config.train.global_batch_size * self._config.data.seq_len
-        speed = tokens / computing
+        speed = (metrics.tokens - self._tokens_before) / computing
         observers.step(
             replace(
                 metrics,

@@ -96,12 +96,13 @@ class Saves:
         before = case.get("save_after", step)
         case = {"num_steps": before + NUM_STEPS_AFTER, **case, "config": config, "save": str(folder)}
         answer = self._pool.answer(layout.num_ranks, case)
-        _write_manifest(folder, config, step)
+        write_manifest(folder, config, step)
         state, losses = gather_state(folder), answer["losses"][before:]
         return Continued(folder, step, state, losses, answer["validation"], answer["saved"])
 
 
-def _write_manifest(folder: Path, config: dict[str, Any], step: int) -> None:
+def write_manifest(folder: Path, config: dict[str, Any], step: int) -> None:
+    """Make a checkpoint of the pieces in a folder."""
     resolved = RunConfig.model_validate(config)
     written = [read_written(path) for path in sorted(folder.iterdir())]
     manifest = Manifest(

@@ -22,6 +22,7 @@ from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.train.convert import export_checkpoint
 from megatrain.train.inference import load_decoder
 from tests.parity.figures import Pool
+from tests.parity.matrix import parity_config
 from tests.parity.saves import Layout, Saves
 from tests.parity.worker import NUM_VALIDATION_WINDOWS
 from tests.runs import ACCEPTANCE
@@ -90,6 +91,31 @@ def test_state_of_one_layout_goes_on_under_another(
         assert loaded.losses == saved.losses
     else:
         assert loaded.distance(saved) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel", "precision"),
+    [
+        (2, {"zero_stage": 1}, "fp32"),
+        (2, {"zero_stage": 3}, "bf16"),
+        pytest.param(2, {"zero_stage": 0}, "bf16", marks=slow),
+        pytest.param(2, {"zero_stage": 0}, "fp32", marks=slow),
+        pytest.param(2, {"zero_stage": 1}, "bf16", marks=slow),
+        pytest.param(2, {"zero_stage": 2, "offload": "optimizer"}, "bf16", marks=slow),
+        pytest.param(2, {"zero_stage": 3, "offload": "all"}, "fp32", marks=slow),
+        pytest.param(2, {"tensor": 2}, "bf16", marks=slow),
+    ],
+)
+def test_state_under_the_name_of_another_parameter_is_refused(
+    num_ranks: int, parallel: dict[str, Any], precision: str, pool: Pool, tmp_path: Path
+) -> None:
+    config = parity_config(pool.data, "llama", parallel=parallel, train={"precision": precision})
+    for one, other in (("mlp.gate_proj", "mlp.up_proj"), ("self_attn.q_proj", "mlp.down_proj")):
+        swapped = [f"model.layers.1.{name}.weight" for name in (one, other)]
+        case = {"config": config, "num_steps": 1, "save": str(tmp_path), "swapped": swapped}
+        problem = pool.answer(num_ranks, case)["problem"]
+        words = "what would be saved as {} is not that parameter"
+        assert problem.startswith(tuple(words.format(name) for name in swapped))
 
 
 @slow

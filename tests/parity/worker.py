@@ -5,6 +5,7 @@ Starting ranks costs far more than building another engine on ranks that are up.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -27,6 +28,7 @@ from megatrain.data.order import DataOrder
 from megatrain.distributed.bootstrap import read_rank
 from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
+from megatrain.errors import CheckpointError
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed_engine import start_deepspeed
 from megatrain.parallel.engine import Engine
@@ -51,6 +53,7 @@ class Case:
     ``poisoned_step``: the last rank's gradients are NaN in it, and in the ``num_poisoned`` steps from there on.
     ``counted``: so many targets are said to be in a batch. ``refused_step``: its update is left out at the last
     moment. ``flipped``: when all is done, one bit of this parameter flips on the last rank.
+    ``swapped``: of these parameters, one is taken for the other when the state is saved.
     ``twice``: go back to the initial weights in the end, and take the first steps again."""
 
     config: dict[str, Any]
@@ -66,6 +69,7 @@ class Case:
     counted: int | None = None
     refused_step: int | None = None
     flipped: str | None = None
+    swapped: tuple[str, str] | None = None
     twice: bool = False
 
 
@@ -97,10 +101,11 @@ def train(case: Case) -> dict[str, Any]:
     order = DataOrder.begin(config.run.seed, reading_terms(config, sources))
     batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
     losses, norms, skipped, num_updates, saved = [], [], [], case.num_updates, {}
+    problem = None
     save_step = case.first_step + (case.num_steps if case.save_after is None else case.save_after)
     for step in range(case.first_step, case.first_step + case.num_steps):
         if step == save_step:
-            saved = save(engine, case, rank.rank, num_updates)
+            saved, problem = save(engine, case, rank.rank, num_updates)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, config.train.steps)
         count = case.counted or batches.num_targets(step)
         since = -1 if case.poisoned_step is None else step - case.poisoned_step
@@ -119,8 +124,10 @@ def train(case: Case) -> dict[str, Any]:
     whole = BatchMaker(sources, config.train.micro_batch_size)
     evaluation = EvaluationBatches(whole, groups.coordinate.data, topology.data, NUM_VALIDATION_WINDOWS)
     (validation,) = groups.sum([engine.evaluate(evaluation)])
+    if case.swapped:
+        swap_names(engine, *case.swapped)
     if case.save_after in (None, case.num_steps):
-        saved = save(engine, case, rank.rank, num_updates)
+        saved, problem = save(engine, case, rank.rank, num_updates)
     if case.flipped and rank.rank == rank.world_size - 1:
         flip_a_bit(engine, case.flipped)
     difference = engine.find_differences()
@@ -134,6 +141,7 @@ def train(case: Case) -> dict[str, Any]:
         "validation": validation / evaluation.num_targets,
         "saved": saved,
         "difference": difference,
+        "problem": problem,
         "again": again,
     }
 
@@ -165,13 +173,27 @@ def flip_a_bit(engine: Engine, name: str) -> None:
     held[:1].view(torch.int16)[:1] ^= 1
 
 
-def save(engine: Engine, case: Case, rank: int, num_updates: int) -> dict[str, Any]:
-    """Write this rank's pieces, if they are asked for; what a manifest would say beside them."""
+def swap_names(engine: Engine, one: str, other: str) -> None:
+    """Take each of two parameters for the other, as where DeepSpeed kept its state in an order of its own."""
+    parameters = dict(engine._model.parameters)
+    first, second = parameters[one], parameters[other]
+    parameters[one] = dataclasses.replace(first, parameter=second.parameter)
+    parameters[other] = dataclasses.replace(second, parameter=first.parameter)
+    engine._model = dataclasses.replace(engine._model, parameters=parameters)
+
+
+def save(engine: Engine, case: Case, rank: int, num_updates: int) -> tuple[dict[str, Any], str | None]:
+    """Write this rank's pieces, if they are asked for; what a manifest would say beside them, and what is wrong."""
+    problem = None
     if case.save:
         folder = Path(case.save)
         folder.mkdir(parents=True, exist_ok=True)
-        write_pieces(folder / rank_file(rank), list(engine.state_fragments()))
-    return {"num_updates": num_updates, "loss_scale": engine.loss_scale}
+        try:
+            engine.check_fragments()
+            write_pieces(folder / rank_file(rank), list(engine.state_fragments()))
+        except CheckpointError as error:
+            problem = str(error)
+    return {"num_updates": num_updates, "loss_scale": engine.loss_scale}, problem
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from megatrain.checkpoint.saver import CheckpointSaver, Outcome
 from megatrain.checkpoint.store import PosixStore, Retention, find_problem
 from megatrain.distributed.bootstrap import free_port
 from megatrain.distributed.fragment import Box, Fragment, Placement, windows
-from megatrain.errors import Unreachable
+from megatrain.errors import CheckpointError, Unreachable
 
 
-def _save(saver: CheckpointSaver, step: int, pieces: Sequence[Fragment]) -> Outcome:
+def _save(saver: CheckpointSaver, step: int, pieces: Iterable[Fragment]) -> Outcome:
     saver.begin(step, pieces, partial(manifest, step))
     outcome = None
     while saver.is_busy:
@@ -38,6 +38,21 @@ def test_a_folder_that_cannot_be_made_fails_that_save_alone(tmp_path: Path) -> N
     saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
     assert _save(saver, 1, fragments(0, 1)).path is None
     assert saver.problem == f"{in_the_way}: File exists"
+    assert _save(saver, 2, fragments(0, 1)).path == tmp_path / "step-00000002"
+    saver.close()
+
+
+def test_state_that_is_refused_as_it_is_copied_fails_that_save_alone(tmp_path: Path) -> None:
+    def refused() -> Iterator[Fragment]:
+        yield from fragments(0, 1)
+        raise CheckpointError("not that parameter")
+
+    store = PosixStore(tmp_path)
+    store.open_generation()
+    saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
+    assert _save(saver, 1, refused()).path is None
+    assert saver.problem == "not that parameter"
+    assert store.list() == []
     assert _save(saver, 2, fragments(0, 1)).path == tmp_path / "step-00000002"
     saver.close()
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from megatrain.config import dump, load
-from megatrain.config.deepspeed_keys import DERIVED, ZERO_PASSED_THROUGH
+from megatrain.config.deepspeed_keys import DERIVED, REFUSED, ZERO_PASSED_THROUGH
 from megatrain.config.keys import leaves
 from megatrain.errors import EXIT_USAGE, ConfigError
 
@@ -230,19 +230,47 @@ def test_what_megatrain_derives_cannot_be_passed_to_deepspeed(refused, override,
         ("zero_optimization.reduce_bucket=5", "nearest: deepspeed.zero_optimization.reduce_bucket_size"),
         ("zero_optimization=5", "must be a mapping"),
         ("quux=5", "deepspeed.quux (the command line): 5 given; no such key is passed on to DeepSpeed"),
+        ("zero_optimization.round_robin_gradients=true", "weights would be saved under other names"),
+        ("gradient_predivide_factor=2.0", "not passed on to DeepSpeed: gradients are summed in fp32 and divided once"),
+        ("wall_clock_breakdown=true", "nearest: observe.log_every_steps"),
+        ("csv_monitor={enabled: true}", "nearest: observe.tensorboard"),
     ],
 )
-def test_a_key_that_deepspeed_would_ignore_is_refused(refused, override, expected):
+def test_a_key_that_is_not_passed_on_is_refused_with_the_reason(refused, override, expected):
     assert expected in refused(f"deepspeed.{override}")
 
 
-def test_the_keys_passed_on_to_deepspeed_are_its_own():
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("reduce_bucket_size=big", "big given; must be an integer"),
+        ("reduce_bucket_size=auto", "auto given; must be an integer"),
+        ("reduce_bucket_size=0", "0 given; must be at least 1; nearest: 1"),
+        ("reduce_bucket_size=true", "true given; must be an integer"),
+        ("reduce_bucket_size=2.5", "2.5 given; must be an integer"),
+        ("reduce_bucket_size=null", "null given; must be an integer"),
+        ("sub_group_size=1e300", "must be at most 9007199254740992"),
+        ("allgather_bucket_size=7", "7 given; must be a multiple of 2; nearest: 8"),
+        ("stage3_prefetch_bucket_size=-1", "-1 given; must be at least 0; nearest: 0"),
+        ("overlap_comm=1", "1 given; must be true or false"),
+        ("contiguous_gradients={}", "must be true or false"),
+    ],
+)
+def test_a_value_that_deepspeed_would_not_take_is_refused(refused, override, expected):
+    message = refused(f"deepspeed.zero_optimization.{override}")
+    assert message.split(": ", 1)[1].startswith(f"deepspeed.zero_optimization.{override.split('=')[0]} (")
+    assert expected in message
+
+
+def test_the_keys_named_of_deepspeeds_zero_are_its_own():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    prefix = "zero_optimization."
-    assert names >= ZERO_PASSED_THROUGH
-    assert names >= {key.removeprefix(prefix) for key in DERIVED if key.startswith(prefix)}
+    named = {
+        key.removeprefix("zero_optimization.") for key in DERIVED | REFUSED if key.startswith("zero_optimization.")
+    }
+    assert names >= ZERO_PASSED_THROUGH | named
+    assert not ZERO_PASSED_THROUGH & named
 
 
 def test_every_key_named_instead_of_deepspeeds_exists():
@@ -251,10 +279,11 @@ def test_every_key_named_instead_of_deepspeeds_exists():
 
 
 def test_bucket_sizes_reach_deepspeed_as_they_are(loaded):
-    config = loaded("deepspeed.zero_optimization.reduce_bucket_size=5000000", "deepspeed.wall_clock_breakdown=true")
+    config = loaded(
+        "deepspeed.zero_optimization={reduce_bucket_size: 5000000, sub_group_size: 5e8, overlap_comm: true}"
+    )
     assert config.deepspeed == {
-        "zero_optimization": {"reduce_bucket_size": 5000000},
-        "wall_clock_breakdown": True,
+        "zero_optimization": {"reduce_bucket_size": 5000000, "sub_group_size": 5e8, "overlap_comm": True}
     }
 
 

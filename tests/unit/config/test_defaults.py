@@ -15,7 +15,7 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2}
 data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
-             document_mask: false, packing: concat, num_new_epochs: 0}
+             document_mask: false, packing: concat, score_after_eod: null, num_new_epochs: 0}
 parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}
 train:      {micro_batch_size: 2, precision: bf16, gradient_clipping: 1.0,
              eval_every_steps: 50, eval_batches: 16, hang_timeout_seconds: 600,

@@ -74,6 +74,37 @@ def test_under_a_document_mask_ids_and_positions_start_anew_at_each_document(pro
     assert inside
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_the_target_after_each_document_can_be_left_out(document_mask: bool, prose: Dataset) -> None:
+    source = Windows(prose, SEQ_LEN, document_mask, score_after_eod=False)
+    every = np.arange(source.num_windows)
+    (batch,) = BatchMaker([source], len(every)).make(samples_of(every))
+    assert batch.loss_mask_BT is not None
+    begins = {prose.document_range(k)[0] for k in range(prose.num_documents)}
+    expected = [[k * SEQ_LEN + 1 + t not in begins for t in range(SEQ_LEN)] for k in every.tolist()]
+    assert batch.loss_mask_BT.tolist() == expected
+    assert bool((batch.tokens_BT[~batch.loss_mask_BT] == prose.eod_id).all())
+    inside = source.num_windows * SEQ_LEN
+    assert source.num_targets(every) == sum(map(sum, expected)) == inside - sum(0 < b <= inside for b in begins)
+
+
+def test_targets_of_any_windows_are_counted_without_making_them(prose: Dataset) -> None:
+    source = Windows(prose, SEQ_LEN, score_after_eod=False)
+    maker, rng = BatchMaker([source], 64), np.random.default_rng(1)
+    for count in (0, 1, 2, 40):
+        for windows in (rng.integers(source.num_windows, size=count), 5 + np.arange(count)):
+            masks = [batch.loss_mask_BT for batch in maker.make(samples_of(windows))]
+            assert source.num_targets(windows) == sum(int(mask.sum()) for mask in masks if mask is not None)
+
+
+def test_bytes_behind_the_scored_targets_leave_out_what_is_not_scored(prose: Dataset) -> None:
+    every, without = Windows(prose, SEQ_LEN), Windows(prose, SEQ_LEN, score_after_eod=False)
+    count = every.num_windows * SEQ_LEN
+    firsts = [prose.document(k)[0] for k in range(prose.num_documents) if 0 < prose.document_range(k)[0] <= count]
+    assert every.num_bytes() == prose.window_bytes(1, count)
+    assert every.num_bytes() - without.num_bytes() == int(prose.token_bytes[firsts].sum()) > 0
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_ranks_and_micro_batches_share_out_the_same_global_batch(
