@@ -92,6 +92,7 @@ def check(
     )
     for note in notes:
         typer.echo(note)
+    _show_epochs(loaded)
 
 
 @app.command()
@@ -173,9 +174,13 @@ def plan(
     interruptions = Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds, write_gbytes * 1e9)
     planned = make_plan(loaded, cluster, interruptions)
     if as_json:
-        _print_json(planned.to_json())
+        from megatrain.data.epochs import planned_epochs
+
+        epochs = [each._asdict() for each in planned_epochs(loaded)]
+        _print_json({**planned.to_json(), "epochs": epochs})
     else:
         show(planned)
+        _show_epochs(loaded)
 
 
 @app.command()
@@ -416,6 +421,18 @@ def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
         if must_exist or Path(entry.path).exists():
             origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)
     return [f"run.init_from: weights of {origin.folder}, the same model."]
+
+
+def _show_epochs(config: RunConfig) -> None:
+    """How often the run sees each dataset, where they are here."""
+    from megatrain.data.epochs import planned_epochs
+
+    found = planned_epochs(config)
+    if found:
+        typer.echo(f"epochs   {', '.join(each.text() for each in found)}")
+    for each in found:
+        if each.warning:
+            typer.echo(f"warning: {each.warning}", err=True)
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:

@@ -207,6 +207,11 @@ class DataOrder:
         segment = self._segment(step)
         return segment.samples_before + (step - segment.first_step) * segment.terms.global_batch_size
 
+    def num_epochs(self, step: int) -> list[float]:
+        """How often each dataset has been seen before ``step``; what was left out on purpose counts as seen."""
+        pairs = zip(self._places(step), self.terms(step).num_windows, strict=True)
+        return [place.epoch + 1 - place.num_left(size) / size for place, size in pairs]
+
     def terms(self, step: int) -> Terms:
         """What holds at ``step``."""
         return self._segment(step).terms

@@ -14,6 +14,7 @@ import torch
 from megatrain.checkpoint.location import write_file
 from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig, dump
+from megatrain.data.epochs import Epochs, epochs_of
 from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import RankInfo, start_name
 from megatrain.distributed.lifeline import Lifeline
@@ -93,6 +94,9 @@ def _observed(
         observers.start(_facts(run, resumed_from), clock.parts if clock else {}, progress.training_seconds)
         for finding in run.findings if clock is not None else ():
             observers.event("preflight", progress.step, finding.text)
+        for each in _epochs(run) if clock is not None else ():
+            if each.warning:
+                observers.event("epochs", progress.step, each.warning)
         for complaint in complaints:
             observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
         if progress.rewinds and progress.rewinds[-1].to_step == progress.step:
@@ -145,11 +149,19 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
         "layout": f"{topology.world_size} rank(s): data {topology.data} x tensor {topology.tensor} x pipeline "
         f"{topology.pipeline}, ZeRO {config.parallel.zero_stage}, recompute {config.parallel.recompute}",
         "device": name,
-        "data": ", ".join(f"{d.path} ({d.num_tokens:,} tokens)" for d in run.datasets),
+        "data": ", ".join(
+            f"{dataset.path} ({dataset.num_tokens:,} tokens, {each.epochs:.2f} epochs)"
+            for dataset, each in zip(run.datasets, _epochs(run), strict=True)
+        ),
         "run": config.run.dir,
     }
     facts |= {"init_from": str(run.origin)} if run.origin else {}
     return facts | ({"resumed from": resumed_from} if resumed_from else {})
+
+
+def _epochs(run: Run) -> list[Epochs]:
+    """How often the whole run sees each of its datasets."""
+    return epochs_of(run.order, run.config.train.steps, run.datasets)
 
 
 def _write_config(config: RunConfig) -> None:

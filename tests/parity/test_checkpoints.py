@@ -112,7 +112,7 @@ def test_state_under_the_name_of_another_parameter_is_refused(
     config = parity_config(pool.data, "llama", parallel=parallel, train={"precision": precision})
     for one, other in (("mlp.gate_proj", "mlp.up_proj"), ("self_attn.q_proj", "mlp.down_proj")):
         swapped = [f"model.layers.1.{name}.weight" for name in (one, other)]
-        case = {"config": config, "num_steps": 1, "save": str(tmp_path), "swapped": swapped}
+        case = {"config": config, "num_steps": 1, "save": str(tmp_path / other), "swapped": swapped}
         problem = pool.answer(num_ranks, case)["problem"]
         words = "what would be saved as {} is not that parameter"
         assert problem.startswith(tuple(words.format(name) for name in swapped))

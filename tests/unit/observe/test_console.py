@@ -86,7 +86,7 @@ def test_observers_tell_every_place_of_a_step_and_of_a_resume(tmp_path, make_ste
     with Observers(tmp_path, num_steps=4, resume_step=1) as observers:
         observers.start({"model": "llama"})
         observers.step(make_step(2))
-        observers.validation(2, 4.5, 1.0)
+        observers.validation(2, 4.5, 1.0, {"code": 4.0, "prose": 5.0})
         observers.saved(2, tmp_path / "checkpoints", 0.5)
         observers.event("finish", 2, "finished")
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -94,5 +94,6 @@ def test_observers_tell_every_place_of_a_step_and_of_a_resume(tmp_path, make_ste
     assert '"event":"resume","step":1,"model":"llama","num_steps_redone":1' in text
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     shown = capsys.readouterr().out
-    assert "step 2 | validation loss 4.5000 (1s)" in shown
+    assert '"validation_loss":4.5,"validation_losses":{"code":4.0,"prose":5.0}' in text
+    assert "step 2 | validation loss 4.5000 | code 4.0000 | prose 5.0000 (1s)" in shown
     assert shown.endswith("step 2 | finished\n")
