@@ -326,20 +326,24 @@ def end(
     code: Annotated[int, typer.Option(help="The exit code of what started the ranks.")],
     overrides: Overrides = None,
     tries: Tries = 3,
-    chain: Annotated[
-        bool, typer.Option("--chain", help="Cancel the jobs of the chain that wait, unless one could go on.")
-    ] = False,
 ) -> None:
     """After the ranks: end those that are left; prints "requeue" or "stop", and exits with the first cause's code."""
-    from launcher.job import end_chain, end_job, outlive_the_job
+    from launcher.job import end_job, outlive_the_job
     from megatrain.checkpoint.origin import load
 
     outlive_the_job()
     answer, cause = end_job(load(config, overrides or ()), code, tries)
-    if chain and answer == "stop":
-        end_chain()
     typer.echo(answer)
     raise typer.Exit(cause)
+
+
+@job_app.command()
+def end_chain() -> None:
+    """Cancel the jobs that wait for this one to fail: they would end as it does, or have nothing to do."""
+    from launcher.job import cancel_rest, outlive_the_job
+
+    outlive_the_job()
+    cancel_rest()
 
 
 def main() -> None:

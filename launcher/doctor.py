@@ -74,6 +74,8 @@ def examine(hostfile: Path | None, procs_per_node: int | None, folder: Path) -> 
     if hostfile is not None:
         hosts = read_hostfile(hostfile)
         return _through_deepspeed({host: procs_per_node or slots for host, slots in hosts.items()}, folder)
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError("srun starts several doctors here. One is enough: it starts a rank on each slot of the job.")
     if "SLURM_JOB_ID" in os.environ:
         return _through_srun({host: procs_per_node or slots for host, slots in job_slots().items()}, folder)
     return _through_deepspeed({"localhost": procs_per_node or len(visible_gpus()) or 1}, folder)
@@ -86,7 +88,7 @@ def _through_srun(hosts: Mapping[str, int], folder: Path) -> Diagnosis:
     starter += ["--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none", "--export=ALL"]
     with tempfile.TemporaryDirectory() as aside:
         environment = {name: value for name, value in os.environ.items() if not _OF_THE_JOBS_TASKS.fullmatch(name)}
-        environment["MASTER_ADDR"] = next(iter(hosts))
+        environment |= {"MASTER_ADDR": next(iter(hosts)), "MASTER_PORT": str(free_port())}  # not that of the job's run
         if len(set(hosts.values())) == 1:
             starter += [f"--ntasks-per-node={num_ranks // len(hosts)}", "--distribution=block"]
         else:

@@ -77,6 +77,7 @@ def begin_job(config: RunConfig, tries: int) -> int:
             f"{run_dir / 'logs'} say why the ranks failed; mend it and submit the job again."
         )
     (run_dir / "logs").mkdir(exist_ok=True)
+    (run_dir / "logs" / "environment.sh").unlink(missing_ok=True)  # of a start whose node lost power
     restarts.write(run_dir)
     failures.forget(run_dir)
     giving_up.forget(run_dir)
@@ -108,8 +109,8 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
     return "requeue" if is_left else "stop", code
 
 
-def end_chain() -> None:
-    """Cancel the jobs that wait for this one to fail: what ended it would end them too, or the run is complete."""
+def cancel_rest() -> None:
+    """Cancel the jobs of a chain that wait for this one to fail, and tell which."""
     if rest := cancel_chain(os.environ.get("SLURM_JOB_ID", "")):
         sys.stderr.write(f"The rest of the chain is cancelled: {' '.join(reversed(rest))}.\n")
 

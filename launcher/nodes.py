@@ -13,6 +13,7 @@ from megatrain.errors import ConfigError
 from megatrain.plan import rules
 
 _SHARE = re.compile(r"\bNodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)")
+_NUM_TASKS = re.compile(r"\bNumTasks=(\d+)")
 _GPUS = re.compile(r"(?:^|,)gpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=[(,]|$)")
 
 
@@ -35,7 +36,10 @@ def job_slots() -> dict[str, int]:
         for names, gres in _SHARE.findall(asked.stdout)
         for node in hostnames(names)
     }
-    tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE") or f"1(x{len(nodes)})")
+    tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    if "SLURM_STEP_ID" in os.environ or len(tasks) != len(nodes):  # in a step these are the step's
+        total = int(found[1]) if (found := _NUM_TASKS.search(asked.stdout)) else len(nodes)
+        tasks = [max(1, (total + place) // len(nodes)) for place in reversed(range(len(nodes)))]
     return {node: gpus.get(node) or num for node, num in zip(nodes, tasks, strict=True)}
 
 

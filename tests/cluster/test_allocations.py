@@ -152,6 +152,15 @@ def test_a_chain_stops_where_nothing_would_change(code: str, state: str, desk: D
     assert f"The rest of the chain is cancelled: {' '.join(jobs[1:])}." in desk.output()
 
 
+def test_a_chain_stops_before_ranks_too(desk: Desk) -> None:
+    """The config is wrong when the first job begins."""
+    options = ["--nodes", "2", "--procs-per-node", "1", "--via", "deepspeed", "--chain", "3"]
+    jobs = desk.submit(*options, "--sbatch", "--begin=now+5seconds")
+    desk.config.write_text("nothing")
+    assert [desk.lab.wait_for_job(job) for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert desk.lab.job(jobs[0])["ExitCode"] == "2:0"
+
+
 def test_sbatch_says_whether_it_would_take_a_job(desk: Desk) -> None:
     ended = desk.launch("--nodes", "2", "--gpus-per-node", "2", "--test-only")
     assert ended.returncode == 0, ended.stderr

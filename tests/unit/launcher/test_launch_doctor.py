@@ -10,6 +10,7 @@ import pytest
 
 from launcher import doctor
 from launcher.doctor import read_hostfile
+from launcher.nodes import job_slots
 from megatrain.distributed.doctor import patience_seconds
 from megatrain.distributed.judgement import ANSWER, HERE
 from megatrain.errors import ConfigError
@@ -102,6 +103,16 @@ def test_every_slot_of_the_job_is_examined(
     assert all(word in words.split() for word in asked.split())
     if "arbitrary" in asked:
         assert Path("order").read_text().split() == ["node1"] * 4 + ["node2"] * 4 + ["node3"] * 2
+
+
+def test_a_step_of_the_job_is_not_the_job(allocation: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "1")
+    allocation(ANSWERS, '#!/bin/sh\n[ "$2" = job ] && echo "JobId=7 NumNodes=3 NumCPUs=9 NumTasks=8 CPUs/Task=1"\n')
+    assert job_slots() == {"node1": 3, "node2": 3, "node3": 2}
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    with pytest.raises(ConfigError, match="One is enough"):
+        doctor.examine(None, None, Path())
 
 
 def test_what_srun_refuses_is_said_in_its_words(allocation: Callable[..., None]) -> None:

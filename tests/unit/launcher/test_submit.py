@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.job import end_chain
+from launcher.job import cancel_rest
 from launcher.submit import clean_environment, submit_script, try_script
 from megatrain.errors import ConfigError
 from tests.unit.launcher.conftest import Launch
@@ -56,11 +56,11 @@ def test_the_rest_of_a_chain_is_cancelled_last_first(
     slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    end_chain()
+    cancel_rest()
     assert slurm.read_text() == "scancel 14 13\n"
     assert capsys.readouterr().err == "The rest of the chain is cancelled: 13 14.\n"
     monkeypatch.setenv("SLURM_JOB_ID", "14")
-    end_chain()
+    cancel_rest()
     assert slurm.read_text() == "scancel 14 13\n"
 
 
