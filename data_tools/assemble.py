@@ -52,7 +52,6 @@ class Recipe:
     tokenizer: TokenizerFile
     options: dict[str, str]
     shard_tokens: int
-    job: str
 
 
 @dataclass(frozen=True)
@@ -164,8 +163,8 @@ def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tup
     return _runs((position + np.cumsum(lengths) - lengths) // shard_tokens)
 
 
-def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifest:
-    """Write the table of shards and the manifest, when all shards are there."""
+def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe, job: str) -> Manifest:
+    """Write the table of shards and the manifest, when all shards are there. `job`: see `Origin.name`."""
     rows = [orjson.loads(_stats_path(work, shard.index).read_bytes())["row"] for shard in plan.shards]
     for stale in set(out.glob("shard-*.arrow")) - {out / shard_name(shard.index) for shard in plan.shards}:
         stale.unlink()
@@ -192,7 +191,7 @@ def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe) -> Manifes
         bos_token=tokenizer.bos_token,
         tokenizer_sha256=tokenizer.sha256,
         options=recipe.options,
-        job=recipe.job,
+        job=job,
         shard_table_checksum=file_checksum(out / SHARD_TABLE_FILE).hex(),
     )
     commit_bytes(out / MANIFEST_FILE, manifest.dump(), work)

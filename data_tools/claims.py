@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +19,6 @@ from typing import BinaryIO
 import orjson
 import xxhash
 
-from data_tools.inputs import InputFile
 from megatrain.data.format import canonical_json, commit_bytes
 from megatrain.errors import ConfigError
 
@@ -143,20 +141,3 @@ def join_command(out: Path, path: Path, command: Mapping[str, object], way_out: 
 def _leaves(command: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in command.items():
         yield from _leaves(value) if isinstance(value, dict) else [(key, value)]
-
-
-def job_name(command: object, files: Sequence[InputFile]) -> str:
-    """Names a command, in its first half, and the very files that it reads, in the second."""
-    return "".join(
-        hashlib.sha256(canonical_json(value)).hexdigest()[:32] for value in (command, [file.key for file in files])
-    )
-
-
-def refuse_other_job(job: str, begun: str, what: str, way_out: str) -> None:
-    """Raise ConfigError where `what` was made by another job than this, with the `way_out`."""
-    if job[:32] != begun[:32]:
-        raise ConfigError(f"{what}, made from other inputs or with other options. {way_out}")
-    if job != begun:
-        raise ConfigError(
-            f"{what}, and of its inputs one was changed after it was made, or replaced, added or taken away. {way_out}"
-        )

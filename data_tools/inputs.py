@@ -78,6 +78,21 @@ class InputFile:
         return xxhash.xxh3_128_hexdigest("\0".join([self.name, str(self.num_bytes), self.version]).encode())
 
     @property
+    def fingerprint(self) -> str:
+        """Of the content: of its beginning and its end; for an object of a store, what the store says of it."""
+        if self.path is None:
+            return self.version
+        with self.open() as raw:
+            ends = raw.read(HEAD_BYTES)
+            raw.seek(max(self.num_bytes - HEAD_BYTES, 0))
+            return xxhash.xxh3_128_hexdigest(ends + raw.read(HEAD_BYTES))
+
+    @property
+    def changed_ns(self) -> int:
+        """When it was written, or put in its place; 0 for an object of a store."""
+        return max(map(int, self.version.split()[1:])) if self.path is not None else 0
+
+    @property
     def path(self) -> Path | None:
         """Where it lies on this machine; None for an address elsewhere."""
         return local_part(self.name)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_plan, make_plan
-from data_tools.claims import Claims, job_name, join_command, refuse_other_job
+from data_tools.claims import Claims, join_command
 from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
 from data_tools.inputs import find_inputs
+from data_tools.origin import Origin
 from data_tools.outputs import refuse_among_inputs
 from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
@@ -98,8 +99,7 @@ BYTES_A_SECOND = {"fastokens": 60e6, "tokenizers": 2e6}
 class _Job:
     """What has been found out before the work begins."""
 
-    name: str
-    """See `claims.job_name`."""
+    origin: Origin
     finished: Manifest | None
     """The dataset, where it is there already."""
     tokenizer: TokenizerFile
@@ -162,15 +162,15 @@ def _prepare(
     files = find_inputs(inputs, options.read.selection, options.read.text_key, effort.say)
     refuse_among_inputs(out, inputs, files)
     command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
-    name = job_name(command, files)
+    origin = Origin(command, files)
     work = out / WORK_FOLDER
     if (out / MANIFEST_FILE).exists() and not (work.exists() or restart):
-        return _Job(name, _finished(out, name), tokenizer)
-    _refuse_other_things(out, work, name, restart)
+        return _Job(origin, _finished(out, origin), tokenizer)
+    _refuse_other_things(out, work, origin, restart)
     _join_folder(work, claims)
     with claims.hold("command"):
         if (out / MANIFEST_FILE).exists() and not restart:
-            return _Job(name, _finished(out, name), tokenizer)
+            return _Job(origin, _finished(out, origin), tokenizer)
         join_command(out, work / COMMAND_FILE, command, "delete the folder to start over")
         if restart:
             _start_over(out, work, claims)
@@ -180,7 +180,7 @@ def _prepare(
     store = PartStore(work)
     with claims.hold("plan"):
         if load_plan(store, units):
-            return _Job(name, None, tokenizer, units)
+            return _Job(origin, None, tokenizer, units)
     pending = _unfinished(list({unit.key: unit for unit in units}.values()), store)
     engine = None
     if pending:
@@ -192,7 +192,7 @@ def _prepare(
             refuse_above(max(effort.max_unknown, HOPELESS), unknown, "a sample of the text")
         if warning:
             effort.warn(warning)
-    return _Job(name, None, tokenizer, units, pending, engine)
+    return _Job(origin, None, tokenizer, units, pending, engine)
 
 
 def _make(
@@ -209,14 +209,14 @@ def _make(
     if plan is None:
         return None
     how = {"errors": options.read.errors, **({"bos_token": options.bos_token} if options.bos_token else {})}
-    recipe = Recipe(job.tokenizer, how, options.shard_tokens, job.name)
+    recipe = Recipe(job.tokenizer, how, options.shard_tokens)
     writer = ShardWriter(out, work, claims, recipe)
     shards_bytes = len(plan.shards) * options.shard_tokens * token_dtype(job.tokenizer.vocab_size).itemsize
     with effort.progress("write shards", shards_bytes // ranks.size) as advance:
         mine, others = _split(plan.shards, ranks)
         run_tasks(writer, mine + others, effort.num_workers, advance)
     ranks.wait()
-    return ranks.share(partial(_finish, out, work, plan, recipe, writer, claims))
+    return ranks.share(partial(_finish, out, plan, recipe, writer, claims, job.origin))
 
 
 def _encode(job: _Job, engine: Engine, encoder: UnitEncoder, store: PartStore, effort: Effort, ranks: Ranks) -> None:
@@ -276,14 +276,16 @@ def _plan(
         return plan
 
 
-def _finish(out: Path, work: Path, plan: Plan, recipe: Recipe, writer: ShardWriter, claims: Claims) -> Manifest | None:
+def _finish(
+    out: Path, plan: Plan, recipe: Recipe, writer: ShardWriter, claims: Claims, origin: Origin
+) -> Manifest | None:
     """The manifest, once all shards are written; None before that."""
     with claims.hold("manifest"):
         if (out / MANIFEST_FILE).exists():
             return Manifest.load(out)
         if not all(writer.is_written(shard) for shard in plan.shards):
             return None
-        return finish_dataset(out, work, plan, recipe)
+        return finish_dataset(out, out / WORK_FOLDER, plan, recipe, origin.name)
 
 
 def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
@@ -302,19 +304,20 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
     return texts
 
 
-def _finished(out: Path, job: str) -> Manifest:
+def _finished(out: Path, origin: Origin) -> Manifest:
     """The manifest of the finished dataset `out`, if this very command made it of these very inputs."""
     manifest = Manifest.load(out)
-    refuse_other_job(job, manifest.job, f"{out} already holds a dataset", "Give another --out, or delete that folder.")
+    way_out = "Give another --out, or delete that folder."
+    origin.refuse_other(manifest.job, out / MANIFEST_FILE, f"{out} already holds a dataset", way_out)
     return manifest
 
 
-def _refuse_other_things(out: Path, work: Path, job: str, restart: bool) -> None:
+def _refuse_other_things(out: Path, work: Path, origin: Origin, restart: bool) -> None:
     """Raise ConfigError where `out` is not a folder that this command may write to."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give the name of a folder.")
     if restart and (out / MANIFEST_FILE).exists():
-        if _command_of(Manifest.load(out).job) != _command_of(job):
+        if Manifest.load(out).job[:32] != origin.command_name:
             raise ConfigError(
                 f"--restart replaces only what the same command has made, and another one made {out}. "
                 "Give another --out, or delete that folder."
@@ -344,7 +347,3 @@ def _start_over(out: Path, work: Path, claims: Claims) -> None:
         if path.name != COMMAND_FILE and not path.name.startswith(CLAIMS_FILE):
             path.unlink()
     claims.join()
-
-
-def _command_of(job: str) -> str:
-    return job[:32]

@@ -17,8 +17,9 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from data_tools.claims import Claims, job_name, join_command, refuse_other_job
+from data_tools.claims import Claims, join_command
 from data_tools.inputs import InputFile
+from data_tools.origin import Origin
 from data_tools.ranks import Ranks
 from data_tools.units import PART_BYTES
 from data_tools.work import Advance, run_tasks
@@ -139,23 +140,23 @@ def run_once(
     `make` is to leave in the job's folder what it wants to find again after a kill. It returns the report, and when
     that is stored the command is done. Raises ConfigError where `out` holds anything else.
     """
-    digest = job_name(command, files)
+    origin = Origin(command, files)
     work, report_path = out / WORK_FOLDER, out / REPORT_FOLDER / REPORT_FILE
     if restart and effort.ranks.size > 1 and not effort.ranks.speak_mpi:
         raise ConfigError("--restart is for one process, or for ranks that speak MPI: others remove the folder first.")
-    effort.ranks.share(lambda: _begin(out, work, command, restart, report_path, digest))
+    effort.ranks.share(lambda: _begin(out, work, restart, report_path, origin))
     if report_path.exists() and not work.exists():
-        return _finished(out, report_path, digest)
+        return _finished(out, report_path, origin)
     job = Job(work, effort)
     try:
         while not job.claims.join():
-            _begin(out, work, command, False, report_path, digest)
+            _begin(out, work, False, report_path, origin)
         if not report_path.exists():
-            if (work / INPUTS_FILE).read_text() != digest:
+            if (work / INPUTS_FILE).read_text() != origin.versions:
                 raise ConfigError(f"Another process is writing {out} just now, of inputs that have changed. Stop it.")
-            report = canonical_json({**make(job), "job": digest})
+            report = canonical_json({**make(job), "job": origin.name})
             job.run_alone("report", lambda: commit_bytes(report_path, report, work), report_path)
-        result = _finished(out, report_path, digest)
+        result = _finished(out, report_path, origin)
         effort.ranks.wait()
         if job.claims.leave():
             shutil.rmtree(work, ignore_errors=True)
@@ -164,7 +165,7 @@ def run_once(
     return result
 
 
-def _begin(out: Path, work: Path, command: dict[str, Any], restart: bool, report_path: Path, digest: str) -> None:
+def _begin(out: Path, work: Path, restart: bool, report_path: Path, origin: Origin) -> None:
     """Make the folder ready for this command, or find that it is."""
     if restart:
         _clear(out)
@@ -172,18 +173,18 @@ def _begin(out: Path, work: Path, command: dict[str, Any], restart: bool, report
         return
     _make_folder(out, work)
     if not report_path.exists():
-        join_command(out, work / COMMAND_FILE, command, "--restart to start over")
+        join_command(out, work / COMMAND_FILE, origin.command, "--restart to start over")
         inputs = work / INPUTS_FILE
-        if inputs.exists() and inputs.read_text() != digest:
+        if inputs.exists() and inputs.read_text() != origin.versions:
             # Of what was read, the survey keeps what is of files that are still the same. It names them.
             _clear(out, {COMMAND_FILE, SURVEY_FOLDER, INPUTS_FILE})
-        commit_bytes(inputs, digest.encode())
+        commit_bytes(inputs, origin.versions.encode())
 
 
-def _finished(out: Path, report_path: Path, digest: str) -> dict[str, Any]:
+def _finished(out: Path, report_path: Path, origin: Origin) -> dict[str, Any]:
     report: dict[str, Any] = orjson.loads(report_path.read_bytes())
     way_out = "Give another --out, or --restart to replace it."
-    refuse_other_job(digest, report["job"], f"{out} already holds a result", way_out)
+    origin.refuse_other(report["job"], report_path, f"{out} already holds a result", way_out)
     return report
 
 
