@@ -20,6 +20,7 @@ import psutil
 from launcher.submit import cancel_chain
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.lock import refuse_if_locked
+from megatrain.checkpoint.origin import find_origin
 from megatrain.config import RunConfig
 from megatrain.distributed import failures, giving_up, local_ranks
 from megatrain.distributed.bootstrap import job_identity, job_port, start_name
@@ -62,12 +63,15 @@ class Restarts:
 def begin_job(config: RunConfig, tries: int) -> int:
     """Make the run ready for this start of the job; the port to meet at.
 
-    Raises CheckpointError where another job holds the run folder, RankError where ``tries`` starts led nowhere.
+    Raises CheckpointError where another job holds the run folder, or what run.init_from names does not fit, RankError
+    where ``tries`` starts led nowhere.
     """
     run_dir, job = Path(config.run.dir), job_identity()
     if "slurm_job" not in job:
         raise ConfigError("SLURM_JOB_ID is not set: this is for batch scripts, inside their job.")
     refuse_if_locked(run_dir, job)
+    if (origin := find_origin(config)) is not None:
+        origin.refuse_other_model(config.model)
     start = int(job.get("slurm_restarts", "0"))
     before, newest = Restarts.read(run_dir) if start else None, newest_step(run_dir, config.checkpoint.dir)
     restarts = before.next(newest) if before else Restarts(newest)

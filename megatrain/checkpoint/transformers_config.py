@@ -128,7 +128,7 @@ def not_in_transformers(config: ModelConfig) -> list[str]:
     if config.family == "llama" and config.hidden_size % config.num_attention_heads:
         notes.append(
             f"transformers 5 does not load a llama whose hidden_size ({config.hidden_size}) is no multiple of "
-            f"num_attention_heads ({config.num_attention_heads}), as transformers 4 does; family mistral is the same "
+            f"num_attention_heads ({config.num_attention_heads}); transformers 4 does. Family mistral is the same "
             "model, and both load it."
         )
     if config.family == "llama" and config.initializer_range > 1.0:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from megatrain.checkpoint.lock import Lease, folders_of, locked
-from megatrain.checkpoint.origin import find_origin, load
+from megatrain.checkpoint.origin import load
 from megatrain.config import RunConfig
 from megatrain.distributed import causes, failures, giving_up
 from megatrain.distributed.binding import bind
@@ -61,8 +61,6 @@ def main(arguments: list[str]) -> int:
             run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
             if rank.rank == 0:
                 failures.forget(run_dir)
-                if (origin := find_origin(config)) is not None:  # before ranks wait
-                    origin.refuse_other_model(config.model)
             die = partial(_die, rank, run_dir)
             is_told_to_end = partial(_is_told_to_end, stop, rank, run_dir)
             lifeline = held.enter_context(Lifeline(rank, run_dir, start_name(), die, is_told_to_end))

@@ -50,6 +50,12 @@ def start(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
     return start
 
 
+def test_weights_to_begin_with_are_looked_for_before_ranks_start(config: RunConfig, tmp_path: Path) -> None:
+    run = config.run.model_copy(update={"init_from": str(tmp_path / "gone")})
+    with pytest.raises(CheckpointError, match="gone does not exist"):
+        begin_job(config.model_copy(update={"run": run}), TRIES)
+
+
 @pytest.mark.parametrize(
     ("status", "failure", "answer", "code"),
     [
