@@ -8,7 +8,14 @@ READY := .venv/ready
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 14
 
-setup: $(READY)  ## install: .venv with everything at the versions of constraints.txt
+setup: $(READY)  ## install into .venv, at the versions of constraints.txt; TORCH=cpu, cuda or site says which torch
+
+# make setup TORCH=cpu|cuda|site: made anew where it was made for another.
+ifneq ($(TORCH),)
+ifneq ($(TORCH),$(shell cat .venv/torch 2>/dev/null))
+.PHONY: $(READY)
+endif
+endif
 
 $(READY): pyproject.toml constraints.txt tools/setup.sh
 	@tools/setup.sh

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
+from megatrain.config import recipes
 from megatrain.errors import EXIT_RANK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIG = REPOSITORY / "configs" / "tiny_cpu.yaml"
+RECIPE = "tiny_cpu"
 VOCAB_SIZE = 4096
 DATASETS = ("code", "prose", "code-val", "prose-val")
 NUM_RANKS = 2
@@ -42,10 +42,9 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._seconds: dict[str, float] = {}
-        config = yaml.safe_load(CONFIG.read_text())
+        config = yaml.safe_load(recipes.text(RECIPE))
         self._run_dir = config["run"]["dir"]
         self._num_steps, self._save_every = config["train"]["steps"], config["checkpoint"]["every_steps"]
-        self._config = os.path.relpath(CONFIG, folder)
         # On every machine alike: the ranks share the CPU even where there are GPUs.
         commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self._environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": commands}
@@ -74,7 +73,7 @@ class Demo:
 
     def _train(self) -> dict[int, tuple[float, float]]:
         """Train, be killed, train on; the losses that were computed twice, by step."""
-        command = ["megatrain", "train", self._config, "--procs", str(NUM_RANKS), "observe.log_every_steps=5"]
+        command = ["megatrain", "train", RECIPE, "--procs", str(NUM_RANKS), "observe.log_every_steps=5"]
         # A little behind the checkpoint at half-way, so that steps are lost and done again.
         halfway = self._num_steps // 2 // self._save_every * self._save_every
         lost: dict[int, float] = {}

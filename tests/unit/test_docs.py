@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatrain import cli
 from megatrain.checkpoint.pieces import write_pieces
 from megatrain.distributed.fragment import Box, Fragment, Piece
 
@@ -63,8 +64,27 @@ def test_a_command_in_the_documentation_exists_with_its_options(command, options
     assert options - {"--help"} <= names_in(help_of(*command))
 
 
+SHOWN = re.findall(
+    r"^ {4}\$ (megatrain (?:check|plan|recipes).*)\n((?: {4}.+\n|\n(?= {4}[^$]))+)", PAGES[0].read_text(), re.M
+)
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_a_command_prints_what_the_readme_shows(command, output, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = capsys.readouterr()
+    lines = [line.rstrip() for line in (printed.out + printed.err).splitlines()]
+    expected = [line.rstrip().removeprefix("    ") for line in output.splitlines()]
+    assert [line for line in expected if line not in lines] == ["  ..."] * expected.count("  ...")
+    assert "  ..." in expected or len(expected) == len(lines)
+
+
 def test_the_tour_is_among_the_commands():
     assert {("megatrain", "train"), ("megatrain-data", "tokenize")} <= used_commands().keys()
+    assert len(SHOWN) >= 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
