@@ -137,6 +137,11 @@ def slurm(
         chain=chain,
     )
     here = read_site(site)
+    if shared and cpus_per_task is None:
+        typer.echo(
+            "megatrain-launch: --shared without --cpus-per-task: SLURM mostly gives one core and its memory a rank.",
+            err=True,
+        )
     if via is not Via.SRUN and (why := why_not_ssh(job, here)) is not None:
         taken = "srun starts the ranks" if via is None else "--via deepspeed may fail"
         typer.echo(f"megatrain-launch: {taken}: {why}.", err=True)

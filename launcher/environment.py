@@ -18,6 +18,7 @@ _SECRET_NAME = re.compile(
     r"|.*(APIKEY|CREDENTIAL|PASSPHRASE|PASSW|SECRET|TOKEN(?!I)).*",
     re.IGNORECASE,
 )
+_SWITCH = re.compile(r"\d?|true|false|yes|no|on|off", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"://[^/\s:@]*:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
     r"|\b(hf_|ghp_|gho_|ghs_|github_pat_|glpat-|xox[abp]-|sk-)\w{16}"
@@ -51,7 +52,7 @@ def _needed(environ: Mapping[str, str]) -> dict[str, str]:
 def _is_secret(name: str, value: str) -> bool:
     if _SECRET_VALUE.search(value):
         return True
-    return bool(value and _SECRET_NAME.fullmatch(name)) and not _is_path(value)
+    return bool(_SECRET_NAME.fullmatch(name)) and not _SWITCH.fullmatch(value) and not _is_path(value)
 
 
 def _is_path(value: str) -> bool:

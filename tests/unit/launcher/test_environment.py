@@ -13,6 +13,8 @@ NEEDED = {
     "NASTY": 'it\'s "$(touch broken)" `id` \\ #\nand a second line',
     "TOKENIZERS_PARALLELISM": "false",
     "SLURM_JOB_ID": "7",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "NCCL_IB_PKEY": "0x8001",
     "MONKEY": "1",
     "KEYBOARD": "us",
     "PASSENGERS": "3",

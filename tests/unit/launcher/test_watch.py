@@ -99,4 +99,6 @@ def test_variables_are_removed_once_ranks_have_met(launcher: psutil.Process, run
     time.sleep(1.2)
     assert not variables.exists()
     launcher.kill()
+    launcher.wait(10)
     watching.join(10)
+    assert not watching.is_alive()
