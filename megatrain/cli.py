@@ -224,10 +224,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that sum to this.")
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that sum to this; above 0.")
     ] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many of the likeliest tokens.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Let a trained model go on from a prompt."""
     from megatrain.checkpoint.location import locate
@@ -241,6 +241,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        warn=lambda text: typer.echo(f"Warning: {text}", err=True),
     ):
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -251,13 +252,16 @@ def generate(
 def evaluate(
     checkpoint: CheckpointPath,
     data: Annotated[str, typer.Option(help="A dataset folder or address, tokenized with the checkpoint's tokenizer.")],
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a window; left out: as many as the model was trained on.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once."""
     from megatrain.checkpoint.location import locate
     from megatrain.train.inference import evaluate_checkpoint
 
-    figures = evaluate_checkpoint(locate(checkpoint), data, show_progress=sys.stderr.isatty())
+    figures = evaluate_checkpoint(locate(checkpoint), data, seq_len, show_progress=sys.stderr.isatty())
     if as_json:
         _print_json(figures)
     else:

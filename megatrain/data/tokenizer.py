@@ -109,6 +109,10 @@ class Tokenizer:
         token: str | None = self._library.id_to_token(token_id)
         return token
 
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is a single byte of a character that has no token of its own (byte_fallback)."""
+        return self.token_of(token_id) in _BYTE_TOKENS
+
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, nothing added; control tokens that are spelled out in it count as such."""
         return list(self._library.encode(text, add_special_tokens=False).ids)

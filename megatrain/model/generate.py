@@ -5,13 +5,14 @@ B: sequences (one here), T: tokens, V: vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatrain.errors import ConfigError
+from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.context import KeyValueCache
 from megatrain.model.decoder import Decoder
 from megatrain.model.families import required_vocab_size
@@ -22,18 +23,34 @@ class Sampling:
     """How a token is chosen: the likeliest at ``temperature`` 0, else at random in the order the fields stand here.
 
     ``top_k``: among the k likeliest; ``top_p``: among the likeliest whose probabilities just reach p (Holtzman et al.
-    2020). None: among all.
+    2020). None: among all. Raises ConfigError where a field has no meaning.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise ConfigError(f"The temperature is {self.temperature}: it must be 0 (the likeliest token) or more.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}: it must be 1 or more.")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(
+                f"top_p is {self.top_p}: it must be above 0, and 1 at most. Temperature 0 takes the likeliest token."
+            )
+
     def choose(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        """An id, for fp32 logits."""
+        """An id, for fp32 logits. Raises CheckpointError where they are no numbers."""
+        if not logits_V.max().isfinite():
+            raise CheckpointError(
+                "The model computes NaN or infinity: its weights are ruined, as by a run that diverged. Take an "
+                "earlier checkpoint; `megatrain checkpoint list` shows what a run has."
+            )
         if self.temperature == 0.0:
             return int(logits_V.argmax())
-        sorted_V, ids_V = (logits_V / self.temperature).sort(descending=True)
+        # In double, and from the largest down: a small temperature makes no infinity of the likeliest.
+        sorted_V, ids_V = ((logits_V.double() - logits_V.max()) / self.temperature).sort(descending=True)
         if self.top_k is not None:
             sorted_V, ids_V = sorted_V[: self.top_k], ids_V[: self.top_k]
         probabilities_V = sorted_V.softmax(-1)
@@ -55,12 +72,14 @@ def generate(
     """Yield new tokens one by one, up to ``max_new_tokens``, or up to and without one of ``stop_ids``.
 
     The model is to be in evaluation mode. Ids from ``vocab_size`` on (the tokenizer's; None: the model's) are never
-    chosen. The same arguments give the same tokens. Raises ConfigError, at once, for an empty prompt, an id out of
-    range, or more tokens than the model has positions.
+    chosen. The same arguments give the same tokens. Raises ConfigError, at once, for an empty prompt, an id or a seed
+    out of range, or more tokens than the model has positions.
     """
     limit = model.config.max_position_embeddings
     model_ids = required_vocab_size(model.config)
     num_ids = model_ids if vocab_size is None else min(vocab_size, model_ids)
+    if not 0 <= seed < 1 << 64:
+        raise ConfigError(f"The seed is {seed}: it must be from 0 to 2^64 - 1.")
     if not tokens:
         raise ConfigError("The prompt is empty: give at least one token to go on from.")
     if not all(0 <= token < num_ids for token in tokens):

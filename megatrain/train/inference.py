@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.progress import track
 
@@ -17,6 +18,7 @@ from megatrain.checkpoint.store import resolve
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.device import has_gpu
 from megatrain.distributed.fragment import Placement
 from megatrain.errors import CheckpointError, ConfigError, DataError
@@ -26,6 +28,7 @@ from megatrain.train.companions import Companions
 
 TOKENIZER = "tokenizer.json"
 _TOKENS_AT_ONCE = 8192
+_DECODED_AT_ONCE, _KEPT = 256, 16
 
 
 class Loaded(NamedTuple):
@@ -55,19 +58,30 @@ def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
 
 
 def generate_text(
-    path: Location, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
+    path: Location,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+    warn: Callable[[str], None],
 ) -> Iterator[str]:
     """Yield the prompt, then what the model goes on with, piece by piece as it can be shown.
 
-    Raises ConfigError for a prompt with bytes that are no text.
+    Raises ConfigError for a prompt with bytes that are no text. ``warn`` hears of characters that have no tokens.
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
         raise ConfigError("--prompt has bytes that are not UTF-8: give it as text.")
+    sampling = Sampling(temperature, top_k, top_p if top_p != 1.0 else None)
     model, _, reader = load_decoder(path)
     tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
     ids = tokenizer.encode(prompt)
+    unknown = UnknownText(tokenizer).count([prompt], np.array(ids), np.array([0, len(ids)]), ["the prompt"])
+    if unknown.characters:
+        warn(f"The checkpoint's tokenizer has no tokens for {unknown}.")
     room = model.config.max_position_embeddings - len(ids)
-    sampling = Sampling(temperature, top_k, top_p if top_p < 1.0 else None)
     tokens = generate(
         model,
         ids,
@@ -81,16 +95,25 @@ def generate_text(
     yield from _decode_stream(tokenizer, ids, tokens)
 
 
-def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool) -> dict[str, Any]:
+def evaluate_checkpoint(
+    path: Location, data: str | Path, seq_len: int | None = None, *, show_progress: bool
+) -> dict[str, Any]:
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
-    Windows are as long as those the model was trained on, and the same targets count.
+    ``seq_len``: tokens a window, the model's context at most; None: as many as the model was trained on. The same targets
+    count as in training.
     """
     dataset = open_dataset(data)
     model, saved, reader = load_decoder(path)
     _check_tokenizer(dataset, reader)
-    windows = Windows(dataset, saved.data.seq_len, saved.data.document_mask, saved.data.scores_after_eod)
-    batches = EvaluationBatches(BatchMaker([windows], max(1, _TOKENS_AT_ONCE // saved.data.seq_len)), 0, 1)
+    seq_len = seq_len or saved.data.seq_len
+    if seq_len > saved.model.max_position_embeddings:
+        raise ConfigError(
+            f"--seq-len {seq_len} is more than the model's context: {saved.model.max_position_embeddings} tokens "
+            "(model.max_position_embeddings)."
+        )
+    windows = Windows(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
+    batches = EvaluationBatches(BatchMaker([windows], max(1, _TOKENS_AT_ONCE // seq_len)), 0, 1)
     device = next(model.parameters()).device
     total = 0.0
     with torch.inference_mode():
@@ -104,6 +127,7 @@ def evaluate_checkpoint(path: Location, data: str | Path, *, show_progress: bool
         "bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan,
         "tokens": batches.num_targets,
         "bytes": num_bytes,
+        "seq_len": seq_len,
     }
 
 
@@ -120,14 +144,18 @@ def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
 def _decode_stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
     """What follows the prompt, as soon as it is whole: a character's bytes may be spread over several tokens.
 
-    Decoded with the prompt and cut, as a decoder may drop the space in front of a text.
+    Decoded with what is before it and cut, as a decoder may drop the space in front of a text.
     """
-    ids = prompt.copy()
-    shown = text = tokenizer.decode(ids)
+    ids, shown = prompt, tokenizer.decode(prompt)
+    text = shown
     for token in tokens:
-        ids.append(token)
+        ids = [*ids, token]
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+        # Of a run of byte tokens a decoder makes nothing of what came before, if it is no text in the end.
+        if text.endswith("\ufffd") or tokenizer.is_byte(token):
+            continue
+        yield text[len(shown) :]
+        if len(ids) > _DECODED_AT_ONCE and "\ufffd" not in (end := tokenizer.decode(ids[-_KEPT:])):
+            ids, text = ids[-_KEPT:], end
+        shown = text
     yield text[len(shown) :]

@@ -8,7 +8,6 @@ from pathlib import Path
 import orjson
 import pytest
 from data_samples import RunCommand, json_lines
-from tokenizer_samples import ENDS, bert, gemma, llama2, llama3, qwen3, t5, without_spaces, word_level
 from tokenizers import Tokenizer as Library
 
 from data_tools.engines import ReferenceEncoder
@@ -16,6 +15,7 @@ from data_tools.tokenizer import load_tokenizer
 from megatrain.data import open_dataset
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
+from tests.tokenizer_samples import ENDS, bert, gemma, llama2, llama3, qwen3, t5, without_spaces, word_level
 
 Make = Callable[[], Library]
 SHAPES = pytest.mark.parametrize("make", list(ENDS), ids=lambda make: make.__name__)

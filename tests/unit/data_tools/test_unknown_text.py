@@ -9,13 +9,13 @@ from pathlib import Path
 import orjson
 import pytest
 from data_samples import RunCommand, folder_bytes, json_lines
-from tokenizer_samples import ENDS, LETTERS, bert, gemma, llama2, llama3, numbered, qwen3, t5, word_level
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from megatrain.data.format import Manifest, Unknown
 from megatrain.errors import DataError
+from tests.tokenizer_samples import ENDS, LETTERS, bert, gemma, llama2, llama3, numbered, qwen3, t5, word_level
 
 ENGLISH, CHINESE = "to be or not to be", "\u4f60\u597d \u4e16\u754c to"
 END = "<|endoftext|>"

@@ -72,6 +72,33 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy(model: Decoder) -> None:
     assert list(generate(model, PROMPT, 20, Sampling(temperature=1.0, top_p=1e-6))) == greedy
 
 
+@pytest.mark.parametrize("sampling", [Sampling(1e-40), Sampling(5e-324), Sampling(1.0, top_p=1e-320)])
+def test_the_smallest_bounds_are_greedy(sampling: Sampling, model: Decoder) -> None:
+    assert list(generate(model, PROMPT, 20, sampling)) == list(generate(model, PROMPT, 20, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+    ],
+)
+def test_sampling_without_a_meaning_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Sampling(**fields)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_beyond_64_bits_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match=r"2\^64"):
+        generate(small_model("llama"), PROMPT, 5, RANDOM, seed)
+
+
 def test_top_p_and_top_k_choose_among_the_likeliest_by_their_shares() -> None:
     logits_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     generator = torch.Generator().manual_seed(0)

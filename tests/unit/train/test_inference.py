@@ -1,0 +1,81 @@
+"""What `generate` shows is the text of prompt and new tokens decoded as a whole, with tokenizers of every shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatrain.errors import CheckpointError
+from megatrain.model.generate import Sampling, generate
+from megatrain.train.convert import import_folder
+from megatrain.train.inference import generate_text, load_decoder
+from tests.tokenizer_samples import bert, gemma, llama2, llama3, numbered, t5
+
+
+def checkpoint(library: Library, folder: Path, ruin: float = 0.0) -> Path:
+    """Of a model with random weights that knows all ids of the tokenizer; ``ruin`` is added to its last norm."""
+    torch.manual_seed(0)
+    size = max(library.get_vocab().values()) + 1
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    model.model.norm.weight.data += ruin
+    model.save_pretrained(folder / "hf")
+    library.save(str(folder / "hf" / "tokenizer.json"))
+    import_folder(folder / "hf", folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def generated(path: Path, prompt: str, warnings: list[str], num_new: int = 5) -> str:
+    options = {"max_new_tokens": num_new, "temperature": 1.0, "top_k": None, "top_p": 1.0, "seed": 5}
+    return "".join(generate_text(path, prompt, warn=warnings.append, **options))
+
+
+@pytest.mark.parametrize(("make", "num_new"), [(llama2, 280), (llama3, 280), (gemma, 20), (t5, 20), (bert, 20)])
+def test_generated_text_is_decoded_with_its_prompt(make: Callable[[], Library], num_new: int, tmp_path: Path) -> None:
+    library, prompt = make(), "to be"
+    path = checkpoint(library, tmp_path)
+    ids = library.encode(prompt, add_special_tokens=False).ids
+    new = list(generate(load_decoder(path).model, ids, num_new, Sampling(1.0), 5, (), library.get_vocab_size()))
+    assert len(new) == num_new
+    begin = library.decode(ids, skip_special_tokens=False)
+    whole = library.decode(ids + new, skip_special_tokens=False)
+    assert whole.startswith(begin)
+    warnings: list[str] = []
+    assert generated(path, prompt, warnings, num_new) == prompt + whole[len(begin) :]
+    assert not warnings
+
+
+def test_a_vocabulary_with_holes_can_be_prompted(tmp_path: Path) -> None:
+    library = Library(models.WordLevel({"to": 0, "be": 7, "or": 90, "?": 91}, "?"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    warnings: list[str] = []
+    assert generated(checkpoint(library, tmp_path), "to be or", warnings).startswith("to be or")
+    assert not warnings
+
+
+def test_characters_of_the_prompt_without_tokens_are_told(tmp_path: Path) -> None:
+    library = Library(models.BPE(numbered(["a", "b", " "]), []))
+    warnings: list[str] = []
+    generated(checkpoint(library, tmp_path), "ab \u4e2d\u6587", warnings)
+    assert len(warnings) == 1
+    assert "2 of 5 characters" in warnings[0]
+
+
+@pytest.mark.parametrize("ruin", [float("nan"), float("inf")])
+def test_ruined_weights_are_named(ruin: float, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        generated(checkpoint(llama2(), tmp_path, ruin), "to be", [])
