@@ -100,8 +100,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
-    ``seq_len``: tokens a window, the model's context at most; None: as many as the model was trained on. The same targets
-    count as in training.
+    ``seq_len``: tokens a window, the model's context at most; None: as many as the model was trained on. The same
+    targets count as in training.
     """
     dataset = open_dataset(data)
     model, saved, reader = load_decoder(path)
