@@ -43,7 +43,7 @@ def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards
 
 
 def refuse_mixed(datasets: Sequence[Dataset]) -> None:
-    """Raise DataError where datasets that one model is to see are of several tokenizers or end-of-document tokens."""
+    """Raise DataError where datasets for one model are of several tokenizers, or end or begin documents otherwise."""
     first = datasets[0]
     for other in datasets[1:]:
         one, another = first.manifest, other.manifest
@@ -52,12 +52,16 @@ def refuse_mixed(datasets: Sequence[Dataset]) -> None:
                 f"{other.path} was tokenized with another tokenizer than {first.path}: a model knows one vocabulary. "
                 "Tokenize both with the same tokenizer.json."
             )
-        if one.eod_id != another.eod_id:
+        if (one.eod_id, one.bos_id) != (another.eod_id, another.bos_id):
             raise DataError(
-                f"{other.path} ends its documents with {another.eod_token} (id {another.eod_id}), and {first.path} "
-                f"with {one.eod_token} (id {one.eod_id}): a model learns one end of text. Tokenize both with the same "
-                "--eod-token."
+                f"{other.path} {_borders(another)}, and {first.path} {_borders(one)}: a model learns one kind of "
+                "document. Tokenize both with the same --eod-token and --bos-token."
             )
+
+
+def _borders(manifest: Manifest) -> str:
+    begin = f" and begins them with {manifest.bos_token} (id {manifest.bos_id})" if manifest.bos_token else ""
+    return f"ends its documents with {manifest.eod_token} (id {manifest.eod_id}){begin}"
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Run:
 def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
     """The datasets to train and to validate on.
 
-    Raises DataError where one is broken, or where they are of several tokenizers or end-of-document tokens.
+    Raises DataError where one is broken, or where they are not alike (`refuse_mixed`).
     """
     cache = Cache(Path(config.data.cache_dir).expanduser(), config.data.cache_bytes)
     share = MAPPED_SHARDS_IN_ALL // (len(config.data.train) + len(config.data.validation))

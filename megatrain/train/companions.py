@@ -67,13 +67,13 @@ class Companions:
             special_tokens = special_tokens.model_copy(update={"eod": Token(id=number, token=_FORMER_EOD)})
         return cls(special_tokens, files)
 
-    def with_data(self, tokenizer_json: bytes, eod: Token) -> Companions:
-        """The same for a run on data of this tokenizer and end-of-document token.
+    def with_data(self, tokenizer_json: bytes, eod: Token, bos: Token | None = None) -> Companions:
+        """The same for a run on data of this tokenizer, whose documents end with ``eod``, and begin with ``bos``.
 
         Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
         """
         known = self.files if TOKENIZER in self.files else _without(self.files, TOKENIZER_FILES)
-        special_tokens = self.special_tokens.model_copy(update={"eod": eod})
+        special_tokens = self.special_tokens.model_copy(update={"eod": eod, **({"bos": bos} if bos else {})})
         return replace(self, special_tokens=special_tokens, files={**known, TOKENIZER: tokenizer_json})
 
     @property

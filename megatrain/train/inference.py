@@ -139,6 +139,13 @@ def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
             f"{dataset.path} was tokenized with another tokenizer than the one {reader.folder} was trained with: its "
             f"loss would mean nothing. Tokenize the text again with --tokenizer {reader.folder / TOKENIZER}."
         )
+    special, is_trained = reader.manifest.special_tokens, not reader.manifest.layout.get("imported")
+    if is_trained and special is not None and special.eod is not None and special.eod.id != dataset.eod_id:
+        raise DataError(
+            f"{dataset.path} ends its documents with {dataset.manifest.eod_token} (id {dataset.eod_id}), and what "
+            f"{reader.folder} was trained on ended with {special.eod.token} (id {special.eod.id}): its loss there "
+            "would mean nothing. Tokenize the text again with --eod-token."
+        )
 
 
 def _decode_stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:

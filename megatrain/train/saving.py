@@ -260,8 +260,10 @@ def _fill(run: Run, reader: CheckpointReader, num_updates: int) -> None:
 def _companions(run: Run) -> Companions:
     """What is saved beside the pieces."""
     dataset = run.datasets[0]
-    eod = Token(id=dataset.eod_id, token=dataset.manifest.eod_token)
-    return run.companions.with_data(dataset.tokenizer_path.read_bytes(), eod)
+    eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
+    if dataset.bos_id is not None:
+        bos = Token(id=dataset.bos_id, token=dataset.manifest.bos_token)
+    return run.companions.with_data(dataset.tokenizer_path.read_bytes(), eod, bos)
 
 
 def _fitting_origin(run: Run) -> Location:

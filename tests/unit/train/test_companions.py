@@ -19,7 +19,7 @@ from megatrain.data.dataset import refuse_mixed
 from megatrain.errors import DataError
 from megatrain.train.companions import CARRIED, Companions
 from megatrain.train.convert import export_checkpoint, import_folder
-from megatrain.train.inference import generate_text
+from megatrain.train.inference import evaluate_checkpoint, generate_text
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 from tests.tiny_data import silent
@@ -64,10 +64,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Pat
     return hf
 
 
-def dataset(folder: Path, tiny_data: TinyData, out: Path, eod_token: str) -> Path:
+def dataset(folder: Path, tiny_data: TinyData, out: Path, eod_token: str, bos_token: str | None = None) -> Path:
     effort = Effort(1, "tokenizers", silent, lambda warning: None)
     text = str(tiny_data.prose.parent / "prose.jsonl")
-    tokenize([text], folder / "tokenizer.json", out, TokenizeOptions(eod_token=eod_token), effort)
+    tokenize([text], folder / "tokenizer.json", out, TokenizeOptions(eod_token=eod_token, bos_token=bos_token), effort)
     return out
 
 
@@ -134,13 +134,20 @@ def test_an_export_names_the_end_of_the_data_and_invents_nothing(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert tokenizer.special_tokens_map == {"eos_token": "<|end_of_text|>"}
     assert set(tokenizer("a text")) == {"input_ids", "attention_mask"}
+    with pytest.raises(DataError, match=r"<\|eot_id\|> .* ended with <\|end_of_text\|>"):
+        evaluate_checkpoint(
+            tmp_path / "run", dataset(folder, tiny_data, tmp_path / "eot", "<|eot_id|>"), show_progress=False
+        )
 
 
 def test_datasets_of_one_run_end_documents_alike(folder: Path, tiny_data: TinyData, tmp_path: Path) -> None:
     sets = [open_dataset(dataset(folder, tiny_data, tmp_path / token[2:5], token)) for token in SPECIAL[1:3]]
     refuse_mixed([sets[0], sets[0]])
-    with pytest.raises(DataError, match=r"<\|end_of_text\|> .* and .* <\|eot_id\|> .* one end of text"):
+    with pytest.raises(DataError, match=r"<\|end_of_text\|> .* and .* <\|eot_id\|> .* one kind of document"):
         refuse_mixed(sets)
+    begun = open_dataset(dataset(folder, tiny_data, tmp_path / "bos", SPECIAL[1], SPECIAL[0]))
+    with pytest.raises(DataError, match=r"begins them with <\|begin_of_text\|>"):
+        refuse_mixed([begun, sets[0]])
 
 
 def test_generation_stops_where_the_folder_says(folder: Path, tmp_path: Path) -> None:
@@ -193,8 +200,9 @@ def test_of_several_ends_the_tokenizers_is_taken(folder: Path, ids: dict[str, in
     companions = Companions.of_folder(files)
     assert companions.special_tokens.eod == Token(id=ids["<|eot_id|>"], token="<|eot_id|>")
     assert companions.stop_ids == ends
-    other = companions.with_data(files["tokenizer.json"], Token(id=0, token="<|endoftext|>"))
+    other = companions.with_data(files["tokenizer.json"], Token(id=0, token="<|endoftext|>"), Token(id=4, token="<s>"))
     assert other.stop_ids == [0]
+    assert other.special_tokens.bos == Token(id=4, token="<s>")
 
 
 def test_a_tokenizer_of_unknown_origin_takes_no_files_along() -> None:
