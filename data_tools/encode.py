@@ -89,7 +89,7 @@ class UnitEncoder:
 
     def _commit(self, unit: Unit, part: Part) -> None:
         counts: dict[str, Any] = {"num_empty": 0}
-        documents = _without_empty(unit.batches(part, ENCODE_CHARACTERS, counts), counts)
+        documents = _without_empty(part.batches(ENCODE_CHARACTERS, counts), counts)
         batches, unknown = [], Unknown()
         for batch, unknown_there in _ahead(partial(self._encode, unit), documents):
             batches.append(batch)

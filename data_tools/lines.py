@@ -274,16 +274,12 @@ def _with_its_line(file: InputFile, offset: int, problem: str) -> BadInput:
 
 
 def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
-    """Each file of a unit as one document, all in one part."""
-    yield Part(0, _texts(unit, options, advance))
-
-
-def _texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Row]:
-    for index, file in enumerate(unit.files):
-        try:
-            yield Record(_text(file, options, advance), None, index)
-        except BadInput as error:
-            yield Fault(str(error), partial(BadInput, str(error)), index)
+    """A file as one document."""
+    try:
+        row: Row = Record(_text(unit.files[0], options, advance), None, 0)
+    except BadInput as error:
+        row = Fault(str(error), partial(BadInput, str(error)))
+    yield Part(0, iter([row]))
 
 
 def _text(file: InputFile, options: ReadOptions, advance: Callable[[int], None]) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from data_tools.inputs import InputFile
 from data_tools.kinds import Kind
 from data_tools.lines import read_json_lines, read_texts
 from data_tools.tables import read_tables, row_group_ranges
-from data_tools.units import PART_BYTES, BadInput, Fault, Part, ReadOptions, Row, Unit
+from data_tools.units import PART_BYTES, BadInput, Fault, FileStart, Part, ReadOptions, Record, Row, Unit
 
-MAX_TEXT_FILES = 1024
-"""Text files in one unit."""
+MAX_FILES = 1024
+"""Files in one unit."""
+MIN_FILES = 16
+"""Fewer small files in a row are units of their own, unless they are texts: then what is done is kept sooner."""
+SMALL_FILES_IN_PART = 64
+"""A file is small if so many of its size are a part; it may be compressed, and grow."""
 PARTS_IN_UNIT = 64
 """Parts of a plain JSON-lines file in one unit: so many that even 10 TB are a list for every rank's memory."""
 
@@ -29,13 +33,21 @@ READERS: dict[Kind, Callable[[Unit, ReadOptions, Callable[[int], None]], Iterato
 
 def plan_units(files: list[InputFile], part_bytes: int = PART_BYTES, errors: str = "strict") -> Iterator[Unit]:
     """Cut the files into units, in document order; where they can be read from the middle, into small ones."""
-    for is_text, group in groupby(files, key=lambda file: file.kind is Kind.TEXT):
-        if is_text:
-            yield from _group_texts(group, part_bytes)
+    for is_small, group in groupby(files, key=lambda file: _is_small(file, part_bytes)):
+        run = list(group)
+        if is_small and (len(run) >= MIN_FILES or run[0].kind is Kind.TEXT):
+            yield from _group_files(run, part_bytes)
             continue
-        for file in group:
+        for file in run:
             for start, stop, num_bytes in _ranges(file, part_bytes, errors):
                 yield Unit((file,), start, stop, num_bytes, part_bytes)
+
+
+def _is_small(file: InputFile, part_bytes: int) -> str:
+    """Which of the files beside it a file may be in one unit with: texts, or other small ones; none if it is large."""
+    if file.kind is Kind.TEXT:
+        return "texts"
+    return "small" if file.num_bytes * SMALL_FILES_IN_PART <= part_bytes else ""
 
 
 def _ranges(file: InputFile, part_bytes: int, errors: str) -> Iterator[tuple[int, int | None, int]]:
@@ -56,17 +68,15 @@ def _ranges(file: InputFile, part_bytes: int, errors: str) -> Iterator[tuple[int
             yield start, stop, stop - start
 
 
-def _group_texts(files: Iterable[InputFile], part_bytes: int) -> Iterator[Unit]:
+def _group_files(files: list[InputFile], part_bytes: int) -> Iterator[Unit]:
     group: list[InputFile] = []
     size = 0
     for file in files:
         group.append(file)
         size += file.num_bytes
-        if size >= part_bytes or len(group) == MAX_TEXT_FILES:
+        if size >= part_bytes or len(group) == MAX_FILES or file is files[-1]:
             yield Unit(tuple(group), num_bytes=size, part_bytes=part_bytes)
             group, size = [], 0
-    if group:
-        yield Unit(tuple(group), num_bytes=size, part_bytes=part_bytes)
 
 
 def read_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None) -> Iterator[Part]:
@@ -83,7 +93,18 @@ def read_parts_with_faults(
     unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Part]:
     """The same, each row that cannot be read being a Fault, whatever the options say of errors."""
-    return READERS[unit.files[0].kind](unit, options, advance)
+    if len(unit.files) == 1:
+        return READERS[unit.files[0].kind](unit, options, advance)
+    return iter([Part(0, _rows_of_files(unit, options, advance))])
+
+
+def _rows_of_files(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Row]:
+    for index, file in enumerate(unit.files):
+        yield FileStart()
+        for start, stop, num_bytes in _ranges(file, unit.part_bytes, "skip"):
+            piece = Unit((file,), start, stop, num_bytes, unit.part_bytes)
+            for row in (row for part in READERS[file.kind](piece, options, advance) for row in part.rows):
+                yield row._replace(file=index) if isinstance(row, Record | Fault) else row
 
 
 def _without_faults(rows: Iterator[Row]) -> Iterator[Row]:

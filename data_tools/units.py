@@ -1,7 +1,7 @@
 """Into which pieces the input is cut, whoever reads them.
 
-A `Unit` is what one worker takes at a time: a byte range of a plain JSON-lines file, some row groups of a parquet file,
-a whole compressed or Arrow file, or some text files. It comes apart into numbered `Part`s of about PART_BYTES, by where
+A `Unit` is what one worker takes at a time: a byte range of a plain JSON-lines file, row groups of a parquet file, a
+whole compressed or Arrow file, or many small files. It comes apart into numbered `Part`s of about PART_BYTES, by where
 in the unit a document begins. So the same files give the same parts, whoever reads them, and however often. Several
 workers may read the same unit, and each do some of its parts.
 """
@@ -70,7 +70,11 @@ class Fault(NamedTuple):
     """Index in the unit's files."""
 
 
-Row = Record | Fault | None
+class FileStart:
+    """Stands among the rows of a unit of several files before those of each."""
+
+
+Row = Record | Fault | FileStart | None
 """None is a row without a document: a blank line."""
 
 
@@ -82,6 +86,38 @@ class Part(NamedTuple):
 
     number: int
     rows: Iterator[Row]
+
+    def numbered_rows(self) -> Iterator[tuple[int, Record | Fault | None]]:
+        """The rows, each with its number: in its file where the unit has several, else in the part."""
+        number = 0
+        for row in self.rows:
+            if isinstance(row, FileStart):
+                number = 0
+            else:
+                yield number, row
+                number += 1
+
+    def batches(self, num_characters: int, counts: dict[str, Any]) -> Iterator[list[tuple[int, Record]]]:
+        """The documents and the numbers of their rows, about so many characters at a time.
+
+        `counts` gets `num_rows`, `num_skipped`, and `skipped`: file, row and problem of the first MAX_LISTED.
+        """
+        counts |= {"num_rows": 0, "num_skipped": 0, "skipped": []}
+        batch: list[tuple[int, Record]] = []
+        size = 0
+        for place, row in self.numbered_rows():
+            counts["num_rows"] += 1
+            if isinstance(row, Fault):
+                counts["num_skipped"] += 1
+                counts["skipped"] += [[row.file, place, row.problem]][: MAX_LISTED - len(counts["skipped"])]
+            elif row is not None:
+                batch.append((place, row))
+                size += len(row.text)
+            if size >= num_characters:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -100,7 +136,7 @@ class Unit:
     @property
     def is_seekable(self) -> bool:
         """Whether a part can be read without those before it."""
-        return self.files[0].kind is Kind.JSON_LINES and not self.files[0].is_streamed
+        return len(self.files) == 1 and self.files[0].kind is Kind.JSON_LINES and not self.files[0].is_streamed
 
     @property
     def text_bytes(self) -> int:
@@ -114,29 +150,6 @@ class Unit:
         return xxhash.xxh3_128_hexdigest(
             f"{[file.key for file in self.files]} {self.start} {self.stop} {self.part_bytes}".encode()
         )
-
-    def batches(self, part: Part, num_characters: int, counts: dict[str, Any]) -> Iterator[list[tuple[int, Record]]]:
-        """The documents of a part and their rows, from the start of the part, about so many characters at a time.
-
-        `counts` gets `num_rows`, `num_skipped`, and `skipped`: file, row and problem of the first MAX_LISTED.
-        """
-        counts |= {"num_rows": 0, "num_skipped": 0, "skipped": []}
-        batch: list[tuple[int, Record]] = []
-        size = 0
-        for number, row in enumerate(part.rows):
-            counts["num_rows"] += 1
-            place = 0 if self.files[0].kind is Kind.TEXT else number
-            if isinstance(row, Fault):
-                counts["num_skipped"] += 1
-                counts["skipped"] += [[row.file, place, row.problem]][: MAX_LISTED - len(counts["skipped"])]
-            elif row is not None:
-                batch.append((place, row))
-                size += len(row.text)
-            if size >= num_characters:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
 
     def skipped_lines(self, first_row: int, skipped: Sequence[tuple[int, int, str]]) -> bytes:
         """What `batches` listed as skipped, as JSON lines, of a part that begins at row `first_row` of its file."""

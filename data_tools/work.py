@@ -42,7 +42,7 @@ class PartFile(NamedTuple):
     """Fields of `Unknown`."""
     num_skipped: int
     skipped: list[tuple[int, int, str]]
-    """File of the unit, row in the part, and problem of rows that were skipped: see `Unit.batches`."""
+    """File of the unit, row in the part, and problem of rows that were skipped: see `Part.batches`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ import zstandard
 
 from data_tools.clean.job import REPORT_FOLDER, Job, Task
 from data_tools.clean.survey import Corpus, Place, SurveyedPart, read_columns
-from data_tools.kinds import Kind
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit, as_text
 from data_tools.work import Advance
@@ -124,7 +123,7 @@ class OutputWriter:
         ):
             for each in parts:
                 reasons = self.decisions.of(each.surveyed).reasons
-                records = ((row, record) for row, record in enumerate(each.part.rows) if isinstance(record, Record))
+                records = ((row, record) for row, record in each.part.numbered_rows() if isinstance(record, Record))
                 for index, (row, record) in enumerate(records):
                     document = each.surveyed.first_document + index
                     if document in self.examples:
@@ -135,8 +134,7 @@ class OutputWriter:
                 commit_bytes(self.work / f"examples-{path.stem}.json", orjson.dumps(excerpts))
 
     def _line(self, each: _OutputPart, row: int, record: Record) -> bytes:
-        is_text = each.unit.files[0].kind is Kind.TEXT
-        place = self.corpus.place(each.surveyed, record.id, record.file, 0 if is_text else row)
+        place = self.corpus.place(each.surveyed, record.id, record.file, row)
         try:
             return orjson.dumps(make_record(record, place), default=as_text, option=orjson.OPT_APPEND_NEWLINE)
         except TypeError as error:

@@ -66,7 +66,7 @@ class Surveyor:
     def _commit(self, path: Path, unit: Unit, part: Part) -> None:
         counts: dict[str, Any] = {}
         fields = PLACE_FIELDS + self.judge.fields()
-        batches = [self._batch(rows) for rows in unit.batches(part, JUDGE_CHARACTERS, counts)]
+        batches = [self._batch(rows) for rows in part.batches(JUDGE_CHARACTERS, counts)]
         counts["num_documents"] = sum(batch.num_rows for batch in batches)
         schema = pa.schema(fields, {b"megatrain": canonical_json(counts)})
         with committed(path) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:

@@ -243,6 +243,26 @@ def test_many_small_row_groups_are_read_together(tmp_path: Path, monkeypatch: py
     assert len(list(plan_units(files))) == 1
 
 
+def test_many_small_files_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02}.jsonl").write_bytes(b"\n" * (number % 3) + LINE.replace(b"hello", b"%d" % number) * 2)
+    (folder / "20.jsonl").write_bytes(LINE + b"{bad")
+    for number, write in enumerate(FORMS.values(), 21):
+        write(folder / f"{number}.{list(FORMS)[number - 21].partition('.')[2]}")
+    results = []
+    for min_files in (16, 1 << 30):
+        monkeypatch.setattr("data_tools.readers.MIN_FILES", min_files)
+        units = list(plan_units(find_inputs([str(folder)])))
+        assert (len(units) == 1) is (min_files == 16)
+        out = tmp_path / str(min_files)
+        run_dedup(folder, out, part_bytes=1 << 24, read=ReadOptions(errors="skip", whole_records=True))
+        results.append((read_records(out), (out / ".report" / "skipped.jsonl").read_bytes()))
+    assert results[0] == results[1]
+    assert json.loads(results[0][1])["row"] == 1
+
+
 def test_home_is_resolved_in_inputs_and_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
 ) -> None:
