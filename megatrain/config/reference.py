@@ -23,6 +23,7 @@ path, the line, what was given, what is allowed and the nearest legal value.
 - Text is read by the rules of YAML 1.2: `3e-4` is a number, `no` is text, a key that stands twice is an error. Merge
   keys (`<<: *base`) work, and keys that begin with `x-` are left alone: a place for what several sections share.
 - Types are strict: `1` is a number where one is asked for, but `1.0` is no integer and `true` is no 1.
+- A path that begins with `~/` lies in the home folder.
 - Batch sizes count sequences. A batch size that the layout does not divide is refused, not rounded.
 - The resolved config, every default written out, is in the run folder: `RUN/config.yaml`.
 

@@ -7,10 +7,11 @@ that need the number of ranks are in megatrain.plan.rules. docs/config.md is gen
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatrain.config import checks
@@ -20,9 +21,14 @@ LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the
 LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
 FROM_CHECKPOINT = "from_checkpoint"  # in place of the model's keys: see ModelConfig
 
+
+def _in_home(path: str) -> str:
+    return os.path.expanduser(path) if path.startswith("~/") else path  # noqa: PTH111 (addresses are no paths)
+
+
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-Path = Annotated[str, Field(min_length=1)]
+Path = Annotated[str, Field(min_length=1), AfterValidator(_in_home)]
 Text = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -250,7 +256,7 @@ class DataConfig(Section):
     validation: Annotated[tuple[_ByPath[ValidationDataset], ...], Field(strict=False)] = Field(
         default=(), description="What to evaluate on; an empty list: no evaluation. An entry that is text is a path."
     )
-    cache_dir: Path = Field(
+    cache_dir: Text = Field(
         default="~/.cache/megatrain",
         description="Where parts of datasets at an address are kept, on a disk of the machine; its ranks share it.",
     )

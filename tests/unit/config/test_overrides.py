@@ -74,3 +74,12 @@ def test_overrides_and_file_are_blamed_each_for_its_own(refused, with_line):
     assert "train.steps (the command line)" in message
     assert "optimizer.eps (the command line)" in message
     assert "optimizer.lr (line 5)" in message
+
+
+def test_home_is_resolved_in_every_path(loaded, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    paths = ("run.dir=~/r", "run.init_from=~/i", "data.train=[~/d]", "data.validation=[{path: ~/v}]")
+    config = loaded(*paths)
+    assert (config.run.dir, config.run.init_from) == ("/home/user/r", "/home/user/i")
+    assert (config.data.train[0].path, config.data.validation[0].path) == ("/home/user/d", "/home/user/v")
+    assert loaded("data.train=['s3://a/~b']").data.train[0].path == "s3://a/~b"
