@@ -68,6 +68,14 @@ class Engine(str, Enum):
     FASTOKENS = "fastokens"
 
 
+class Words(str, Enum):
+    """How text is cut into words, by the model that was trained so."""
+
+    GPT2 = "gpt2"
+    LLAMA3 = "llama3"
+    QWEN2 = "qwen2"
+
+
 class Method(str, Enum):
     """Which documents are the same."""
 
@@ -180,13 +188,23 @@ def train_tokenizer_command(
         list[str] | None,
         typer.Option(help="A token that no text becomes, such as <|fim_prefix|>; may be given several times."),
     ] = None,
+    pre_tokenizer: Annotated[
+        Words, typer.Option(help="Whose pattern cuts text into words; qwen2: each digit by itself.")
+    ] = Words.GPT2,
+    split_digits: Annotated[
+        bool, typer.Option("--split-digits", help="Each digit by itself, with any pattern.")
+    ] = False,
     read: Any = None,
 ) -> None:
     """Train a byte-level BPE tokenizer; no text is ever unknown to it."""
     from data_tools.tokenizer import train_tokenizer
 
     with saying_what_is_full(out):
-        size = train_tokenizer(inputs, vocab_size, out, read, special_token or [], _tell)
+        size = train_tokenizer(
+            *(inputs, vocab_size, out, read, special_token or [], _tell),
+            words=pre_tokenizer.value,
+            split_digits=split_digits,
+        )
     if size < vocab_size:
         typer.echo(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.", err=True)
     typer.echo(f"{out}: {size} tokens")

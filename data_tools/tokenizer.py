@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_tools.inputs import InputFile, find_inputs
 from data_tools.outputs import refuse_among_inputs
@@ -14,8 +15,17 @@ from megatrain.data.format import commit_bytes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
+
 EOD_TOKEN = "<|endoftext|>"
 NUM_BYTE_TOKENS = 256
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = {"gpt2": None, "llama3": _WORDS, "qwen2": _WORDS.replace("{1,3}", "")}
+"""The patterns by which these models cut text into words, which merges never cross; None: the library's own."""
 
 
 @dataclass(frozen=True)
@@ -93,30 +103,38 @@ def train_tokenizer(
     options: ReadOptions,
     special_tokens: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
+    *,
+    words: str = "gpt2",
+    split_digits: bool = False,
 ) -> int:
     """Train a byte-level BPE on the text of the inputs, write it to `out`, and return its true vocabulary size.
 
     Every byte has a token of its own, so no text is ever unknown. The same text gives the same file. The size is
     smaller than asked for where the text has not enough pairs to merge. ``special_tokens``: those that no text becomes,
-    beside EOD_TOKEN, such as the sentinels of fill-in-the-middle.
+    beside EOD_TOKEN, such as the sentinels of fill-in-the-middle. ``words``: of WORDS; ``split_digits``: each digit is
+    a word.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _word_splitter(words, split_digits)
+    tokenizer.decoder = decoders.ByteLevel()
     special = list(dict.fromkeys([EOD_TOKEN, *special_tokens]))
     smallest = NUM_BYTE_TOKENS + len(special)
     if vocab_size < smallest:
         raise ConfigError(
             f"--vocab-size {vocab_size} is too small: the bytes and {', '.join(special)} need {smallest}."
         )
-    if "" in special:
-        raise ConfigError("--special-token was given an empty text: a token needs a name.")
+    for token in special:
+        if len(tokenizer.pre_tokenizer.pre_tokenize_str(token)) < 2:
+            raise ConfigError(
+                f"--special-token {token!r} is no more than a word, which text may have too: a token that no text "
+                "becomes needs marks around its name, as <|name|> has."
+            )
     if not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} for --out {out}: make it first.")
     files = find_inputs(inputs, options.selection, options.text_key, say)
     refuse_among_inputs(out, inputs, files)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -133,6 +151,18 @@ def train_tokenizer(
         say(f"{texts.num_skipped} rows could not be read and were skipped; --check lists where.")
     commit_bytes(out, tokenizer.to_str(pretty=True).encode())
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+def _word_splitter(words: str, split_digits: bool) -> PreTokenizer:
+    from tokenizers import Regex, pre_tokenizers
+
+    pattern = WORDS[words]
+    parts = [
+        *([pre_tokenizers.Digits(individual_digits=True)] if split_digits else []),
+        *([pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None),
+    ]
+    return pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
 
 
 class _TextIterator:

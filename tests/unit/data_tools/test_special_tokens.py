@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer has room for and no text becomes: the sentinels of transforms in training."""
+"""What is asked of a tokenizer to be trained: tokens that no text becomes, and how text is cut into words."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
-from data_tools.tokenizer import train_tokenizer
+from data_tools.engines import choose_engine
+from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.errors import ConfigError
 
@@ -28,10 +30,37 @@ def test_they_stand_beside_the_end_of_document_token_and_are_special(text: str, 
     assert all(token["special"] for token in added)
 
 
-@pytest.mark.parametrize(("vocab_size", "tokens", "words"), [(258, TOKENS, "need 259"), (300, [""], "needs a name")])
+@pytest.mark.parametrize(
+    ("vocab_size", "tokens", "words"),
+    [(258, TOKENS, "need 259"), *((300, [word], "needs marks") for word in ("", "the", " the", "=="))],
+)
 def test_what_leaves_them_no_room_or_name_is_refused(
     vocab_size: int, tokens: list[str], words: str, text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         train_tokenizer([text], vocab_size, tmp_path / "tokenizer.json", ReadOptions(), tokens)
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "pieces"),
+    [
+        ("gpt2", {}, ["I", "'ll", "_", "pay", " 12345", "\n ", " if"]),
+        ("llama3", {}, ["I", "'ll", "_pay", " ", "123", "45", "\n", " ", " if"]),
+        ("qwen2", {}, ["I", "'ll", "_pay", " ", *"12345", "\n", " ", " if"]),
+        ("gpt2", {"split_digits": True}, ["I", "'ll", "_", "pay", " ", *"12345", "\n ", " if"]),
+    ],
+)
+def test_words_are_cut_as_the_named_model_does(
+    words: str, options: dict[str, bool], pieces: list[str], text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer([text], 300, path, ReadOptions(), TOKENS, words=words, **options)
+    library = Tokenizer.from_file(str(path))
+    sample = "I'll_pay 12345\n  if"
+    assert library.pre_tokenizer is not None
+    spans = [span for _, span in library.pre_tokenizer.pre_tokenize_str(sample)]
+    assert [sample[begin:end] for begin, end in spans] == pieces
+    assert library.decode(library.encode(sample).ids) == sample
+    engine, warning = choose_engine("fastokens", load_tokenizer(path).text_json, [sample])
+    assert (engine.name, warning) == ("fastokens", None)
