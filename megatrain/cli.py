@@ -78,6 +78,7 @@ def check(
     from megatrain.checkpoint.transformers_config import not_in_transformers
     from megatrain.plan import rules
     from megatrain.plan.cluster import find_nodes
+    from megatrain.plan.this_machine import CPU, cpu_computes_bf16, device_here
 
     loaded = load(config, overrides or ())
     if procs is not None and (nodes is not None or gpus_per_node is not None):
@@ -93,6 +94,12 @@ def check(
     for note in notes:
         typer.echo(note)
     _show_epochs(loaded)
+    is_here = nodes is None and gpus_per_node is None and device_here() == CPU
+    if is_here and loaded.train.precision == "bf16" and not cpu_computes_bf16():
+        typer.echo(
+            "This machine's CPU has no units for bf16, and takes some hundred times as long: to train here, set "
+            "train.precision=fp32."
+        )
 
 
 @app.command()
@@ -124,7 +131,13 @@ def plan(
     overrides: Overrides = None,
     nodes: Nodes = None,
     gpus_per_node: GpusPerNode = None,
-    device: Annotated[str, typer.Option(help="What computes: a100, h100, h200, b200, mi300x, l40s, ...")] = "h100",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="What computes: a100, h100, h200, b200, mi300x, l40s, ...; cpu: this machine's, measured. Left out: "
+            "what is here, or with --nodes or --gpus-per-node h100."
+        ),
+    ] = None,
     network_gbits: Annotated[
         float, typer.Option(min=0.001, callback=_finite, help="Network of each GPU to other nodes, Gbit/s one way.")
     ] = 400.0,
@@ -167,8 +180,11 @@ def plan(
     from megatrain.plan.cluster import Cluster, find_nodes
     from megatrain.plan.run_plan import Interruptions, make_plan
     from megatrain.plan.table import show
+    from megatrain.plan.this_machine import device_here
 
     loaded = _with_vocabulary(load(config, overrides or ()))
+    if device is None:
+        device = device_here() if nodes is None and gpus_per_node is None else "h100"
     nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node)
     cluster = Cluster.of(nodes, gpus_per_node, device, network_gbits, efficiency)
     interruptions = Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds, write_gbytes * 1e9)

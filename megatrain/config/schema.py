@@ -466,6 +466,11 @@ class ObserveConfig(Section):
         description="Seconds between comparisons of how long each part of a step takes on each rank, made at the next "
         "step that is logged; a rank that stays slower than the others is named.",
     )
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="FLOP/s that one rank's device reaches at the most, by your own measurement: `mfu` is a share of "
+        "it. null: a GPU's dense bf16 peak, from a table; none for a CPU or an unknown GPU, whose `mfu` is left out.",
+    )
 
 
 class RunConfig(Section):

@@ -8,6 +8,7 @@ from megatrain.config import RunConfig
 from megatrain.errors import ConfigError
 from megatrain.plan import rules
 from megatrain.plan.hardware import DEVICES, Device, find_device
+from megatrain.plan.this_machine import CPU, measured_cpu
 
 _GPUS_PER_NODE = 8
 
@@ -28,10 +29,13 @@ class Cluster:
 
     @classmethod
     def of(cls, nodes: int, gpus_per_node: int, device: str, network_gbits: float, efficiency: float) -> Cluster:
-        """A cluster of devices by name. Raises ConfigError where the table does not know it."""
-        found = find_device(device)
+        """A cluster of devices by name, or of CPUs like this machine's, which is measured.
+
+        Raises ConfigError where the table does not know the name.
+        """
+        found = measured_cpu(gpus_per_node) if device == CPU else find_device(device)
         if found is None:
-            known = ", ".join(sorted(each.name for each in DEVICES))
+            known = ", ".join(sorted([CPU, *(each.name for each in DEVICES)]))
             raise ConfigError(f"--device {device}: not a device that megatrain knows; known: {known}.")
         return cls(nodes, gpus_per_node, found, network_gbits * 1e9 / 8, efficiency)
 

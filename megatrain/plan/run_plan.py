@@ -13,6 +13,7 @@ from megatrain.plan.goodput import Failures, best_interval, goodput
 from megatrain.plan.memory import RankMemory, rank_memory
 from megatrain.plan.part import parts
 from megatrain.plan.remedy import remedy
+from megatrain.plan.this_machine import CPU
 from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble, step_time
 
 
@@ -101,7 +102,8 @@ class RunPlan:
         device, precision = self.cluster.device, self.config.train.precision
         found = []
         if precision == "bf16" and not device.has_bf16:
-            found.append(f"{device.name} computes no bf16: set train.precision=fp16")
+            other = "fp32" if device.name == CPU else "fp16"
+            found.append(f"{device.name} has no units for bf16, and takes many times as long: train.precision={other}")
         fullest = max(self.ranks, key=lambda rank: rank.peak_bytes)
         if fullest.peak_bytes > device.memory_bytes:
             found.append(self._does_not_fit(fullest))

@@ -25,6 +25,7 @@ from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
+from megatrain.plan.this_machine import cpu_computes_bf16
 from megatrain.train.assemble import Run, assemble
 from megatrain.train.progress import Progress, begun_segment
 from megatrain.train.saving import go_back, restore
@@ -53,6 +54,8 @@ def train(
     run = assemble(config, rank, clock)
     if lifeline is not None:
         lifeline.met()
+    if rank.rank == 0 and config.train.precision == "bf16" and (other := _instead_of_bf16(run.groups.device)):
+        logger.warning("%s has no units for bf16, and takes many times as long: set train.precision=%s", *other)
     ledger = GoodputLedger(Path(config.run.dir), clock.began) if rank.rank == 0 else None
     with _watched(run) as watchdog:
         progress, folder, complaints = restore(run)
@@ -134,6 +137,14 @@ def _watched(run: Run) -> Iterator[Watchdog]:
         yield watchdog
     finally:
         watchdog.close()
+
+
+def _instead_of_bf16(device: torch.device) -> tuple[str, str] | None:
+    """What a device without units for bf16 calls itself, and the precision for it; None where it has them."""
+    if device.type == "cuda":
+        is_slow = not torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.cuda.get_device_name(device), "fp16") if is_slow else None
+    return None if cpu_computes_bf16() else ("This machine's CPU", "fp32")
 
 
 def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:

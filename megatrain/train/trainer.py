@@ -96,7 +96,7 @@ class Trainer:
         self._spikes = SpikeWatch(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
-        self._peak = peak_flops(run.groups.device, run.config.train.precision) if observers else None
+        self._peak = peak_flops(run.groups.device, run.config.observe.peak_flops) if observers else None
         self._first_step = progress.step
         self._tokens_before = progress.tokens
         self._comparison = RankComparison(run.groups)

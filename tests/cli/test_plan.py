@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatrain.plan import this_machine
 from tests.cli.conftest import Megatrain
 from tests.runs import TinyData, tiny_config, write_config
 
@@ -139,6 +140,21 @@ def test_a_device_without_bf16_is_told(megatrain: Megatrain, device: str, has_bf
     told = [problem for problem in plan(megatrain, *words)["problems"] if "train.precision=fp16" in problem]
     assert bool(told) is not has_bf16
     assert plan(megatrain, *words, "train.precision=fp16")["problems"] == []
+
+
+def test_what_is_here_is_planned_for_unless_a_cluster_is_named(
+    megatrain: Megatrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = CONFIGS / "gpt2_124m_1xgpu.yaml"
+    monkeypatch.setattr(this_machine, "device_here", lambda: "cpu")
+    monkeypatch.setattr(this_machine, "cpu_computes_bf16", lambda: False)
+    here, named = plan(megatrain, recipe), plan(megatrain, recipe, "--gpus-per-node", 1)
+    assert (here["device"], named["device"]) == ("cpu", "h100")
+    assert here["tokens_per_second"] < named["tokens_per_second"] / 100
+    assert any("train.precision=fp32" in problem for problem in here["problems"])
+    assert "train.precision=fp32" in megatrain("check", recipe).out
+    for words in (["--nodes", 1], ["train.precision=fp32"]):
+        assert "train.precision=fp32" not in megatrain("check", recipe, *words).out
 
 
 def test_a_dataset_decides_the_vocabulary_that_the_config_leaves_open(
