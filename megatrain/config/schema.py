@@ -8,10 +8,20 @@ that need the number of ranks are in megatrain.plan.rules. docs/config.md is gen
 from __future__ import annotations
 
 import os.path
+import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from megatrain.config import checks
@@ -450,10 +460,16 @@ class CheckpointConfig(Section):
     )
     dir: str | None = Field(
         default=None,
-        description="Where checkpoints lie: a path, or the URL of an object store that fsspec knows, such as "
-        "s3://bucket/run; null: checkpoints in run.dir.",
+        description="Where checkpoints lie: a path (kept as an absolute one), or the URL of an object store that "
+        "fsspec knows, such as s3://bucket/run; null: checkpoints in run.dir.",
     )
     background: bool = Field(default=True, description="Training goes on while a checkpoint is written.")
+
+    @field_validator("dir")
+    @classmethod
+    def _wherever_it_is_read_from(cls, place: str | None) -> str | None:
+        """A path as an absolute one: a run that is started from another folder must find its checkpoints."""
+        return str(pathlib.Path(_in_home(place)).absolute()) if place and "://" not in place else place
 
 
 class ObserveConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,8 @@ def find_ranks(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process
 
 def tell(process: psutil.Process, number: int) -> bool:
     """Send a signal to a rank that listens for it already; whether it did. One that does not would die of it."""
-    if not _listens(process.pid, number):
+    # Python itself catches SIGINT from the start, and would end with a traceback.
+    if not _listens(process.pid, signal.SIGTERM if number == signal.SIGINT else number):
         return False
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)

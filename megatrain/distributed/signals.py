@@ -10,7 +10,8 @@ from types import FrameType
 
 import psutil
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+"""TERM last: whoever sees that a rank listens for it knows that it does for all."""
 SAVE_SIGNAL = signal.SIGUSR2
 
 
@@ -19,6 +20,9 @@ class Requests:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        """The first that asked for an end."""
+        self.is_told_to_end = False
+        """Whether TERM or Ctrl-C has come: launchers send TERM to the ranks that are left when one has died."""
         self._saves = 0
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
@@ -42,7 +46,8 @@ class Requests:
         self._saves += 1
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
+        self.is_told_to_end = self.is_told_to_end or number != signal.SIGUSR1
 
 
 def _signal_after(pid: int) -> None:

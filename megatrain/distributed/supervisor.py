@@ -64,9 +64,8 @@ def _pass_on(launcher: int, requested: Sequence[int], told: set[tuple[int, int]]
     The launcher would answer a signal by killing the ranks in the middle of their save.
     """
     for index, asked in enumerate(requested):
-        number = signal.SIGTERM if asked == signal.SIGINT else asked
         for process in _ranks(launcher):
-            if (process.pid, index) not in told and local_ranks.tell(process, number):
+            if (process.pid, index) not in told and local_ranks.tell(process, asked):
                 told.add((process.pid, index))
 
 

@@ -7,8 +7,11 @@ figure that is not finite is null.
 
 from __future__ import annotations
 
+import math
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,8 @@ import orjson
 from megatrain.observe.append import AppendFile
 
 METRICS_FILE = "metrics.jsonl"
+_NUM_LAST_LOSSES = 10
+_ABOVE_FIRST = 1.02
 _TAIL_BYTES = 1 << 20
 """Weeks of the file need not be read for its last lines."""
 
@@ -61,6 +66,35 @@ class StepMetrics:
     goodput: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class LossTrend:
+    """The loss of the first logged step, and of the last ones."""
+
+    first: float | None = None
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LAST_LOSSES))
+    num_steps: int = 0
+
+    def add(self, loss: float | None) -> None:
+        """One more step; None: its loss was not finite."""
+        loss = math.nan if loss is None else loss
+        self.first = loss if self.num_steps == 0 else self.first
+        self.last.append(loss)
+        self.num_steps += 1
+
+    def divergence(self) -> str | None:
+        """How the run has diverged, in words; None: it has not. Judged by the median of the last quarter, ten steps at
+        most, against the first; the first itself is known to 2% alone."""
+        if self.first is None:
+            return None
+        last = [*self.last][-max(self.num_steps // 4, 1) :]
+        if not all(map(math.isfinite, last)):
+            return "it diverged: the loss is not finite in the end"
+        final = statistics.median(last)
+        if final <= self.first * _ABOVE_FIRST:
+            return None
+        return f"it diverged: the loss was {self.first:,.4g} at first and is {final:,.4g} in the end"
+
+
 class MetricsWriter:
     """Appends to RUN/metrics.jsonl, on one rank only; never raises for a disk that is full or cannot be written.
 
@@ -70,12 +104,14 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, resume_step: int = 0) -> None:
         self.num_dropped_steps = 0
+        self.trend = LossTrend()
         self._resume_step = resume_step
         self._path = run_dir / METRICS_FILE
         self._file = AppendFile(self._path, prepare=self._drop_superseded)
 
     def step(self, metrics: StepMetrics) -> None:
         """Append the line of a step."""
+        self.trend.add(metrics.loss)
         line = {**vars(metrics), "ranks": {part: spread._asdict() for part, spread in metrics.ranks.items()}}
         self._append({name: value for name, value in line.items() if value != {} or name == "parts"})
 
@@ -98,7 +134,7 @@ class MetricsWriter:
     def _drop_superseded(self) -> None:
         """Rewrite the file, aside and renamed, without the steps after the resumed one and without torn lines."""
         aside = self._path.with_suffix(".tmp")
-        num_dropped = 0
+        num_dropped, trend = 0, LossTrend()
         try:
             with self._path.open("rb") as lines, aside.open("wb") as kept:
                 for text in lines:
@@ -107,6 +143,8 @@ class MetricsWriter:
                         num_dropped += line is not None and "loss" in line
                     else:
                         kept.write(text)
+                        if "loss" in line:
+                            trend.add(line["loss"])
                 kept.flush()
                 os.fsync(kept.fileno())  # or a power cut after the rename may leave an empty file
             aside.replace(self._path)
@@ -115,7 +153,7 @@ class MetricsWriter:
         except OSError:
             aside.unlink(missing_ok=True)
             raise
-        self.num_dropped_steps = num_dropped
+        self.num_dropped_steps, self.trend = num_dropped, trend
 
 
 def tail(run_dir: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatrain.observe.console import ProgressConsole
 from megatrain.observe.goodput import GoodputLedger
@@ -44,20 +44,30 @@ class Observers:
         facts: Mapping[str, str],
         startup_seconds: Mapping[str, float] | None = None,
         training_seconds: float = 0.0,
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
     ) -> None:
         """Show what is about to run (model, layout, where to look), and record that it started or resumed.
 
         ``startup_seconds``: where the time since the command went, by part; nothing where this is no start.
-        ``training_seconds``: that the state took from which steps begin now.
+        ``training_seconds``: that the state took from which steps begin now. ``changes``: what is not as it was when
+        that was saved, former and present value.
         """
         self.ledger.begin(training_seconds)
         startup = dict(startup_seconds or {})
-        self._console.start({**facts, "start-up": _in_words(startup)} if startup else facts)
+        shown = {**facts, "start-up": _in_words(startup)} if startup else dict(facts)
+        changed = {name: f"was {before} and is now {after}" for name, (before, after) in (changes or {}).items()}
+        self._console.start(shown | changed)
         dropped = {"num_steps_redone": self._metrics.num_dropped_steps} if self._resume_step else {}
         self._metrics.event(
             "resume" if self._resume_step else "start",
             self._resume_step,
-            {**facts, **dropped, **({"startup_seconds": startup} if startup else {}), "goodput": self._goodput()},
+            {
+                **facts,
+                **dropped,
+                **({"changes": dict(changes)} if changes else {}),
+                **({"startup_seconds": startup} if startup else {}),
+                "goodput": self._goodput(),
+            },
         )
 
     def step(self, metrics: StepMetrics) -> None:
@@ -91,7 +101,10 @@ class Observers:
         self._console.line(f"step {step} | {message}")
 
     def end(self, name: str, step: int, message: str) -> None:
-        """Record and show that the run stops or finishes after ``step`` steps, and where its time went."""
+        """Record and show that the run stops or finishes after ``step`` steps, and where its time went; of one that
+        finishes, that it diverged, if it did."""
+        if name == "finish" and (divergence := self._metrics.trend.divergence()) is not None:
+            message = f"{message}, but {divergence}"
         self._metrics.event(name, step, {"message": message, "goodput": self._goodput()})
         self._console.line(f"step {step} | {message}")
         self._console.line(f"step {step} | {self.ledger.figures.text()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from megatrain.errors import DataError
 from megatrain.observe.goodput import Goodput, goodput_of
-from megatrain.observe.metrics import METRICS_FILE, parse_line
+from megatrain.observe.metrics import METRICS_FILE, LossTrend, parse_line
 
 CONFIG_FILE = "config.yaml"
+_START_CONFIG = re.compile(r"config-step-(\d+)\.yaml")
 
 Column = NDArray[np.float64]
 
@@ -24,7 +26,8 @@ class RunRecord:
     """A run as recorded. Each column has one figure a logged step, NaN where it was not finite or not known.
 
     ``parts``: seconds of each part of a step. ``validation_steps`` and ``validation_losses``: one entry a validation.
-    ``events``: the lines of events, in the order they happened. ``goodput``: up to the last line, where it is known.
+    ``events``: the lines of events, in the order they happened. ``configs``: what was trained with, by the step after
+    which it began. ``goodput``: up to the last line, where it is known.
     """
 
     name: str
@@ -33,13 +36,20 @@ class RunRecord:
     validation_steps: Column
     validation_losses: Column
     events: Sequence[Mapping[str, Any]]
-    config_text: str
+    configs: Mapping[int, str]
     goodput: Goodput | None
 
     @property
     def steps(self) -> Column:
         """The logged steps, in order."""
         return self.columns["step"]
+
+    def divergence(self) -> str | None:
+        """How it has diverged, in words; None: it has not."""
+        trend = LossTrend()
+        for loss in self.columns["loss"].tolist():
+            trend.add(loss)
+        return trend.divergence()
 
     @property
     def resumed_at(self) -> list[int]:
@@ -93,7 +103,7 @@ def read_run(run_dir: Path) -> RunRecord:
         validation_steps=np.array(sorted(validations), dtype=np.float64),
         validation_losses=np.array([validations[step] for step in sorted(validations)], dtype=np.float64),
         events=events,
-        config_text=_read_config(run_dir),
+        configs=_read_configs(run_dir),
         goodput=goodput,
     )
 
@@ -109,11 +119,35 @@ def _read_lines(run_dir: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def _read_config(run_dir: Path) -> str:
+def start_config_file(step: int) -> str:
+    """The name of the file with the config of a start that went on from the state after ``step``."""
+    return f"config-step-{step}.yaml"
+
+
+def start_configs(run_dir: Path) -> dict[int, Path]:
+    """These files of a run, by that step, in order."""
+    found = {int(match[1]): path for path in run_dir.glob("*") if (match := _START_CONFIG.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def last_saved_step(run_dir: Path) -> int | None:
+    """The last step of which a run's records say that its state was saved; None where they tell of none."""
     try:
-        return (run_dir / CONFIG_FILE).read_text(errors="replace")
+        with (run_dir / METRICS_FILE).open("rb") as file:
+            lines = [line for text in file if b'"event"' in text and (line := parse_line(text)) is not None]
     except OSError:
-        return ""
+        lines = []
+    saved = [line["step"] for line in lines if line.get("event") == "save"]
+    return max([*saved, *(step for step in start_configs(run_dir) if step > 0)], default=None)
+
+
+def _read_configs(run_dir: Path) -> dict[int, str]:
+    """Of runs that kept none for each start: the one that there is."""
+    paths = start_configs(run_dir) or {0: run_dir / CONFIG_FILE}
+    try:
+        return {step: path.read_text(errors="replace") for step, path in paths.items()}
+    except OSError:
+        return {}
 
 
 def _column(lines: Sequence[Mapping[str, Any]], name: str) -> Column:

@@ -60,7 +60,7 @@ def _page(run: RunRecord) -> str:
         goodput=_goodput(run),
         parts=_parts(run),
         events=_events(run),
-        config=run.config_text,
+        configs=_configs(run),
     )
 
 
@@ -73,6 +73,8 @@ def _summary(run: RunRecord) -> dict[str, str]:
         "tokens": format_count(columns["tokens"][-1]),
         "training loss, last": _figure(columns["loss"][-1], ".4f"),
     }
+    if (divergence := run.divergence()) is not None:
+        facts["diverged"] = divergence
     if len(run.validation_losses):
         facts["validation loss, last"] = _figure(run.validation_losses[-1], ".4f")
     facts["tokens a second, median"] = format_count(_median(columns["tokens_per_second"]))
@@ -135,12 +137,29 @@ def _events(run: RunRecord) -> list[dict[str, str]]:
     return rows
 
 
+def _configs(run: RunRecord) -> list[dict[str, str]]:
+    """Each config that was trained with, where it differs from the one before."""
+    shown: list[dict[str, str]] = []
+    for step, text in run.configs.items():
+        if text and (not shown or text != shown[-1]["text"]):
+            shown.append({"title": f"From step {step + 1} on", "text": text})
+    return shown
+
+
 def _detail(event: Mapping[str, Any]) -> str:
     return ", ".join(
-        f"{key.replace('_', ' ')}: {value:.3g}" if isinstance(value, float) else f"{key.replace('_', ' ')}: {value}"
+        f"{key.replace('_', ' ')}: {_in_words(value)}"
         for key, value in event.items()
         if key not in ("event", "step", "time", "goodput")
     )
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_in_words(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return " -> ".join(map(_in_words, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _when(time: object) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -129,10 +128,8 @@ def _die(rank: RankInfo, run_dir: Path, report: str) -> None:
 
 
 def _is_told_to_end(stop: Requests, rank: RankInfo, run_dir: Path) -> bool:
-    """By TERM, which launchers send to the ranks that are left on a node when one has died; or because no launcher of
-    another node is left, for which one rank of each node looks.
-    """
-    if stop.signal is signal.SIGTERM:
+    """By a signal; or because no launcher of another node is left, for which one rank of each node looks."""
+    if stop.is_told_to_end:
         return True
     return rank.local_rank == 0 and giving_up.why_given_up(run_dir, start_name()) is not None
 

@@ -73,6 +73,8 @@ class Run:
     """What came along with the weights it has begun with; on rank 0."""
     origin: Location | None = None
     """The checkpoint that its first weights were taken from, in this start."""
+    former: RunConfig | None = None
+    """The config of the checkpoint that it goes on from."""
 
     def training_batches(self, order: DataOrder) -> TrainingBatches:
         """This rank's micro-batches in ``order``."""

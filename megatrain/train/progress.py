@@ -14,6 +14,7 @@ from megatrain.config.keys import differences
 from megatrain.data import Dataset
 from megatrain.data.order import Cut, DataOrder, Place, Segment, Terms
 from megatrain.errors import CheckpointError
+from megatrain.train.schedule import learning_rate
 from megatrain.train.spikes import NOTHING_YET, Recent, Rewind
 
 
@@ -146,7 +147,7 @@ def resume_table() -> str:
 
 def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming all of them, if the config changes what a run cannot change as it goes on."""
-    former, problems, ways_out = _with_defaults(saved), [], []
+    former, problems, ways_out = former_config(saved), [], []
     asked = former.data.num_new_epochs
     is_new_epoch = config.data.num_new_epochs > asked
     for path, before, after in differences(former.model_dump(mode="json"), config.model_dump(mode="json")):
@@ -162,6 +163,17 @@ def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
             f"This config cannot go on from the checkpoints in {config.run.dir}: {'; '.join(problems)}. Put it back, "
             f"or {', or '.join(ways_out)}."
         )
+
+
+def resume_changes(former: RunConfig, config: RunConfig, step: int) -> dict[str, tuple[Any, Any]]:
+    """What a resume after ``step`` steps changes, former and present value: every key of the config that differs, and,
+    where any does, the learning rate of the next step."""
+    found = differences(former.model_dump(mode="json"), config.model_dump(mode="json"))
+    changes: dict[str, tuple[Any, Any]] = {path: (before, after) for path, before, after in found}
+    if changes:
+        before, after = (learning_rate(c.schedule, c.optimizer.lr, step, c.train.steps) for c in (former, config))
+        changes["learning rate"] = (before, after)
+    return changes
 
 
 def _within_epoch(config: RunConfig, path: str, before: Any, after: Any) -> str | None:
@@ -220,8 +232,9 @@ def _segment(entry: Mapping[str, Any]) -> Segment:
     return Segment(entry["first_step"], Terms(**terms), places, entry["samples_before"])
 
 
-def _with_defaults(saved: Mapping[str, Any]) -> RunConfig:
-    """The config of a checkpoint, with the keys that were added since."""
+def former_config(saved: Mapping[str, Any]) -> RunConfig:
+    """The config of a checkpoint, with the keys that were added since. Raises CheckpointError where it is not one that
+    this version goes on from."""
     try:
         return RunConfig.model_validate(saved)
     except ValidationError as error:

@@ -20,11 +20,13 @@ from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store
 from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
+from megatrain.observe.metrics import METRICS_FILE
+from megatrain.observe.record import last_saved_step
 from megatrain.parallel.engine import Engine
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.companions import Companions
-from megatrain.train.progress import Progress, refuse_changes, resume_order
+from megatrain.train.progress import Progress, former_config, refuse_changes, resume_order
 from megatrain.train.spikes import Rewind, SpikeError, num_in_a_row
 
 logger = logging.getLogger(__name__)
@@ -135,9 +137,10 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
     """Fill the engine from the newest good checkpoint, or with the initial weights where there is none. Collective.
 
     A checkpoint that turns out damaged on any rank is passed over on all, for the next older one; the third value says
-    which and why (on rank 0). Raises CheckpointError where there are checkpoints but none is good, or where the config
-    changes what a run cannot change.
+    which and why (on rank 0). Raises CheckpointError where there are checkpoints but none is good, where those that the
+    run has saved are gone, or where the config changes what a run cannot change.
     """
+    _on_first_rank(run, partial(_refuse_to_begin_again, run))
     _on_first_rank(run, run.store.open_generation)
     damaged: dict[Location, str] = {}
     while (found := _on_first_rank(run, lambda: run.store.newest_good(damaged))) is not None:
@@ -154,7 +157,6 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
             return progress, found, aside
         logger.info("passing over %s: %s", found.path, problem)
         damaged[found.path] = problem
-    _on_first_rank(run, lambda: _refuse_to_begin_elsewhere(run))
     run.store.join(_on_first_rank(run, lambda: run.store.generation))
     return _begin(run), None, []
 
@@ -193,13 +195,22 @@ def _make_newest(store: CheckpointStore, step: int) -> None:
         store.set_aside(max(before) if before else min(steps))
 
 
-def _refuse_to_begin_elsewhere(run: Run) -> None:
-    """A run whose checkpoint.dir was changed would begin afresh without a word."""
-    before = find_store(Path(run.config.run.dir))
+def _refuse_to_begin_again(run: Run) -> None:
+    """A run whose checkpoints are not where they were would begin afresh without a word, and its metrics go."""
+    if any(True for _ in run.store.names()):
+        return
+    run_dir = Path(run.config.run.dir)
+    before = find_store(run_dir)
     if before.folder != run.store.folder and any(True for _ in before.names()):
         raise CheckpointError(
             f"checkpoint.dir was changed: the checkpoints are in {before.folder}, and {run.store.folder} has none. Put "
             "it back, or copy them there."
+        )
+    if (saved := last_saved_step(run_dir)) is not None:
+        raise CheckpointError(
+            f"{run_dir} has saved checkpoints, up to step {saved}, but {run.store.folder} has none: they were moved or "
+            "deleted, or their disk is not mounted. Bring them back, or set checkpoint.dir to where they are. To begin "
+            f"again at step 0, take another run.dir, or move {METRICS_FILE} and config*.yaml out of this one."
         )
 
 
@@ -245,6 +256,7 @@ def _open(run: Run, folder: Location) -> CheckpointReader:
 def _check_progress(run: Run, manifest: Manifest) -> Progress:
     """Where the checkpoint's run stood, with the data's order from there on, which becomes the run's."""
     refuse_changes(run.config, manifest.config)
+    run.former = former_config(manifest.config)
     progress = Progress.from_state(manifest.step, manifest.tokens, manifest.state)
     run.order = resume_order(run.config, progress, run.datasets, run.order)
     return replace(progress, segments=run.order.segments)

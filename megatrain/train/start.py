@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from megatrain.checkpoint.location import write_file
 from megatrain.checkpoint.lock import Lease
-from megatrain.config import RunConfig, dump
+from megatrain.config import RunConfig
 from megatrain.data.epochs import Epochs, epochs_of
 from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import RankInfo, start_name
@@ -27,7 +26,8 @@ from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.this_machine import cpu_computes_bf16
 from megatrain.train.assemble import Run, assemble
-from megatrain.train.progress import Progress, begun_segment
+from megatrain.train.config_record import record_new_run
+from megatrain.train.progress import Progress, begun_segment, resume_changes
 from megatrain.train.saving import go_back, restore
 from megatrain.train.spikes import SpikeError
 from megatrain.train.start_clock import StartClock
@@ -61,7 +61,7 @@ def train(
         progress, folder, complaints = restore(run)
         clock.lap("restore")
         if rank.rank == 0:
-            _write_config(run.config)
+            record_new_run(run.config)
         resumed_from = str(folder.path) if folder else None
         while True:
             with _observed(run, progress, resumed_from, complaints, clock, ledger) as observers:
@@ -94,7 +94,9 @@ def _observed(
     with Observers(run_dir, config.train.steps, progress.step, tensorboard, ledger) as observers:
         if clock is not None:
             clock.lap("observers")
-        observers.start(_facts(run, resumed_from), clock.parts if clock else {}, progress.training_seconds)
+        changes = resume_changes(run.former, config, progress.step) if run.former and clock else {}
+        startup = clock.parts if clock else {}
+        observers.start(_facts(run, resumed_from), startup, progress.training_seconds, changes)
         for finding in run.findings if clock is not None else ():
             observers.event("preflight", progress.step, finding.text)
         for each in _epochs(run) if clock is not None else ():
@@ -173,15 +175,3 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
 def _epochs(run: Run) -> list[Epochs]:
     """How often the whole run sees each of its datasets."""
     return epochs_of(run.order, run.config.train.steps, run.datasets)
-
-
-def _write_config(config: RunConfig) -> None:
-    """RUN/config.yaml, aside and renamed. A disk that cannot take it does not stop the run."""
-    path = Path(config.run.dir) / "config.yaml"
-    aside = path.with_suffix(".tmp")
-    try:
-        aside.unlink(missing_ok=True)
-        write_file(aside, dump(config).encode())
-        aside.replace(path)
-    except OSError as error:
-        logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror)

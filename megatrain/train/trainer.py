@@ -24,6 +24,7 @@ from megatrain.observe.observers import Observers
 from megatrain.parallel.engine import StepResult
 from megatrain.plan.flops import flops_per_token
 from megatrain.train.assemble import Run
+from megatrain.train.config_record import record_start
 from megatrain.train.progress import Progress
 from megatrain.train.saving import Saving
 from megatrain.train.schedule import learning_rate
@@ -121,6 +122,8 @@ class Trainer:
                 stopping = asked.to_stop
                 if self.progress.step == self._first_step + 1:
                     self._saving.prepare()
+                    if self._observers:
+                        record_start(self._config, self._first_step)
                 self._evaluate_if_due()
                 # Before the save: a step that a checkpoint holds is one that was logged.
                 self._report(metrics, asked.to_compare)
@@ -260,13 +263,14 @@ class Trainer:
                 "checkpoint."
             )
         if stopping and step < self._config.train.steps:
-            name = self._requests.signal.name if self._requests.signal else "a signal to another rank"
-            message = f"stopped early on request ({name}), state saved: start it again to go on"
+            asked = self._run.groups.first(self._requests.signal)  # it may have come to another rank alone
+            message = f"stopped early on request ({asked.name if asked else '?'}), state saved: start it again to go on"
             if self._observers:
                 self._observers.end("stop", step, message)
             raise Preempted(f"Step {step}: {message}.")
         if self._observers:
-            self._observers.end("finish", step, "training is complete")
+            before = f": all {step} steps were made before, nothing was trained" if step == self._first_step else ""
+            self._observers.end("finish", step, f"training is complete{before}")
 
     def _report(self, metrics: StepMetrics, to_compare: bool) -> None:
         seconds, parts = self._watch.lap()

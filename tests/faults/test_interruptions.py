@@ -109,16 +109,17 @@ def test_after_a_kill_the_losses_and_norms_are_the_same_to_the_last_bit(
 
 @pytest.fixture(scope="module")
 def stopped(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Stretch]:
-    """TERM to the command; TERM to rank 1; then to the end."""
+    """Ctrl-C to the command; TERM to rank 1; then to the end."""
     starts = Starts(tiny_data, tmp_path_factory.mktemp("stopped"))
-    interruptions = [_signal_command(signal.SIGTERM, 3), _signal_rank(1, signal.SIGTERM, 8), lambda train: None]
+    interruptions = [_signal_command(signal.SIGINT, 3), _signal_rank(1, signal.SIGTERM, 8), lambda train: None]
     return [starts.start(interrupt) for interrupt in interruptions]
 
 
 @pytest.mark.slow
 def test_a_signal_to_the_command_or_to_one_rank_saves_all_and_exits_75(stopped: list[Stretch]) -> None:
-    for stretch in stopped[:2]:
+    for stretch, name in zip(stopped[:2], ("SIGINT", "SIGTERM"), strict=True):
         assert stretch.code == 75, stretch.output
+        assert f"stopped early on request ({name})" in stretch.output
         assert stretch.saved[-1] == stretch.metrics.steps[-1]
         assert "start it again" in stretch.output
         assert "Traceback" not in stretch.output

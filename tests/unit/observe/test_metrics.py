@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
 
-from megatrain.observe.metrics import MetricsWriter
+import pytest
+
+from megatrain.observe.metrics import LossTrend, MetricsWriter
 
 INTERFACE_KEYS = {"step", "tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second", "mfu", "skipped"}
 
@@ -78,3 +80,26 @@ def test_a_run_folder_that_cannot_be_written_stops_nothing(tmp_path, make_step):
     writer.step(make_step(2))
     writer.close()
     assert [line["step"] for line in read(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([10.8, 55.0, 1414.2], "it diverged: the loss was 10.8 at first and is 1,414 in the end"),
+        ([5.0, 4.0, float("nan")], "it diverged: the loss is not finite in the end"),
+        ([6.24, 6.23, 6.26], None),  # a short run's noise
+        ([6.0] + [2.0] * 30 + [9.0], None),  # one step that leaps out
+        ([6.0] + [2.0] * 30 + [7.0] * 10, "it diverged: the loss was 6 at first and is 7 in the end"),
+    ],
+)
+def test_a_run_whose_loss_ends_above_its_first_has_diverged(losses, words, tmp_path, make_step):
+    writer, half = MetricsWriter(tmp_path), len(losses) // 2
+    for step, loss in enumerate(losses[:half], 1):
+        writer.step(make_step(step, loss=loss))
+    resumed = MetricsWriter(tmp_path, half)
+    for step, loss in enumerate(losses[half:], half + 1):
+        resumed.step(make_step(step, loss=loss))
+    whole = LossTrend()
+    for loss in losses:
+        whole.add(loss)
+    assert resumed.trend.divergence() == whole.divergence() == words

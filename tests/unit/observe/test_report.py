@@ -64,6 +64,23 @@ def test_the_page_stands_alone_and_tells_what_happened(run_dir, tmp_path):
     assert "runs/demo" in page.text
 
 
+def test_each_config_that_was_trained_with_and_a_divergence_are_shown(run_dir, tmp_path, make_step):
+    for step, lr in ((0, "0.001"), (10, "0.001"), (20, "0.01")):
+        (run_dir / f"config-step-{step}.yaml").write_text(f"optimizer: {{lr: {lr}}}\n")
+    writer = MetricsWriter(run_dir, 40)
+    writer.event("resume", 40, {"changes": {"optimizer.lr": [0.001, 0.01]}})
+    for step in range(41, 81):
+        writer.step(make_step(step, loss=1414.0))
+    writer.close()
+    write_report(run_dir, tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "From step 1 on\noptimizer: {lr: 0.001}" in text
+    assert "From step 11 on" not in text  # the same once more
+    assert "From step 21 on\noptimizer: {lr: 0.01}" in text
+    assert "changes: optimizer.lr 0.001 -> 0.01" in text
+    assert "it diverged: the loss was 8.99 at first and is 1,414 in the end" in text
+
+
 def test_text_from_a_config_or_an_event_is_shown_and_never_run(run_dir, tmp_path):
     write_report(run_dir, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())

@@ -1,0 +1,45 @@
+"""What a run trained with: RUN/config.yaml, and beside it the config of each start that made a step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+from megatrain.checkpoint.location import write_file
+from megatrain.config import RunConfig, dump
+from megatrain.observe.record import CONFIG_FILE, start_config_file, start_configs
+
+logger = logging.getLogger(__name__)
+
+
+def record_new_run(config: RunConfig) -> None:
+    """Before a run's first step: config.yaml, if there is none. What a run has trained with stays until it steps."""
+    path = Path(config.run.dir) / CONFIG_FILE
+    if not path.exists():
+        _write(path, config)
+
+
+def record_start(config: RunConfig, first_step: int) -> None:
+    """Once a start has made its first step, from the state after ``first_step``: its config is the run's from there on.
+
+    Those of starts from a later state go, as the lines of their steps in metrics.jsonl do: the run went back.
+    """
+    run_dir = Path(config.run.dir)
+    for step, path in start_configs(run_dir).items():
+        if step > first_step:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    _write(run_dir / start_config_file(first_step), config)
+    _write(run_dir / CONFIG_FILE, config)
+
+
+def _write(path: Path, config: RunConfig) -> None:
+    """Aside and renamed. A disk that cannot take it does not stop the run."""
+    aside = path.with_suffix(".tmp")
+    try:
+        aside.unlink(missing_ok=True)
+        write_file(aside, dump(config).encode())
+        aside.replace(path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror)
