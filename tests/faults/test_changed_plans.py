@@ -12,6 +12,7 @@ from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_plan_it_began_with_or_with_new_epochs(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

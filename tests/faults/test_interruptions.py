@@ -33,7 +33,7 @@ class Starts:
     """Starts a config again and again, each time interrupted as told."""
 
     def __init__(self, data: TinyData, folder: Path, num_steps: int = NUM_STEPS) -> None:
-        slow_enough_to_be_met = {"global_batch_size": 32, "precision": "bf16", "hang_timeout_seconds": 20.0}
+        slow_enough_to_be_met = {"global_batch_size": 64, "hang_timeout_seconds": 20.0}
         sections = {"train": {"steps": num_steps, **slow_enough_to_be_met}}
         self.config = write_config(folder / "run.yaml", tiny_config(data, folder / "run", **sections))
         self.run_dir = folder / "run"

@@ -21,6 +21,7 @@ from tests.runs import TinyData
 # Adam turns a gradient that is zero but for rounding into a full step. So it is with the bias of attention's keys,
 # which adds the same to all logits of a query: softmax does not see it.
 KEY_BIAS = "attn.c_attn.bias"
+NUM_STEPS = 8  # two of warm-up, and six in which a difference would grow
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Pool:
         self._ranks: dict[int, Ranks] = {}
         self._alone: dict[str, Figures] = {}
 
-    def train(self, world_size: int, config: dict[str, Any], num_steps: int = 12) -> Figures:
+    def train(self, world_size: int, config: dict[str, Any], num_steps: int = NUM_STEPS) -> Figures:
         """Train on so many ranks."""
         folder = self._folder / "case"
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,7 +82,7 @@ class Pool:
         """What so many ranks say of a case (``worker.Case``)."""
         return self._ranks.setdefault(world_size, Ranks(world_size)).train(case)
 
-    def alone(self, model: str, num_steps: int = 12, /, **sections: dict[str, Any]) -> Figures:
+    def alone(self, model: str, num_steps: int = NUM_STEPS, /, **sections: dict[str, Any]) -> Figures:
         """What one rank computes, without ZeRO and recomputation, in one micro-batch."""
         train = {"micro_batch_size": 8, **sections.pop("train", {})}
         config = parity_config(self.data, model, parallel={"zero_stage": 0}, train=train, **sections)

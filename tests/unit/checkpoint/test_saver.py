@@ -58,7 +58,9 @@ def test_state_that_is_refused_as_it_is_copied_fails_that_save_alone(tmp_path: P
 
 
 def test_a_store_that_cannot_be_reached_fails_that_save_alone_and_is_named(tmp_path: Path) -> None:
-    nowhere = UPath("s3://bucket/run", endpoint_url=f"http://127.0.0.1:{free_port()}", key="a", secret="b")
+    at_once = {"retries": {"max_attempts": 0}}
+    address = f"http://127.0.0.1:{free_port()}"
+    nowhere = UPath("s3://bucket/run", endpoint_url=address, key="a", secret="b", config_kwargs=at_once)
     store = ObjectStore(nowhere)
     store.join("g00001-0badcafe")
     saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
