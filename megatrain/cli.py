@@ -85,7 +85,7 @@ def check(
         raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
-    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model)]
+    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model), *_check_vocabulary(loaded)]
     data = rules.data_degree(loaded, world_size)
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
@@ -226,6 +226,8 @@ def train(
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
     rules.check(loaded, num_ranks)
     _check_data(loaded)
+    for note in _check_vocabulary(loaded):
+        typer.echo(f"warning: {note}", err=True)
     _check_origin(_with_vocabulary(loaded), must_exist=True)
     run_dir = Path(loaded.run.dir)
     for folder in folders_of(run_dir, loaded.checkpoint.dir):
@@ -443,6 +445,23 @@ def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     return [f"run.init_from: weights of {origin.folder}, the same model."]
 
 
+def _check_vocabulary(config: RunConfig) -> list[str]:
+    """Refuse a vocabulary that is too small for the data, where they are here; what there is to ask of it."""
+    from megatrain.data import open_dataset
+    from megatrain.data.vocabulary import idle_vocabulary, resolve_vocabulary
+
+    path = config.data.train[0].path
+    if "://" in path or not Path(path).is_dir():
+        return []
+    try:
+        dataset = open_dataset(path)
+    except DataError:  # which a start says; a config can be right without its data
+        return []
+    resolve_vocabulary(config, dataset)
+    question = idle_vocabulary(config, dataset)
+    return [] if question is None else [question]
+
+
 def _show_epochs(config: RunConfig) -> None:
     """How often the run sees each dataset, where they are here."""
     from megatrain.data.epochs import planned_epochs
@@ -460,14 +479,14 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
     if config.model.vocab_size is not None:
         return config
     from megatrain.data import open_dataset
+    from megatrain.data.vocabulary import resolve_vocabulary
 
     try:
-        vocab_size = open_dataset(config.data.train[0].path).vocab_size
+        return resolve_vocabulary(config, open_dataset(config.data.train[0].path))
     except DataError as error:
         raise DataError(
             f"model.vocab_size is null, so the dataset decides it; set it to plan without data. {error}"
         ) from error
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from megatrain.data.order import DataOrder, Terms
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.data.remote import Cache
 from megatrain.data.storage import MAPPED_SHARDS
+from megatrain.data.vocabulary import resolve_vocabulary
 from megatrain.distributed.bootstrap import RankInfo, extensions_dir
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import Groups, make_groups
@@ -27,7 +28,7 @@ from megatrain.distributed.judgement import Finding
 from megatrain.distributed.preflight import LEAST_FREE_BYTES, Places, examine, existing
 from megatrain.distributed.rendezvous import meet
 from megatrain.distributed.topology import Topology
-from megatrain.errors import ConfigError, RankError
+from megatrain.errors import RankError
 from megatrain.model.attention import CoreAttention
 from megatrain.model.decoder import Decoder, DecoderStage
 from megatrain.model.families import LayerSpec, build_layers, family_of
@@ -93,20 +94,6 @@ def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]
     validation = [opened(entry.path) for entry in config.data.validation]
     refuse_mixed([*train, *validation])
     return train, validation
-
-
-def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The config with the vocabulary that the dataset's tokenizer decides, where the user left it open."""
-    given = config.model.vocab_size
-    if given is None:
-        model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
-        return config.model_copy(update={"model": model})
-    if given < dataset.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {given}, but {dataset.path} has token ids up to {dataset.vocab_size - 1}: set it to "
-            f"{dataset.vocab_size} or more, or leave it null."
-        )
-    return config
 
 
 def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None) -> Run:

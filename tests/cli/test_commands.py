@@ -45,6 +45,17 @@ def test_check_needs_no_data_where_the_vocabulary_is_given(
     assert megatrain("check", write_config(tmp_path / "run.yaml", config)).code == 0
 
 
+def test_check_asks_about_a_vocabulary_that_the_data_never_uses(
+    megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "run.yaml", finished_config(tiny_data, tmp_path / "run"))
+    asks = "more than twice the 512 of the tokenizer"
+    for size, code, asked in ((1024, 0, False), (1025, 0, True), (511, 2, False)):
+        ended = megatrain("check", config, f"model.vocab_size={size}")
+        assert (ended.code, asks in ended.out) == (code, asked), ended.err
+    assert "has token ids up to 511" in ended.err
+
+
 def test_checkpoints_are_listed_oldest_first(megatrain: Megatrain, finished_run: Path) -> None:
     rows = json.loads(megatrain("checkpoint", "list", finished_run, "--json").out)
     assert [(row["step"], row["good"]) for row in rows] == [(2, True), (4, True), (6, True)]

@@ -25,6 +25,7 @@ from megatrain.config import RunConfig
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder
+from megatrain.data.vocabulary import resolve_vocabulary
 from megatrain.distributed.bootstrap import read_rank
 from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
@@ -36,7 +37,6 @@ from megatrain.train.assemble import (
     build_engine,
     open_training_data,
     reading_terms,
-    resolve_vocabulary,
     training_sources,
 )
 from megatrain.train.schedule import learning_rate
