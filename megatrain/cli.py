@@ -222,8 +222,7 @@ def train(
             "CUDA_VISIBLE_DEVICES hides them. Look at the driver there; to train on CPUs, export DS_ACCELERATOR=cpu."
         )
     num_ranks = procs or max(gpus, 1)
-    if gpus and num_ranks > gpus:
-        raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
+    _refuse_shared_gpus(num_ranks, gpus)
     rules.check(loaded, num_ranks)
     _check_data(loaded)
     for note in _check_vocabulary(loaded):
@@ -273,13 +272,34 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a window; left out: as many as the model was trained on.")
     ] = None,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine that share the work, each with a GPU or cores.")
+    ] = None,
+    tensor: Annotated[
+        int, typer.Option(min=1, help="So many ranks hold one copy of the model, where it is too large for one.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once."""
-    from megatrain.checkpoint.location import locate
-    from megatrain.train.inference import evaluate_checkpoint
+    """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once.
 
-    figures = evaluate_checkpoint(locate(checkpoint), data, seq_len, show_progress=sys.stderr.isatty())
+    Under srun, mpirun or torchrun, the ranks that these start share the work.
+    """
+    from megatrain.distributed.bootstrap import read_rank
+
+    rank = read_rank()
+    if rank.world_size == 1 and (procs or tensor) > 1:
+        raise typer.Exit(_evaluate_on_ranks(checkpoint, data, procs or tensor, tensor, seq_len, as_json))
+    from megatrain.checkpoint.location import locate
+    from megatrain.distributed.binding import bind
+    from megatrain.train.evaluation import evaluate_checkpoint
+
+    bind(rank)
+    show_progress = sys.stderr.isatty() and rank.rank == 0
+    figures = evaluate_checkpoint(
+        locate(checkpoint), data, seq_len, show_progress=show_progress, rank=rank, tensor=tensor
+    )
+    if rank.rank != 0:
+        return
     if as_json:
         _print_json(figures)
     else:
@@ -413,6 +433,24 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BUG)
+
+
+def _evaluate_on_ranks(
+    checkpoint: str, data: str, num_ranks: int, tensor: int, seq_len: int | None, as_json: bool
+) -> int:
+    from megatrain.distributed.bootstrap import visible_gpus
+    from megatrain.distributed.local_start import run_ranks
+
+    gpus = len(visible_gpus())
+    _refuse_shared_gpus(num_ranks, gpus)
+    command = [sys.executable, "-m", "megatrain", "eval", checkpoint, "--data", data, "--tensor", str(tensor)]
+    command += [*(["--seq-len", str(seq_len)] if seq_len else []), *(["--json"] if as_json else [])]
+    return run_ranks(command, num_ranks, has_gpu=gpus > 0)
+
+
+def _refuse_shared_gpus(num_ranks: int, gpus: int) -> None:
+    if gpus and num_ranks > gpus:
+        raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
 
 
 def _check_data(config: RunConfig) -> None:

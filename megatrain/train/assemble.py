@@ -198,18 +198,22 @@ def reading_terms(config: RunConfig, sources: Sequence[SampleSource]) -> Terms:
 def build_engine(config: RunConfig, groups: Groups) -> Engine:
     """The model of the config under the layout of the groups. Collective; its weights are not yet filled in."""
     rules.check(config, groups.topology.world_size)
-    cut = Cut(family_of(config.model).split_of, (CoreAttention, GatedActivation, Activation))
     pipeline = groups.topology.pipeline
     with torch.device("meta"):
         specs = build_layers(config.model, config.run.seed)
         mine = _stage_layers(config, specs, groups.coordinate.pipeline, pipeline)
         stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
-    sharded = shard_model(stage, config, groups, cut)
+    sharded = shard_model(stage, config, groups, cut_of(config))
     if pipeline == 1:
         return Engine(config, sharded, groups)
     if config.model.tie_word_embeddings and stage.head_name is not None:
         sharded = tie_across_stages(sharded, stage.head_name, specs[0].prefix)
     return PipelinedEngine(config, sharded, groups)
+
+
+def cut_of(config: RunConfig) -> Cut:
+    """How the model of the config is cut among tensor ranks, and what selective recomputation recomputes."""
+    return Cut(family_of(config.model).split_of, (CoreAttention, GatedActivation, Activation))
 
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:

@@ -1,33 +1,27 @@
-"""What a checkpoint is used for on one device: to generate text, to be evaluated."""
+"""A checkpoint's model on one device, and the text that it generates."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import resolve
-from megatrain.data import Dataset, open_dataset
-from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.device import has_gpu
 from megatrain.distributed.fragment import Placement
-from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
 from megatrain.train.companions import Companions
 
 TOKENIZER = "tokenizer.json"
-_TOKENS_AT_ONCE = 8192
 _DECODED_AT_ONCE, _KEPT = 256, 16
 
 
@@ -93,59 +87,6 @@ def generate_text(
     )
     yield prompt
     yield from _decode_stream(tokenizer, ids, tokens)
-
-
-def evaluate_checkpoint(
-    path: Location, data: str | Path, seq_len: int | None = None, *, show_progress: bool
-) -> dict[str, Any]:
-    """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
-
-    ``seq_len``: tokens a window, the model's context at most; None: as many as the model was trained on. The same
-    targets count as in training.
-    """
-    dataset = open_dataset(data)
-    model, saved, reader = load_decoder(path)
-    _check_tokenizer(dataset, reader)
-    seq_len = seq_len or saved.data.seq_len
-    if seq_len > saved.model.max_position_embeddings:
-        raise ConfigError(
-            f"--seq-len {seq_len} is more than the model's context: {saved.model.max_position_embeddings} tokens "
-            "(model.max_position_embeddings)."
-        )
-    windows = Windows(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
-    batches = EvaluationBatches(BatchMaker([windows], max(1, _TOKENS_AT_ONCE // seq_len)), 0, 1)
-    device = next(model.parameters()).device
-    total = 0.0
-    with torch.inference_mode():
-        for batch in track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True):
-            total += float(model(batch.to(device)))
-    num_bytes = windows.num_bytes()
-    loss = total / batches.num_targets
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan,
-        "tokens": batches.num_targets,
-        "bytes": num_bytes,
-        "seq_len": seq_len,
-    }
-
-
-def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
-    if not any(entry.file == TOKENIZER for entry in reader.manifest.files):
-        return
-    if reader.read_file(TOKENIZER) != dataset.tokenizer_path.read_bytes():
-        raise DataError(
-            f"{dataset.path} was tokenized with another tokenizer than the one {reader.folder} was trained with: its "
-            f"loss would mean nothing. Tokenize the text again with --tokenizer {reader.folder / TOKENIZER}."
-        )
-    special, is_trained = reader.manifest.special_tokens, not reader.manifest.layout.get("imported")
-    if is_trained and special is not None and special.eod is not None and special.eod.id != dataset.eod_id:
-        raise DataError(
-            f"{dataset.path} ends its documents with {dataset.manifest.eod_token} (id {dataset.eod_id}), and what "
-            f"{reader.folder} was trained on ended with {special.eod.token} (id {special.eod.id}): its loss there "
-            "would mean nothing. Tokenize the text again with --eod-token."
-        )
 
 
 def _decode_stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:

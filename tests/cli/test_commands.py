@@ -105,6 +105,41 @@ def test_eval_gives_the_validation_loss_and_bits_per_byte(
     assert "bits_per_byte" in megatrain("eval", finished_run, "--data", tiny_data.held_out).out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [("--procs", 2), ("--tensor", 2), ("--procs", 4, "--tensor", 2)], ids=str)
+def test_ranks_that_share_an_evaluation_find_what_one_does(
+    ranks: tuple[object, ...], megatrain: Megatrain, finished_run: Path, tiny_data: TinyData
+) -> None:
+    """Among windows that four ranks cannot share out evenly."""
+    command = ("eval", finished_run, "--data", tiny_data.held_out, "--json")
+    alone, shared = megatrain(*command), megatrain(*command, *ranks)
+    assert shared.code == 0, shared.err
+    found, expected = json.loads(shared.out), json.loads(alone.out)
+    assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--data", "nowhere", "--procs", 2), 3, "There is no dataset at nowhere"),
+        (("--procs", 3, "--tensor", 3), 2, "--tensor 3: "),
+        (("--procs", 3, "--tensor", 2), 2, "parallel.tensor"),
+    ],
+    ids=str,
+)
+def test_ranks_that_cannot_evaluate_say_so_once(
+    options: tuple[object, ...], code: int, words: str, megatrain: Megatrain, finished_run: Path, tiny_data: TinyData
+) -> None:
+    data = () if "--data" in options else ("--data", tiny_data.held_out)
+    ended = megatrain("eval", finished_run, *data, *options)
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.count("megatrain: ") == 1
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_generate_goes_on_from_the_prompt_the_same_way_for_the_same_seed(
     megatrain: Megatrain, finished_run: Path
 ) -> None:

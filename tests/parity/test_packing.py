@@ -10,7 +10,7 @@ import pytest
 
 from megatrain.checkpoint.location import locate
 from megatrain.data import open_dataset
-from megatrain.train.inference import evaluate_checkpoint
+from megatrain.train.evaluation import evaluate_checkpoint
 from tests.parity.figures import Pool
 from tests.parity.matrix import parity_config
 from tests.runs import TinyData, tiny_config, write_config
@@ -71,6 +71,8 @@ def test_training_validation_and_eval_score_the_same_targets(
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (step,) = (line for line in lines if "loss" in line)
     (validation,) = (line for line in lines if "validation_loss" in line)
+    computing = step["step_seconds"] - step["parts"]["eval"] - step["parts"].get("save", 0.0)
+    assert step["tokens_per_second"] * computing == pytest.approx(step["tokens"]), "filling is counted"
     found = evaluate_checkpoint(locate(str(tmp_path / "run")), short_documents, show_progress=False)
     assert found["loss"] == pytest.approx(validation["validation_loss"], rel=1e-5)
     assert validation["validation_losses"] == {"set": validation["validation_loss"]}

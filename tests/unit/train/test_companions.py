@@ -19,7 +19,8 @@ from megatrain.data.dataset import refuse_mixed
 from megatrain.errors import DataError
 from megatrain.train.companions import CARRIED, Companions
 from megatrain.train.convert import export_checkpoint, import_folder
-from megatrain.train.inference import evaluate_checkpoint, generate_text
+from megatrain.train.evaluation import evaluate_checkpoint
+from megatrain.train.inference import generate_text
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 from tests.tiny_data import silent
