@@ -16,7 +16,7 @@ from megatrain.distributed.bootstrap import child_environment
 from megatrain.errors import EXIT_OK, EXIT_RANK
 
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 2.0  # for rank 0 to find what another has found
+_GRACE_SECONDS = 10.0  # for rank 0 to find what another has found
 
 
 def run_ranks(command: Sequence[str], num_ranks: int, *, has_gpu: bool) -> int:
@@ -59,7 +59,8 @@ def _explain(number: int, ranks: Sequence[subprocess.Popen[bytes]], told: IO[byt
     code = ranks[number].returncode
     with contextlib.suppress(subprocess.TimeoutExpired):
         ranks[0].wait(_GRACE_SECONDS)
-    if ranks[0].returncode != code:
+    ranks[0].kill()
+    if ranks[0].wait() != code:
         told.seek(0)
         sys.stderr.write(told.read().decode(errors="replace"))
     if code > 0:

@@ -106,6 +106,8 @@ def _share_of(reader: CheckpointReader, saved: SavedConfig, rank: RankInfo | Non
 
 def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
     """The layout as a run's, which is held to the same rules. Raises ConfigError where it breaks one."""
+    if world_size % tensor:
+        raise ConfigError(f"--tensor {tensor} must divide the {world_size} ranks.")
     config = RunConfig.model_validate(
         {
             "run": {"dir": "."},

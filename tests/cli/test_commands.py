@@ -125,7 +125,7 @@ def test_ranks_that_share_an_evaluation_find_what_one_does(
     [
         (("--data", "nowhere", "--procs", 2), 3, "There is no dataset at nowhere"),
         (("--procs", 3, "--tensor", 3), 2, "--tensor 3: "),
-        (("--procs", 3, "--tensor", 2), 2, "parallel.tensor"),
+        (("--procs", 3, "--tensor", 2), 2, "--tensor 2 must divide the 3 ranks"),
     ],
     ids=str,
 )
