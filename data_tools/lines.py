@@ -28,6 +28,7 @@ from data_tools.units import (
 )
 from megatrain.errors import DataError
 
+HEAD_BYTES = 1 << 9
 LINE_BYTES = 1 << 16
 """Read behind a part at once, which most often holds the end of its last line."""
 TOO_LONG = f"the line is longer than {MAX_DOCUMENT_BYTES} bytes"
@@ -98,7 +99,7 @@ def _streamed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tupl
     part_bytes = unit.part_bytes
     offset = position = line_start = num_whole = 0
     pieces: list[bytes] = []
-    for block in _past_damage(read_lines(file, advance)):
+    for block in _past_damage(file, advance):
         if isinstance(block, Fault):
             whole = b"".join(pieces)
             yield offset // part_bytes, offset, whole[: whole.rfind(b"\n") + 1], [block]
@@ -125,9 +126,9 @@ def _streamed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tupl
         yield offset // part_bytes, offset, b"".join(pieces), []
 
 
-def _past_damage(blocks: Iterator[bytes]) -> Iterator[bytes | Fault]:
+def _past_damage(file: InputFile, advance: Callable[[int], None]) -> Iterator[bytes | Fault]:
     try:
-        yield from blocks
+        yield from read_lines(file, advance)
     except BadInput as error:
         yield Fault(str(error), partial(BadInput, str(error)))
 
@@ -139,6 +140,8 @@ def read_lines(file: InputFile, advance: Callable[[int], None] = lambda _: None)
         return blocks
     head = next(blocks, b"")
     blocks = chain([head], blocks)
+    if magic_name(head):
+        raise BadInput(f"{file.name} is {magic_name(head)}, no JSON.")
     return blocks if are_json_lines(head) else _values_in_lines(file, blocks)
 
 
@@ -189,20 +192,22 @@ def _rows(file: InputFile, offset: int, data: bytes, begin: int, end: int, optio
         try:
             if line_end - begin > MAX_DOCUMENT_BYTES:
                 raise BadInput(TOO_LONG)
-            yield _parse_line(view[begin:line_end], options, is_first=offset + begin == 0)
+            head = data[:HEAD_BYTES] if offset + begin == 0 else b""
+            yield _parse_line(view[begin:line_end], options, head)
         except BadInput as error:
             yield _fault(file, offset + begin, str(error))
         begin = line_end + 1
 
 
-def _parse_line(line: memoryview, options: ReadOptions, *, is_first: bool) -> Record | None:
+def _parse_line(line: memoryview, options: ReadOptions, head: bytes) -> Record | None:
+    """The record of a line; `head` is what the file begins with, if this is its first line."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        bare = bytes(line).removeprefix(BYTE_ORDER_MARK) if is_first else bytes(line)
+        bare = bytes(line).removeprefix(BYTE_ORDER_MARK) if head else bytes(line)
         if not bare.strip():
             return None
-        record = _parse_odd_line(bare, options, is_first)
+        record = _parse_odd_line(bare, options, head)
     if not isinstance(record, dict):
         raise BadInput(f"the line is no JSON object but {bytes(line[:40]).decode(errors='replace')!r}")
     keys = ", ".join(map(repr, list(record)[:20])) or "none" if options.text_key not in record else ""
@@ -218,7 +223,7 @@ def _parse_line(line: memoryview, options: ReadOptions, *, is_first: bool) -> Re
     return Record(text, identity, 0, record if options.whole_records else {})
 
 
-def _parse_odd_line(line: bytes, options: ReadOptions, is_first: bool) -> Any:
+def _parse_odd_line(line: bytes, options: ReadOptions, head: bytes) -> Any:
     """Parse a line without its byte order mark; replace invalid UTF-8 and lone surrogates if that was asked for."""
     error: Exception
     try:
@@ -233,8 +238,8 @@ def _parse_odd_line(line: bytes, options: ReadOptions, is_first: bool) -> Any:
         error = decode_error
     if b"\0" in line and line.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
         raise BadInput("the line is UTF-16, not UTF-8: convert the file")
-    name = magic_name(line) if is_first else None
-    if name and (invalid or b"\0" in line):
+    name = magic_name(head)
+    if name:
         raise BadInput(f"this is {name}, no JSON. Name the file after what it is, or leave it out with --exclude")
     if not invalid:
         raise BadInput(f"bad JSON ({_in_line(error)})")

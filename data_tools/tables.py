@@ -220,6 +220,8 @@ def _text_column(batch: pa.RecordBatch, key: str, file: InputFile) -> pa.Array:
     column = _field(batch.to_struct_array(), key)
     if column is None:
         raise BadInput(f"{file.name}: the column {key.partition('.')[0]!r} has no field {key.partition('.')[2]!r}.")
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if not _is_text(column.type) and not _is_binary(column.type):
         raise BadInput(f"{file.name}: the column {key!r} holds {column.type}, not text.")
     return _as_bytes(column, key, file)
@@ -363,6 +365,8 @@ def _csv_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordBat
     header = stream.readline(BLOCK_BYTES)
     if not header.strip():
         return
+    if magic_name(header):
+        raise pa.ArrowInvalid("no text")  # which names what it is
     names = pyarrow.csv.open_csv(io.BytesIO(header), parse_options=parse).schema.names
     columns = _columns(names, options, file)
     if stream.peek(1):

@@ -169,6 +169,8 @@ NO_TEXT = {
     "image.txt": (PNG, "a PNG image"),
     "lines.jsonl": (bz2.compress(LINE * 9), "line 1: this is bzip2"),
     "table.parquet": (gzip.compress(LINE), "is gzip, not parquet"),
+    "rows.csv": (b"PK\x03\x04" + bytes(60), "zip (or docx, xlsx, npz), not csv"),
+    "lines.json": (PNG + b"\n" * 9, "a PNG image"),
     "old.feather": (b"FEA1" + bytes(60), "Feather version 1, not arrow"),
     "zip.jsonl.gz": (b"PK\x03\x04" + bytes(60), "zip (or docx, xlsx, npz), not gzip"),
     "page.md": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(60), "PDF"),
