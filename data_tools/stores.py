@@ -15,7 +15,7 @@ _VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "blob_id", "generation"),
     *("LastModified", "last_modified", "Last-Modified", "modified", "updated", "mtime", "created"),
 )
-"""Under which stores say what changes when a file's content does."""
+"""Under which stores say what changes when a file's content does; what follows from the content first."""
 
 
 class StoreError(OSError):
@@ -84,8 +84,8 @@ def list_at(address: str) -> Iterator[tuple[str, bool, int | None, str]]:
         for name, named, info in _found(filesystem, path, address):
             if not any(part.startswith(".") and part not in given for part in name.split("/")):
                 known = info if info.get("size") is not None else filesystem.info(name)
-                version = " ".join(str(known.get(key, "")) for key in _VERSION_KEYS)
-                yield filesystem.unstrip_protocol(name), named, known.get("size"), version.strip()
+                version = next((str(known[key]) for key in _VERSION_KEYS if known.get(key)), "")
+                yield filesystem.unstrip_protocol(name), named, known.get("size"), version
     except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
         reason = error.__cause__ if isinstance(error, FileNotFoundError) else None
         raise DataError(
