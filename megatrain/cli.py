@@ -19,6 +19,7 @@ from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, DataError, 
 
 if TYPE_CHECKING:
     from megatrain.config import RunConfig
+    from megatrain.data.epochs import Epochs
 
 app = typer.Typer(
     help="Pretrain decoder language models; rehearse it on a laptop first.",
@@ -190,10 +191,7 @@ def plan(
     interruptions = Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds, write_gbytes * 1e9)
     planned = make_plan(loaded, cluster, interruptions)
     if as_json:
-        from megatrain.data.epochs import planned_epochs
-
-        epochs = [each._asdict() for each in planned_epochs(loaded)]
-        _print_json({**planned.to_json(), "epochs": epochs})
+        _print_json({**planned.to_json(), "epochs": [each._asdict() for each in _epochs(loaded)]})
     else:
         show(planned)
         _show_epochs(loaded)
@@ -485,12 +483,12 @@ def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
 
 def _check_vocabulary(config: RunConfig) -> list[str]:
     """Refuse a vocabulary that is too small for the data, where they are here; what there is to ask of it."""
+    path = config.data.train[0].path
+    if not Path(path).is_dir():
+        return []
     from megatrain.data import open_dataset
     from megatrain.data.vocabulary import idle_vocabulary, resolve_vocabulary
 
-    path = config.data.train[0].path
-    if "://" in path or not Path(path).is_dir():
-        return []
     try:
         dataset = open_dataset(path)
     except DataError:  # which a start says; a config can be right without its data
@@ -500,11 +498,18 @@ def _check_vocabulary(config: RunConfig) -> list[str]:
     return [] if question is None else [question]
 
 
-def _show_epochs(config: RunConfig) -> None:
-    """How often the run sees each dataset, where they are here."""
+def _epochs(config: RunConfig) -> list[Epochs]:
+    """How often the run sees each dataset; where one is not here none, and without loading what reads them."""
+    if not all(Path(entry.path).is_dir() for entry in config.data.train):
+        return []
     from megatrain.data.epochs import planned_epochs
 
-    found = planned_epochs(config)
+    return planned_epochs(config)
+
+
+def _show_epochs(config: RunConfig) -> None:
+    """How often the run sees each dataset, where they are here."""
+    found = _epochs(config)
     if found:
         typer.echo(f"epochs   {', '.join(each.text() for each in found)}")
     for each in found:

@@ -43,7 +43,7 @@ def planned_epochs(config: RunConfig) -> list[Epochs]:
     Packed samples are counted as if no space was left free in them.
     """
     paths = [entry.path for entry in config.data.train]
-    if any("://" in path or not Path(path).is_dir() for path in paths):
+    if not all(Path(path).is_dir() for path in paths):
         return []
     try:
         datasets = [open_dataset(path) for path in paths]

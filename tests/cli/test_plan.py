@@ -76,7 +76,7 @@ def test_a_recipe_fits_the_devices_that_it_is_for(megatrain: Megatrain, recipe: 
 
 
 def test_what_does_not_fit_has_its_figures_and_a_way_out_that_does(megatrain: Megatrain) -> None:
-    words = [CONFIGS / "llama_8b_64xh100.yaml", "parallel.tensor=1", "parallel.sequence=false"]
+    words = [CONFIGS / "llama_8b_64xh100.yaml", "parallel.tensor=1", "parallel.zero_stage=0"]
     size = ["--nodes", 8, "--gpus-per-node", 8]
     found = plan(megatrain, *words, *size)
     (problem,) = found["problems"]
