@@ -16,7 +16,8 @@ def test_check_tells_the_layout(megatrain: Megatrain, tiny_data: TinyData, tmp_p
     config = write_config(tmp_path / "run.yaml", finished_config(tiny_data, tmp_path / "run"))
     assert megatrain("check", config, "--procs", 2) == (
         0,
-        f"{config} is right on 2 rank(s): data 2 x tensor 1 x pipeline 1, 2 micro-batch(es) a step.\n",
+        f"{config} is right on 2 rank(s): data 2 x tensor 1 x pipeline 1, 2 micro-batch(es) a step.\n"
+        f"epochs   {tiny_data.prose} 0.02, {tiny_data.code} 0.03\n",
         "",
     )
     ended = megatrain("check", config, "parallel.tensor=2", "--nodes", 2, "--gpus-per-node", 2)
