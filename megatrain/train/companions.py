@@ -72,9 +72,14 @@ class Companions:
 
         Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
         """
-        known = self.files if TOKENIZER in self.files else _without(self.files, TOKENIZER_FILES)
+        known = {name: content for name, content in self.files.items() if name not in self.staying_behind}
         special_tokens = self.special_tokens.model_copy(update={"eod": eod, **({"bos": bos} if bos else {})})
         return replace(self, special_tokens=special_tokens, files={**known, TOKENIZER: tokenizer_json})
+
+    @property
+    def staying_behind(self) -> list[str]:
+        """The files that no run takes along."""
+        return [] if TOKENIZER in self.files else [name for name in TOKENIZER_FILES if name in self.files]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -186,7 +191,3 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} holds no JSON object.")
     return value
-
-
-def _without(files: Mapping[str, bytes], names: tuple[str, ...]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if name not in names}

@@ -297,6 +297,10 @@ def _begin(run: Run) -> Progress:
         _, problem = _on_all_ranks(run, lambda: _fill(run, _open(run, folder), num_updates=0))
         if problem is not None:
             raise CheckpointError(f"run.init_from cannot be used: {problem}")
+        if run.rank.rank == 0 and (stay := run.companions.staying_behind):
+            logger.warning(
+                "%s has no tokenizer.json to compare with the data's: %s stay behind", folder, ", ".join(stay)
+            )
     run.engine.publish()
     return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))
 
