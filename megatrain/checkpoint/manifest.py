@@ -46,12 +46,16 @@ class Token(BaseModel):
 
 
 class SpecialTokens(BaseModel):
-    """Which tokens have a meaning of their own; None: there is none, or none is known. ``eod`` ends a document."""
+    """Which tokens have a meaning of their own; None: there is none, or none is known. ``eod`` ends a document.
+
+    ``begins_with_bos``: whether ``bos`` begins each document, and so each prompt.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     eod: Token | None = None
     bos: Token | None = None
+    begins_with_bos: bool = False
     pad: Token | None = None
     unk: Token | None = None
 

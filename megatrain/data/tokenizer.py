@@ -117,6 +117,10 @@ class Tokenizer:
         """The ids of a prompt, nothing added; control tokens that are spelled out in it count as such."""
         return list(self._library.encode(text, add_special_tokens=False).ids)
 
+    def begins_with(self, token_id: int) -> bool:
+        """Whether the file asks for this token before every text (its post-processor), as transformers then puts it."""
+        return bool(self._library.encode("a", add_special_tokens=True).ids[:1] == [token_id])
+
     def comes_from_text(self, token: str) -> bool:
         """Whether text becomes this token when a dataset is made: found out by encoding it."""
         spelled = f"{token} {token} {self.decode([self.ids[token]])}"

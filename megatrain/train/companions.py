@@ -35,6 +35,7 @@ CARRIED = (CONFIG, GENERATION, *TOKENIZER_FILES)
 """The files of a Hugging Face folder that are kept as they are, both ways."""
 
 _JSON_STYLE = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+_PLAIN_CLASS = "PreTrainedTokenizerFast"
 _FORMER_EOD = "<|endoftext|>"  # what `tokenize` ends documents with unless told otherwise
 # What transformers takes for an id that config.json leaves out.
 _ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
@@ -63,8 +64,10 @@ class Companions:
         if manifest.special_tokens is not None:
             return cls(manifest.special_tokens, files)
         special_tokens = _read_special_tokens(files)  # an older version wrote it, which kept none
-        if special_tokens.eod is None and (number := _vocabulary(files).get(_FORMER_EOD)) is not None:
-            special_tokens = special_tokens.model_copy(update={"eod": Token(id=number, token=_FORMER_EOD)})
+        tokenizer = _tokenizer(files)
+        if special_tokens.eod is None and tokenizer is not None and _FORMER_EOD in tokenizer.ids:
+            eod = Token(id=tokenizer.ids[_FORMER_EOD], token=_FORMER_EOD)
+            special_tokens = special_tokens.model_copy(update={"eod": eod})
         return cls(special_tokens, files)
 
     def with_data(self, tokenizer_json: bytes, eod: Token, bos: Token | None = None) -> Companions:
@@ -73,8 +76,23 @@ class Companions:
         Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
         """
         known = {name: content for name, content in self.files.items() if name not in self.staying_behind}
-        special_tokens = self.special_tokens.model_copy(update={"eod": eod, **({"bos": bos} if bos else {})})
+        update = {"eod": eod, "bos": bos or self.special_tokens.bos, "begins_with_bos": bos is not None}
+        special_tokens = self.special_tokens.model_copy(update=update)
         return replace(self, special_tokens=special_tokens, files={**known, TOKENIZER: tokenizer_json})
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What stands before every prompt."""
+        tokens = self.special_tokens
+        return [tokens.bos.id] if tokens.bos is not None and tokens.begins_with_bos else []
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of an export."""
+        bos, tokenizer = self.special_tokens.bos, _tokenizer(self.files)
+        if bos is None or not self.prompt_ids or tokenizer is None or _begins_with(bos, self.files, tokenizer):
+            return []
+        return [f"the data's documents begin with {bos.token}, which transformers does not put there: prompts need it."]
 
     @property
     def staying_behind(self) -> list[str]:
@@ -109,7 +127,7 @@ def exported_files(companions: Companions, model: ModelConfig, dtype: str) -> di
         changed[GENERATION] = ids
     if TOKENIZER in files and TOKENIZER_CONFIG not in files:
         changed[TOKENIZER_CONFIG] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": _PLAIN_CLASS,
             "model_max_length": model.max_position_embeddings,
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
@@ -138,7 +156,8 @@ def _by_role(tokens: SpecialTokens) -> list[tuple[str, Token]]:
 
 def _read_special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
     """By ids of generation_config.json and config.json, and by names of the tokenizer's files."""
-    ids_by_text = _vocabulary(files)
+    tokenizer = _tokenizer(files)
+    ids_by_text = tokenizer.ids if tokenizer is not None else {}
     texts_by_id = {number: text for text, number in ids_by_text.items()}
     found: dict[str, Token] = {}
     for role in ("eos", "bos", "pad", "unk"):
@@ -149,7 +168,16 @@ def _read_special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
         if number is not None:
             text = texts_by_id.get(number) if texts_by_id else (named if len(ids) == 1 else None)
             found["eod" if role == "eos" else role] = Token(id=number, token=text)
-    return SpecialTokens(**found)
+    return SpecialTokens(**found, begins_with_bos="bos" in found and _begins_with(found["bos"], files, tokenizer))
+
+
+def _begins_with(bos: Token, files: Mapping[str, bytes], tokenizer: Tokenizer | None) -> bool:
+    """Whether transformers puts it before a text: all classes but one of its tokenizers know ``add_bos_token``."""
+    settings = _json(files, TOKENIZER_CONFIG) or {}
+    asked = settings.get("add_bos_token")
+    if isinstance(asked, bool) and settings.get("tokenizer_class") != _PLAIN_CLASS:
+        return asked
+    return tokenizer is not None and tokenizer.begins_with(bos.id)
 
 
 def _folder_ids(files: Mapping[str, bytes], role: str) -> list[int]:
@@ -173,12 +201,12 @@ def _folder_text(files: Mapping[str, bytes], role: str) -> str | None:
     return None
 
 
-def _vocabulary(files: Mapping[str, bytes]) -> dict[str, int]:
-    """Text to id of a tokenizer.json's tokens; nothing where there is none that can be read."""
+def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
+    """That of tokenizer.json; None where there is none that can be read."""
     try:
-        return Tokenizer(files[TOKENIZER], TOKENIZER).ids if TOKENIZER in files else {}
+        return Tokenizer(files[TOKENIZER], TOKENIZER) if TOKENIZER in files else None
     except DataError:
-        return {}
+        return None
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:

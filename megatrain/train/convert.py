@@ -48,7 +48,7 @@ def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.
     companions = Companions.of_checkpoint(folder, reader.manifest)
     files = exported_files(companions, saved.model, str(dtype).removeprefix("torch."))
     huggingface.export_folder(reader, parameter_shapes(saved.model), dtype, files, out, shard_bytes)
-    return Converted(folder, reader.manifest.parameters, not_in_transformers(saved.model))
+    return Converted(folder, reader.manifest.parameters, [*not_in_transformers(saved.model), *companions.notes])
 
 
 def import_folder(folder: Path, out: Path) -> Converted:

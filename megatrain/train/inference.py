@@ -75,6 +75,8 @@ def generate_text(
     unknown = UnknownText(tokenizer).count([prompt], np.array(ids), np.array([0, len(ids)]), ["the prompt"])
     if unknown.characters:
         warn(f"The checkpoint's tokenizer has no tokens for {unknown}.")
+    companions = Companions.of_checkpoint(reader.folder, reader.manifest)
+    ids = [*companions.prompt_ids, *ids]
     room = model.config.max_position_embeddings - len(ids)
     tokens = generate(
         model,
@@ -82,7 +84,7 @@ def generate_text(
         min(max_new_tokens, room) if room > 0 else max_new_tokens,
         sampling,
         seed,
-        Companions.of_checkpoint(reader.folder, reader.manifest).stop_ids,
+        companions.stop_ids,
         tokenizer.vocab_size,
     )
     yield prompt

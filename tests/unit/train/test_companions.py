@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
@@ -161,6 +162,7 @@ def test_generation_stops_where_the_folder_says(folder: Path, tmp_path: Path) ->
         shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
         import_folder(hf, tmp_path / "checkpoint")
         options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "top_k": None, "top_p": 1.0, "seed": 3}
+        options["warn"] = pytest.fail
         return "".join(generate_text(tmp_path / "checkpoint", "The", **options))
 
     (hf / "tokenizer_config.json").unlink()
@@ -204,6 +206,27 @@ def test_of_several_ends_the_tokenizers_is_taken(folder: Path, ids: dict[str, in
     other = companions.with_data(files["tokenizer.json"], Token(id=0, token="<|endoftext|>"), Token(id=4, token="<s>"))
     assert other.stop_ids == [0]
     assert other.special_tokens.bos == Token(id=4, token="<s>")
+
+
+def test_a_prompt_begins_as_documents_do(folder: Path, ids: dict[str, int]) -> None:
+    begin = ids["<|begin_of_text|>"]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain = tokenizer.to_str().encode()
+    template = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)])
+    tokenizer.post_processor = template
+    begun = tokenizer.to_str().encode()
+    named = json.dumps({"bos_token": "<|begin_of_text|>"}).encode()
+    asked = json.dumps({"bos_token": "<|begin_of_text|>", "add_bos_token": True}).encode()
+    of = Companions.of_folder
+    assert of({"tokenizer.json": plain, "tokenizer_config.json": named}).prompt_ids == []
+    assert of({"tokenizer.json": begun, "tokenizer_config.json": named}).prompt_ids == [begin]
+    assert of({"tokenizer.json": plain, "tokenizer_config.json": asked}).prompt_ids == [begin]
+    imported = of({"tokenizer.json": begun, "tokenizer_config.json": named})
+    end = Token(id=0, token="<|endoftext|>")
+    assert imported.with_data(begun, end).prompt_ids == []
+    assert imported.with_data(begun, end, imported.special_tokens.bos).prompt_ids == [begin]
+    assert imported.notes == []
+    assert "prompts need it" in of({}).with_data(plain, end, imported.special_tokens.bos).notes[0]
 
 
 def test_a_tokenizer_of_unknown_origin_takes_no_files_along() -> None:
