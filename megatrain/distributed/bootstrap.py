@@ -21,6 +21,8 @@ DEFAULT_MASTER_PORT = 29500
 _THIS_HOST = "127.0.0.1"
 _SUPERVISOR = "MEGATRAIN_SUPERVISOR"
 _LAUNCHED_AT = "MEGATRAIN_LAUNCHED_AT"
+_DEVICE = "MEGATRAIN_DEVICE"
+"""`cuda` where who starts the ranks has seen GPUs, or asked SLURM for some: `megatrain train`, our batch scripts."""
 _GPU_COUNTS = (
     "SLURM_GPUS",
     "SLURM_GPUS_PER_NODE",
@@ -29,7 +31,7 @@ _GPU_COUNTS = (
     "SLURM_GPUS_ON_NODE",
 )
 _GPU_LISTS = (
-    "MEGATRAIN_DEVICE",  # "cuda" in the batch scripts of `megatrain-launch slurm`: over ssh ranks see none of SLURM's
+    _DEVICE,
     "SLURM_JOB_GPUS",
     "SLURM_STEP_GPUS",
     "CUDA_VISIBLE_DEVICES",
@@ -165,7 +167,9 @@ def child_environment(num_ranks: int, *, has_gpu: bool, launched_at: float | Non
     if launched_at is not None:
         env[_LAUNCHED_AT] = str(launched_at)
     env.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // num_ranks)))
-    if not has_gpu:
+    if has_gpu:
+        env.setdefault(_DEVICE, "cuda")
+    else:
         env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_WAIT_POLICY", "passive")
     return env
@@ -206,7 +210,7 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
         return []
     if "CUDA_VISIBLE_DEVICES" in env:
         return [gpu for word in env["CUDA_VISIBLE_DEVICES"].split(",") if (gpu := word.strip()) not in _NO_GPUS]
-    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    return _driver_gpus()
 
 
 def gpu_request(environ: Mapping[str, str] | None = None) -> str | None:
@@ -220,9 +224,14 @@ def gpu_request(environ: Mapping[str, str] | None = None) -> str | None:
         if env.get(key, "0").rpartition(":")[2] != "0":
             return f"{key}={env[key]}"
     for key in _GPU_LISTS:
-        if env.get(key, "").split(",")[0].strip() not in _NO_GPUS:
+        is_deepspeeds = key == "CUDA_VISIBLE_DEVICES" and "LOCAL_SIZE" in env  # its launcher sets it without GPUs too
+        if not is_deepspeeds and env.get(key, "").split(",")[0].strip() not in _NO_GPUS:
             return f"{key}={env[key]}"
-    return "/dev/nvidia0 and its like" if visible_gpus(env) else None
+    return "/dev/nvidia0" if _driver_gpus() and visible_gpus(env) else None
+
+
+def _driver_gpus() -> list[str]:
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def export_device(index: int) -> None:

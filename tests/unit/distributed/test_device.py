@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatrain.distributed.bootstrap import gpu_request, visible_gpus
+from megatrain.distributed import bootstrap
+from megatrain.distributed.bootstrap import child_environment, gpu_request, visible_gpus
 from megatrain.distributed.device import Seat, find_objection, local_device, take_seat
 from megatrain.errors import EXIT_RANK, EXIT_USAGE
 
@@ -60,11 +61,23 @@ def test_a_job_says_that_it_is_for_gpus(variables: dict[str, str]) -> None:
         {"CUDA_VISIBLE_DEVICES": "-1"},
         {"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_GPUS": "0"},
         {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_PER_NODE": "h100:0"},
+        {"CUDA_VISIBLE_DEVICES": "", "LOCAL_SIZE": "2"},
     ],
 )
 def test_a_job_without_gpus_asks_for_none(variables: dict[str, str]) -> None:
     assert gpu_request(variables) is None
     assert visible_gpus(variables) == []
+
+
+def test_what_deepspeed_sets_is_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher numbers GPUs where there are none, too; `megatrain train` says what it has seen."""
+    monkeypatch.setattr(bootstrap, "_driver_gpus", list)
+    numbered = {"CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_SIZE": "2"}
+    assert gpu_request(numbered) is None
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert gpu_request({**child_environment(2, has_gpu=True), **numbered}) == "MEGATRAIN_DEVICE=cuda"
+    monkeypatch.setattr(bootstrap, "_driver_gpus", lambda: ["0", "1"])
+    assert gpu_request(numbered) == "/dev/nvidia0"
 
 
 def test_a_job_for_gpus_refuses_to_train_on_cpus() -> None:
