@@ -26,7 +26,7 @@ def bind(rank: RankInfo) -> None:
 
     As many OpenMP threads as that share has cores, unless OMP_NUM_THREADS is set.
     """
-    if assigned := _assigned_devices(os.environ):
+    if (assigned := _assigned_devices(os.environ)) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = assigned
     if os.environ.get(BIND_CORES) != "1" or not hasattr(os, "sched_setaffinity"):
         return

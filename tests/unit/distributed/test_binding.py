@@ -128,6 +128,7 @@ def test_threads_that_the_user_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     ("environment", "devices"),
     [
         ({"MEGATRAIN_ASSIGNED_DEVICES": "4,6"}, "4,6"),
+        ({"MEGATRAIN_ASSIGNED_DEVICES": ""}, ""),  # none, not all
         ({"GPU_DEVICE_ORDINAL": "4,6", "SLURM_JOB_ID": "7", "LOCAL_SIZE": "2"}, "4,6"),
         ({"GPU_DEVICE_ORDINAL": "4", "SLURM_JOB_ID": "7", "LOCAL_SIZE": "2"}, "0,1"),
         ({"GPU_DEVICE_ORDINAL": "4,6", "SLURM_JOB_ID": "7"}, "0,1"),  # of another launcher, which replaces nothing
