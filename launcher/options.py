@@ -46,7 +46,7 @@ def merged(*layers: Iterable[str]) -> list[str]:
 def subject(option: str) -> str:
     """What an option is about: its name, but one for all that exclude each other."""
     name, _, value = option.partition("=")
-    if name == "--gres" and value.startswith("gpu"):
+    if name == "--gres" and _GRES.search(value):
         return "--gpus-per-node"
     return _SAME_SUBJECT.get(name, name)
 

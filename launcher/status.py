@@ -99,12 +99,20 @@ def look(run_dir: Path, now: float | None = None) -> Status:
         tokens_per_second=last.get("tokens_per_second"),
         mfu=last.get("mfu"),
         seconds_left=(num_steps - step) * step_seconds if num_steps and step_seconds else None,
-        saved_step=newest_step(run_dir, config.checkpoint.dir if config else None),
+        saved_step=_saved_step(run_dir, config, saves),
         saved_seconds_ago=now - saves[-1]["time"] if saves else None,
         goodput=next((found.shares["training"] for line in reversed(lines) if (found := goodput_of(line))), None),
         problems=[],
     )
     return status._replace(problems=list(_problems(status, run_dir, config, steps, events)))
+
+
+def _saved_step(run_dir: Path, config: RunConfig | None, saves: Sequence[Mapping[str, Any]]) -> int | None:
+    """Of the newest checkpoint; of one in an object store, which may not be at hand here, as it was logged."""
+    place = config.checkpoint.dir if config else None
+    if place and "://" in place:
+        return saves[-1]["step"] if saves else None
+    return newest_step(run_dir, place)
 
 
 def _config(run_dir: Path) -> RunConfig | None:

@@ -81,7 +81,7 @@ _WHOLE = {"--gpus-per-node": "4", "--exclusive": "", "--mem": "0"}
         (("--sbatch", "--mem=500G"), {}, {**_WHOLE, "--mem": "500G"}),
         (("--sbatch=--mem-per-gpu=60G",), {}, {"--gpus-per-node": "4", "--exclusive": "", "--mem-per-gpu": "60G"}),
         (("--sbatch", "--gres=gpu:h100:4"), {}, {"--exclusive": "", "--mem": "0", "--gres": "gpu:h100:4"}),
-        ((), {"sbatch": ["--gres=gpu:4,nvme:1"]}, {"--exclusive": "", "--mem": "0", "--gres": "gpu:4,nvme:1"}),
+        ((), {"sbatch": ["--gres=nvme:1,gpu:4"]}, {"--exclusive": "", "--mem": "0", "--gres": "nvme:1,gpu:4"}),
         (
             (),
             {"sbatch": ["--oversubscribe", "--mem=9G"]},

@@ -134,6 +134,13 @@ def test_saves_that_do_not_come_are_noticed(run: Path) -> None:
     ]
 
 
+def test_an_object_store_is_not_asked(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["checkpoint"]["dir"] = "s3://nowhere/run"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert look(run, NOW).saved_step == 15
+
+
 def test_a_folder_of_no_run_is_refused(tmp_path: Path, launch: Launch) -> None:
     ended = launch("status", str(tmp_path / "gone"))
     assert (ended.code, ended.out) == (2, "")
