@@ -14,7 +14,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatrain.observe.record import Column, RunRecord
 
+CHART_INCHES = (5.0, 3.1)  # small, so that its text can be read on a phone
 MAX_POINTS = 400
+LEGEND_ABOVE: dict[str, Any] = {"borderaxespad": 0.2, "handlelength": 1, "columnspacing": 1.2, "labelspacing": 0.3}
 MAX_BARS = 60  # of the chart of time: wide enough to see what a save or a validation costs among steps
 
 INK, PALE_INK, GRID = "#2f3640", "#7a828c", "#e6e8eb"
@@ -104,7 +106,7 @@ def draw_learning_rate(axes: Axes, run: RunRecord) -> None:
 
 def draw_time(axes: Axes, run: RunRecord) -> None:
     """Where the time of a step went, by step, one part upon the other."""
-    axes.set_title("Where the time went", pad=26)  # the legend is between title and axes
+    axes.set_title("Where the time went", pad=36)  # the legend is between title and axes
     steps, _, _ = _binned(run.steps, MAX_BARS)
     names = [*(n for n in PART_COLOURS if n in run.parts), *(n for n in run.parts if n not in PART_COLOURS)]
     heights = [_binned(run.parts[name], MAX_BARS)[0] for name in names]
@@ -114,7 +116,7 @@ def draw_time(axes: Axes, run: RunRecord) -> None:
         axes.stackplot(steps, *heights, labels=labels, colors=colours, step="mid", linewidth=0)
         totals = np.sum(heights, axis=0)
         axes.set_ylim(0, min(totals.max() * 1.05, 3 * np.median(totals)) or 1.0)  # a slow first step hides no other
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(names), borderaxespad=0, handlelength=1)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=-(-len(names) // 2), **LEGEND_ABOVE)
     axes.set_ylabel("seconds a step")
     _finish(axes, run, mark=False)
 
@@ -150,7 +152,7 @@ CHARTS: Mapping[str, Callable[[Axes, RunRecord], None]] = {
 def draw_chart(draw: Callable[[Axes, RunRecord], None], run: RunRecord) -> Figure:
     """One chart, as a figure of its own."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+        figure = Figure(figsize=CHART_INCHES, layout="constrained")
         draw(figure.add_subplot(), run)
         return figure
 

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 from megatrain.observe.metrics import tail
 from megatrain.observe.units import format_duration
 
+SHOWN = {"restarting": "starting"}
+"""A part in words, where its key says less: the first start is none again."""
+
 
 class Goodput(NamedTuple):
     """Seconds of each part of a run's time.
@@ -43,7 +46,7 @@ class Goodput(NamedTuple):
     def text(self) -> str:
         """In one line, for a person."""
         training, *lost = self.shares.items()
-        parts = ", ".join(f"{part} {share:.1%}" for part, share in lost)
+        parts = ", ".join(f"{SHOWN.get(part, part)} {share:.1%}" for part, share in lost)
         return f"goodput {training[1]:.1%} of {format_duration(self.wall_seconds)} since the first start ({parts})"
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from megatrain.errors import ConfigError
 from megatrain.observe.charts import CHARTS, draw_all, draw_chart
+from megatrain.observe.goodput import SHOWN
 from megatrain.observe.record import Column, RunRecord, read_run
 from megatrain.observe.units import format_bytes, format_count, format_duration
 
@@ -113,12 +114,12 @@ def _goodput(run: RunRecord) -> list[dict[str, str]]:
         return []
     pairs = zip(run.goodput.shares.items(), run.goodput, strict=True)
     return [
-        {"name": part, "share": f"{share:.1%}", "duration": format_duration(seconds)}
+        {"name": SHOWN.get(part, part), "share": f"{share:.1%}", "duration": format_duration(seconds)}
         for (part, share), seconds in pairs
     ]
 
 
-def _events(run: RunRecord) -> list[dict[str, str]]:
+def _events(run: RunRecord) -> list[dict[str, Any]]:
     """The table of events: all of them, but of the saves only the last few."""
     saves = [event for event in run.events if event["event"] == "save"]
     unlisted = saves[:-MAX_SAVES_LISTED]
@@ -127,13 +128,14 @@ def _events(run: RunRecord) -> list[dict[str, str]]:
             "time": _when(event.get("time")),
             "name": str(event["event"]),
             "step": str(event["step"]),
-            "detail": _detail(event),
+            "details": _details(event),
         }
         for event in run.events
         if not any(event is other for other in unlisted)
     ]
     if unlisted:
-        rows.append({"time": "", "name": "save", "step": "", "detail": f"{len(unlisted)} earlier saves are not listed"})
+        untold = {"message": f"{len(unlisted)} earlier saves are not listed"}
+        rows.append({"time": "", "name": "save", "step": "", "details": untold})
     return rows
 
 
@@ -146,12 +148,9 @@ def _configs(run: RunRecord) -> list[dict[str, str]]:
     return shown
 
 
-def _detail(event: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key.replace('_', ' ')}: {_in_words(value)}"
-        for key, value in event.items()
-        if key not in ("event", "step", "time", "goodput")
-    )
+def _details(event: Mapping[str, Any]) -> dict[str, str]:
+    others = ("event", "step", "time", "goodput")
+    return {key.replace("_", " "): _in_words(value) for key, value in event.items() if key not in others}
 
 
 def _in_words(value: Any) -> str:

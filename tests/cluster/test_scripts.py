@@ -41,6 +41,10 @@ def test_a_chain_goes_on_where_the_job_before_failed_and_no_further(cluster_run:
 @both_ways
 def test_ranks_on_one_node_bound_to_a_core_each(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
     cluster_run.submit(via, "--cpus-per-task", "1", nodes=1)
+    cluster_run.wait_for_step(3)
+    cores = [rank.cpu_affinity() for rank in cluster_run.ranks()]
+    assert [len(own) for own in cores] == [1, 1]
+    assert cores[0] != cores[1]
     check_same(cluster_run.finish())
 
 

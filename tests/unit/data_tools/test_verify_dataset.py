@@ -99,7 +99,6 @@ def test_a_sample_is_the_same_again_and_finds_what_lies_in_it(dataset_path: Path
         assert len(codes) == 1
         found[seed] = codes.pop()
     assert set(found.values()) == {0, 3}, "a sample of 2 finds it with some seeds, and not with others"
-    assert run_command("verify", dataset_path, "--sample", num_batches - 1, "--seed", 1)[0] in (0, 3)
     code, _, err = run_command("verify", dataset_path, "--sample", num_batches + 5)
     assert code == 3
     assert f"{shard_name(shard)}, record batch 0" in err

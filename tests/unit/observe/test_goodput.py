@@ -120,5 +120,5 @@ def test_metrics_without_figures_tell_nothing(tmp_path, line):
 def test_in_words():
     text = Goodput(training=3600 * 9, saving=360, restarting=360, recomputing=1440, waiting=1440).text()
     assert text == (
-        "goodput 90.0% of 10h 00m since the first start (saving 1.0%, restarting 1.0%, recomputing 4.0%, waiting 4.0%)"
+        "goodput 90.0% of 10h 00m since the first start (saving 1.0%, starting 1.0%, recomputing 4.0%, waiting 4.0%)"
     )

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from megatrain.errors import ConfigError, DataError
+from megatrain.observe.charts import CHARTS, draw_chart
+from megatrain.observe.goodput import Goodput
 from megatrain.observe.metrics import MetricsWriter
 from megatrain.observe.record import read_run
 from megatrain.observe.report import write_report
@@ -60,8 +63,32 @@ def test_the_page_stands_alone_and_tells_what_happened(run_dir, tmp_path):
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert "8.6000" in page.text  # the last training loss
     assert "9.1000" in page.text  # the last validation loss
-    assert "num steps redone: 5" in page.text
+    assert "num steps redone5" in page.text
     assert "runs/demo" in page.text
+
+
+def test_events_are_told_in_words(run_dir, tmp_path):
+    writer = MetricsWriter(run_dir, 40)
+    startup = {"imports": 1.4069585800170898, "engine": 0.25}
+    goodput = Goodput(training=30.0, restarting=10.0)._asdict()
+    writer.event("resume", 40, {"startup_seconds": startup, "message": "resumed from step-40", "goodput": goodput})
+    writer.close()
+    write_report(run_dir, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<dt>startup seconds</dt><dd>imports 1.41, engine 0.25</dd>" in text
+    assert "<dd>resumed from step-40</dd>" in text
+    assert "<td>starting</td>" in text
+    assert "restarting" not in text
+
+
+def test_the_legend_leaves_the_chart_its_width(run_dir):
+    figure = draw_chart(CHARTS["where the time went"], read_run(run_dir))
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    assert axes.get_position().width > 0.8
+    legend = axes.get_legend().get_window_extent()
+    assert legend.x1 <= figure.bbox.x1
+    assert axes.get_window_extent().y1 <= legend.y0 < legend.y1 <= axes._left_title.get_window_extent().y0
 
 
 def test_each_config_that_was_trained_with_and_a_divergence_are_shown(run_dir, tmp_path, make_step):
@@ -77,7 +104,7 @@ def test_each_config_that_was_trained_with_and_a_divergence_are_shown(run_dir, t
     assert "From step 1 on\noptimizer: {lr: 0.001}" in text
     assert "From step 11 on" not in text  # the same once more
     assert "From step 21 on\noptimizer: {lr: 0.01}" in text
-    assert "changes: optimizer.lr 0.001 -> 0.01" in text
+    assert "changesoptimizer.lr 0.001 -> 0.01" in text
     assert "it diverged: the loss was 8.99 at first and is 1,414 in the end" in text
 
 
