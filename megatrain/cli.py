@@ -248,6 +248,12 @@ def generate(
     from megatrain.checkpoint.location import locate
     from megatrain.train.inference import generate_text
 
+    warnings: list[str] = []
+
+    def warn() -> None:
+        while warnings:
+            typer.echo(f"Warning: {warnings.pop(0)}", err=True)
+
     for text in generate_text(
         locate(checkpoint),
         prompt,
@@ -256,11 +262,14 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        warn=lambda text: typer.echo(f"Warning: {text}", err=True),
+        warn=warnings.append,
     ):
+        warn()
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    sys.stdout.flush()
+    warn()
 
 
 @app.command("eval")

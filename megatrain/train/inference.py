@@ -64,7 +64,8 @@ def generate_text(
 ) -> Iterator[str]:
     """Yield the prompt, then what the model goes on with, piece by piece as it can be shown.
 
-    Raises ConfigError for a prompt with bytes that are no text. ``warn`` hears of characters that have no tokens.
+    Raises ConfigError for a prompt with bytes that are no text. ``warn`` hears of characters that have no tokens, and
+    in the end of a context that was full before the text had come to its end.
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
         raise ConfigError("--prompt has bytes that are not UTF-8: give it as text.")
@@ -87,8 +88,20 @@ def generate_text(
         companions.stop_ids,
         tokenizer.vocab_size,
     )
+    new_ids: list[int] = []
     yield prompt
-    yield from _decode_stream(tokenizer, ids, tokens)
+    yield from _decode_stream(tokenizer, ids, _collected(tokens, new_ids))
+    if len(new_ids) == room < max_new_tokens:
+        warn(
+            f"The text stops here because the model's context is full: {len(ids)} tokens of prompt and {room} new ones "
+            f"are all of its {model.config.max_position_embeddings} positions (model.max_position_embeddings)."
+        )
+
+
+def _collected(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
+    for token in tokens:
+        into.append(token)
+        yield token
 
 
 def _decode_stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:

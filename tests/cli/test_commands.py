@@ -159,6 +159,8 @@ def test_generate_goes_on_from_the_prompt_the_same_way_for_the_same_seed(
 def test_generate_stops_where_the_context_is_full(megatrain: Megatrain, finished_run: Path) -> None:
     ended = megatrain("generate", finished_run, "--prompt", "a", "--max-new-tokens", 10_000)
     assert ended.code == 0, ended.err
+    assert "The text stops here because the model's context is full: 1 tokens of prompt and 63 new ones" in ended.err
+    assert "context" not in megatrain("generate", finished_run, "--prompt", "a", "--max-new-tokens", 5).err
 
 
 @pytest.mark.parametrize("suffix", ["html", "png"])
