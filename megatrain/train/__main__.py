@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
             die = partial(_die, rank, run_dir)
             is_told_to_end = partial(_is_told_to_end, stop, rank, run_dir)
             lifeline = held.enter_context(Lifeline(rank, run_dir, start_name(), die, is_told_to_end))
-            return _train(config, rank, run_dir, stop, lease, clock, lifeline)
+            return _train(config, rank, run_dir, stop, lease, clock, lifeline, overrides)
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
@@ -79,6 +79,7 @@ def _train(
     lease: Lease | None,
     clock: StartClock,
     lifeline: Lifeline,
+    overrides: list[str],
 ) -> int:
     export_rank(rank)
     from megatrain.observe.logs import setup_logging
@@ -88,7 +89,7 @@ def _train(
     clock.lap("imports")
     for told in clear_stale_locks(extensions_dir()) if rank.local_rank == 0 else ():
         logging.getLogger(__name__).warning("%s", told)
-    train(config, rank, stop, lease, clock, lifeline)
+    train(config, rank, stop, lease, clock, lifeline, overrides)
     return EXIT_OK
 
 

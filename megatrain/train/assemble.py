@@ -76,6 +76,8 @@ class Run:
     """The checkpoint that its first weights were taken from, in this start."""
     former: RunConfig | None = None
     """The config of the checkpoint that it goes on from."""
+    overrides: tuple[str, ...] = ()
+    """The KEY=VALUE that its config was given on the command line."""
 
     def training_batches(self, order: DataOrder) -> TrainingBatches:
         """This rank's micro-batches in ``order``."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import orjson
 from pydantic import ValidationError
 
 from megatrain.config import RunConfig
@@ -27,6 +28,9 @@ class May(Enum):
     NEVER = "no"
 
 
+_FROM_THAT_STEP_ON = "from that step on"
+
+
 @dataclass(frozen=True)
 class Rule:
     """What holds for a key and all below it, where no longer key has a rule of its own; `*` stands for an index."""
@@ -41,14 +45,14 @@ RULES = (
     Rule("run.seed", May.NEVER, "it decides the order of the data"),
     Rule("run.init_from", May.YES, "it is read at step 0 alone"),
     Rule("model", May.NEVER, "another model has no use for these weights"),
-    Rule("model.attention_dropout", May.YES, "from that step on"),
-    Rule("model.hidden_dropout", May.YES, "from that step on"),
+    Rule("model.attention_dropout", May.YES, _FROM_THAT_STEP_ON),
+    Rule("model.hidden_dropout", May.YES, _FROM_THAT_STEP_ON),
     Rule("data.train.*.path", May.YES, "a dataset may be moved; its number in the list and its digest may not change"),
     Rule("data.train.*.weight", May.RECORDED, "every epoch goes on where it stood"),
-    Rule("data.train.*.fill_in_the_middle", May.YES, "from that step on"),
-    Rule("data.train.*.span_corruption", May.YES, "from that step on"),
-    Rule("data.train.*.token_masking", May.YES, "from that step on"),
-    Rule("data.train.*.transform", May.YES, "from that step on"),
+    Rule("data.train.*.fill_in_the_middle", May.YES, _FROM_THAT_STEP_ON),
+    Rule("data.train.*.span_corruption", May.YES, _FROM_THAT_STEP_ON),
+    Rule("data.train.*.token_masking", May.YES, _FROM_THAT_STEP_ON),
+    Rule("data.train.*.transform", May.YES, _FROM_THAT_STEP_ON),
     Rule("data.validation", May.YES, "it does not touch the training"),
     Rule("data.seq_len", May.NEW_EPOCH, "it decides where samples begin"),
     Rule("data.document_mask", May.NEVER, "it decides what each token sees"),
@@ -58,15 +62,15 @@ RULES = (
     Rule("data.cache_bytes", May.YES, "it does not touch the training"),
     Rule("data.num_new_epochs", May.RECORDED, "raised, it begins new epochs; it counts them, so it is never less"),
     Rule("parallel", May.YES, "a checkpoint knows no layout"),
-    Rule("train", May.YES, "from that step on"),
+    Rule("train", May.YES, _FROM_THAT_STEP_ON),
     Rule("train.global_batch_size", May.RECORDED, "every epoch goes on where it stood"),
-    Rule("spikes", May.YES, "from that step on"),
-    Rule("optimizer", May.YES, "from that step on"),
+    Rule("spikes", May.YES, _FROM_THAT_STEP_ON),
+    Rule("optimizer", May.YES, _FROM_THAT_STEP_ON),
     Rule("optimizer.type", May.NEVER, "another optimizer has no use for this state"),
-    Rule("schedule", May.YES, "from that step on"),
+    Rule("schedule", May.YES, _FROM_THAT_STEP_ON),
     Rule("checkpoint", May.YES, "it does not touch the training"),
     Rule("observe", May.YES, "it does not touch the training"),
-    Rule("deepspeed", May.YES, "from that step on"),
+    Rule("deepspeed", May.YES, _FROM_THAT_STEP_ON),
 )
 """What may change when a run goes on, for every key of the config. docs/checkpoints.md has this table."""
 
@@ -163,6 +167,40 @@ def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
             f"This config cannot go on from the checkpoints in {config.run.dir}: {'; '.join(problems)}. Put it back, "
             f"or {', or '.join(ways_out)}."
         )
+
+
+def refuse_what_is_left_out(
+    former: RunConfig, config: RunConfig, given_before: Sequence[str], given_now: Sequence[str]
+) -> None:
+    """Raise CheckpointError where a key that touches the training is another than in the checkpoint's config because
+    the KEY=VALUE that it was given by is not given any more: what was given stays, or is named anew. ``train.steps``
+    may be left out: a run that was to be short goes on, and says what becomes of the learning rate."""
+    forgotten = [
+        (path, before, after)
+        for path, before, after in differences(former.model_dump(mode="json"), config.model_dump(mode="json"))
+        if (rule_of(path).may is May.RECORDED or rule_of(path).why == _FROM_THAT_STEP_ON)
+        and _gives(given_before, path)
+        and not _gives(given_now, path)
+        and path != "train.steps"
+    ]
+    if forgotten:
+        texts = [f"{path} was {_as_given(before)} and would be {_as_given(after)}" for path, before, after in forgotten]
+        again = " ".join(f"{path}={_as_given(before)}" for path, before, _ in forgotten)
+        anew = " ".join(f"{path}={_as_given(after)}" for path, _, after in forgotten)
+        raise CheckpointError(
+            f"The run in {config.run.dir} was started with KEY=VALUE that this start leaves out: {'; '.join(texts)}. "
+            f"Give them again ({again}), or, if they are to change, say so ({anew})."
+        )
+
+
+def _gives(overrides: Sequence[str], path: str) -> bool:
+    """Whether an override names a key, or what stands above or below it."""
+    names = (".".join("*" if part.isdigit() else part for part in o.partition("=")[0].split(".")) for o in overrides)
+    return any(f"{path}.".startswith(f"{name}.") or f"{name}.".startswith(f"{path}.") for name in names)
+
+
+def _as_given(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 def resume_changes(former: RunConfig, config: RunConfig, step: int) -> dict[str, tuple[Any, Any]]:

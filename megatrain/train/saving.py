@@ -26,12 +26,19 @@ from megatrain.parallel.engine import Engine
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.companions import Companions
-from megatrain.train.progress import Progress, former_config, refuse_changes, resume_order
+from megatrain.train.progress import (
+    Progress,
+    former_config,
+    refuse_changes,
+    refuse_what_is_left_out,
+    resume_order,
+)
 from megatrain.train.spikes import Rewind, SpikeError, num_in_a_row
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OVERRIDES = "overrides"  # what the command line gave, in a manifest's state
 _VERSIONS = ("torch", "deepspeed")
 
 
@@ -257,6 +264,7 @@ def _check_progress(run: Run, manifest: Manifest) -> Progress:
     """Where the checkpoint's run stood, with the data's order from there on, which becomes the run's."""
     refuse_changes(run.config, manifest.config)
     run.former = former_config(manifest.config)
+    refuse_what_is_left_out(run.former, run.config, manifest.state.get(OVERRIDES, ()), run.overrides)
     progress = Progress.from_state(manifest.step, manifest.tokens, manifest.state)
     run.order = resume_order(run.config, progress, run.datasets, run.order)
     return replace(progress, segments=run.order.segments)
@@ -319,7 +327,7 @@ def _manifest(run: Run, progress: Progress, files: Sequence[FileEntry]) -> Manif
             "zero_stage": config.parallel.zero_stage,
             "precision": config.train.precision,
         },
-        state=progress.to_state(),
+        state={**progress.to_state(), OVERRIDES: list(run.overrides)},
         config=config.model_dump(mode="json"),
         versions={"megatrain": __version__} | {name: version(name) for name in _VERSIONS},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

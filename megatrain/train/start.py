@@ -43,15 +43,18 @@ def train(
     lease: Lease | None = None,
     clock: StartClock | None = None,
     lifeline: Lifeline | None = None,
+    overrides: Sequence[str] = (),
 ) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
     ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``lifeline``: is told when the ranks
-    have met. Raises Preempted after a request to stop, once the state is saved.
+    have met. ``overrides``: the KEY=VALUE that the config was given on the command line. Raises Preempted after a
+    request to stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
     clock = clock or StartClock()
     run = assemble(config, rank, clock)
+    run.overrides = tuple(overrides)
     if lifeline is not None:
         lifeline.met()
     if rank.rank == 0 and config.train.precision == "bf16" and (other := _instead_of_bf16(run.groups.device)):

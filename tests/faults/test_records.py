@@ -58,6 +58,22 @@ def test_each_resume_says_what_differs_and_keeps_its_config(
     assert "changes" not in _resume(run.run_dir)
 
 
+def test_what_was_given_is_repeated_or_named_anew(tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir, train={"steps": 2}))
+    given = ("optimizer.lr=0.003", "data.train.0.weight=3.0", "observe.log_every_steps=2")
+    one_rank.finish(config, *given)
+    ended = one_rank.train(config, "train.steps=4", "data.train.0.weight=3.0")
+    assert ended.codes == [4], ended.output
+    assert (
+        "leaves out: optimizer.lr was 0.003 and would be 0.001. Give them again (optimizer.lr=0.003)" in ended.output[0]
+    )
+    assert "(optimizer.lr=0.001)" in ended.output[0]
+    assert _lr(run_dir / "config.yaml") == 0.003
+    one_rank.finish(config, "train.steps=4", "data.train.0.weight=3.0", "optimizer.lr=0.001")
+    assert _resume(run_dir)["changes"]["learning rate"] == [0.003, 0.001]
+
+
 def test_checkpoints_are_found_from_any_folder_or_missed_aloud(
     tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
