@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from data_tools.inputs import find_inputs
 from data_tools.readers import plan_units, read_parts_with_faults
 from data_tools.units import Fault, ReadOptions, Record, Unit
-from data_tools.work import Advance
+from data_tools.work import Progress
 from megatrain.errors import DataError
 
 
@@ -43,7 +42,7 @@ def check_inputs(
     inputs: Sequence[str],
     options: ReadOptions,
     num_workers: int,
-    progress: Callable[[str, int], AbstractContextManager[Advance]],
+    progress: Progress,
     say: Callable[[str], None],
 ) -> None:
     """Read all inputs as a command would, and tell of each file that it would stop at.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +20,7 @@ from data_tools.stats import (
     length_histogram,
     source_shares,
 )
-from data_tools.work import Advance
+from data_tools.work import Progress
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import shard_name
 from megatrain.data.tokenizer import Tokenizer
@@ -29,8 +28,6 @@ from megatrain.errors import ConfigError
 
 STATISTICS = ("counted", "tokens_per_document", "length_histogram", "sources", "frequent_tokens")
 """The keys of what was counted."""
-
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 BAR_WIDTH = 30
 MAX_SHOWN_ROWS = 10

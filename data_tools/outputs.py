@@ -45,6 +45,14 @@ def refuse_among_inputs(out: Path, arguments: Sequence[str], files: Sequence[Inp
             raise ConfigError(f"--out {out} is, or holds, the input {path}. Give another place to write to.")
 
 
+def refuse_occupied(out: Path, work: Path) -> None:
+    """Raise ConfigError where `out` is a file, or a folder with other things in it than a command's unfinished work."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give the name of a folder.")
+    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is a folder with other things in it; give a new or empty one.")
+
+
 @contextmanager
 def saying_what_is_full(out: Path) -> Iterator[None]:
     """Turn the error of a full disk into a DataError that names where was being written."""

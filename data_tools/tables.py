@@ -31,36 +31,24 @@ CSV_BLOCK_BYTES = 1 << 25
 def read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
     """The rows of a unit, in parts by the size of what is before them."""
     file = unit.files[0]
-    placed = _placed(file, _rows_of(unit, options))
-    for number, group in groupby(placed, key=lambda each: each[0] // unit.part_bytes):
+    for number, group in groupby(_placed(unit, options), key=lambda each: each[0] // unit.part_bytes):
         yield Part(number, _table_rows(file, group, options, advance))
 
 
-def _rows_of(unit: Unit, options: ReadOptions) -> Iterator[tuple[int, pa.RecordBatch | Fault]]:
-    """Some rows at a time, and the number of the first of them in the file."""
-    file = unit.files[0]
-    row = 0
-    if file.kind is Kind.PARQUET:
-        row, batches = _parquet_batches(unit, options)
-    else:
-        batches = _arrow_batches(file, options) if file.kind is Kind.ARROW else _csv_batches(file, options)
-    for batch in batches:
-        if isinstance(batch, Fault):
-            yield row, batch
-            continue
-        yield row, _plain(batch)
-        row += batch.num_rows
-
-
-def _placed(
-    file: InputFile, batches: Iterator[tuple[int, pa.RecordBatch | Fault]]
-) -> Iterator[tuple[int, int, pa.RecordBatch | Fault]]:
+def _placed(unit: Unit, options: ReadOptions) -> Iterator[tuple[int, int, pa.RecordBatch | Fault]]:
     """Each batch, or at last what is wrong with the rest; the bytes before it in the unit and the rows in the file."""
+    file = unit.files[0]
     position = row = 0
     try:
-        for row, batch in batches:
+        if file.kind is Kind.PARQUET:
+            row, batches = _parquet_batches(unit, options)
+        else:
+            batches = _arrow_batches(file, options) if file.kind is Kind.ARROW else _csv_batches(file, options)
+        for batch in batches:
+            batch = batch if isinstance(batch, Fault) else _plain(batch)
             yield position, row, batch
             position += 0 if isinstance(batch, Fault) else batch.nbytes
+            row += 0 if isinstance(batch, Fault) else batch.num_rows
     except (BadInput, OSError, pa.ArrowException) as error:
         damage = _damage(file, error)
         if not isinstance(damage, BadInput):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -23,12 +23,12 @@ from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
 from data_tools.inputs import find_inputs
 from data_tools.origin import Origin
-from data_tools.outputs import refuse_among_inputs
+from data_tools.outputs import refuse_among_inputs, refuse_occupied
 from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Record, Unit
-from data_tools.work import Advance, PartStore, run_tasks
+from data_tools.work import PartStore, Progress, run_tasks
 from megatrain.data.format import (
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
@@ -58,9 +58,6 @@ WORK_FOLDER = ".work"
 CLAIMS_FILE = "claims"
 """Begins the names of these files."""
 COMMAND_FILE = "command.json"
-
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""Opens a display for work of a name and a size in bytes; gives the function that hears of bytes done."""
 
 
 @dataclass(frozen=True)
@@ -314,16 +311,13 @@ def _finished(out: Path, origin: Origin) -> Manifest:
 
 def _refuse_other_things(out: Path, work: Path, origin: Origin, restart: bool) -> None:
     """Raise ConfigError where `out` is not a folder that this command may write to."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give the name of a folder.")
-    if restart and (out / MANIFEST_FILE).exists():
-        if Manifest.load(out).job[:32] != origin.command_name:
-            raise ConfigError(
-                f"--restart replaces only what the same command has made, and another one made {out}. "
-                "Give another --out, or delete that folder."
-            )
-    elif out.is_dir() and not work.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is a folder with other things in it; give a new or empty one.")
+    if not (restart and (out / MANIFEST_FILE).exists()):
+        refuse_occupied(out, work)
+    elif Manifest.load(out).job[:32] != origin.command_name:
+        raise ConfigError(
+            f"--restart replaces only what the same command has made, and another one made {out}. "
+            "Give another --out, or delete that folder."
+        )
 
 
 def _join_folder(work: Path, claims: Claims) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_tools.work import Advance
+from data_tools.work import Advance, Progress
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import SKIPPED_FILE, content_digest, is_content, map_file, shard_name
 from megatrain.data.shard import Views
@@ -47,9 +46,7 @@ class Extent:
     num_workers: int = 1
 
 
-def verify_dataset(
-    path: str, extent: Extent, progress: Callable[[str, int], AbstractContextManager[Advance]]
-) -> tuple[Dataset, int]:
+def verify_dataset(path: str, extent: Extent, progress: Progress) -> tuple[Dataset, int]:
     """Check a dataset, or a sample of its record batches, with its manifest, table and tokenizer; bytes looked at.
 
     Checked are checksums, structure, each document's hash, and, if all is read, the digest computed anew. Raises

@@ -12,6 +12,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
@@ -28,6 +29,8 @@ from megatrain.errors import MegatrainError, RankError
 
 Task = TypeVar("Task")
 Advance = Callable[[int], None]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""Opens a display for work of a name and a size; gives the function that hears of what was done."""
 
 
 class PartFile(NamedTuple):

@@ -10,7 +10,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,9 +19,10 @@ import orjson
 from data_tools.claims import Claims, join_command
 from data_tools.inputs import InputFile
 from data_tools.origin import Origin
+from data_tools.outputs import refuse_occupied
 from data_tools.ranks import Ranks
 from data_tools.units import PART_BYTES
-from data_tools.work import Advance, run_tasks
+from data_tools.work import Advance, Progress, run_tasks
 from megatrain.data.format import canonical_json, commit_bytes
 from megatrain.errors import ConfigError
 
@@ -38,8 +38,6 @@ SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 5.0
 """Between two looks at what others have done."""
 
 T = TypeVar("T")
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""Opens a display for work of a name and a size; gives the function that hears of what was done."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,8 @@ def _begin(out: Path, work: Path, restart: bool, report_path: Path, origin: Orig
         _clear(out)
     if report_path.exists() and not work.exists():
         return
-    _make_folder(out, work)
+    refuse_occupied(out, work)
+    work.mkdir(parents=True, exist_ok=True)
     if not report_path.exists():
         join_command(out, work / COMMAND_FILE, origin.command, "--restart to start over")
         inputs = work / INPUTS_FILE
@@ -210,11 +209,3 @@ def _clear(out: Path, kept: Collection[str] = ()) -> None:
     for path in out.glob("part-*.jsonl.zst"):
         path.unlink()
     shutil.rmtree(out / REPORT_FOLDER, ignore_errors=True)
-
-
-def _make_folder(out: Path, work: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give the name of a folder.")
-    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is a folder with other things in it; give a new or empty one.")
-    work.mkdir(parents=True, exist_ok=True)
