@@ -1,8 +1,8 @@
 """This process among those that do the same work, as its launcher tells it.
 
 Under `mpirun`, and `srun` with an MPI, they speak MPI: one looks, all know; one waits for all. Tasks of a SLURM array,
-and of `srun` without an MPI, do not speak: each sees on disk what the others have done. The only reader of the
-environment in data_tools.
+and of `srun` without an MPI that works, do not speak: each sees on disk what the others have done. The only reader of
+the environment in data_tools.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
     itself alone, and do everything.
     """
     env = os.environ if environ is None else environ
+    step = find_step(env)
     for rank_key, size_key, launcher in (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "mpirun"),
         ("PMI_RANK", "PMI_SIZE", "the launcher"),
@@ -89,8 +90,13 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
     ):
         size = whole(env, size_key, 1)
         if rank_key in env and size > 1:
-            return _speak_mpi(launcher, whole(env, rank_key), size)
-    step = find_step(env)
+            rank = whole(env, rank_key)
+            try:
+                return _speak_mpi(launcher, rank, size)
+            except ConfigError:
+                if step is None or (step.rank, step.size) != (rank, size):
+                    raise
+                break  # tasks of srun, which SLURM told who they are
     rank, size, num_local = (step.rank, step.size, step.local_size or 1) if step else (0, 1, 1)
     if "SLURM_ARRAY_TASK_ID" in env:
         task = whole(env, "SLURM_ARRAY_TASK_ID", 0) - whole(env, "SLURM_ARRAY_TASK_MIN", 0)

@@ -95,6 +95,7 @@ def _train(
 
 def _explain(error: Exception, rank: RankInfo | None, config: RunConfig | None) -> tuple[int, str]:
     """The exit code and what to tell the user: one paragraph, and for a bug, ours or a library's, the traceback."""
+    logging.getLogger("megatrain").info("an error that ends this rank", exc_info=error)
     who = f"Rank {rank.rank if rank else '?'} on {socket.gethostname()}"
     code, message = causes.explain(error, who) or (EXIT_BUG, "")
     if causes.find_cause(error) is causes.Cause.MEMORY and rank is not None and config is not None:
@@ -107,14 +108,7 @@ def _explain(error: Exception, rank: RankInfo | None, config: RunConfig | None) 
 
 def _fail(rank: RankInfo | None, run_dir: Path | None, exit_code: int, message: str) -> int:
     number = rank.rank if rank else 0
-    logging.getLogger("megatrain").log(
-        logging.INFO,
-        "rank %d ends with code %d: %s",
-        number,
-        exit_code,
-        message,
-        exc_info=sys.exc_info()[0] is not None,
-    )
+    logging.getLogger("megatrain").log(logging.INFO, "rank %d ends with code %d: %s", number, exit_code, message)
     failure = failures.Failure(number, exit_code, message)
     if number == 0 if run_dir is None else failures.claim(run_dir, start_name(), failure):
         sys.stderr.write(message.rstrip() + "\n")

@@ -18,6 +18,7 @@ from tests.cluster.lab import Lab
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 TELL = """
 import json, socket
+from data_tools.ranks import find_ranks
 from megatrain.distributed.bootstrap import read_rank
 from megatrain.errors import ConfigError
 try:
@@ -27,6 +28,8 @@ except ConfigError as error:
 else:
     told = [rank.rank, rank.world_size, socket.gethostname(), rank.local_rank, rank.local_world_size, rank.master_addr]
     print(json.dumps(told))
+    found = find_ranks()
+    assert (found.rank, found.size) == (rank.rank, rank.world_size), found
 """
 ALLOCATION = ("salloc", "--quiet", "--nodes=3", "--ntasks=5", "--ntasks-per-node=2", "--nodelist=node[1-3]")
 
