@@ -142,6 +142,10 @@ class Tokenizer:
         model = description["model"]
         if model["type"] == "Unigram":
             model["vocab"] = [(hidden.get(token, token), score) for token, score in model["vocab"]]
+            if model["byte_fallback"]:  # text that spells a byte token out would become that byte
+                split = {"type": "Split", "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"}, "behavior": "Isolated"}
+                parts = [part for part in (description["pre_tokenizer"], {**split, "invert": False}) if part]
+                description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
             return orjson.dumps(description)
         model["vocab"] = {hidden.get(token, token): number for token, number in model["vocab"].items()}
         model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])

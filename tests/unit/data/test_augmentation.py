@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
@@ -18,6 +20,7 @@ from megatrain.data.batches import BatchMaker, SampleSource, TrainingBatches, Wi
 from megatrain.data.order import DataOrder, Samples, Terms
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.errors import ConfigError, DataError
+from tests.tokenizer_samples import qwen3
 
 SEQ_LEN = 128
 FILL = {"fill_in_the_middle": {"rate": 0.5}}
@@ -287,3 +290,24 @@ def test_a_function_that_fails_later_is_named(module: str, dataset: Dataset) -> 
     vars(__import__(module))["np"] = None  # what it needs is gone
     with pytest.raises(DataError, match=f"{module}:rotate failed on 10 tokens of"):
         augmentation.apply([DocumentPart(0, 0, 0, 10)], 0, np.arange(100, 111))
+
+
+def test_tokens_around_documents_stay_and_added_tokens_are_sentinels(tmp_path: Path) -> None:
+    """A dataset with --bos-token, of a tokenizer that does not call its sentinels special."""
+    qwen3().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("to be <|fim_prefix|> or not <tool_call> to be that is the question " * 20)
+    effort = Effort(1, "tokenizers", lambda *_: nullcontext(lambda _: None), lambda _: None)
+    options = TokenizeOptions(bos_token="<|im_start|>")
+    tokenize([str(tmp_path / "a.txt")], tmp_path / "tokenizer.json", tmp_path / "out", options, effort)
+    made = open_dataset(tmp_path / "out")
+    tokens = made.document(0).astype(np.int64)
+    prefix, *others = (made.tokenizer.ids[f"<|fim_{name}|>"] for name in ("prefix", "middle", "suffix"))
+    assert not {prefix, *others, made.tokenizer.ids["<tool_call>"]} & set(tokens.tolist())
+    filled = tokens.copy()
+    part = DocumentPart(0, 0, 0, len(tokens))
+    opened(made, {"fill_in_the_middle": {"rate": 1.0, "spm_rate": 0.0}}).apply([part], 0, filled)
+    assert filled[[0, 1, -1]].tolist() == [made.bos_id, prefix, made.eod_id]
+    assert set(others) <= set(filled.tolist())
+    for token in ("<|im_start|>", "<|endoftext|>", "the"):
+        with pytest.raises(ConfigError, match="it must be an added token"):
+            opened(made, {"fill_in_the_middle": {"middle_token": token}})

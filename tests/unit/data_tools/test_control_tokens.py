@@ -9,13 +9,26 @@ import orjson
 import pytest
 from data_samples import RunCommand, json_lines
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 from data_tools.engines import ReferenceEncoder
 from data_tools.tokenizer import load_tokenizer
 from megatrain.data import open_dataset
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
-from tests.tokenizer_samples import ENDS, bert, gemma, llama2, llama3, qwen3, t5, without_spaces, word_level
+from tests.tokenizer_samples import (
+    BYTES,
+    ENDS,
+    LETTERS,
+    bert,
+    gemma,
+    llama2,
+    llama3,
+    qwen3,
+    t5,
+    without_spaces,
+    word_level,
+)
 
 Make = Callable[[], Library]
 SHAPES = pytest.mark.parametrize("make", list(ENDS), ids=lambda make: make.__name__)
@@ -47,6 +60,16 @@ def test_other_text_gets_the_ids_it_had(make: Make, tmp_path: Path) -> None:
     for number, text in enumerate(texts):
         expected = library.encode(text, add_special_tokens=False).ids
         assert ids[offsets[number] : offsets[number + 1]].tolist() == expected
+
+
+def test_byte_tokens_spelled_out_stay_text() -> None:
+    pieces = [("<unk>", 0.0), *((token, 0.0) for token in BYTES), *((letter, -5.0) for letter in [*LETTERS, "\u2581"])]
+    library = Library(models.Unigram(pieces, 0, byte_fallback=True))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer = Tokenizer(library.to_str().encode(), "tokenizer.json")
+    ids = ReferenceEncoder(tokenizer.for_text()).encode(["a<0x41>\u4e2d<0x0Ab>"])[0].tolist()
+    assert tokenizer.decode(ids) == "a<0x41>\u4e2d<0x0Ab>"
 
 
 @pytest.mark.parametrize(
