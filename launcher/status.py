@@ -16,7 +16,7 @@ from launcher.submit import job_state
 from megatrain.checkpoint.lock import holder_of, is_alive
 from megatrain.config import RunConfig, load
 from megatrain.distributed import failures
-from megatrain.errors import EXIT_PREEMPTED, ConfigError
+from megatrain.errors import EXIT_PREEMPTED, EXIT_RANK, ConfigError
 from megatrain.observe.goodput import goodput_of
 from megatrain.observe.metrics import tail
 from megatrain.observe.units import format_count, format_duration
@@ -153,9 +153,11 @@ def _problems(
     steps: Sequence[Mapping[str, Any]],
     events: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
-    if status.state == "stopped":
-        yield f"no job trains it, it stands at step {status.step:,}: start it again, and it goes on"
     failure = failures.last(run_dir) if status.state in ("stopped", "queued") else None
+    if status.state == "stopped":
+        goes_on = failure is None or failure.exit_code in (EXIT_RANK, EXIT_PREEMPTED)
+        advice = "start it again, and it goes on" if goes_on else "mend this, then start it again"
+        yield f"no job trains it, it stands at step {status.step:,}: {advice}"
     if failure is not None and failure.exit_code != EXIT_PREEMPTED:
         yield f"the last start ended with code {failure.exit_code}, rank {failure.rank} first: {failure.message}"
     if status.state == "running" and status.logged_seconds_ago is not None:

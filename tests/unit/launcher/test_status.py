@@ -96,11 +96,15 @@ def test_events_of_this_start_are_told_once_each(run: Path) -> None:
     assert problems == ["the loss is not finite", "skipped, 2 times, the last at step 22: no update in step 22"]
 
 
-def test_a_run_that_failed_says_why(run: Path) -> None:
-    failures.claim(run, "1", failures.Failure(3, 5, "Rank 3 on node7: killed, or crashed"))
-    problems = look(run, NOW).problems
-    assert problems[0] == "no job trains it, it stands at step 20: start it again, and it goes on"
-    assert problems[1] == "the last start ended with code 5, rank 3 first: Rank 3 on node7: killed, or crashed"
+@pytest.mark.parametrize(
+    ("code", "advice"), [(5, "start it again, and it goes on"), (3, "mend this, then start it again")]
+)
+def test_a_run_that_failed_says_why(code: int, advice: str, run: Path) -> None:
+    failures.claim(run, "1", failures.Failure(3, code, "because"))
+    assert look(run, NOW).problems == [
+        f"no job trains it, it stands at step 20: {advice}",
+        f"the last start ended with code {code}, rank 3 first: because",
+    ]
 
 
 def test_a_holder_that_died_has_nothing(run: Path) -> None:
