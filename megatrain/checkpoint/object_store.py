@@ -24,6 +24,7 @@ from upath import UPath
 from megatrain.checkpoint.location import Location, exists, list_folder, telling, write_if_absent
 from megatrain.checkpoint.manifest import MANIFEST, NAME, Manifest
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore
+from megatrain.distributed.activity import Activity
 from megatrain.errors import CheckpointError
 
 _TRIES = 20
@@ -52,12 +53,14 @@ class ObjectStore(CheckpointStore):
 
     def __init__(self, url: UPath) -> None:
         self.folder: UPath = url
+        self.activity = Activity()
 
     def names(self) -> Iterator[tuple[int, UPath]]:
         """Step and URL of every checkpoint that exists."""
         newest = self._newest()
         for name in self._children():
             match = NAME.fullmatch(name)
+            self.activity.transfer()
             if match and self._is_of(newest, name) and exists(self.folder / name / MANIFEST):
                 yield int(match[1]), self.folder / name
 
@@ -163,5 +166,6 @@ class ObjectStore(CheckpointStore):
         """The manifest first: a checkpoint is whole or does not exist."""
         fs, folder = self.folder.fs, self.folder / name
         for path in (folder / MANIFEST, folder):
+            self.activity.transfer()
             with contextlib.suppress(FileNotFoundError), telling(path):
                 fs.rm(path.path, recursive=True)

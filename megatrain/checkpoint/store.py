@@ -22,6 +22,7 @@ import yaml
 
 from megatrain.checkpoint.location import Location, exists, list_folder, locate, sync_folder, telling, write_file
 from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, read_manifest
+from megatrain.distributed.activity import Activity
 from megatrain.errors import CheckpointError, Superseded, Unreachable
 
 TOKENIZER = "tokenizer.json"  # of the data, beside the pieces
@@ -76,6 +77,8 @@ class CheckpointStore(ABC):
     folder: Location
     generation: str = ""
     """The name of the generation that this start writes into; empty where it only reads."""
+    activity: Activity
+    """Told of each checkpoint that is looked at or removed."""
 
     @abstractmethod
     def names(self) -> Iterator[tuple[int, Location]]:
@@ -127,7 +130,10 @@ class CheckpointStore(ABC):
 
     def list(self) -> list[CheckpointFolder]:
         """All checkpoints of the run, oldest first."""
-        found = [CheckpointFolder(step, path, *_look(path)) for step, path in self.names()]
+        found = []
+        for step, path in self.names():
+            found.append(CheckpointFolder(step, path, *_look(path)))
+            self.activity.transfer()
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest_good(self, damaged: Mapping[Location, str] = MappingProxyType({})) -> CheckpointFolder | None:
@@ -139,6 +145,7 @@ class CheckpointStore(ABC):
         newest_problem = None
         for step, path in sorted(self.names(), key=lambda found: found[0], reverse=True):
             problem = damaged.get(path) or find_problem(path)
+            self.activity.transfer()
             if problem is None:
                 return CheckpointFolder(step, path, None)
             newest_problem = newest_problem or problem
@@ -166,6 +173,7 @@ class CheckpointStore(ABC):
             manifest = manifests.get(path)
             if manifest and not manifest.on_request and path not in best and find_problem(path) is None:
                 self.remove(path)
+                self.activity.transfer()
 
     def _superseded(self) -> Superseded:
         return Superseded(
@@ -182,6 +190,7 @@ class PosixStore(CheckpointStore):
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path = folder
+        self.activity = Activity()
 
     def names(self) -> Iterator[tuple[int, Path]]:
         """Step and folder of every checkpoint that has appeared."""

@@ -34,6 +34,7 @@ from megatrain.distributed.signals import Requests
 from megatrain.errors import EXIT_BUG, EXIT_OK, EXIT_RANK, MegatrainError
 from megatrain.plan import rules
 from megatrain.plan.remedy import save_memory
+from megatrain.train.config_record import refuse_record_of_another_run
 from megatrain.train.start_clock import StartClock
 
 
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
         path, *overrides = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))] or [""]
         config = load(path, overrides)
         rules.check(config, rank.world_size)
+        refuse_record_of_another_run(Path(path), config, overrides)
         clock.lap("config")
         with contextlib.ExitStack() as held:
             lease = None

@@ -132,6 +132,8 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     lap("order")
     engine = build_engine(config, groups)
     lap("engine")
+    store = open_store(Path(config.run.dir), config.checkpoint.dir)
+    store.activity = groups.activity
     return Run(
         config=config,
         rank=rank,
@@ -142,7 +144,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),
         maker=BatchMaker(sources, micro_batch_size, augmentations, groups.activity),
         validation=evaluations,
-        store=open_store(Path(config.run.dir), config.checkpoint.dir),
+        store=store,
         findings=findings,
     )
 

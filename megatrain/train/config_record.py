@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatrain.checkpoint.location import write_file
 from megatrain.config import RunConfig, dump
+from megatrain.errors import ConfigError
+from megatrain.observe.metrics import METRICS_FILE
 from megatrain.observe.record import CONFIG_FILE, start_config_file, start_configs
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_record_of_another_run(path: Path, config: RunConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError where ``path`` is what a run recorded, and leads elsewhere: that run was moved, or its run.dir
+    is relative and this start stands in another folder. It would begin anew there without a word."""
+    run_dir = path.resolve().parent
+    if not (run_dir / METRICS_FILE).exists() or run_dir == Path(config.run.dir).resolve():
+        return
+    if not any(override.startswith("run.dir=") for override in overrides):
+        raise ConfigError(
+            f"{path} is the record of the run in {run_dir}, but its run.dir, {config.run.dir}, is another folder from "
+            f"here. Add run.dir={run_dir} to go on with that run, or another run.dir to begin one."
+        )
 
 
 def record_new_run(config: RunConfig) -> None:

@@ -102,6 +102,17 @@ def test_checkpoints_are_found_from_any_folder_or_missed_aloud(
     assert Metrics.read(run_dir).steps == [1, 2, 3]
 
 
+def test_a_runs_own_record_leads_to_that_run(copy_run: Callable[[], Copy], one_rank: ServedRanks) -> None:
+    run = copy_run()  # its config.yaml names the folder that it was copied from
+    ended = one_rank.train(run.run_dir / "config.yaml")
+    assert ended.codes == [2]
+    assert f"Add run.dir={run.run_dir} to go on with that run" in ended.output[0]
+    one_rank.finish(run.run_dir / "config.yaml", f"run.dir={run.run_dir}", "train.steps=7")
+    assert Metrics.read(run.run_dir).steps[-1] == 7
+    one_rank.finish(run.run_dir / "config.yaml", "train.steps=8")  # which has become its own
+    assert Metrics.read(run.run_dir).steps[-1] == 8
+
+
 def test_a_run_that_was_never_saved_begins_again(tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", train={"steps": 2}))
     one_rank.finish(config)
