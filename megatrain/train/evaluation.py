@@ -30,7 +30,9 @@ from megatrain.train.inference import TOKENIZER, load_decoder
 
 _TOKENS_AT_ONCE = 8192
 _WAIT_SECONDS = 600.0
-"""For the other ranks to come, and in a collective: some may still read their weights."""
+"""For the other ranks to come."""
+_LONGEST_SECONDS = 86400.0
+"""For them to end: no rank waits before it has done its share, and whoever started them ends all where one fails."""
 
 
 class Share(NamedTuple):
@@ -97,9 +99,9 @@ def _share_of(reader: CheckpointReader, saved: SavedConfig, rank: RankInfo | Non
     config = _as_run(saved, rank.world_size, tensor)
     export_rank(rank)
     device = local_device(rank.local_rank)
-    meet(rank, _WAIT_SECONDS, _WAIT_SECONDS)
+    meet(rank, _WAIT_SECONDS, _LONGEST_SECONDS)
     topology = Topology.of(rank.world_size, tensor, 1)
-    groups = make_groups(topology, rank.rank, device, _WAIT_SECONDS)
+    groups = make_groups(topology, rank.rank, device, _LONGEST_SECONDS)
     model = load_decoder(reader.folder).model if tensor == 1 else _load_part(reader, config, groups)
     return Share(model, groups.coordinate.data, topology.data, groups)
 
