@@ -11,6 +11,7 @@ import orjson
 from pydantic import ValidationError
 
 from megatrain.config import RunConfig
+from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.keys import differences
 from megatrain.data import Dataset
 from megatrain.data.order import Cut, DataOrder, Place, Segment, Terms
@@ -273,6 +274,8 @@ def _segment(entry: Mapping[str, Any]) -> Segment:
 def former_config(saved: Mapping[str, Any]) -> RunConfig:
     """The config of a checkpoint, with the keys that were added since. Raises CheckpointError where it is not one that
     this version goes on from."""
+    if deepspeed(saved.get("deepspeed") or {}):  # keys that passed once and no longer do: they may change in any case
+        saved = {**saved, "deepspeed": {}}
     try:
         return RunConfig.model_validate(saved)
     except ValidationError as error:

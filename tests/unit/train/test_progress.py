@@ -116,6 +116,10 @@ def test_what_may_change_is_not_refused() -> None:
     refuse_changes(free, SAVED)
 
 
+def test_a_run_goes_on_without_a_key_of_deepspeed_that_passed_once() -> None:
+    refuse_changes(CONFIG, {**SAVED, "deepspeed": {"wall_clock_breakdown": True}})
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
