@@ -133,19 +133,22 @@ def exported_files(companions: Companions, model: ModelConfig, dtype: str) -> di
             "clean_up_tokenization_spaces": False,
             **{f"{role}_token": token.token for role, token in _by_role(tokens) if token.token is not None},
         }
-    if tokens.eod is not None and tokens.eod != _read_special_tokens(files).eod:
-        for name in (CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER_MAP):
-            value = changed.get(name) or _json(files, name)
-            if value is not None:
-                changed[name] = _ending_with(tokens.eod, value, "token_id" if name in (CONFIG, GENERATION) else "token")
+    folders_own = _by_role(_read_special_tokens(files))
+    for role, token in _by_role(tokens):
+        if (role, token) not in folders_own:  # it is the data's
+            for name in (CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER_MAP):
+                value = changed.get(name) or _json(files, name)
+                if value is not None:
+                    by_id = name in (CONFIG, GENERATION)
+                    changed[name] = _naming(value, f"{role}_token_id" if by_id else f"{role}_token", token)
     return {**files, **{name: orjson.dumps(value, option=_JSON_STYLE) for name, value in changed.items()}}
 
 
-def _ending_with(eod: Token, settings: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Settings of transformers in which the text ends with this token; it may be one of several that end it."""
-    value, former = (eod.id if kind == "token_id" else eod.token), settings.get(f"eos_{kind}")
+def _naming(settings: dict[str, Any], key: str, token: Token) -> dict[str, Any]:
+    """Settings of transformers in which ``key`` names this token; of several ends it may be one."""
+    value, former = (token.id if key.endswith("_id") else token.token), settings.get(key)
     is_there = value in former if isinstance(former, list) else value == former
-    return settings if is_there or value is None else {**settings, f"eos_{kind}": value}
+    return settings if is_there or value is None else {**settings, key: value}
 
 
 def _by_role(tokens: SpecialTokens) -> list[tuple[str, Token]]:

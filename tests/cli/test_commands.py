@@ -22,6 +22,8 @@ def test_check_tells_the_layout(megatrain: Megatrain, tiny_data: TinyData, tmp_p
     )
     ended = megatrain("check", config, "parallel.tensor=2", "--nodes", 2, "--gpus-per-node", 2)
     assert "4 rank(s): data 2 x tensor 2 x pipeline 1" in ended.out
+    odd = megatrain("check", config, "model.hidden_size=30", "model.head_dim=8")
+    assert "transformers 5 does not load a llama whose hidden_size (30)" in odd.out
     assert not (tmp_path / "run").exists()
 
 

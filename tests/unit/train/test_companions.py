@@ -16,10 +16,11 @@ from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.checkpoint.manifest import MANIFEST, SpecialTokens, Token, read_manifest
+from megatrain.config import ModelConfig
 from megatrain.data import open_dataset
 from megatrain.data.dataset import refuse_mixed
 from megatrain.errors import DataError
-from megatrain.train.companions import CARRIED, Companions
+from megatrain.train.companions import CARRIED, Companions, exported_files
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
 from megatrain.train.inference import generate_text
@@ -29,6 +30,7 @@ from tests.tiny_data import silent
 
 SPECIAL = ("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|pad|>")
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+MODEL = ModelConfig(**SIZES, vocab_size=512)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +227,9 @@ def test_a_prompt_begins_as_documents_do(folder: Path, ids: dict[str, int]) -> N
     assert imported.with_data(begun, end).prompt_ids == []
     assert imported.with_data(begun, end, imported.special_tokens.bos).prompt_ids == [begin]
     assert imported.notes == []
+    other = exported_files(imported.with_data(begun, end, Token(id=4, token="<|pad|>")), MODEL, "float32")
+    assert json.loads(other["config.json"])["bos_token_id"] == 4
+    assert json.loads(other["tokenizer_config.json"])["bos_token"] == "<|pad|>"
     assert "prompts need it" in of({}).with_data(plain, end, imported.special_tokens.bos).notes[0]
 
 
