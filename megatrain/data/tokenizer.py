@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,6 @@ import orjson
 
 from megatrain.data.format import TOKENIZER_FILE
 from megatrain.errors import DataError, MegatrainError
-
-if TYPE_CHECKING:
-    pass
 
 _CONTROL_LIKE = re.compile(r"▁?<\S*\w\S*>")
 """Added tokens that are control tokens although the file does not call them special: <tool_call>, <|fim_prefix|>."""
@@ -178,9 +175,10 @@ class Tokenizer:
             for name in ("normalizer", "pre_tokenizer")
             for part in _parts(self.description[name])
         )
+        spells_bytes = "ByteLevel" in self.component_types("normalizer", "pre_tokenizer")
         knows_bytes = (
             self.ids.keys() >= set(ByteLevel.alphabet())
-            if self.is_byte_level
+            if spells_bytes
             else self.description["model"].get("byte_fallback", False) and self.ids.keys() >= _BYTE_TOKENS
         )
         return self.is_plain_bpe and keeps_text and knows_bytes
