@@ -182,11 +182,12 @@ def refuse_binary(text: str, data: bytes = b"") -> None:
     name = magic_name(data)
     if name:
         raise BadInput(f"this is {name}, no UTF-8 text")
-    # In UTF-16 every other byte of most alphabets is the same control character: NUL for Latin.
+    # In UTF-16 every other byte of an alphabet is the same low number: 0 for Latin, 4 for Cyrillic.
     halves = (text[0:64:2], text[1:64:2])
-    if len(text) >= 8 and any(all(character < " " for character in half) for half in halves):
+    if len(text) >= 8 and any(10 * sum(each < "\t" for each in half) >= 9 * len(half) for half in halves):
         raise BadInput("this looks like UTF-16 without a byte order mark, not UTF-8: convert it")
-    if len(text) >= 16 and 3 * num_odd >= len(text):
+    most = 2 if len(text) < 64 else 3  # a few characters may be a test's, or a table of them
+    if len(text) >= 16 and most * num_odd >= len(text):
         raise BadInput(f"{num_odd} of {len(text)} characters are U+FFFD or NUL, so it is no UTF-8 text")
 
 

@@ -175,9 +175,9 @@ NO_TEXT = {
     "zip.jsonl.gz": (b"PK\x03\x04" + bytes(60), "zip (or docx, xlsx, npz), not gzip"),
     "page.md": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(60), "PDF"),
     "latin.txt": ("hello, world".encode("utf-16-le"), "UTF-16 without a byte order mark"),
-    "cyrillic.txt": ("привет, мир".encode("utf-16-be"), "UTF-16 without a byte order mark"),
+    "cyrillic.txt": ("Это — текст, и мир".encode("utf-16-be"), "UTF-16 without a byte order mark"),
     "marked.txt": ("hello".encode("utf-16"), "UTF-16 text"),
-    "nul.jsonl": (b'{"text": "' + b"ab\\u0000" * 20 + b'"}\n', "U+FFFD or NUL"),
+    "nul.jsonl": (b'{"text": "' + b"ab\\u0000" * 30 + b'"}\n', "U+FFFD or NUL"),
     "bytes.txt": ("эта кодировка не UTF-8".encode("cp1251"), "UTF-8"),
 }
 
