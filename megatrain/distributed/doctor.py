@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from megatrain.distributed.binding import bind
 from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_dir, read_rank
+from megatrain.distributed.causes import explain, last_words
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import make_groups
 from megatrain.distributed.judgement import ANSWER, HERE, Effort, Finding, Reading, judge
@@ -82,7 +84,9 @@ def _examine(rank: RankInfo, folder: Path, scratch: Path, patience: float) -> tu
         reading, _ = take_reading(groups, rank, places, EFFORT)
         readings = groups.gather(reading)
     except RuntimeError as error:
-        raise RankError(f"rank {rank.rank} no longer hears from the others: {str(error).splitlines()[0]}") from None
+        who = f"rank {rank.rank} on {socket.gethostname()}"
+        _, told = explain(error, who) or (EXIT_RANK, f"{who}: {last_words(error)}")
+        raise RankError(told) from None
     return judge(readings, EFFORT), readings
 
 

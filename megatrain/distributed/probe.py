@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatrain.distributed.causes import is_lost_peer, last_words
 from megatrain.distributed.failures import LostPeer
 
 _SIZE, _REPEATS = {"cuda": 4096, "cpu": 384}, {"cuda": 20, "cpu": 125}
@@ -65,15 +66,18 @@ def next_link(rank: int, world_size: int, name: int, num_bytes: int, device: tor
     """The link of this rank to the next one in the ring of all; None on the last of two, and where there is one rank.
 
     ``name``: what this rank calls itself, told to both neighbours. Collective over the default process group. Each
-    rank talks to one neighbour at a time, so the time does not grow with the ranks. Raises LostPeer for a silent one.
+    rank talks to one neighbour at a time, so the time does not grow with the ranks. Raises LostPeer for a silent one,
+    and what else goes wrong as it is.
     """
     found = None
     for peer in neighbours(rank, world_size):
         try:
             link = _link(peer, name, num_bytes, device)
         except RuntimeError as error:
-            cause = str(error).splitlines()[0][:200]
-            raise LostPeer(f"rank {rank} on {socket.gethostname()} hears nothing from rank {peer} ({cause})") from None
+            if not is_lost_peer(error):
+                raise
+            told = f"rank {rank} on {socket.gethostname()} hears nothing from rank {peer} ({last_words(error)})"
+            raise LostPeer(told) from None
         if peer == (rank + 1) % world_size and (rank == 0 or world_size > 2):
             found = link
     return found
