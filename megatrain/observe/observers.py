@@ -55,7 +55,8 @@ class Observers:
         self.ledger.begin(training_seconds)
         startup = dict(startup_seconds or {})
         shown = {**facts, "start-up": _in_words(startup)} if startup else dict(facts)
-        changed = {name: f"was {before} and is now {after}" for name, (before, after) in (changes or {}).items()}
+        pairs = {name: map(_in_short, values) for name, values in (changes or {}).items()}
+        changed = {name: "was {} and is now {}".format(*values) for name, values in pairs.items()}
         self._console.start(shown | changed)
         dropped = {"num_steps_redone": self._metrics.num_dropped_steps} if self._resume_step else {}
         self._metrics.event(
@@ -132,6 +133,10 @@ def _tensorboard_writer(run_dir: Path, resume_step: int) -> TensorBoardWriter:
     from megatrain.observe.tensorboard import TensorBoardWriter  # takes long, and the other ranks need none
 
     return TensorBoardWriter(run_dir, resume_step)
+
+
+def _in_short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _in_words(startup_seconds: Mapping[str, float]) -> str:
