@@ -175,7 +175,7 @@ def test_report_writes_a_page_or_a_picture(
     assert out.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<!")
 
 
-def test_a_recipe_is_copied_out_and_found_by_name(megatrain: Megatrain, tmp_path: Path) -> None:
+def test_a_recipe_is_found_by_name_and_copied(megatrain: Megatrain, tmp_path: Path) -> None:
     listed = megatrain("recipes").out
     assert "\ntiny_cpu " in listed
     copy = tmp_path / "mine.yaml"

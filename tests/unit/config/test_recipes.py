@@ -50,7 +50,7 @@ def fits(plan: dict[str, Any], cluster: Cluster) -> bool:
     return max(rank["peak_bytes"] for rank in plan["ranks"]) <= ROOM * cluster.device.memory_bytes
 
 
-def test_there_are_recipes_from_a_laptop_to_a_cluster():
+def test_recipes_range_from_laptop_to_cluster():
     assert {named_world_size(recipe) for recipe in RECIPES} == {1, 8, 32, 64, 256, 1024}
     configs = [load(recipe) for recipe in RECIPES]
     assert {config.model.family for config in configs} == {"llama", "gpt2", "qwen3"}
