@@ -9,7 +9,7 @@ from megatrain.config.arithmetic import divisors, divisors_around, multiples_aro
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
-def test_the_nearest_multiples_and_divisors_are_those_of_a_plain_search(value, other):
+def test_nearest_numbers_are_those_of_plain_search(value, other):
     assert divisors(value) == [divisor for divisor in range(1, value + 1) if value % divisor == 0]
     below = [multiple for multiple in range(1, value + 1) if multiple % other == 0][-1:]
     above = next(multiple for multiple in range(value, value + other) if multiple % other == 0)

@@ -43,7 +43,7 @@ from megatrain.config.scalar import scalar
         ("1\n", "1\n"),
     ],
 )
-def test_plain_scalars_are_read_by_the_rules_of_yaml_1_2(text, value):
+def test_scalars_are_read_by_yaml_1_2(text, value):
     read_value = scalar(text)
     assert (read_value, type(read_value)) == (value, type(value))
 
@@ -52,18 +52,18 @@ def test_quoted_text_stays_text():
     assert read("a: '3e-4'\nb: \"true\"\nc: |\n  5\n", "x").tree == {"a": "3e-4", "b": "true", "c": "5\n"}
 
 
-def test_a_key_that_stands_twice_is_refused_with_both_lines(refused, with_line):
+def test_a_repeated_key_is_refused_with_both_lines(refused, with_line):
     message = refused(text=with_line("optimizer:", "  lr: 1", "  eps: 1e-8", "  lr: 2"))
     assert "optimizer.lr (line 6): 2 given; line 8: the key stands twice, first on line 6; keep one" in message
     message = refused(text=with_line("observe: {log_every_steps: 1}", "observe: {log_every_steps: 2}"))
     assert "observe (line 6): a mapping given; line 7: the key stands twice, first on line 6" in message
 
 
-def test_a_key_that_stands_twice_in_an_override_is_refused(refused):
+def test_a_repeated_key_in_an_override_is_refused(refused):
     assert "the key stands twice" in refused("data.train=[{path: a, path: b}]")
 
 
-def test_a_broken_file_is_refused_with_line_and_column(refused, with_line):
+def test_a_broken_file_is_refused_by_place(refused, with_line):
     assert "run.yaml, line 6, column 1: not valid YAML" in refused(text=with_line("optimizer: {lr: 1"))
     assert "line 6, column 1: not valid YAML: while scanning for the next token" in refused(
         text=with_line("\toptimizer: {lr: 1}")
@@ -101,7 +101,7 @@ def test_keys_that_begin_with_x_are_left_alone(loaded, with_line):
     assert loaded(text=with_line("x-note: !!set {any: thing}", "x-note: twice")) == loaded()
 
 
-def test_aliases_that_unfold_without_bound_are_refused_at_once(refused, with_line):
+def test_unbounded_aliases_are_refused_at_once(refused, with_line):
     bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 15)]
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def test_aliases_that_unfold_without_bound_are_refused_at_once(refused, with_lin
 
 
 @pytest.mark.parametrize("text", ["[" * 50_000, "a: " + "{b: " * 5_000, "- " * 20_000, "x" * 300_000])
-def test_text_that_is_too_deep_or_too_long_is_refused(refused, text):
+def test_text_too_deep_or_long_is_refused(refused, text):
     assert "run.yaml" in refused(text=text)
 
 

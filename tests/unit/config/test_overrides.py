@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 
-def test_any_leaf_can_be_set_from_the_command_line(loaded):
+def test_the_command_line_sets_any_leaf(loaded):
     config = loaded(
         "run.dir=runs/other",
         "data.train.0.weight=2",
@@ -33,7 +33,7 @@ def test_a_whole_list_can_be_set(loaded):
     assert config.data.validation[0].path == "c"
 
 
-def test_the_last_of_several_values_for_a_key_holds(loaded):
+def test_the_last_value_of_a_key_holds(loaded):
     assert loaded("train.steps=5", "train.steps=7").train.steps == 7
 
 
@@ -41,7 +41,7 @@ def test_a_value_may_hold_an_equals_sign(loaded):
     assert loaded("run.dir=runs/lr=3").run.dir == "runs/lr=3"
 
 
-def test_a_wrong_value_in_the_file_can_be_put_right_from_the_command_line(loaded, with_line):
+def test_the_command_line_puts_a_wrong_value_right(loaded, with_line):
     text = with_line("optimizer: {lr: fast}")
     assert loaded("optimizer.lr=0.1", text=text).optimizer.lr == 0.1
 
@@ -69,7 +69,7 @@ def test_an_override_that_goes_nowhere_is_refused(refused, override, expected):
     assert expected in refused(override)
 
 
-def test_overrides_and_file_are_blamed_each_for_its_own(refused, with_line):
+def test_overrides_and_file_are_blamed_apart(refused, with_line):
     message = refused("train.steps=0", "optimizer.eps=0", text=with_line("optimizer: {lr: x}"))
     assert "train.steps (the command line)" in message
     assert "optimizer.eps (the command line)" in message
