@@ -13,9 +13,7 @@ from tests.parity.matrix import parity_config
 
 @pytest.mark.parametrize("zero_stage", range(4))
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_every_zero_stage_on_one_and_two_ranks_trains_the_same_in_fp32(
-    num_ranks: int, zero_stage: int, pool: Pool
-) -> None:
+def test_every_zero_stage_trains_the_same_in_fp32(num_ranks: int, zero_stage: int, pool: Pool) -> None:
     config = parity_config(pool.data, "llama_tied", parallel={"zero_stage": zero_stage})
     found, expected = pool.train(num_ranks, config), pool.alone("llama_tied")
     for ours, theirs in zip(found.losses, expected.losses, strict=True):
@@ -34,7 +32,7 @@ def test_every_zero_stage_on_one_and_two_ranks_trains_the_same_in_fp32(
         pytest.param("fp16", 2, 0, marks=pytest.mark.slow),
     ],
 )
-def test_half_precision_stays_close_to_fp32_under_every_stage(
+def test_half_precision_stays_close_under_every_stage(
     precision: str, num_ranks: int, zero_stage: int, pool: Pool
 ) -> None:
     train = {"precision": precision, **({"initial_loss_scale_power": 8} if precision == "fp16" else {})}
@@ -42,7 +40,7 @@ def test_half_precision_stays_close_to_fp32_under_every_stage(
     pool.train(num_ranks, config).assert_equals(pool.alone("llama_tied"), loss=0.02, norm=0.05, weight=None)
 
 
-def test_the_size_of_a_micro_batch_does_not_matter(pool: Pool) -> None:
+def test_micro_batch_size_does_not_matter(pool: Pool) -> None:
     found = [
         pool.train(1, parity_config(pool.data, "llama", train={"micro_batch_size": size}, parallel={"zero_stage": 1}))
         for size in (1, 4)
@@ -61,7 +59,7 @@ def test_recomputation_changes_no_bit(model: str, pool: Pool) -> None:
         pool.train(1, {**plain, "parallel": parallel}, num_steps).assert_is(found)
 
 
-def test_a_document_mask_trains_the_same_on_two_ranks_and_not_as_without(pool: Pool, short_documents: Path) -> None:
+def test_a_document_mask_trains_the_same_on_ranks(pool: Pool, short_documents: Path) -> None:
     masked, plain = (parity_config(pool.data, "llama") for _ in range(2))
     for config in (masked, plain):
         config["data"] |= {"train": [{"path": str(short_documents)}]}  # in each sample some documents begin

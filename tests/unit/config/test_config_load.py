@@ -15,7 +15,7 @@ from megatrain.config.keys import leaves
 from megatrain.errors import EXIT_USAGE, ConfigError
 
 
-def test_all_that_is_wrong_is_said_at_once_with_key_line_value_and_way_out(refused):
+def test_all_problems_are_said_at_once_by_line(refused):
     text = """\
 run: {dir: runs/x, dri: y}
 model:
@@ -97,7 +97,7 @@ paralel: {tensor: 2}
         ("precision=bf16", "no such key; nearest: train.precision"),
     ],
 )
-def test_a_value_of_the_wrong_type_or_range_is_refused_with_the_nearest_legal_one(refused, override, expected):
+def test_a_wrong_value_is_refused_with_the_nearest(refused, override, expected):
     message = refused(override)
     assert expected in message
     assert override.partition("=")[0] in message
@@ -196,7 +196,7 @@ def test_an_entry_of_datasets_may_be_a_path(loaded):
         ["train.eval_batches=null"],
     ],
 )
-def test_what_belongs_together_is_accepted_and_written_out_so_that_it_loads_again(loaded, overrides):
+def test_keys_that_belong_together_load_again(loaded, overrides):
     config = loaded(*overrides)
     assert loaded(text=dump(config)) == config
 
@@ -287,14 +287,14 @@ def test_bucket_sizes_reach_deepspeed_as_they_are(loaded):
     }
 
 
-def test_a_text_that_looks_like_a_number_survives_being_written_out(loaded):
+def test_text_like_a_number_stays_text_when_written(loaded):
     for folder in ("3e-4", "0o17", "true", "~", "1_000", "2024-01-01", "no", "a: b", "# c", "ünïcode", " x "):
         config = loaded(f"run.dir={folder!r}")
         assert config.run.dir == folder
         assert loaded(text=dump(config)) == config
 
 
-def test_a_missing_file_a_folder_and_a_file_that_is_no_text_are_named(tmp_path):
+def test_what_is_no_config_file_is_named(tmp_path):
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"run: \xff\xfe")
     for path, reason in [
@@ -315,7 +315,7 @@ def test_a_file_that_holds_no_sections_is_refused(refused, text):
     assert "a config is a YAML mapping with the sections run, model, data" in refused(text=text)
 
 
-def test_loading_imports_no_torch_and_takes_well_under_a_second(tmp_path):
+def test_loading_is_quick_and_imports_no_torch(tmp_path):
     """CPU time, beyond the interpreter's start: 0.12 s on the machine it was written on."""
     program = (
         "import sys; from megatrain.config import load; from megatrain.plan import rules;"

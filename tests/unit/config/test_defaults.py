@@ -56,11 +56,11 @@ def test_exactly_the_required_keys_are_required(refused):
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(5, 5), (19, 19), (20, 20), (200, 20)])
-def test_a_short_run_needs_no_warmup_of_its_own(loaded, steps, warmup):
+def test_a_short_run_needs_no_own_warmup(loaded, steps, warmup):
     assert loaded(f"train.steps={steps}").schedule.warmup_steps == warmup
 
 
-def test_a_config_cannot_be_changed_once_it_is_checked(loaded):
+def test_a_checked_config_cannot_be_changed(loaded):
     config = loaded()
     with pytest.raises(ValidationError, match="frozen"):
         config.train.steps = 7
@@ -74,7 +74,7 @@ def test_a_config_cannot_be_changed_once_it_is_checked(loaded):
     ("family", "hidden_size", "intermediate_size", "ffn_size"),
     [("gpt2", 768, None, 3072), ("llama", 256, None, 768), ("llama", 4096, None, 11008), ("llama", 96, 100, 100)],
 )
-def test_the_mlp_is_as_wide_as_the_family_says_or_as_given(family, hidden_size, intermediate_size, ffn_size):
+def test_the_mlp_has_the_familys_or_given_width(family, hidden_size, intermediate_size, ffn_size):
     model = ModelConfig(
         family=family,
         hidden_size=hidden_size,

@@ -38,7 +38,7 @@ def test_output_and_gradients_equal_the_fused_kernels(num_tokens: int, num_group
         torch.testing.assert_close(mine, reference)
 
 
-def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel() -> None:
+def test_bfloat16_is_as_near_as_the_fused_kernel() -> None:
     exact = random_heads(400, 4, 2, torch.float32)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     grad = torch.randn_like(exact[0])
@@ -49,7 +49,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel() -> None:
         assert (mine - true).norm() < 1.5 * (reference - true).norm() + 1e-3 * true.norm()
 
 
-def test_a_rank_with_some_of_the_heads_computes_those_heads() -> None:
+def test_some_heads_are_computed_as_among_all() -> None:
     q, k, v = random_heads(50, 4, 2, torch.float32)
     core, context = CoreAttention(Dropout(0.0, 0, "core", 3)), Context(torch.zeros(2, 50))
     whole = core(q, k, v, context)

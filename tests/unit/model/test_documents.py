@@ -71,7 +71,7 @@ def test_flash_attention_over_documents_is_masked_attention(
         torch.testing.assert_close(found, expected, atol=4e-2, rtol=4e-2)
 
 
-def test_document_starts_are_those_of_each_sequence_and_the_end() -> None:
+def test_document_starts_are_of_each_sequence() -> None:
     ids_BT = torch.tensor([[5, 5, 6, 6], [6, 6, 6, 7]], dtype=torch.int32)
     assert document_starts(ids_BT).tolist() == [0, 2, 4, 7, 8]
     assert document_starts(ids_BT).dtype == torch.int32

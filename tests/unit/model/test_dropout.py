@@ -28,7 +28,7 @@ def dropping_decoder(family: Any, seed: int = 3) -> Decoder:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_two_halves_of_a_batch_sum_to_the_whole(family: Any) -> None:
+def test_halves_of_a_batch_sum_to_it(family: Any) -> None:
     model, batch = dropping_decoder(family), random_batch(4, 150)
     halves = [Batch(*(None if x is None else x[rows] for x in batch)) for rows in (slice(0, 2), slice(2, 4))]  # type: ignore[arg-type]
     assert model(batch).item() == pytest.approx(sum(model(half).item() for half in halves), rel=1e-6)
@@ -63,14 +63,14 @@ def test_recomputation_drops_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
 
 
-def test_a_rank_with_a_slice_of_tokens_and_channels_drops_its_part() -> None:
+def test_a_slice_of_tokens_drops_its_part() -> None:
     x_BTC, samples = torch.randn(2, 12, 16), torch.tensor([7, 8])
     whole, part = Dropout(0.5, 1, "site"), Dropout(0.5, 1, "site")
     part.offsets = (4, 8)
     assert torch.equal(part(x_BTC[:, 4:, 8:], samples), whole(x_BTC, samples)[:, 4:, 8:])
 
 
-def test_a_rank_with_some_of_the_heads_drops_their_probabilities() -> None:
+def test_some_heads_drop_their_own_probabilities() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 300, 4, 8), torch.randn(2, 300, 2, 8), torch.randn(2, 300, 2, 8)
     context = Context(torch.zeros(2, 300), sample_ids_B=torch.tensor([3, 9]))
@@ -80,7 +80,7 @@ def test_a_rank_with_some_of_the_heads_drops_their_probabilities() -> None:
     torch.testing.assert_close(core(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], context), whole[:, :, 2:])
 
 
-def test_attention_with_dropout_and_its_gradients_equal_the_plain_formula() -> None:
+def test_attention_with_dropout_is_the_plain_formula() -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(2, 300, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     dropout = Dropout(0.3, 1, "core", num_offsets=3)

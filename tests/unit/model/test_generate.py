@@ -66,7 +66,7 @@ def test_it_stops_before_the_end_token(model: Decoder) -> None:
     assert list(generate(model, PROMPT, 20, RANDOM, seed=1, stop_ids=[tokens[7]])) == tokens[: tokens.index(tokens[7])]
 
 
-def test_top_k_of_one_and_a_tiny_top_p_are_greedy(model: Decoder) -> None:
+def test_the_narrowest_choices_are_greedy(model: Decoder) -> None:
     greedy = list(generate(model, PROMPT, 20, GREEDY))
     assert list(generate(model, PROMPT, 20, Sampling(temperature=1.0, top_k=1))) == greedy
     assert list(generate(model, PROMPT, 20, Sampling(temperature=1.0, top_p=1e-6))) == greedy

@@ -22,7 +22,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_each_record_is_in_the_file_as_soon_as_append_returns(tmp_path: Path) -> None:
+def test_a_record_is_on_file_once_append_returns(tmp_path: Path) -> None:
     file = AppendFile(tmp_path / "sub" / "file")
     file.append(b"one\n")
     assert (tmp_path / "sub" / "file").read_bytes() == b"one\n"
@@ -31,9 +31,7 @@ def test_each_record_is_in_the_file_as_soon_as_append_returns(tmp_path: Path) ->
     file.close()
 
 
-def test_a_full_disk_leaves_whole_records_one_warning_and_nothing_lost_once_there_is_room(
-    small_disk: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_loses_no_record(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 40_000)
@@ -55,7 +53,7 @@ def test_a_full_disk_leaves_whole_records_one_warning_and_nothing_lost_once_ther
     assert len(caplog.records) == 2
 
 
-def test_a_folder_that_is_a_file_does_not_raise_and_is_tried_again(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file_is_retried(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("in the way")
     file = AppendFile(tmp_path / "logs" / "file")
     file.append(b"one\n")
@@ -65,9 +63,7 @@ def test_a_folder_that_is_a_file_does_not_raise_and_is_tried_again(tmp_path: Pat
     file.close()
 
 
-def test_what_is_held_back_is_bounded_and_the_newest_of_it_survives(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_held_back_records_are_bounded_newest_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "logs").write_text("in the way")
     file = AppendFile(tmp_path / "logs" / "file", max_pending_bytes=100)
     for number in range(50):

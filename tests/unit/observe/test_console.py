@@ -35,7 +35,7 @@ def show(terminal: bool, make_step) -> str:
     return out.getvalue()
 
 
-def test_without_a_terminal_each_step_is_one_plain_line_with_the_facts(make_step):
+def test_without_a_terminal_a_step_is_one_line(make_step):
     lines = show(False, make_step).splitlines()
     assert len(lines) == 2 + 3 + 1
     assert re.fullmatch(
@@ -46,14 +46,14 @@ def test_without_a_terminal_each_step_is_one_plain_line_with_the_facts(make_step
     assert lines[5] == "step 3 | saved runs/a[1]/checkpoints/step-00000003"
 
 
-def test_on_a_terminal_the_progress_line_has_the_facts_and_other_lines_stay_whole(make_step):
+def test_a_terminals_progress_line_leaves_others_whole(make_step):
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", show(True, make_step))
     assert "3/4" in text
     assert "loss 8.9700 | 4.10k tokens/s | MFU 31.0% |" in text
     assert "step 3 | saved runs/a[1]/checkpoints/step-00000003\n" in text
 
 
-def test_the_time_left_follows_the_pace_of_this_start_not_of_the_whole_run(make_step):
+def test_time_left_follows_the_pace_of_this_start(make_step):
     console = ProgressConsole(200, resume_step=100, console=Console(file=io.StringIO()))
     assert math.isnan(console.seconds_left())
     started = time.monotonic()
@@ -64,7 +64,7 @@ def test_the_time_left_follows_the_pace_of_this_start_not_of_the_whole_run(make_
     assert 0.8 * 90 * pace < console.seconds_left() < 1.2 * 90 * pace
 
 
-def test_a_reader_that_goes_away_or_a_full_disk_behind_stdout_does_not_end_the_run(tmp_path: Path):
+def test_a_broken_stdout_does_not_end_the_run(tmp_path: Path):
     command = [sys.executable, "-c", SCRIPT]
     with subprocess.Popen([*command, tmp_path / "pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -78,7 +78,7 @@ def test_a_reader_that_goes_away_or_a_full_disk_behind_stdout_does_not_end_the_r
         assert len((tmp_path / run / "metrics.jsonl").read_bytes().splitlines()) == 2001
 
 
-def test_observers_tell_every_place_of_a_step_and_of_a_resume(tmp_path, make_step, capsys):
+def test_observers_tell_every_place_of_each_step(tmp_path, make_step, capsys):
     with Observers(tmp_path, num_steps=4) as observers:
         observers.start({"model": "llama"})
         observers.step(make_step(1))

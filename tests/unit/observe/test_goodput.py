@@ -51,7 +51,7 @@ class Run:
 
 
 @given(st.lists(START, min_size=1, max_size=6))
-def test_the_parts_are_all_the_time_and_each_is_what_it_says(starts):
+def test_the_parts_are_all_the_time(starts):
     with TemporaryDirectory() as folder:
         run = Run(Path(folder))
         began = run.time
@@ -78,7 +78,7 @@ def test_the_parts_are_all_the_time_and_each_is_what_it_says(starts):
         assert found._asdict() == pytest.approx(expected, abs=1e-6)
 
 
-def test_going_back_within_a_start_is_recomputing_and_the_way_there_restarting(tmp_path):
+def test_going_back_is_restarting_and_then_recomputing(tmp_path):
     run = Run(tmp_path)
     ledger = GoodputLedger(tmp_path, run.time, run.now)
     ledger.begin(0.0)
@@ -89,7 +89,7 @@ def test_going_back_within_a_start_is_recomputing_and_the_way_there_restarting(t
     assert ledger.figures == Goodput(training=10.0, restarting=5.0, recomputing=20.0)
 
 
-def test_time_in_which_metrics_could_not_be_written_is_no_waiting_once_a_checkpoint_tells(tmp_path):
+def test_unwritten_metrics_are_no_waiting(tmp_path):
     run = Run(tmp_path)
     ledger = GoodputLedger(tmp_path, run.time, run.now)
     ledger.begin(0.0)

@@ -22,7 +22,7 @@ def log_from(run_dir, rank):
     )
 
 
-def test_every_rank_has_a_file_and_only_warnings_of_rank_0_are_heard(tmp_path):
+def test_ranks_log_to_files_rank_0_warns(tmp_path):
     first, second = log_from(tmp_path, 0), log_from(tmp_path, 1)
     assert first.stdout == ""
     assert first.stderr == "WARNING: watch out\nWARNING: me too\n"
@@ -33,7 +33,7 @@ def test_every_rank_has_a_file_and_only_warnings_of_rank_0_are_heard(tmp_path):
         assert lines[0].endswith("WARNING megatrain.x: watch out")
 
 
-def test_a_log_folder_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path):
+def test_an_unwritable_log_folder_stops_nothing(tmp_path):
     (tmp_path / "logs").write_text("in the way")
     first, second = log_from(tmp_path, 0), log_from(tmp_path, 1)
     assert first.stderr.count("cannot write") == 1

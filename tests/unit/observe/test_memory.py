@@ -11,7 +11,7 @@ print(peak_memory_bytes(torch.device("cpu")) - before, before)
 """
 
 
-def test_the_peak_counts_what_was_freed_again_and_nothing_of_the_process_that_started_this_one():
+def test_the_peak_is_of_this_process_alone():
     ballast = bytearray(b"x") * (600 << 20)
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     grown, before = map(int, done.stdout.split())

@@ -12,7 +12,7 @@ def read(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_step_line_has_every_key_of_the_interface(tmp_path, make_step):
+def test_a_step_line_has_the_interfaces_keys(tmp_path, make_step):
     writer = MetricsWriter(tmp_path)
     writer.step(make_step(1))
     [line] = read(tmp_path)
@@ -22,7 +22,7 @@ def test_a_step_line_has_every_key_of_the_interface(tmp_path, make_step):
     writer.close()
 
 
-def test_figures_that_are_not_finite_or_not_known_are_null(tmp_path, make_step):
+def test_unknown_or_infinite_figures_are_null(tmp_path, make_step):
     writer = MetricsWriter(tmp_path)
     writer.step(make_step(1, loss=float("nan"), grad_norm=float("inf"), mfu=None))
     writer.validation(1, float("-inf"), 0.1)
@@ -32,7 +32,7 @@ def test_figures_that_are_not_finite_or_not_known_are_null(tmp_path, make_step):
     writer.close()
 
 
-def test_after_a_resume_each_step_is_there_once_and_events_stay(tmp_path, make_step):
+def test_a_resume_keeps_each_step_once_and_events(tmp_path, make_step):
     first = MetricsWriter(tmp_path)
     first.event("start", 0)
     for step in range(1, 8):
@@ -57,7 +57,7 @@ def test_after_a_resume_each_step_is_there_once_and_events_stay(tmp_path, make_s
     assert [line["event"] for line in lines if "event" in line] == ["start", "save", "resume"]
 
 
-def test_a_line_torn_by_a_crash_is_dropped_and_does_not_spoil_the_next(tmp_path, make_step):
+def test_a_torn_line_is_dropped_alone(tmp_path, make_step):
     first = MetricsWriter(tmp_path)
     first.step(make_step(1))
     first.step(make_step(2))
@@ -72,7 +72,7 @@ def test_a_line_torn_by_a_crash_is_dropped_and_does_not_spoil_the_next(tmp_path,
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_run_folder_that_cannot_be_written_stops_nothing(tmp_path, make_step):
+def test_an_unwritable_run_folder_stops_nothing(tmp_path, make_step):
     (tmp_path / "run").write_text("a file where the run folder should be")
     writer = MetricsWriter(tmp_path / "run")
     writer.step(make_step(1))
@@ -92,7 +92,7 @@ def test_a_run_folder_that_cannot_be_written_stops_nothing(tmp_path, make_step):
         ([6.0] + [2.0] * 30 + [7.0] * 10, "it diverged: the loss was 6 at first and is 7 in the end"),
     ],
 )
-def test_a_run_whose_loss_ends_above_its_first_has_diverged(losses, words, tmp_path, make_step):
+def test_a_loss_above_its_first_has_diverged(losses, words, tmp_path, make_step):
     writer, half = MetricsWriter(tmp_path), len(losses) // 2
     for step, loss in enumerate(losses[:half], 1):
         writer.step(make_step(step, loss=loss))

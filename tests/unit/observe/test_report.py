@@ -91,7 +91,7 @@ def test_the_legend_leaves_the_chart_its_width(run_dir):
     assert axes.get_window_extent().y1 <= legend.y0 < legend.y1 <= axes._left_title.get_window_extent().y0
 
 
-def test_each_config_that_was_trained_with_and_a_divergence_are_shown(run_dir, tmp_path, make_step):
+def test_each_config_and_a_divergence_are_shown(run_dir, tmp_path, make_step):
     for step, lr in ((0, "0.001"), (10, "0.001"), (20, "0.01")):
         (run_dir / f"config-step-{step}.yaml").write_text(f"optimizer: {{lr: {lr}}}\n")
     writer = MetricsWriter(run_dir, 40)
@@ -108,14 +108,14 @@ def test_each_config_that_was_trained_with_and_a_divergence_are_shown(run_dir, t
     assert "it diverged: the loss was 8.99 at first and is 1,414 in the end" in text
 
 
-def test_text_from_a_config_or_an_event_is_shown_and_never_run(run_dir, tmp_path):
+def test_text_of_others_is_shown_never_run(run_dir, tmp_path):
     write_report(run_dir, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     assert "script" not in page.tags
     assert page.text.count(HOSTILE) == 3  # the config and two events, letter by letter
 
 
-def test_a_run_folder_with_a_hostile_name_is_drawn_and_escaped(run_dir, tmp_path):
+def test_a_hostile_run_name_is_escaped(run_dir, tmp_path):
     named = run_dir.rename(tmp_path / "a $b^{ <script> c")
     write_report(named, tmp_path / "report.html")
     write_report(named, tmp_path / "report.png")
@@ -123,7 +123,7 @@ def test_a_run_folder_with_a_hostile_name_is_drawn_and_escaped(run_dir, tmp_path
     assert imread(tmp_path / "report.png").shape[:2] == (1560, 1860)
 
 
-def test_a_picture_is_written_where_one_is_asked_for(run_dir, tmp_path):
+def test_a_picture_is_written_where_asked(run_dir, tmp_path):
     write_report(run_dir, tmp_path / "report.png")
     pixels = imread(tmp_path / "report.png")[:, :, :3]
     blue = np.abs(pixels - np.array([0x2C, 0x6F, 0xAD]) / 255).max(-1) < 0.02
@@ -139,7 +139,7 @@ def test_the_record_reads_what_the_trainer_wrote(run_dir):
     assert run.parts["forward_backward"].tolist() == [0.4] * 40
 
 
-def test_a_long_run_and_one_of_a_single_bad_step_are_drawn(tmp_path, make_step):
+def test_long_and_single_step_runs_are_drawn(tmp_path, make_step):
     long, short = MetricsWriter(tmp_path / "long"), MetricsWriter(tmp_path / "short")
     for step in range(1, 3001):
         long.step(make_step(step, grad_norm=10.0 ** (step % 5), loss=float("nan") if step < 1000 else 2.0))
@@ -152,7 +152,7 @@ def test_a_long_run_and_one_of_a_single_bad_step_are_drawn(tmp_path, make_step):
     assert (tmp_path / "long.html").stat().st_size < 2_000_000
 
 
-def test_lines_that_are_torn_or_make_no_sense_are_passed_over(run_dir):
+def test_torn_and_senseless_lines_are_passed_over(run_dir):
     with (run_dir / "metrics.jsonl").open("ab") as file:
         file.write(b'[1]\n"x"\n{"step": "7", "loss": 1}\n\x00\x00\n{"step":41,"loss":"high","parts":3}\n{"step":42,"lo')
     run = read_run(run_dir)
@@ -161,7 +161,7 @@ def test_lines_that_are_torn_or_make_no_sense_are_passed_over(run_dir):
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"event":"start","step":0}\n'])
-def test_a_folder_without_a_logged_step_is_an_error_of_the_data(tmp_path, content):
+def test_a_folder_without_steps_is_a_data_error(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=r"metrics\.jsonl"):
@@ -170,13 +170,13 @@ def test_a_folder_without_a_logged_step_is_an_error_of_the_data(tmp_path, conten
 
 
 @pytest.mark.parametrize("out", ["report.docx", "missing/report.html"])
-def test_an_output_that_cannot_be_written_is_an_error_of_usage(run_dir, tmp_path, out):
+def test_an_unwritable_output_is_a_usage_error(run_dir, tmp_path, out):
     with pytest.raises(ConfigError, match="--out"):
         write_report(run_dir, tmp_path / out)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_start_that_found_nothing_to_do_long_after_the_last_step_is_drawn(run_dir, tmp_path):
+def test_a_late_start_without_work_is_drawn(run_dir, tmp_path):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = max(line["time"] for line in lines if "time" in line)
     late = {"event": "resume", "step": 40, "layout": "2 ranks", "time": last + 3600.0}

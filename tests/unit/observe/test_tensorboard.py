@@ -47,7 +47,7 @@ def test_after_a_resume_tensorboard_shows_each_step_once(tmp_path, make_step):
     assert scalars(tmp_path)["train/loss"] == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 9)]
 
 
-def test_an_unknown_mfu_and_a_loss_that_is_not_finite_are_no_obstacle(tmp_path, make_step):
+def test_unknown_and_infinite_figures_are_no_obstacle(tmp_path, make_step):
     writer = TensorBoardWriter(tmp_path)
     writer.step(make_step(1, mfu=None, loss=float("nan")))
     writer.validation(1, float("nan"))

@@ -37,14 +37,14 @@ DEVICE_NAMES = [
 
 
 @pytest.mark.parametrize(("given", "name", "teraflops"), DEVICE_NAMES)
-def test_a_device_is_found_by_the_name_it_gives_itself(given, name, teraflops):
+def test_a_device_is_found_by_its_own_name(given, name, teraflops):
     device = find_device(given)
     assert device.name == name
     assert device.peak_flops("bf16") == device.peak_flops("fp16") == pytest.approx(teraflops * 1e12)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_every_device_is_found_by_its_own_short_name_in_any_case(device):
+def test_a_short_name_finds_its_device(device):
     assert find_device(device.name) is device
     assert find_device(device.name.upper()) is device
 

@@ -78,7 +78,7 @@ def test_messages_are_those_that_were_measured(num_ranks, parallel, megabytes):
     assert megabytes_sent(num_ranks, **parallel) == pytest.approx(megabytes, abs=0.1)
 
 
-def test_arithmetic_alone_is_at_the_assumed_share_of_peak():
+def test_arithmetic_is_at_the_assumed_share():
     config = make_config()
     alone = replace(NODE, gpus_per_node=1)
     time = time_of(config, alone)
@@ -89,7 +89,7 @@ def test_arithmetic_alone_is_at_the_assumed_share_of_peak():
     assert time.step == time.compute + time.update
 
 
-def test_recomputation_costs_a_third_more_where_all_layers_are_done_twice():
+def test_full_recomputation_costs_a_third_more():
     alone = replace(NODE, gpus_per_node=1)
     none, selective, full = (
         time_of(make_config(recompute=kind), alone).compute for kind in ("none", "selective", "full")
@@ -100,7 +100,7 @@ def test_recomputation_costs_a_third_more_where_all_layers_are_done_twice():
     assert none < selective < full
 
 
-def test_a_pipeline_of_like_stages_idles_for_its_bubble():
+def test_like_stages_idle_for_the_bubble():
     """Stages differ by the embedding and the head: here those are made small."""
     config = make_config(pipeline=4)
     config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 1})})
@@ -111,7 +111,7 @@ def test_a_pipeline_of_like_stages_idles_for_its_bubble():
     assert pipeline_bubble(make_config(), 4) == 0.0
 
 
-def test_a_pipeline_is_as_slow_as_its_slowest_stage():
+def test_the_slowest_stage_paces_a_pipeline():
     config = make_config(pipeline=2)
     fast = replace(NODE, gpus_per_node=2, device=replace(NODE.device, link_bytes_per_second=1e30))
     whole = time_of(make_config(), replace(NODE, gpus_per_node=1)).compute / 4  # of a micro-batch
