@@ -90,3 +90,11 @@ def test_of_a_run_every_checkpoint_is_verified(tmp_path: Path, verify: Callable[
     code, message = verify(tmp_path)
     assert code == 4
     assert str(newest / "manifest.json") in message
+
+
+def test_what_nfs_leaves_of_a_deleted_file_is_no_damage(
+    tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
+) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    (folder / ".nfs00000000052a1b3c00000007").write_bytes(b"still open elsewhere")
+    assert verify(folder) == (0, "")
