@@ -57,10 +57,11 @@ class Demo:
         self._sum_up(repeated, figures)
 
     def _make_datasets(self) -> None:
-        with self._stage(
-            "corpus", "Two kinds of real text: this Python's own sources, and what they say of themselves"
-        ):
-            self._command("megatrain-data", "corpus", "corpus")
+        if not (self._folder / "tokenizer.json").exists():  # else it would be newer than the datasets made of it
+            with self._stage(
+                "corpus", "Two kinds of real text: this Python's own sources, and what they say of themselves"
+            ):
+                self._command("megatrain-data", "corpus", "corpus")
         texts = [f"corpus/{name}.jsonl.zst" for name in DATASETS]
         with self._stage("tokenizer", "A byte-level BPE tokenizer, trained on both"):
             size = ["--vocab-size", str(VOCAB_SIZE), "--out", "tokenizer.json"]
