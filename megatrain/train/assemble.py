@@ -42,7 +42,7 @@ from megatrain.parallel.shard import Cut, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.stages import decoder_stages
-from megatrain.train.companions import Companions
+from megatrain.train.assets import Assets
 from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768
@@ -70,7 +70,7 @@ class Run:
     validation: Mapping[str, EvaluationBatches]
     store: CheckpointStore
     findings: Sequence[Finding]
-    companions: Companions = field(default_factory=Companions)
+    assets: Assets = field(default_factory=Assets)
     """What came along with the weights it has begun with; on rank 0."""
     origin: Location | None = None
     """The checkpoint that its first weights were taken from, in this start."""

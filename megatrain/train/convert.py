@@ -26,7 +26,7 @@ from megatrain.distributed.fragment import Fragment, Placement, windows
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.decoder import Decoder
 from megatrain.plan.flops import num_parameters
-from megatrain.train.companions import CARRIED, Companions, exported_files
+from megatrain.train.assets import CARRIED, Assets, exported_files
 
 _EVALUATION_TOKENS = 1024
 
@@ -45,10 +45,10 @@ def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.
     reader = CheckpointReader(folder)
     saved = saved_config(reader.manifest, folder)
     dtype = huggingface.DTYPES[saved.train.precision]
-    companions = Companions.of_checkpoint(folder, reader.manifest)
-    files = exported_files(companions, saved.model, str(dtype).removeprefix("torch."))
+    assets = Assets.of_checkpoint(folder, reader.manifest)
+    files = exported_files(assets, saved.model, str(dtype).removeprefix("torch."))
     huggingface.export_folder(reader, parameter_shapes(saved.model), dtype, files, out, shard_bytes)
-    return Converted(folder, reader.manifest.parameters, [*not_in_transformers(saved.model), *companions.notes])
+    return Converted(folder, reader.manifest.parameters, [*not_in_transformers(saved.model), *assets.notes])
 
 
 def import_folder(folder: Path, out: Path) -> Converted:
@@ -59,7 +59,7 @@ def import_folder(folder: Path, out: Path) -> Converted:
     if out.exists():
         raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
     config, notes = huggingface.read_config(folder)
-    companions = Companions.of_folder(huggingface.read_files(folder, CARRIED))
+    assets = Assets.of_folder(huggingface.read_files(folder, CARRIED))
     weights = huggingface.HuggingFaceWeights(folder, parameter_shapes(config))
     if others := huggingface.left_out(folder, CARRIED):
         notes.append(f"left out: {', '.join(others)}.")
@@ -67,7 +67,7 @@ def import_folder(folder: Path, out: Path) -> Converted:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        _write_checkpoint(aside, config, weights, companions)
+        _write_checkpoint(aside, config, weights, assets)
         sync_folder(aside)
         aside.rename(out)
     except OSError as error:
@@ -85,12 +85,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _write_checkpoint(
-    folder: Path, config: ModelConfig, weights: huggingface.HuggingFaceWeights, companions: Companions
+    folder: Path, config: ModelConfig, weights: huggingface.HuggingFaceWeights, assets: Assets
 ) -> None:
     entries = []
     for number, tensors in enumerate(weights.batches()):
         entries.append(write_pieces(folder / f"rank-{number:05d}.safetensors", _fragments(tensors)))
-    entries += [add_file(folder, name, content) for name, content in companions.files.items()]
+    entries += [add_file(folder, name, content) for name, content in assets.files.items()]
     seq_len = min(config.max_position_embeddings, _EVALUATION_TOKENS)
     manifest = Manifest(
         step=0,
@@ -106,7 +106,7 @@ def _write_checkpoint(
         versions={"megatrain": __version__, "torch": version("torch")},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files=tuple(entries),
-        special_tokens=companions.special_tokens,
+        special_tokens=assets.special_tokens,
     )
     write_file(folder / MANIFEST, manifest.encode())
 

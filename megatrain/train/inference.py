@@ -19,7 +19,7 @@ from megatrain.distributed.fragment import Placement
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
-from megatrain.train.companions import Companions
+from megatrain.train.assets import Assets
 
 TOKENIZER = "tokenizer.json"
 _DECODED_AT_ONCE, _KEPT = 256, 16
@@ -76,8 +76,8 @@ def generate_text(
     unknown = UnknownText(tokenizer).count([prompt], np.array(ids), np.array([0, len(ids)]), ["the prompt"])
     if unknown.characters:
         warn(f"The checkpoint's tokenizer has no tokens for {unknown}.")
-    companions = Companions.of_checkpoint(reader.folder, reader.manifest)
-    ids = [*companions.prompt_ids, *ids]
+    assets = Assets.of_checkpoint(reader.folder, reader.manifest)
+    ids = [*assets.prompt_ids, *ids]
     room = model.config.max_position_embeddings - len(ids)
     tokens = generate(
         model,
@@ -85,7 +85,7 @@ def generate_text(
         min(max_new_tokens, room) if room > 0 else max_new_tokens,
         sampling,
         seed,
-        companions.stop_ids,
+        assets.stop_ids,
         tokenizer.vocab_size,
     )
     new_ids: list[int] = []

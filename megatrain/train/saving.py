@@ -25,7 +25,7 @@ from megatrain.observe.record import last_saved_step
 from megatrain.parallel.engine import Engine
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
-from megatrain.train.companions import Companions
+from megatrain.train.assets import Assets
 from megatrain.train.progress import (
     Progress,
     former_config,
@@ -77,7 +77,7 @@ class Saving:
         """
         ended = self.finish()
         run, self._num_updates = self._run, progress.updates
-        companions = _companions(run) if run.rank.rank == 0 else run.companions
+        assets = _assets(run) if run.rank.rank == 0 else run.assets
         self._saver.begin(
             progress.step,
             _checked_state(run.engine),
@@ -85,10 +85,10 @@ class Saving:
                 update={
                     "validation_loss": validation_loss,
                     "on_request": on_request,
-                    "special_tokens": companions.special_tokens,
+                    "special_tokens": assets.special_tokens,
                 }
             ),
-            [*companions.files.items()],
+            [*assets.files.items()],
         )
         return ended if run.config.checkpoint.background else [*ended, *self.finish()]
 
@@ -274,16 +274,16 @@ def _fill(run: Run, reader: CheckpointReader, num_updates: int) -> None:
     """Take a checkpoint's state into the engine, and on rank 0 the files beside it into the run."""
     run.engine.load_fragments(reader, num_updates)
     if run.rank.rank == 0:
-        run.companions = Companions.of_checkpoint(reader.folder, reader.manifest)
+        run.assets = Assets.of_checkpoint(reader.folder, reader.manifest)
 
 
-def _companions(run: Run) -> Companions:
+def _assets(run: Run) -> Assets:
     """What is saved beside the pieces."""
     dataset = run.datasets[0]
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:
         bos = Token(id=dataset.bos_id, token=dataset.manifest.bos_token)
-    return run.companions.with_data(dataset.tokenizer_path.read_bytes(), eod, bos)
+    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos)
 
 
 def _fitting_origin(run: Run) -> Location:
@@ -305,7 +305,7 @@ def _begin(run: Run) -> Progress:
         _, problem = _on_all_ranks(run, lambda: _fill(run, _open(run, folder), num_updates=0))
         if problem is not None:
             raise CheckpointError(f"run.init_from cannot be used: {problem}")
-        if run.rank.rank == 0 and (stay := run.companions.staying_behind):
+        if run.rank.rank == 0 and (stay := run.assets.staying_behind):
             logger.warning(
                 "%s has no tokenizer.json to compare with the data's: %s stay behind", folder, ", ".join(stay)
             )

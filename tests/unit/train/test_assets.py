@@ -20,7 +20,7 @@ from megatrain.config import ModelConfig
 from megatrain.data import open_dataset
 from megatrain.data.dataset import refuse_mixed
 from megatrain.errors import DataError
-from megatrain.train.companions import CARRIED, Companions, exported_files
+from megatrain.train.assets import CARRIED, Assets, exported_files
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
 from megatrain.train.inference import generate_text
@@ -43,7 +43,7 @@ def ids(folder: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Path:
     """A folder of the Llama 3 kind, with all that such a folder has."""
-    hf = tmp_path_factory.mktemp("companions") / "hf"
+    hf = tmp_path_factory.mktemp("assets") / "hf"
     hf.mkdir()
     text = tiny_data.prose.parent / "prose.jsonl"
     train_tokenizer([str(text)], 512, hf / "tokenizer.json", ReadOptions(), SPECIAL)
@@ -192,7 +192,7 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {  # eod, bos,
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_those_of_transformers(kind: str) -> None:
     files, expected = KINDS[kind]
-    special = Companions.of_folder({name: json.dumps(value).encode() for name, value in files.items()}).special_tokens
+    special = Assets.of_folder({name: json.dumps(value).encode() for name, value in files.items()}).special_tokens
     found = (special.eod, special.bos, special.pad, special.unk)
     assert tuple(token and token.id for token in found) == expected
 
@@ -201,10 +201,10 @@ def test_of_several_ends_the_tokenizers_is_taken(folder: Path, ids: dict[str, in
     files = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
     ends = [ids["<|end_of_text|>"], ids["<|eot_id|>"]]
     files["generation_config.json"] = json.dumps({"eos_token_id": ends}).encode()
-    companions = Companions.of_folder(files)
-    assert companions.special_tokens.eod == Token(id=ids["<|eot_id|>"], token="<|eot_id|>")
-    assert companions.stop_ids == ends
-    other = companions.with_data(files["tokenizer.json"], Token(id=0, token="<|endoftext|>"), Token(id=4, token="<s>"))
+    assets = Assets.of_folder(files)
+    assert assets.special_tokens.eod == Token(id=ids["<|eot_id|>"], token="<|eot_id|>")
+    assert assets.stop_ids == ends
+    other = assets.with_data(files["tokenizer.json"], Token(id=0, token="<|endoftext|>"), Token(id=4, token="<s>"))
     assert other.stop_ids == [0]
     assert other.special_tokens.bos == Token(id=4, token="<s>")
 
@@ -218,7 +218,7 @@ def test_a_prompt_begins_as_documents_do(folder: Path, ids: dict[str, int]) -> N
     begun = tokenizer.to_str().encode()
     named = json.dumps({"bos_token": "<|begin_of_text|>"}).encode()
     asked = json.dumps({"bos_token": "<|begin_of_text|>", "add_bos_token": True}).encode()
-    of = Companions.of_folder
+    of = Assets.of_folder
     assert of({"tokenizer.json": plain, "tokenizer_config.json": named}).prompt_ids == []
     assert of({"tokenizer.json": begun, "tokenizer_config.json": named}).prompt_ids == [begin]
     assert of({"tokenizer.json": plain, "tokenizer_config.json": asked}).prompt_ids == [begin]
@@ -235,8 +235,8 @@ def test_a_prompt_begins_as_documents_do(folder: Path, ids: dict[str, int]) -> N
 
 def test_a_tokenizer_of_unknown_origin_takes_no_files_along() -> None:
     files = {"vocab.json": b"{}", "merges.txt": b"", "generation_config.json": b"{}"}
-    companions = Companions.of_folder(files).with_data(b"{}", Token(id=0, token="x"))
-    assert set(companions.files) == {"generation_config.json", "tokenizer.json"}
+    assets = Assets.of_folder(files).with_data(b"{}", Token(id=0, token="x"))
+    assert set(assets.files) == {"generation_config.json", "tokenizer.json"}
 
 
 def test_a_checkpoint_of_an_older_version_still_ends(finished_run: Path, tmp_path: Path) -> None:
@@ -245,4 +245,4 @@ def test_a_checkpoint_of_an_older_version_still_ends(finished_run: Path, tmp_pat
     manifest = read_manifest(folder)
     assert manifest.special_tokens == SpecialTokens(eod=Token(id=0, token="<|endoftext|>"))
     (folder / MANIFEST).write_bytes(manifest.model_copy(update={"special_tokens": None}).encode())
-    assert Companions.of_checkpoint(folder, read_manifest(folder)).stop_ids == [0]
+    assert Assets.of_checkpoint(folder, read_manifest(folder)).stop_ids == [0]

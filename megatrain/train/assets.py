@@ -46,19 +46,19 @@ _ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
 
 
 @dataclass(frozen=True)
-class Companions:
+class Assets:
     """What goes along with the weights. ``files``: name to content, of CARRIED."""
 
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def of_folder(cls, files: Mapping[str, bytes]) -> Companions:
+    def of_folder(cls, files: Mapping[str, bytes]) -> Assets:
         """Those of an imported folder: its special tokens as transformers reads them."""
         return cls(_read_special_tokens(files), files)
 
     @classmethod
-    def of_checkpoint(cls, folder: Location, manifest: Manifest) -> Companions:
+    def of_checkpoint(cls, folder: Location, manifest: Manifest) -> Assets:
         """Those of a checkpoint. Raises CheckpointError where a file is not what was written."""
         files = {e.file: read_small_file(folder, e) for e in manifest.files if e.file in CARRIED}
         if manifest.special_tokens is not None:
@@ -70,7 +70,7 @@ class Companions:
             special_tokens = special_tokens.model_copy(update={"eod": eod})
         return cls(special_tokens, files)
 
-    def with_data(self, tokenizer_json: bytes, eod: Token, bos: Token | None = None) -> Companions:
+    def with_data(self, tokenizer_json: bytes, eod: Token, bos: Token | None = None) -> Assets:
         """The same for a run on data of this tokenizer, whose documents end with ``eod``, and begin with ``bos``.
 
         Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
@@ -108,13 +108,13 @@ class Companions:
         return [eod.id]
 
 
-def exported_files(companions: Companions, model: ModelConfig, dtype: str) -> dict[str, bytes]:
+def exported_files(assets: Assets, model: ModelConfig, dtype: str) -> dict[str, bytes]:
     """The files of a Hugging Face folder beside its weights: what came along as it was, but for a model or an end of
     text that have become others. ``dtype``: torch's name of the weights' type.
 
     A special token that is not known is null in config.json: left out, transformers would take one of its own.
     """
-    files, tokens = companions.files, companions.special_tokens
+    files, tokens = assets.files, assets.special_tokens
     ids = {f"{role}_token_id": token.id for role, token in _by_role(tokens) if role != "unk"}
     theirs = _json(files, CONFIG)
     changed: dict[str, dict[str, Any]] = {}
