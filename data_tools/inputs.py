@@ -23,6 +23,8 @@ LOCAL = ("file://", "local://")
 """Addresses of this machine's own files, which are found and opened like paths."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 16
+UNKNOWN_KIND = ""
+"""Why a file is passed over that --text-files would take."""
 MAX_OBJECT_BYTES = 1 << 26
 """A .json file of one object that is larger is not looked into beforehand."""
 
@@ -39,12 +41,13 @@ class Selection:
     text_files: bool = False
     """Whether files of a folder whose kind is not known are documents."""
 
+    def takes(self, name: str) -> bool:
+        """Whether a file is one to read, whatever it holds."""
+        return not _fits(name, self.exclude) and (not self.include or _fits(name, self.include))
+
     def kind(self, name: str, is_named: bool) -> Kind | None:
-        """What a file is read as; None if it is passed over. `is_named`: it is not just one of a folder's files."""
-        included = _fits(name, self.include)
-        if _fits(name, self.exclude) or (self.include and not included):
-            return None
-        as_text = Kind.TEXT if is_named or included or self.text_files else None
+        """What a file is read as; None if it is not known. `is_named`: it is not just one of a folder's files."""
+        as_text = Kind.TEXT if is_named or self.include or self.text_files else None
         return self.format or kind_of(name)[0] or as_text
 
 
@@ -131,9 +134,9 @@ def find_inputs(
     if "" in arguments:
         raise ConfigError("An input is an empty text (an unset variable?). Give a file, a folder, a glob or a URL.")
     files: list[InputFile] = []
-    passed_over: Counter[str] = Counter()
+    passed_over: dict[str, tuple[str, str]] = {}
     for argument in arguments:
-        passed_here: Counter[str] = Counter()
+        passed_here: dict[str, tuple[str, str]] = {}
         found = list(_find(argument, selection or Selection(), text_key, passed_here))
         if not found:
             raise DataError(
@@ -141,36 +144,48 @@ def find_inputs(
                 "Give a file, a folder with files, a glob or a URL."
             )
         files += found
-        passed_over += passed_here
+        passed_over |= passed_here
     kinds = Counter(file.kind.value for file in files)
     listed = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
     size = sum(file.num_bytes for file in files)
-    say(f"Input: {len(files)} files ({listed}), {size / 1e6:.1f} MB. {_passed(passed_over)}".strip())
+    again = len(files) - len({file.name for file in files})
+    twice = f"Read more than once, as more than one input names them: {again}. " if again else ""
+    say(f"Input: {len(files)} files ({listed}), {size / 1e6:.1f} MB. {twice}{_passed(passed_over)}".strip())
     return files
 
 
-def _passed(passed_over: Mapping[str, int]) -> str:
-    """What was left out, by suffix, and how to have it."""
+def _passed(passed_over: Mapping[str, tuple[str, str]]) -> str:
+    """What was left out, by what it is and why, and how to have it."""
     if not passed_over:
         return ""
-    listed = ", ".join(f"{number} {suffix}" for suffix, number in sorted(passed_over.items()))
-    return f"Passed over: {listed}. What is text is taken by --text-files, or by a glob that names it. "
+    counts = sorted(Counter(passed_over.values()).items())
+    listed = ", ".join(f"{number} {what}" + (f" ({why})" if why else "") for (what, why), number in counts)
+    is_unknown = any(why == UNKNOWN_KIND for _, why in passed_over.values())
+    advice = "What is text is taken by --text-files, or by a glob that names it. " if is_unknown else ""
+    return f"Passed over: {listed}. {advice}"
 
 
-def _find(argument: str, selection: Selection, text_key: str, passed_over: Counter[str]) -> Iterator[InputFile]:
+def _find(
+    argument: str, selection: Selection, text_key: str, passed_over: dict[str, tuple[str, str]]
+) -> Iterator[InputFile]:
+    """The files of an argument; `passed_over` gets what each of the others is, and why it is not read."""
     # Only what is more than wildcards names a file: `README*` and `*.md` do, `corpus/*` is a folder's content.
     is_specific = bool(argument.rstrip("/").rpartition("/")[2].strip("*?."))
-    found = _find_local(argument) if local_part(argument) is not None else list_at(argument)
+    found = _find_local(argument, passed_over) if local_part(argument) is not None else list_at(argument)
     by_name = {each[0]: each for each in found}
     for name, is_named, num_bytes, version in sorted(by_name.values()):
         is_named = is_named and is_specific
-        kind, label = selection.kind(name, is_named), suffix_of(name) or "without a suffix"
+        suffix, why = suffix_of(name) or "without a suffix", UNKNOWN_KIND
+        if not selection.takes(name):
+            passed_over[name] = (suffix, "by --include and --exclude")
+            continue
+        kind = selection.kind(name, is_named)
         file = InputFile(name, num_bytes or 0, version, kind or Kind.TEXT)
         if kind is Kind.JSON and file.compression is None and selection.format is None:
-            kind, label = _look_into(file, text_key, is_named), f"{label} (an object without {text_key!r})"
+            kind, why = _look_into(file, text_key, is_named), f"an object without {text_key!r}"
             file = InputFile(name, num_bytes or 0, version, kind or Kind.JSON)
         if kind is None:
-            passed_over[label] += 1
+            passed_over[name] = (suffix, why)
             continue
         if num_bytes is None and not file.is_streamed:
             raise DataError(
@@ -226,7 +241,7 @@ def take(record: dict[str, Any], key: str, default: object = None) -> Any:
     return take(value, inner, default) if isinstance(value, dict) else default
 
 
-def _find_local(argument: str) -> Iterator[tuple[str, bool, int, str]]:
+def _find_local(argument: str, passed_over: dict[str, tuple[str, str]]) -> Iterator[tuple[str, bool, int, str]]:
     """Name, whether it was named itself, bytes and version of each file."""
     path = local_part(argument)
     assert path is not None
@@ -234,7 +249,7 @@ def _find_local(argument: str) -> Iterator[tuple[str, bool, int, str]]:
     matched = [path] if path.exists() or path.is_symlink() else _match(str(path))
     for top in matched:
         is_folder = top.is_dir()
-        for found in _walk(top) if is_folder else [top]:
+        for found in _walk(top, passed_over) if is_folder else [top]:
             yield scheme + found.as_posix(), not is_folder, *_status(found)
 
 
@@ -255,8 +270,8 @@ def _status(path: Path) -> tuple[int, str]:
     return status.st_size, f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, hidden ones and those in hidden folders left out; follows no links to folders.
+def _walk(folder: Path, passed_over: dict[str, tuple[str, str]]) -> Iterator[Path]:
+    """The files below a folder, hidden ones and those in hidden folders left out; links to folders are passed over.
 
     Raises DataError where a folder cannot be read: its documents would be left out in silence.
     """
@@ -269,6 +284,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        links = (path for path in (Path(place, name) for name in folders) if path.is_symlink())
+        passed_over |= {str(link): ("link to a folder", "name it to have it read") for link in links}
         yield from (Path(place, name) for name in names if not name.startswith("."))
 
 

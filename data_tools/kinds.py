@@ -48,6 +48,7 @@ COMPRESSIONS = {
 }
 STREAMED = (Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
 """Read from the beginning to the end, never from the middle; so is whatever is compressed."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB = ("http://", "https://")
 MIN_HEAD_BYTES = 8
 """Fewer are no file, but some bytes of a text."""
@@ -81,6 +82,7 @@ _MAGIC = (
     (0, b"\xd0\xcf\x11\xe0", "an old Office document"),
     (0, b"\x80\x04\x95", "a Python pickle"),
     (0, b"\x7fELF", "a program"),
+    (0, LFS_POINTER, "a Git LFS pointer and not the file itself, which `git lfs pull` gets"),
     (0, b"\xff\xfe\0\0", "UTF-32 text"),
     (0, b"\0\0\xfe\xff", "UTF-32 text"),
     (0, b"\xff\xfe", "UTF-16 text"),

@@ -26,6 +26,8 @@ ROWS_AT_ONCE = 16
 MAX_GROWTH = 1000
 CSV_BLOCK_BYTES = 1 << 25
 """A row of CSV is no longer than this."""
+CSV_END = b"\x1e\x1f\x1d"
+"""What every column has in a row that is put behind the file."""
 
 
 def read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
@@ -350,25 +352,34 @@ def _csv_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordBat
         invalid_row_handler=leave_out if options.errors == "skip" else None,
     )
     stream = io.BufferedReader(_Stream(read_blocks(file)), BLOCK_BYTES)
-    header = stream.readline(BLOCK_BYTES)
+    header, _, rest = stream.readline(BLOCK_BYTES).partition(b"\r")  # which may be all that ends a line
     if not header.strip():
         return
     if magic_name(header):
         raise pa.ArrowInvalid("no text")  # which names what it is
-    names = pyarrow.csv.open_csv(io.BytesIO(header), parse_options=parse).schema.names
+    # Not `open_csv`: threads of a reader that is let go have been seen to abort the process at its exit.
+    in_order = pyarrow.csv.ReadOptions(use_threads=False)
+    names = pyarrow.csv.read_csv(io.BytesIO(header + b"\n"), in_order, parse).schema.names
     columns = _columns(names, options, file)
-    if stream.peek(1):
-        yield from chain.from_iterable(
-            map(
-                _slices,
-                pyarrow.csv.open_csv(
-                    stream,
-                    pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES, column_names=names),
-                    parse,
-                    pyarrow.csv.ConvertOptions(
-                        check_utf8=False, column_types=dict.fromkeys(names, pa.string()), include_columns=columns
-                    ),
-                ),
-            )
-        )
+    end = b"\n" + parse.delimiter.encode().join([CSV_END] * len(names)) + b"\n"
+    with pyarrow.csv.open_csv(
+        io.BufferedReader(
+            _Stream(chain([rest] if rest else [], iter(partial(stream.read1, BLOCK_BYTES), b""), [end])), BLOCK_BYTES
+        ),
+        pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES, column_names=names),
+        parse,
+        pyarrow.csv.ConvertOptions(
+            check_utf8=False, column_types=dict.fromkeys(names, pa.string()), include_columns=columns
+        ),
+    ) as reader:
+        last = None
+        for batch in reader:
+            yield from _slices(last) if last else ()
+            last = batch
+    ends = [column[-1].as_buffer().to_pybytes() for column in last.columns] if last else []
+    if last:
+        # Behind a quote that does not end all that follows is in its value, and so is CSV_END.
+        yield from _slices(last.slice(0, last.num_rows - any(CSV_END in each for each in ends)))
     yield from invalid
+    if any(each != CSV_END for each in ends):
+        raise BadInput(f"{file.name} is cut off, or a quote in it does not end. Download or write it again.")

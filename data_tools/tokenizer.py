@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ _WORDS = (
 )
 WORDS = {"gpt2": None, "llama3": _WORDS, "qwen2": _WORDS.replace("{1,3}", "")}
 """The patterns by which these models cut text into words, which merges never cross; None: the library's own."""
+
+_MARKED = re.compile(r"[^\w\s]\S*\w\S*[^\w\s]|__\w+__")
+"""A name with marks around it: <|name|>, [NAME], __name__."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,10 @@ def train_tokenizer(
             f"--vocab-size {vocab_size} is too small: the bytes and {', '.join(special)} need {smallest}."
         )
     for token in special:
-        if len(tokenizer.pre_tokenizer.pre_tokenize_str(token)) < 2:
+        if not _MARKED.fullmatch(token):
             raise ConfigError(
-                f"--special-token {token!r} is no more than a word, which text may have too: a token that no text "
-                "becomes needs marks around its name, as <|name|> has."
+                f"--special-token {token!r} is no more than words or signs, which text may have too: a token that no "
+                "text becomes needs marks around its name, as <|name|> has."
             )
     if not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} for --out {out}: make it first.")

@@ -17,7 +17,7 @@ import orjson
 import xxhash
 
 from data_tools.inputs import InputFile, Selection
-from data_tools.kinds import Kind, magic_name
+from data_tools.kinds import LFS_POINTER, Kind, magic_name
 from megatrain.errors import DataError
 
 PART_BYTES = 16 << 20
@@ -177,7 +177,7 @@ def decode(data: bytes, options: ReadOptions) -> str:
 def refuse_binary(text: str, data: bytes = b"") -> None:
     """Raise BadInput for what is valid UTF-8, or was made so, and yet no text; `data` is what it was decoded from."""
     num_odd = text.count("\0") + text.count("\ufffd")
-    if not num_odd:
+    if not num_odd and not data.startswith(LFS_POINTER):
         return
     name = magic_name(data)
     if name:

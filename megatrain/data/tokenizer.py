@@ -19,6 +19,8 @@ from megatrain.errors import DataError, MegatrainError
 
 _CONTROL_LIKE = re.compile(r"▁?<\S*\w\S*>")
 """Added tokens that are control tokens although the file does not call them special: <tool_call>, <|fim_prefix|>."""
+_CONTROL_NAMES = re.compile(r"</?s>|<\|\w+\|>|<(pad|unk|mask|bos|eos|cls|sep)>|\[(PAD|UNK|MASK|BOS|EOS|CLS|SEP)\]")
+"""What SentencePiece, BERT and their like call control tokens, which files may have in the model's vocabulary alone."""
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _KEEPING_TEXT = frozenset(
     {
@@ -81,10 +83,13 @@ class Tokenizer:
         """The tokens that stand for no text, and their ids.
 
         These are the special ones, the one for unknown text, and among the other added ones those in angle brackets:
-        files differ in whether they call <tool_call> or <|fim_prefix|> special. Other added tokens are words.
+        files differ in whether they call <tool_call> or <|fim_prefix|> special. Other added tokens are words. A
+        vocabulary that spells characters has <s> or [CLS] only for control; one of bytes may have learned them.
         """
         added = self._library.get_added_tokens_decoder().items()
         found = {t.content: i for i, t in added if t.special or _CONTROL_LIKE.fullmatch(t.content)}
+        if not self.is_byte_level:
+            found |= {token: number for token, number in self.ids.items() if _CONTROL_NAMES.fullmatch(token)}
         return found if self.unknown is None else {self.unknown: self.ids[self.unknown], **found}
 
     @cached_property

@@ -62,6 +62,15 @@ def test_other_text_gets_the_ids_it_had(make: Make, tmp_path: Path) -> None:
         assert ids[offsets[number] : offsets[number + 1]].tolist() == expected
 
 
+def test_undeclared_control_tokens_are_found_by_name() -> None:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "[MASK]": 4, "to": 5, "<br>": 6}
+    library = Library(models.WordLevel(words, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(library.to_str().encode(), "tokenizer.json")
+    ids = ReferenceEncoder(tokenizer.for_text()).encode(["to <s> </s> <pad> [MASK] <br>"])[0].tolist()
+    assert ids == [5, 0, 0, 0, 0, 6]
+
+
 def test_byte_tokens_spelled_out_stay_text() -> None:
     pieces = [("<unk>", 0.0), *((token, 0.0) for token in BYTES), *((letter, -5.0) for letter in [*LETTERS, "\u2581"])]
     library = Library(models.Unigram(pieces, 0, byte_fallback=True))

@@ -88,10 +88,18 @@ def test_other_text_has_to_be_named(corpus: Path) -> None:
     assert [name for name, _ in found(corpus, include=("*.md", "sub/*"))[0]] == ["README.md", "notes.txt", "rows.csv"]
     assert ("a.unknown", "text") in found(corpus, text_files=True)[0]
     files, said = found(corpus, exclude=("*.json", "deep/*"))
-    assert (files, "5 .json," in said) == ([("rows.csv", "csv")], True)
+    assert (files, "5 .json (by" in said, "--text-files" in said) == ([("rows.csv", "csv")], True, True)
     assert {kind for _, kind in found(corpus / "sub", format=Kind.TEXT)[0]} == {"text"}
-    with pytest.raises(DataError, match=r"names no file that is read\. Passed over: 1 \.csv, 5 \.json"):
+    with pytest.raises(DataError, match=r"names no file that is read\. Passed over: 1 \.csv \(by .* 5 \.json"):
         found(corpus, include=("*.jsonl",))
+
+
+def test_links_to_folders_and_files_read_twice_are_told(corpus: Path) -> None:
+    (corpus / "linked").symlink_to(corpus / "sub")
+    files, said = found(corpus, f"{corpus}/sub", exclude=("*.md", "*.tar", "*.unknown", "_SUCCESS"))
+    assert (len(files), "1 link to a folder (name it" in said) == (7, True)
+    assert ("names them: 2." in said, "--text-files" in said) == (True, False)
+    assert len(found(corpus / "linked")[0]) == 2
 
 
 def test_names_are_names_whatever_is_in_them(tmp_path: Path, run_command: RunCommand, tokenizer_path: Path) -> None:
@@ -112,6 +120,7 @@ def test_names_are_names_whatever_is_in_them(tmp_path: Path, run_command: RunCom
 TABLE = pa.table({"text": ["a, b", "x\ny"], "id": ["1", "2"]})
 FORMS: dict[str, Callable[[Path], object]] = {
     "a.csv": lambda path: path.write_text('id,text,n\n1,"a, b",\n2,"x\ny",3\n'),
+    "b.csv": lambda path: path.write_bytes(b'id,text\r1,"a, b"\r\r2,"x\ny"'),
     "a.tsv.gz": lambda path: path.write_bytes(gzip.compress(b'id\ttext\n1\ta, b\n2\t"x\ny"\n')),
     "a.jsonl.bz2": lambda path: path.write_bytes(b"".join(bz2.compress(line) for line in LINES)),
     "a.json.xz": lambda path: path.write_bytes(lzma.compress(b"".join(LINES))),
@@ -169,6 +178,8 @@ NO_TEXT = {
     "image.txt": (PNG, "a PNG image"),
     "lines.jsonl": (bz2.compress(LINE * 9), "line 1: this is bzip2"),
     "table.parquet": (gzip.compress(LINE), "is gzip, not parquet"),
+    "open.csv": (b'id,text\n1,a\n2,"b\n3,c\n', "a quote in it does not end"),
+    "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
     "rows.csv": (b"PK\x03\x04" + bytes(60), "zip (or docx, xlsx, npz), not csv"),
     "lines.json": (PNG + b"\n" * 9, "a PNG image"),
     "old.feather": (b"FEA1" + bytes(60), "Feather version 1, not arrow"),
