@@ -32,7 +32,10 @@ def test_they_stand_beside_the_end_of_document_token_and_are_special(text: str, 
 
 @pytest.mark.parametrize(
     ("vocab_size", "tokens", "words"),
-    [(258, TOKENS, "need 259"), *((300, [word], "needs marks") for word in ("", "the", " the", "the end", "\u2581the", "=="))],
+    [
+        (258, TOKENS, "need 259"),
+        *((300, [word], "needs marks") for word in ("", " the", "the end", "\u2581the", "==")),
+    ],
 )
 def test_what_leaves_them_no_room_or_name_is_refused(
     vocab_size: int, tokens: list[str], words: str, text: str, tmp_path: Path
