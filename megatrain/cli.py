@@ -86,7 +86,7 @@ def check(
         raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
-    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model), *_check_vocabulary(loaded)]
+    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model), *_check_data(loaded)]
     data = rules.data_degree(loaded, world_size)
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
@@ -222,8 +222,7 @@ def train(
     num_ranks = procs or max(gpus, 1)
     _refuse_shared_gpus(num_ranks, gpus)
     rules.check(loaded, num_ranks)
-    _check_data(loaded)
-    for note in _check_vocabulary(loaded):
+    for note in _check_data(loaded, must_exist=True):
         typer.echo(f"warning: {note}", err=True)
     _check_origin(_with_vocabulary(loaded), must_exist=True)
     run_dir = Path(loaded.run.dir)
@@ -460,13 +459,27 @@ def _refuse_shared_gpus(num_ranks: int, gpus: int) -> None:
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
 
 
-def _check_data(config: RunConfig) -> None:
-    """Find datasets that are missing, broken or of several tokenizers before ranks are started."""
+def _check_data(config: RunConfig, must_exist: bool = False) -> list[str]:
+    """Refuse datasets that are missing or broken (if they must exist), not alike, or with more ids than the vocabulary,
+    as far as they are here; what there is to ask of it."""
+    paths = [*(entry.path for entry in config.data.train), *(entry.path for entry in config.data.validation)]
+    paths = [path for path in paths if must_exist or Path(path).is_dir()]
+    if not paths:
+        return []
     from megatrain.data import open_dataset
     from megatrain.data.dataset import refuse_mixed
+    from megatrain.data.vocabulary import idle_vocabulary, resolve_vocabulary
 
-    paths = [*(e.path for e in config.data.train), *(e.path for e in config.data.validation)]
-    refuse_mixed([open_dataset(path) for path in paths])
+    try:
+        datasets = [open_dataset(path) for path in paths]
+    except DataError:  # which a start says; a config can be right without its data
+        if must_exist:
+            raise
+        return []
+    refuse_mixed(datasets)
+    resolve_vocabulary(config, datasets[0])
+    question = idle_vocabulary(config, datasets[0])
+    return [] if question is None else [question]
 
 
 def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
@@ -488,23 +501,6 @@ def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
         if must_exist or Path(entry.path).exists():
             origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)
     return [f"run.init_from: weights of {origin.folder}, the same model."]
-
-
-def _check_vocabulary(config: RunConfig) -> list[str]:
-    """Refuse a vocabulary that is too small for the data, where they are here; what there is to ask of it."""
-    path = config.data.train[0].path
-    if not Path(path).is_dir():
-        return []
-    from megatrain.data import open_dataset
-    from megatrain.data.vocabulary import idle_vocabulary, resolve_vocabulary
-
-    try:
-        dataset = open_dataset(path)
-    except DataError:  # which a start says; a config can be right without its data
-        return []
-    resolve_vocabulary(config, dataset)
-    question = idle_vocabulary(config, dataset)
-    return [] if question is None else [question]
 
 
 def _epochs(config: RunConfig) -> list[Epochs]:

@@ -59,6 +59,15 @@ def test_check_asks_about_a_vocabulary_that_the_data_never_uses(
     assert "has token ids up to 511" in ended.err
 
 
+def test_check_refuses_datasets_that_are_not_alike(
+    megatrain: Megatrain, tiny_data: TinyData, sentinel_data: Path, tmp_path: Path
+) -> None:
+    config = finished_config(tiny_data, tmp_path / "run")
+    config["data"]["validation"] = [{"path": str(sentinel_data)}]
+    ended = megatrain("check", write_config(tmp_path / "run.yaml", config))
+    assert (ended.code, f"{sentinel_data} was tokenized with another tokenizer" in ended.err) == (3, True), ended
+
+
 def test_checkpoints_are_listed_oldest_first(megatrain: Megatrain, finished_run: Path) -> None:
     rows = json.loads(megatrain("checkpoint", "list", finished_run, "--json").out)
     assert [(row["step"], row["good"]) for row in rows] == [(2, True), (4, True), (6, True)]
