@@ -50,12 +50,13 @@ class Mixture:
 def _apportion(weights: NDArray[np.float64]) -> NDArray[np.int64]:
     """Whole numbers that sum to BLOCK, by largest remainder. A positive weight gets at least one, and what that is more
     than its share comes off the others in proportion."""
+    is_positive = weights > 0
     with np.errstate(over="ignore"):
         total = weights.sum()
-    share = weights / total if np.isfinite(total) else weights / len(weights) / (weights / len(weights)).sum()
+    share = weights / total if np.isfinite(total) else weights / weights.max() / (weights / weights.max()).sum()
     least = np.zeros(len(share), dtype=np.bool_)
     exact = share * BLOCK
-    while (small := (weights > 0) & ~least & (exact < 1)).any():
+    while (small := is_positive & ~least & (exact < 1)).any():
         least |= small
         rest = share[~least].sum()
         exact = np.where(least, 1.0, share * ((BLOCK - np.count_nonzero(least)) / rest if rest else 0.0))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -51,6 +53,7 @@ def test_any_stretch_sees_the_weights_that_were_asked_for(given_weights: list[fl
 @given(far_apart)
 @example([5e12, 1e12, 1e6, 1e6, 1e6, 1e6])
 @example([1e308, 1e308, 5e-324])
+@example([sys.float_info.max] * 3)
 def test_every_positive_weight_is_drawn_however_small(given_weights: list[float]) -> None:
     quotas = Mixture(given_weights).quotas
     assert quotas.sum() == BLOCK
