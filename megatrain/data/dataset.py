@@ -54,12 +54,13 @@ def refuse_mixed(datasets: Sequence[Dataset]) -> None:
             )
         if (one.eod_id, one.bos_id) != (another.eod_id, another.bos_id):
             raise DataError(
-                f"{other.path} {_borders(another)}, and {first.path} {_borders(one)}: a model learns one kind of "
+                f"{other.path} {borders(another)}, and {first.path} {borders(one)}: a model learns one kind of "
                 "document. Tokenize both with the same --eod-token and --bos-token."
             )
 
 
-def _borders(manifest: Manifest) -> str:
+def borders(manifest: Manifest) -> str:
+    """How a dataset's documents end and begin, in words."""
     begin = f" and begins them with {manifest.bos_token} (id {manifest.bos_id})" if manifest.bos_token else ""
     return f"ends its documents with {manifest.eod_token} (id {manifest.eod_id}){begin}"
 

@@ -18,6 +18,7 @@ from megatrain.checkpoint.store import resolve
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
+from megatrain.data.dataset import borders
 from megatrain.distributed.bootstrap import RankInfo, export_rank
 from megatrain.distributed.device import has_gpu, local_device
 from megatrain.distributed.groups import Groups, make_groups
@@ -163,10 +164,14 @@ def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
             f"{dataset.path} was tokenized with another tokenizer than the one {reader.folder} was trained with: its "
             f"loss would mean nothing. Tokenize the text again with --tokenizer {reader.folder / TOKENIZER}."
         )
-    special, is_trained = reader.manifest.special_tokens, not reader.manifest.layout.get("imported")
-    if is_trained and special is not None and special.eod is not None and special.eod.id != dataset.eod_id:
+    special = reader.manifest.special_tokens
+    if special is None or special.eod is None or reader.manifest.layout.get("imported"):
+        return
+    bos = special.bos if special.begins_with_bos else None
+    if (special.eod.id, None if bos is None else bos.id) != (dataset.eod_id, dataset.bos_id):
+        begun = "" if bos is None else f" and began with {bos.token} (id {bos.id})"
         raise DataError(
-            f"{dataset.path} ends its documents with {dataset.manifest.eod_token} (id {dataset.eod_id}), and what "
-            f"{reader.folder} was trained on ended with {special.eod.token} (id {special.eod.id}): its loss there "
-            "would mean nothing. Tokenize the text again with --eod-token."
+            f"{dataset.path} {borders(dataset.manifest)}, and what {reader.folder} was trained on ended with "
+            f"{special.eod.token} (id {special.eod.id}){begun}: its loss there would mean nothing. Tokenize the text "
+            "again with the same --eod-token and --bos-token."
         )

@@ -140,10 +140,13 @@ def test_an_export_names_the_end_of_the_data_and_invents_nothing(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert tokenizer.special_tokens_map == {"eos_token": "<|end_of_text|>"}
     assert set(tokenizer("a text")) == {"input_ids", "attention_mask"}
-    with pytest.raises(DataError, match=r"<\|eot_id\|> .* ended with <\|end_of_text\|>"):
-        evaluate_checkpoint(
-            tmp_path / "run", dataset(folder, tiny_data, tmp_path / "eot", "<|eot_id|>"), show_progress=False
-        )
+    for borders, words in (
+        (["<|eot_id|>"], r"<\|eot_id\|> .* ended with"),
+        ([SPECIAL[2], SPECIAL[0]], "begins them with"),
+    ):
+        other = dataset(folder, tiny_data, tmp_path / borders[0][2:5], *borders)
+        with pytest.raises(DataError, match=words):
+            evaluate_checkpoint(tmp_path / "run", other, show_progress=False)
 
 
 def test_datasets_of_one_run_end_documents_alike(folder: Path, tiny_data: TinyData, tmp_path: Path) -> None:
