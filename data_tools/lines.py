@@ -11,8 +11,8 @@ from typing import IO, Any
 
 import orjson
 
-from data_tools.inputs import BYTE_ORDER_MARK, InputFile, are_json_lines, take
-from data_tools.kinds import Kind, magic_name
+from data_tools.inputs import BYTE_ORDER_MARK, InputFile, are_json_lines, is_object, take
+from data_tools.kinds import Kind, kind_of, magic_name
 from data_tools.streams import BLOCK_BYTES, read_blocks
 from data_tools.units import (
     MAX_DOCUMENT_BYTES,
@@ -294,7 +294,11 @@ def _text(file: InputFile, options: ReadOptions, advance: Callable[[int], None])
         size += len(block)
         if size > MAX_DOCUMENT_BYTES:
             raise BadInput(f"{file.name} is a text file of more than {MAX_DOCUMENT_BYTES} bytes: one document.")
+    data = b"".join(blocks)
+    is_guess = options.selection.format is None and kind_of(file.name)[0] is None
+    if is_guess and data.startswith(b"{") and is_object(data.partition(b"\n")[0]):
+        raise BadInput(f"{file.name} has lines of JSON, and a name that does not say so. Give --format jsonl, or text.")
     try:
-        return decode(b"".join(blocks), options)
+        return decode(data, options)
     except BadInput as error:
         raise BadInput(f"{file.name}: {error}.") from None

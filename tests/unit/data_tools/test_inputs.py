@@ -179,6 +179,7 @@ NO_TEXT = {
     "lines.jsonl": (bz2.compress(LINE * 9), "line 1: this is bzip2"),
     "table.parquet": (gzip.compress(LINE), "is gzip, not parquet"),
     "open.csv": (b'id,text\n1,a\n2,"b\n3,c\n', "a quote in it does not end"),
+    "part-00000": (LINE * 2, "Give --format jsonl, or text"),
     "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
     "rows.csv": (b"PK\x03\x04" + bytes(60), "zip (or docx, xlsx, npz), not csv"),
     "lines.json": (PNG + b"\n" * 9, "a PNG image"),
