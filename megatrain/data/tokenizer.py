@@ -260,13 +260,24 @@ class Tokenizer:
         """Files without a decoder are used by those who only encode; this is the one that fits how they encode."""
         from tokenizers import decoders
 
+        model = self.description["model"]
+        prefix = model.get("continuing_subword_prefix")
         if self.is_byte_level:
             return decoders.ByteLevel()
-        if "Metaspace" in self.component_types("pre_tokenizer"):
-            return decoders.Metaspace()
-        if self.description["model"]["type"] == "WordPiece":
-            return decoders.WordPiece(self.description["model"]["continuing_subword_prefix"])
-        return None
+        if model["type"] == "WordPiece" or prefix:
+            return decoders.WordPiece(prefix)
+        if model.get("end_of_word_suffix"):
+            return decoders.BPEDecoder(model["end_of_word_suffix"])
+        if model["type"] == "WordLevel":
+            return None  # words with spaces between
+        is_begun = any(
+            part["type"] == "Prepend" or part.get("prepend_scheme", "never") != "never"
+            for name in ("normalizer", "pre_tokenizer")
+            for part in _parts(self.description[name])
+        )
+        spaces = decoders.Metaspace(prepend_scheme="always" if is_begun else "never")
+        bytes_first = [decoders.ByteFallback()] if model.get("byte_fallback") else []
+        return decoders.Sequence([*bytes_first, spaces, decoders.Fuse()])
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:

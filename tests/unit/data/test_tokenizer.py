@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import orjson
 import pytest
 from tokenizers import Tokenizer as Library
@@ -9,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
+from tests.tokenizer_samples import gemma, llama2, llama3, t5
 
 
 def read(library: Library, **changes: object) -> Tokenizer:
@@ -45,6 +48,22 @@ def test_a_byte_level_file_without_decoder_decodes_and_counts_bytes() -> None:
     ids = tokenizer.encode("ab \u4e2d")
     assert tokenizer.decode(ids) == "ab \u4e2d"
     assert tokenizer.token_lengths(tokenizer.vocab_size)[ids].tolist() == [2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("make", [llama2, gemma, t5, llama3], ids=lambda make: make.__name__)
+def test_the_decoder_that_a_file_lacks_is_made_up_for(make: Callable[[], Library]) -> None:
+    library = make()
+    whole, lacking = read(library), read(library, decoder=None)
+    for text in ("to be or not", " to  the\u4e2d", "the"):
+        ids = whole.encode(text)
+        assert lacking.decode(ids) == whole.decode(ids)
+
+
+def test_ends_of_words_are_no_text() -> None:
+    vocabulary = {token: number for number, token in enumerate(("a", "b", "b</w>", "ab</w>"))}
+    library = Library(models.BPE(vocabulary, [("a", "b</w>")], end_of_word_suffix="</w>"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert read(library).decode(read(library).encode("ab b ab")) == "ab b ab"
 
 
 def test_holes_count_in_the_size_of_a_vocabulary() -> None:
