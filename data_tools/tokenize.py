@@ -162,12 +162,12 @@ def _prepare(
     origin = Origin(command, files)
     work = out / WORK_FOLDER
     if (out / MANIFEST_FILE).exists() and not (work.exists() or restart):
-        return _Job(origin, _finished(out, origin), tokenizer)
+        return _Job(origin, _finished(out, origin, effort), tokenizer)
     _refuse_other_things(out, work, origin, restart)
     _join_folder(work, claims)
     with claims.hold("command"):
         if (out / MANIFEST_FILE).exists() and not restart:
-            return _Job(origin, _finished(out, origin), tokenizer)
+            return _Job(origin, _finished(out, origin, effort), tokenizer)
         join_command(out, work / COMMAND_FILE, command, "delete the folder to start over")
         if restart:
             _start_over(out, work, claims)
@@ -301,11 +301,13 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
     return texts
 
 
-def _finished(out: Path, origin: Origin) -> Manifest:
+def _finished(out: Path, origin: Origin, effort: Effort) -> Manifest:
     """The manifest of the finished dataset `out`, if this very command made it of these very inputs."""
     manifest = Manifest.load(out)
     way_out = "Give another --out, or delete that folder."
     origin.refuse_other(manifest.job, out / MANIFEST_FILE, f"{out} already holds a dataset", way_out)
+    if manifest.unknown is not None:
+        refuse_above(effort.max_unknown, manifest.unknown, f"the text, of which {out} is made")
     return manifest
 
 

@@ -120,6 +120,7 @@ def test_too_much_is_refused_and_what_was_done_is_kept(
     unknown = Manifest.load(tmp_path / "out").unknown
     assert unknown is not None
     assert unknown.characters == 4
+    assert run_command(*command)[0] == 3  # the limit holds for what was made under another, too
 
 
 def test_counts_survive_an_interruption(tmp_path: Path) -> None:
