@@ -85,10 +85,11 @@ def generate(
     if not all(0 <= token < num_ids for token in tokens):
         raise ConfigError(f"The prompt has token ids outside of 0 to {num_ids - 1}: was it made by another tokenizer?")
     if len(tokens) + max_new_tokens > limit:
+        room = limit - len(tokens)
+        advice = f"ask for at most {room} new tokens, or shorten the prompt" if room > 0 else "shorten the prompt"
         raise ConfigError(
             f"The prompt's {len(tokens)} tokens and {max_new_tokens} new ones are more than the model's {limit} "
-            f"positions (model.max_position_embeddings): ask for at most {max(0, limit - len(tokens))} new tokens, "
-            "or shorten the prompt."
+            f"positions (model.max_position_embeddings): {advice}."
         )
     return _stream(model, tokens, max_new_tokens, sampling, seed, stop_ids, num_ids)
 
