@@ -16,7 +16,7 @@ from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
 from megatrain.config.problem import SEPARATOR, Problem, refusal
 from megatrain.config.scalar import scalar
-from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
+from megatrain.config.schema import FROM_CHECKPOINT, RunConfig, in_home
 from megatrain.errors import ConfigError
 
 COMMAND_LINE = "the command line"
@@ -94,7 +94,7 @@ def _with_saved_model(tree: dict[str, Any], saved_model: SavedModel) -> dict[str
     if tree.get("model") != FROM_CHECKPOINT:
         return tree
     values = (_value(tree, *key) for key in (("run", "dir"), ("checkpoint", "dir"), ("run", "init_from")))
-    run_dir, checkpoint_dir, init_from = (value if isinstance(value, str) and value else None for value in values)
+    run_dir, checkpoint_dir, init_from = (in_home(v) if isinstance(v, str) and v else None for v in values)
     model = saved_model(run_dir, checkpoint_dir, init_from)
     return tree if model is None else {**tree, "model": dict(model)}
 

@@ -32,13 +32,14 @@ LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
 FROM_CHECKPOINT = "from_checkpoint"  # in place of the model's keys: see ModelConfig
 
 
-def _in_home(path: str) -> str:
+def in_home(path: str) -> str:
+    """A path that begins with ``~/``, in the home folder; any other as it is."""
     return os.path.expanduser(path) if path.startswith("~/") else path  # noqa: PTH111 (addresses are no paths)
 
 
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-Path = Annotated[str, Field(min_length=1), AfterValidator(_in_home)]
+Path = Annotated[str, Field(min_length=1), AfterValidator(in_home)]
 Text = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -469,7 +470,7 @@ class CheckpointConfig(Section):
     @classmethod
     def _wherever_it_is_read_from(cls, place: str | None) -> str | None:
         """A path as an absolute one: a run that is started from another folder must find its checkpoints."""
-        return str(pathlib.Path(_in_home(place)).absolute()) if place and "://" not in place else place
+        return str(pathlib.Path(in_home(place)).absolute()) if place and "://" not in place else place
 
 
 class ObserveConfig(Section):

@@ -94,9 +94,14 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
     step = find_step(env)
     for words in _DIALECTS:
         if words.rank in env and words.size in env:
-            return _as_told(env, words, step)
+            return _consistent(_as_told(env, words, step))
     if step is not None:
-        return _as_task(env, step)
+        return _consistent(_as_task(env, step))
+    if half := next((words for words in _DIALECTS if env.get(words.rank)), None):
+        raise ConfigError(
+            f"{half.rank}={env[half.rank]} is set, but {half.size} is not: of how many ranks this is one is not known. "
+            f"Export both, or unset {half.rank} for a process that is alone."
+        )
     return RankInfo(0, 1, 0, 1, "none", env.get("MASTER_ADDR", _THIS_HOST), _master_port(env))
 
 
@@ -121,6 +126,16 @@ def _as_told(env: Mapping[str, str], words: _Dialect, step: SlurmStep | None) ->
     master = _master_addr(env, words.launcher, size, local_size)
     local_rank = whole(env, local) if local else 0
     return RankInfo(rank, size, local_rank, local_size, words.launcher, master, _master_port(env))
+
+
+def _consistent(info: RankInfo) -> RankInfo:
+    if 0 <= info.rank < info.world_size and 0 <= info.local_rank < info.local_world_size:
+        return info
+    raise ConfigError(
+        f"{info.launcher} tells this process that it is rank {info.rank} of {info.world_size}, and rank "
+        f"{info.local_rank} of {info.local_world_size} on its node: its variables contradict each other. Ranks count "
+        "from 0, within one step and not over several (a heterogeneous job has several)."
+    )
 
 
 def _as_task(env: Mapping[str, str], step: SlurmStep) -> RankInfo:
@@ -309,7 +324,10 @@ def _master_addr(env: Mapping[str, str], launcher: str, size: int, local_size: i
 
 def _master_port(env: Mapping[str, str]) -> int:
     if "MASTER_PORT" in env:
-        return whole(env, "MASTER_PORT")
+        port = whole(env, "MASTER_PORT")
+        if not 0 < port < 1 << 16:
+            raise ConfigError(f"MASTER_PORT is {port}; a TCP port is from 1 to 65535.")
+        return port
     if "SLURM_JOB_ID" in env:  # the same for every task of a job, rarely for two jobs on a node
         return _FIRST_JOB_PORT + whole(env, "SLURM_JOB_ID") % _NUM_JOB_PORTS
     return DEFAULT_MASTER_PORT

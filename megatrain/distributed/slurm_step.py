@@ -33,7 +33,7 @@ class SlurmStep:
     def first_host(self) -> str:
         """The node of task 0. Raises ConfigError where srun does not tell which one that is."""
         nodes = hostnames(self.nodes) if self.nodes else []
-        if self.distribution == "arbitrary" and len(nodes) != 1:  # the list is sorted, and task 0 anywhere
+        if self.distribution.startswith("arbitrary") and len(nodes) != 1:  # the list is sorted, and task 0 anywhere
             first = _first_in(self.hostfile)
             nodes = [first] if first in nodes else []
         if not nodes:
@@ -74,7 +74,7 @@ def whole(env: Mapping[str, str], key: str, default: int | None = None) -> int:
 def _first_in(hostfile: str) -> str | None:
     """The first node that a hostfile of srun names; None where it cannot be read here."""
     try:
-        words = Path(hostfile).read_text(encoding="utf-8").split()
-        return hostnames(words[0].partition("*")[0])[0]
-    except (OSError, IndexError, UnicodeDecodeError, ConfigError):
+        lines = [line.partition("#")[0].split() for line in Path(hostfile).read_text(encoding="utf-8").splitlines()]
+        return hostnames(next(words[0] for words in lines if words).partition("*")[0])[0]
+    except (OSError, StopIteration, UnicodeDecodeError, ConfigError):
         return None

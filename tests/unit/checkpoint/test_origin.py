@@ -169,6 +169,17 @@ def test_the_runs_own_newest_checkpoint_comes_first(tmp_path: Path) -> None:
     assert load(config).model.attention_dropout == 0.1
 
 
+@pytest.mark.parametrize("place", ["run.init_from", "run.dir", "checkpoint.dir"])
+def test_the_home_folder_is_known_before_the_model(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    below = "a/checkpoints" if place == "run.dir" else "a"
+    checkpoint(tmp_path / below / "step-00000007", LLAMA)
+    config = write_config(tmp_path / "c.yaml", "from_checkpoint", None)
+    assert load(config, [f"{place}=~/a"]).model == ModelConfig.model_validate(LLAMA)
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="from_checkpoint given; there is no checkpoint yet"):
         load(write_config(tmp_path / "c.yaml", "from_checkpoint", None))

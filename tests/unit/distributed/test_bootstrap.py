@@ -109,7 +109,7 @@ def test_outside_of_a_step_a_process_is_alone(environment: dict[str, str]) -> No
 def test_a_hostfile_says_where_rank_0_is(tmp_path: Path) -> None:
     """Under --distribution=arbitrary the step's list is sorted all the same."""
     hostfile = tmp_path / "hosts"
-    hostfile.write_text("gpu004*3\ngpu003\n")
+    hostfile.write_text("# rank 0 first\ngpu004*3 # here\ngpu003\n")
     arbitrary = {**SRUN, "SLURM_DISTRIBUTION": "arbitrary"}
     assert read_rank({**arbitrary, "SLURM_HOSTFILE": str(hostfile)}).master_addr == "gpu004"
     hostfile.write_text("gpu001\n")  # since rewritten, for another step
@@ -141,13 +141,30 @@ def test_several_ranks_without_a_local_rank_are_refused(environment: dict[str, s
         ({"RANK": "one"}, "RANK is 'one'"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_RANK": "4"}, "rank 4 of 4 on its node"),
+        ({"LOCAL_RANK": "-1"}, "rank -1 of 4 on its node"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is 0"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999"),
     ],
 )
 def test_broken_variables_are_named(change: dict[str, str], named: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_rank({**TORCHRUN, **change})
     assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("change", [{"SLURM_PROCID": "7"}, {"SLURM_LOCALID": "3"}])
+def test_a_task_beyond_its_step_is_refused(change: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="contradict each other"):
+        read_rank({**SRUN, **change})
+
+
+@pytest.mark.parametrize("rank", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_a_rank_of_no_number_is_not_alone(rank: str) -> None:
+    with pytest.raises(ConfigError, match=f"{rank}=3 is set, but .*SIZE is not"):
+        read_rank({rank: "3"})
+    assert read_rank({**SRUN, rank: "3"}).rank == 5
 
 
 def test_several_nodes_without_an_address_are_refused() -> None:
