@@ -12,6 +12,7 @@ _OPTION = re.compile(r"--[a-z][a-z0-9-]*(=.*)?", re.DOTALL)
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _GPUS = re.compile(r"(?:(?P<type>[A-Za-z][\w.-]*):)?(?P<count>[1-9]\d*)", re.ASCII)
 _GRES = re.compile(r"(?:^|,)gpu(?::[A-Za-z][\w.-]*)?(?::(\d+))?(?=,|$)", re.ASCII)
+_TYPED = re.compile(r"(?:^|,)(?:[A-Za-z][\w.-]*:?)?(\d*)(?=,|$)", re.ASCII)
 _SAME_SUBJECT = {
     "--mem-per-cpu": "--mem",
     "--mem-per-gpu": "--mem",
@@ -76,14 +77,17 @@ def read_gpus(text: str) -> int:
     return int(match["count"])
 
 
-def check_gpus(options: Iterable[str], ranks_per_node: int) -> None:
-    """Raise ConfigError where --gres asks for another number of GPUs on a node than there are ranks."""
-    gres = value_of(options, "--gres") or ""
-    counts = [int(count or 1) for count in _GRES.findall(gres)]
-    if counts and sum(counts) != ranks_per_node:
-        raise ConfigError(
-            f"--gres={gres} gives {sum(counts)} GPU(s) on each node to {ranks_per_node} rank(s): both must be the same."
-        )
+def check_gpus(options: Iterable[str], ranks_per_node: int, nodes: int) -> None:
+    """Raise ConfigError where the options ask for another number of GPUs on a node than there are ranks."""
+    per_node = {"--gres": 1.0, "--gpus-per-node": 1.0, "--gpus-per-task": float(ranks_per_node), "--gpus": 1 / nodes}
+    for option in options:
+        name, _, value = option.partition("=")
+        counts = [int(count or 1) for count in (_GRES if name == "--gres" else _TYPED).findall(value)]
+        given = sum(counts) * per_node.get(name, 0.0)
+        if given and given != ranks_per_node:
+            raise ConfigError(
+                f"{option} gives {given:g} GPU(s) on each node to {ranks_per_node} rank(s): both must be the same."
+            )
 
 
 def limit_seconds(limit: str) -> int | None:

@@ -222,7 +222,7 @@ def _check(job: Job, site: Site, options: list[str]) -> None:
     _check_words([job.config, *job.overrides, str(job.working_dir), *options], job.logs)
     check_limit(options, job.signal_seconds)
     if job.gpus_per_node:
-        check_gpus(options, job.ranks_per_node)
+        check_gpus(options, job.ranks_per_node, job.nodes)
     if job.via_ssh:
         if site.srun:
             raise ConfigError("the site's srun options need --via srun: with --via deepspeed, srun starts no ranks.")

@@ -6,7 +6,9 @@ RANK; `mpirun` (Open MPI, or PMI's for MPICH) and `srun` set theirs for each tas
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ _GPU_LISTS = (
     "HIP_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES",
 )
-_NO_GPUS = {"", "-1", "NoDevFiles", "cpu"}
+_NO_GPUS = {"", "-1", "NoDevFiles", "(null)", "none", "void", "cpu"}
+_COUNT = re.compile(r"(?:^|[:=])0*[1-9]\d*$|^[^\W\d][^:=]*$")  # 8, h100:8, and h100 for one of them
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20000, 10000  # below the ports that Linux gives out by itself
 
 
@@ -224,7 +227,8 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
     if wants_cpu(env):
         return []
     if "CUDA_VISIBLE_DEVICES" in env:
-        return [gpu for word in env["CUDA_VISIBLE_DEVICES"].split(",") if (gpu := word.strip()) not in _NO_GPUS]
+        words = map(str.strip, env["CUDA_VISIBLE_DEVICES"].split(","))
+        return [*itertools.takewhile(lambda word: word not in _NO_GPUS, words)]  # CUDA reads no further
     return _driver_gpus()
 
 
@@ -236,7 +240,7 @@ def gpu_request(environ: Mapping[str, str] | None = None) -> str | None:
     if wants_cpu(env):
         return None
     for key in _GPU_COUNTS:
-        if env.get(key, "0").rpartition(":")[2] != "0":
+        if any(_COUNT.search(word) for word in env.get(key, "").split(",")):
             return f"{key}={env[key]}"
     for key in _GPU_LISTS:
         is_deepspeeds = key == "CUDA_VISIBLE_DEVICES" and "LOCAL_SIZE" in env  # its launcher sets it without GPUs too

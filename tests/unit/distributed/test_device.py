@@ -41,6 +41,7 @@ def test_a_rank_takes_its_own_of_the_gpus_it_sees(
     [
         {"MEGATRAIN_DEVICE": "cuda"},
         {"SLURM_GPUS": "h100:8"},
+        {"SLURM_GPUS": "a100:2,v100:0"},
         {"SLURM_GPUS_PER_TASK": "1"},
         {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""},
         {"SLURM_JOB_GPUS": "0"},
@@ -62,6 +63,7 @@ def test_a_job_says_that_it_is_for_gpus(variables: dict[str, str]) -> None:
         {"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_GPUS": "0"},
         {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_PER_NODE": "h100:0"},
         {"CUDA_VISIBLE_DEVICES": "", "LOCAL_SIZE": "2"},
+        {"CUDA_VISIBLE_DEVICES": "-1,0", "SLURM_GPUS_PER_NODE": "", "SLURM_JOB_GPUS": "(null)"},
     ],
 )
 def test_a_job_without_gpus_asks_for_none(variables: dict[str, str]) -> None:

@@ -123,6 +123,9 @@ def test_options_of_sbatch_are_passed_on(launch: Launch) -> None:
         ("-p debug", "long form"),
         ("--time=tomorrow", "--time tomorrow"),
         ("--gres=gpu:8", "8 GPU(s) on each node to 4 rank(s)"),
+        ("--gpus-per-node=h100:8", "8 GPU(s) on each node to 4 rank(s)"),
+        ("--gpus-per-task=2", "8 GPU(s) on each node to 4 rank(s)"),
+        ("--gpus=4", "GPU(s) on each node to 4 rank(s)"),
         ("--comment=a\nb", "control character"),
     ],
 )

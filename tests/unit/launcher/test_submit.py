@@ -14,6 +14,7 @@ ALLOCATION = {
     **dict.fromkeys(("SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_MEM_PER_CPU", "SLURM_TRES_PER_TASK"), "1"),
     **dict.fromkeys(("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURMD_NODENAME", "SLURM_EXPORT_ENV", "SBATCH_MEM_BIND"), "1"),
     **dict.fromkeys(("CUDA_VISIBLE_DEVICES", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK", "MASTER_PORT"), "1"),
+    **dict.fromkeys(("SRUN_CPUS_PER_TASK", "PALS_RANKID", "FLUX_TASK_RANK", "HYDI_CONTROL_FD", "ROLE_RANK"), "1"),
 }
 KEPT = {"PATH": "/bin", "SLURM_CONF": "/etc/x", "SBATCH_ACCOUNT": "me", "NCCL_DEBUG": "INFO", "TMPDIR": "/tmp"}
 
