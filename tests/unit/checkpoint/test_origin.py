@@ -170,9 +170,7 @@ def test_the_runs_own_newest_checkpoint_comes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["run.init_from", "run.dir", "checkpoint.dir"])
-def test_the_home_folder_is_known_before_the_model(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_home_folder_is_known_before_the_model(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     below = "a/checkpoints" if place == "run.dir" else "a"
     checkpoint(tmp_path / below / "step-00000007", LLAMA)
