@@ -24,7 +24,7 @@ import xxhash
 from data_tools.claims import Claims
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit, no_text
-from data_tools.work import Advance, PartFile, PartStore
+from data_tools.work import Advance, PartFile, PartStore, write_batches
 from megatrain.data.format import (
     BATCH_TOKENS,
     MANIFEST_FILE,
@@ -244,9 +244,8 @@ def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance:
     }
     metadata = shard_metadata(same_for_all, plan.index, *totals)
     schema = document_schema(token_dtype(tokenizer.vocab_size), metadata)
-    with committed(path, work) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
-        for group in _group_by_tokens(pieces, lengths):
-            writer.write_batch(_shard_batch(group, schema))
+    groups = _group_by_tokens(pieces, lengths)
+    write_batches(path, schema, (_shard_batch(group, schema) for group in groups), work)
     row = shard_row(path, *totals)
     commit_bytes(_stats_path(work, plan.index), orjson.dumps({"plan": plan.key, "row": row}))
     advance(row["bytes"])

@@ -22,7 +22,7 @@ from data_tools.engines import Engine
 from data_tools.readers import read_parts
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Record, Unit
-from data_tools.work import Advance, PartStore
+from data_tools.work import Advance, PartStore, write_batches
 from megatrain.data.format import Unknown, canonical_json, token_dtype
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
@@ -97,7 +97,7 @@ class UnitEncoder:
         counts["unknown"] = asdict(unknown)
         counts["num_documents"] = sum(batch.num_rows for batch in batches)
         counts["num_tokens"] = sum(len(batch["tokens"].values) for batch in batches)
-        self._store.commit_part(unit, part.number, part_schema(self._dtype, counts), batches)
+        write_batches(self._store.part_path(unit, part.number), part_schema(self._dtype, counts), batches)
 
     @cached_property
     def _unknown_text(self) -> UnknownText | None:

@@ -130,7 +130,7 @@ def _past_damage(file: InputFile, advance: Callable[[int], None]) -> Iterator[by
     try:
         yield from read_lines(file, advance)
     except BadInput as error:
-        yield Fault(str(error), partial(BadInput, str(error)))
+        yield Fault.of(error)
 
 
 def read_lines(file: InputFile, advance: Callable[[int], None] = lambda _: None) -> Iterator[bytes]:
@@ -249,7 +249,8 @@ def _parse_odd_line(line: bytes, options: ReadOptions, head: bytes) -> Any:
             "--errors skip leaves it out"
         )
     try:
-        return orjson.loads(_ESCAPES.sub(_without_surrogates, line.decode(errors="replace")))
+        text = line.decode(errors="replace")
+        return orjson.loads(_ESCAPES.sub(lambda escape: "\\ufffd" if escape["lone"] else escape[0], text))
     except orjson.JSONDecodeError as json_error:
         raise BadInput(f"bad JSON ({_in_line(json_error)})") from None
 
@@ -257,10 +258,6 @@ def _parse_odd_line(line: bytes, options: ReadOptions, head: bytes) -> Any:
 def _in_line(error: Exception) -> str:
     """What is wrong and in which column: a parser that sees one line calls it line 1."""
     return f"{error.msg}, column {error.colno}" if isinstance(error, orjson.JSONDecodeError) else str(error)
-
-
-def _without_surrogates(escape: re.Match[str]) -> str:
-    return "\\ufffd" if escape["lone"] else escape[0]
 
 
 def _fault(file: InputFile, offset: int, problem: str) -> Fault:
@@ -283,7 +280,7 @@ def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None])
     try:
         row: Row = Record(_text(unit.files[0], options, advance), None, 0)
     except BadInput as error:
-        row = Fault(str(error), partial(BadInput, str(error)))
+        row = Fault.of(error)
     yield Part(0, iter([row]))
 
 

@@ -55,7 +55,7 @@ def _placed(unit: Unit, options: ReadOptions) -> Iterator[tuple[int, int, pa.Rec
         damage = _damage(file, error)
         if not isinstance(damage, BadInput):
             raise damage from None
-        yield position, row, Fault(str(damage), partial(BadInput, str(damage)))
+        yield position, row, Fault.of(damage)
 
 
 def _damage(file: InputFile, error: Exception) -> DataError:
@@ -102,11 +102,13 @@ def _table_rows(
             texts = _text_column(batch, options.text_key, file)
             columns = (texts, _ids(batch, options, file), _extras(batch, options, file))
         except BadInput as error:
-            yield from [Fault(str(error), partial(BadInput, str(error)))] * batch.num_rows
+            yield from [Fault.of(error)] * batch.num_rows
             continue
         for row, (text, identity, extra) in enumerate(zip(*columns, strict=True), start=first_row):
             try:
-                yield Record(_document(text, options), _name(identity, options), 0, extra)
+                document = _document(text, options)
+                identity = decode(identity, options) if isinstance(identity, bytes) else identity
+                yield Record(document, identity, 0, extra)
             except BadInput as error:
                 yield Fault(str(error), partial(BadInput, f"{file.name}, row {row}: {error}."))
         advance(batch.nbytes)
@@ -119,10 +121,6 @@ def _document(text: pa.Scalar, options: ReadOptions) -> str:
     if buffer.size > MAX_DOCUMENT_BYTES:
         raise BadInput(f"the text is longer than {MAX_DOCUMENT_BYTES} bytes")
     return decode(buffer.to_pybytes(), options)
-
-
-def _name(identity: object, options: ReadOptions) -> str | None:
-    return decode(identity, options) if isinstance(identity, bytes) else None if identity is None else str(identity)
 
 
 def _field(rows: pa.StructArray, key: str) -> pa.Array | None:

@@ -260,15 +260,13 @@ def _plan(
     """The plan of shards, once all units are finished; None before that."""
     with claims.hold("plan"):
         plan = load_plan(store, job.units)
-        if plan:
-            refuse_above(effort.max_unknown, plan.unknown, "the text")
-            return plan
-        # Where a network's file system was slow to show one rank what another had done, a unit may have been left.
-        left = _unfinished(job.pending, store)
-        run_tasks(encoder, [Assignment(unit, 1) for unit in left], 1, lambda _: None)
-        if _unfinished(left, store):
-            return None
-        plan = make_plan(store, job.units, options.shard_tokens)
+        if plan is None:
+            # Where a network's file system was slow to show one rank what another had done, a unit may have been left.
+            left = _unfinished(job.pending, store)
+            run_tasks(encoder, [Assignment(unit, 1) for unit in left], 1, lambda _: None)
+            if _unfinished(left, store):
+                return None
+            plan = make_plan(store, job.units, options.shard_tokens)
         refuse_above(effort.max_unknown, plan.unknown, "the text")
         return plan
 

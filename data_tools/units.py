@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
@@ -68,6 +69,11 @@ class Fault(NamedTuple):
     """What the command stops with, unless it is to skip. Made only then: it may count the lines up to there."""
     file: int = 0
     """Index in the unit's files."""
+
+    @staticmethod
+    def of(error: BadInput) -> Fault:
+        """What an error says that has its place in it already."""
+        return Fault(str(error), partial(BadInput, str(error)))
 
 
 class FileStart:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -48,6 +48,15 @@ class PartFile(NamedTuple):
     """File of the unit, row in the part, and problem of rows that were skipped: see `Part.batches`."""
 
 
+def write_batches(
+    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], scratch: Path | None = None
+) -> None:
+    """Write an Arrow file: whole, or not at all. `scratch`: see `committed`."""
+    with committed(path, scratch) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
 @dataclass(frozen=True)
 class PartStore:
     """The parts that are done, in one folder."""
@@ -62,12 +71,6 @@ class PartStore:
     def part_path(self, unit: Unit, number: int) -> Path:
         """Where part `number` of a unit is, or will be."""
         return self.folder / f"{unit.key}-{number:06d}.arrow"
-
-    def commit_part(self, unit: Unit, number: int, schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> None:
-        """Write a part: whole, or not at all. Its schema's metadata has the counts of `PartFile`."""
-        with committed(self.part_path(unit, number)) as path, pa.ipc.new_file(str(path), schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
 
     def finish_unit(self, unit: Unit, numbers: list[int]) -> None:
         """Record that the unit consists of these parts, all of which are committed, and what they hold."""

@@ -19,8 +19,7 @@ import pyarrow as pa
 from data_tools.clean.job import Job, Task
 from data_tools.clean.sketch import Bytes, Keys, Sketch, equal_bytes
 from data_tools.clean.survey import Corpus, SurveyedPart, read_columns
-from data_tools.work import Advance
-from megatrain.data.format import committed
+from data_tools.work import Advance, write_batches
 
 RUN_DOCUMENTS = 1 << 18
 SLICE_DOCUMENTS = 1 << 21
@@ -123,8 +122,7 @@ class RunSorter:
             columns[f"key_{key}"] = pa.array(keys[order, key])
             columns[f"document_{key}"] = pa.array(order.astype(np.uint32))
         result = pa.table(columns)
-        with committed(run.path) as path, pa.ipc.new_file(str(path), result.schema) as writer:
-            writer.write_table(result)
+        write_batches(run.path, result.schema, result.to_batches())
         advance(run.num_documents * KEY_BYTES * self.sketch.num_keys)
 
 
@@ -139,9 +137,9 @@ class Matcher:
     def __call__(self, piece: Slice, advance: Advance) -> None:
         """Compare the documents of the slice that share a key."""
         keys, documents = self._shared(piece)
-        with committed(piece.path(self.folder)) as path, pa.ipc.new_file(str(path), PAIR_SCHEMA) as writer:
-            for kept, dropped in self._rounds(keys, documents):
-                writer.write_batch(pa.RecordBatch.from_arrays([pa.array(kept), pa.array(dropped)], schema=PAIR_SCHEMA))
+        pairs = (list(map(pa.array, pair)) for pair in self._rounds(keys, documents))
+        batches = (pa.RecordBatch.from_arrays(columns, schema=PAIR_SCHEMA) for columns in pairs)
+        write_batches(piece.path(self.folder), PAIR_SCHEMA, batches)
         advance(sum(run.num_documents for run in self.runs) * KEY_BYTES // piece.num_slices)
 
     def _shared(self, piece: Slice) -> tuple[Keys, Documents]:

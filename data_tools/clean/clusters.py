@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from data_tools.clean.output import PartDecisions
+from data_tools.clean.output import Documents, PartDecisions
 from data_tools.clean.survey import SurveyedPart
 
 BLOCK_DOCUMENTS = 1 << 20
-
-Documents = npt.NDArray[np.uint64]
 
 
 def cluster(pair_files: Sequence[Path], num_documents: int, path: Path) -> None:

@@ -22,7 +22,7 @@ from data_tools.clean.job import REPORT_FOLDER, Job, Task
 from data_tools.clean.survey import Corpus, Place, SurveyedPart, read_columns
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit, as_text
-from data_tools.work import Advance
+from data_tools.work import Advance, write_batches
 from megatrain.data.format import commit_bytes, committed
 from megatrain.errors import DataError
 
@@ -60,7 +60,6 @@ class Decisions(Protocol):
 
     def of(self, part: SurveyedPart) -> PartDecisions:
         """What is to be done with the documents of a part."""
-        ...
 
 
 class OutputTask(NamedTuple):
@@ -105,12 +104,8 @@ class OutputWriter:
             path = self.out / f"part-{task.number:06d}-{file:06d}.jsonl.zst"
             if not path.exists():
                 self._write_file(path, parts)
-        with (
-            committed(task.list_path(self.out), self.work) as unfinished,
-            pa.ipc.new_file(str(unfinished), DROPPED_SCHEMA) as file,
-        ):
-            for part in (part for _, parts in task.units for part in parts):
-                file.write_batch(self._dropped(part))
+        lists = (self._dropped(part) for _, parts in task.units for part in parts)
+        write_batches(task.list_path(self.out), DROPPED_SCHEMA, lists, self.work)
 
     def _write_file(self, path: Path, parts: Iterable[_OutputPart]) -> None:
         excerpts: dict[str, str] = {}

@@ -91,7 +91,8 @@ def wanted_texts(total: Tally) -> set[int]:
 def make_report(command: dict[str, Any], total: Tally, corpus: Corpus, texts: dict[int, str]) -> dict[str, Any]:
     """The report as plain data."""
     num_dropped = sum(each.documents for each in total.dropped.values())
-    places = _places(corpus, wanted_texts(total))
+    numbers = sorted(wanted_texts(total))
+    places = dict(zip(numbers, corpus.places(np.array(numbers, np.uint64)), strict=True))
     return {
         "command": command,
         "documents": total.documents,
@@ -109,11 +110,6 @@ def make_report(command: dict[str, Any], total: Tally, corpus: Corpus, texts: di
             for reason, found in total.dropped.items()
         },
     }
-
-
-def _places(corpus: Corpus, documents: set[int]) -> dict[int, Place]:
-    numbers = sorted(documents)
-    return dict(zip(numbers, corpus.places(np.array(numbers, np.uint64)), strict=True))
 
 
 def _example(example: Example, places: dict[int, Place], texts: dict[int, str]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from data_tools.clean.survey import Judge
+
 FOUND_PROBABILITY = 0.99
 """With which a pair at the threshold shares a key."""
 MARGIN_ERRORS = 2.5
@@ -39,35 +41,23 @@ Bytes = npt.NDArray[np.uint8]
 Keys = npt.NDArray[np.uint64]
 
 
-class Sketch(Protocol):
+class Sketch(Judge, Protocol):
     """A judge whose columns are `signature` and `keys`, and what they mean."""
 
     @property
     def signature_bytes(self) -> int:
         """Bytes of a signature."""
-        ...
 
     @property
     def num_keys(self) -> int:
         """Keys of a document: pairs that share none are never compared."""
-        ...
 
     @property
     def min_equal_bytes(self) -> int:
         """In how many places signatures of duplicates agree at least."""
-        ...
 
     def similarity(self, num_equal_bytes: int) -> float:
         """The estimated similarity of two texts whose signatures agree in that many places."""
-        ...
-
-    def fields(self) -> list[pa.Field]:
-        """The columns."""
-        ...
-
-    def __call__(self, texts: list[str]) -> list[pa.Array]:
-        """The columns for these texts."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from data_tools.clean.job import REPORT_FOLDER, SURVEY_FOLDER, Job, Task
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit
-from data_tools.work import Advance
+from data_tools.work import Advance, write_batches
 from megatrain.data.format import SKIPPED_FILE, canonical_json, commit_bytes, committed
 
 JUDGE_CHARACTERS = 1 << 20
@@ -36,11 +36,9 @@ class Judge(Protocol):
 
     def fields(self) -> list[pa.Field]:
         """The columns."""
-        ...
 
     def __call__(self, texts: list[str]) -> list[pa.Array]:
         """The columns for these texts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,10 @@ class Surveyor:
 
     def _commit(self, path: Path, unit: Unit, part: Part) -> None:
         counts: dict[str, Any] = {}
-        fields = PLACE_FIELDS + self.judge.fields()
         batches = [self._batch(rows) for rows in part.batches(JUDGE_CHARACTERS, counts)]
         counts["num_documents"] = sum(batch.num_rows for batch in batches)
-        schema = pa.schema(fields, {b"megatrain": canonical_json(counts)})
-        with committed(path) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
+        fields = PLACE_FIELDS + self.judge.fields()
+        write_batches(path, pa.schema(fields, {b"megatrain": canonical_json(counts)}), batches)
 
     def _batch(self, rows: list[tuple[int, Record]]) -> pa.RecordBatch:
         texts = [record.text for _, record in rows]
