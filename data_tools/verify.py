@@ -121,7 +121,7 @@ def _check_shards(
         for number, run in enumerate(runs):
             found[number] = check_run(dataset, run, chosen)
             advance(found[number].num_bytes)
-        return [found[number] for number in range(len(runs))]
+        return list(found.values())
     with ProcessPoolExecutor(min(num_workers, len(runs)), get_context("spawn")) as pool:
         try:
             tasks = {
@@ -186,6 +186,7 @@ def check_batch(dataset: Dataset, shard: int, places: Sequence[BatchPlace], numb
     """What is wrong with a record batch, given its bytes: the first damaged document, or the whole range of bytes."""
     place = places[number]
     where = f"{dataset.path}/{shard_name(shard)}, record batch {number}"
+    extent = f"bytes {place.offset} to {place.offset + place.num_bytes}"
     is_whole = data.size == place.num_bytes and is_content(data, place.checksum.hex())
     try:
         batch = pa.ipc.read_record_batch(data, dataset.schema)
@@ -193,11 +194,9 @@ def check_batch(dataset: Dataset, shard: int, places: Sequence[BatchPlace], numb
         first_document = sum(before.num_documents for before in places[:number])
         problem = _batch_problem(batch, dataset, place, data.address, first_document)
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
-        problem = f"bytes {place.offset} to {place.offset + place.num_bytes} cannot be read ({_first_line(error)})"
+        problem = f"{extent} cannot be read ({_first_line(error)})"
     if problem is None and not is_whole:
-        problem = (
-            f"bytes {place.offset} to {place.offset + place.num_bytes} are not what was written, though the tokens are"
-        )
+        problem = f"{extent} are not what was written, though the tokens are"
     return [] if problem is None else [f"{where}: {problem}"]
 
 
