@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
+from megatrain.config.schema import in_home
 from megatrain.errors import CheckpointError, Unreachable
 
 Location = Path | UPath
@@ -33,7 +34,7 @@ def locate(text: str | Path) -> Location:
     Raises CheckpointError for a store that no installed package serves, or whose package cannot work here.
     """
     if "://" not in str(text):
-        return Path(text)
+        return Path(in_home(str(text)))
     try:
         place = UPath(str(text))
         _ = place.fs  # the store's package is imported here

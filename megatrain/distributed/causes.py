@@ -25,6 +25,7 @@ class Cause(Enum):
     VERSION = "versions that do not go together"
     INTERFACE = "no network interface"
     DEVICE = "the GPU failed"
+    BUSY = "the GPU is taken"
     UNREACHABLE = "another rank is unreachable"
     LOST_PEER = "lost the others"
     WRONG_USE = "the ranks disagree"
@@ -55,14 +56,14 @@ _MEANINGS = (
     ),
     _means(
         Cause.SHARED_MEMORY,
-        r"shared memory segment|/dev/shm|posix_fallocate",
+        r"shared memory segment|/dev/shm|posix_fallocate|</torch_\w+>.*No space left",
         EXIT_USAGE,
         "/dev/shm of the node or container is full or too small: remove what an earlier job left there, or give the "
         "container more (--shm-size, --ipc=host).",
     ),
     _means(
         Cause.MEMORY,
-        r"out of memory|can't allocate memory|Failed to CUDA calloc|STATUS_ALLOC_FAILED|std::bad_alloc",
+        r"out of memory|(can't|cannot) allocate memory|Failed to CUDA calloc|STATUS_ALLOC_FAILED|std::bad_alloc",
         EXIT_USAGE,
         "",
     ),
@@ -75,7 +76,8 @@ _MEANINGS = (
     _means(
         Cause.VERSION,
         r"Mismatched NCCL version|driver version is insufficient|driver on your system is too old|"
-        r"no kernel image is available|named symbol not found|unsupported toolchain|forward compatibility was",
+        r"no kernel image is available|named symbol not found|unsupported toolchain|forward compatibility was|"
+        r"Driver/library version mismatch",
         EXIT_USAGE,
         "NCCL, torch and the driver have to go together, and be the same on all nodes: `megatrain-launch doctor` "
         "compares them. Look for another NCCL in LD_LIBRARY_PATH.",
@@ -90,9 +92,17 @@ _MEANINGS = (
     ),
     _means(
         Cause.DEVICE,
-        r"ECC error|GPU is lost|fallen off the bus|hardware stack error|unspecified launch failure|NVLink.*error",
+        r"ECC error|GPU is lost|fallen off the bus|hardware stack error|unspecified launch failure|NVLink.*error|"
+        r"system not yet initialized|Cuda failure 999|CUDA (error: )?unknown error",
         EXIT_RANK,
         "The GPU, or what it is plugged into, has failed: look at the node's kernel log (Xid), and leave the node out.",
+    ),
+    _means(
+        Cause.BUSY,
+        r"devices are busy or unavailable",
+        EXIT_RANK,
+        "Another process has this GPU to itself: `nvidia-smi` on that node shows which. It is what an earlier job left, "
+        "or two ranks take one GPU whose compute mode is exclusive.",
     ),
     _means(
         Cause.UNREACHABLE,

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from checkpoint_samples import manifest
 
+from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry
 from megatrain.checkpoint.origin import MAY_DIFFER, Origin, find_origin, load, may_differ_table
 from megatrain.checkpoint.store import add_file
@@ -176,6 +177,7 @@ def test_the_home_folder_is_known_before_the_model(place: str, tmp_path: Path, m
     checkpoint(tmp_path / below / "step-00000007", LLAMA)
     config = write_config(tmp_path / "c.yaml", "from_checkpoint", None)
     assert load(config, [f"{place}=~/a"]).model == ModelConfig.model_validate(LLAMA)
+    assert locate("~/a") == tmp_path / "a"  # of a command's argument, in quotes
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

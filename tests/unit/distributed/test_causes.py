@@ -79,6 +79,12 @@ REPORTED = [
     (ALLOCATE, Cause.MEMORY),
     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", Cause.MEMORY),
     ("CUDA error: uncorrectable ECC error encountered", Cause.DEVICE),
+    ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized", Cause.DEVICE),
+    (NCCL.format(*CUDA, "Cuda failure 999 'unknown error'"), Cause.DEVICE),
+    ("CUDA error: all CUDA-capable devices are busy or unavailable", Cause.BUSY),
+    (NCCL.format(*SYSTEM, "nvmlInit() failed: Driver/library version mismatch"), Cause.VERSION),
+    ("unable to mmap 4096 bytes from file </x>: Cannot allocate memory (12)", Cause.MEMORY),
+    ("unable to write to file </torch_12_34>: No space left on device (28)", Cause.SHARED_MEMORY),
     (NCCL.format(*INTERNAL, "Message truncated : received 256 bytes instead of 4"), Cause.WRONG_USE),
     (
         "[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8",
