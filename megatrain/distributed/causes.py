@@ -101,7 +101,7 @@ _MEANINGS = (
         Cause.BUSY,
         r"devices are busy or unavailable",
         EXIT_RANK,
-        "Another process has this GPU to itself: `nvidia-smi` on that node shows which. It is what an earlier job left, "
+        "Another process has this GPU to itself: `nvidia-smi` on that node shows which. An earlier job left it, "
         "or two ranks take one GPU whose compute mode is exclusive.",
     ),
     _means(

@@ -216,9 +216,9 @@ def _refuse_to_begin_again(run: Run) -> None:
     if (saved := last_saved_step(run_dir)) is not None:
         raise CheckpointError(
             f"{run_dir} has saved checkpoints, up to step {saved}, but {run.store.folder} has none: they were moved or "
-            "deleted, or their disk is not mounted. Bring the step-* folders back there, or set checkpoint.dir to where "
-            f"they are. To begin again at step 0, take another run.dir, or move {METRICS_FILE} and config*.yaml out "
-            "of this one."
+            "deleted, or their disk is not mounted. Bring the step-* folders back there, or set checkpoint.dir to "
+            f"where they are. To begin again at step 0, take another run.dir, or move {METRICS_FILE} and config*.yaml "
+            "out of this one."
         )
 
 
