@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_tools.inputs import InputFile, local_part
+from data_tools.inputs import InputFile, find_inputs, local_part
+from data_tools.units import ReadOptions
 from megatrain.errors import ConfigError, DataError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
@@ -25,11 +26,14 @@ def local_path(text: str) -> Path:
     return path
 
 
-def refuse_among_inputs(out: Path, arguments: Sequence[str], files: Sequence[InputFile]) -> None:
-    """Raise ConfigError where `out` is, holds or lies in what is read.
+def find_inputs_apart(
+    out: Path, arguments: Sequence[str], options: ReadOptions, say: Callable[[str], None]
+) -> list[InputFile]:
+    """What `find_inputs` gives. Raises ConfigError where `out` is, holds or lies in what is read.
 
     It would be overwritten; or the same command would find what it wrote, the next time, as its input.
     """
+    files = find_inputs(arguments, options.selection, options.text_key, say)
     place = Path(os.path.realpath(out))
     for argument in arguments:
         path = local_part(argument)
@@ -43,6 +47,7 @@ def refuse_among_inputs(out: Path, arguments: Sequence[str], files: Sequence[Inp
             folders[folder] = Path(os.path.realpath(folder))
         if folders[folder].is_relative_to(place) or (is_file and out.samefile(path)):
             raise ConfigError(f"--out {out} is, or holds, the input {path}. Give another place to write to.")
+    return files
 
 
 def refuse_occupied(out: Path, work: Path) -> None:

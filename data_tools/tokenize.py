@@ -21,9 +21,8 @@ from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_
 from data_tools.claims import Claims, join_command
 from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
-from data_tools.inputs import find_inputs
 from data_tools.origin import Origin
-from data_tools.outputs import refuse_among_inputs, refuse_occupied
+from data_tools.outputs import find_inputs_apart, refuse_occupied
 from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
@@ -156,8 +155,7 @@ def _prepare(
 ) -> _Job:
     """Look at everything, refuse what is wrong, and make the folder: what one process does for all that speak MPI."""
     tokenizer = load_tokenizer(tokenizer_path, options.eod_token, options.bos_token)
-    files = find_inputs(inputs, options.read.selection, options.read.text_key, effort.say)
-    refuse_among_inputs(out, inputs, files)
+    files = find_inputs_apart(out, inputs, options.read, effort.say)
     command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
     origin = Origin(command, files)
     work = out / WORK_FOLDER

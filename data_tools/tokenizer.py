@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.inputs import InputFile, find_inputs
-from data_tools.outputs import refuse_among_inputs
+from data_tools.inputs import InputFile
+from data_tools.outputs import find_inputs_apart
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import Fault, ReadOptions, Record, no_text
 from megatrain.data.format import commit_bytes
@@ -137,8 +137,7 @@ def train_tokenizer(
             )
     if not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} for --out {out}: make it first.")
-    files = find_inputs(inputs, options.selection, options.text_key, say)
-    refuse_among_inputs(out, inputs, files)
+    files = find_inputs_apart(out, inputs, options, say)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,

@@ -18,8 +18,7 @@ from data_tools.clean.output import write_kept
 from data_tools.clean.report import make_report, render, tally, wanted_texts
 from data_tools.clean.sketch import ExactSketch, MinHashSketch, Sketch
 from data_tools.clean.survey import survey
-from data_tools.inputs import find_inputs
-from data_tools.outputs import refuse_among_inputs
+from data_tools.outputs import find_inputs_apart
 from data_tools.readers import plan_units
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
@@ -58,8 +57,7 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
     Returns the report. Raises ConfigError where `out` holds anything else.
     """
     sketch = options.sketch()
-    files = find_inputs(inputs, options.read.selection, options.read.text_key, effort.say)
-    refuse_among_inputs(out, inputs, files)
+    files = find_inputs_apart(out, inputs, options.read, effort.say)
     command = {"command": "dedup", "inputs": list(inputs), "part_bytes": effort.part_bytes, **asdict(options)}
 
     def make(job: Job) -> dict[str, Any]:

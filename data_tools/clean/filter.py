@@ -16,8 +16,7 @@ from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
 from data_tools.clean.output import PartDecisions, write_kept
 from data_tools.clean.report import make_report, render, tally, wanted_texts
 from data_tools.clean.survey import SurveyedPart, read_columns, survey
-from data_tools.inputs import find_inputs
-from data_tools.outputs import refuse_among_inputs
+from data_tools.outputs import find_inputs_apart
 from data_tools.readers import plan_units
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
@@ -122,8 +121,7 @@ def filter_documents(
 
     Returns the report. Raises ConfigError where `out` holds anything else.
     """
-    files = find_inputs(inputs, read.selection, read.text_key, effort.say)
-    refuse_among_inputs(out, inputs, files)
+    files = find_inputs_apart(out, inputs, read, effort.say)
     filters = [[name, each.model_dump(mode="json")] for name, each in chosen.items()]
     command = {"command": "filter", "inputs": list(inputs), "part_bytes": effort.part_bytes, "filters": filters}
     command |= {"read": asdict(read)}
