@@ -6,6 +6,7 @@ wrong config fails before torch is there.
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import socket
@@ -242,18 +243,39 @@ def generate(
     ] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many of the likeliest tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = 0,
+    procs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks on this machine among which the model is cut, where it is too large for one."),
+    ] = None,
+    tensor: Annotated[int | None, typer.Option(min=1, help="The same: all ranks are tensor ranks.")] = None,
 ) -> None:
-    """Let a trained model go on from a prompt."""
+    """Let a trained model go on from a prompt.
+
+    Under srun, mpirun or torchrun, the model is cut among the ranks that these start.
+    """
+    from megatrain.distributed.bootstrap import read_rank
+
+    rank = read_rank()
+    num_ranks = rank.world_size if rank.world_size > 1 else procs or tensor or 1
+    if tensor not in (None, num_ranks):
+        raise ConfigError(
+            f"--tensor {tensor}: generate cuts the model among all of its ranks, and there are {num_ranks}. Give "
+            f"--tensor {num_ranks}, or leave it out."
+        )
+    if rank.world_size < num_ranks:
+        raise typer.Exit(_run_on_ranks(num_ranks))
     from megatrain.checkpoint.location import locate
+    from megatrain.distributed.binding import bind
     from megatrain.train.inference import generate_text
 
+    bind(rank)
     warnings: list[str] = []
 
     def warn() -> None:
         while warnings:
             typer.echo(f"Warning: {warnings.pop(0)}", err=True)
 
-    for text in generate_text(
+    texts = generate_text(
         locate(checkpoint),
         prompt,
         max_new_tokens=max_new_tokens,
@@ -262,7 +284,12 @@ def generate(
         top_p=top_p,
         seed=seed,
         warn=warnings.append,
-    ):
+        rank=rank,
+    )
+    if rank.rank != 0:
+        collections.deque(texts, maxlen=0)  # its part of the work; rank 0 shows the text
+        return
+    for text in texts:
         warn()
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -294,7 +321,7 @@ def evaluate(
 
     rank = read_rank()
     if rank.world_size == 1 and (procs or tensor) > 1:
-        raise typer.Exit(_evaluate_on_ranks(checkpoint, data, procs or tensor, tensor, seq_len, as_json))
+        raise typer.Exit(_run_on_ranks(procs or tensor))
     from megatrain.checkpoint.location import locate
     from megatrain.distributed.binding import bind
     from megatrain.train.evaluation import evaluate_checkpoint
@@ -441,17 +468,14 @@ def main() -> None:
         sys.exit(EXIT_BUG)
 
 
-def _evaluate_on_ranks(
-    checkpoint: str, data: str, num_ranks: int, tensor: int, seq_len: int | None, as_json: bool
-) -> int:
+def _run_on_ranks(num_ranks: int) -> int:
+    """This command again, on so many ranks of this machine."""
     from megatrain.distributed.bootstrap import visible_gpus
     from megatrain.distributed.local_start import run_ranks
 
     gpus = len(visible_gpus())
     _refuse_shared_gpus(num_ranks, gpus)
-    command = [sys.executable, "-m", "megatrain", "eval", checkpoint, "--data", data, "--tensor", str(tensor)]
-    command += [*(["--seq-len", str(seq_len)] if seq_len else []), *(["--json"] if as_json else [])]
-    return run_ranks(command, num_ranks, has_gpu=gpus > 0)
+    return run_ranks([sys.executable, "-m", "megatrain", *sys.argv[1:]], num_ranks, has_gpu=gpus > 0)
 
 
 def _refuse_shared_gpus(num_ranks: int, gpus: int) -> None:

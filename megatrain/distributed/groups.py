@@ -57,6 +57,11 @@ class Groups:
         greatest: list[float] = most.tolist()
         return greatest
 
+    def of_first_rank(self, number: int) -> int:
+        """Rank 0's ``number``, of 53 bits at most. Every rank must call it at the same point."""
+        (told,) = self.sum([float(number) if self.rank == 0 else 0.0])
+        return int(told)
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, for what happens once a run. Every rank must call it at the same point."""
         values: list[Any] = [None] * self.topology.world_size

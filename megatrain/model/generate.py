@@ -1,4 +1,4 @@
-"""Sampling from a decoder on one device, token by token, with a cache of keys and values.
+"""Sampling from a decoder, token by token, with a cache of keys and values.
 
 B: sequences (one here), T: tokens, V: vocabulary.
 """
@@ -6,7 +6,7 @@ B: sequences (one here), T: tokens, V: vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,12 +68,14 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> Iterator[int]:
     """Yield new tokens one by one, up to ``max_new_tokens``, or up to and without one of ``stop_ids``.
 
     The model is to be in evaluation mode. Ids from ``vocab_size`` on (the tokenizer's; None: the model's) are never
-    chosen. The same arguments give the same tokens. Raises ConfigError, at once, for an empty prompt, an id or a seed
-    out of range, or more tokens than the model has positions.
+    chosen. The same arguments give the same tokens. ``agree``: from this rank's choice to that of all ranks that share
+    the model; None: there are no others. Raises ConfigError, at once, for an empty prompt, an id or a seed out of
+    range, or more tokens than the model has positions.
     """
     limit = model.config.max_position_embeddings
     model_ids = required_vocab_size(model.config)
@@ -91,7 +93,7 @@ def generate(
             f"The prompt's {len(tokens)} tokens and {max_new_tokens} new ones are more than the model's {limit} "
             f"positions (model.max_position_embeddings): {advice}."
         )
-    return _stream(model, tokens, max_new_tokens, sampling, seed, stop_ids, num_ids)
+    return _stream(model, tokens, max_new_tokens, sampling, seed, stop_ids, num_ids, agree)
 
 
 def _stream(
@@ -102,12 +104,15 @@ def _stream(
     seed: int,
     stop_ids: Collection[int],
     num_ids: int,
+    agree: Callable[[int], int] | None,
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     cache = KeyValueCache(model.config.num_hidden_layers, len(tokens) + max_new_tokens)
     new = list(tokens)
     for _ in range(max_new_tokens):
         token = sampling.choose(next_logits(model, new, cache)[:num_ids], generator)
+        if agree is not None:
+            token = agree(token)
         if token in stop_ids:
             return
         yield token

@@ -1,4 +1,4 @@
-"""The vocabulary cut among tensor ranks: embedding, output head and cross-entropy. No rank ever has all logits.
+"""The vocabulary cut among tensor ranks: embedding, output head and cross-entropy. No rank that trains has all logits.
 
 The vocabulary is padded to a multiple of the ranks; padding rows are zero, get no gradient, and no probability.
 
@@ -41,26 +41,36 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """The output head over this rank's part of the vocabulary, with the loss over all of it."""
+    """The output head over this rank's part of the vocabulary, with the loss or the logits over all of it."""
 
     def __init__(self, head: nn.Module, placement: Placement, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight = head.weight
         self._range, self._group = _vocabulary(placement), group
+        self._num_ids = placement.global_shape[0]
 
     def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
         """Sum over the scored targets of their cross-entropy in nats: an fp32 scalar, alike on all ranks."""
         loss: Tensor = self(x_BTC, targets_BT, loss_mask_BT)
         return loss
 
-    def forward(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
-        """What ``loss_sum`` says, through the hooks that bring the activations together."""
+    def forward(self, x_BTC: Tensor, targets_BT: Tensor | None = None, loss_mask_BT: Tensor | None = None) -> Tensor:
+        """Without targets: the logits of the whole vocabulary, alike on all ranks, without gradients. With targets:
+        what ``loss_sum`` says, through the hooks that bring the activations together."""
+        if targets_BT is None:
+            return self._logits(x_BTC)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
         x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
         loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
             x_NC, self.weight, targets_N, mask_N, self._range, self._group
         )
         return loss
+
+    def _logits(self, x_BTC: Tensor) -> Tensor:
+        local_BTV = functional.linear(x_BTC, self.weight)  # type: ignore[arg-type]
+        parts = [torch.empty_like(local_BTV) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(parts, local_BTV, group=self._group)
+        return torch.cat(parts, -1)[..., : self._num_ids]  # the padding lies behind the last id
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

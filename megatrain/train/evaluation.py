@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.progress import track
-from torch import nn
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saved_config import SavedConfig, saved_config
+from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import resolve
-from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.data.dataset import borders
-from megatrain.distributed.bootstrap import RankInfo, export_rank
-from megatrain.distributed.device import has_gpu, local_device
-from megatrain.distributed.groups import Groups, make_groups
-from megatrain.distributed.rendezvous import meet
-from megatrain.distributed.topology import Topology
+from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
-from megatrain.model.decoder import Decoder
-from megatrain.plan import rules
-from megatrain.train.inference import TOKENIZER, load_decoder
+from megatrain.train.inference import TOKENIZER
+from megatrain.train.loading import load_on_rank
 
 _TOKENS_AT_ONCE = 8192
-_WAIT_SECONDS = 600.0
-"""For the other ranks to come."""
-_LONGEST_SECONDS = 86400.0
-"""For them to end: no rank waits before it has done its share, and whoever started them ends all where one fails."""
-
-
-class Share(NamedTuple):
-    """What a rank has of the work: its part of the model, which takes a batch to a loss; its place among the ranks that
-    share the windows; ``groups``: None where there are no other ranks."""
-
-    model: nn.Module
-    data_rank: int
-    num_data_ranks: int
-    groups: Groups | None
 
 
 def evaluate_checkpoint(
@@ -71,16 +51,16 @@ def evaluate_checkpoint(
             f"--seq-len {seq_len} is more than the model's context: {saved.model.max_position_embeddings} tokens "
             "(model.max_position_embeddings)."
         )
-    share = _share_of(reader, saved, rank, tensor)
+    model, groups = load_on_rank(reader, saved, rank, tensor)
     windows = Windows(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
     maker = BatchMaker([windows], max(1, _TOKENS_AT_ONCE // seq_len))
-    batches = EvaluationBatches(maker, share.data_rank, share.num_data_ranks)
-    device = next(share.model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    share = (0, 1) if groups is None else (groups.coordinate.data, groups.topology.data)
+    batches = EvaluationBatches(maker, *share)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     with torch.inference_mode():
         for batch in track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True):
-            total += share.model(batch.to(device))
-    return {**_figures(_sum(float(total), share.groups), batches.num_targets, windows.num_bytes()), "seq_len": seq_len}
+            total += model(batch.to(model.device))
+    return {**_figures(_sum(float(total), groups), batches.num_targets, windows.num_bytes()), "seq_len": seq_len}
 
 
 def _figures(total: float, num_targets: int, num_bytes: int) -> dict[str, Any]:
@@ -92,59 +72,6 @@ def _figures(total: float, num_targets: int, num_bytes: int) -> dict[str, Any]:
         "tokens": num_targets,
         "bytes": num_bytes,
     }
-
-
-def _share_of(reader: CheckpointReader, saved: SavedConfig, rank: RankInfo | None, tensor: int) -> Share:
-    if rank is None or rank.world_size == 1 == tensor:
-        return Share(load_decoder(reader.folder).model, 0, 1, None)
-    config = _as_run(saved, rank.world_size, tensor)
-    export_rank(rank)
-    device = local_device(rank.local_rank)
-    meet(rank, _WAIT_SECONDS, _LONGEST_SECONDS)
-    topology = Topology.of(rank.world_size, tensor, 1)
-    groups = make_groups(topology, rank.rank, device, _LONGEST_SECONDS)
-    model = load_decoder(reader.folder).model if tensor == 1 else _load_part(reader, config, groups)
-    return Share(model, groups.coordinate.data, topology.data, groups)
-
-
-def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
-    """The layout as a run's, which is held to the same rules. Raises ConfigError where it breaks one."""
-    if world_size % tensor:
-        raise ConfigError(f"--tensor {tensor} must divide the {world_size} ranks.")
-    config = RunConfig.model_validate(
-        {
-            "run": {"dir": "."},
-            "model": saved.model,
-            "data": {"train": [{"path": "."}], "seq_len": saved.data.seq_len},
-            "train": {
-                "steps": 1,
-                "global_batch_size": max(world_size // tensor, 1),
-                "micro_batch_size": 1,
-                "precision": "bf16" if has_gpu() else "fp32",
-            },
-            "parallel": {"tensor": tensor, "zero_stage": 0},
-            "optimizer": {"lr": 0.0},
-        }
-    )
-    try:
-        rules.check(config, world_size)
-    except ConfigError as error:
-        raise ConfigError(f"--tensor {tensor}: {error}") from None
-    return config
-
-
-def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> nn.Module:
-    """This rank's part of the model, filled: no rank ever has the whole."""
-    from megatrain.parallel.shard import shard_model  # DeepSpeed, which takes seconds to import
-    from megatrain.train.assemble import cut_of
-
-    with torch.device("meta"):
-        model = Decoder(config.model)
-    sharded = shard_model(model, config, groups, cut_of(config))
-    with torch.no_grad():
-        for local in sharded.parameters.values():
-            local.parameter.copy_(reader.read_parameter(local.placement, "weight"))
-    return sharded.module.eval()
 
 
 def _sum(total: float, groups: Groups | None) -> float:

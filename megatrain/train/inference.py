@@ -1,54 +1,26 @@
-"""A checkpoint's model on one device, and the text that it generates."""
+"""The text that a checkpoint's model generates, on one device or on tensor ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
-import torch
+import torch.distributed as dist
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saved_config import SavedConfig, saved_config
+from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import resolve
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
-from megatrain.distributed.device import has_gpu
-from megatrain.distributed.fragment import Placement
+from megatrain.distributed.bootstrap import RankInfo
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
 from megatrain.train.assets import Assets
+from megatrain.train.loading import load_on_rank
 
 TOKENIZER = "tokenizer.json"
 _DECODED_AT_ONCE, _KEPT = 256, 16
-
-
-class Loaded(NamedTuple):
-    """A checkpoint in use."""
-
-    model: Decoder
-    saved: SavedConfig
-    reader: CheckpointReader
-
-
-def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
-    """The whole model of a checkpoint on this process's device, in evaluation mode.
-
-    ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
-    """
-    reader = CheckpointReader(resolve(path))
-    saved = saved_config(reader.manifest, reader.folder)
-    device = torch.device("cuda" if has_gpu() else "cpu")
-    with torch.device("meta"):
-        model = Decoder(saved.model)
-    model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
-    model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read_parameter(Placement.whole(name, parameter.shape), "weight"))
-    return Loaded(model.eval(), saved, reader)
 
 
 def generate_text(
@@ -61,21 +33,26 @@ def generate_text(
     top_p: float,
     seed: int,
     warn: Callable[[str], None],
+    rank: RankInfo | None = None,
 ) -> Iterator[str]:
     """Yield the prompt, then what the model goes on with, piece by piece as it can be shown.
 
     Raises ConfigError for a prompt with bytes that are no text. ``warn`` hears of characters that have no tokens, and
-    in the end of a context that was full before the text had come to its end.
+    in the end of a context that was full before the text had come to its end. Collective over the ranks that ``rank``
+    is one of, which share each of the model's matrices and all yield the same.
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
         raise ConfigError("--prompt has bytes that are not UTF-8: give it as text.")
     sampling = Sampling(temperature, top_k, top_p if top_p != 1.0 else None)
-    model, _, reader = load_decoder(path)
+    reader = CheckpointReader(resolve(path))
     tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
     ids = tokenizer.encode(prompt)
     unknown = UnknownText(tokenizer).count([prompt], np.array(ids), np.array([0, len(ids)]), ["the prompt"])
     if unknown.characters:
         warn(f"The checkpoint's tokenizer has no tokens for {unknown}.")
+    model, groups = load_on_rank(
+        reader, saved_config(reader.manifest, reader.folder), rank, 1 if rank is None else rank.world_size
+    )
     assets = Assets.of_checkpoint(reader.folder, reader.manifest)
     ids = [*assets.prompt_ids, *ids]
     room = model.config.max_position_embeddings - len(ids)
@@ -87,10 +64,13 @@ def generate_text(
         seed,
         assets.stop_ids,
         tokenizer.vocab_size,
+        agree=None if groups is None else groups.of_first_rank,
     )
     new_ids: list[int] = []
     yield prompt
     yield from _decode_stream(tokenizer, ids, _collected(tokens, new_ids))
+    if groups is not None:
+        dist.destroy_process_group()
     if len(new_ids) == room < max_new_tokens:
         warn(
             f"The text stops here because the model's context is full: {len(ids)} tokens of prompt and {room} new ones "

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from megatrain.train.convert import import_folder
 from tests.cli.conftest import Megatrain
 from tests.runs import TinyData, finished_config, tiny_config, write_config
 
@@ -165,6 +170,54 @@ def test_generate_goes_on_from_the_prompt_the_same_way_for_the_same_seed(
     assert text("--seed", 3) != text("--seed", 4)
     assert text("--temperature", 0, "--seed", 3) == text("--temperature", 0, "--seed", 4)
     assert text("--top-k", 1) == text("--temperature", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--temperature", 0), ("--temperature", 1, "--top-p", 0.9, "--seed", 5)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_cut_among_ranks_generates_the_same(
+    family: str, options: tuple[object, ...], megatrain: Megatrain, tmp_path: Path
+) -> None:
+    """A key-value head that both ranks hold, and a vocabulary that two do not divide."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 361, "eos_token_id": None, "bos_token_id": None, "initializer_range": 0.5}
+    if family == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **sizes))
+    else:
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        model = LlamaForCausalLM(
+            LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, **heads, **sizes)
+        )
+    model.save_pretrained(tmp_path / "hf")
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(361)}, "w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "hf" / "tokenizer.json"))
+    import_folder(tmp_path / "hf", tmp_path / "checkpoint")
+    command = ("generate", tmp_path / "checkpoint", "--prompt", "w1 w2", "--max-new-tokens", 40, *options)
+    alone, shared = megatrain(*command), megatrain(*command, "--procs", 2)
+    assert alone.code == 0, alone.err
+    assert len(set(alone.out.split())) > 5
+    assert shared == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompt", "a", "--procs", 3), "--tensor 3: "),
+        (("--prompt", "a", "--procs", 4, "--tensor", 2), "--tensor 2: generate cuts the model among all of its ranks"),
+        (("--prompt", "", "--tensor", 2), "The prompt is empty"),
+    ],
+    ids=str,
+)
+def test_ranks_that_cannot_generate_say_so_once(
+    options: tuple[object, ...], words: str, megatrain: Megatrain, finished_run: Path
+) -> None:
+    ended = megatrain("generate", finished_run, *options)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.count("megatrain: ") == 1
+    assert words in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_generate_stops_where_the_context_is_full(megatrain: Megatrain, finished_run: Path) -> None:

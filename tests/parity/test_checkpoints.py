@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from megatrain.data import open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
 from megatrain.train.convert import export_checkpoint
-from megatrain.train.inference import load_decoder
+from megatrain.train.loading import load_decoder
 from tests.parity.figures import Pool
 from tests.parity.matrix import parity_config
 from tests.parity.saves import Layout, Saves

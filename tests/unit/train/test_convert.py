@@ -33,7 +33,7 @@ from megatrain.checkpoint.transformers_config import not_in_transformers, to_tra
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
 from megatrain.train.convert import export_checkpoint, import_folder
-from megatrain.train.inference import load_decoder
+from megatrain.train.loading import load_decoder
 from tests.runs import TinyData
 
 SIZES: dict[str, Any] = {

@@ -15,7 +15,8 @@ from megatrain.errors import CheckpointError
 from megatrain.model.generate import Sampling, generate
 from megatrain.train import inference
 from megatrain.train.convert import import_folder
-from megatrain.train.inference import generate_text, load_decoder
+from megatrain.train.inference import generate_text
+from megatrain.train.loading import load_decoder
 from tests.tokenizer_samples import bert, gemma, llama2, llama3, numbered, t5
 
 

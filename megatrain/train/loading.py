@@ -1,0 +1,112 @@
+"""A checkpoint's model, to be used and not to be trained: whole on one device, or cut among tensor ranks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saved_config import SavedConfig, saved_config
+from megatrain.checkpoint.store import resolve
+from megatrain.config import RunConfig
+from megatrain.distributed.bootstrap import RankInfo, export_rank
+from megatrain.distributed.device import has_gpu, local_device
+from megatrain.distributed.fragment import Placement
+from megatrain.distributed.groups import Groups, make_groups
+from megatrain.distributed.rendezvous import meet
+from megatrain.distributed.topology import Topology
+from megatrain.errors import ConfigError
+from megatrain.model.decoder import Decoder
+from megatrain.plan import rules
+
+_WAIT_SECONDS = 600.0
+"""For the other ranks to come."""
+_LONGEST_SECONDS = 86400.0
+"""For them to end: no rank waits before it has done its share, and whoever started them ends all where one fails."""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint in use."""
+
+    model: Decoder
+    saved: SavedConfig
+    reader: CheckpointReader
+
+
+def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
+    """The whole model of a checkpoint on this process's device, in evaluation mode.
+
+    ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
+    """
+    reader = CheckpointReader(resolve(path))
+    saved = saved_config(reader.manifest, reader.folder)
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    with torch.device("meta"):
+        model = Decoder(saved.model)
+    model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read_parameter(Placement.whole(name, parameter.shape), "weight"))
+    return Loaded(model.eval(), saved, reader)
+
+
+def load_on_rank(
+    reader: CheckpointReader, saved: SavedConfig, rank: RankInfo | None, tensor: int
+) -> tuple[Decoder, Groups | None]:
+    """This rank's part of the model, in evaluation mode, and its groups: None where there are no other ranks.
+
+    ``tensor`` ranks share each of the model's matrices. Collective over the ranks that ``rank`` is one of. Raises
+    ConfigError where the model or the ranks cannot be cut so, CheckpointError where the checkpoint is damaged.
+    """
+    if rank is None or rank.world_size == 1 == tensor:
+        return load_decoder(reader.folder).model, None
+    config = _as_run(saved, rank.world_size, tensor)
+    export_rank(rank)
+    device = local_device(rank.local_rank)
+    meet(rank, _WAIT_SECONDS, _LONGEST_SECONDS)
+    groups = make_groups(Topology.of(rank.world_size, tensor, 1), rank.rank, device, _LONGEST_SECONDS)
+    model = load_decoder(reader.folder).model if tensor == 1 else _load_part(reader, config, groups)
+    return model, groups
+
+
+def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
+    """The layout as a run's, which is held to the same rules. Raises ConfigError where it breaks one."""
+    if world_size % tensor:
+        raise ConfigError(f"--tensor {tensor} must divide the {world_size} ranks.")
+    config = RunConfig.model_validate(
+        {
+            "run": {"dir": "."},
+            "model": saved.model,
+            "data": {"train": [{"path": "."}], "seq_len": saved.data.seq_len},
+            "train": {
+                "steps": 1,
+                "global_batch_size": max(world_size // tensor, 1),
+                "micro_batch_size": 1,
+                "precision": "bf16" if has_gpu() else "fp32",
+            },
+            "parallel": {"tensor": tensor, "zero_stage": 0},
+            "optimizer": {"lr": 0.0},
+        }
+    )
+    try:
+        rules.check(config, world_size)
+    except ConfigError as error:
+        raise ConfigError(f"--tensor {tensor}: {error}") from None
+    return config
+
+
+def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> Decoder:
+    """This rank's part of the model, filled: no rank ever has the whole."""
+    from megatrain.parallel.shard import shard_model  # DeepSpeed, which takes seconds to import
+    from megatrain.train.assemble import cut_of
+
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    sharded = shard_model(model, config, groups, cut_of(config))
+    with torch.no_grad():
+        for local in sharded.parameters.values():
+            local.parameter.copy_(reader.read_parameter(local.placement, "weight"))
+    return model.eval()
