@@ -95,7 +95,7 @@ class Rank:
             result = self.run.engine.train_batch(batches.micro_batches(step), count, 1e-3)
             progress = progress.after_step(count, result.skipped, progress.recent)
         batches.close()
-        self.progress, self.saving = progress, Saving(self.run)
+        self.progress, self.saving = progress, Saving(self.run, progress.updates)
         self.saving.prepare()
         pieces = [(f"{f.piece.name}.{f.piece.start}.{f.kind}", f.data) for f in self.run.engine.state_fragments()]
         self.state = {f"rank{self.rank}.{name}": data for name, data in pieces}

@@ -118,7 +118,7 @@ class Saving:
         if self.is_new(progress):
             self._saver.prune()
 
-    def close(self, *, prune: bool) -> None:
+    def close(self, *, prune: bool = True) -> None:
         """End the thread that writes; ``prune``: once it has removed what is not kept. Collective."""
         self._run.groups.together(lambda: self._saver.close(prune=prune))
 
