@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -65,5 +66,8 @@ def test_words_are_cut_as_the_named_model_does(
     spans = [span for _, span in library.pre_tokenizer.pre_tokenize_str(sample)]
     assert [sample[begin:end] for begin, end in spans] == pieces
     assert library.decode(library.encode(sample).ids) == sample
-    engine, warning = choose_engine("fastokens", load_tokenizer(path).text_json, [sample])
-    assert (engine.name, warning) == ("fastokens", None)
+    engine, warning = choose_engine("auto", load_tokenizer(path).text_json, [sample])
+    if "split_digits" in options and version("fastokens") in ("0.3.2", "0.3.3", "0.3.4"):  # they know no Digits
+        assert (engine.name, "Digits" in str(warning)) == ("tokenizers", True)
+    else:
+        assert (engine.name, warning) == ("fastokens", None)
