@@ -93,12 +93,14 @@ def find_origin(config: RunConfig) -> Origin | None:
     from megatrain.checkpoint.location import locate
     from megatrain.checkpoint.manifest import read_manifest
     from megatrain.checkpoint.saved_config import saved_config
-    from megatrain.checkpoint.store import open_store, resolve
+    from megatrain.checkpoint.store import find_problem, open_store, resolve
 
     if any(True for _ in open_store(Path(config.run.dir), config.checkpoint.dir).names()):
         return None
     with _naming_the_key():
         folder = resolve(locate(config.run.init_from))
+        if (problem := find_problem(folder)) is not None:
+            raise CheckpointError(problem)
         manifest = read_manifest(folder)
         return Origin(folder, manifest, saved_config(manifest, folder).model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,16 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_docs_have_the_table() -> None:
     assert may_differ_table() in Path("docs/checkpoints.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("left", [None, 10**7 - 1])
+def test_an_origin_without_all_its_files_is_refused(left: int | None, tmp_path: Path) -> None:
+    origin = checkpoint(tmp_path / "base" / "step-00000007", LLAMA)
+    piece = origin / "rank-00000.safetensors"
+    config = load(write_config(tmp_path / "run.yaml", LLAMA, origin))
+    if left is None:
+        piece.unlink()
+    else:
+        os.truncate(piece, left)
+    with pytest.raises(CheckpointError, match=r"run\.init_from cannot be used: .*rank-00000\.safetensors"):
+        find_origin(config)
