@@ -44,18 +44,14 @@ def test_check_and_plan_mean_the_same_ranks(
     assert f"is right on {ranks} rank(s)" in megatrain("check", *words).out
 
 
-def test_check_needs_no_data_where_the_vocabulary_is_given(
-    megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
-) -> None:
+def test_check_needs_no_data_for_a_given_vocabulary(megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path) -> None:
     config = finished_config(tiny_data, tmp_path / "run")
     config["model"]["vocab_size"] = 512
     config["data"] = {"train": [{"path": "nowhere"}], "seq_len": 64}
     assert megatrain("check", write_config(tmp_path / "run.yaml", config)).code == 0
 
 
-def test_check_asks_about_a_vocabulary_that_the_data_never_uses(
-    megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
-) -> None:
+def test_check_questions_a_far_too_large_vocabulary(megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", finished_config(tiny_data, tmp_path / "run"))
     asks = "more than twice the 512 of the tokenizer"
     for size, code, asked in ((1024, 0, False), (1025, 0, True), (511, 2, False)):
@@ -106,7 +102,7 @@ def test_a_whole_checkpoint_is_verified(megatrain: Megatrain, finished_run: Path
     assert "all as written" in megatrain("checkpoint", "verify", finished_run).out
 
 
-def test_eval_gives_the_validation_loss_and_bits_per_byte(
+def test_eval_gives_validation_loss_and_bits_per_byte(
     megatrain: Megatrain, finished_run: Path, tiny_data: TinyData
 ) -> None:
     ended = megatrain("eval", finished_run, "--data", tiny_data.held_out, "--json")
@@ -124,7 +120,7 @@ def test_eval_gives_the_validation_loss_and_bits_per_byte(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("--procs", 2), ("--tensor", 2), ("--procs", 4, "--tensor", 2)], ids=str)
-def test_ranks_that_share_an_evaluation_find_what_one_does(
+def test_ranks_sharing_an_evaluation_agree_with_one(
     ranks: tuple[object, ...], megatrain: Megatrain, finished_run: Path, tiny_data: TinyData
 ) -> None:
     """Among windows that four ranks cannot share out evenly."""
@@ -157,9 +153,7 @@ def test_ranks_that_cannot_evaluate_say_so_once(
     assert "Traceback" not in ended.err
 
 
-def test_generate_goes_on_from_the_prompt_the_same_way_for_the_same_seed(
-    megatrain: Megatrain, finished_run: Path
-) -> None:
+def test_generate_repeats_itself_for_the_same_seed(megatrain: Megatrain, finished_run: Path) -> None:
     def text(*options: object) -> str:
         ended = megatrain("generate", finished_run, "--prompt", "The statement", "--max-new-tokens", 20, *options)
         assert ended.code == 0, ended.err

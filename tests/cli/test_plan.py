@@ -67,7 +67,7 @@ def test_json_has_what_the_interface_names(megatrain: Megatrain) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_fits_the_devices_that_it_is_for(megatrain: Megatrain, recipe: Path) -> None:
+def test_a_recipe_fits_its_devices(megatrain: Megatrain, recipe: Path) -> None:
     nodes, gpus = SIZES[recipe.stem.rpartition("_")[2]]
     device = "rtx4090" if recipe.stem in SMALL_GPU else "h100"
     found = plan(megatrain, recipe, "--nodes", nodes, "--gpus-per-node", gpus, "--device", device)
@@ -75,7 +75,7 @@ def test_a_recipe_fits_the_devices_that_it_is_for(megatrain: Megatrain, recipe: 
     assert 0.2 < found["mfu"] < found["efficiency"] == 0.5
 
 
-def test_what_does_not_fit_has_its_figures_and_a_way_out_that_does(megatrain: Megatrain) -> None:
+def test_what_does_not_fit_gets_a_working_suggestion(megatrain: Megatrain) -> None:
     words = [CONFIGS / "llama_8b_64xh100.yaml", "parallel.tensor=1", "parallel.zero_stage=0"]
     size = ["--nodes", 8, "--gpus-per-node", 8]
     found = plan(megatrain, *words, *size)
@@ -108,7 +108,7 @@ def test_the_table_shows_each_stage_and_the_estimates(megatrain: Megatrain) -> N
     assert f"goodput  {found['goodput']:.2%}" in shown
 
 
-def test_failures_that_are_more_frequent_or_dearer_leave_less(megatrain: Megatrain) -> None:
+def test_frequent_or_expensive_failures_lower_goodput(megatrain: Megatrain) -> None:
     words = [CONFIGS / "llama_8b_64xh100.yaml", "--nodes", 8, "--gpus-per-node", 8, "--checkpoint-seconds", 10]
     rare = plan(megatrain, *words)
     frequent = plan(megatrain, *words, "--mtbf-hours-per-node", 100)
@@ -142,9 +142,7 @@ def test_a_device_without_bf16_is_told(megatrain: Megatrain, device: str, has_bf
     assert plan(megatrain, *words, "train.precision=fp16")["problems"] == []
 
 
-def test_what_is_here_is_planned_for_unless_a_cluster_is_named(
-    megatrain: Megatrain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_assumes_this_machine_unless_told_otherwise(megatrain: Megatrain, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = CONFIGS / "gpt2_124m_1xgpu.yaml"
     monkeypatch.setattr(this_machine, "device_here", lambda: "cpu")
     monkeypatch.setattr(this_machine, "cpu_computes_bf16", lambda: False)
@@ -157,9 +155,7 @@ def test_what_is_here_is_planned_for_unless_a_cluster_is_named(
         assert "train.precision=fp32" not in megatrain("check", recipe, *words).out
 
 
-def test_a_dataset_decides_the_vocabulary_that_the_config_leaves_open(
-    megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
-) -> None:
+def test_a_dataset_decides_an_open_vocabulary_size(megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run"))
     found = plan(megatrain, config)
     assert found["world_size"] == 1
@@ -185,7 +181,7 @@ def test_a_figure_that_is_none_is_refused(megatrain: Megatrain, option: str, val
     assert option in ended.err
 
 
-def test_figures_of_a_layout_that_fits_nowhere_come_soon(megatrain: Megatrain) -> None:
+def test_a_layout_that_fits_nowhere_is_planned_quickly(megatrain: Megatrain) -> None:
     words = [CONFIGS / "llama_405b_1024xh100.yaml", "--device", "t4", "parallel.tensor=1", "parallel.sequence=false"]
     words.append("train.precision=fp16")
     began = time.process_time()
@@ -204,7 +200,7 @@ finally:
 """
 
 
-def test_sixteen_thousand_ranks_are_planned_in_a_second_without_torch() -> None:
+def test_plans_sixteen_thousand_ranks_quickly_without_torch() -> None:
     words = ["plan", str(CONFIGS / "llama_405b_1024xh100.yaml"), "--nodes", "2048", "--gpus-per-node", "8", "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = subprocess.run([sys.executable, "-c", _PLAN, *words], capture_output=True, text=True, timeout=60)

@@ -108,7 +108,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("code", "arguments", "named"), CASES)
-def test_it_ends_with_the_right_code_and_names_what_is_wrong(
+def test_wrong_input_has_its_exit_code_and_cause(
     code: int, arguments: Arguments, named: str, place: Place, megatrain: Megatrain
 ) -> None:
     ended = megatrain(*arguments(place))
@@ -143,9 +143,7 @@ def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
-def test_every_rank_problem_under_a_plain_launcher_is_told_once(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
-) -> None:
+def test_a_plain_launcher_reports_a_problem_once(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     """Started without `megatrain train`, in front of a stale record of an earlier failure."""
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)

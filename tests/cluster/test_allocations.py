@@ -98,7 +98,7 @@ def test_ranks_use_the_gpus_that_slurm_gave(via: str, desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("via", ["srun", "deepspeed"])
-def test_ranks_on_whole_nodes_share_out_gpus_and_cores(via: str, desk: Desk) -> None:
+def test_whole_nodes_share_out_gpus_and_cores(via: str, desk: Desk) -> None:
     secrets = {"HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "DATABASE": "postgres://me:word@host/x"}
     (job,) = desk.submit("--nodes", "2", "--gpus-per-node", "2", "--via", via, NEEDED="it's", **secrets)
     ranks = desk.ranks(job)
@@ -189,7 +189,7 @@ def test_the_doctor_examines_all_gpus_of_an_allocation(desk: Desk) -> None:
     assert "--exclude" not in ended.stdout + ended.stderr
 
 
-def test_an_array_larger_than_the_cluster_takes_is_refused(desk: Desk) -> None:
+def test_too_large_an_array_is_refused(desk: Desk) -> None:
     command = [sys.executable, "-m", "launcher", "array", "--tasks", "1002", "--", "tokenize", "x"]
     ended = subprocess.run(command, cwd=ROOT, env=desk.environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2

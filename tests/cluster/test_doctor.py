@@ -145,7 +145,7 @@ def test_a_node_without_space_is_named(clinic: Clinic) -> None:
 
 
 @acceptance
-def test_a_run_folder_that_is_not_shared_is_named(clinic: Clinic) -> None:
+def test_an_unshared_run_folder_is_named(clinic: Clinic) -> None:
     run = clinic.folder / "run"
     subprocess.run(clinic.lab.inside(3, "mount", "-t", "tmpfs", "none", str(run)), check=True)
     try:
@@ -157,7 +157,7 @@ def test_a_run_folder_that_is_not_shared_is_named(clinic: Clinic) -> None:
 
 
 @acceptance
-def test_a_node_that_is_cut_off_is_named_and_the_others_are_examined(clinic: Clinic) -> None:
+def test_a_cut_off_node_is_named_others_examined(clinic: Clinic) -> None:
     clinic.lab.cut(3)
     try:
         code, words = clinic.call()
@@ -169,6 +169,6 @@ def test_a_node_that_is_cut_off_is_named_and_the_others_are_examined(clinic: Cli
 
 
 @acceptance
-def test_within_a_slurm_job_it_examines_the_nodes_of_the_job(clinic: Clinic) -> None:
+def test_within_slurm_it_examines_the_job_nodes(clinic: Clinic) -> None:
     clinic.lab.wait_until_idle()
     assert clinic.call("salloc", "--quiet", "--nodes=3", "--ntasks-per-node=1") == (0, "")

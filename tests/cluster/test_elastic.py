@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("via", ["srun", pytest.param("deepspeed", marks=acceptance)])
-def test_a_job_that_loses_a_node_goes_on_with_as_many_as_its_layout_is_legal_on(
+def test_a_lost_node_leaves_a_legal_layout_running(
     via: str, cluster_run: ClusterRun, straight: Callable[[int], Metrics]
 ) -> None:
     """Of four nodes three are left, and no layout fits those: it goes on with two, and with the same global batches."""
@@ -37,9 +37,7 @@ def test_a_job_that_loses_a_node_goes_on_with_as_many_as_its_layout_is_legal_on(
 
 @acceptance
 @pytest.mark.parametrize("via", ["deepspeed", "srun"])
-def test_a_job_begins_on_a_single_node_and_takes_more_as_they_come(
-    via: str, cluster_run: ClusterRun, straight: Callable[[int], Metrics]
-) -> None:
+def test_a_job_grows_from_one_node(via: str, cluster_run: ClusterRun, straight: Callable[[int], Metrics]) -> None:
     cluster_run.lab.wait_until_idle()
     with cluster_run.lab.drained(range(2, 6)):
         cluster_run.submit(via, "--min-nodes", "1", nodes=2)

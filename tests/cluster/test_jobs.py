@@ -29,7 +29,7 @@ def both_ways_and_sizes(*sample: tuple[str, int]) -> pytest.MarkDecorator:
 
 
 @both_ways_and_sizes(("deepspeed", 2))
-def test_a_job_told_of_its_limit_saves_requeues_itself_and_goes_on(
+def test_a_time_limit_saves_requeues_and_resumes(
     via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
 ) -> None:
     cluster_run.submit(via, nodes=nodes)
@@ -42,9 +42,7 @@ def test_a_job_told_of_its_limit_saves_requeues_itself_and_goes_on(
 
 
 @both_ways_and_sizes()
-def test_a_job_whose_rank_is_killed_requeues_itself_and_goes_on(
-    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
-) -> None:
+def test_a_killed_rank_requeues_and_resumes(via: str, nodes: int, cluster_run: ClusterRun, check_same: Check) -> None:
     cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(13)
     cluster_run.rank(nodes - 1).send_signal(signal.SIGKILL)
@@ -63,9 +61,7 @@ def test_a_job_that_nothing_disturbs_ends_with_0(
 
 
 @both_ways_and_sizes()
-def test_a_job_that_is_requeued_by_hand_saves_first(
-    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
-) -> None:
+def test_a_requeue_by_hand_saves_first(via: str, nodes: int, cluster_run: ClusterRun, check_same: Check) -> None:
     cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(3)
     cluster_run.lab.call("scontrol", "requeue", cluster_run.number)
@@ -75,7 +71,7 @@ def test_a_job_that_is_requeued_by_hand_saves_first(
 
 @acceptance
 @both_ways
-def test_a_job_that_is_cancelled_saves_and_does_not_come_back(via: str, cluster_run: ClusterRun) -> None:
+def test_a_cancelled_job_saves_and_stays_ended(via: str, cluster_run: ClusterRun) -> None:
     cluster_run.submit(via)
     cluster_run.wait_for_step(3)
     cluster_run.lab.call("scancel", cluster_run.number)
@@ -86,9 +82,7 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(via: str, cluster_
 
 
 @both_ways_and_sizes()
-def test_a_job_whose_node_crashes_goes_on_with_another(
-    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
-) -> None:
+def test_a_crashed_node_is_replaced(via: str, nodes: int, cluster_run: ClusterRun, check_same: Check) -> None:
     cluster_run.submit(via, nodes=nodes)
     cluster_run.wait_for_step(13)
     cluster_run.lab.crash(2)
@@ -98,9 +92,7 @@ def test_a_job_whose_node_crashes_goes_on_with_another(
 
 
 @both_ways_and_sizes()
-def test_the_ranks_of_a_node_that_was_cut_off_commit_nothing(
-    via: str, nodes: int, cluster_run: ClusterRun, check_same: Check
-) -> None:
+def test_a_cut_off_node_commits_nothing(via: str, nodes: int, cluster_run: ClusterRun, check_same: Check) -> None:
     """The first node, with rank 0, which stands still before it can see that it has lost the others: it wakes up when
     the job goes on elsewhere, and the node is back.
     """
@@ -121,7 +113,7 @@ def test_the_ranks_of_a_node_that_was_cut_off_commit_nothing(
 
 @acceptance
 @both_ways
-def test_what_no_restart_mends_ends_the_job_with_the_first_cause(via: str, cluster_run: ClusterRun) -> None:
+def test_an_unrecoverable_failure_reports_the_first_cause(via: str, cluster_run: ClusterRun) -> None:
     cluster_run.submit(via, "data.validation=[{path: /nowhere}]")
     assert cluster_run.lab.wait_for_job(cluster_run.number) == "FAILED"
     assert cluster_run.lab.job(cluster_run.number)["ExitCode"] == "3:0"
@@ -139,7 +131,7 @@ if is_rank and socket.gethostname() == "node2" and "SLURM_RESTART_COUNT" not in 
 
 
 @both_ways_and_sizes()
-def test_where_a_rank_dies_in_its_first_moment_the_others_end_within_half_a_minute(
+def test_a_rank_dying_at_start_ends_the_others(
     via: str, nodes: int, cluster_run: ClusterRun, check_same: Check, tmp_path: Path
 ) -> None:
     """Before the others have heard of it: in Python's own start."""

@@ -28,7 +28,7 @@ def test_a_real_limit_is_announced_in_time(via: str, nodes: int, cluster_run: Cl
     check_same(Metrics.read(cluster_run.run_dir), nodes)
 
 
-def test_a_chain_goes_on_where_the_job_before_failed_and_no_further(cluster_run: ClusterRun, check_same: Check) -> None:
+def test_a_chain_continues_only_after_a_failed_job(cluster_run: ClusterRun, check_same: Check) -> None:
     first, second, third = cluster_run.submit("srun", "--chain", "3")
     cluster_run.wait_for_step(13)
     cluster_run.ranks()[-1].send_signal(signal.SIGKILL)
@@ -39,7 +39,7 @@ def test_a_chain_goes_on_where_the_job_before_failed_and_no_further(cluster_run:
 
 
 @both_ways
-def test_ranks_on_one_node_bound_to_a_core_each(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
+def test_ranks_bind_to_a_core_each(via: str, cluster_run: ClusterRun, check_same: Check) -> None:
     cluster_run.submit(via, "--cpus-per-task", "1", nodes=1)
     cluster_run.wait_for_step(3)
     cores = [rank.cpu_affinity() for rank in cluster_run.ranks()]
@@ -49,7 +49,7 @@ def test_ranks_on_one_node_bound_to_a_core_each(via: str, cluster_run: ClusterRu
 
 
 @both_ways
-def test_ranks_get_words_and_variables_as_they_were_given(
+def test_ranks_get_words_and_variables_unchanged(
     via: str, cluster_run: ClusterRun, check_same: Check, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     nasty = 'it\'s %n "$(touch broken)" `id` \\ # {x};\nand a second line'

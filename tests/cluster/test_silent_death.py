@@ -69,9 +69,7 @@ def ranks(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> Iterator[RanksOnNode
 
 
 @pytest.mark.parametrize("node", [2, pytest.param(1, marks=acceptance)])
-def test_the_ranks_of_a_node_that_is_cut_off_and_those_of_the_others_end(
-    node: int, lab: Lab, ranks: RanksOnNodes
-) -> None:
+def test_a_cut_off_node_ends_ranks_everywhere(node: int, lab: Lab, ranks: RanksOnNodes) -> None:
     ranks.wait_for_step(5)
     lab.cut(node)
     try:

@@ -59,7 +59,7 @@ def test_a_shell_of_an_allocation_is_one_process(lab: Lab) -> None:
     assert (rank, world_size, local_rank, local_size, master) == (0, 1, 0, 1, "127.0.0.1")
 
 
-def test_rank_0_is_found_in_any_order_of_nodes(lab: Lab, tmp_path: Path) -> None:
+def test_rank_0_is_found_under_any_node_order(lab: Lab, tmp_path: Path) -> None:
     """By the hostfile that asks for it; else the address has to be given."""
     (tmp_path / "hosts").write_text("node3\nnode1\nnode3\n")
     step = ["srun", "--ntasks=3", "--distribution=arbitrary"]

@@ -63,7 +63,7 @@ def _cases() -> Iterator[tuple[str, int]]:
         yield names[number // len(DAMAGES) % len(names)], number
 
 
-def test_of_a_hundred_damages_none_is_loaded_in_silence(original: Path, tmp_path: Path) -> None:
+def test_no_damage_loads_silently(original: Path, tmp_path: Path) -> None:
     silent, unnamed = [], []
     for name, number in _cases():
         folder = tmp_path / str(number)
@@ -88,7 +88,7 @@ def test_of_a_hundred_damages_none_is_loaded_in_silence(original: Path, tmp_path
     assert unnamed == []
 
 
-def test_after_any_of_them_the_newest_good_one_is_found_by_reading(original: Path, tmp_path: Path) -> None:
+def test_reading_finds_the_newest_good_checkpoint(original: Path, tmp_path: Path) -> None:
     for name, number in [case for case in _cases() if case[1] % 4 == 0]:
         folder = tmp_path / str(number)
         shutil.copytree(original, folder)

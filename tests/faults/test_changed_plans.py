@@ -13,7 +13,7 @@ from tests.served import ServedRanks
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_plan_it_began_with_or_with_new_epochs(
+def test_a_changed_packing_plan_needs_new_epochs(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sections = tiny_config(tiny_data, tmp_path / "run")

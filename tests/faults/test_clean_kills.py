@@ -92,7 +92,7 @@ def dedup_command(out: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "data_tools", "dedup", "in", "--out", out, "--method", "minhash", *options]
 
 
-def test_processes_that_know_nothing_of_each_other_share_the_work(folder: Path) -> None:
+def test_independent_processes_share_the_work(folder: Path) -> None:
     options = ("--num-permutations", "32", "--workers", "1")
     subprocess.run(dedup_command("alone", *options), cwd=folder, env=environment(), check=True, capture_output=True)
     tasks = [
@@ -109,7 +109,7 @@ def test_processes_that_know_nothing_of_each_other_share_the_work(folder: Path) 
 
 
 @pytest.mark.slow
-def test_mpirun_gives_the_same_bytes_and_one_report_and_an_error_ends_all_ranks(folder: Path) -> None:
+def test_mpirun_changes_no_byte_and_reports_once(folder: Path) -> None:
     options = ("--num-permutations", "32", "--workers", "1")
     subprocess.run(dedup_command("one", *options), cwd=folder, env=environment(), check=True, capture_output=True)
     mpirun = [str(Path(sys.executable).parent / "mpirun"), "--oversubscribe", "-n", "3"]

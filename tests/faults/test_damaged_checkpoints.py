@@ -48,7 +48,7 @@ def _swap(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_passed_over_on_all_ranks_and_named(
+def test_all_ranks_skip_and_name_a_damaged_checkpoint(
     damage: str, copy_run: Callable[[], Copy], two_ranks: ServedRanks, losses: list[float]
 ) -> None:
     run = copy_run()
@@ -64,9 +64,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_on_all_ranks_and_named(
     assert [event["step"] for event in metrics.events if event["event"] == "resume"] == [4]
 
 
-def test_where_none_is_good_it_stops_with_code_4_and_starts_nothing_afresh(
-    copy_run: Callable[[], Copy], two_ranks: ServedRanks
-) -> None:
+def test_without_a_good_checkpoint_it_exits_4(copy_run: Callable[[], Copy], two_ranks: ServedRanks) -> None:
     run = copy_run()
     for step in (2, 4, 6):
         _flip(run.checkpoint(step) / "rank-00001.safetensors", -5000)
@@ -81,7 +79,7 @@ def test_where_none_is_good_it_stops_with_code_4_and_starts_nothing_afresh(
     assert len(list((run.run_dir / "checkpoints").glob("step-*"))) == 3
 
 
-def test_a_damaged_later_checkpoint_does_not_push_the_good_ones_out(
+def test_a_damaged_checkpoint_does_not_displace_good_ones(
     copy_run: Callable[[], Copy], two_ranks: ServedRanks, losses: list[float]
 ) -> None:
     run = copy_run()

@@ -18,7 +18,7 @@ DISK_BYTES = 1 << 20  # two checkpoints of the tiny model, 440 kB each
 
 
 @pytest.mark.parametrize("level", range(10))
-def test_a_disk_full_at_any_point_of_a_save_loses_nothing_and_is_named(level: int, tmp_path: Path) -> None:
+def test_a_full_disk_during_saving_loses_nothing(level: int, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 200_000) as disk:
         store = PosixStore(disk / "checkpoints")
         store.open_generation()
@@ -39,9 +39,7 @@ def test_a_disk_full_at_any_point_of_a_save_loses_nothing_and_is_named(level: in
         assert save(store, 3) is not None
 
 
-def test_a_save_without_room_is_reported_and_the_next_with_room_succeeds(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
-) -> None:
+def test_saving_succeeds_again_once_there_is_room(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
         _check_save_without_room(disk, tiny_data, two_ranks, tmp_path)
 
@@ -69,9 +67,7 @@ def _check_save_without_room(disk: Path, tiny_data: TinyData, two_ranks: ServedR
     assert Metrics.read(run_dir).steps == list(range(1, 13))
 
 
-def test_where_one_rank_alone_cannot_write_its_cause_is_told_by_all(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
-) -> None:
+def test_all_ranks_tell_why_one_cannot_write(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", checkpoint={"every_steps": 2})
     )

@@ -109,7 +109,7 @@ def run(tiny_data: TinyData, tmp_path: Path) -> HangingRun:
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=acceptance)])
-def test_a_rank_that_is_stopped_in_a_step_is_named(rank: int, run: HangingRun) -> None:
+def test_a_rank_stopped_in_a_step_is_named(rank: int, run: HangingRun) -> None:
     output = run.end(lambda train: train.ranks()[rank].send_signal(signal.SIGSTOP))
     named = "rank 0, which does not answer" if rank == 0 else f"rank 1 on {socket.gethostname()}, stopped or gone"
     assert f"the others wait for {named}" in output
@@ -118,7 +118,7 @@ def test_a_rank_that_is_stopped_in_a_step_is_named(rank: int, run: HangingRun) -
 
 @acceptance
 @pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace (apt-get install strace)")
-def test_a_rank_that_is_stopped_in_a_save_is_named(run: HangingRun) -> None:
+def test_a_rank_stopped_in_a_save_is_named(run: HangingRun) -> None:
     def interrupt(train: TrainProcess) -> None:
         folder = next((run.folder / "run" / "checkpoints").glob(".generation-*"))
         below = [f"-P{folder}/step-{step:08d}/rank-00001.safetensors" for step in range(200, 20_000, 200)]
@@ -135,19 +135,19 @@ def test_a_rank_that_is_stopped_in_a_save_is_named(run: HangingRun) -> None:
 
 
 @acceptance
-def test_a_rank_that_is_stopped_in_its_loader_is_named(run: HangingRun) -> None:
+def test_a_rank_stopped_in_its_loader_is_named(run: HangingRun) -> None:
     output = run.end(lambda train: run.flag.write_text("stop") and None)
     assert f"the others wait for rank 1 on {socket.gethostname()}, stopped or gone" in output
 
 
 @acceptance
-def test_a_rank_whose_data_does_not_come_is_named_with_the_part(run: HangingRun) -> None:
+def test_a_rank_without_data_is_named(run: HangingRun) -> None:
     output = run.end(lambda train: run.flag.write_text("sleep") and None)
     assert f"the others wait for rank 1 on {socket.gethostname()} in data of step " in output
     assert "stand_still" in run.stacks(1)
 
 
-def test_a_slow_disk_and_long_evaluations_are_no_hang(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_slow_disks_and_long_evaluations_are_no_hang(tiny_data: TinyData, tmp_path: Path) -> None:
     hang_seconds = 6.0
     config = tiny_config(
         tiny_data,
@@ -182,7 +182,7 @@ def test_a_slow_disk_and_long_evaluations_are_no_hang(tiny_data: TinyData, tmp_p
     assert longest > hang_seconds, (parts, validation, restored, saved)
 
 
-def test_a_disk_that_takes_nothing_more_is_told_with_the_bytes(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_stuck_disk_is_reported_with_bytes_written(tiny_data: TinyData, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_data,
         tmp_path / "run",

@@ -114,9 +114,7 @@ class KilledRun:
         return any((self.run_dir / "checkpoints").glob(".generation-*/step-*"))
 
 
-def test_a_run_that_is_killed_again_and_again_is_the_run_that_nobody_disturbed(
-    tiny_data: TinyData, tmp_path: Path
-) -> None:
+def test_repeated_kills_do_not_change_the_run(tiny_data: TinyData, tmp_path: Path) -> None:
     killed = KilledRun(tiny_data, tmp_path / "killed")
     for number, kill in enumerate(kills(), 1):
         try:

@@ -90,16 +90,14 @@ def killed(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield [starts.start(_signal_rank(1, signal.SIGKILL, 11)), starts.start()]
 
 
-def test_a_killed_rank_ends_the_run_with_code_5(killed: list[Stretch]) -> None:
+def test_a_killed_rank_exits_5(killed: list[Stretch]) -> None:
     assert killed[0].code == 5, killed[0].output
     assert "Traceback" not in killed[0].output
     assert "Start the run again" in killed[0].output
     assert killed[0].num_orphans == 0
 
 
-def test_after_a_kill_the_losses_and_norms_are_the_same_to_the_last_bit(
-    killed: list[Stretch], straight: Stretch
-) -> None:
+def test_a_kill_changes_no_loss_or_norm(killed: list[Stretch], straight: Stretch) -> None:
     assert killed[1].code == 0, killed[1].output
     assert killed[0].saved[-1] >= 5
     resumed_at = [event["step"] for event in killed[1].metrics.events if event["event"] == "resume"]
@@ -116,7 +114,7 @@ def stopped(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_command_or_to_one_rank_saves_all_and_exits_75(stopped: list[Stretch]) -> None:
+def test_a_signal_saves_on_all_ranks_exits_75(stopped: list[Stretch]) -> None:
     for stretch, name in zip(stopped[:2], ("SIGINT", "SIGTERM"), strict=True):
         assert stretch.code == 75, stretch.output
         assert f"stopped early on request ({name})" in stretch.output
@@ -128,14 +126,12 @@ def test_a_signal_to_the_command_or_to_one_rank_saves_all_and_exits_75(stopped: 
 
 
 @pytest.mark.slow
-def test_after_requests_to_stop_the_losses_and_norms_are_the_same_to_the_last_bit(
-    stopped: list[Stretch], straight: Stretch
-) -> None:
+def test_requests_to_stop_change_no_loss_or_norm(stopped: list[Stretch], straight: Stretch) -> None:
     assert stopped[2].code == 0, stopped[2].output
     _check_same(stopped[2].metrics, straight)
 
 
-def test_a_request_to_stop_while_ranks_start_is_kept(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_stop_request_during_start_is_kept(tiny_data: TinyData, tmp_path: Path) -> None:
     def interrupt(train: TrainProcess) -> None:
         wait_until(lambda: len(psutil.Process(train.process.pid).children(recursive=True)) > 0)
         train.process.send_signal(signal.SIGUSR1)
@@ -146,7 +142,7 @@ def test_a_request_to_stop_while_ranks_start_is_kept(tiny_data: TinyData, tmp_pa
 
 
 @pytest.mark.slow
-def test_killing_the_command_itself_makes_the_ranks_save_and_end(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_killing_the_command_makes_ranks_save_and_end(tiny_data: TinyData, tmp_path: Path) -> None:
     stretch = Starts(tiny_data, tmp_path, num_steps=1000).start(_signal_command(signal.SIGKILL, 3))
     assert (stretch.code, stretch.num_orphans) == (-signal.SIGKILL, 0)
     assert 3 < stretch.metrics.steps[-1] < 1000
@@ -154,7 +150,7 @@ def test_killing_the_command_itself_makes_the_ranks_save_and_end(tiny_data: Tiny
 
 
 @pytest.mark.slow
-def test_killing_the_launcher_ends_the_ranks_with_their_state_saved(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_killing_the_launcher_makes_ranks_save_and_end(tiny_data: TinyData, tmp_path: Path) -> None:
     def interrupt(train: TrainProcess) -> None:
         train.wait_for_step(3)
         for process in psutil.Process(train.process.pid).children(recursive=True):
@@ -168,9 +164,7 @@ def test_killing_the_launcher_ends_the_ranks_with_their_state_saved(tiny_data: T
 
 
 @pytest.mark.slow
-def test_a_start_left_behind_by_a_requeue_commits_nothing_and_ends(
-    tiny_data: TinyData, straight: Stretch, tmp_path: Path
-) -> None:
+def test_a_start_superseded_by_requeue_commits_nothing(tiny_data: TinyData, straight: Stretch, tmp_path: Path) -> None:
     starts = Starts(tiny_data, tmp_path)
     left_behind = TrainProcess(starts.config, 2, environment={"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"})
     requeued = None
@@ -206,7 +200,7 @@ SYSTEM_CALLS = [(0, "rename", 1)] + [
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace (apt-get install strace)")
 @pytest.mark.parametrize(("rank", "call", "count"), SYSTEM_CALLS)
-def test_a_run_killed_at_a_system_call_of_a_save_goes_on_the_same(
+def test_a_kill_during_saving_resumes_identically(
     rank: int, call: str, count: int, tiny_data: TinyData, straight: Stretch, tmp_path: Path
 ) -> None:
     starts = Starts(tiny_data, tmp_path)
@@ -233,7 +227,7 @@ def test_a_run_killed_at_a_system_call_of_a_save_goes_on_the_same(
 
 
 @pytest.mark.slow
-def test_checkpoints_in_an_object_store_are_resumed_from_and_looked_at_by_the_run_folder(
+def test_object_store_checkpoints_resume_by_run_folder(
     tiny_data: TinyData, straight: Stretch, bucket: str, tmp_path: Path
 ) -> None:
     starts = Starts(tiny_data, tmp_path)

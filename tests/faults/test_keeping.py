@@ -19,9 +19,7 @@ def _steps(run_dir: Path) -> list[int]:
     return [found.step for found in PosixStore(run_dir / "checkpoints").list() if found.good]
 
 
-def test_touching_save_now_saves_once_goes_on_and_keeps_it(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
-) -> None:
+def test_touching_save_now_saves_once_and_keeps_it(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     sections = {"train": {"steps": 6}, "checkpoint": {"every_steps": 100, "keep": 1}}
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir, **sections))
@@ -57,7 +55,7 @@ def _validations(run_dir: Path) -> list[dict[str, float]]:
     return [line for line in lines if "validation_loss" in line]
 
 
-def test_rewinding_goes_back_to_the_named_step_and_trains_the_same_from_there(
+def test_rewinding_trains_the_same_from_that_step(
     copy_run: object, two_ranks: ServedRanks, losses: list[float]
 ) -> None:
     run: Copy = copy_run()  # type: ignore[operator]
@@ -74,7 +72,7 @@ def test_rewinding_goes_back_to_the_named_step_and_trains_the_same_from_there(
     assert len(list((run.run_dir / "checkpoints").glob("set-aside-*"))) == 2
 
 
-def test_a_changed_place_of_checkpoints_is_refused_rather_than_begun_afresh(
+def test_a_changed_checkpoint_folder_never_starts_afresh(
     copy_run: object, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     run: Copy = copy_run()  # type: ignore[operator]
@@ -89,7 +87,7 @@ SKIPPED = ("train.precision=fp16", "train.initial_loss_scale_power=32")  # no gr
 
 @pytest.mark.parametrize("background", ["checkpoint.background=true", "checkpoint.background=false"])
 @pytest.mark.parametrize("fault", [RUINED, SKIPPED], ids=["ruined", "skipped"])
-def test_no_ruined_or_standing_state_replaces_a_good_checkpoint(
+def test_no_diverged_state_replaces_a_good_checkpoint(
     fault: tuple[str, ...], background: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

@@ -119,9 +119,7 @@ def _check_next_start(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["save", "start"])
-def test_a_kill_before_any_system_call_leaves_the_newest_good_one_newest(
-    command: str, forks: Forks, ready: Path, tmp_path: Path
-) -> None:
+def test_kills_leave_the_newest_good_checkpoint_newest(command: str, forks: Forks, ready: Path, tmp_path: Path) -> None:
     killed_at: list[str] = []
     steps = set()
     for call in CHANGING:
@@ -147,9 +145,7 @@ def test_a_kill_before_any_system_call_leaves_the_newest_good_one_newest(
         assert {"mkdir 1", "rename 1", "fsync 1"} <= set(killed_at), killed_at
 
 
-def test_a_power_loss_at_any_point_of_a_save_leaves_a_good_checkpoint_and_no_torn_one(
-    forks: Forks, ready: Path, tmp_path: Path
-) -> None:
+def test_power_loss_leaves_only_good_checkpoints(forks: Forks, ready: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(ready, folder)
     before = shutil.copytree(folder, tmp_path / "before")
@@ -173,7 +169,7 @@ def test_a_power_loss_at_any_point_of_a_save_leaves_a_good_checkpoint_and_no_tor
     assert set(steps[-len(LOSSES) :]) == {2}  # once a save has ended, no power loss takes it back
 
 
-def test_the_replay_would_notice_a_save_that_does_not_sync(forks: Forks, ready: Path, tmp_path: Path) -> None:
+def test_the_replay_notices_a_save_without_sync(forks: Forks, ready: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(ready, folder)
     before = shutil.copytree(folder, tmp_path / "before")

@@ -16,7 +16,7 @@ from tests.runs import TinyData, tiny_config, write_config
 
 
 @pytest.mark.slow
-def test_a_rank_with_another_version_is_named_and_no_step_is_made(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_rank_with_another_version_prevents_training(tiny_data: TinyData, tmp_path: Path) -> None:
     other = tmp_path / "site" / "numpy-1.0.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n")
@@ -38,7 +38,7 @@ def test_a_rank_with_another_version_is_named_and_no_step_is_made(tiny_data: Tin
     assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_the_doctor_of_one_rank_says_where_it_cannot_write() -> None:
+def test_the_doctor_of_one_rank_names_unwritable_folders() -> None:
     command = [sys.executable, "-m", "megatrain.distributed.doctor", "/proc"]
     ended = subprocess.run(
         command, env={**os.environ, "MASTER_PORT": str(free_port())}, capture_output=True, text=True, check=False

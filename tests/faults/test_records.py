@@ -25,7 +25,7 @@ def _lr(path: Path) -> object:
     return yaml.safe_load(path.read_text())["optimizer"]["lr"]
 
 
-def test_a_start_that_makes_no_step_changes_no_record(copy_run: Callable[[], Copy], one_rank: ServedRanks) -> None:
+def test_a_start_without_steps_changes_no_record(copy_run: Callable[[], Copy], one_rank: ServedRanks) -> None:
     run = copy_run()
     before = (run.run_dir / "config.yaml").read_bytes()
     one_rank.finish(run.config, "optimizer.lr=0.25", "schedule.type=constant")
@@ -35,7 +35,7 @@ def test_a_start_that_makes_no_step_changes_no_record(copy_run: Callable[[], Cop
     assert "nothing was trained" in Metrics.read(run.run_dir).events[-1]["message"]
 
 
-def test_each_resume_says_what_differs_and_keeps_its_config(
+def test_each_resume_tells_differences_and_keeps_its_config(
     copy_run: Callable[[], Copy], one_rank: ServedRanks, tmp_path: Path
 ) -> None:
     run = copy_run()
@@ -74,7 +74,7 @@ def test_what_was_given_is_repeated_or_named_anew(tiny_data: TinyData, one_rank:
     assert _resume(run_dir)["changes"]["learning rate"] == [0.003, 0.001]
 
 
-def test_checkpoints_are_found_from_any_folder_or_missed_aloud(
+def test_missing_checkpoints_are_never_passed_over_silently(
     tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, here = tmp_path / "run", tmp_path / "here"

@@ -37,7 +37,7 @@ PAIRS = [
         (["data.document_mask=true"], "data.document_mask", "False", "True"),
     ],
 )
-def test_a_change_that_a_run_cannot_make_is_refused_by_key(
+def test_an_impossible_change_is_refused_by_key(
     overrides: list[str], key: str, before: str, after: str, copy_run: Callable[[], Copy], two_ranks: ServedRanks
 ) -> None:
     run = copy_run()
@@ -61,7 +61,7 @@ def test_another_dataset_is_refused_by_name(
     assert str(tiny_data.held_out) in "".join(ended.output)
 
 
-def test_another_batch_size_and_other_weights_begin_a_segment(
+def test_changed_batch_size_and_weights_begin_a_segment(
     copy_run: Callable[[], Copy], two_ranks: ServedRanks, losses: list[float]
 ) -> None:
     run = copy_run()
@@ -80,7 +80,7 @@ def test_another_batch_size_and_other_weights_begin_a_segment(
     assert Metrics.read(run.run_dir).losses[:6] == losses
 
 
-def test_windows_become_shorter_in_the_middle_of_an_epoch_and_longer_in_a_new_one(
+def test_windows_lengthen_only_in_a_new_epoch(
     copy_run: Callable[[], Copy], two_ranks: ServedRanks, losses: list[float]
 ) -> None:
     run = copy_run()
@@ -190,7 +190,7 @@ def test_weights_are_taken_from_another_runs_checkpoint(
     assert begun.events[0]["init_from"] == str(finished_run / "checkpoints" / "step-00000006")
 
 
-def test_where_one_rank_finds_the_weights_to_begin_with_damaged_all_end_and_it_is_named(
+def test_damaged_initial_weights_end_all_ranks(
     copy_run: Callable[[], Copy], two_ranks: ServedRanks, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     source = copy_run().checkpoint(6)
@@ -205,7 +205,7 @@ def test_where_one_rank_finds_the_weights_to_begin_with_damaged_all_end_and_it_i
     assert "Traceback" not in "".join(ended.output)
 
 
-def test_an_overflow_under_fp16_leaves_an_update_out_says_so_and_stays_counted_over_a_resume(
+def test_an_fp16_overflow_is_counted_across_a_resume(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     too_high = {"steps": 6, "precision": "fp16", "initial_loss_scale_power": 28}

@@ -15,9 +15,7 @@ from megatrain.distributed.bootstrap import job_identity
 from tests.runs import TinyData, tiny_config, write_config
 
 
-def test_the_second_start_ends_with_code_4_naming_host_and_pid_before_torch_is_imported(
-    tiny_data: TinyData, tmp_path: Path
-) -> None:
+def test_a_second_start_is_refused_before_torch_loads(tiny_data: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir))
     blocked = tmp_path / "blocked"
@@ -38,9 +36,7 @@ def test_the_second_start_ends_with_code_4_naming_host_and_pid_before_torch_is_i
     assert seconds < 10  # 1 on an idle machine
 
 
-def test_a_rank_that_finds_the_folder_in_use_leaves_the_other_jobs_records_alone(
-    tiny_data: TinyData, tmp_path: Path
-) -> None:
+def test_a_refused_rank_leaves_the_other_records_alone(tiny_data: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, run_dir))
     with locked(run_dir, job_identity()):

@@ -27,9 +27,7 @@ def flips_a_bit(tokens: np.ndarray[Any, Any], _: np.random.Generator) -> np.ndar
     return tokens
 
 
-def test_a_bit_that_flips_on_one_rank_is_found_before_the_weights_are_saved(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
-) -> None:
+def test_a_flipped_bit_is_found_before_saving(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_data,
         tmp_path / "run",

@@ -10,7 +10,7 @@ from tests.faults.soak import soak
 
 
 @pytest.mark.slow
-def test_after_faults_of_several_kinds_nothing_is_lost_and_all_time_is_accounted_for(tmp_path: Path) -> None:
+def test_mixed_faults_lose_nothing_and_account_for_time(tmp_path: Path) -> None:
     said: list[str] = []
     soak(tmp_path, num_faults=3, seconds=(1.0, 2.0), seed=3, say=said.append)
     assert "nothing was lost" in said[-1]

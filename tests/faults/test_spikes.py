@@ -43,7 +43,7 @@ def told(run_dir: Path, name: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_a_spike_is_skipped_and_what_is_usual_survives_a_resume(
+def test_a_spike_is_skipped_and_statistics_survive_resuming(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     whole = config_of(tiny_data, tmp_path / "whole", 24, action="skip")
@@ -62,9 +62,7 @@ def test_a_spike_is_skipped_and_what_is_usual_survives_a_resume(
     assert progress_at(runs[0], 24) == progress_at(runs[1], 24)
 
 
-def test_too_many_in_a_row_end_the_run_with_the_reason(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
-) -> None:
+def test_too_many_spikes_in_a_row_end_training(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     config = config_of(tiny_data, tmp_path, 24, action="skip", max_in_a_row=1)
     ended = two_ranks.train(config)
     assert ended.codes == [2, 2]
@@ -100,7 +98,7 @@ def num_spikes(metrics: Metrics, rule: SpikesConfig) -> int:
 
 
 @pytest.mark.slow
-def test_the_run_goes_back_and_leaves_out_the_batches_around_a_spike(
+def test_rewinding_skips_the_batches_around_a_spike(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     calm = "optimizer.lr=1.0e-6"  # what the steps before have learned does not matter: only the batches differ
@@ -132,7 +130,7 @@ def test_the_run_goes_back_and_leaves_out_the_batches_around_a_spike(
     assert progress_at(tmp_path / "halves" / "run", 24).rewinds == rewinds
 
 
-def test_going_back_to_one_checkpoint_again_and_again_ends_the_run(
+def test_rewinding_repeatedly_to_one_checkpoint_ends_training(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     config = config_of(tiny_data, tmp_path, 40, action="rewind", num_deviations=0.001, rewind_steps=3, max_in_a_row=2)

@@ -79,7 +79,7 @@ def test_kills_at_random_steps_change_no_byte(num_kills: int, folder: Path) -> N
     assert folder_bytes(folder / out) == folder_bytes(folder / "alone")
 
 
-def test_a_kill_in_the_assembly_loses_neither_shards_nor_parts_that_are_needed(folder: Path) -> None:
+def test_kills_during_assembly_lose_no_shard_or_part(folder: Path) -> None:
     out = folder / "assembly"
     # Past the parts, then some steps further at a time: through the plan, each shard, the table, the manifest, the end.
     steps = [300, 420, *range(10, 90, 9), 1 << 30]
@@ -89,7 +89,7 @@ def test_a_kill_in_the_assembly_loses_neither_shards_nor_parts_that_are_needed(f
     assert folder_bytes(out) == folder_bytes(folder / "alone")
 
 
-def test_restart_removes_what_the_command_made_and_nothing_else(folder: Path) -> None:
+def test_restart_removes_only_what_tokenize_made(folder: Path) -> None:
     out = folder / "again"
     command = tokenize_command(folder, "--out", "again")
     subprocess.run(command, cwd=folder, env=environment(), check=True)
