@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_checkpoints_saves_and_loads_in_every_way(tmp_path: Path) -> None:
+def test_the_checkpoint_benchmark_saves_and_loads_every_way(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "checkpoint.py"
     ended = subprocess.run(
         [sys.executable, str(script), "--turns", "1", "--folder", str(tmp_path)], capture_output=True, text=True

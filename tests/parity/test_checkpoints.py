@@ -106,7 +106,7 @@ def test_state_of_one_layout_goes_on_under_another(
         pytest.param(2, {"tensor": 2}, "bf16", marks=slow),
     ],
 )
-def test_state_under_the_name_of_another_parameter_is_refused(
+def test_state_under_another_parameter_name_is_refused(
     num_ranks: int, parallel: dict[str, Any], precision: str, pool: Pool, tmp_path: Path
 ) -> None:
     config = parity_config(pool.data, "llama", parallel=parallel, train={"precision": precision})
@@ -121,7 +121,7 @@ def test_state_under_the_name_of_another_parameter_is_refused(
 @slow
 @pytest.mark.parametrize("name", ["4-tensor2-pipeline2-sequence", "2-zero3-offloaded", "2-zero2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_same_layout_goes_on_to_the_last_bit(name: str, precision: str, saves: Saves) -> None:
+def test_the_same_layout_resumes_bit_exactly(name: str, precision: str, saves: Saves) -> None:
     saved = saves.of(BY_NAME[name], precision=precision)
     loaded = saves.load(saved, BY_NAME[name], BY_NAME[name], precision=precision)
     loaded.assert_holds(saved)
@@ -137,7 +137,7 @@ def test_the_same_layout_goes_on_to_the_last_bit(name: str, precision: str, save
         ("bf16", "fp16", "2-zero2", "2-pipeline2-zero1"),
     ],
 )
-def test_the_precision_may_change_and_the_state_is_the_same(
+def test_precision_may_change_with_the_state_unchanged(
     before: str, after: str, source: str, target: str, saves: Saves
 ) -> None:
     """Whatever the model computes in, the state is fp32. The losses are apart by what a half precision rounds."""
@@ -150,7 +150,7 @@ def test_the_precision_may_change_and_the_state_is_the_same(
 
 @slow
 @pytest.mark.parametrize("target", ["2-zero2", "1", "2-zero3", "4-tensor2-pipeline2-sequence"])
-def test_fp16_goes_on_with_its_loss_scale_and_the_number_of_its_updates(target: str, saves: Saves) -> None:
+def test_fp16_resumes_with_its_scale_and_update_count(target: str, saves: Saves) -> None:
     """The scale begins too high: updates are left out, and the scale falls, before the state is saved.
 
     It stays near the largest that is possible, so that another layout may leave out other updates from there on: of it
@@ -179,9 +179,7 @@ def test_fp16_goes_on_with_its_loss_scale_and_the_number_of_its_updates(target: 
         pytest.param("2-zero3-offloaded", marks=slow),
     ],
 )
-def test_a_model_exported_from_a_layout_is_in_transformers_what_it_was_there(
-    name: str, saves: Saves, pool: Pool, tmp_path: Path
-) -> None:
+def test_an_exported_layout_computes_alike_in_transformers(name: str, saves: Saves, pool: Pool, tmp_path: Path) -> None:
     """The loss that the ranks had on the validation windows, and the logits of the checkpoint on one device."""
     saved = saves.last(BY_NAME[name])
     export_checkpoint(saved.folder, tmp_path / "hf")

@@ -43,7 +43,7 @@ def test_every_key_that_passes_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_all_keys_that_pass_change_neither_training_nor_state(stage: int, pool: Pool, tmp_path: Path) -> None:
+def test_passed_keys_together_change_neither_training_nor_state(stage: int, pool: Pool, tmp_path: Path) -> None:
     check(pool, tmp_path, "data", stage, {key: value for key, value, stages in ROWS if stage in stages})
 
 
@@ -52,7 +52,7 @@ def test_all_keys_that_pass_change_neither_training_nor_state(stage: int, pool: 
 @pytest.mark.parametrize(
     ("key", "value", "stage"), [(key, value, stage) for key, value, stages in ROWS for stage in stages]
 )
-def test_a_key_that_passes_changes_neither_training_nor_state(
+def test_a_passed_key_changes_neither_training_nor_state(
     key: str, value: Any, stage: int, layout: str, pool: Pool, tmp_path: Path
 ) -> None:
     check(pool, tmp_path, layout, stage, {key: value})

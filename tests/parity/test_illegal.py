@@ -17,7 +17,7 @@ from tests.runs import TinyData, write_config
 NO_DATA = TinyData(Path("none"), Path("none"), Path("none"), Path("none"))  # `check` reads none
 
 
-def test_only_zero_2_and_3_in_a_pipeline_sequence_without_tensor_and_undivided_ranks_are_refused():
+def test_exactly_the_illegal_layouts_are_refused():
     axes = (WORLD_SIZES, DEGREES, DEGREES, ZERO_STAGES, (False, True))
     for world_size, tensor, pipeline, zero_stage, sequence in itertools.product(*axes):
         data = max(world_size // (tensor * pipeline), 1)
@@ -42,9 +42,7 @@ def test_only_zero_2_and_3_in_a_pipeline_sequence_without_tensor_and_undivided_r
         ("parallel.zero_stage=1 parallel.offload=all", 2, "offload", "needs parallel.zero_stage 3", "zero_stage=3"),
     ],
 )
-def test_an_illegal_mix_is_refused_with_its_key_the_reason_and_the_nearest_legal_layout(
-    overrides, num_ranks, key, reason, nearest, tmp_path: Path
-):
+def test_an_illegal_mix_names_key_reason_and_alternative(overrides, num_ranks, key, reason, nearest, tmp_path: Path):
     config = write_config(tmp_path / "run.yaml", parity_config(NO_DATA, "llama_tied"))
     refused = check(config, overrides.split(), num_ranks)
     assert refused.returncode == 2
@@ -57,7 +55,7 @@ def test_an_illegal_mix_is_refused_with_its_key_the_reason_and_the_nearest_legal
     assert legal.returncode == 0, legal.stderr
 
 
-def test_all_that_is_wrong_is_said_at_once_with_one_layout_that_mends_it(tmp_path: Path):
+def test_all_problems_are_told_with_one_legal_layout(tmp_path: Path):
     config = write_config(tmp_path / "run.yaml", parity_config(NO_DATA, "llama_tied"))
     wrong = ["parallel.sequence=true", "parallel.pipeline=2", "parallel.zero_stage=3", "parallel.offload=optimizer"]
     refused = check(config, [*wrong, "train.micro_batch_size=3"], 2)

@@ -52,7 +52,7 @@ def test_every_layout_drops_what_one_process_drops(model, num_ranks, parallel, p
     assert alone.losses != pool.alone(model, NUM_STEPS).losses
 
 
-def test_dropout_is_the_same_in_every_run_and_another_at_every_step(pool: Pool):
+def test_dropout_repeats_between_runs_and_differs_between_steps(pool: Pool):
     """A step is an epoch and nothing is learned: without dropout, all losses are one number."""
     windows = (open_dataset(pool.data.held_out).num_tokens - 1) // 32
     sections: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def test_recomputation_changes_no_bit(model, layout, pool: Pool):
 
 
 @layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline")
-def test_bf16_under_a_layout_is_bf16_on_one_rank(num_ranks, parallel, pool: Pool):
+def test_bf16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     train = {"precision": "bf16"}
     config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)
     alone = pool.alone("llama_tied", train=train)
@@ -105,7 +105,7 @@ def test_bf16_under_a_layout_is_bf16_on_one_rank(num_ranks, parallel, pool: Pool
 
 
 @layouts("sequence", "pipeline")
-def test_fp16_under_a_layout_is_fp16_on_one_rank(num_ranks, parallel, pool: Pool):
+def test_fp16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     train = {"precision": "fp16", "initial_loss_scale_power": 8}
     config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)
     alone = pool.alone("llama_tied", NUM_STEPS, train=train)
@@ -113,7 +113,7 @@ def test_fp16_under_a_layout_is_fp16_on_one_rank(num_ranks, parallel, pool: Pool
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2_tied"])
-def test_gradients_of_micro_batches_add_up_to_those_of_one(model, pool: Pool):
+def test_micro_batch_gradients_add_up(model, pool: Pool):
     small = pool.alone(model, train={"micro_batch_size": 1})
     small.assert_equals(pool.alone(model, train={"micro_batch_size": 4}), loss=1e-5, norm=1e-5)
 

@@ -34,7 +34,7 @@ SAMPLE = ("ZeRO 0 bf16", "ZeRO 2 fp32", "ZeRO 3 bf16", "tensor under ZeRO 3", "p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
-def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_update_out_on_all(layout: str, pool: Pool) -> None:
+def test_one_non_finite_gradient_skips_the_update_everywhere(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     found = _figures(pool, num_ranks, parallel, precision, poisoned_step=POISONED)
     expected = _figures(pool, 1, {"zero_stage": 0}, "fp32", poisoned_step=POISONED)
@@ -48,7 +48,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_update_out_on_all(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
-def test_an_update_that_is_refused_at_the_last_moment_changes_nothing(layout: str, pool: Pool) -> None:
+def test_an_update_refused_at_the_end_changes_nothing(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     found = _figures(pool, num_ranks, parallel, precision, refused_step=POISONED)
     expected = _figures(pool, 1, {"zero_stage": 0}, "fp32", refused_step=POISONED)
@@ -62,7 +62,7 @@ def test_an_update_that_is_refused_at_the_last_moment_changes_nothing(layout: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
-def test_an_engine_that_goes_back_takes_the_same_steps_again(layout: str, pool: Pool) -> None:
+def test_an_engine_gone_back_repeats_its_steps(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     found = _figures(pool, num_ranks, parallel, precision, twice=True, refused_step=POISONED)
     assert found["again"] == found["losses"][: POISONED + 1]
@@ -79,7 +79,7 @@ FLIPPED = {  # layout: the parameter, and who is told to differ
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FLIPPED)
-def test_a_flipped_bit_in_weights_that_ranks_hold_alike_is_found(layout: str, pool: Pool) -> None:
+def test_a_flipped_bit_in_replicated_weights_is_found(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     name, words = FLIPPED[layout]
     found = _figures(pool, num_ranks, parallel, precision, flipped=name)
@@ -87,7 +87,7 @@ def test_a_flipped_bit_in_weights_that_ranks_hold_alike_is_found(layout: str, po
 
 
 @pytest.mark.slow
-def test_of_four_ranks_the_one_that_differs_is_named(pool: Pool) -> None:
+def test_the_differing_one_of_four_ranks_is_named(pool: Pool) -> None:
     found = _figures(pool, 4, {"zero_stage": 1}, "fp32", flipped="model.norm.weight")
     assert found["difference"] == (
         f"rank 3 ({socket.gethostname()}) differs in model.norm.weight from 3 others that must hold the same"

@@ -25,9 +25,7 @@ def config(pool: Pool, run_dir: Path, packing: str, document_mask: bool, **paral
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_packed_documents_train_the_same_on_two_ranks_and_another_model_than_cut_ones(
-    document_mask: bool, pool: Pool, tmp_path: Path
-) -> None:
+def test_packed_documents_train_alike_on_two_ranks(document_mask: bool, pool: Pool, tmp_path: Path) -> None:
     two, one = (pool.train(n, config(pool, tmp_path, "best_fit", document_mask)) for n in (2, 1))
     two.assert_equals(one)
     assert len(list((tmp_path / "packing").iterdir())) == 2, "a plan for each dataset, and nothing else"
@@ -40,9 +38,7 @@ def test_packed_documents_train_the_same_through_a_pipeline(pool: Pool, tmp_path
 
 
 @pytest.mark.parametrize("parallel", [{"zero_stage": 1}, {"pipeline": 2}], ids=str)
-def test_targets_after_documents_are_left_out_alike_on_two_ranks(
-    parallel: dict[str, int], pool: Pool, short_documents: Path
-) -> None:
+def test_two_ranks_leave_out_the_same_targets(parallel: dict[str, int], pool: Pool, short_documents: Path) -> None:
     data: dict[str, Any] = {"train": [{"path": str(short_documents)}], "document_mask": True, "score_after_eod": False}
     two = pool.train(2, parity_config(pool.data, "llama", data=data, parallel=parallel), 4)
     two.assert_equals(pool.alone("llama", 4, data=data))

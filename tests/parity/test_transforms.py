@@ -27,7 +27,7 @@ def validation_losses(run_dir: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_transformed_samples_train_the_same_on_two_ranks_and_after_a_resume(
+def test_transforms_are_alike_on_ranks_and_after_resuming(
     packing: str, sentinel_data: Path, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     runs = {
@@ -57,9 +57,7 @@ def test_an_evaluation_sees_documents_as_they_are(sentinel_data: Path, one_rank:
 
 
 @pytest.mark.slow
-def test_a_missing_sentinel_stops_a_run_with_its_key(
-    sentinel_data: Path, two_ranks: ServedRanks, tmp_path: Path
-) -> None:
+def test_a_missing_sentinel_is_refused_by_key(sentinel_data: Path, two_ranks: ServedRanks, tmp_path: Path) -> None:
     config = config_of(sentinel_data, tmp_path / "run", {"token_masking": {"mask_token": "<none>"}})
     ended = two_ranks.train(config, "train.steps=2")
     assert ended.codes == [2, 2]

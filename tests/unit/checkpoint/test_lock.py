@@ -50,7 +50,7 @@ def _claim_another_machine(run_dir: Path) -> None:
     path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), "machine": "another"}))
 
 
-def test_a_held_folder_is_refused_by_its_holders_name_until_the_holder_dies(tmp_path: Path) -> None:
+def test_a_held_folder_is_refused_naming_the_holder(tmp_path: Path) -> None:
     with _held(tmp_path / "run") as pid:
         with pytest.raises(CheckpointError, match=r"run is in use by host node7, pid 4711, slurm job 99: stop that"):
             refuse_if_locked(tmp_path / "run", OTHER)
@@ -66,7 +66,7 @@ def test_a_held_folder_is_refused_by_its_holders_name_until_the_holder_dies(tmp_
                 time.sleep(0.1)
 
 
-def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_learns_of_it(tmp_path: Path) -> None:
+def test_a_later_start_takes_over_from_an_earlier(tmp_path: Path) -> None:
     with locked(tmp_path, FIRST) as earlier:
         with pytest.raises(CheckpointError, match="in use"):
             refuse_if_locked(tmp_path, FIRST)  # not later: the same
@@ -81,7 +81,7 @@ def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_le
     refuse_if_locked(tmp_path, OTHER)
 
 
-def test_across_machines_a_holder_that_moves_is_respected_though_no_file_lock_is_seen(tmp_path: Path) -> None:
+def test_an_active_holder_elsewhere_is_respected(tmp_path: Path) -> None:
     with _held(tmp_path):
         _claim_another_machine(tmp_path)
         (tmp_path / ".lock").unlink()  # as on a file system without locks across machines
@@ -89,9 +89,7 @@ def test_across_machines_a_holder_that_moves_is_respected_though_no_file_lock_is
             refuse_if_locked(tmp_path, OTHER)
 
 
-def test_across_machines_a_holder_that_stands_still_for_the_lease_is_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_holder_elsewhere_loses_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LEASE_SECONDS", 3.0)
     with _held(tmp_path) as pid:
         _claim_another_machine(tmp_path)

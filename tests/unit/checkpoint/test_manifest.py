@@ -48,7 +48,7 @@ def test_one_of_an_older_version_is_read(tmp_path: Path) -> None:
         b"\x80\x04\x95pickle",
     ],
 )
-def test_what_is_no_manifest_is_refused_by_its_path(text: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_manifest_is_refused(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         read_manifest(tmp_path)
@@ -58,9 +58,7 @@ def test_what_is_no_manifest_is_refused_by_its_path(text: bytes, tmp_path: Path)
     ("key", "value"),
     [("step", -1), ("step", "1"), ("step", True), ("tokens", 1.5), ("files", {}), ("config", None), ("extra", 1)],
 )
-def test_a_value_of_another_kind_is_refused_though_the_checksum_is_right(
-    key: str, value: object, tmp_path: Path
-) -> None:
+def test_a_wrong_type_is_refused_despite_the_checksum(key: str, value: object, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(_signed({**manifest(1, [ENTRY]).model_dump(mode="json"), key: value}))
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         read_manifest(tmp_path)

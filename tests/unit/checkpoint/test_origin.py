@@ -119,7 +119,7 @@ def test_all_differences_are_named_with_both_values(tmp_path: Path) -> None:
         assert words in str(refused.value)
 
 
-def test_a_size_left_to_the_family_is_the_same_size(tmp_path: Path) -> None:
+def test_sizes_left_to_the_family_compare_equal(tmp_path: Path) -> None:
     begin(tmp_path, {**GPT2, "intermediate_size": 256, "head_dim": 16}, {**GPT2, "num_key_value_heads": 4})
 
 

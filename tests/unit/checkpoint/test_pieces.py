@@ -41,7 +41,7 @@ def _read_independently(folder: Path) -> dict[tuple[str, str], np.ndarray[Any, A
     return tensors
 
 
-def test_a_checkpoint_is_read_by_plain_safetensors_and_fifteen_lines(tmp_path: Path) -> None:
+def test_plain_safetensors_reads_a_checkpoint(tmp_path: Path) -> None:
     tensors = _read_independently(write_checkpoint(tmp_path, 3))
     assert tensors.keys() == {(name, kind) for name in SHAPES for kind in KINDS}
     for (name, kind), values in tensors.items():
@@ -68,7 +68,7 @@ def test_every_element_type_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path:
     assert torch.equal(read, values)
 
 
-def test_a_file_of_several_blocks_is_checked_block_by_block(tmp_path: Path) -> None:
+def test_each_block_of_a_file_is_checked(tmp_path: Path) -> None:
     numel = (2 * BLOCK_BYTES + 4096) // 4
     piece = Piece("x", (numel,), Box((0,), (numel,)), 0, numel)
     path = tmp_path / "a.safetensors"
@@ -135,7 +135,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_forged_header_is_refused_even_with_the_right_checksum(forgery: str, tmp_path: Path) -> None:
+def test_a_forged_header_with_right_checksum_is_refused(forgery: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_pieces(path, fragments(0, 2))
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
@@ -156,7 +156,7 @@ def test_a_forged_header_is_refused_even_with_the_right_checksum(forgery: str, t
     ],
     ids=["empty", "7 bytes", "zeros", "huge header", "largest header", "no table", "deep nesting", "a pickle"],
 )
-def test_what_is_no_file_of_pieces_is_refused_in_bounded_memory(content: bytes, tmp_path: Path) -> None:
+def test_foreign_files_are_refused_in_bounded_memory(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     try:
@@ -172,7 +172,7 @@ def test_what_is_no_file_of_pieces_is_refused_in_bounded_memory(content: bytes, 
     assert peak_bytes < 4 << 20
 
 
-def test_a_file_that_is_cut_off_while_it_is_read_is_named_and_kills_nothing(tmp_path: Path) -> None:
+def test_a_file_truncated_during_reading_is_named(tmp_path: Path) -> None:
     file = PieceFile(tmp_path, write_pieces(tmp_path / "a.safetensors", fragments(0, 1)))
     os.truncate(tmp_path / "a.safetensors", 4096)  # a map of it that is touched beyond is SIGBUS, as at an I/O error
     with pytest.raises(CheckpointError, match=r"a\.safetensors: bytes .* cannot be read \(the file has become shorter"):

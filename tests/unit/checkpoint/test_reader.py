@@ -32,7 +32,7 @@ def _descriptors_left(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read_and_verified(tmp_path: Path) -> None:
+def test_reading_stays_below_the_open_file_limit(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1, num_ranks=100)
     with _descriptors_left(40):
         reader = CheckpointReader(folder)
@@ -42,7 +42,7 @@ def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read_and_verified
         assert verify(folder)[0] == []
 
 
-def test_a_rank_opens_the_files_of_its_neighbours_alone_where_the_layout_is_another(tmp_path: Path) -> None:
+def test_a_changed_layout_opens_only_neighbouring_files(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1, num_ranks=64)
     for rank in {*range(64)} - {*range(18, 26)}:  # the sixth of 16 ranks needs the files from 20 on to 23
         path = folder / rank_file(rank)
@@ -79,9 +79,7 @@ REPEATED: dict[str, Callable[[], list[Fragment]]] = {
 
 @pytest.mark.parametrize("apart", [False, True], ids=["in one file", "in two files"])
 @pytest.mark.parametrize("case", REPEATED)
-def test_an_element_that_is_held_twice_is_refused_and_never_makes_up_for_one_that_is_missing(
-    case: str, apart: bool, tmp_path: Path
-) -> None:
+def test_elements_held_twice_hide_no_missing_ones(case: str, apart: bool, tmp_path: Path) -> None:
     pieces = REPEATED[case]()
     folder = _save(tmp_path, [[piece] for piece in pieces] if apart else [pieces])
     with pytest.raises(
@@ -91,18 +89,18 @@ def test_an_element_that_is_held_twice_is_refused_and_never_makes_up_for_one_tha
     assert any("that another piece holds too" in problem for problem in verify(folder)[0])
 
 
-def test_a_tensor_that_no_file_holds_is_found_by_verify(tmp_path: Path) -> None:
+def test_verify_finds_a_tensor_without_a_file(tmp_path: Path) -> None:
     held = [fragment for fragment in fragments(0, 1) if fragment.piece.name != "norm.weight"]
     folder = _save(tmp_path, [held])
     assert verify(folder)[0] == [f"{folder}: its files hold 5,568 parameters instead of 5,584."]
 
 
-def test_elements_that_no_file_holds_are_found_by_verify(tmp_path: Path) -> None:
+def test_verify_finds_elements_without_a_file(tmp_path: Path) -> None:
     folder = _save(tmp_path, [[f for f in fragments(0, 1) if f.piece.name != "norm.weight"], [_rows(0, 8)]])
     assert verify(folder)[0] == [f"{folder}: norm.weight (weight) has 8 elements on disk instead of 16."]
 
 
-def test_a_shape_beyond_all_numbers_is_refused_by_verify(tmp_path: Path) -> None:
+def test_verify_refuses_an_impossible_shape(tmp_path: Path) -> None:
     huge = Piece("norm.weight", (2**63 + 5, 2**63), Box((0, 0), (4, 4)), 0, 16)
     folder = _save(tmp_path, [[Fragment(huge, "weight", torch.ones(16))]])
     assert "norm.weight (weight) has 16 elements on disk" in verify(folder)[0][0]

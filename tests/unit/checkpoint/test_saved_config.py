@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = {
 FILES = [FileEntry(file="rank-00000.safetensors", bytes=500_000, checksum="")]
 
 
-def test_what_a_run_or_an_import_writes_is_read(tmp_path: Path) -> None:
+def test_configs_of_runs_and_imports_are_read(tmp_path: Path) -> None:
     saved = saved_config(manifest(1, FILES).model_copy(update={"config": CONFIG}), tmp_path)
     assert (saved.model.hidden_size, saved.data.seq_len, saved.train.precision) == (32, 64, "bf16")
 
@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_read_is_refused_by_the_manifests_path_and_key(what: str, tmp_path: Path) -> None:
+def test_an_unreadable_config_names_manifest_and_key(what: str, tmp_path: Path) -> None:
     config, words = REFUSED[what]
     with pytest.raises(CheckpointError, match=rf"manifest\.json: {words}"):
         saved_config(manifest(1, FILES).model_copy(update={"config": config}), tmp_path)

@@ -31,7 +31,7 @@ def _save(saver: CheckpointSaver, step: int, pieces: Iterable[Fragment]) -> Outc
     return outcome
 
 
-def test_a_folder_that_cannot_be_made_fails_that_save_alone(tmp_path: Path) -> None:
+def test_an_uncreatable_folder_fails_only_that_save(tmp_path: Path) -> None:
     store = PosixStore(tmp_path)
     in_the_way = tmp_path / store.open_generation() / "step-00000001"
     in_the_way.touch()
@@ -42,7 +42,7 @@ def test_a_folder_that_cannot_be_made_fails_that_save_alone(tmp_path: Path) -> N
     saver.close()
 
 
-def test_state_that_is_refused_as_it_is_copied_fails_that_save_alone(tmp_path: Path) -> None:
+def test_state_refused_during_copying_fails_only_that_save(tmp_path: Path) -> None:
     def refused() -> Iterator[Fragment]:
         yield from fragments(0, 1)
         raise CheckpointError("not that parameter")
@@ -57,7 +57,7 @@ def test_state_that_is_refused_as_it_is_copied_fails_that_save_alone(tmp_path: P
     saver.close()
 
 
-def test_a_store_that_cannot_be_reached_fails_that_save_alone_and_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_store_fails_only_that_save(tmp_path: Path) -> None:
     at_once = {"retries": {"max_attempts": 0}}
     address = f"http://127.0.0.1:{free_port()}"
     nowhere = UPath("s3://bucket/run", endpoint_url=address, key="a", secret="b", config_kwargs=at_once)
@@ -74,7 +74,7 @@ def test_a_store_that_cannot_be_reached_fails_that_save_alone_and_is_named(tmp_p
         find_problem(nowhere / "step-00000001.g00001-0badcafe")
 
 
-def test_pieces_that_differ_in_their_box_alone_are_not_confused(tmp_path: Path) -> None:
+def test_pieces_differing_only_in_box_stay_apart(tmp_path: Path) -> None:
     # A fused query-key-value weight split over tensor ranks has three such pieces.
     shape = (4, 12)
     whole = torch.arange(48.0).view(shape)
@@ -112,7 +112,7 @@ def test_state_with_nan_or_infinity_is_never_saved(tmp_path: Path) -> None:
     assert [found.step for found in store.list()] == [1]
 
 
-def test_a_store_whose_libraries_do_not_load_is_told() -> None:
+def test_a_store_without_its_libraries_is_reported() -> None:
     """hdfs:// without Java, or without that cluster."""
     with pytest.raises(Unreachable, match=r"hdfs://nn\.invalid/run: this machine does not get to that store"):
         locate("hdfs://nn.invalid/run")

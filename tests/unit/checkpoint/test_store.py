@@ -56,7 +56,7 @@ def test_nothing_is_visible_before_the_commit(place: Location) -> None:
     assert _steps(_open(place)) == [5]
 
 
-def test_what_was_saved_is_read_back_and_found_whole(place: Location) -> None:
+def test_a_saved_checkpoint_reads_back_whole(place: Location) -> None:
     store = _open(place)
     path = save(store, 7)
     assert resolve(place) == path
@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_found_and_named(place: Location) -> None:
     assert "rank-00001.safetensors: bytes" in problems[0]
 
 
-def test_a_later_start_fences_the_one_before_wherever_it_stands(place: Location) -> None:
+def test_a_later_start_fences_the_earlier_one(place: Location) -> None:
     late, earlier = _open(place), _open(place)
     save(earlier, 10)
     late.join(earlier.generation)
@@ -94,7 +94,7 @@ def test_a_later_start_fences_the_one_before_wherever_it_stands(place: Location)
     assert verify(place)[0] == []
 
 
-def test_a_start_removes_what_the_one_before_left_unfinished(place: Location) -> None:
+def test_a_start_removes_unfinished_saves_before_it(place: Location) -> None:
     killed = _open(place)
     save(killed, 1)
     write_pieces(killed.begin(2) / "rank-00000.safetensors", fragments(0, 1))
@@ -105,7 +105,7 @@ def test_a_start_removes_what_the_one_before_left_unfinished(place: Location) ->
     assert _steps(store) == [1]
 
 
-def test_going_back_takes_later_checkpoints_out_of_the_run_and_loses_none(place: Location) -> None:
+def test_rewinding_moves_later_checkpoints_and_loses_none(place: Location) -> None:
     store = _open(place)
     for step in (1, 2, 3):
         save(store, step)
@@ -122,7 +122,7 @@ def test_going_back_takes_later_checkpoints_out_of_the_run_and_loses_none(place:
     assert _steps(_open(place)) == [1, 2]
 
 
-def test_pruning_keeps_the_newest_the_nth_the_best_and_the_asked_for(place: Location) -> None:
+def test_pruning_keeps_newest_nth_best_and_requested(place: Location) -> None:
     store = _open(place)
     losses = {1: 3.0, 2: None, 3: 2.0, 4: 2.5, 5: None, 6: 2.2, 7: 2.3, 8: None}
     for step, loss in losses.items():
@@ -131,7 +131,7 @@ def test_pruning_keeps_the_newest_the_nth_the_best_and_the_asked_for(place: Loca
     assert _steps(store) == [2, 3, 5, 7, 8]
 
 
-def test_the_newest_good_one_skips_what_is_cut_off_or_missing(tmp_path: Path) -> None:
+def test_the_newest_good_one_skips_damaged_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step)
     store = PosixStore(tmp_path / "checkpoints")
@@ -145,12 +145,12 @@ def test_the_newest_good_one_skips_what_is_cut_off_or_missing(tmp_path: Path) ->
     assert again.step == 1
 
 
-def test_a_checkpoint_that_goes_while_it_is_looked_at_is_said_to_be_missing(place: Location) -> None:
+def test_a_vanished_checkpoint_is_reported_missing(place: Location) -> None:
     gone = save(_open(place), 1).with_name("step-00000002.g00001-0badcafe")
     assert str(gone) in (find_problem(gone) or "")
 
 
-def test_where_none_is_good_the_newest_ones_fault_is_told(tmp_path: Path) -> None:
+def test_without_a_good_checkpoint_the_newest_is_explained(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     store = PosixStore(tmp_path / "checkpoints")
@@ -178,7 +178,7 @@ def test_pruning_never_deletes_the_last_good_one(tmp_path: Path) -> None:
     assert _steps(store) == [1, 2, 3]
 
 
-def test_a_start_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:
+def test_a_start_leaves_foreign_files_alone(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 1)
     store = PosixStore(tmp_path / "checkpoints")
     shutil.copytree(store.finished(1), store.folder / ".deleted-step-00000000")
@@ -187,12 +187,12 @@ def test_a_start_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:
     assert sorted(path.name for path in store.folder.iterdir()) == [generation, "notes", "step-00000001"]
 
 
-def test_a_run_folder_a_checkpoints_folder_and_a_checkpoint_all_name_a_checkpoint(tmp_path: Path) -> None:
+def test_runs_their_checkpoint_folders_and_checkpoints_are_found(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
     assert resolve(tmp_path) == resolve(tmp_path / "checkpoints") == resolve(folder) == folder
 
 
-def test_a_run_folder_leads_to_the_place_that_its_config_names(tmp_path: Path) -> None:
+def test_a_run_folder_leads_to_its_checkpoint_dir(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(f"checkpoint: {{dir: {tmp_path}/elsewhere}}\n")
@@ -202,7 +202,7 @@ def test_a_run_folder_leads_to_the_place_that_its_config_names(tmp_path: Path) -
     assert store.folder == tmp_path / "elsewhere"
 
 
-def test_a_place_of_checkpoints_that_is_no_run_folder_can_be_rewound_and_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_checkpoint_folder_without_run_can_be_rewound(tmp_path: Path) -> None:
     store = PosixStore(tmp_path / "elsewhere")
     save(store, 1)
     save(store, 2)
@@ -210,7 +210,7 @@ def test_a_place_of_checkpoints_that_is_no_run_folder_can_be_rewound_and_is_left
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]  # no lock beside it
 
 
-def test_rewinding_to_a_step_without_a_good_checkpoint_is_refused_by_what_there_is(tmp_path: Path) -> None:
+def test_rewinding_without_a_good_checkpoint_lists_alternatives(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10)
     write_checkpoint(tmp_path, 20)
     with pytest.raises(CheckpointError, match="no checkpoint of step 15; it has: 10, 20"):
@@ -227,7 +227,7 @@ def test_no_run_is_rewound_while_it_goes_on(name: str, tmp_path: Path) -> None:
         rewind(tmp_path / name, 10, {"host": "here"})
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_by_rewinding(tmp_path: Path) -> None:
+def test_rewinding_names_an_unwritable_folder(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         for step in (10, 20):
             write_checkpoint(tmp_path, step)

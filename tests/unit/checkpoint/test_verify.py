@@ -28,9 +28,7 @@ def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def test_one_flipped_bit_anywhere_is_found_and_its_file_named(
-    tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
-) -> None:
+def test_one_flipped_bit_names_its_file(tmp_path: Path, verify: Callable[[Path], tuple[int, str]]) -> None:
     folder = write_checkpoint(tmp_path, 1)
     assert verify(folder) == (0, "")
     files = sorted(folder.iterdir())
@@ -51,7 +49,7 @@ def test_one_flipped_bit_anywhere_is_found_and_its_file_named(
 
 
 @pytest.mark.parametrize("change", ["missing", "cut", "longer", "empty", "stray"])
-def test_a_file_that_is_missing_or_of_another_size_or_unknown_is_named(
+def test_missing_unknown_or_resized_files_are_named(
     change: str, tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
 ) -> None:
     folder = write_checkpoint(tmp_path, 1)
@@ -69,9 +67,7 @@ def test_a_file_that_is_missing_or_of_another_size_or_unknown_is_named(
     assert path.name in message
 
 
-def test_a_file_beside_the_pieces_is_read_up_to_a_size_and_no_further(
-    tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
-) -> None:
+def test_an_oversized_file_beside_pieces_is_refused(tmp_path: Path, verify: Callable[[Path], tuple[int, str]]) -> None:
     path = write_checkpoint(tmp_path, 1) / "tokenizer.json"
     manifest = read_manifest(path.parent)
     os.truncate(path, 1 << 40)  # a file of holes
@@ -92,9 +88,7 @@ def test_of_a_run_every_checkpoint_is_verified(tmp_path: Path, verify: Callable[
     assert str(newest / "manifest.json") in message
 
 
-def test_what_nfs_leaves_of_a_deleted_file_is_no_damage(
-    tmp_path: Path, verify: Callable[[Path], tuple[int, str]]
-) -> None:
+def test_nfs_remains_of_deleted_files_are_no_damage(tmp_path: Path, verify: Callable[[Path], tuple[int, str]]) -> None:
     folder = write_checkpoint(tmp_path, 1)
     (folder / ".nfs00000000052a1b3c00000007").write_bytes(b"still open elsewhere")
     assert verify(folder) == (0, "")

@@ -236,7 +236,7 @@ def test_what_megatrain_derives_cannot_be_passed_to_deepspeed(refused, override,
         ("csv_monitor={enabled: true}", "nearest: observe.tensorboard"),
     ],
 )
-def test_a_key_that_is_not_passed_on_is_refused_with_the_reason(refused, override, expected):
+def test_a_refused_deepspeed_key_tells_the_reason(refused, override, expected):
     assert expected in refused(f"deepspeed.{override}")
 
 
@@ -256,13 +256,13 @@ def test_a_key_that_is_not_passed_on_is_refused_with_the_reason(refused, overrid
         ("contiguous_gradients={}", "must be true or false"),
     ],
 )
-def test_a_value_that_deepspeed_would_not_take_is_refused(refused, override, expected):
+def test_a_value_deepspeed_would_refuse_is_refused(refused, override, expected):
     message = refused(f"deepspeed.zero_optimization.{override}")
     assert message.split(": ", 1)[1].startswith(f"deepspeed.zero_optimization.{override.split('=')[0]} (")
     assert expected in message
 
 
-def test_the_keys_named_of_deepspeeds_zero_are_its_own():
+def test_the_named_zero_keys_exist_in_deepspeed():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}

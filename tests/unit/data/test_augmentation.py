@@ -97,7 +97,7 @@ def test_the_parts_of_a_sample_are_its_documents(source: SampleSource, dataset: 
         assert set(tokens[at:].tolist()) <= {dataset.eod_id}
 
 
-def test_middles_are_moved_within_documents_and_all_parts_are_there(source: SampleSource, dataset: Dataset) -> None:
+def test_fill_in_the_middle_loses_no_part(source: SampleSource, dataset: Dataset) -> None:
     """Put together again, each part of a document is the text without its last three tokens, or untouched."""
     ids = sentinel_ids(dataset)
     prefix, middle, suffix = (ids[f"<|fim_{name}|>"] for name in ("prefix", "middle", "suffix"))
@@ -130,7 +130,7 @@ def test_middles_are_moved_within_documents_and_all_parts_are_there(source: Samp
 
 
 @pytest.mark.parametrize("transforms", [[FILL], [SPANS], [MASK], [FILL, SPANS, MASK]])
-def test_borders_positions_and_targets_that_count_stay_as_they_are(
+def test_borders_positions_and_scored_targets_stay(
     transforms: list[dict[str, Any]], source: SampleSource, dataset: Dataset
 ) -> None:
     plain, made = whole(source, None), whole(source, opened(dataset, *transforms))
@@ -140,9 +140,7 @@ def test_borders_positions_and_targets_that_count_stay_as_they_are(
     assert bool((is_end == (made.tokens_BT == dataset.eod_id)).all())
 
 
-def test_masked_tokens_are_hidden_from_the_inputs_and_asked_for_all_the_same(
-    source: SampleSource, dataset: Dataset
-) -> None:
+def test_masking_hides_inputs_but_not_targets(source: SampleSource, dataset: Dataset) -> None:
     plain, made = whole(source, None), whole(source, opened(dataset, MASK))
     assert_equal(plain, made, ("targets_BT",))
     hidden = made.tokens_BT == sentinel_ids(dataset)["<mask>"]
@@ -150,7 +148,7 @@ def test_masked_tokens_are_hidden_from_the_inputs_and_asked_for_all_the_same(
     assert float(hidden.float().mean()) == pytest.approx(0.2, abs=0.02)
 
 
-def test_all_of_it_depends_on_seed_epoch_and_document_alone(source: SampleSource, dataset: Dataset) -> None:
+def test_transforms_depend_only_on_seed_epoch_and_document(source: SampleSource, dataset: Dataset) -> None:
     transforms = (FILL, SPANS, MASK)
     first = whole(source, opened(dataset, *transforms))
     assert_equal(first, whole(source, opened(dataset, *transforms)))
@@ -166,7 +164,7 @@ def test_all_of_it_depends_on_seed_epoch_and_document_alone(source: SampleSource
 
 
 @pytest.mark.parametrize(("num_ranks", "micro_batch_size"), [(2, 1), (4, 3)])
-def test_ranks_and_a_resume_see_the_same_transformed_samples(
+def test_ranks_and_resumes_see_the_same_transformed_samples(
     num_ranks: int, micro_batch_size: int, source: SampleSource, dataset: Dataset
 ) -> None:
     def found(num_ranks: int, micro_batch_size: int, order: DataOrder, steps: Sequence[int]) -> list[tuple[Any, ...]]:
@@ -200,9 +198,7 @@ def test_ranks_and_a_resume_see_the_same_transformed_samples(
         ({"span_corruption": {"sentinel_token": "<s{}>"}}, "span_corruption.sentinel_token", "<s0>"),
     ],
 )
-def test_a_sentinel_that_is_no_special_token_is_refused_by_key(
-    transform: dict[str, Any], key: str, token: str, dataset: Dataset
-) -> None:
+def test_a_sentinel_must_be_an_added_token(transform: dict[str, Any], key: str, token: str, dataset: Dataset) -> None:
     with pytest.raises(ConfigError) as refused:
         opened(dataset, transform)
     assert f"data.train.0.{key}: {token} given; it must be an added token" in str(refused.value)
@@ -243,9 +239,7 @@ def fussy(tokens, random):
     return "my_transforms"
 
 
-def test_a_function_of_the_users_is_applied_to_each_document(
-    module: str, source: SampleSource, dataset: Dataset
-) -> None:
+def test_a_user_function_transforms_each_document(module: str, source: SampleSource, dataset: Dataset) -> None:
     rotate = opened(dataset, {"transform": f"{module}:rotate"})
     plain, tokens = np.empty(SEQ_LEN + 1, dtype=np.int64), np.empty(SEQ_LEN + 1, dtype=np.int64)
     for window in range(0, source.num_windows, 7):
@@ -271,9 +265,7 @@ def test_a_function_of_the_users_is_applied_to_each_document(
         ("missing", "cannot be imported: AttributeError"),
     ],
 )
-def test_a_function_that_is_no_transform_is_refused_at_the_start(
-    name: str, words: str, module: str, dataset: Dataset
-) -> None:
+def test_a_function_that_is_no_transform_is_refused(name: str, words: str, module: str, dataset: Dataset) -> None:
     with pytest.raises(ConfigError) as refused:
         opened(dataset, {"transform": f"{module}:{name}"})
     assert str(refused.value).startswith(f"data.train.0.transform: {module}:{name}")
@@ -292,7 +284,7 @@ def test_a_function_that_fails_later_is_named(module: str, dataset: Dataset) -> 
         augmentation.apply([DocumentPart(0, 0, 0, 10)], 0, np.arange(100, 111))
 
 
-def test_tokens_around_documents_stay_and_added_tokens_are_sentinels(tmp_path: Path) -> None:
+def test_bos_and_eod_stay_added_tokens_are_sentinels(tmp_path: Path) -> None:
     """A dataset with --bos-token, of a tokenizer that does not call its sentinels special."""
     qwen3().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.txt").write_text("to be <|fim_prefix|> or not <tool_call> to be that is the question " * 20)

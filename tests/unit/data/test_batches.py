@@ -36,7 +36,7 @@ def samples_of(windows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Samples:
     return Samples(zeros, zeros, windows, windows)
 
 
-def test_window_k_is_tokens_from_k_times_the_length_on_and_targets_are_one_further(prose: Dataset) -> None:
+def test_windows_follow_each_other_targets_are_next_tokens(prose: Dataset) -> None:
     tokens = _all_tokens(prose)
     windows = Windows(prose, SEQ_LEN)
     assert windows.num_windows == (len(tokens) - 1) // SEQ_LEN
@@ -50,12 +50,12 @@ def test_window_k_is_tokens_from_k_times_the_length_on_and_targets_are_one_furth
     assert batch.loss_mask_BT is None
 
 
-def test_a_dataset_shorter_than_one_sample_is_refused_by_name(tmp_path: Path, held_out: Dataset) -> None:
+def test_a_too_short_dataset_is_refused_by_name(tmp_path: Path, held_out: Dataset) -> None:
     with pytest.raises(DataError, match=r"held-out has .* too few for one sample of data\.seq_len=1000000"):
         Windows(held_out, 1_000_000)
 
 
-def test_under_a_document_mask_ids_and_positions_start_anew_at_each_document(prose: Dataset) -> None:
+def test_a_document_mask_restarts_positions_at_each_document(prose: Dataset) -> None:
     windows = Windows(prose, SEQ_LEN, document_mask=True)
     begins = {prose.document_range(k)[0] for k in range(prose.num_documents)}
     inside = [k for k in range(windows.num_windows) if begins & set(range(k * SEQ_LEN + 1, (k + 1) * SEQ_LEN))]
@@ -75,7 +75,7 @@ def test_under_a_document_mask_ids_and_positions_start_anew_at_each_document(pro
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_the_target_after_each_document_can_be_left_out(document_mask: bool, prose: Dataset) -> None:
+def test_targets_after_documents_can_be_left_out(document_mask: bool, prose: Dataset) -> None:
     source = Windows(prose, SEQ_LEN, document_mask, score_after_eod=False)
     every = np.arange(source.num_windows)
     (batch,) = BatchMaker([source], len(every)).make(samples_of(every))
@@ -88,7 +88,7 @@ def test_the_target_after_each_document_can_be_left_out(document_mask: bool, pro
     assert source.num_targets(every) == sum(map(sum, expected)) == inside - sum(0 < b <= inside for b in begins)
 
 
-def test_targets_of_any_windows_are_counted_without_making_them(prose: Dataset) -> None:
+def test_targets_are_counted_without_making_windows(prose: Dataset) -> None:
     source = Windows(prose, SEQ_LEN, score_after_eod=False)
     maker, rng = BatchMaker([source], 64), np.random.default_rng(1)
     for count in (0, 1, 2, 40):
@@ -97,7 +97,7 @@ def test_targets_of_any_windows_are_counted_without_making_them(prose: Dataset) 
             assert source.num_targets(windows) == sum(int(mask.sum()) for mask in masks if mask is not None)
 
 
-def test_bytes_behind_the_scored_targets_leave_out_what_is_not_scored(prose: Dataset) -> None:
+def test_bytes_of_unscored_targets_are_not_counted(prose: Dataset) -> None:
     every, without = Windows(prose, SEQ_LEN), Windows(prose, SEQ_LEN, score_after_eod=False)
     count = every.num_windows * SEQ_LEN
     firsts = [prose.document(k)[0] for k in range(prose.num_documents) if 0 < prose.document_range(k)[0] <= count]
@@ -107,7 +107,7 @@ def test_bytes_behind_the_scored_targets_leave_out_what_is_not_scored(prose: Dat
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_ranks_and_micro_batches_share_out_the_same_global_batch(
+def test_ranks_and_micro_batches_share_the_global_batch(
     num_ranks: int, micro_batch_size: int, prose: Dataset, held_out: Dataset
 ) -> None:
     sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]
@@ -134,7 +134,7 @@ def test_ranks_and_micro_batches_share_out_the_same_global_batch(
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("limit", [None, 7, 10_000])
-def test_an_evaluation_scores_each_of_its_windows_once_on_equally_many_micro_batches(
+def test_evaluation_scores_each_window_exactly_once(
     num_ranks: int, limit: int | None, prose: Dataset, held_out: Dataset
 ) -> None:
     sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]

@@ -60,7 +60,7 @@ def laid_out(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(documents), np.cumsum([0, *map(len, documents)])
 
 
-def test_windows_and_document_borders_are_those_of_the_documents_laid_end_to_end(folder: Path) -> None:
+def test_windows_are_cut_from_documents_end_to_end(folder: Path) -> None:
     dataset = open_dataset(folder)
     tokens, starts = laid_out(dataset)
     assert len(tokens) == dataset.num_tokens
@@ -79,7 +79,7 @@ def test_windows_and_document_borders_are_those_of_the_documents_laid_end_to_end
             assert starts[k] <= start < starts[k + 1]
 
 
-def test_a_long_dataset_has_more_than_one_record_batch_or_shard(folder: Path) -> None:
+def test_a_long_dataset_spans_record_batches_or_shards(folder: Path) -> None:
     dataset = open_dataset(folder)
     assert dataset.num_tokens > BATCH_TOKENS
     if dataset.num_shards == 1:
@@ -103,7 +103,7 @@ def test_bytes_behind_tokens_add_up_to_the_text(folder: Path, texts: list[str]) 
         assert halves == len(texts[k].encode())
 
 
-def test_bytes_of_whole_documents_are_exact_even_where_a_normaliser_changed_the_text(tmp_path: Path) -> None:
+def test_bytes_of_documents_are_exact_despite_normalisation(tmp_path: Path) -> None:
     texts = ["\ufb01x the \ufb02ow of o\ufb03ces", "\ufb01ne", "plain"] * 5
     (tmp_path / "in.jsonl").write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
     train_tokenizer([str(tmp_path / "in.jsonl")], 300, tmp_path / "plain.json", ReadOptions())
@@ -148,7 +148,7 @@ def in_child(dataset: Dataset, queue: multiprocessing.Queue[int]) -> None:
     queue.put(digest_of_windows(dataset, 3))
 
 
-def test_it_reads_the_same_in_threads_after_a_fork_and_after_pickling(
+def test_threads_forks_and_pickles_read_the_same(
     folder: Path,
 ) -> None:
     expected = digest_of_windows(open_dataset(folder), 3)
@@ -165,7 +165,7 @@ def test_it_reads_the_same_in_threads_after_a_fork_and_after_pickling(
     assert digest_of_windows(pickle.loads(pickle.dumps(shared)), 3) == expected
 
 
-def test_opening_reads_no_shard_and_importing_needs_no_torch(copied: Path) -> None:
+def test_opening_reads_no_shard_and_imports_no_torch(copied: Path) -> None:
     for path in copied.glob("shard-*.arrow"):
         path.unlink()
     dataset = open_dataset(copied)
@@ -227,7 +227,7 @@ def test_a_manifest_that_is_none_is_refused(data: bytes, copied: Path) -> None:
         open_dataset(copied)
 
 
-def test_a_missing_foreign_or_unfinished_folder_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_or_unfinished_dataset_says_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no dataset at .*none.*tokenize"):
         open_dataset(tmp_path / "none")
     with pytest.raises(DataError, match="is no dataset"):
@@ -240,7 +240,7 @@ def test_a_missing_foreign_or_unfinished_folder_says_what_to_do(tmp_path: Path) 
         open_dataset(tmp_path)
 
 
-def test_a_cut_off_or_foreign_shard_is_refused_when_it_is_needed(copied: Path) -> None:
+def test_a_truncated_or_foreign_shard_is_refused(copied: Path) -> None:
     path = copied / shard_name(0)
     data = path.read_bytes()
     foreign = (copied / "shards.arrow").read_bytes()

@@ -14,7 +14,7 @@ from megatrain.data.order import DataOrder, Terms
 from tests.runs import TinyData, tiny_config
 
 
-def test_epochs_of_a_run_are_those_of_its_samples(tiny_data: TinyData) -> None:
+def test_planned_epochs_match_the_samples_seen(tiny_data: TinyData) -> None:
     config = RunConfig.model_validate(tiny_config(tiny_data, Path("run"), train={"steps": 300}))
     windows = [(open_dataset(path).num_tokens - 1) // 64 for path in (tiny_data.prose, tiny_data.code)]
     order = DataOrder.begin(7, Terms(8, (2.0, 1.0), 64, tuple(windows)))
@@ -24,7 +24,7 @@ def test_epochs_of_a_run_are_those_of_its_samples(tiny_data: TinyData) -> None:
     assert [each.epochs for each in planned] == pytest.approx(seen / windows)
 
 
-def test_epochs_go_on_where_the_order_changes_in_the_middle(tiny_data: TinyData) -> None:
+def test_epochs_continue_when_the_order_changes(tiny_data: TinyData) -> None:
     """Shorter windows cut what is left of the epoch; a new epoch gives it up."""
     order = DataOrder.begin(7, Terms(4, (1.0,), 64, (100,)))
     assert order.num_epochs(10) == [0.4]

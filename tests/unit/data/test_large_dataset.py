@@ -61,7 +61,7 @@ def check_window(dataset: Dataset, half: int, start: int, length: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts the maps as Linux tells them")
 @pytest.mark.parametrize(("num_shards", "shard_tokens", "max_mapped"), [QUICK, SLOW, LONG])
-def test_any_window_of_a_huge_dataset_within_bounded_memory_and_maps(
+def test_huge_datasets_need_bounded_memory_and_maps(
     num_shards: int, shard_tokens: int, max_mapped: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     request.addfinalizer(partial(shutil.rmtree, tmp_path / "data"))
@@ -87,7 +87,7 @@ def test_any_window_of_a_huge_dataset_within_bounded_memory_and_maps(
     assert num_mapped_shards(tmp_path / "data") == 0
 
 
-def test_opening_looks_at_no_shard_and_lengths_are_read_one_by_one(tmp_path: Path) -> None:
+def test_no_shard_is_read_before_it_is_needed(tmp_path: Path) -> None:
     write_sparse_dataset(tmp_path / "data", 40, 3_000_000)
     for index in range(3, 40):
         (tmp_path / "data" / shard_name(index)).unlink()

@@ -29,9 +29,7 @@ def test_a_block_holds_each_dataset_by_its_weight(given_weights: list[float]) ->
 
 @settings(deadline=None)
 @given(weights, st.integers(0, 3 * BLOCK), st.integers(1, 500))
-def test_a_samples_number_in_its_dataset_counts_those_before_it(
-    given_weights: list[float], first: int, length: int
-) -> None:
+def test_a_sample_number_counts_those_before_it(given_weights: list[float], first: int, length: int) -> None:
     mixture = Mixture(given_weights)
     dataset, count = mixture.lookup(np.arange(first, first + length))
     seen = mixture.counts_before(first).copy()
@@ -43,7 +41,7 @@ def test_a_samples_number_in_its_dataset_counts_those_before_it(
 
 @settings(deadline=None)
 @given(weights, st.integers(0, 2 * BLOCK), st.integers(1, 2000))
-def test_any_stretch_sees_the_weights_that_were_asked_for(given_weights: list[float], first: int, length: int) -> None:
+def test_any_stretch_keeps_the_mixture_weights(given_weights: list[float], first: int, length: int) -> None:
     mixture = Mixture(given_weights)
     seen = mixture.counts_before(first + length) - mixture.counts_before(first)
     assert np.abs(seen - length * mixture.quotas / BLOCK).max() <= len(given_weights) + 1

@@ -85,9 +85,7 @@ def seen(order: DataOrder, num_steps: int, source: int) -> list[tuple[int, int, 
 
 @settings(deadline=None)
 @given(seeds, tokens, parts_of(shrinks=False, restarts=False))
-def test_no_window_repeats_or_is_left_out_within_an_epoch_under_changing_batch_sizes_and_weights(
-    seed: int, num_tokens: list[int], parts: list[Part]
-) -> None:
+def test_changed_batches_and_weights_repeat_no_window(seed: int, num_tokens: list[int], parts: list[Part]) -> None:
     order, steps = run(seed, num_tokens, parts)
     batches = [order.batch(step) for step in range(steps[-1])]
     for source, count in enumerate(num_tokens):
@@ -103,9 +101,7 @@ def test_no_window_repeats_or_is_left_out_within_an_epoch_under_changing_batch_s
 
 @settings(deadline=None)
 @given(seeds, tokens, parts_of(shrinks=True, restarts=False))
-def test_no_token_repeats_or_is_left_out_within_an_epoch_when_windows_become_shorter(
-    seed: int, num_tokens: list[int], parts: list[Part]
-) -> None:
+def test_shorter_windows_repeat_and_lose_no_token(seed: int, num_tokens: list[int], parts: list[Part]) -> None:
     parts = legal(parts)
     order, steps = run(seed, num_tokens, parts)
     assert_each_token_once_an_epoch(order, steps[-1], num_tokens)
@@ -126,7 +122,7 @@ def assert_each_token_once_an_epoch(order: DataOrder, num_steps: int, num_tokens
                 assert count - 1 - spans[-1][1] < SEQ_LENS[0]
 
 
-def test_an_epoch_that_is_cut_twice_is_seen_once() -> None:
+def test_an_epoch_cut_twice_is_seen_once() -> None:
     for seed in range(5):
         parts = [Part(4, 3, [1.0], 16, False), Part(5, 3, [1.0], 8, False), Part(5, 6, [1.0], 4, False)]
         order, steps = run(seed, [1000], [*parts, Part(110, 4, [1.0], 2, False)])
@@ -138,9 +134,7 @@ def test_an_epoch_that_is_cut_twice_is_seen_once() -> None:
 
 @settings(deadline=None)
 @given(seeds, tokens, parts_of(shrinks=True, restarts=True))
-def test_a_new_epoch_leaves_the_rest_behind_and_repeats_nothing(
-    seed: int, num_tokens: list[int], parts: list[Part]
-) -> None:
+def test_a_new_epoch_drops_the_rest_without_repetition(seed: int, num_tokens: list[int], parts: list[Part]) -> None:
     order, steps = run(seed, num_tokens, legal(parts))
     for source in range(len(num_tokens)):
         samples = seen(order, steps[-1], source)
@@ -158,7 +152,7 @@ def test_a_new_epoch_leaves_the_rest_behind_and_repeats_nothing(
 
 @settings(deadline=None)
 @given(seeds, tokens, parts_of(shrinks=True, restarts=True), st.randoms(use_true_random=False))
-def test_any_step_asked_for_by_itself_is_as_it_is_one_after_the_other(
+def test_random_access_equals_sequential_order(
     seed: int, num_tokens: list[int], parts: list[Part], random: Random
 ) -> None:
     parts = legal(parts)
@@ -183,9 +177,7 @@ def assert_same(one: Samples, other: Samples) -> None:
 
 @settings(deadline=None)
 @given(seeds, tokens, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 10_000))
-def test_the_shares_of_the_ranks_are_the_global_batch(
-    seed: int, num_tokens: list[int], num_ranks: int, step: int
-) -> None:
+def test_shares_of_ranks_make_the_global_batch(seed: int, num_tokens: list[int], num_ranks: int, step: int) -> None:
     order = DataOrder.begin(seed, terms_of(Part(1, 12, [1.0] * 3, 16, False), num_tokens))
     whole, share = order.batch(step), 12 // num_ranks
     parts = [order.batch(step, rank * share, (rank + 1) * share) for rank in range(num_ranks)]
@@ -196,20 +188,20 @@ def test_the_shares_of_the_ranks_are_the_global_batch(
 TERMS = Terms(4, (1.0, 2.0), 16, (100, 200))
 
 
-def test_pieces_of_a_window_do_not_follow_each_other() -> None:
+def test_pieces_of_a_window_are_spread_out() -> None:
     order = DataOrder.begin(1, replace(TERMS, weights=(1.0, 0.0)))
     order = order.change(5, replace(TERMS, weights=(1.0, 0.0), seq_len=4, num_windows=(400, 800)))
     windows = np.concatenate([order.batch(step).window for step in range(5, 85)]) // 4
     assert (windows[1:] == windows[:-1]).mean() < 0.05
 
 
-def test_an_epoch_not_yet_begun_is_cut_anew_as_a_whole() -> None:
+def test_an_unstarted_epoch_is_cut_anew() -> None:
     order = DataOrder.begin(1, replace(TERMS, weights=(1.0, 0.0)))
     shorter = order.change(5, replace(TERMS, seq_len=8, num_windows=(201, 401)))
     assert [len(place.cuts) for place in shorter.segments[1].places] == [1, 0]
 
 
-def test_windows_that_become_longer_are_refused_within_an_epoch() -> None:
+def test_longer_windows_are_refused_within_an_epoch() -> None:
     for seq_len in (32, 12, 5):
         with pytest.raises(ValueError, match="must divide 16"):
             DataOrder.begin(1, TERMS).change(5, replace(TERMS, seq_len=seq_len))
@@ -220,7 +212,7 @@ def test_a_change_to_what_holds_already_is_none() -> None:
     assert order.change(5, replace(TERMS)) is order
 
 
-def test_a_change_does_not_touch_the_steps_before_it() -> None:
+def test_a_change_leaves_earlier_steps_alone() -> None:
     order = DataOrder.begin(1, TERMS)
     changed = order.change(5, replace(TERMS, global_batch_size=8, seq_len=8, num_windows=(200, 400)))
     for step in range(5):
@@ -228,7 +220,7 @@ def test_a_change_does_not_touch_the_steps_before_it() -> None:
     assert [changed.terms(step).global_batch_size for step in (4, 5)] == [4, 8]
 
 
-def test_going_back_and_changing_again_forgets_what_came_after() -> None:
+def test_a_second_change_replaces_later_ones() -> None:
     order = DataOrder.begin(1, TERMS).change(10, replace(TERMS, global_batch_size=8))
     again = order.change(6, replace(TERMS, global_batch_size=2))
     assert [segment.first_step for segment in again.segments] == [0, 6]
@@ -239,7 +231,7 @@ def test_no_dataset_may_be_empty() -> None:
         DataOrder.begin(1, replace(TERMS, num_windows=(3, 0)))
 
 
-def test_the_order_of_a_corpus_of_a_trillion_tokens_takes_no_memory() -> None:
+def test_ordering_a_trillion_tokens_takes_no_memory() -> None:
     order = DataOrder.begin(1, Terms(1024, (3.0, 1.0), 2048, (488_281_250, 100_000_000)))
     order = order.change(10**5, Terms(1024, (3.0, 1.0), 1024, (976_562_500, 200_000_000)))
     batch = order.batch(10**6)
@@ -250,7 +242,7 @@ def test_the_order_of_a_corpus_of_a_trillion_tokens_takes_no_memory() -> None:
 
 @given(seeds, tokens, parts_of(shrinks=True, restarts=True), st.data())
 @settings(max_examples=60, deadline=None)
-def test_batches_that_are_left_out_are_those_and_no_others(
+def test_only_the_named_batches_are_left_out(
     seed: int, num_tokens: list[int], drawn: list[Part], data: st.DataObject
 ) -> None:
     order, steps = run(seed, num_tokens, legal(drawn))

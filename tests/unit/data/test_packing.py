@@ -75,7 +75,7 @@ def best_fit_one_by_one(sizes: list[int], capacity: int) -> list[int]:
 
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), max_size=120))))
 @settings(max_examples=60, deadline=None)
-def test_bins_are_filled_as_by_best_fit_decreasing_one_item_at_a_time(case: tuple[int, list[int]]) -> None:
+def test_bins_fill_as_by_best_fit_decreasing(case: tuple[int, list[int]]) -> None:
     capacity, sizes = case
     bins = best_fit(np.array(sizes, dtype=np.int64), capacity)
     loads = np.bincount(bins, weights=sizes) if sizes else np.empty(0)
@@ -84,7 +84,7 @@ def test_bins_are_filled_as_by_best_fit_decreasing_one_item_at_a_time(case: tupl
 
 @given(st.integers(1, 20), st.lists(st.integers(1, 70), max_size=80))
 @settings(max_examples=60, deadline=None)
-def test_every_pair_within_a_document_is_scored_once_and_no_other(seq_len: int, lengths: list[int]) -> None:
+def test_every_pair_in_a_document_scores_once(seq_len: int, lengths: list[int]) -> None:
     sizes = np.array(lengths, dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
     batch = pack_documents(starts, sizes, seq_len)
@@ -108,7 +108,7 @@ def test_every_pair_within_a_document_is_scored_once_and_no_other(seq_len: int, 
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_batches_hold_the_documents_tokens_and_score_their_pairs_alone(
+def test_batches_hold_documents_and_score_only_their_pairs(
     document_mask: bool, dataset: Dataset, tmp_path: Path
 ) -> None:
     source = packed(dataset, tmp_path, document_mask)
@@ -147,7 +147,7 @@ def check_documents(batch: Batch, ends_BT: torch.Tensor) -> None:
             assert outside.sum() <= 1 or outside.sum() == mine.sum(), "all scored but the last, or filling"
 
 
-def test_only_documents_longer_than_a_sample_are_cut_and_little_is_left_free(
+def test_samples_are_full_and_cut_only_overlong_documents(
     dataset: Dataset, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     for source in (packed(dataset, tmp_path), packed(open_dataset(tiny_data.prose), tmp_path, seq_len=512)):
@@ -161,7 +161,7 @@ def test_only_documents_longer_than_a_sample_are_cut_and_little_is_left_free(
         assert used > 0.98 * source.num_windows * source.seq_len
 
 
-def test_data_ranks_share_out_the_targets_of_a_global_batch(dataset: Dataset, tmp_path: Path) -> None:
+def test_data_ranks_share_a_global_batch_of_targets(dataset: Dataset, tmp_path: Path) -> None:
     source = packed(dataset, tmp_path)
     order = DataOrder.begin(5, Terms(12, (1.0,), SEQ_LEN, (source.num_windows,)))
     ranks = [TrainingBatches(BatchMaker([source], 2), order, rank, 3) for rank in range(3)]
@@ -173,7 +173,7 @@ def test_data_ranks_share_out_the_targets_of_a_global_batch(dataset: Dataset, tm
         rank.close()
 
 
-def test_an_evaluation_of_packed_samples_scores_each_target_once(dataset: Dataset, tmp_path: Path) -> None:
+def test_evaluating_packed_samples_scores_each_target_once(dataset: Dataset, tmp_path: Path) -> None:
     source = packed(dataset, tmp_path)
     ranks = [EvaluationBatches(BatchMaker([source], 4), rank, 3) for rank in range(3)]
     masks = [batch.loss_mask_BT for rank in ranks for batch in rank]
@@ -188,9 +188,7 @@ def test_concat_windows_need_no_mask(dataset: Dataset) -> None:
     assert maker.num_targets(samples_of(chosen)) == 8 * SEQ_LEN
 
 
-def test_a_plan_of_many_blocks_holds_every_pair_too(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_blocks_hold_every_pair_too(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_module, "BLOCK_DOCUMENTS", 50)
     source = packed(dataset, tmp_path)
     every = np.arange(source.num_windows)
@@ -201,7 +199,7 @@ def test_a_plan_of_many_blocks_holds_every_pair_too(
     assert len(begins) == len(set(begins))
 
 
-def test_a_plan_is_made_once_and_is_the_same_wherever_it_is_made(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_plan_is_made_once_and_reproducible(dataset: Dataset, tmp_path: Path) -> None:
     assert store_plan(dataset, SEQ_LEN, tmp_path / "a")
     assert not store_plan(dataset, SEQ_LEN, tmp_path / "a")
     assert store_plan(dataset, SEQ_LEN, tmp_path / "b")
@@ -209,7 +207,7 @@ def test_a_plan_is_made_once_and_is_the_same_wherever_it_is_made(dataset: Datase
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_torn_damaged_or_foreign_plan_is_made_again(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_torn_or_foreign_plan_is_made_again(dataset: Dataset, tmp_path: Path) -> None:
     store_plan(dataset, SEQ_LEN, tmp_path)
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
@@ -228,7 +226,7 @@ def test_a_torn_damaged_or_foreign_plan_is_made_again(dataset: Dataset, tmp_path
         assert sorted(tmp_path.iterdir()) == sorted([path, other.parent]), "what a kill left half done is gone"
 
 
-def test_a_plan_that_is_not_there_or_cannot_be_written_is_named(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_missing_or_unwritable_plan_is_named(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=dataset.digest):
         open_plan(dataset, SEQ_LEN, tmp_path)
     (tmp_path / "packing").write_text("a file where the folder should be")

@@ -23,7 +23,7 @@ def test_every_index_is_hit_once(size: int, seed: int, epoch: int) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 10**13), min_size=1, max_size=8), st.integers(0, 2**63 - 1), st.data())
-def test_many_sizes_and_keys_at_once_are_as_one_by_one(sizes: list[int], seed: int, data: st.DataObject) -> None:
+def test_vectorized_permutations_equal_single_ones(sizes: list[int], seed: int, data: st.DataObject) -> None:
     index = np.array([data.draw(st.integers(0, size - 1)) for size in sizes])
     numbers = np.arange(len(sizes))
     together = shuffle(index, np.array(sizes), shuffle_keys(seed, numbers))
@@ -56,7 +56,7 @@ def test_where_an_index_lands_is_fair() -> None:
     assert ((counts - 100) ** 2 / 100).sum() < 49 + 5 * np.sqrt(2 * 49)
 
 
-def test_a_shuffle_of_a_trillion_is_evaluated_at_a_point() -> None:
+def test_a_shuffle_of_a_trillion_evaluates_one_point() -> None:
     size = 10**12
     points = np.arange(size - 1000, size)
     found = shuffled(size, 1, 2, 3, index=points)

@@ -104,9 +104,7 @@ def cached_bytes(cache: Cache) -> int:
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
-def test_tokens_at_an_address_are_those_of_the_folder(
-    kind: str, folder: Path, server: Server, bucket: str, cache: Cache
-) -> None:
+def test_remote_tokens_equal_local_ones(kind: str, folder: Path, server: Server, bucket: str, cache: Cache) -> None:
     url = f"{server.url}/data" if kind == "http" else f"{bucket}/datasets/tiny"
     if kind == "s3":
         fsspec.filesystem("s3").put(str(folder), url, recursive=True)
@@ -128,7 +126,7 @@ def test_tokens_at_an_address_are_those_of_the_folder(
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
-def test_shards_of_many_record_batches_are_verified_at_an_address(
+def test_remote_shards_of_many_batches_are_verified(
     kind: str, folder: Path, bucket: str, tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_tools.assemble.BATCH_TOKENS", 2000)
@@ -154,7 +152,7 @@ def read_in_child(url: str, cache: Cache, queue: multiprocessing.Queue[int]) -> 
     queue.put(int(read_all(open_dataset(url, cache)).astype(np.int64).sum()))
 
 
-def test_the_ranks_of_a_machine_fetch_each_record_batch_once(folder: Path, server: Server, cache: Cache) -> None:
+def test_a_machine_fetches_each_record_batch_once(folder: Path, server: Server, cache: Cache) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     children = [context.Process(target=read_in_child, args=(f"{server.url}/data", cache, queue)) for _ in range(2)]
@@ -168,9 +166,7 @@ def test_the_ranks_of_a_machine_fetch_each_record_batch_once(folder: Path, serve
     assert len(fetched) == len(set(fetched)) == open_dataset(folder).num_shards + 1
 
 
-def test_the_cache_stays_within_its_bounds_and_what_is_in_use_stays_right(
-    folder: Path, server: Server, tmp_path: Path
-) -> None:
+def test_the_cache_stays_bounded_and_correct_in_use(folder: Path, server: Server, tmp_path: Path) -> None:
     local = open_dataset(folder)
     cache = Cache(tmp_path / "cache", max_bytes=100_000)
     remote = open_dataset(f"{server.url}/data", cache)
@@ -193,7 +189,7 @@ def test_a_server_that_fails_is_asked_again(server: Server, cache: Cache) -> Non
     assert len(server.handler.requests) == 3
 
 
-def test_a_server_that_is_gone_ends_in_one_paragraph(folder: Path, tmp_path: Path) -> None:
+def test_a_lost_server_ends_in_one_paragraph(folder: Path, tmp_path: Path) -> None:
     server = Server(folder.parent)
     cache = Cache(tmp_path / "cache", retry_seconds=0.3)
     dataset = open_dataset(f"{server.url}/data", cache)
@@ -232,7 +228,7 @@ def test_damage_in_the_cache_is_fetched_anew(folder: Path, server: Server, cache
     assert np.array_equal(read_all(open_dataset(f"{server.url}/data", cache)), expected)
 
 
-def test_what_cannot_be_an_address_or_serve_ranges_says_so(server: Server, cache: Cache, tmp_path: Path) -> None:
+def test_unusable_addresses_servers_and_caches_are_named(server: Server, cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"There is no http.*/none/manifest\.json"):
         open_dataset(f"{server.url}/none", cache)
     with pytest.raises(ConfigError, match="Protocol not known"):
@@ -246,7 +242,7 @@ def test_what_cannot_be_an_address_or_serve_ranges_says_so(server: Server, cache
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
-def test_inputs_at_an_address_give_the_dataset_of_the_same_file(
+def test_remote_inputs_give_the_same_dataset(
     kind: str, folder: Path, server: Server, bucket: str, tmp_path: Path, tiny_data: TinyData
 ) -> None:
     url = f"{server.url}/prose.jsonl"

@@ -41,7 +41,7 @@ def test_dropout_is_off(model: dict[str, float]) -> None:
     assert {tuple(tokenizer.encode("ab")) for _ in range(20)} == {(256,)}
 
 
-def test_a_byte_level_file_without_decoder_decodes_and_counts_bytes() -> None:
+def test_byte_level_without_decoder_still_decodes() -> None:
     description = orjson.loads(byte_level().to_str())
     del description["decoder"]
     tokenizer = Tokenizer(orjson.dumps(description), "tokenizer.json")
@@ -51,7 +51,7 @@ def test_a_byte_level_file_without_decoder_decodes_and_counts_bytes() -> None:
 
 
 @pytest.mark.parametrize("make", [llama2, gemma, t5, llama3], ids=lambda make: make.__name__)
-def test_the_decoder_that_a_file_lacks_is_made_up_for(make: Callable[[], Library]) -> None:
+def test_a_missing_decoder_is_made_up_for(make: Callable[[], Library]) -> None:
     library = make()
     whole, lacking = read(library), read(library, decoder=None)
     for text in ("to be or not", " to  the\u4e2d", "the"):

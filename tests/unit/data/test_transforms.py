@@ -27,7 +27,7 @@ def parts_of_psm(tokens: Tokens) -> tuple[list[int], list[int], list[int]]:
 
 @settings(deadline=None)
 @given(lengths, seeds)
-def test_prefix_suffix_middle_put_together_again_is_the_text(length: int, seed: int) -> None:
+def test_prefix_suffix_middle_restores_the_text(length: int, seed: int) -> None:
     tokens = np.arange(length)
     made = FillInTheMiddle(PREFIX, MIDDLE, SUFFIX, spm_rate=0.0)(tokens, generator(seed))
     before, middle, behind = parts_of_psm(made)
@@ -37,7 +37,7 @@ def test_prefix_suffix_middle_put_together_again_is_the_text(length: int, seed: 
 
 @settings(deadline=None)
 @given(lengths, seeds)
-def test_suffix_prefix_middle_put_together_again_is_the_text(length: int, seed: int) -> None:
+def test_suffix_prefix_middle_restores_the_text(length: int, seed: int) -> None:
     tokens = np.arange(length)
     made = FillInTheMiddle(PREFIX, MIDDLE, SUFFIX, spm_rate=1.0)(tokens, generator(seed))
     assert made[:2].tolist() == [PREFIX, SUFFIX]
@@ -46,7 +46,7 @@ def test_suffix_prefix_middle_put_together_again_is_the_text(length: int, seed: 
     assert len(made) == length
 
 
-def test_the_orders_are_mixed_by_their_rate_and_the_cuts_are_uniform() -> None:
+def test_orders_follow_their_rate_and_cuts_are_uniform() -> None:
     transform = FillInTheMiddle(PREFIX, MIDDLE, SUFFIX, spm_rate=0.25)
     made = [transform(np.arange(103), generator(seed)) for seed in range(4000)]
     psm = [parts_of_psm(tokens) for tokens in made if tokens[1] != SUFFIX]
@@ -58,7 +58,7 @@ def test_the_orders_are_mixed_by_their_rate_and_the_cuts_are_uniform() -> None:
 
 @settings(deadline=None)
 @given(lengths, seeds, st.floats(0.01, 0.99), st.floats(1.0, 50.0), st.integers(1, 100))
-def test_spans_put_back_where_their_sentinels_stand_are_the_text(
+def test_spans_at_their_sentinels_restore_the_text(
     length: int, seed: int, corrupted: float, mean: float, num_sentinels: int
 ) -> None:
     tokens = np.arange(length)
@@ -79,7 +79,7 @@ def test_spans_put_back_where_their_sentinels_stand_are_the_text(
     assert text == tokens[: length - 2 * num_spans].tolist()
 
 
-def test_the_share_that_is_moved_and_the_length_of_spans_are_those_asked_for() -> None:
+def test_span_share_and_length_are_those_requested() -> None:
     made = [SpanCorruption(SENTINELS, 0.15, 3.0)(np.arange(550), generator(seed)) for seed in range(50)]
     for tokens in made:
         marks = np.flatnonzero(tokens >= SENTINELS[0])
@@ -92,7 +92,7 @@ def test_the_share_that_is_moved_and_the_length_of_spans_are_those_asked_for() -
 
 @settings(deadline=None)
 @given(seeds)
-def test_masking_hides_its_share_of_tokens_but_special_ones(seed: int) -> None:
+def test_masking_hides_its_share_without_special_tokens(seed: int) -> None:
     tokens = np.tile(np.arange(100), 100)
     made = TokenMasking(MASK, 0.3, kept=(5, 7))(tokens, generator(seed))
     hidden = made == MASK
@@ -109,7 +109,7 @@ def test_masking_hides_its_share_of_tokens_but_special_ones(seed: int) -> None:
         TokenMasking(MASK, 0.15),
     ],
 )
-def test_the_generator_decides_all_and_what_was_given_is_left_alone(transform: Transform) -> None:
+def test_the_generator_decides_all_inputs_stay_unchanged(transform: Transform) -> None:
     tokens = np.arange(200)
     made = [transform(tokens, generator(seed)).tolist() for seed in (1, 1, 2)]
     assert made[0] == made[1] != made[2]
