@@ -58,7 +58,7 @@ def used_commands() -> dict[tuple[str, ...], set[str]]:
 
 
 @pytest.mark.parametrize(("command", "options"), used_commands().items(), ids=lambda value: " ".join(sorted(value)))
-def test_a_command_in_the_documentation_exists_with_its_options(command, options):
+def test_a_documented_command_exists_with_its_options(command, options):
     *before, last = command
     assert last in names_in(help_of(*before)), f"{' '.join(command)} is not a command"
     assert options - {"--help"} <= names_in(help_of(*command))
@@ -88,7 +88,7 @@ def test_the_tour_is_among_the_commands():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_and_folders_that_a_page_links_to_exist(page):
+def test_files_that_pages_link_to_exist(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
@@ -100,7 +100,7 @@ def test_every_module_has_its_line_in_the_architecture():
     assert [name for name in sorted(modules) if f"`{name}`" not in text] == []
 
 
-def test_the_reader_in_the_checkpoint_page_reads_what_two_ranks_wrote(tmp_path):
+def test_the_documented_checkpoint_reader_reads_two_ranks(tmp_path):
     weight = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     left, right = Box((0, 0), (4, 2)), Box((0, 2), (4, 4))  # as two tensor ranks would cut it
     fragments = [

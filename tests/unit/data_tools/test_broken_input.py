@@ -148,7 +148,7 @@ def test_errors_replace_keeps_what_is_not_utf8(tmp_path: Path, tokenizer_path: P
     assert texts == ["a\ufffdb", "c\ufffdd", "\u00e9", "e\ufffdf", "good", "\ufffd\ufffd"]
 
 
-def test_errors_replace_keeps_what_stands_beside_the_text_too(tmp_path: Path, run_command: RunCommand) -> None:
+def test_errors_replace_keeps_fields_beside_the_text(tmp_path: Path, run_command: RunCommand) -> None:
     odd = b'"m": {"k\\ud800": ["\\ud800", "\\ud83d\\ude00", "\\\\ud800"]}, "n": 123456789012345678901234567890}\n'
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xff", ' + odd + b'{"text": "\\ud800", ' + odd)
     arguments = (tmp_path / "a.jsonl", "--out", tmp_path / "out", "--errors", "replace", "--workers", 1)

@@ -40,7 +40,7 @@ def test_inspect_prints_the_keys_users_rely_on(dataset_path: Path, run_command: 
     assert "document" not in shown
 
 
-def test_inspect_shows_a_document_as_text_beside_its_tokens(
+def test_inspect_shows_text_beside_tokens(
     dataset_path: Path, run_command: RunCommand, documents: list[Document]
 ) -> None:
     kept = [text for _, text in documents if text]
@@ -54,7 +54,7 @@ def test_inspect_shows_a_document_as_text_beside_its_tokens(
 
 
 @pytest.mark.parametrize("k", [-1, 10**9])
-def test_a_document_that_is_not_there_is_code_2(dataset_path: Path, run_command: RunCommand, k: int) -> None:
+def test_a_missing_document_exits_2(dataset_path: Path, run_command: RunCommand, k: int) -> None:
     code, _, err = run_command("inspect", dataset_path, "--document", k)
     assert code == 2
     assert str(k) in err
@@ -66,7 +66,7 @@ def test_verify_passes_a_whole_dataset(dataset_path: Path, run_command: RunComma
     assert "is whole" in out
 
 
-def test_one_flipped_bit_anywhere_is_found_and_its_file_named(dataset_path: Path, run_command: RunCommand) -> None:
+def test_one_flipped_bit_names_its_file(dataset_path: Path, run_command: RunCommand) -> None:
     rng = random.Random(0)
     for path in sorted(dataset_path.iterdir()):
         data = path.read_bytes()
@@ -83,7 +83,7 @@ def test_one_flipped_bit_anywhere_is_found_and_its_file_named(dataset_path: Path
     assert run_command("verify", dataset_path)[0] == 0
 
 
-def test_damaged_tokens_are_placed_to_batch_document_and_bytes(dataset_path: Path, run_command: RunCommand) -> None:
+def test_damaged_tokens_are_located_by_batch_and_document(dataset_path: Path, run_command: RunCommand) -> None:
     path = dataset_path / "shard-000000.arrow"
     data = bytearray(path.read_bytes())
     position = len(data) // 3
@@ -107,7 +107,7 @@ def test_files_that_are_missing_or_swapped_are_found(dataset_path: Path, run_com
     assert run_command("verify", dataset_path)[0] == 3
 
 
-def test_the_corpus_is_real_text_in_order_split_by_name(tmp_path: Path, run_command: RunCommand) -> None:
+def test_the_corpus_is_real_text_split_by_name(tmp_path: Path, run_command: RunCommand) -> None:
     assert run_command("corpus", tmp_path / "one")[0] == 0
     texts: dict[str, dict[str, str]] = {}
     for name in ("code", "code-val", "prose", "prose-val"):
@@ -124,7 +124,7 @@ def test_the_corpus_is_real_text_in_order_split_by_name(tmp_path: Path, run_comm
     assert all(sum(map(len, texts[name].values())) > 10_000 for name in ("code-val", "prose-val"))
 
 
-def test_a_tokenizer_knows_every_byte_and_comes_out_the_same_again(
+def test_trained_tokenizers_know_every_byte_and_are_reproducible(
     tmp_path: Path, documents: list[Document], tokenizer_path: Path, run_command: RunCommand
 ) -> None:
     WRITERS["a.jsonl"](tmp_path / "a.jsonl", documents)
@@ -143,7 +143,7 @@ def test_a_tokenizer_knows_every_byte_and_comes_out_the_same_again(
     assert "tokens" in out
 
 
-def test_help_is_quick_and_imports_neither_torch_nor_arrow() -> None:
+def test_help_is_quick_without_torch_or_arrow() -> None:
     script = (
         "import sys\n"
         "sys.argv = ['megatrain-data', '--help']\n"
@@ -159,7 +159,7 @@ def test_help_is_quick_and_imports_neither_torch_nor_arrow() -> None:
         assert command in done.stdout
 
 
-def test_a_reader_that_goes_away_is_no_error_to_speak_of(dataset_path: Path) -> None:
+def test_a_closed_output_pipe_is_no_error(dataset_path: Path) -> None:
     command = [sys.executable, "-m", "data_tools", "inspect", str(dataset_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

@@ -85,7 +85,7 @@ def test_byte_tokens_spelled_out_stay_text() -> None:
     ("make", "token", "is_word"),
     [(qwen3, "<|fim_prefix|>", False), (qwen3, "<tool_call>", False), (gemma, "<mask>", False), (gemma, "\n\n", True)],
 )
-def test_an_added_token_is_a_sentinel_if_no_text_becomes_it(make: Make, token: str, is_word: bool) -> None:
+def test_added_tokens_are_sentinels_unless_text_encodes_them(make: Make, token: str, is_word: bool) -> None:
     tokenizer = Tokenizer(make().to_str().encode(), "tokenizer.json")
     assert not make().get_added_tokens_decoder()[tokenizer.ids[token]].special
     assert tokenizer.comes_from_text(token) == is_word

@@ -42,7 +42,7 @@ def dropped(out: Path) -> list[dict[str, object]]:
     return list(pa.concat_tables(tables).to_pylist())
 
 
-def test_exact_keeps_the_first_of_equal_texts_with_all_its_keys_and_says_where_the_others_stood(tmp_path: Path) -> None:
+def test_exact_keeps_first_documents_and_locates_the_others(tmp_path: Path) -> None:
     texts = ["a b c", "A b c", "a b c", "a  b c", "a b c", "z"]
     source = write_records(tmp_path / "a.jsonl", texts, url="u", metadata={"n": 1}, added="2024")
     report = run_dedup(source, tmp_path / "out")
@@ -66,7 +66,7 @@ def test_exact_keeps_the_first_of_equal_texts_with_all_its_keys_and_says_where_t
 
 
 @pytest.mark.parametrize("num_planted", [150, pytest.param(1000, marks=pytest.mark.slow)])
-def test_near_duplicates_planted_at_0_8_are_found_and_nearly_nothing_else(num_planted: int, tmp_path: Path) -> None:
+def test_near_duplicates_are_found_and_hardly_anything_else(num_planted: int, tmp_path: Path) -> None:
     originals = real_paragraphs(3 * num_planted, 400)
     assert len(set(originals)) == len(originals)
     drawn = random.Random(2)
@@ -85,9 +85,7 @@ def test_near_duplicates_planted_at_0_8_are_found_and_nearly_nothing_else(num_pl
 
 
 @pytest.mark.parametrize("method", ["exact", "minhash"])
-def test_runs_and_slices_that_do_not_fit_the_clusters_change_no_byte(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_and_slice_sizes_change_no_byte(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     originals = real_paragraphs(300, 120)
     drawn = random.Random(4)
     texts = [*originals, *(near_duplicate(text, 0.9, drawn) for text in originals[::3]), *originals[::2], *HOSTILE]
@@ -102,7 +100,7 @@ def test_runs_and_slices_that_do_not_fit_the_clusters_change_no_byte(
     assert folder_bytes(tmp_path / "whole") == folder_bytes(tmp_path / "pieces")
 
 
-def test_thousands_of_identical_documents_are_compared_with_the_first_only(tmp_path: Path) -> None:
+def test_identical_documents_are_compared_with_the_first_only(tmp_path: Path) -> None:
     copies = 3000
     source = write_records(tmp_path / "a.jsonl", ["the same text for all of them, again and again"] * copies)
     job = Job(tmp_path, Effort(1, silent, Ranks()))
@@ -114,7 +112,7 @@ def test_thousands_of_identical_documents_are_compared_with_the_first_only(tmp_p
     assert run_dedup(source, tmp_path / "out", "minhash", num_permutations=64)["clusters"] == {str(copies): 1}
 
 
-def test_empty_tiny_and_huge_documents_and_texts_without_words(tmp_path: Path) -> None:
+def test_empty_tiny_huge_and_wordless_documents_are_handled(tmp_path: Path) -> None:
     source = write_records(tmp_path / "a.jsonl", [*HOSTILE, "w" * 5_000_000, "w" * 5_000_000])
     for method in ("exact", "minhash"):
         run_dedup(source, tmp_path / method, method)
@@ -122,7 +120,7 @@ def test_empty_tiny_and_huge_documents_and_texts_without_words(tmp_path: Path) -
         assert kept == ["d0", "d1", "d4", "d6", "d7", "d8", "d10", "d11", "d12"]
 
 
-def test_other_columns_of_a_table_are_kept_and_ids_come_from_the_place_where_there_are_none(tmp_path: Path) -> None:
+def test_table_columns_are_kept_and_missing_ids_derived(tmp_path: Path) -> None:
     table = pa.table({"content": ["a", "b", "a"], "text": [1, 2, 3], "when": pa.array([0, 1, 2], pa.timestamp("s"))})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     effort = Effort(1, silent, Ranks(), 1000)
@@ -134,7 +132,7 @@ def test_other_columns_of_a_table_are_kept_and_ids_come_from_the_place_where_the
     assert second["metadata"] == {"text": 2, "provenance": {"file": str(tmp_path / "a.parquet"), "row": 1}}
 
 
-def test_what_was_done_before_a_broken_record_is_not_done_again(tmp_path: Path) -> None:
+def test_finished_work_survives_a_broken_record(tmp_path: Path) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
     write_records(inputs / "a.jsonl", ["one", "two", "one"])
@@ -150,7 +148,7 @@ def test_what_was_done_before_a_broken_record_is_not_done_again(tmp_path: Path) 
     assert not (tmp_path / "out" / ".work").exists()
 
 
-def test_a_finished_folder_is_left_alone_or_replaced_if_that_was_asked_for(tmp_path: Path) -> None:
+def test_a_finished_folder_is_replaced_only_on_request(tmp_path: Path) -> None:
     source = write_records(tmp_path / "a.jsonl", ["one", "two", "one"])
     first = run_dedup(source, tmp_path / "out")
     before = folder_bytes(tmp_path / "out")
@@ -166,7 +164,7 @@ def test_a_finished_folder_is_left_alone_or_replaced_if_that_was_asked_for(tmp_p
     assert run_dedup(source, tmp_path / "out", restart=True)["kept"] == 3
 
 
-def test_the_command_reports_and_its_output_goes_on_to_tokenize_and_back_into_dedup(
+def test_dedup_output_feeds_tokenize_and_dedup_again(
     tmp_path: Path, run_command: RunCommand, tokenizer_path: Path
 ) -> None:
     texts = real_paragraphs(20, 50)
@@ -207,7 +205,7 @@ def test_an_occupied_folder_or_a_file_is_refused(tmp_path: Path, run_command: Ru
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])
-def test_bands_are_as_wide_as_finding_99_percent_at_the_threshold_allows(threshold: float) -> None:
+def test_bands_are_widest_that_find_99_percent(threshold: float) -> None:
     sketch = MinHashSketch(threshold)
     assert sketch.found_probability(threshold, sketch.rows_per_band) >= 0.99
     assert sketch.rows_per_band == 256 or sketch.found_probability(threshold, sketch.rows_per_band + 1) < 0.99
@@ -225,7 +223,7 @@ def test_estimates_are_those_of_the_jaccard_index() -> None:
     assert abs(sum(errors) / len(errors)) < 0.03
 
 
-def test_what_is_not_json_in_a_table_becomes_text(tmp_path: Path) -> None:
+def test_table_values_beyond_json_become_text(tmp_path: Path) -> None:
     moment = pa.array([1_700_000_000_123_456_789], pa.timestamp("ns"))
     columns = {
         "text": ["a"],

@@ -96,9 +96,7 @@ BOMBS = {
         for name in BOMBS
     ],
 )
-def test_what_would_fill_the_memory_is_refused_in_bounded_memory(
-    name: str, tmp_path: Path, tokenizer_path: Path
-) -> None:
+def test_memory_bombs_are_refused_in_bounded_memory(name: str, tmp_path: Path, tokenizer_path: Path) -> None:
     write, message = BOMBS[name]
     write(tmp_path / name)
     code, err, memory_mib = tokenize_measured(tmp_path / name, tokenizer_path)
@@ -109,9 +107,7 @@ def test_what_would_fill_the_memory_is_refused_in_bounded_memory(
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_a_dictionary_is_never_written_out_for_many_rows_at_once(
-    kind: str, tmp_path: Path, tokenizer_path: Path
-) -> None:
+def test_dictionaries_are_expanded_for_few_rows_at_once(kind: str, tmp_path: Path, tokenizer_path: Path) -> None:
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["so it goes " * (MIB // 2)]))
     table, path = pa.table({"text": texts}), tmp_path / f"a.{kind}"
     if kind == "parquet":
@@ -174,9 +170,7 @@ def test_foreign_bytes_are_code_3_with_their_place(
         assert "UTF-16" in err
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(
-    tmp_path: Path, tokenizer_path: Path, run_command: RunCommand
-) -> None:
+def test_a_byte_order_mark_is_dropped(tmp_path: Path, tokenizer_path: Path, run_command: RunCommand) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n\xef\xbb\xbf".join([b"\xef\xbb\xbf" + GOOD.strip()]) + b"\n")
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     code, _, err = run_command("tokenize", source, "--tokenizer", tokenizer_path, "--out", out)
@@ -201,7 +195,7 @@ def test_tricks_with_paths(tmp_path: Path, tokenizer_path: Path, run_command: Ru
     assert open_dataset(tmp_path / "out").document_info(0).source_file == f"{folder}/../in/a\nb.jsonl"
 
 
-def test_what_is_no_file_to_read_twice_is_refused(tmp_path: Path) -> None:
+def test_unreadable_kinds_of_input_are_refused(tmp_path: Path) -> None:
     (tmp_path / "self").symlink_to(tmp_path / "self")
     os.mkfifo(tmp_path / "pipe")
     for name, message in (("self", "Too many levels of symbolic links"), ("pipe", "is no regular file")):

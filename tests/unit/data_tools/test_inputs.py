@@ -94,7 +94,7 @@ def test_other_text_has_to_be_named(corpus: Path) -> None:
         found(corpus, include=("*.jsonl",))
 
 
-def test_links_to_folders_and_files_read_twice_are_told(corpus: Path) -> None:
+def test_folder_links_and_duplicate_files_are_reported(corpus: Path) -> None:
     (corpus / "linked").symlink_to(corpus / "sub")
     files, said = found(corpus, f"{corpus}/sub", exclude=("*.md", "*.tar", "*.unknown", "_SUCCESS"))
     assert (len(files), "1 link to a folder (name it" in said) == (7, True)

@@ -60,7 +60,7 @@ with claims.claim("a") as is_ours, claims.seat("s", 2) as seated:
 """
 
 
-def test_a_claim_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
+def test_a_claim_has_one_holder_until_its_death(tmp_path: Path) -> None:
     path = tmp_path / "claims"
     command = [sys.executable, "-c", HOLDER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -90,7 +90,7 @@ def test_a_folder_that_was_removed_cannot_be_joined(tmp_path: Path) -> None:
     assert claims.join()
 
 
-def test_claims_of_thousands_of_workers_lie_in_many_files(tmp_path: Path) -> None:
+def test_thousands_of_claims_are_spread_over_many_files(tmp_path: Path) -> None:
     claims = Claims(tmp_path / "claims")
     with ExitStack() as stack:
         assert all(stack.enter_context(claims.claim(f"part {number}")) for number in range(1280))

@@ -82,7 +82,7 @@ def url() -> Iterator[str]:
         "endless/a.jsonl.gz",
     ],
 )
-def test_every_line_is_read_whatever_the_server_is_like(
+def test_every_server_kind_delivers_every_line(
     address: str, url: str, tmp_path: Path, tokenizer_path: Path, run_command: RunCommand
 ) -> None:
     arguments = ("--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--workers", 1)
@@ -98,7 +98,7 @@ def test_every_line_is_read_whatever_the_server_is_like(
         ("ranges/none.jsonl", "none.jsonl cannot be listed: 404"),
     ],
 )
-def test_what_a_server_does_not_give_is_code_3(
+def test_a_failing_server_exits_3(
     address: str, message: str, url: str, tmp_path: Path, tokenizer_path: Path, run_command: RunCommand
 ) -> None:
     good = f"{url}/ranges/a.jsonl"
@@ -109,7 +109,7 @@ def test_what_a_server_does_not_give_is_code_3(
     assert "Traceback" not in err
 
 
-def test_the_report_of_a_cleaned_folder_is_no_input_at_an_address_either(
+def test_reports_of_cleaned_folders_are_no_remote_input(
     tmp_path: Path, tokenizer_path: Path, run_command: RunCommand
 ) -> None:
     import fsspec

@@ -24,7 +24,7 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_they_stand_beside_the_end_of_document_token_and_are_special(text: str, tmp_path: Path) -> None:
+def test_requested_special_tokens_are_added_as_special(text: str, tmp_path: Path) -> None:
     train_tokenizer([text], 300, tmp_path / "tokenizer.json", ReadOptions(), [*TOKENS, TOKENS[0]])
     added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     assert [token["content"] for token in added] == ["<|endoftext|>", *TOKENS]
@@ -38,7 +38,7 @@ def test_they_stand_beside_the_end_of_document_token_and_are_special(text: str, 
         *((300, [word], "needs marks") for word in ("", " the", "the end", "\u2581the", "==")),
     ],
 )
-def test_what_leaves_them_no_room_or_name_is_refused(
+def test_special_tokens_without_room_or_name_are_refused(
     vocab_size: int, tokens: list[str], words: str, text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=words):

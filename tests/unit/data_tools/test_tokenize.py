@@ -35,7 +35,7 @@ def expected_tokens(tokenizer_path: Path, text: str) -> list[int]:
 
 @pytest.mark.parametrize("engine", ["tokenizers", "fastokens"])
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_every_format_gives_the_ids_of_tokenizers_token_by_token(
+def test_every_format_gives_the_ids_of_tokenizers(
     name: str, engine: str, tmp_path: Path, documents: list[Document], make_dataset: MakeDataset, tokenizer_path: Path
 ) -> None:
     WRITERS[name](tmp_path / name, documents)
@@ -57,7 +57,7 @@ def test_every_format_gives_the_ids_of_tokenizers_token_by_token(
             assert info.source_file == str(tmp_path / name)
 
 
-def test_the_digest_names_the_content_not_the_format_the_shards_or_the_parts(
+def test_the_digest_depends_on_the_content_alone(
     tmp_path: Path, documents: list[Document], make_dataset: MakeDataset
 ) -> None:
     digests = set()
@@ -86,7 +86,7 @@ def test_workers_and_part_size_change_no_byte(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
-def test_killed_runs_go_on_where_they_were_and_give_the_same_bytes(
+def test_killed_runs_resume_and_change_no_byte(
     name: str, tmp_path: Path, documents: list[Document], tokenizer_path: Path, make_dataset: MakeDataset
 ) -> None:
     WRITERS[name](tmp_path / name, documents * 10)
@@ -122,9 +122,7 @@ def new_results(work: Path, seen: set[str]) -> bool:
     return len({path.name for path in work.glob("*.arrow")} - seen) >= 2
 
 
-def test_what_was_committed_before_an_error_is_not_done_again(
-    tmp_path: Path, documents: list[Document], make_dataset: MakeDataset
-) -> None:
+def test_committed_parts_survive_an_error(tmp_path: Path, documents: list[Document], make_dataset: MakeDataset) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
     WRITERS["a.jsonl"](inputs / "a.jsonl", documents)
@@ -180,7 +178,7 @@ def busy_children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if child.cpu_times().user > 0.3]
 
 
-def test_a_dead_worker_ends_the_command_with_code_5_and_nothing_half_written(
+def test_a_dead_worker_exits_5_without_partial_output(
     tmp_path: Path, documents: list[Document], tokenizer_path: Path
 ) -> None:
     process = start_long_run(tmp_path, documents, tokenizer_path)
@@ -192,9 +190,7 @@ def test_a_dead_worker_ends_the_command_with_code_5_and_nothing_half_written(
     assert not list(tmp_path.glob("out/*.arrow"))
 
 
-def test_a_file_that_is_named_twice_is_there_twice(
-    tmp_path: Path, documents: list[Document], tokenizer_path: Path
-) -> None:
+def test_a_file_named_twice_is_there_twice(tmp_path: Path, documents: list[Document], tokenizer_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(documents))
     effort = Effort(1, "tokenizers", lambda *_: nullcontext(lambda _: None), lambda _: None, part_bytes=20_000)
@@ -222,7 +218,7 @@ def test_no_worker_outlives_the_command(
     assert not alive
 
 
-def test_a_shard_is_plain_arrow_with_its_facts_in_the_schema(
+def test_a_shard_is_plain_arrow_with_schema_metadata(
     tmp_path: Path, documents: list[Document], make_dataset: MakeDataset, tokenizer_path: Path
 ) -> None:
     WRITERS["a.jsonl"](tmp_path / "a.jsonl", documents)
@@ -242,7 +238,7 @@ def test_a_shard_is_plain_arrow_with_its_facts_in_the_schema(
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer_path.read_bytes()
 
 
-def test_fastokens_is_used_only_where_it_can_what_the_tokenizer_asks(tokenizer_path: Path) -> None:
+def test_fastokens_is_used_only_for_supported_tokenizers(tokenizer_path: Path) -> None:
     engine, warning = choose_engine("auto", tokenizer_path.read_bytes(), ["text"])
     assert (engine.name, warning) == ("fastokens", None)
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "[UNK]": 1, "a": 2}, unk_token="[UNK]"))

@@ -103,7 +103,7 @@ def test_with_tokens_for_all_bytes_nothing_is_unknown(make: Make, tmp_path: Path
 
 
 @pytest.mark.parametrize(("num_english", "words"), [(0, "a sample of the text"), (20, "the text")])
-def test_too_much_is_refused_and_what_was_done_is_kept(
+def test_too_much_unknown_text_stops_and_keeps_parts(
     num_english: int, words: str, tmp_path: Path, run_command: RunCommand
 ) -> None:
     tokenizer = prepared(word_level(), tmp_path / "tokenizer.json")
@@ -147,7 +147,7 @@ def test_counts_survive_an_interruption(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path / "interrupted") == folder_bytes(tmp_path / "straight")
 
 
-def test_a_model_that_fails_on_unknown_text_is_refused(tmp_path: Path, run_command: RunCommand) -> None:
+def test_a_model_failing_on_unknown_text_is_refused(tmp_path: Path, run_command: RunCommand) -> None:
     library = Library(models.Unigram([("a", -1.0), ("b", -1.0)], None))
     tokenizer = prepared(library, tmp_path / "tokenizer.json")
     (tmp_path / "a.txt").write_text("ab\u4e2d")

@@ -62,7 +62,7 @@ def test_every_flipped_bit_is_found(num_flips: int, dataset_path: Path) -> None:
     verify_dataset(str(dataset_path), Extent(), silent)
 
 
-def test_damage_anywhere_in_a_shard_is_placed_within_a_range_of_bytes(dataset_path: Path) -> None:
+def test_damage_in_a_shard_is_located_by_bytes(dataset_path: Path) -> None:
     path = dataset_path / shard_name(1)
     for position in range(3, path.stat().st_size, path.stat().st_size // 15):
         flip(path, position, 5)
@@ -87,7 +87,7 @@ def test_workers_find_what_one_finds(dataset_path: Path, monkeypatch: pytest.Mon
     assert messages[0] == messages[1]
 
 
-def test_a_sample_is_the_same_again_and_finds_what_lies_in_it(dataset_path: Path, run_command: RunCommand) -> None:
+def test_sampled_verification_is_reproducible_and_finds_damage(dataset_path: Path, run_command: RunCommand) -> None:
     dataset = open_dataset(dataset_path)
     num_batches = int(dataset.table.batch_starts[-1])
     shard, number = 2, 0
@@ -104,7 +104,7 @@ def test_a_sample_is_the_same_again_and_finds_what_lies_in_it(dataset_path: Path
     assert f"{shard_name(shard)}, record batch 0" in err
 
 
-def test_a_shard_that_is_longer_shorter_or_gone_is_named(dataset_path: Path) -> None:
+def test_a_resized_or_missing_shard_is_named(dataset_path: Path) -> None:
     path = dataset_path / shard_name(1)
     data = path.read_bytes()
     for broken in (data + b"\0", data[:-1], data[: len(data) // 2], b""):

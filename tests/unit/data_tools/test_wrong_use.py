@@ -61,7 +61,7 @@ def test_restart_does_not_remove_its_own_input(source: Path, run_command: RunCom
     assert folder_bytes(out) == before
 
 
-def test_addresses_and_empty_texts_are_no_place_to_write_to(
+def test_addresses_and_empty_paths_are_refused_as_output(
     source: Path, tokenizer_path: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(source.parent)
@@ -91,7 +91,7 @@ def powerless() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_a_folder_that_cannot_be_read_is_named_instead_of_left_out() -> None:
+def test_an_unreadable_folder_is_named_not_skipped() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders let nobody else in
         folder = Path(name)
         (folder / "closed").mkdir()
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_read_is_named_instead_of_left_out() -> None:
             (folder / "closed").chmod(0o700)
 
 
-def test_a_store_without_credentials_is_a_matter_of_access(
+def test_missing_store_credentials_are_an_access_error(
     tmp_path: Path, tokenizer_path: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fsspec
@@ -187,7 +187,7 @@ def test_numbers_beyond_reason_are_refused(source: Path, tokenizer_path: Path, r
     assert not (source.parent / "out").exists()
 
 
-def test_a_full_disk_is_named_by_what_was_written(tmp_path: Path) -> None:
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"No room for {tmp_path}: No space left .* the same command again"):  # noqa: SIM117
         with saying_what_is_full(tmp_path), Path("/dev/full").open("wb", buffering=0) as full:
             full.write(b"x")
@@ -204,7 +204,7 @@ def test_a_closed_pipe_ends_in_silence(source: Path, make_dataset: MakeDataset) 
         assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_filters_that_no_one_knows_are_named_in_one_line(source: Path, run_command: RunCommand) -> None:
+def test_unknown_filters_are_named_in_one_line(source: Path, run_command: RunCommand) -> None:
     config = source.parent / "filters.yaml"
     for text, message in (
         ("language: {keep: [en, xx]}", "language.keep: there is no language 'xx'; known are ace, af, am"),
@@ -216,9 +216,7 @@ def test_filters_that_no_one_knows_are_named_in_one_line(source: Path, run_comma
         assert len(err.splitlines()) == 1
 
 
-def test_an_error_says_its_place_and_the_way_out_once(
-    source: Path, make_dataset: MakeDataset, run_command: RunCommand
-) -> None:
+def test_errors_state_place_and_remedy_once(source: Path, make_dataset: MakeDataset, run_command: RunCommand) -> None:
     dataset = source.parent / "data"
     make_dataset(source, dataset)
     (dataset / "shard-000000.arrow").unlink()
@@ -233,7 +231,7 @@ def test_an_error_says_its_place_and_the_way_out_once(
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_picture_is_of_the_kind_its_name_says(
+def test_a_picture_has_the_format_of_its_extension(
     source: Path, make_dataset: MakeDataset, run_command: RunCommand
 ) -> None:
     dataset = source.parent / "data"

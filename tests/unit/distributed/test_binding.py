@@ -75,7 +75,7 @@ def test_gpus_closed_to_the_job_are_not_numbered(node: Path, monkeypatch: pytest
     assert shares(node, 2) == [{0, 1, 8, 9}, {2, 3, 10, 11}]
 
 
-def test_a_rank_that_sees_one_gpu_is_near_it(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_binds_near_its_only_gpu(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert shares(node, 2) == [FIRST_SOCKET, FIRST_SOCKET]
 

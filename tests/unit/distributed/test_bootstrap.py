@@ -90,7 +90,7 @@ def test_what_deepspeed_sets_inside_of_srun_wins() -> None:
     assert read_rank({**SRUN, **DEEPSPEED}).rank == 1
 
 
-def test_ranks_of_mpirun_in_a_step_keep_its_words() -> None:
+def test_mpirun_ranks_in_a_step_keep_mpi_variables() -> None:
     """MPICH starts its ranks through one task of SLURM a node, whose variables they inherit."""
     hydra = {**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[001-004]"}
     info = read_rank({**hydra, "PMI_RANK": "3", "PMI_SIZE": "16", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"})
@@ -118,7 +118,7 @@ def test_a_hostfile_says_where_rank_0_is(tmp_path: Path) -> None:
             read_rank({**arbitrary, **told})
 
 
-def test_a_step_without_a_list_asks_for_an_address() -> None:
+def test_a_step_without_node_list_needs_an_address() -> None:
     with pytest.raises(ConfigError, match="export MASTER_ADDR"):
         read_rank({**SRUN, "SLURM_STEP_NODELIST": ""})
 
@@ -173,7 +173,7 @@ def test_several_nodes_without_an_address_are_refused() -> None:
         read_rank(environment)
 
 
-def test_ranks_on_a_cpu_share_the_threads_and_know_their_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_ranks_share_threads_and_know_their_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("OMP_NUM_THREADS", "MASTER_PORT", "DS_ACCELERATOR"):
         monkeypatch.delenv(key, raising=False)
     cores = len(os.sched_getaffinity(0))
@@ -185,7 +185,7 @@ def test_ranks_on_a_cpu_share_the_threads_and_know_their_supervisor(monkeypatch:
     assert supervisor_pid({}) is None
 
 
-def test_a_supervisor_on_another_host_is_not_looked_for_on_this_one() -> None:
+def test_a_supervisor_on_another_host_is_ignored() -> None:
     """The batch script's variables reach all nodes: the same process id would be somebody else's there."""
     assert supervisor_pid({"MEGATRAIN_SUPERVISOR": f"elsewhere:{os.getpid()}"}) is None
 

@@ -37,7 +37,7 @@ def age(folder: Path) -> None:
         os.utime(path, (then, then))
 
 
-def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_live_one_stays(tmp_path: Path) -> None:
+def test_only_a_killed_builds_lock_is_removed(tmp_path: Path) -> None:
     lock = tmp_path / "py311_cpu" / "some_operator" / "lock"
     with building(lock):
         age(lock.parent)
@@ -48,7 +48,7 @@ def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_live_one_stays(tmp_
     assert not lock.exists()
 
 
-def test_a_lock_that_may_be_another_machines_is_told_of_and_stays(tmp_path: Path) -> None:
+def test_another_machines_lock_is_reported_and_stays(tmp_path: Path) -> None:
     lock = tmp_path / "some_operator" / "lock"
     with building(lock):
         pass

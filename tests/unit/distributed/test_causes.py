@@ -110,7 +110,7 @@ def test_causes_are_told_apart(text: str, cause: Cause | int) -> None:
     ("text", "exit_code"),
     [(REPORTED[0][0], EXIT_RANK), (NCCL.format(*USAGE, "Duplicate GPU detected"), EXIT_USAGE), (ALLOCATE, EXIT_USAGE)],
 )
-def test_only_what_may_go_well_next_time_is_requeued(text: str, exit_code: int) -> None:
+def test_only_failures_worth_a_retry_are_requeued(text: str, exit_code: int) -> None:
     told = explain(RuntimeError(text), "Rank 0")
     assert told is not None
     assert told[0] == exit_code
@@ -125,7 +125,7 @@ def test_other_errors_are_bugs() -> None:
     assert wrong_use[0] == EXIT_BUG
 
 
-def test_torch_here_runs_out_of_memory_in_these_words() -> None:
+def test_this_torch_reports_memory_exhaustion_as_expected() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 47, dtype=torch.uint8)
     assert find_cause(raised.value) is Cause.MEMORY

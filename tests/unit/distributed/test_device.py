@@ -19,7 +19,7 @@ WITHOUT = Seat("node2", "", "torch 2.13.0+cpu is built without CUDA", "")
 @pytest.mark.parametrize(
     ("visible", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (2, 3, 1)], ids=["all", "one a task", "two a task"]
 )
-def test_a_rank_takes_its_own_of_the_gpus_it_sees(
+def test_a_rank_takes_its_own_visible_gpu(
     visible: int, local_rank: int, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
@@ -82,7 +82,7 @@ def test_what_deepspeed_sets_is_no_request(monkeypatch: pytest.MonkeyPatch) -> N
     assert gpu_request(numbered) == "/dev/nvidia0"
 
 
-def test_a_job_for_gpus_refuses_to_train_on_cpus() -> None:
+def test_gpu_jobs_refuse_to_train_on_cpus() -> None:
     objection = find_objection([WITHOUT._replace(asked="CUDA_VISIBLE_DEVICES=0")] * 2)
     assert objection is not None
     assert objection.exit_code == EXIT_USAGE

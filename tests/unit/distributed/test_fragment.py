@@ -31,7 +31,7 @@ def local_part(whole: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_windows_of_every_range_name_exactly_the_elements_held(placement: Placement) -> None:
+def test_windows_cover_exactly_the_elements_held(placement: Placement) -> None:
     whole = np.arange(np.prod(placement.global_shape)).reshape(placement.global_shape)
     local = local_part(whole, placement)
     assert local.shape == placement.local_shape
@@ -63,9 +63,7 @@ def pieces(draw: st.DrawFn, shape: tuple[int, ...]) -> Piece:
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), shape=st.sampled_from([(7,), (5, 6), (3, 4, 5)]))
-def test_copying_between_any_two_pieces_moves_exactly_what_they_share(
-    data: st.DataObject, shape: tuple[int, ...]
-) -> None:
+def test_copying_moves_exactly_what_pieces_share(data: st.DataObject, shape: tuple[int, ...]) -> None:
     wanted, held = data.draw(pieces(shape)), data.draw(pieces(shape))
     whole = np.arange(np.prod(shape)).reshape(shape)
     source = box_of(whole, held.box).reshape(-1)[held.start : held.stop]

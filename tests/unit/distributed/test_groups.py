@@ -49,10 +49,10 @@ def run_two_ranks(timeout_seconds: int, work_seconds: int) -> list[str]:
     return [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks]
 
 
-def test_what_the_first_rank_does_or_fails_in_all_ranks_learn() -> None:
+def test_all_ranks_learn_what_the_first_did() -> None:
     assert run_two_ranks(timeout_seconds=60, work_seconds=0) == ["the disk is full"] * 2
 
 
 @pytest.mark.slow
-def test_work_of_the_first_rank_may_take_longer_than_the_timeout_for_hangs() -> None:
+def test_first_rank_work_may_exceed_the_hang_timeout() -> None:
     assert run_two_ranks(timeout_seconds=10, work_seconds=15) == ["the disk is full"] * 2

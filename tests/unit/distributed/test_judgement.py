@@ -40,7 +40,7 @@ def test_healthy_ranks_give_no_finding(num_nodes):
     assert judge(ring(num_nodes), EFFORT) == []
 
 
-def test_another_version_names_rank_and_both_versions_and_no_run_may_start_so():
+def test_another_version_is_named_and_prevents_the_run():
     [finding] = judge(change(ring(3), 4, software={**SOFTWARE, "torch": "2.12.0"}), EFFORT)
     assert finding.text == "rank 4 on node2: torch 2.12.0, where most ranks have torch 2.13.0"
     assert finding.hosts == ("node2",)
@@ -53,12 +53,12 @@ def test_another_device_is_named_and_stops_nothing():
     assert not finding.is_fatal
 
 
-def test_what_a_rank_says_of_itself_is_passed_on():
+def test_problems_reported_by_a_rank_are_passed_on():
     [finding] = judge(change(ring(2), 2, troubles=("/tmp has 3 MiB left, less than 256 MiB",)), EFFORT)
     assert finding == ("rank 2 on node1: /tmp has 3 MiB left, less than 256 MiB", ("node1",), False)
 
 
-def test_a_clock_that_is_off_names_the_node_once():
+def test_a_wrong_clock_names_the_node_once():
     readings = [replace(each, clock=each.clock + 30 * (each.host == "node1")) for each in ring(3)]
     [finding] = judge(readings, EFFORT)
     assert finding.text == "the clock of node1 is 30 s ahead of the others"
@@ -78,7 +78,7 @@ def test_a_slow_disk_is_named():
     assert finding.text.startswith("node3 writes slowly into the run folder: 14 s for 32 MiB that take 0.")
 
 
-def test_a_node_whose_links_are_all_slow_is_named_instead_of_them():
+def test_a_node_is_named_instead_of_its_links():
     readings = [slower(each, latency=400.0) if each.rank in (3, 5) else each for each in ring(4)]
     [finding] = judge(readings, EFFORT)
     assert finding.text == "the network of node2 is slow: 40 ms for a few bytes, 0.1 ms on the median link"
@@ -95,7 +95,7 @@ def test_one_slow_link_is_named_by_its_ends():
     assert len(finding.hosts) == 1
 
 
-def test_of_two_nodes_the_one_link_is_judged_by_itself():
+def test_of_two_nodes_the_link_is_named():
     readings = ring(2)
     readings[1], readings[3] = (slower(readings[rank], latency=500.0) for rank in (1, 3))
     [finding] = judge(readings, EFFORT)
@@ -103,14 +103,14 @@ def test_of_two_nodes_the_one_link_is_judged_by_itself():
     assert "50 ms for a few bytes" in finding.text
 
 
-def test_a_slow_link_within_a_node_is_named_beside_the_others():
+def test_a_slow_link_within_a_node_is_named():
     readings = ring(2, per_node=8)
     readings[2] = slower(readings[2], exchange=3000.0)
     [finding] = judge(readings, EFFORT)
     assert "rank 2 on node0, rank 3 on node0" in finding.text
 
 
-def test_many_slow_links_are_counted_and_not_all_named():
+def test_many_slow_links_are_counted_not_all_named():
     readings = [slower(each, latency=500.0) for each in ring(64)]
     findings = judge(readings, EFFORT)
     assert len(findings) == 5

@@ -99,7 +99,7 @@ def test_all_hear_within_seconds_who_has_died(dead: tuple[int, ...], ranks: Rank
         assert "Start the run again" in heard
 
 
-def test_a_death_before_all_have_come_is_heard_of(ranks: Ranks) -> None:
+def test_a_death_before_all_ranks_joined_is_reported(ranks: Ranks) -> None:
     ranks.start(0, 2, 3)
     time.sleep(0.7)
     _kill(ranks, 3)
@@ -107,7 +107,7 @@ def test_a_death_before_all_have_come_is_heard_of(ranks: Ranks) -> None:
     assert "Rank 3 on " in ranks.hears(2)
 
 
-def test_a_rank_that_is_stopped_is_not_taken_for_dead(ranks: Ranks) -> None:
+def test_a_stopped_rank_is_not_presumed_dead(ranks: Ranks) -> None:
     ranks.start(*range(NUM_RANKS))
     time.sleep(0.7)
     os.kill(ranks.processes[1].pid or 0, signal.SIGSTOP)
@@ -126,7 +126,7 @@ def test_ranks_that_end_well_alarm_nobody(order: str, ranks: Ranks) -> None:
     assert ranks.hears(2) == "ended by itself"
 
 
-def test_one_that_fails_with_an_error_leaves_the_others_time_to_notice_by_themselves(ranks: Ranks) -> None:
+def test_an_error_leaves_others_time_to_notice_themselves(ranks: Ranks) -> None:
     ranks.start(*range(NUM_RANKS))
     time.sleep(0.7)
     ranks.orders[2].send("fail")
@@ -136,7 +136,7 @@ def test_one_that_fails_with_an_error_leaves_the_others_time_to_notice_by_themse
         assert "ended with an error of its own" in ranks.hears(rank)
 
 
-def test_one_that_lost_a_peer_in_a_collective_says_who_it_was(ranks: Ranks) -> None:
+def test_losing_a_peer_in_a_collective_names_it(ranks: Ranks) -> None:
     ranks.start(*range(NUM_RANKS))
     time.sleep(0.7)
     _kill(ranks, 3)
@@ -144,13 +144,13 @@ def test_one_that_lost_a_peer_in_a_collective_says_who_it_was(ranks: Ranks) -> N
     assert "Rank 3 on " in ranks.hears(1)
 
 
-def test_ranks_told_to_end_do_not_wait_for_one_that_never_came(ranks: Ranks) -> None:
+def test_ranks_told_to_end_await_no_missing_rank(ranks: Ranks) -> None:
     ranks.start(0, 1, told_to_end=True)
     assert "was told to end while the ranks were starting" in ranks.hears(0)
     assert "was told to end while the ranks were starting" in ranks.hears(1) or "Rank 0" in ranks.hears(1)
 
 
-def test_what_an_earlier_start_left_behind_is_passed_over(ranks: Ranks, tmp_path: Path) -> None:
+def test_remains_of_an_earlier_start_are_ignored(ranks: Ranks, tmp_path: Path) -> None:
     earlier = tmp_path / "logs" / "lifeline-start.json"
     earlier.parent.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as gone:
@@ -163,7 +163,7 @@ def test_what_an_earlier_start_left_behind_is_passed_over(ranks: Ranks, tmp_path
     assert all("Rank 1 on " in ranks.hears(rank) for rank in (0, 2, 3))
 
 
-def test_of_a_thousand_ranks_all_hear_of_a_death_in_seconds(tmp_path: Path) -> None:
+def test_a_thousand_ranks_hear_of_a_death_quickly(tmp_path: Path) -> None:
     size, reports = 1000, []
     with Lifeline(RankInfo(0, size, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", reports.append):
         port, token = json.loads((tmp_path / "logs" / "lifeline-start.json").read_text())

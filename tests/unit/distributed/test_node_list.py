@@ -41,7 +41,7 @@ def _counted(first: str, last: str) -> list[str]:
 
 
 @given(st.lists(terms, min_size=1, max_size=3))
-def test_a_list_gives_the_names_it_is_made_of(drawn: list[list[str | list[tuple[str, str]]]]) -> None:
+def test_a_node_list_expands_to_its_names(drawn: list[list[str | list[tuple[str, str]]]]) -> None:
     assert expand(",".join(map(written, drawn))) == [name for term in drawn for name in named(term)]
 
 

@@ -4,7 +4,7 @@ from megatrain.distributed.probe import neighbours, write_seconds
 
 
 @pytest.mark.parametrize("size", [*range(1, 20), 4096])
-def test_every_link_of_the_ring_is_used_once_and_nobody_waits_for_a_third_rank(size):
+def test_every_ring_link_is_probed_once_without_deadlock(size):
     turns = [neighbours(rank, size) for rank in range(size)]
     assert max(map(len, turns)) <= 2
     met = set()
@@ -26,6 +26,6 @@ def test_the_written_file_is_removed_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_of_the_disk(tmp_path):
+def test_an_unwritable_folder_is_a_disk_error(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         write_seconds(tmp_path / "gone", 1 << 20)

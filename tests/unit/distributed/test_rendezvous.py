@@ -55,7 +55,7 @@ def told(*ranks: Rank) -> list[str]:
     return answers
 
 
-def test_ranks_meet_or_are_told_who_is_missing_and_where() -> None:
+def test_ranks_meet_or_learn_who_is_missing() -> None:
     here = "127.0.0.1"
     silent, taken = socket.create_server(("", 0)), socket.create_server(("", 0))
     unheard, held = silent.getsockname()[1], taken.getsockname()[1]

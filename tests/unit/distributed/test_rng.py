@@ -35,7 +35,7 @@ def test_bits_64_are_splitmix64s() -> None:
     assert [b % 2**64 for b in bits] == [splitmix64((key + i * golden) % 2**64) for i in range(1000)]
 
 
-def test_the_last_dimensions_mixer_is_lowbias32_where_the_row_adds_nothing() -> None:
+def test_the_mixer_is_lowbias32_for_a_zero_row() -> None:
     row = torch.zeros(1, dtype=torch.int64)
     counters = torch.arange(500, dtype=torch.int32)
     assert [x % 2**32 for x in rng.mix_32(counters, row)[0].tolist()] == [lowbias32(i) for i in range(500)]
@@ -46,19 +46,19 @@ def test_another_seed_or_name_is_another_stream(change: dict[str, object]) -> No
     assert rng.stream_key(**{"seed": 1, "name": "one", **change}) != rng.stream_key(1, "one")  # type: ignore[arg-type]
 
 
-def test_a_slice_has_the_bits_of_the_whole_in_every_dimension() -> None:
+def test_a_slice_has_the_bits_of_the_whole() -> None:
     whole = rng.bits_32(5, SAMPLES, (3, 4, 10, 20), (0, 0, 0))
     part = rng.bits_32(5, SAMPLES[1:], (2, 2, 6, 15), (2, 3, 5))
     assert torch.equal(part, whole[1:, 2:, 3:9, 5:])
 
 
-def test_samples_rows_and_columns_have_bits_of_their_own() -> None:
+def test_samples_rows_and_columns_have_different_bits() -> None:
     bits = rng.bits_32(5, torch.arange(40), (40, 50, 60), (0, 0)).flatten()
     # Of 120,000 32-bit numbers two are equal about 1.7 times by chance.
     assert len(bits) - len(bits.unique()) < 12
 
 
-def test_dropout_drops_its_share_evenly_and_keeps_the_mean() -> None:
+def test_dropout_drops_evenly_and_keeps_the_mean() -> None:
     x = torch.ones(64, 100, 128)
     y = rng.dropout(x, 0.3, key=3, sample_ids_B=torch.arange(64) * 1000, offsets=(0, 0))
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}

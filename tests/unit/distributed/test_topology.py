@@ -24,7 +24,7 @@ def test_the_named_example_has_tensor_innermost() -> None:
 
 
 @pytest.mark.parametrize(("world_size", "tensor", "pipeline"), [(7, 2, 1), (8, 3, 1), (2, 2, 2)])
-def test_degrees_that_do_not_divide_the_ranks_are_refused(world_size: int, tensor: int, pipeline: int) -> None:
+def test_degrees_not_dividing_the_ranks_are_refused(world_size: int, tensor: int, pipeline: int) -> None:
     with pytest.raises(ValueError, match="does not divide"):
         Topology.of(world_size, tensor, pipeline)
 
@@ -37,7 +37,7 @@ def test_ranks_and_places_map_one_to_one(mesh: Topology) -> None:
 
 
 @given(degrees, axis_sets)
-def test_groups_along_any_axes_are_a_partition_into_equal_parts(mesh: Topology, axes: tuple[Axis, ...]) -> None:
+def test_groups_along_axes_partition_the_ranks_evenly(mesh: Topology, axes: tuple[Axis, ...]) -> None:
     groups = mesh.groups(*axes)
     assert sorted(itertools.chain(*groups)) == list(range(mesh.world_size))
     size = 1

@@ -50,7 +50,7 @@ def start(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
     return start
 
 
-def test_weights_to_begin_with_are_looked_for_before_ranks_start(config: RunConfig, tmp_path: Path) -> None:
+def test_initial_weights_are_checked_before_ranks_start(config: RunConfig, tmp_path: Path) -> None:
     run = config.run.model_copy(update={"init_from": str(tmp_path / "gone")})
     with pytest.raises(CheckpointError, match="gone does not exist"):
         begin_job(config.model_copy(update={"run": run}), TRIES)
@@ -76,7 +76,7 @@ def test_the_first_cause_decides(start, status: int, failure: int | None, answer
     assert start(status, failure=failure) == (answer, code)
 
 
-def test_after_some_starts_without_a_checkpoint_the_job_is_given_up(start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_starts_without_a_checkpoint_end_the_job(start, capsys: pytest.CaptureFixture[str]) -> None:
     assert [start(137)[0] for _ in range(TRIES)] == ["requeue", "requeue", "stop"]
     assert "given up" in capsys.readouterr().err
 
@@ -101,7 +101,7 @@ def test_starts_that_ended_unheard_count_too(config: RunConfig, monkeypatch: pyt
         begin_job(config, TRIES)
 
 
-def test_a_job_that_is_submitted_again_begins_to_count_anew(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resubmitted_job_counts_anew(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     for restarts in range(TRIES):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
         begin_job(config, TRIES)
@@ -110,7 +110,7 @@ def test_a_job_that_is_submitted_again_begins_to_count_anew(config: RunConfig, m
     assert begin_job(config, TRIES) > 0
 
 
-def test_a_run_folder_in_use_stops_the_job_at_once(config: RunConfig) -> None:
+def test_a_run_folder_in_use_stops_the_job(config: RunConfig) -> None:
     holding = f"""
 from pathlib import Path
 from megatrain.checkpoint.lock import locked
@@ -132,7 +132,7 @@ def test_outside_of_a_job_nothing_begins(config: RunConfig, monkeypatch: pytest.
         begin_job(config, TRIES)
 
 
-def test_each_start_of_a_job_meets_at_a_free_port_of_its_own() -> None:
+def test_each_start_meets_at_its_own_free_port() -> None:
     first, second = job_port(4711, 0), job_port(4711, 1)
     assert first != second
     with socket.socket() as taken:
@@ -169,7 +169,7 @@ def test_a_signal_waits_for_a_rank_that_listens(rank: subprocess.Popen[bytes]) -
     assert rank.wait(20) == 75
 
 
-def test_a_sweep_ends_the_ranks_of_earlier_starts_of_its_job_alone(rank: subprocess.Popen[bytes]) -> None:
+def test_sweep_ends_only_earlier_ranks_of_its_job(rank: subprocess.Popen[bytes]) -> None:
     sweep = [sys.executable, "-m", "launcher", "job", "sweep"]
     for other in ({"SLURM_JOB_ID": "4712", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "4711"}):
         subprocess.run(sweep, env={**os.environ, **other}, check=True, timeout=60)
@@ -178,7 +178,7 @@ def test_a_sweep_ends_the_ranks_of_earlier_starts_of_its_job_alone(rank: subproc
     assert rank.wait(20) == -signal.SIGKILL
 
 
-def test_a_relay_whose_script_has_ended_disturbs_no_later_start(rank: subprocess.Popen[bytes]) -> None:
+def test_an_orphaned_relay_disturbs_no_later_start(rank: subprocess.Popen[bytes]) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     relay = [sys.executable, "-m", "launcher", "job", "relay", "USR1", "--script", str(gone.pid)]

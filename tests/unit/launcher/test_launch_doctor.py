@@ -40,7 +40,7 @@ def test_a_wrong_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, pr
 
 
 @pytest.mark.parametrize("options", [["--hostfile", "gone"], ["--folder", "gone"]])
-def test_what_is_not_there_is_code_2_and_named(tmp_path: Path, options: list[str]) -> None:
+def test_a_missing_hostfile_or_folder_exits_2(tmp_path: Path, options: list[str]) -> None:
     command = [sys.executable, "-m", "launcher", "doctor", *options]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
@@ -105,7 +105,7 @@ def test_every_slot_of_the_job_is_examined(
         assert Path("order").read_text().split() == ["node1"] * 4 + ["node2"] * 4 + ["node3"] * 2
 
 
-def test_a_step_of_the_job_is_not_the_job(allocation: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_not_taken_for_the_job(allocation: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "1")
     allocation(ANSWERS, '#!/bin/sh\n[ "$2" = job ] && echo "JobId=7 NumNodes=3 NumCPUs=9 NumTasks=8 CPUs/Task=1"\n')

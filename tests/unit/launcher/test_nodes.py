@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> RunConfig:
         ("a", 8, 1, "trains on 1 of 1 nodes, 8 rank(s).\n"),
     ],
 )
-def test_a_start_uses_as_many_nodes_as_the_layout_is_legal_on(
+def test_a_start_uses_a_legal_number_of_nodes(
     given: str,
     ranks_per_node: int,
     used: int,

@@ -181,12 +181,12 @@ def test_shared_gpus_are_not_reached_over_ssh(site: dict[str, list[str]], launch
     assert "\nsrun " in launch(*options).out
 
 
-def test_ranks_of_one_node_keep_the_gpus_of_slurm(launch: Launch) -> None:
+def test_ranks_of_one_node_keep_slurm_gpus(launch: Launch) -> None:
     script = launch("slurm", "run.yaml", "--nodes", "1", "--gpus-per-node", "2", "--shared", "--via", "deepspeed").out
     assert "export MEGATRAIN_ASSIGNED_DEVICES=$CUDA_VISIBLE_DEVICES" in checked(script)
 
 
-def test_an_elastic_job_takes_what_is_there_and_starts_ranks_on_as_many_as_it_is_told(launch: Launch) -> None:
+def test_an_elastic_job_starts_ranks_on_available_nodes(launch: Launch) -> None:
     options = ["--nodes", "4", "--min-nodes", "2", "--procs-per-node", "2", "--cpus-per-task", "3", "--via", "srun"]
     script = launch("slurm", "run.yaml", *options).out
     asked = sbatch_options(script)
@@ -255,7 +255,7 @@ def test_a_sites_own_lines_come_from_its_file(launch: Launch) -> None:
         ("python: [apptainer, exec, image.sif, python]", "a container"),
     ],
 )
-def test_what_is_wrong_with_a_sites_file_is_named(launch: Launch, text: str, named: str) -> None:
+def test_mistakes_in_a_site_file_are_named(launch: Launch, text: str, named: str) -> None:
     Path("site.yaml").write_text(text)
     options = ["--nodes", "2", "--procs-per-node", "2", "--via", "deepspeed"]
     ended = launch("slurm", "run.yaml", *options, "--site", "site.yaml")
@@ -277,7 +277,7 @@ def test_words_reach_the_trainer_as_they_were_given(launch: Launch, tmp_path: Pa
     assert not list(tmp_path.rglob("broken"))
 
 
-def test_words_survive_ssh_which_hands_them_to_a_shell(launch: Launch) -> None:
+def test_words_survive_the_shell_behind_ssh(launch: Launch) -> None:
     nasty = "train.steps= 20"
     script = launch("slurm", "run.yaml", nasty, "--nodes", "2", "--procs-per-node", "2").out
     line = next(line for line in checked(script).splitlines() if line.startswith("remote_config="))
@@ -306,7 +306,7 @@ def test_words_survive_ssh_which_hands_them_to_a_shell(launch: Launch) -> None:
         (["--nodes", "2", "--gpus-per-node", "2", "run.dir=runs/a\\\\b"], "backslash"),
     ],
 )
-def test_what_cannot_be_run_is_refused_with_code_2(launch: Launch, arguments: list[str], named: str) -> None:
+def test_what_cannot_run_is_refused_with_code_2(launch: Launch, arguments: list[str], named: str) -> None:
     ended = launch("slurm", "run.yaml", *arguments)
     assert (ended.code, ended.out) == (2, "")
     assert named in ended.err
@@ -349,7 +349,7 @@ def test_other_limits_are_refused(limit: str) -> None:
         limit_seconds(limit)
 
 
-def test_an_array_does_a_command_of_the_data_tools(launch: Launch, tmp_path: Path) -> None:
+def test_an_array_runs_a_data_tools_command(launch: Launch, tmp_path: Path) -> None:
     words = ["tokenize", "my data/*.jsonl", "--tokenizer", "t.json", "--out", "$HOME", "--workers", "2"]
     (tmp_path / "logs").mkdir()
     options = ["--tasks", "8", "--cpus-per-task", "2", "--time", "60", "--max-running", "3", "--mem", "16G"]
@@ -370,7 +370,7 @@ def test_an_array_does_a_command_of_the_data_tools(launch: Launch, tmp_path: Pat
     assert shown.stdout.splitlines() == ["-m", "data_tools", *words]
 
 
-def test_an_array_of_what_cannot_be_shared_is_refused(launch: Launch) -> None:
+def test_an_array_of_unshareable_work_is_refused(launch: Launch) -> None:
     ended = launch("array", "--tasks", "8", "--", "inspect", "data/code")
     assert ended.code == 2
     assert "tokenize, dedup, filter" in ended.err

@@ -53,7 +53,7 @@ def test_sbatchs_refusal_is_said_in_its_words(slurm: Path) -> None:
         list(submit_script("", 3))  # of which the second has a dependency on job 12
 
 
-def test_the_rest_of_a_chain_is_cancelled_last_first(
+def test_the_rest_of_a_chain_is_cancelled_backwards(
     slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")

@@ -61,9 +61,7 @@ def _end_node(launcher: psutil.Process, host: str) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_node_whose_ranks_have_ended_is_told_to_those_that_wait(
-    host: str, launcher: psutil.Process, run_dir: Path
-) -> None:
+def test_waiting_ranks_learn_that_a_node_has_ended(host: str, launcher: psutil.Process, run_dir: Path) -> None:
     _end_node(launcher, host)
     watch.watch_nodes(run_dir, launcher.pid, run_dir / "hostfile")
     told = why_given_up(run_dir, start_name())
@@ -72,7 +70,7 @@ def test_a_node_whose_ranks_have_ended_is_told_to_those_that_wait(
     assert launcher.is_running()
 
 
-def test_a_run_that_ends_within_a_moment_on_all_nodes_is_not_given_up(launcher: psutil.Process, run_dir: Path) -> None:
+def test_a_simultaneous_end_everywhere_is_no_failure(launcher: psutil.Process, run_dir: Path) -> None:
     watching = threading.Thread(target=watch.watch_nodes, args=(run_dir, launcher.pid, run_dir / "hostfile"))
     watching.start()
     time.sleep(1.0)

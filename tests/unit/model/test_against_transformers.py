@@ -88,7 +88,7 @@ def test_bfloat16_loss_is_near_that_of_fp32(family: Any) -> None:
     assert abs(rounded.item() / exact - 1) < 2e-3
 
 
-def test_tied_weights_stay_one_parameter_when_memory_is_given_to_a_meta_model() -> None:
+def test_tied_weights_stay_tied_on_a_meta_model() -> None:
     with torch.device("meta"):
         model = Decoder(ModelConfig(**SIZES))
     model.to_empty(device="cpu")

@@ -14,7 +14,7 @@ from megatrain.model.families import build_layers, family_of
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
-def test_every_matrix_but_learned_positions_is_split_along_a_dimension_it_has(family: Any) -> None:
+def test_every_matrix_but_learned_positions_is_split(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
     table = family_of(config)
     used = set()
@@ -34,7 +34,7 @@ def test_every_matrix_but_learned_positions_is_split_along_a_dimension_it_has(fa
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
-def test_a_stage_builds_just_its_own_layers_under_their_canonical_names(family: Any) -> None:
+def test_a_stage_builds_only_its_own_layers(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
     specs = build_layers(config)
     names = [f"{spec.prefix}.{name}" for spec in specs for name, _ in spec.build().named_parameters()]

@@ -99,7 +99,7 @@ def test_a_seed_beyond_64_bits_is_refused(seed: int) -> None:
         generate(small_model("llama"), PROMPT, 5, RANDOM, seed)
 
 
-def test_top_p_and_top_k_choose_among_the_likeliest_by_their_shares() -> None:
+def test_top_p_and_top_k_renormalize_likely_tokens() -> None:
     logits_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     generator = torch.Generator().manual_seed(0)
     for sampling, shares in (
@@ -120,7 +120,7 @@ def test_top_p_and_top_k_choose_among_the_likeliest_by_their_shares() -> None:
         ([-1], 5, "0 to"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_the_first_token(prompt: list[int], num_new: int, says: str) -> None:
+def test_impossible_requests_fail_before_the_first_token(prompt: list[int], num_new: int, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         generate(small_model("llama"), prompt, num_new, GREEDY)
 

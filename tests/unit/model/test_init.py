@@ -66,7 +66,7 @@ def test_a_slice_is_the_wholes_slice() -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_several_boxes_lie_one_behind_the_other_and_padding_is_zero(dim: int) -> None:
+def test_several_boxes_are_concatenated_and_padded_with_zeros(dim: int) -> None:
     expected = whole((120, 120))
     boxes = []
     for start in (10, 50, 90):  # a third of each of three parts
@@ -80,7 +80,7 @@ def test_several_boxes_lie_one_behind_the_other_and_padding_is_zero(dim: int) ->
     assert not part.narrow(dim, 39, 5).any()
 
 
-def test_a_flat_range_is_that_of_the_flattened_whole() -> None:
+def test_a_flat_range_matches_the_flattened_whole() -> None:
     shape = (300, 700)
     piece = Piece(NAME, shape, Box((0, 0), shape), 150_000, 60_000)
     assert torch.equal(InitialWeights(CONFIG, 1).read(piece, "weight"), whole(shape).flatten()[150_000:])
@@ -119,7 +119,7 @@ def test_scheme_scales_what_writes_to_the_residual_stream(scheme: str, name: str
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_starts_with_unit_norms_zero_biases_and_the_loss_of_a_guess(family: str) -> None:
+def test_norms_biases_and_matrices_start_as_specified(family: str) -> None:
     config = ModelConfig(**SIZES, family=family)  # type: ignore[arg-type]
     for name, empty in Decoder(config).named_parameters():
         parameter = held(Placement.whole(name, empty.shape), config=config)

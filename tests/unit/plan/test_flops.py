@@ -54,7 +54,7 @@ def test_llama_has_as_many_parameters_as_in_transformers(keys):
     assert num_parameters(ModelConfig(family="llama", **keys)) == count(reference)
 
 
-def test_mistral_and_qwen3_have_as_many_parameters_as_in_transformers():
+def test_parameter_counts_match_transformers():
     keys = {**SMALL, "head_dim": 24, "num_key_value_heads": 2, "tie_word_embeddings": False}
     with torch.device("meta"):
         mistral = MistralForCausalLM(MistralConfig(**keys))
@@ -89,7 +89,7 @@ def test_the_124m_gpt2_has_the_published_size():
     assert num_parameters(ModelConfig(family="gpt2", vocab_size=50257, **keys)) == 124_439_808
 
 
-def test_matrix_parameters_are_the_weights_of_all_linear_layers_with_the_head_counted_where_it_is_tied():
+def test_matrix_parameters_count_linear_layers_and_tied_heads():
     with torch.device("meta"):
         reference = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True, num_key_value_heads=2))
     linear = [module for module in reference.modules() if isinstance(module, torch.nn.Linear)]
@@ -97,7 +97,7 @@ def test_matrix_parameters_are_the_weights_of_all_linear_layers_with_the_head_co
     assert matrix_parameters(ModelConfig(family="llama", **SMALL, num_key_value_heads=2)) == expected
 
 
-def test_flops_of_a_token_follow_the_definition_of_the_interface():
+def test_flops_of_a_token_follow_the_definition():
     """6 x matrix parameters, output head included, + 12 x layers x heads x head size x seq_len: by hand for an 8B."""
     matrices = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336) + 4096 * 128256
     assert flops_per_token(ModelConfig(family="llama", **LLAMA_8B), 8192) == 6 * matrices + 12 * 32 * 32 * 128 * 8192

@@ -116,7 +116,7 @@ def on_either(memory: RankMemory, kind: str) -> int:
 
 
 @pytest.mark.parametrize("case", [*CASES, *STAGED], ids=lambda case: case.name)
-def test_weights_optimizer_and_what_is_saved_are_what_the_engine_allocates(case, measured):
+def test_predicted_state_and_checkpoints_match_the_engine(case, measured):
     memory, real = rank_memory(case.part), measured[case.name]
     assert on_either(memory, "optimizer") == real["optimizer"]
     if case.parallel.get("offload") != "optimizer":  # there the weights on their way to the device are no parameters
@@ -143,7 +143,7 @@ def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
 
 
 @pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN3], ids=str)
-def test_the_parameters_of_all_ranks_are_those_of_the_model(model):
+def test_parameters_of_all_ranks_make_the_model(model):
     (whole,) = parts(RunConfig.model_validate(Case("bf16", 1, {}, model).config), 1)
     assert whole.num_parameters == num_parameters(whole.config.model)
     staged = parts(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}, model).config), NUM_RANKS)
@@ -151,13 +151,13 @@ def test_the_parameters_of_all_ranks_are_those_of_the_model(model):
     assert without_copies == num_parameters(whole.config.model)
 
 
-def test_earlier_stages_keep_the_activations_of_more_micro_batches():
+def test_earlier_stages_keep_more_activations():
     first, middle, last = parts(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}).config), NUM_RANKS)
     assert (first.in_flight, middle.in_flight, last.in_flight) == (3, 2, 1)
     assert activations(first) > 3 / 2 * activations(middle)
 
 
-def test_a_gpu_keeps_no_probabilities_of_attention_but_where_they_are_dropped():
+def test_gpus_keep_attention_probabilities_only_for_dropout():
     plain, dropping = (Case("bf16", 1, {}, {"attention_dropout": dropout}).part for dropout in (0.0, 0.1))
     probabilities = 3 * 4 * 32 * 32 * 2  # layers, heads, queries, keys, bytes
     statistics = 3 * 4 * 32 * 4
@@ -165,7 +165,7 @@ def test_a_gpu_keeps_no_probabilities_of_attention_but_where_they_are_dropped():
     assert activations(dropping) == activations(plain, on_cpu=True)
 
 
-def test_the_peak_is_that_of_the_passes_or_of_the_update():
+def test_peak_memory_is_in_passes_or_update():
     memory = rank_memory(Case("fp16", 1).part)
     state = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
     assert memory.total_bytes == state + memory.activations_bytes

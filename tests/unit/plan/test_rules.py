@@ -108,9 +108,7 @@ def test_a_legal_layout_passes(layout, overrides, world_size, degree, num_micro_
         ),
     ],
 )
-def test_an_illegal_layout_is_refused_with_the_key_the_reason_and_the_nearest_legal_one(
-    layout, overrides, world_size, key, reason, nearest
-):
+def test_an_illegal_layout_names_key_reason_and_alternative(layout, overrides, world_size, key, reason, nearest):
     (problem,) = rules.problems(layout(*overrides), world_size)
     assert problem.key == key
     assert reason in problem.reason
@@ -130,14 +128,14 @@ def test_an_illegal_layout_is_refused_with_the_key_the_reason_and_the_nearest_le
         ({"intermediate_size": "null"}, 8, None),
     ],
 )
-def test_tensor_ranks_share_heads_and_mlp_evenly_or_are_refused(layout, sizes, tensor, broken):
+def test_tensor_ranks_share_heads_and_mlp_evenly(layout, sizes, tensor, broken):
     overrides = [f"model.{key}={value}" for key, value in sizes.items()]
     found = rules.problems(layout(*overrides, f"parallel.tensor={tensor}"), tensor)
     assert [problem.key for problem in found] == ([] if broken is None else ["parallel.tensor"])
     assert broken is None or broken in found[0].reason
 
 
-def test_all_that_is_wrong_is_listed_at_once_with_a_layout_that_mends_all(layout):
+def test_all_problems_are_listed_with_one_remedy(layout):
     wrong = [
         "parallel.tensor=3",
         "parallel.pipeline=5",
@@ -156,7 +154,7 @@ def test_all_that_is_wrong_is_listed_at_once_with_a_layout_that_mends_all(layout
     rules.check(layout(*wrong, *mended), 8)
 
 
-def test_every_way_out_mends_its_problem_and_breaks_nothing_new(layout):
+def test_every_suggestion_mends_its_problem_and_breaks_nothing(layout):
     """Over a grid of layouts: each suggestion, applied, removes its problem; the whole's suggestion is legal."""
     grid = itertools.product((1, 3, 8), (1, 2, 5), (1, 3), (False, True), ("none", "all"), (12, 16), (1, 6, 8))
     num_refused = 0
@@ -193,7 +191,7 @@ def test_no_ranks_are_refused(layout):
     assert rules.problems(layout(), 0)[0].nearest == "1"
 
 
-def test_the_smallest_world_of_a_layout_is_one_copy_of_the_model(layout):
+def test_the_smallest_world_is_one_model_copy(layout):
     config = layout("parallel.tensor=2", "parallel.pipeline=4")
     assert rules.model_ranks(config) == 8
     rules.check(config, rules.model_ranks(config))

@@ -50,7 +50,7 @@ def test_no_other_interval_is_better(failures):
     assert all(goodput(failures, other) < goodput(failures, best) for other in others)
 
 
-def test_where_failures_are_rare_it_is_young_s_interval_and_the_first_order_of_what_is_lost():
+def test_rare_failures_give_the_interval_of_young():
     best, mtbf = best_interval(RARE), RARE.mtbf
     assert best == pytest.approx(math.sqrt(2 * RARE.checkpoint * mtbf), rel=0.01)
     lost = RARE.checkpoint / best + best / (2 * mtbf) + RARE.restart / mtbf
@@ -74,7 +74,7 @@ def test_what_costs_nothing_is_done_all_the_time():
 
 
 @pytest.mark.parametrize("failures", [Failures(1.0, 1e5, 0.0), Failures(1e-3, 1.0, 1e6)], ids=["saves", "restarts"])
-def test_a_hopeless_job_has_no_goodput_and_raises_nothing(failures):
+def test_a_hopeless_job_has_no_goodput(failures):
     interval = best_interval(failures)
     assert 0.0 < interval <= failures.mtbf
     assert goodput(failures, interval) == 0.0

@@ -119,7 +119,7 @@ def test_the_slowest_stage_paces_a_pipeline():
     assert time.compute + time.bubble == pytest.approx(3 * time.compute / 4 + whole)
 
 
-def test_a_ring_that_leaves_the_node_has_the_network_ports_of_its_ranks_there():
+def test_rings_between_nodes_use_ports_of_their_ranks():
     cluster = Cluster.of(4, 8, "h100", 400.0, 0.5)
     assert cluster.bandwidth(8, 1) == 450e9  # tensor ranks of one node
     assert cluster.bandwidth(32, 1) == 8 * 50e9  # data ranks, all of every node
@@ -144,7 +144,7 @@ def test_speed_mfu_and_days_follow_from_the_step():
     assert plan.days == pytest.approx(1000 * plan.time.step / 86400)
 
 
-def test_offloading_costs_time_on_the_way_to_the_cpu():
+def test_offloading_adds_transfer_time():
     alone = replace(NODE, gpus_per_node=1)
     near, far = (time_of(make_config(zero_stage=2, offload=kind), alone) for kind in ("none", "optimizer"))
     assert far.compute == near.compute
@@ -165,18 +165,18 @@ def test_offloading_costs_time_on_the_way_to_the_cpu():
     ],
     ids=str,
 )
-def test_what_is_left_open_is_as_few_as_the_layout_needs(parallel, nodes, gpus, expected):
+def test_open_sizes_become_the_smallest_legal_ones(parallel, nodes, gpus, expected):
     assert find_nodes(make_config(**parallel), nodes, gpus) == expected
 
 
-def test_an_unknown_device_is_refused_with_the_known_ones():
+def test_an_unknown_device_is_refused_listing_known_ones():
     with pytest.raises(ConfigError, match=r"h101.*known:.* h100,.*mi300x") as caught:
         Cluster.of(1, 8, "h101", 400.0, 0.5)
     assert caught.value.exit_code == EXIT_USAGE
 
 
 @pytest.mark.parametrize("device", ["a100", "h100", "h200", "b200", "mi300x", "l40s"])
-def test_a_network_between_nodes_is_not_faster_than_the_links_within(device):
+def test_the_network_is_never_faster_than_links_within(device):
     assert find_device(device).link_bytes_per_second >= 16e9
     inside, outside = Cluster.of(1, 8, device, 100.0, 0.5), Cluster.of(8, 1, device, 100.0, 0.5)
     config = make_config(zero_stage=1).model_copy(

@@ -104,7 +104,7 @@ def test_an_import_carries_all_and_says_what_not(folder: Path, ids: dict[str, in
         assert same(tmp_path / "back" / name) == same(folder / name), name  # type: ignore[operator]
 
 
-def test_a_run_from_an_import_ends_texts_as_its_data_does(
+def test_an_imported_run_ends_texts_like_its_data(
     folder: Path, ids: dict[str, int], tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     import_folder(folder, tmp_path / "checkpoint")
@@ -126,7 +126,7 @@ def test_a_run_from_an_import_ends_texts_as_its_data_does(
         assert (back / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_an_export_names_the_end_of_the_data_and_invents_nothing(
+def test_an_export_names_only_the_data_end_token(
     folder: Path, ids: dict[str, int], tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     path = dataset(folder, tiny_data, tmp_path / "set", "<|end_of_text|>")
@@ -236,7 +236,7 @@ def test_a_prompt_begins_as_documents_do(folder: Path, ids: dict[str, int]) -> N
     assert "prompts need it" in of({}).with_data(plain, end, imported.special_tokens.bos).notes[0]
 
 
-def test_a_tokenizer_of_unknown_origin_takes_no_files_along() -> None:
+def test_a_tokenizer_of_unknown_origin_exports_no_files() -> None:
     files = {"vocab.json": b"{}", "merges.txt": b"", "generation_config.json": b"{}"}
     assets = Assets.of_folder(files).with_data(b"{}", Token(id=0, token="x"))
     assert set(assets.files) == {"generation_config.json", "tokenizer.json"}

@@ -105,7 +105,7 @@ def test_imported_model_has_the_logits_of_transformers(family: str, tied: bool, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", MODELS)
-def test_export_of_an_import_is_the_same_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_exporting_an_import_is_bit_exact(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     theirs = model_of(family, tied=True, dtype=dtype)
     import_folder(save(theirs, tmp_path / "hf", max_shard_size="30KB"), tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "back", shard_bytes=20_000)
@@ -231,7 +231,7 @@ def test_how_to_tokenize_and_generate_goes_through_unchanged(tiny_data: TinyData
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
 
 
-def test_a_tokenizer_of_another_make_does_not_stop_an_export(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_does_not_stop_exports(tmp_path: Path) -> None:
     hf = save(model_of("llama", tied=True), tmp_path / "hf")
     (hf / "generation_config.json").unlink()
     (hf / "tokenizer.json").write_text('{"added_tokens": [1, {"special": true}]}')
@@ -357,7 +357,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_imported_as_it_is_is_refused_with_its_reason(what: str, tmp_path: Path) -> None:
+def test_unsupported_imports_are_refused_with_the_reason(what: str, tmp_path: Path) -> None:
     family, change, words = REFUSED[what]
     hf = save(model_of(family, tied=True), tmp_path / "hf")
     change(hf)
@@ -367,7 +367,7 @@ def test_what_cannot_be_imported_as_it_is_is_refused_with_its_reason(what: str, 
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_an_import_that_is_refused_ends_with_code_4_and_a_paragraph(tmp_path: Path) -> None:
+def test_a_refused_import_exits_4_with_a_paragraph(tmp_path: Path) -> None:
     hf = save(model_of("mistral", tied=False), tmp_path / "hf")
     change_config(hf, sliding_window=8)
     command = [sys.executable, "-m", "megatrain", "import", str(hf), "--out", str(tmp_path / "out")]
@@ -394,7 +394,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-def test_export_holds_a_small_part_of_the_model_in_memory(tmp_path: Path) -> None:
+def test_exporting_takes_a_fraction_of_the_model_memory(tmp_path: Path) -> None:
     """A model of 0.7 GB, the largest tensor of which has 34 MB: what the process grows by, mapped pages included."""
     keys = {**SIZES, "hidden_size": 2048, "intermediate_size": 4096, "vocab_size": 4096, "num_hidden_layers": 4}
     config = LlamaConfig(**keys | {"num_attention_heads": 16, "num_key_value_heads": 16})

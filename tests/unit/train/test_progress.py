@@ -40,7 +40,7 @@ CONFIG = RunConfig.model_validate(
 )
 
 
-def test_it_comes_back_from_a_manifest_as_it_was() -> None:
+def test_progress_survives_the_manifest() -> None:
     state = json.loads(json.dumps(PROGRESS.to_state()))
     assert Progress.from_state(10, 5120, state) == PROGRESS
 
@@ -71,13 +71,13 @@ def test_a_state_of_another_kind_is_refused(key: str, value: object) -> None:
     ],
     ids=["nothing", "an imported model", "no data", "a section of a later version"],
 )
-def test_a_config_that_this_version_cannot_read_is_refused_by_its_key(saved: dict[str, Any], key: str) -> None:
+def test_an_unreadable_config_is_refused_by_key(saved: dict[str, Any], key: str) -> None:
     saved = saved if "run" in key else {**SAVED, **saved}
     with pytest.raises(CheckpointError, match=f"goes on from: {key}.*Use the version that wrote it"):
         refuse_changes(CONFIG, saved)
 
 
-def test_a_skipped_step_counts_as_a_step_but_not_as_an_update() -> None:
+def test_a_skipped_step_counts_but_is_no_update() -> None:
     skipped = PROGRESS.after_step(512, True, RECENT).after_step(512, True, RECENT)
     assert skipped.skipped_in_a_row == 2
     after = skipped.after_step(512, False, RECENT)
@@ -116,7 +116,7 @@ def test_what_may_change_is_not_refused() -> None:
     refuse_changes(free, SAVED)
 
 
-def test_a_run_goes_on_without_a_key_of_deepspeed_that_passed_once() -> None:
+def test_resuming_tolerates_a_deepspeed_key_since_refused() -> None:
     refuse_changes(CONFIG, {**SAVED, "deepspeed": {"wall_clock_breakdown": True}})
 
 
@@ -131,7 +131,7 @@ def test_a_run_goes_on_without_a_key_of_deepspeed_that_passed_once() -> None:
         ),
     ],
 )
-def test_where_samples_begin_may_change_in_a_new_epoch_alone(data: dict[str, Any], words: str) -> None:
+def test_sample_starts_change_only_in_a_new_epoch(data: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError) as refused:
         refuse_changes(changed(data=data), SAVED)
     assert words in str(refused.value)
@@ -148,20 +148,20 @@ def test_new_epochs_are_never_uncounted() -> None:
         refuse_changes(changed(data={"num_new_epochs": 1}), saved)
 
 
-def test_a_key_that_an_older_checkpoint_has_not_stands_at_its_default() -> None:
+def test_keys_missing_in_old_checkpoints_stand_at_defaults() -> None:
     saved = {**SAVED, "model": {k: v for k, v in SAVED["model"].items() if k != "rope_theta"}}
     refuse_changes(CONFIG, saved)
     with pytest.raises(CheckpointError, match=r"model.rope_theta was 10000.0 and is now 5.0"):
         refuse_changes(changed(model={"rope_theta": 5.0}), saved)
 
 
-def test_every_key_of_the_config_has_a_rule_and_every_rule_a_key() -> None:
+def test_config_keys_and_rules_match() -> None:
     keys = [key for key, _ in leaves()]
     used = {rule_of(key).key for key in keys if key != "data.train"}  # the list itself: its entries have rules
     assert used == {rule.key for rule in RULES}
 
 
-def test_the_documented_table_is_the_one_that_is_enforced() -> None:
+def test_the_documented_table_is_the_enforced_one() -> None:
     page = Path(__file__).parents[3] / "docs" / "checkpoints.md"
     assert resume_table() in page.read_text(encoding="utf-8")
 
@@ -178,12 +178,12 @@ def resumed(terms: Terms, progress: Progress = PROGRESS) -> DataOrder:
     return resume_order(CONFIG, progress, datasets, DataOrder.begin(3, terms))
 
 
-def test_the_same_terms_go_on_in_the_same_segment_and_others_begin_one() -> None:
+def test_only_changed_terms_begin_a_segment() -> None:
     assert resumed(SHORTER).segments == PROGRESS.segments
     assert [s.first_step for s in resumed(replace(SHORTER, weights=(1.0, 5.0))).segments] == [0, 10]
 
 
-def test_a_packing_plan_of_other_content_is_refused_but_for_a_new_epoch() -> None:
+def test_another_packing_plan_needs_a_new_epoch() -> None:
     packed = replace(TERMS, plans=("aa", "bb"))
     progress = replace(PROGRESS, segments=DataOrder.begin(3, packed).segments)
     assert resumed(packed, progress).segments == progress.segments
@@ -194,7 +194,7 @@ def test_a_packing_plan_of_other_content_is_refused_but_for_a_new_epoch() -> Non
     assert resumed(replace(other, num_new_epochs=1), progress).terms(10).plans == ("aa", "cc")
 
 
-def test_all_that_may_not_change_is_named_at_once_with_old_and_new_and_why() -> None:
+def test_all_forbidden_changes_are_explained_at_once() -> None:
     other = changed(model={"num_hidden_layers": 3, "rope_theta": 5.0e5}, run={"seed": 1})
     with pytest.raises(CheckpointError) as refused:
         refuse_changes(other, SAVED)

@@ -21,12 +21,12 @@ def rates(num_steps: int, **keys: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_warm_up_rises_in_equal_steps_to_the_peak(kind: str) -> None:
+def test_warm_up_rises_evenly_to_the_peak(kind: str) -> None:
     assert rates(20, type=kind, warmup_steps=4)[:4] == [0.5, 1.0, 1.5, 2.0]
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_without_warm_up_the_first_step_has_the_peak(kind: str) -> None:
+def test_without_warm_up_training_begins_at_the_peak(kind: str) -> None:
     assert rates(20, type=kind, warmup_steps=0)[0] == PEAK
 
 
@@ -43,7 +43,7 @@ def test_a_run_of_one_step_has_the_peak(kind: str, warmup: int) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_warm_up_as_long_as_the_run_only_rises(kind: str) -> None:
+def test_a_warm_up_of_full_length_only_rises(kind: str) -> None:
     assert rates(4, type=kind, warmup_steps=4) == [0.5, 1.0, 1.5, 2.0]
 
 
@@ -65,7 +65,7 @@ def test_wsd_stays_at_the_peak_until_its_decay() -> None:
     assert found[15:] == pytest.approx([1.6, 1.2, 0.8, 0.4, 0.0])
 
 
-def test_wsd_decays_over_a_fifth_of_the_run_by_itself() -> None:
+def test_wsd_decays_over_a_fifth_by_default() -> None:
     found = rates(20, type="wsd", warmup_steps=0, min_lr_ratio=0.5)
     assert found[:16] == [PEAK] * 16
     assert found[16:] == pytest.approx([1.75, 1.5, 1.25, 1.0])
@@ -77,9 +77,7 @@ def test_wsd_decays_over_a_fifth_of_the_run_by_itself() -> None:
     warmup=st.integers(0, 300),
     ratio=st.floats(0.0, 1.0),
 )
-def test_it_never_rises_after_the_warm_up_nor_leaves_its_bounds(
-    kind: str, num_steps: int, warmup: int, ratio: float
-) -> None:
+def test_after_warm_up_it_only_falls_within_bounds(kind: str, num_steps: int, warmup: int, ratio: float) -> None:
     warmup = min(warmup, num_steps)
     found = rates(num_steps, type=kind, warmup_steps=warmup, min_lr_ratio=ratio)
     after = found[max(warmup - 1, 0) :]

@@ -23,7 +23,7 @@ USUAL = after(*zip(LOSSES, NORMS, strict=True))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(3.2, 1.4), (0.1, 0.0), (3.9, 1.0), (3.0, 2.5)])
-def test_what_lies_within_the_usual_or_below_is_none(loss: float, norm: float) -> None:
+def test_usual_or_lower_values_are_no_spike(loss: float, norm: float) -> None:
     assert USUAL.spike(loss, norm, RULE) is None
 
 
@@ -39,7 +39,7 @@ def test_nothing_is_judged_before_enough_is_known() -> None:
     assert after(*[(3.0, 1.0)] * 8).spike(1e9, 1e9, RULE) is not None
 
 
-def test_a_flat_loss_does_not_make_every_flicker_a_spike() -> None:
+def test_flicker_on_a_flat_loss_is_no_spike() -> None:
     flat = after(*[(2.0, 1.0)] * 8)
     assert flat.spike(2.0 * (1 + 0.02 * 7.9), 1.0, RULE) is None
     assert flat.spike(2.0 * (1 + 0.02 * 8.1), 1.0, RULE) is not None
@@ -50,7 +50,7 @@ def test_a_window_forgets_what_is_older() -> None:
     assert recent == USUAL
 
 
-def test_returns_to_one_step_are_counted_since_the_last_to_another() -> None:
+def test_consecutive_returns_to_one_step_are_counted() -> None:
     def back(to: int) -> Rewind:
         return Rewind(30, to, 40, "loss")
 

@@ -19,14 +19,14 @@ def test_ranks_alike_have_no_straggler() -> None:
     assert find_slow(STEADY) == []
 
 
-def test_waiting_for_a_slow_rank_is_not_being_slow() -> None:
+def test_waiting_for_a_slow_rank_is_not_slowness() -> None:
     assert find_slow({**STEADY, "forward_backward": Spread(0.1, 0.1, 9.0, 3)}) == []
 
 
 @pytest.mark.parametrize(("part", "slowest"), [(ARITHMETIC, 2), ("data", 5)])
-def test_a_rank_that_is_slow_by_itself_is_named_with_the_part(part: str, slowest: int) -> None:
+def test_a_slow_rank_is_named_with_its_part(part: str, slowest: int) -> None:
     assert find_slow({**STEADY, part: Spread(0.1, 0.1, 0.3, slowest)}) == [Straggler(slowest, part)]
 
 
-def test_batches_that_take_a_part_of_no_step_worth_naming_are_not() -> None:
+def test_negligible_parts_of_a_step_are_not_named() -> None:
     assert find_slow({**STEADY, "data": Spread(0.0001, 0.0001, 0.01, 1)}) == []
