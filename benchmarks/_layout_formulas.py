@@ -38,7 +38,7 @@ def scatter(num_bytes: float, size: int) -> float:
 
 
 @dataclass(frozen=True)
-class Part:
+class StageModel:
     """The part of a model that a rank of pipeline stage ``stage`` computes."""
 
     config: RunConfig
@@ -107,7 +107,7 @@ class Part:
         return max(hidden * (2 * queries + 2 * keys + 3 * ffn) + 2 * hidden, vocab * hidden)
 
 
-def memory(part: Part) -> dict[str, float]:
+def memory(part: StageModel) -> dict[str, float]:
     """Bytes of each kind that a rank holds."""
     size, stage, data = part.num_parameters, part.config.parallel.zero_stage, part.mesh.data
     optimizer = 8 if part.config.train.precision == "fp32" else 12
@@ -123,7 +123,7 @@ def memory(part: Part) -> dict[str, float]:
     return held
 
 
-def sent(part: Part) -> dict[str, float]:
+def sent(part: StageModel) -> dict[str, float]:
     """Bytes that a rank sends in a step, by kind of collective."""
     total: dict[str, float] = {}
     for messages in (_data(part), _tensor(part), _pipeline(part)):
@@ -132,7 +132,7 @@ def sent(part: Part) -> dict[str, float]:
     return total
 
 
-def _activations(part: Part) -> float:
+def _activations(part: StageModel) -> float:
     hidden, bytes_, tokens, tensor = part.config.model.hidden_size, part.element_bytes, part.tokens, part.mesh.tensor
     parallel = part.config.parallel
     queries, keys, ffn, vocab = part.widths
@@ -153,7 +153,7 @@ def _activations(part: Part) -> float:
     return in_flight * (layers + rotary + embedding + head)
 
 
-def _data(part: Part) -> dict[str, float]:
+def _data(part: StageModel) -> dict[str, float]:
     """ZeRO, section 7: 2 psi elements for stages 0 to 2, 3 psi for stage 3; gradients in fp32."""
     data, stage = part.mesh.data, part.config.parallel.zero_stage
     gradients, weights = 4 * part.num_parameters, part.element_bytes * part.num_parameters
@@ -164,7 +164,7 @@ def _data(part: Part) -> dict[str, float]:
     return {"reduce-scatter": times * scatter(gradients, data), "all-gather": gathers * scatter(weights, data)}
 
 
-def _tensor(part: Part) -> dict[str, float]:
+def _tensor(part: StageModel) -> dict[str, float]:
     size, x, times = part.mesh.tensor, part.activation_bytes, part.num_micro_batches
     layers, ends = part.num_layers, part.is_first + part.is_last
     recomputed = -(-layers // part.config.parallel.recompute_every) if part.config.parallel.recompute == "full" else 0
@@ -180,7 +180,7 @@ def _tensor(part: Part) -> dict[str, float]:
     }
 
 
-def _pipeline(part: Part) -> dict[str, float]:
+def _pipeline(part: StageModel) -> dict[str, float]:
     """A [B, T, hidden] tensor on to the next stage, its gradient back; 1/t of it a rank, gathered on arrival."""
     if part.mesh.pipeline == 1:
         return {}

@@ -153,10 +153,10 @@ def measure_cases(rank: RankInfo, cases: Iterable[dict[str, Any]]) -> Iterator[l
         others = _live_tensors()
         engine = build_engine(config, groups)
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
-        engine.publish()
+        engine.sync_params_from_master()
         found = _measure(engine, config, topology.data, others)
         found["stage"] = groups.coordinate.pipeline
-        yield groups.gather(found)
+        yield groups.all_gather_object(found)
         engine.close()
         del engine, others
         gc.collect()

@@ -6,12 +6,12 @@ is named is the whole difference.
 
 from __future__ import annotations
 
-from benchmarks._layout_formulas import Part
+from benchmarks._layout_formulas import StageModel
 
 UNEXPLAINED = "unexplained"
 
 
-def why(kind: str, part: Part) -> str:
+def why(kind: str, part: StageModel) -> str:
     """The reason for a row that is off by more than the tolerance; UNEXPLAINED where none is known."""
     stage, is_fp32 = part.config.parallel.zero_stage, part.config.train.precision == "fp32"
     if kind == "gradients" and stage <= 1 and not is_fp32:

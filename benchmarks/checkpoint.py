@@ -117,7 +117,7 @@ class Rank:
         if self.rank == 0 and way != "megatrain":
             shutil.rmtree(self.saved(way, before=1), ignore_errors=True)
         until = stalled[0] if stalled else ended
-        stall = max(self.run.groups.gather(until.wall - began.wall))
+        stall = max(self.run.groups.all_gather_object(until.wall - began.wall))
         return {
             "stall": stall,
             "stall cpu": until.cpu - began.cpu,
@@ -243,7 +243,7 @@ def serve(folder: Path, answers: int) -> None:
     torch.set_num_threads(1)
     rank = Rank(folder)
     with os.fdopen(answers, "w") as out:
-        answer: dict[str, float] = {"bytes": sum(rank.run.groups.gather(rank.num_bytes))}
+        answer: dict[str, float] = {"bytes": sum(rank.run.groups.all_gather_object(rank.num_bytes))}
         while True:
             if rank.rank == 0:
                 print(json.dumps(answer), file=out, flush=True)

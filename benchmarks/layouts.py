@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is o
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._layout_formulas import Part, memory, sent
+from benchmarks._layout_formulas import StageModel, memory, sent
 from benchmarks._layout_reasons import UNEXPLAINED, why
 from megatrain.config import RunConfig
 from megatrain.distributed.bootstrap import child_environment, read_rank
@@ -168,7 +168,7 @@ def rows(layout: Layout, figures: dict[str, Any]) -> list[Row]:
     """A rank's figures beside the formulas."""
     config = RunConfig.model_validate(layout.config)
     mesh = Topology.of(layout.num_ranks, config.parallel.tensor, config.parallel.pipeline)
-    part = Part(config, mesh, figures["stage"])
+    part = StageModel(config, mesh, figures["stage"])
     pairs = [(kind, figures[kind], formula) for kind, formula in memory(part).items()]
     formulas = sent(part)
     for kind in sorted(formulas.keys() | figures["sent"].keys()):

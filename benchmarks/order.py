@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatrain.data.order import DataOrder, Terms
+from megatrain.data.order import DataOrder, SamplingSettings
 
 
 def cpu_microseconds(work: Callable[[], object], turns: int) -> float:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=200, help="look-ups of each kind")
     given = parser.parse_args()
     large = given.windows * 4 // 5
-    terms = Terms(given.batch, (3.0, 1.0), 2048, (large, given.windows - large))
+    terms = SamplingSettings(given.batch, (3.0, 1.0), 2048, (large, given.windows - large))
     order = DataOrder.begin(1, terms)
     half = given.windows // given.batch // 2
     shorter = replace(terms, seq_len=1024, num_windows=tuple(2 * count for count in terms.num_windows))

@@ -22,7 +22,7 @@ import orjson
 from launcher.nodes import job_slots
 from megatrain.distributed.binding import ASSIGNED_DEVICES
 from megatrain.distributed.bootstrap import extensions_dir, free_port, visible_gpus
-from megatrain.distributed.judgement import ANSWER, HERE
+from megatrain.distributed.health_checks import ANSWER, HERE
 from megatrain.distributed.node_list import expand
 from megatrain.errors import ConfigError
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import zstandard
 
 from data_tools.clean.job import REPORT_FOLDER, Job, Task
-from data_tools.clean.survey import Corpus, Place, SurveyedPart, read_columns
+from data_tools.clean.survey import Corpus, DocumentPlace, SurveyedPart, read_columns
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit, as_text
 from data_tools.work import Advance, write_batches
@@ -143,7 +143,7 @@ class OutputWriter:
         indices = [index for index, reason in enumerate(decisions.reasons) if reason is not None]
         rows = read_columns(part.path, ["id", "file", "row"]).take(pa.array(indices, pa.uint64())).to_pylist()
         places = [self.corpus.place(part, row["id"], row["file"], row["row"]) for row in rows]
-        kept: list[Place] | list[None] = [None] * len(indices)
+        kept: list[DocumentPlace] | list[None] = [None] * len(indices)
         if decisions.kept is not None:
             numbers, inverse = np.unique(decisions.kept[indices], return_inverse=True)
             found = self.corpus.places(numbers)
@@ -157,7 +157,7 @@ class OutputWriter:
         return pa.RecordBatch.from_arrays(arrays, schema=DROPPED_SCHEMA)
 
 
-def make_record(record: Record, place: Place) -> dict[str, Any]:
+def make_record(record: Record, place: DocumentPlace) -> dict[str, Any]:
     """The record as it is written."""
     extra = dict(record.extra)
     metadata = extra.pop("metadata", {})

@@ -10,7 +10,7 @@ import xxhash
 
 from data_tools.clean.job import Job
 from data_tools.clean.output import Decisions
-from data_tools.clean.survey import Corpus, Place, read_columns
+from data_tools.clean.survey import Corpus, DocumentPlace, read_columns
 from megatrain.data.format import SKIPPED_FILE
 
 EXAMPLES = 5
@@ -112,7 +112,7 @@ def make_report(command: dict[str, Any], total: Tally, corpus: Corpus, texts: di
     }
 
 
-def _example(example: Example, places: dict[int, Place], texts: dict[int, str]) -> dict[str, Any]:
+def _example(example: Example, places: dict[int, DocumentPlace], texts: dict[int, str]) -> dict[str, Any]:
     text = texts[example.document]
     shown: dict[str, Any] = {"document": example.document, **places[example.document]._asdict()}
     if example.kept is None:

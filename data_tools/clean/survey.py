@@ -82,7 +82,7 @@ class Surveyor:
         )
 
 
-class Place(NamedTuple):
+class DocumentPlace(NamedTuple):
     """Where a document stands in the input."""
 
     id: str
@@ -139,11 +139,11 @@ class Corpus:
         """Documents in the input, empty ones too."""
         return self.parts[-1].first_document + self.parts[-1].num_documents if self.parts else 0
 
-    def places(self, documents: npt.NDArray[np.uint64]) -> list[Place]:
+    def places(self, documents: npt.NDArray[np.uint64]) -> list[DocumentPlace]:
         """Where documents stand, whose numbers are ascending."""
         starts = np.array([part.first_document for part in self.parts], np.uint64)
         indices = np.searchsorted(starts, documents, side="right") - 1
-        places: list[Place] = []
+        places: list[DocumentPlace] = []
         for index in np.unique(indices).tolist():
             part = self.parts[index]
             wanted = documents[indices == index] - np.uint64(part.first_document)
@@ -151,11 +151,11 @@ class Corpus:
             places += [self.place(part, row["id"], row["file"], row["row"]) for row in rows]
         return places
 
-    def place(self, part: SurveyedPart, identity: str | None, file: int, row: int) -> Place:
+    def place(self, part: SurveyedPart, identity: str | None, file: int, row: int) -> DocumentPlace:
         """Where a document of a part stands; its id, where the record had none, is `file:row`."""
         name = self.units[part.unit].files[file].name
         row += part.first_row
-        return Place(f"{name}:{row}" if identity is None else identity, name, row)
+        return DocumentPlace(f"{name}:{row}" if identity is None else identity, name, row)
 
 
 def read_columns(path: Path, names: list[str]) -> pa.Table:

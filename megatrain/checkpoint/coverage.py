@@ -7,7 +7,7 @@ from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatrain.distributed.fragment import Box, Piece, intersect
+from megatrain.distributed.fragment import FlatShard, TensorSlice, intersect
 
 
 class Coverage:
@@ -17,7 +17,7 @@ class Coverage:
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, str], _Tensor] = {}
 
-    def add(self, piece: Piece, kind: str) -> None:
+    def add(self, piece: FlatShard, kind: str) -> None:
         """Count a piece in. Raises ValueError where another one holds some of it, or says the tensor has another
         shape."""
         tensor = self._tensors.setdefault((piece.name, kind), _Tensor(piece.global_shape))
@@ -42,14 +42,14 @@ class _Tensor:
     """``held``: for each box the ranges of it that are there, sorted."""
 
     shape: tuple[int, ...]
-    held: dict[Box, list[tuple[int, int]]] = field(default_factory=dict)
+    held: dict[TensorSlice, list[tuple[int, int]]] = field(default_factory=dict)
     num_held: int = 0
 
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
-    def add(self, piece: Piece) -> bool:
+    def add(self, piece: FlatShard) -> bool:
         """False where some of the piece is held already."""
         if piece.box not in self.held:
             if any(intersect(piece.box, other) for other in self.held):

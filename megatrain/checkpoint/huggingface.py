@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatrain.checkpoint.location import create, sync_folder, write_all, write_file
-from megatrain.checkpoint.pieces import DTYPE_CODES, tensor_bytes
+from megatrain.checkpoint.rank_file import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import from_transformers
 from megatrain.config import ModelConfig
-from megatrain.distributed.fragment import Placement
+from megatrain.distributed.fragment import ShardSpec
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.plan.flops import num_parameters
 
@@ -268,7 +268,7 @@ def _write_shard(reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], 
     with create(path) as file:
         write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
         for name, shape in shapes.items():
-            tensor = reader.read_parameter(Placement.whole(name, shape), "weight").to(dtype)
+            tensor = reader.read_parameter(ShardSpec.whole(name, shape), "weight").to(dtype)
             write_all(file, tensor_bytes(tensor))
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from megatrain.checkpoint.coverage import Coverage
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
-from megatrain.checkpoint.pieces import PieceFile, StoredPiece, copy_into
+from megatrain.checkpoint.rank_file import RankFile, StoredShard, copy_into
 from megatrain.checkpoint.store import read_small_file
 from megatrain.distributed.activity import Activity
-from megatrain.distributed.fragment import Piece, Placement, windows
+from megatrain.distributed.fragment import FlatShard, ShardSpec, shard_views
 from megatrain.errors import CheckpointError
 
-PIECES_SUFFIX = ".safetensors"
+RANK_FILE_SUFFIX = ".safetensors"
 _FILES_IN_USE = 16
 _STILL_OPEN_ELSEWHERE = ".nfs"
 """How NFS calls a file that was deleted while somebody has it open."""
@@ -36,19 +36,19 @@ class CheckpointReader:
         self.folder = folder
         self._activity = activity
         self.manifest: Manifest = read_manifest(folder)
-        entries = [entry for entry in self.manifest.files if entry.file.endswith(PIECES_SUFFIX)]
+        entries = [entry for entry in self.manifest.files if entry.file.endswith(RANK_FILE_SUFFIX)]
         self._unopened = _nearest_last(entries, near)
-        self._found: dict[tuple[str, str], list[tuple[PieceFile, StoredPiece]]] = defaultdict(list)
+        self._found: dict[tuple[str, str], list[tuple[RankFile, StoredShard]]] = defaultdict(list)
         self._coverage = Coverage()
-        self._in_use: dict[PieceFile, None] = {}  # the last few that were read from, oldest first
+        self._in_use: dict[RankFile, None] = {}  # the last few that were read from, oldest first
 
-    def read(self, wanted: Piece, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read(self, wanted: FlatShard, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The elements of a piece as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
         target = torch.empty(wanted.length, dtype=dtype)
         self.read_into(target, wanted, kind)
         return target
 
-    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+    def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
         """The same into ``target``: 1-D, on the CPU, contiguous."""
         missing = wanted.length
         for file, stored in self._candidates(wanted.name, kind):
@@ -68,10 +68,10 @@ class CheckpointReader:
             "it was written by another model, or is incomplete."
         )
 
-    def read_parameter(self, placement: Placement, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read_parameter(self, placement: ShardSpec, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A whole local parameter, in its shape; padding is zero."""
         flat = torch.zeros(placement.local_numel, dtype=dtype)
-        for piece, where in windows(placement, 0, flat.numel()):
+        for piece, where in shard_views(placement, 0, flat.numel()):
             flat[where if isinstance(where, slice) else torch.from_numpy(where)] = self.read(piece, kind, dtype)
         return flat.view(placement.local_shape)
 
@@ -82,7 +82,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} holds no {name}.")
         return read_small_file(self.folder, entry)
 
-    def _candidates(self, name: str, kind: str) -> Iterator[tuple[PieceFile, StoredPiece]]:
+    def _candidates(self, name: str, kind: str) -> Iterator[tuple[RankFile, StoredShard]]:
         """Every stored piece of a tensor: those of open files, then, as long as they are asked for, of further ones."""
         seen = 0
         while True:
@@ -93,7 +93,7 @@ class CheckpointReader:
                 return
             self._open(self._unopened.pop())
 
-    def _note_use(self, file: PieceFile) -> None:
+    def _note_use(self, file: RankFile) -> None:
         """Let go of what was read long ago: each file in use holds memory and a descriptor."""
         self._in_use.pop(file, None)
         self._in_use[file] = None
@@ -103,7 +103,7 @@ class CheckpointReader:
             oldest.forget()
 
     def _open(self, entry: FileEntry) -> None:
-        file = PieceFile(self.folder, entry, self._activity)
+        file = RankFile(self.folder, entry, self._activity)
         _cover(self._coverage, file)
         for stored in file.pieces:
             self._found[stored.piece.name, stored.kind].append((file, stored))
@@ -133,8 +133,8 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
     for entry in manifest.files:
         problem = None
         try:
-            if entry.file.endswith(PIECES_SUFFIX):
-                file = PieceFile(folder, entry)
+            if entry.file.endswith(RANK_FILE_SUFFIX):
+                file = RankFile(folder, entry)
                 file.check()
                 _cover(coverage, file)
             else:
@@ -154,7 +154,7 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
             yield whole, f"{folder}: its files hold {held:,} parameters instead of {manifest.parameters:,}."
 
 
-def _cover(coverage: Coverage, file: PieceFile) -> None:
+def _cover(coverage: Coverage, file: RankFile) -> None:
     """Count a file's pieces in. Raises CheckpointError where another file holds some of them too."""
     try:
         for stored in file.pieces:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
-from megatrain.checkpoint.pieces import read_written, write_pieces
+from megatrain.checkpoint.rank_file import read_written, write_rank_file
 from megatrain.checkpoint.store import CheckpointStore, Retention, add_file
 from megatrain.distributed.activity import Activity
-from megatrain.distributed.fragment import Fragment, Piece
+from megatrain.distributed.fragment import FlatShard, Fragment
 from megatrain.errors import CheckpointError, NotFinite, Superseded
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ T = TypeVar("T")
 _READERS = 16  # of the ranks' files, as a checkpoint is committed
 
 
-class Votes(NamedTuple):
+class SaveStatus(NamedTuple):
     """What a rank has to say of the save under way, or the sums of that over all ranks."""
 
     written: float = 0.0
@@ -40,7 +40,7 @@ class Votes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveResult:
     """How a save ended. ``path``: where the checkpoint is, None if it failed. ``stall_seconds``: training stood still
     for the copy; ``seconds``: from the copy to the commit."""
 
@@ -66,7 +66,7 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._state: Literal["idle", "writing", "committing"] = "idle"
         self._future: Future[Any] | None = None
-        self._copies: dict[tuple[Piece, str], Tensor] = {}
+        self._copies: dict[tuple[FlatShard, str], Tensor] = {}
         self._preparation: Future[None] | None = None
         self._manifest: Callable[[Sequence[FileEntry]], Manifest] | None = None
         self._files: tuple[tuple[str, bytes], ...] = ()
@@ -135,19 +135,19 @@ class CheckpointSaver:
         """This rank's part of what the ranks do now; None where it has none."""
         return self._future
 
-    def votes(self, wait: bool = False) -> Votes:
+    def votes(self, wait: bool = False) -> SaveStatus:
         """What this rank has to say now; with ``wait``, once its part is done."""
         if self._future is None or not (wait or self._future.done()):
-            return Votes()
+            return SaveStatus()
         error = self._future.exception()
         if error is not None:
             if isinstance(error, Superseded) or not isinstance(error, CheckpointError):
                 raise error
             self.error = error
-            return Votes(failed=1.0)
-        return Votes(written=1.0) if self._state == "writing" else Votes(committed=1.0)
+            return SaveStatus(failed=1.0)
+        return SaveStatus(written=1.0) if self._state == "writing" else SaveStatus(committed=1.0)
 
-    def settle(self, total: Votes) -> Outcome | None:
+    def settle(self, total: SaveStatus) -> SaveResult | None:
         """Act on the votes of all ranks; how the save ended, once it has."""
         if self._state == "writing" and total.written + total.failed == self._world_size:
             if total.failed:
@@ -172,11 +172,11 @@ class CheckpointSaver:
             self.prune()
         self._thread.shutdown(wait=True)
 
-    def _end(self, path: Location | None) -> Outcome:
+    def _end(self, path: Location | None) -> SaveResult:
         self._state, self._future = "idle", None
         if path is None and self._rank == 0:
             self._thread.submit(self._tidy, self._store.abandon, self._step)
-        return Outcome(self._step, path, self._stall, time.perf_counter() - self._began)
+        return SaveResult(self._step, path, self._stall, time.perf_counter() - self._began)
 
     def _copy(self, fragment: Fragment) -> Fragment:
         key, data = _key(fragment), fragment.data
@@ -188,15 +188,15 @@ class CheckpointSaver:
         fragments = copied.result()
         for fragment in fragments:
             _refuse_what_is_not_finite(fragment)
-        path = self._begin_folder() / rank_file(self._rank)
+        path = self._begin_folder() / rank_file_name(self._rank)
         with self._naming(path):
-            write_pieces(path, fragments, self._activity)
+            write_rank_file(path, fragments, self._activity)
 
     def _commit(self) -> None:
         assert self._manifest is not None
         folder = self._begin_folder()
         with self._naming(folder), ThreadPoolExecutor(_READERS) as readers:
-            paths = [folder / rank_file(rank) for rank in range(self._world_size)]
+            paths = [folder / rank_file_name(rank) for rank in range(self._world_size)]
             entries = []
             for entry in readers.map(read_written, paths):
                 entries.append(entry)
@@ -237,7 +237,7 @@ def _refuse_what_is_not_finite(fragment: Fragment) -> None:
         raise NotFinite(f"{fragment.piece.name} ({fragment.kind}) has NaN or infinity in it")
 
 
-def _key(fragment: Fragment) -> tuple[Piece, str]:
+def _key(fragment: Fragment) -> tuple[FlatShard, str]:
     return fragment.piece, fragment.kind
 
 
@@ -245,6 +245,6 @@ def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
     return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
 
-def rank_file(rank: int) -> str:
+def rank_file_name(rank: int) -> str:
     """The name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatrain.config import RunConfig
 from megatrain.data.dataset import Dataset, open_dataset
-from megatrain.data.order import DataOrder, Terms
+from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.errors import DataError
 
 MOST_EPOCHS = 4.0
@@ -51,7 +51,7 @@ def planned_epochs(config: RunConfig) -> list[Epochs]:
         return []
     windows = [max((dataset.num_tokens - 1) // config.data.seq_len, 1) for dataset in datasets]
     weights = tuple(entry.weight for entry in config.data.train)
-    terms = Terms(config.train.global_batch_size, weights, config.data.seq_len, tuple(windows))
+    terms = SamplingSettings(config.train.global_batch_size, weights, config.data.seq_len, tuple(windows))
     return epochs_of(DataOrder.begin(config.run.seed, terms), config.train.steps, datasets)
 
 

@@ -26,7 +26,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Terms:
+class SamplingSettings:
     """What a segment is read under. For each dataset its weight, its windows of ``seq_len`` and its packing plan.
 
     ``plans``: names of the packing plans; empty where documents are not packed. ``num_new_epochs``: how often the run
@@ -42,7 +42,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Cut:
+class EpochCut:
     """Of an epoch of ``num_windows``, ``used`` had been seen; each of the others became ``factor`` windows."""
 
     num_windows: int
@@ -56,34 +56,34 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Place:
+class DatasetCursor:
     """How far a dataset has been read: ``position`` windows of its epoch, since the last of the epoch's ``cuts``."""
 
     epoch: int = 0
     position: int = 0
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[EpochCut, ...] = ()
 
     def num_left(self, num_windows: int) -> int:
         """Windows of the epoch still to come, where an uncut one has ``num_windows``."""
         return self._size(num_windows) - self.position
 
-    def advanced(self, count: int, num_windows: int) -> Place:
+    def advanced(self, count: int, num_windows: int) -> DatasetCursor:
         """The place ``count`` windows on."""
         beyond = count - self.num_left(num_windows)
         if beyond < 0:
             return replace(self, position=self.position + count)
         lap, position = divmod(beyond, num_windows)
-        return Place(self.epoch + 1 + lap, position)
+        return DatasetCursor(self.epoch + 1 + lap, position)
 
-    def cut(self, factor: int, num_windows: int) -> Place:
+    def cut(self, factor: int, num_windows: int) -> DatasetCursor:
         """What is left of the epoch in windows of 1/factor the length. An epoch not yet begun is not in need of it."""
         if self._is_new:
             return self
-        return Place(self.epoch, 0, (*self.cuts, Cut(self._size(num_windows), self.position, factor)))
+        return DatasetCursor(self.epoch, 0, (*self.cuts, EpochCut(self._size(num_windows), self.position, factor)))
 
-    def at_new_epoch(self) -> Place:
+    def at_new_epoch(self) -> DatasetCursor:
         """The beginning of the next epoch; this one, if nothing of it has been seen."""
-        return self if self._is_new else Place(self.epoch + 1)
+        return self if self._is_new else DatasetCursor(self.epoch + 1)
 
     @property
     def _is_new(self) -> bool:
@@ -101,8 +101,8 @@ class Segment:
     """
 
     first_step: int
-    terms: Terms
-    places: tuple[Place, ...]
+    terms: SamplingSettings
+    places: tuple[DatasetCursor, ...]
     samples_before: int = 0
 
     @cached_property
@@ -157,13 +157,13 @@ class DataOrder:
     _mixtures: dict[tuple[float, ...], Mixture] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def begin(cls, seed: int, terms: Terms) -> DataOrder:
+    def begin(cls, seed: int, terms: SamplingSettings) -> DataOrder:
         """The order of a run that starts at step 0."""
         if min(terms.num_windows) < 1:
             raise ValueError("every dataset needs at least one window")
-        return cls(seed, (Segment(0, terms, (Place(),) * len(terms.num_windows)),))
+        return cls(seed, (Segment(0, terms, (DatasetCursor(),) * len(terms.num_windows)),))
 
-    def change(self, step: int, terms: Terms) -> DataOrder:
+    def change(self, step: int, terms: SamplingSettings) -> DataOrder:
         """The same order up to ``step``, then under other terms (no change: the same order).
 
         New epochs begin where ``num_new_epochs`` has grown. Else a new ``seq_len`` must divide the former one.
@@ -212,11 +212,11 @@ class DataOrder:
         pairs = zip(self._places(step), self.terms(step).num_windows, strict=True)
         return [place.epoch + 1 - place.num_left(size) / size for place, size in pairs]
 
-    def terms(self, step: int) -> Terms:
+    def terms(self, step: int) -> SamplingSettings:
         """What holds at ``step``."""
         return self._segment(step).terms
 
-    def _cut_window(self, source: int, place: Place, count: Indices) -> Indices:
+    def _cut_window(self, source: int, place: DatasetCursor, count: Indices) -> Indices:
         """The windows at ``count`` further on in an epoch that was cut: from the last cut's shuffle back to the first.
 
         Each cut's pieces are shuffled. A piece lies in a window that was left over: its place in the shuffle before.
@@ -238,7 +238,7 @@ class DataOrder:
         key = shuffle_keys(self.seed, *(np.full_like(index, number) for number in numbers))
         return shuffle(index, np.full_like(index, size), key)
 
-    def _places(self, step: int) -> list[Place]:
+    def _places(self, step: int) -> list[DatasetCursor]:
         """Where each dataset is read at the beginning of ``step``."""
         last = self._segment(step)
         used = (step - last.first_step) * last.terms.global_batch_size

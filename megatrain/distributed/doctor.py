@@ -21,7 +21,7 @@ from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_di
 from megatrain.distributed.causes import explain, last_words
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import make_groups
-from megatrain.distributed.judgement import ANSWER, HERE, Effort, Finding, Reading, judge
+from megatrain.distributed.health_checks import ANSWER, HERE, Effort, Finding, Reading, judge
 from megatrain.distributed.local_ranks import process_began
 from megatrain.distributed.naming import name_ranks
 from megatrain.distributed.preflight import Places, existing, take_reading
@@ -82,7 +82,7 @@ def _examine(rank: RankInfo, folder: Path, scratch: Path, patience: float) -> tu
     places = Places(folder, existing(scratch))
     try:
         reading, _ = take_reading(groups, rank, places, EFFORT)
-        readings = groups.gather(reading)
+        readings = groups.all_gather_object(reading)
     except RuntimeError as error:
         who = f"rank {rank.rank} on {socket.gethostname()}"
         _, told = explain(error, who) or (EXIT_RANK, f"{who}: {last_words(error)}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorSlice:
     """A rectangle of a global tensor: ``offset`` and ``extent`` in each dimension."""
 
     offset: tuple[int, ...]
@@ -32,7 +32,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Placement:
+class ShardSpec:
     """Which part of the tensor ``name`` a rank's parameter holds.
 
     The local parameter is ``boxes`` laid one behind the other along dimension ``dim`` (a fused query-key-value weight
@@ -42,14 +42,14 @@ class Placement:
 
     name: str
     global_shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    boxes: tuple[TensorSlice, ...]
     dim: int = 0
     padding: int = 0
 
     @classmethod
-    def whole(cls, name: str, shape: Sequence[int]) -> Placement:
+    def whole(cls, name: str, shape: Sequence[int]) -> ShardSpec:
         """The placement of a tensor that no layout splits."""
-        return cls(name, tuple(shape), (Box((0,) * len(shape), tuple(shape)),))
+        return cls(name, tuple(shape), (TensorSlice((0,) * len(shape), tuple(shape)),))
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -67,12 +67,12 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Piece:
+class FlatShard:
     """A flat range ``[start, start + length)`` (row-major) within ``box`` of the global tensor ``name``."""
 
     name: str
     global_shape: tuple[int, ...]
-    box: Box
+    box: TensorSlice
     start: int
     length: int
 
@@ -89,26 +89,26 @@ class Fragment(NamedTuple):
     ``data``: 1-D tensor of ``piece.length`` elements, a view of the engine's memory where it is contiguous there.
     """
 
-    piece: Piece
+    piece: FlatShard
     kind: str
     data: Tensor
 
 
-class Window(NamedTuple):
+class ShardView(NamedTuple):
     """A piece, and where its elements lie in a flat range of the local parameter: a slice, or an array of indices."""
 
-    piece: Piece
+    piece: FlatShard
     where: slice | NDArray[np.int64]
 
 
-def windows(placement: Placement, start: int, stop: int) -> Iterator[Window]:
+def shard_views(placement: ShardSpec, start: int, stop: int) -> Iterator[ShardView]:
     """Cut the range [start, stop) of the flattened local parameter into pieces of the global tensor.
 
     One piece a box: the elements of a row-major range that fall into a box are a flat range of that box. Padding falls
     into none. Indices count from ``start``.
     """
     if not placement.global_shape:
-        yield Window(Piece(placement.name, (), Box((), ()), 0, 1), slice(0, 1))
+        yield ShardView(FlatShard(placement.name, (), TensorSlice((), ()), 0, 1), slice(0, 1))
         return
     local = placement.local_shape
     inner = math.prod(local[placement.dim + 1 :])
@@ -118,13 +118,13 @@ def windows(placement: Placement, start: int, stop: int) -> Iterator[Window]:
         width = box.extent[placement.dim] * inner
         first, last = _count_before(start, row, offset, width), _count_before(stop, row, offset, width)
         if last > first:
-            piece = Piece(placement.name, placement.global_shape, box, first, last - first)
+            piece = FlatShard(placement.name, placement.global_shape, box, first, last - first)
             if width == row or box.numel == width:  # nothing lies between the box's elements
                 begin = (first // width) * row + offset + first % width - start
-                yield Window(piece, slice(begin, begin + piece.length))
+                yield ShardView(piece, slice(begin, begin + piece.length))
             else:
                 outer, within = np.divmod(np.arange(first, last, dtype=np.int64), width)
-                yield Window(piece, outer * row + offset + within - start)
+                yield ShardView(piece, outer * row + offset + within - start)
         offset += width
 
 
@@ -134,7 +134,7 @@ def _count_before(position: int, row: int, offset: int, width: int) -> int:
     return full * width + min(max(rest - offset, 0), width)
 
 
-def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held: Piece) -> int:
+def copy_overlap(target: NDArray[Any], wanted: FlatShard, source: NDArray[Any], held: FlatShard) -> int:
     """Copy what ``held`` (in ``source``) and ``wanted`` (in ``target``) share; the number of elements copied.
 
     Both arrays are 1-D, one element for each of their piece. The boxes may differ: layouts cut differently.
@@ -167,7 +167,7 @@ def copy_overlap(target: NDArray[Any], wanted: Piece, source: NDArray[Any], held
     return copied
 
 
-def shared_range(wanted: Piece, held: Piece) -> tuple[int, int]:
+def shared_range(wanted: FlatShard, held: FlatShard) -> tuple[int, int]:
     """The smallest range of ``held``'s elements, counted from its first, outside of which nothing of ``wanted`` lies;
     (0, 0) where they share nothing."""
     if wanted.box == held.box:
@@ -184,15 +184,15 @@ def shared_range(wanted: Piece, held: Piece) -> tuple[int, int]:
     return (low - held.start, high - held.start) if low < high else (0, 0)
 
 
-def intersect(a: Box, b: Box) -> Box | None:
+def intersect(a: TensorSlice, b: TensorSlice) -> TensorSlice | None:
     """What two boxes of one tensor share; None where they share nothing."""
     offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
     ends = (min(x + n, y + m) for x, n, y, m in zip(a.offset, a.extent, b.offset, b.extent, strict=True))
     extent = tuple(end - begin for end, begin in zip(ends, offset, strict=True))
-    return Box(offset, extent) if min(extent, default=1) > 0 else None
+    return TensorSlice(offset, extent) if min(extent, default=1) > 0 else None
 
 
-def _run_starts(shared: Box, box: Box, split: int) -> NDArray[np.int64]:
+def _run_starts(shared: TensorSlice, box: TensorSlice, split: int) -> NDArray[np.int64]:
     """The flat index in ``box`` at which each run of ``shared`` begins, in row-major order of the runs."""
     strides = [math.prod(box.extent[dim + 1 :]) for dim in range(len(box.extent))]
     origin = sum((s - b) * stride for s, b, stride in zip(shared.offset, box.offset, strides, strict=True))

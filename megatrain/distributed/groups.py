@@ -33,9 +33,9 @@ class Groups:
     data: dist.ProcessGroup
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
-    model: dist.ProcessGroup  # along pipeline and tensor: the ranks that together hold one copy of the model
-    ends: dist.ProcessGroup  # on the first and last stage: the two of them; elsewhere this rank by itself
-    alone: dist.ProcessGroup  # this rank by itself
+    model_parallel_group: dist.ProcessGroup  # along pipeline and tensor: one copy of the model
+    embedding_group: dist.ProcessGroup  # on the first and last stage: the two of them; elsewhere this rank by itself
+    self_group: dist.ProcessGroup  # this rank by itself
     activity: Activity = field(default_factory=Activity)
 
     @property
@@ -43,59 +43,59 @@ class Groups:
         """This rank's place in the mesh."""
         return self.topology.coordinate(self.rank)
 
-    def sum(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Each value summed over all ranks, in double precision. Every rank must call it at the same point."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         summed: list[float] = totals.tolist()
         return summed
 
-    def max(self, values: list[float]) -> list[float]:
+    def all_reduce_max(self, values: list[float]) -> list[float]:
         """The greatest of each value over all ranks, in double precision. Every rank must call it at the same point."""
         most = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         greatest: list[float] = most.tolist()
         return greatest
 
-    def of_first_rank(self, number: int) -> int:
+    def broadcast_number(self, number: int) -> int:
         """Rank 0's ``number``, of 53 bits at most. Every rank must call it at the same point."""
-        (told,) = self.sum([float(number) if self.rank == 0 else 0.0])
+        (told,) = self.all_reduce_sum([float(number) if self.rank == 0 else 0.0])
         return int(told)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in rank order, for what happens once a run. Every rank must call it at the same point."""
         values: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, value: T | None) -> T | None:
+    def first_value(self, value: T | None) -> T | None:
         """The value of the first rank that has one; None where none has. Every rank must call it at the same point."""
         size = self.topology.world_size
         speaker = torch.tensor(size if value is None else self.rank, device=self.device)
         dist.all_reduce(speaker, dist.ReduceOp.MIN)
-        return None if int(speaker) == size else self._tell(value, int(speaker))
+        return None if int(speaker) == size else self._broadcast_object(value, int(speaker))
 
-    def on_first_rank(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives on rank 0, on every rank; also the exception it raises. Collective, see wait_for_all."""
+    def run_on_rank0(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on rank 0, on every rank, or what it raises. Collective: see wait_for_all_ranks."""
         outcome: tuple[Any, BaseException | None] = (None, None)
         if self.rank == 0:
             ended = self._ended(work)
             problem = ended.exception()
             outcome = (None if problem else ended.result()), problem
         else:
-            self.wait_for_all(None)
-        result, problem = self._tell(outcome, 0)
+            self.wait_for_all_ranks(None)
+        result, problem = self._broadcast_object(outcome, 0)
         if problem is not None:
             raise problem
         first: T = result
         return first
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
         """What ``work`` gives or raises on this rank, once all ranks are through with theirs. Collective, see
-        wait_for_all."""
+        wait_for_all_ranks."""
         return self._ended(work).result()
 
-    def wait_for_all(self, future: Future[Any] | None) -> None:
+    def wait_for_all_ranks(self, future: Future[Any] | None) -> None:
         """Wait until this ``future`` and those of all other ranks have ended, however they did. Collective.
 
         However long it takes: the ranks stay in touch, so that no collective runs into its timeout, and what any of
@@ -106,7 +106,7 @@ class Groups:
         while at_work:
             mine = future is not None and not wait([future], POLL_SECONDS).done
             before, seen = seen, self.activity.count
-            at_work, moved = self.sum([float(mine), float(seen > before)])
+            at_work, moved = self.all_reduce_sum([float(mine), float(seen > before)])
             if moved:
                 self.activity.elsewhere()
 
@@ -119,10 +119,10 @@ class Groups:
 
         with ThreadPoolExecutor(1, "work", enter_thread) as pool:
             future = pool.submit(work)
-            self.wait_for_all(future)
+            self.wait_for_all_ranks(future)
         return future
 
-    def _tell(self, value: T, speaker: int) -> T:
+    def _broadcast_object(self, value: T, speaker: int) -> T:
         """The value of one rank, on all."""
         told: list[Any] = [value]
         dist.broadcast_object_list(told, speaker, device=self.device)
@@ -131,7 +131,7 @@ class Groups:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.sum([0.0])
+        self.all_reduce_sum([0.0])
 
 
 def release(groups: Iterable[object]) -> None:
@@ -164,10 +164,10 @@ def make_groups(topology: Topology, rank: int, device: torch.device, timeout_sec
         return made[wide]
 
     here, last = topology.coordinate(rank), topology.pipeline - 1
-    ends = along("pipeline")
+    embedding_group = along("pipeline")
     if last > 1:
         stages = (0, last) if here.pipeline in (0, last) else (here.pipeline,)
-        ends = group_of([topology.rank(Coordinate(stage, here.data, here.tensor)) for stage in stages])
+        embedding_group = group_of([topology.rank(Coordinate(stage, here.data, here.tensor)) for stage in stages])
     return Groups(
         topology=topology,
         rank=rank,
@@ -175,7 +175,7 @@ def make_groups(topology: Topology, rank: int, device: torch.device, timeout_sec
         data=along("data"),
         tensor=along("tensor"),
         pipeline=along("pipeline"),
-        model=along("pipeline", "tensor"),
-        ends=ends,
-        alone=along(),
+        model_parallel_group=along("pipeline", "tensor"),
+        embedding_group=embedding_group,
+        self_group=along(),
     )

@@ -26,7 +26,7 @@ import torch
 from megatrain import __version__
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
-from megatrain.distributed.judgement import CLOCK_SECONDS, SLOW_RANK, Effort, Finding, Reading, is_slow, judge
+from megatrain.distributed.health_checks import CLOCK_SECONDS, SLOW_RANK, Effort, Finding, Reading, is_slow, judge
 from megatrain.distributed.probe import arithmetic_seconds, next_link, write_seconds
 
 _PACKAGES = ("torch", "deepspeed", "numpy")
@@ -53,7 +53,7 @@ class Places(NamedTuple):
 def examine(groups: Groups, rank: RankInfo, places: Places, effort: Effort = AT_EVERY_START) -> list[Finding]:
     """What is bad, the same on all ranks. Collective; its time does not grow with the ranks where all is well."""
     reading, is_suspicious = take_reading(groups, rank, places, effort)
-    return judge(groups.gather(reading), effort) if is_suspicious else []
+    return judge(groups.all_gather_object(reading), effort) if is_suspicious else []
 
 
 def take_reading(groups: Groups, rank: RankInfo, places: Places, effort: Effort) -> tuple[Reading, bool]:
@@ -162,7 +162,7 @@ def _extremes(groups: Groups, reading: Reading) -> dict[str, tuple[float, float]
         for name in ("latency", "exchange"):
             figures[kind + name] = seconds.get(name, math.nan) if kind == far else math.nan
     known = [(value, -value) if value == value else (-math.inf, -math.inf) for value in figures.values()]
-    most = groups.max([high for high, _ in known] + [low for _, low in known])
+    most = groups.all_reduce_max([high for high, _ in known] + [low for _, low in known])
     highs, lows = most[: len(known)], [-value for value in most[len(known) :]]
     return {name: (low, high) for name, low, high in zip(figures, lows, highs, strict=True) if high > -math.inf}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.distributed import rng
-from megatrain.distributed.fragment import Box, Piece
+from megatrain.distributed.fragment import FlatShard, TensorSlice
 from megatrain.model.families import family_of
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ class InitialWeights:
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._config, self._seed = config, seed
 
-    def read(self, wanted: Piece, kind: str) -> Tensor:
+    def read(self, wanted: FlatShard, kind: str) -> Tensor:
         """The piece's initial weights: 1-D, fp32, on the CPU. The optimizer has no initial state (ValueError)."""
         out = torch.empty(wanted.length)
         self.read_into(out, wanted, kind)
         return out
 
-    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+    def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
         """The same into ``target``: 1-D, fp32, on the CPU."""
         if kind != "weight":
             raise ValueError(f"there is no initial {kind}")
@@ -65,7 +65,7 @@ def init_model(model: nn.Module, config: ModelConfig, seed: int) -> None:
     weights = InitialWeights(config, seed)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        piece = Piece(name, shape, Box((0,) * len(shape), shape), 0, parameter.numel())
+        piece = FlatShard(name, shape, TensorSlice((0,) * len(shape), shape), 0, parameter.numel())
         parameter.copy_(weights.read(piece, "weight").view(shape))
 
 
@@ -113,7 +113,7 @@ def _chunk_elements(device: torch.device) -> int:
     return CHUNK_ELEMENTS if device.type == "cpu" else 1 << 24
 
 
-def _global_index(local: Tensor, piece: Piece) -> Tensor:
+def _global_index(local: Tensor, piece: FlatShard) -> Tensor:
     """Flat indices in a piece's box to flat indices in the global tensor."""
     if piece.box.extent == piece.global_shape:
         return local

@@ -15,27 +15,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def copy_to_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def copy_to_tensor_parallel_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity; its gradient is summed over the group. Before a column-parallel layer."""
     return _Copy.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def sum_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_from_tensor_parallel_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-reduce; its gradient is passed on as it is. After a row-parallel layer."""
     return _Sum.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def gather_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_from_sequence_parallel_region(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-gather the shards of the sequence; its gradient is reduce-scattered. Before a column-parallel layer."""
     return _GatherSequence.apply(x_BTC, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def scatter_sum_of_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter_to_sequence_parallel_region(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Reduce-scatter to shards of the sequence; its gradient is all-gathered. After a row-parallel layer."""
     return _ScatterSum.apply(x_BTC, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def split_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+def scatter_to_sequence_parallel_region(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's shard of a sequence that all ranks have alike; its gradient is all-gathered."""
     return _Split.apply(x_BTC, group)  # type: ignore[no-any-return, no-untyped-call]
 

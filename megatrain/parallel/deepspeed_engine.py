@@ -69,7 +69,7 @@ def _import_muon() -> None:
     compiler.compile = compile_later
 
 
-class Mesh:
+class DeepSpeedMPU:
     """The groups under the names by which DeepSpeed asks for them (its ``mpu``)."""
 
     def __init__(self, groups: Groups) -> None:
@@ -77,15 +77,15 @@ class Mesh:
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """All ranks of one copy of the model."""
-        return self._groups.model
+        return self._groups.model_parallel_group
 
     def get_model_parallel_rank(self) -> int:
         """This rank among them."""
-        return dist.get_rank(self._groups.model)
+        return dist.get_rank(self._groups.model_parallel_group)
 
     def get_model_parallel_world_size(self) -> int:
         """Their number."""
-        return dist.get_world_size(self._groups.model)
+        return dist.get_world_size(self._groups.model_parallel_group)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same part of the model."""
@@ -177,7 +177,7 @@ def make_engine(
     groups: Groups,
 ) -> Any:
     """What ``deepspeed.initialize`` does, for ``kind``: an engine of DeepSpeed's with StageZero mixed in."""
-    kind.alone = groups.alone
+    kind.alone = groups.self_group
     with _as_no_garbage(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it finds
         return kind(
             args=None,

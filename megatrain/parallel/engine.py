@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from megatrain.batch import Batch
 from megatrain.config import OptimizerConfig, RunConfig
-from megatrain.distributed.fragment import Fragment, Piece, Placement, windows
+from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard_views
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
 from megatrain.parallel.deepspeed_config import deepspeed_config
-from megatrain.parallel.deepspeed_engine import Mesh, PlainDeepSpeedEngine, forget_globals, make_engine
-from megatrain.parallel.gate import Gate
+from megatrain.parallel.deepspeed_engine import DeepSpeedMPU, PlainDeepSpeedEngine, forget_globals, make_engine
 from megatrain.parallel.loss_scale import use_power_of_two
 from megatrain.parallel.replicas import Replicas, find_differences
 from megatrain.parallel.shard import LocalParameter, ShardedModel
-from megatrain.parallel.state import MasterSlice, is_own, link_state, master_slices, publish_masters, torch_optimizer
+from megatrain.parallel.state import MasterSlice, is_own, link_state, master_slices, sync_master_params, torch_optimizer
+from megatrain.parallel.update_guard import UpdateGuard
 
 WEIGHT = "weight"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
@@ -31,14 +31,14 @@ Admit: TypeAlias = Callable[[float, float], bool]
 make it. The answer must be the same on all ranks; it may communicate. Not asked where the norm is not finite."""
 
 
-class PieceSource(Protocol):
+class StateReader(Protocol):
     """Where state comes from: a checkpoint, or the computed initial weights."""
 
-    def read(self, wanted: Piece, kind: str) -> Tensor:
+    def read(self, wanted: FlatShard, kind: str) -> Tensor:
         """The elements of a piece: 1-D, fp32, on the CPU."""
         ...
 
-    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+    def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
         """The same into ``target``: 1-D, fp32, on the CPU, contiguous."""
         ...
 
@@ -64,7 +64,7 @@ class Engine:
         num_parameters = sum(local.placement.local_numel for local in model.parameters.values())
         settings = deepspeed_config(config, groups.topology.world_size, num_parameters)
         optimizer = make_optimizer(config.optimizer, model)
-        self._gate = Gate(optimizer)
+        self._update_guard = UpdateGuard(optimizer)
         self._deepspeed: Any = self._start(optimizer, settings)
         self._is_half = config.train.precision != "fp32"
         if config.train.precision == "fp16":  # at the least scale updates are left out, until the trainer gives up
@@ -72,7 +72,7 @@ class Engine:
 
     def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         return make_engine(
-            PlainDeepSpeedEngine, self._model.module, Mesh(self.groups), optimizer, settings, self.groups
+            PlainDeepSpeedEngine, self._model.module, DeepSpeedMPU(self.groups), optimizer, settings, self.groups
         )
 
     def train_batch(
@@ -94,7 +94,7 @@ class Engine:
             loss_sum += loss.detach()
             began = time.perf_counter()
             engine.step()  # updates after the last micro-batch, counts before
-        skipped = self._gate.refused or engine.skipped_steps > skipped_before
+        skipped = self._update_guard.refused or engine.skipped_steps > skipped_before
         seconds = time.perf_counter() - began
         return StepResult(self._own_share(float(loss_sum)), self._norm(), skipped, seconds)
 
@@ -117,7 +117,7 @@ class Engine:
             for start, stop in self._owned(local, held):
                 state = states.get(held.buffer, {})
                 buffers = {WEIGHT: held.buffer, **{key: state[key] for key in ADAM_STATES if key in state}}
-                for piece, where in windows(local.placement, start, stop):
+                for piece, where in shard_views(local.placement, start, stop):
                     for kind, buffer in buffers.items():
                         data = held.of(buffer)[start - held.start : stop - held.start]
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
@@ -126,7 +126,8 @@ class Engine:
     def check_fragments(self) -> None:
         """Raise CheckpointError where ``state_fragments`` would give out the weights of another parameter than it says.
 
-        Some elements of each are compared with the module's own, which ``publish`` and each update made of them.
+        Some elements of each are compared with the module's own, which ``sync_params_from_master`` and each update
+        made of them.
         """
         own = dict(self._model.module.named_parameters())
         for local, held in self._slices():
@@ -137,11 +138,11 @@ class Engine:
                 )
 
     @torch.no_grad()
-    def load_fragments(self, source: PieceSource, num_updates: int) -> None:
+    def load_fragments(self, source: StateReader, num_updates: int) -> None:
         """Take the weights from ``source``, and the optimizer's state too if it has made ``num_updates`` > 0 (else it
         is as before the first step).
 
-        Not collective: where no rank's ``source`` has failed, ``publish`` completes it.
+        Not collective: where no rank's ``source`` has failed, ``sync_params_from_master`` completes it.
         """
         optimizer, activity = self._deepspeed.optimizer, self.groups.activity
         states = torch_optimizer(optimizer).state
@@ -153,7 +154,7 @@ class Engine:
                 kinds |= _adam_state(states, held.buffer, num_updates)
             else:
                 _forget_adam_state(states, held.buffer)
-            for piece, where in windows(local.placement, held.start, held.start + held.length):
+            for piece, where in shard_views(local.placement, held.start, held.start + held.length):
                 for kind, buffer in kinds.items():
                     target = held.of(buffer)
                     in_place = isinstance(where, slice) and target.is_cpu and target.dtype == torch.float32
@@ -169,9 +170,9 @@ class Engine:
             link_state(optimizer)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_params_from_master(self) -> None:
         """After all ranks have loaded: give each the weights it computes with. Collective."""
-        publish_masters(self._deepspeed.optimizer)
+        sync_master_params(self._deepspeed.optimizer)
 
     def find_differences(self) -> str | None:
         """Which ranks hold weights that are not those of the others that must hold the same, in words. Collective."""
@@ -194,7 +195,7 @@ class Engine:
             if local.num_replicas > 1:
                 kind = whole if local.num_replicas == self.groups.topology.tensor else shared
                 kind[name] = getattr(local.parameter, "ds_tensor", local.parameter)
-        yield from (Replicas(self.groups.tensor, whole), Replicas(self._model.head_sharers, shared))
+        yield from (Replicas(self.groups.tensor, whole), Replicas(self._model.kv_replica_group, shared))
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
@@ -223,7 +224,7 @@ class Engine:
 
     def _ask(self, admit: Admit | None, loss_sum: Callable[[], float]) -> None:
         """Let ``admit`` decide on the next update; ``loss_sum``: what it is on this rank by then."""
-        self._gate.open_for(None if admit is None else lambda: admit(self._own_share(loss_sum()), self._norm()))
+        self._update_guard.open_for(None if admit is None else lambda: admit(self._own_share(loss_sum()), self._norm()))
 
     def _own_share(self, loss_sum: float) -> float:
         """Tensor ranks compute the same loss: the first of them speaks for all."""
@@ -291,7 +292,7 @@ def _forget_adam_state(states: Any, buffer: Tensor) -> None:
         value.zero_()
 
 
-def _clear_padding(placement: Placement, held: MasterSlice, data: Tensor) -> None:
+def _clear_padding(placement: ShardSpec, held: MasterSlice, data: Tensor) -> None:
     if placement.padding:
         first = placement.local_numel - placement.padding * (
             placement.local_numel // placement.local_shape[placement.dim]

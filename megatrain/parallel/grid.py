@@ -56,8 +56,11 @@ class MeshGrid(PipelineParallelGrid):  # type: ignore[misc]
         self.pipe_parallel_size, self.data_parallel_size = mesh.pipeline, mesh.data
         self.model_parallel_size = self.slice_parallel_size = mesh.tensor
         self.is_first_stage, self.is_last_stage = here.pipeline == 0, here.pipeline == mesh.pipeline - 1
-        self.ds_model_proc_group = groups.model
-        self.ds_model_world_size, self.ds_model_rank = dist.get_world_size(groups.model), dist.get_rank(groups.model)
+        self.ds_model_proc_group = groups.model_parallel_group
+        self.ds_model_world_size, self.ds_model_rank = (
+            dist.get_world_size(groups.model_parallel_group),
+            dist.get_rank(groups.model_parallel_group),
+        )
         self.dp_group, self.dp_proc_group = dist.get_process_group_ranks(groups.data), groups.data
         self.pp_group, self.pp_proc_group = dist.get_process_group_ranks(groups.pipeline), groups.pipeline
         self.slice_group, self.slice_proc_group = dist.get_process_group_ranks(groups.tensor), groups.tensor

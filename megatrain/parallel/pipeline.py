@@ -36,7 +36,7 @@ class PipelinedEngine(Engine):
     """The engine of a model whose layers are spread over pipeline stages."""
 
     def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
-        self._carries = Carried(
+        self._carries = StageTensors(
             documents=config.data.document_mask, samples=_has_dropout(config), seq_len=config.data.seq_len
         )
         self._tied = config.model.tie_word_embeddings
@@ -100,7 +100,7 @@ class PipelinedEngine(Engine):
             )
 
 
-class Carried:
+class StageTensors:
     """What goes from stage to stage beside the activations; a lone tensor where nothing does."""
 
     def __init__(self, *, documents: bool, samples: bool, seq_len: int) -> None:
@@ -135,7 +135,7 @@ class StageLayers(nn.Module):
     the loss mask if there is one) are set before. ``activity``: told of each micro-batch.
     """
 
-    def __init__(self, stage: Any, carried: Carried, activity: Activity) -> None:
+    def __init__(self, stage: Any, carried: StageTensors, activity: Activity) -> None:
         super().__init__()
         self._activity = activity
         self.stage = stage
@@ -171,7 +171,7 @@ class StagePipe(PipelineModule):  # type: ignore[misc]
 
     def _index_tied_modules(self) -> dict[str, Any]:
         """The tied weight: its gradients are summed over the first and last stage, its norm counted on the first."""
-        ends = dist.get_process_group_ranks(self._groups.ends)
+        ends = dist.get_process_group_ranks(self._groups.embedding_group)
         if not self._tied or len(ends) < 2:
             return {}
         here = self._groups.coordinate
@@ -179,7 +179,14 @@ class StagePipe(PipelineModule):  # type: ignore[misc]
         module = stage.head if here.pipeline else stage.get_submodule(stage.embedding_names[0])
         self.tied_modules["embedding"] = module
         module.weight.ds_pipe_replicated = here.pipeline > 0
-        return {"embedding": {"ranks": ends, "group": self._groups.ends, "weight_attr": ["weight"], "module": module}}
+        return {
+            "embedding": {
+                "ranks": ends,
+                "group": self._groups.embedding_group,
+                "weight_attr": ["weight"],
+                "module": module,
+            }
+        }
 
     def _synchronize_tied_weights(self) -> None:
         """Nothing: both ends are filled from the same source."""

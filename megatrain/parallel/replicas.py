@@ -48,9 +48,9 @@ class Difference(NamedTuple):
 def find_differences(replicas: Iterable[Replicas], groups: Groups) -> str | None:
     """Which ranks hold something else than the others, in words; None where none does. Collective."""
     own = [found for each in replicas if (found := _compare(each, groups.device)) is not None]
-    if not groups.sum([float(len(own))])[0]:
+    if not groups.all_reduce_sum([float(len(own))])[0]:
         return None
-    every = groups.gather((own, socket.gethostname()))
+    every = groups.all_gather_object((own, socket.gethostname()))
     hosts = [host for _, host in every]
     return "; ".join(found.text(hosts) for found in dict.fromkeys(found for each, _ in every for found in each))
 

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from megatrain.config import RunConfig
-from megatrain.distributed.fragment import Placement
+from megatrain.distributed.fragment import ShardSpec
 from megatrain.distributed.groups import Groups
 from megatrain.parallel.deepspeed_config import offload_settings
-from megatrain.parallel.deepspeed_engine import Mesh
+from megatrain.parallel.deepspeed_engine import DeepSpeedMPU
 from megatrain.parallel.recompute import recompute_cores, recompute_layers
-from megatrain.parallel.tensor import Heads, Shard, Split, TensorRanks, mark_parameters, split_model
+from megatrain.parallel.tensor import HeadCounts, Shard, Split, TensorParallelRank, mark_parameters, split_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,7 +32,7 @@ class LocalParameter:
     """
 
     parameter: nn.Parameter
-    placement: Placement
+    placement: ShardSpec
     num_replicas: int
     replica: int
     is_copy: bool = False
@@ -40,11 +40,11 @@ class LocalParameter:
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """This rank's part of the model, and its parameters, tied ones once. ``head_sharers``: see TensorRanks."""
+    """This rank's part of the model; its parameters, tied ones once. ``kv_replica_group``: see TensorParallelRank."""
 
     module: nn.Module
     parameters: Mapping[str, LocalParameter]
-    head_sharers: dist.ProcessGroup
+    kv_replica_group: dist.ProcessGroup
 
 
 Model: TypeAlias = Any
@@ -52,21 +52,21 @@ Model: TypeAlias = Any
 
 
 @dataclass(frozen=True)
-class Cut:
+class ModelPartition:
     """How a family is cut: its table by a module's name, and the types that selective recomputation recomputes."""
 
     split_of: Callable[[str], Split | None]
     cores: tuple[type[nn.Module], ...]
 
 
-def shard_model(model: Model, config: RunConfig, groups: Groups, cut: Cut) -> ShardedModel:
-    """Cut a model that was built on the meta device to this rank's part, and give that its memory."""
-    heads = Heads(config.model.num_attention_heads, config.model.kv_heads, config.model.head_size)
-    ranks = TensorRanks.of(groups, heads, sequence=config.parallel.sequence, seq_len=config.data.seq_len)
+def shard_model(model: Model, config: RunConfig, groups: Groups, cut: ModelPartition) -> ShardedModel:
+    """ModelPartition a model that was built on the meta device to this rank's part, and give that its memory."""
+    heads = HeadCounts(config.model.num_attention_heads, config.model.kv_heads, config.model.head_size)
+    ranks = TensorParallelRank.of(groups, heads, sequence=config.parallel.sequence, seq_len=config.data.seq_len)
     if ranks.size > 1:
         shards = split_model(model, cut.split_of, heads, ranks, model.decoder_names)
     else:
-        whole = {name: Placement.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
+        whole = {name: ShardSpec.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
         shards = {name: Shard(placement, 1, 0) for name, placement in whole.items()}
     layers = [model.get_submodule(name) for name in model.decoder_names]
     if config.parallel.recompute == "full":
@@ -80,7 +80,7 @@ def shard_model(model: Model, config: RunConfig, groups: Groups, cut: Cut) -> Sh
         name: LocalParameter(parameter, shards[name].placement, shards[name].num_replicas, shards[name].replica)
         for name, parameter in parameters.items()
     }
-    return ShardedModel(model, mine, ranks.head_sharers)
+    return ShardedModel(model, mine, ranks.kv_replica_group)
 
 
 def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> ShardedModel:
@@ -116,5 +116,5 @@ def _allocate(model: Model, config: RunConfig, groups: Groups) -> None:
                 data_parallel_group=groups.data,
                 config_dict_or_path=settings,
                 dtype=dtype,
-                mpu=Mesh(groups),
+                mpu=DeepSpeedMPU(groups),
             )

@@ -64,7 +64,7 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
-def publish_masters(optimizer: Any) -> None:
+def sync_master_params(optimizer: Any) -> None:
     """After the master weights were written to: give every rank the weights it computes with. Collective."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in range(len(optimizer.fp16_groups)):

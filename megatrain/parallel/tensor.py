@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatrain.distributed.fragment import Box, Placement
+from megatrain.distributed.fragment import ShardSpec, TensorSlice
 from megatrain.distributed.groups import Groups
 from megatrain.parallel.collectives import (
-    copy_to_group,
-    gather_sequence,
-    scatter_sum_of_sequence,
-    split_sequence,
-    sum_over_group,
+    copy_to_tensor_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megatrain.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
@@ -52,7 +52,7 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadCounts:
     """The attention heads of the whole model."""
 
     query: int
@@ -67,31 +67,31 @@ class Shard:
     ``replica``: this rank's number among those. ``partial``: each of them sees a part of its gradient.
     """
 
-    placement: Placement
+    placement: ShardSpec
     num_replicas: int
     replica: int
     partial: bool = False
 
 
 @dataclass(frozen=True)
-class TensorRanks:
+class TensorParallelRank:
     """The ranks that share each layer's matrices.
 
-    ``head_sharers``: those of them that hold the same key-value head as this one. ``sequence``: whether tokens between
-    blocks are shared out too, of which there are ``seq_len``.
+    ``kv_replica_group``: those of them that hold the same key-value head as this one. ``sequence``: whether tokens
+    between blocks are split too, of which there are ``seq_len``.
     """
 
     group: dist.ProcessGroup
-    head_sharers: dist.ProcessGroup
+    kv_replica_group: dist.ProcessGroup
     sequence: bool
     seq_len: int
 
     @classmethod
-    def of(cls, groups: Groups, heads: Heads, *, sequence: bool, seq_len: int) -> TensorRanks:
+    def of(cls, groups: Groups, heads: HeadCounts, *, sequence: bool, seq_len: int) -> TensorParallelRank:
         """Find the sharers of heads; collective over the world where there are any."""
         num_sharers = groups.topology.tensor // heads.key_value
         if num_sharers < 2:
-            return cls(groups.tensor, groups.alone, sequence, seq_len)
+            return cls(groups.tensor, groups.self_group, sequence, seq_len)
         first = groups.coordinate.tensor // num_sharers * num_sharers
         sharers = groups.topology.group(groups.rank, "tensor")[first : first + num_sharers]
         return cls(groups.tensor, dist.new_group(sharers, use_local_synchronization=True), sequence, seq_len)
@@ -110,8 +110,8 @@ class TensorRanks:
 def split_model(
     model: nn.Module,
     split_of: Callable[[str], Split | None],
-    heads: Heads,
-    ranks: TensorRanks,
+    heads: HeadCounts,
+    ranks: TensorParallelRank,
     decoder_names: list[str],
 ) -> dict[str, Shard]:
     """Cut ``model`` (on the meta device) in place to this rank's part; each parameter's shard, by its name.
@@ -141,15 +141,22 @@ def split_model(
             if kind is VocabParallelHead:
                 blocks[name] = model.get_submodule(name)
     for block in blocks.values():
-        _before(block, gather_sequence if ranks.sequence else copy_to_group, ranks.group)
+        _before(
+            block,
+            gather_from_sequence_parallel_region if ranks.sequence else copy_to_tensor_parallel_region,
+            ranks.group,
+        )
     if ranks.sequence and decoder_names and decoder_names[0].endswith(".0"):
-        _before(model.get_submodule(decoder_names[0]), split_sequence, ranks.group)
+        _before(model.get_submodule(decoder_names[0]), scatter_to_sequence_parallel_region, ranks.group)
     _place_dropout(model, heads, ranks, decoder_names)
     return shards
 
 
 def mark_parameters(
-    parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Shard], ranks: TensorRanks, embedding_names: list[str]
+    parameters: Mapping[str, nn.Parameter],
+    shards: Mapping[str, Shard],
+    ranks: TensorParallelRank,
+    embedding_names: list[str],
 ) -> None:
     """Say of each parameter whether this rank counts it in the gradient's norm, and sum gradients that are partial.
 
@@ -161,7 +168,7 @@ def mark_parameters(
         # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
         parameter.model_parallel = shard.num_replicas < ranks.size and shard.replica == 0  # type: ignore[attr-defined]
         if shard.partial:
-            _sum_gradients(parameter, ranks.group if shard.num_replicas == ranks.size else ranks.head_sharers)
+            _sum_gradients(parameter, ranks.group if shard.num_replicas == ranks.size else ranks.kv_replica_group)
         elif ranks.sequence and shard.num_replicas > 1 and name.rpartition(".")[0] not in embedding_names:
             _sum_gradients(parameter, ranks.group)
 
@@ -181,7 +188,7 @@ class RowParallel(nn.Module):
     ``weight_dim``: the dimension of the weight along which inputs lie (1 in a Linear, 0 in a Conv1D).
     """
 
-    def __init__(self, linear: Any, weight_dim: int, ranks: TensorRanks) -> None:
+    def __init__(self, linear: Any, weight_dim: int, ranks: TensorParallelRank) -> None:
         super().__init__()
         self.weight: nn.Parameter = linear.weight
         self.bias: nn.Parameter | None = linear.bias
@@ -192,14 +199,18 @@ class RowParallel(nn.Module):
         """The whole sum; under sequence parallelism, of this rank's tokens."""
         weight = self.weight if self._weight_dim == 1 else self.weight.t()
         partial_BTC = functional.linear(x_BTC, weight)
-        reduce = scatter_sum_of_sequence if self._ranks.sequence else sum_over_group
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region if self._ranks.sequence else reduce_from_tensor_parallel_region
+        )
         y_BTC = reduce(partial_BTC, self._ranks.group)
         return y_BTC if self.bias is None else y_BTC + self.bias
 
 
-def _shard(path: str, parameter: Tensor, split: Split | None, key: str, heads: Heads, ranks: TensorRanks) -> Shard:
+def _shard(
+    path: str, parameter: Tensor, split: Split | None, key: str, heads: HeadCounts, ranks: TensorParallelRank
+) -> Shard:
     shape = tuple(parameter.shape)
-    whole = Shard(Placement.whole(path, shape), ranks.size, ranks.index)
+    whole = Shard(ShardSpec.whole(path, shape), ranks.size, ranks.index)
     if split is None or (key == "bias" and split.kind == "row"):
         return whole
     if split.kind == "shared":
@@ -209,20 +220,20 @@ def _shard(path: str, parameter: Tensor, split: Split | None, key: str, heads: H
         per_rank = -(-shape[dim] // ranks.size)
         first = min(ranks.index * per_rank, shape[dim])
         count = min(per_rank, shape[dim] - first)
-        boxes: tuple[Box, ...] = (_box(shape, dim, first, count),) if count else ()
-        return Shard(Placement(path, shape, boxes, dim, per_rank - count), 1, 0)
+        boxes: tuple[TensorSlice, ...] = (_box(shape, dim, first, count),) if count else ()
+        return Shard(ShardSpec(path, shape, boxes, dim, per_rank - count), 1, 0)
     part = shape[dim] // split.num_parts
     num_replicas, index, count = 1, ranks.index, part // ranks.size
     if split.by_heads == "key_value" and heads.key_value < ranks.size:  # several ranks share a head
         num_replicas = ranks.size // heads.key_value
         index, count = ranks.index // num_replicas, heads.size
     boxes = tuple(_box(shape, dim, number * part + index * count, count) for number in range(split.num_parts))
-    return Shard(Placement(path, shape, boxes, dim), num_replicas, ranks.index % num_replicas, num_replicas > 1)
+    return Shard(ShardSpec(path, shape, boxes, dim), num_replicas, ranks.index % num_replicas, num_replicas > 1)
 
 
-def _box(shape: tuple[int, ...], dim: int, first: int, count: int) -> Box:
+def _box(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSlice:
     offset = tuple(first if d == dim else 0 for d in range(len(shape)))
-    return Box(offset, tuple(count if d == dim else size for d, size in enumerate(shape)))
+    return TensorSlice(offset, tuple(count if d == dim else size for d, size in enumerate(shape)))
 
 
 def _is_head(module: nn.Module) -> bool:
@@ -236,7 +247,7 @@ def _before(module: nn.Module, collective: Callable[..., Tensor], group: dist.Pr
     module.register_forward_pre_hook(hook)
 
 
-def _place_dropout(model: nn.Module, heads: Heads, ranks: TensorRanks, decoder_names: list[str]) -> None:
+def _place_dropout(model: nn.Module, heads: HeadCounts, ranks: TensorParallelRank, decoder_names: list[str]) -> None:
     """Tell each dropout which part of the whole activation it sees, so that it drops what one process would."""
     for name in decoder_names:
         for module in model.get_submodule(name).modules():

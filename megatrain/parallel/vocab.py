@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatrain.distributed.fragment import Placement
-from megatrain.parallel.collectives import sum_over_group
+from megatrain.distributed.fragment import ShardSpec
+from megatrain.parallel.collectives import reduce_from_tensor_parallel_region
 
 _WORKSPACE_ELEMENTS = 1 << 22
 
@@ -24,7 +24,7 @@ _WORKSPACE_ELEMENTS = 1 << 22
 class VocabParallelEmbedding(nn.Module):
     """Looks up the tokens of this rank's part of the vocabulary; the sum over the ranks is the embedding."""
 
-    def __init__(self, embedding: nn.Module, placement: Placement, group: dist.ProcessGroup) -> None:
+    def __init__(self, embedding: nn.Module, placement: ShardSpec, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.dropout = embedding.dropout
@@ -36,14 +36,14 @@ class VocabParallelEmbedding(nn.Module):
         local_BT = tokens_BT - first
         is_here_BT = (local_BT >= 0) & (local_BT < count)
         x_BTC = functional.embedding(local_BT * is_here_BT, self.weight)  # type: ignore[arg-type]
-        x_BTC = sum_over_group(x_BTC * is_here_BT.unsqueeze(-1), self._group)
+        x_BTC = reduce_from_tensor_parallel_region(x_BTC * is_here_BT.unsqueeze(-1), self._group)
         return x_BTC if self.dropout is None else self.dropout(x_BTC, context.sample_ids_B)  # type: ignore[operator, no-any-return]
 
 
 class VocabParallelHead(nn.Module):
     """The output head over this rank's part of the vocabulary, with the loss or the logits over all of it."""
 
-    def __init__(self, head: nn.Module, placement: Placement, group: dist.ProcessGroup) -> None:
+    def __init__(self, head: nn.Module, placement: ShardSpec, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight = head.weight
         self._range, self._group = _vocabulary(placement), group
@@ -132,7 +132,7 @@ def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() * scale).to(x.dtype)  # for the reasons of megatrain.model.loss
 
 
-def _vocabulary(placement: Placement) -> tuple[int, int]:
+def _vocabulary(placement: ShardSpec) -> tuple[int, int]:
     """First token id and number of ids that a rank holds."""
     return (placement.boxes[0].offset[0], placement.boxes[0].extent[0]) if placement.boxes else (0, 0)
 

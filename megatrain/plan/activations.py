@@ -6,14 +6,14 @@ al. 2022 (arXiv:2205.05198). benchmarks/layouts.py measures them on CPUs.
 
 from __future__ import annotations
 
-from megatrain.plan.part import Part, share
+from megatrain.plan.stage_model import StageModel, share
 
 _BLOCK_ROWS = 128  # of attention written out: megatrain.model.blockwise_attention
 _SOFTMAX_BYTES = 256 << 20  # fp32 work space of the loss on a GPU: megatrain.model.loss
 _VOCAB_PARALLEL_SOFTMAX_BYTES = 16 << 20  # the same where the vocabulary is cut: megatrain.parallel.vocab
 
 
-def activations(part: Part, *, on_cpu: bool = False) -> int:
+def activations(part: StageModel, *, on_cpu: bool = False) -> int:
     """Kept at the most, for all micro-batches in flight. On a GPU attention is fused, on a CPU it is written out."""
     parallel, tokens, bytes_ = part.config.parallel, part.tokens, part.element_bytes
     model = part.config.model
@@ -32,7 +32,7 @@ def activations(part: Part, *, on_cpu: bool = False) -> int:
     return part.in_flight * kept
 
 
-def working_set(part: Part) -> dict[str, int]:
+def working_set(part: StageModel) -> dict[str, int]:
     """What the backward pass holds for a moment, of its largest step: an estimate of the gradients of activations."""
     model, tokens, bytes_ = part.config.model, part.tokens, part.element_bytes
     wide = (2 if model.family == "gpt2" else 3) * part.widths.ffn
@@ -47,7 +47,7 @@ def working_set(part: Part) -> dict[str, int]:
     return held
 
 
-def is_fused(part: Part) -> bool:
+def is_fused(part: StageModel) -> bool:
     """Whether a GPU keeps no attention probabilities: in half precision, without dropout of them.
 
     In fp32 it depends on the heads and the mask; they are counted then.
@@ -55,7 +55,7 @@ def is_fused(part: Part) -> bool:
     return part.config.train.precision != "fp32" and part.config.model.attention_dropout == 0.0
 
 
-def _layer(part: Part, fused: bool, selective: bool) -> int:
+def _layer(part: StageModel, fused: bool, selective: bool) -> int:
     """Bytes that a decoder layer keeps of one micro-batch."""
     model, tokens, widths = part.config.model, part.tokens, part.widths
     hidden, queries, keys, ffn = model.hidden_size, widths.queries, widths.keys, widths.ffn
@@ -78,7 +78,7 @@ def _layer(part: Part, fused: bool, selective: bool) -> int:
     return kept + (4 * tokens * queries // model.head_size if fused else _probabilities(part))
 
 
-def _probabilities(part: Part) -> int:
+def _probabilities(part: StageModel) -> int:
     """Bytes of causal attention's probabilities, in blocks of rows."""
     seq_len = part.config.data.seq_len
     num_blocks = share(seq_len, _BLOCK_ROWS)
@@ -89,11 +89,11 @@ def _probabilities(part: Part) -> int:
     return part.element_bytes * heads * part.config.train.micro_batch_size * columns
 
 
-def _border_elements(part: Part) -> int:
+def _border_elements(part: StageModel) -> int:
     """Elements of the residual stream on this rank."""
     return _shared(part) * part.config.model.hidden_size
 
 
-def _shared(part: Part) -> int:
+def _shared(part: StageModel) -> int:
     """Tokens between blocks on this rank: sequence parallelism shares them out."""
     return part.tokens // (part.config.parallel.tensor if part.config.parallel.sequence else 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatrain.config import RunConfig
 from megatrain.plan.activations import activations, working_set
-from megatrain.plan.part import Part, share
+from megatrain.plan.stage_model import StageModel, share
 
 _SMALLEST_BUCKET = 1 << 20
 _LARGEST_BUCKET = 1 << 29
@@ -66,7 +66,7 @@ class RankMemory:
         }
 
 
-def rank_memory(part: Part) -> RankMemory:
+def rank_memory(part: StageModel) -> RankMemory:
     """The memory of a rank that computes ``part``."""
     offload, stage = part.config.parallel.offload, part.config.parallel.zero_stage
     weights, gradients, optimizer = _weights(part), _gradients(part), _optimizer(part)
@@ -102,7 +102,7 @@ def bucket_elements(num_parameters: int) -> int:
     return min(max(num_parameters, _SMALLEST_BUCKET), _LARGEST_BUCKET)
 
 
-def sums_apart(config: RunConfig) -> bool:
+def uses_bf16_optimizer(config: RunConfig) -> bool:
     """Whether DeepSpeed's BF16_Optimizer is at work: it keeps half precision gradients and their fp32 sums."""
     parallel, precision = config.parallel, config.train.precision
     if parallel.zero_stage == 0:
@@ -110,7 +110,7 @@ def sums_apart(config: RunConfig) -> bool:
     return parallel.zero_stage == 1 and precision == "bf16" and parallel.offload == "none"
 
 
-def _flat(part: Part) -> tuple[int, int]:
+def _flat(part: StageModel) -> tuple[int, int]:
     """Elements of the buffers that DeepSpeed lays the parameters into, matrices and vectors apart; a data rank's share.
 
     ZeRO 3 cuts each parameter by itself; the others the buffers, whose length is a multiple of 2 for each rank.
@@ -125,30 +125,30 @@ def _flat(part: Part) -> tuple[int, int]:
     return whole, whole // cut
 
 
-def _weights(part: Part) -> int:
+def _weights(part: StageModel) -> int:
     whole, mine = _flat(part)
     return part.element_bytes * (mine if part.config.parallel.zero_stage == 3 else whole)
 
 
-def _optimizer(part: Part) -> int:
+def _optimizer(part: StageModel) -> int:
     if part.config.parallel.zero_stage == 0 and part.config.train.precision == "fp32":  # the weights are the masters
         return 8 * part.num_parameters + _STEP_BYTES * sum(p.copies for p in part.parameters)
     return _STATE_BYTES * _flat(part)[1] + 2 * _STEP_BYTES
 
 
-def _gradients(part: Part) -> int:
+def _gradients(part: StageModel) -> int:
     """What is there between two passes of a step.
 
     In fp32, ZeRO 2 keeps whole the gradients of parameters of which a share has a part: up to two parameters more. ZeRO
     3 steps through sub-groups of a bucket's size: a few bytes more for each.
     """
     whole, mine = _flat(part)
-    if sums_apart(part.config):
+    if uses_bf16_optimizer(part.config):
         return 4 * whole + part.element_bytes * part.num_parameters
     return 4 * (mine if part.config.parallel.zero_stage >= 2 else part.num_parameters)
 
 
-def _owned(part: Part) -> int:
+def _owned(part: StageModel) -> int:
     """The most elements that a rank of this kind saves: what ranks hold alike is shared out among them."""
     stage, data = part.config.parallel.zero_stage, part.data
     own = [p for p in part.parameters if not p.is_tied]
@@ -159,7 +159,7 @@ def _owned(part: Part) -> int:
     return min(_flat(part)[1], sum(share(p.numel, p.num_replicas) * p.copies for p in own))
 
 
-def _pass_buffers(part: Part) -> dict[str, int]:
+def _pass_buffers(part: StageModel) -> dict[str, int]:
     """What DeepSpeed holds while passes are made, beside the gradients."""
     stage, bytes_, size = part.config.parallel.zero_stage, part.element_bytes, part.num_parameters
     bucket = bucket_setting(part, "reduce_bucket_size")
@@ -179,12 +179,12 @@ def _pass_buffers(part: Part) -> dict[str, int]:
     return buffers
 
 
-def _update_buffers(part: Part) -> dict[str, int]:
+def _update_buffers(part: StageModel) -> dict[str, int]:
     """What DeepSpeed holds from the last backward pass to the next forward pass, beside the state."""
     stage, data, size = part.config.parallel.zero_stage, part.data, part.num_parameters
     whole, mine = _flat(part)
     matrices = sum(p.numel * p.copies for p in part.parameters if p.is_matrix)
-    if sums_apart(part.config):  # two buffers, copied into one message if they are not too large
+    if uses_bf16_optimizer(part.config):  # two buffers, copied into one message if they are not too large
         return {"gradients in a message": 4 * whole if data > 1 and matrices <= _ALL_REDUCE_ELEMENTS else 0}
     if stage == 0:
         largest = _ALL_REDUCE_ELEMENTS + part.largest_parameter
@@ -194,7 +194,7 @@ def _update_buffers(part: Part) -> dict[str, int]:
     return {"gradients of the update": 4 * min(mine, bucket_setting(part, "sub_group_size"))} if stage == 3 else {}
 
 
-def bucket_setting(part: Part, key: str) -> int:
+def bucket_setting(part: StageModel, key: str) -> int:
     """A bucket of DeepSpeed's: what the user put under ``deepspeed``, or what megatrain sets."""
     given = part.config.deepspeed.get("zero_optimization", {})
     value = given.get(key) if isinstance(given, Mapping) else None

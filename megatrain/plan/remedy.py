@@ -8,7 +8,7 @@ from itertools import combinations
 from megatrain.config import RunConfig
 from megatrain.plan import rules
 from megatrain.plan.memory import rank_memory
-from megatrain.plan.part import parts
+from megatrain.plan.stage_model import parts
 
 MAX_CHANGES = 3
 WORTHWHILE = 0.9

@@ -11,8 +11,8 @@ from megatrain.plan.cluster import Cluster
 from megatrain.plan.flops import flops_per_token, num_parameters
 from megatrain.plan.goodput import Failures, best_interval, goodput
 from megatrain.plan.memory import RankMemory, rank_memory
-from megatrain.plan.part import parts
 from megatrain.plan.remedy import remedy
+from megatrain.plan.stage_model import parts
 from megatrain.plan.this_machine import CPU
 from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble, step_time
 

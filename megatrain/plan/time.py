@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from megatrain.config import RunConfig
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.flops import flops_per_token
-from megatrain.plan.memory import bucket_setting, sums_apart
-from megatrain.plan.part import Part, share
+from megatrain.plan.memory import bucket_setting, uses_bf16_optimizer
+from megatrain.plan.stage_model import StageModel, share
 
 HOST_BYTES_PER_SECOND = 25e9
 """Between a device and its share of the node's CPU memory, and within that: what PCIe of generation 4 reaches."""
@@ -47,7 +47,7 @@ class StepTime:
         return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
 
 
-def step_time(parts: list[Part], cluster: Cluster) -> StepTime:
+def step_time(parts: list[StageModel], cluster: Cluster) -> StepTime:
     """Estimate a step of the stages' ``parts``."""
     count = parts[0].num_micro_batches
     passes = [_Pass.of(part, cluster) for part in parts]
@@ -82,13 +82,13 @@ class _Pass:
         return self.compute + self.tensor + self.pipeline
 
     @classmethod
-    def of(cls, part: Part, cluster: Cluster) -> _Pass:
+    def of(cls, part: StageModel, cluster: Cluster) -> _Pass:
         precision = part.config.train.precision
         rate = cluster.device.peak_flops(precision) * cluster.efficiency
         return cls(_operations(part) / rate, _tensor(part, cluster), _pipeline(part, cluster))
 
 
-def _operations(part: Part) -> float:
+def _operations(part: StageModel) -> float:
     """FLOPs of one micro-batch on a rank, with those that recomputation repeats."""
     model, parallel, seq_len = part.config.model, part.config.parallel, part.config.data.seq_len
     head = 6 * model.hidden_size * (model.vocab_size or 0)
@@ -102,7 +102,7 @@ def _operations(part: Part) -> float:
     return part.tokens * (layers + part.is_last * head) / parallel.tensor
 
 
-def _tensor(part: Part, cluster: Cluster) -> float:
+def _tensor(part: StageModel, cluster: Cluster) -> float:
     """Four all-reduces of a [B, T, hidden] tensor a layer (Megatron-LM), each of two halves: a scatter and a gather.
 
     Sequence parallelism sends the halves by themselves, and a third one where a layer is computed again.
@@ -116,7 +116,7 @@ def _tensor(part: Part, cluster: Cluster) -> float:
     return num_bytes * (size - 1) / size / cluster.bandwidth(size, 1)
 
 
-def _pipeline(part: Part, cluster: Cluster) -> float:
+def _pipeline(part: StageModel, cluster: Cluster) -> float:
     """Activations on, gradients back; of each 1/tensor a rank, gathered on arrival and once more for what was sent."""
     parallel = part.config.parallel
     if parallel.pipeline == 1:
@@ -128,14 +128,14 @@ def _pipeline(part: Part, cluster: Cluster) -> float:
     return sent + gathered / cluster.bandwidth(parallel.tensor, 1)
 
 
-def _data(part: Part, cluster: Cluster) -> float:
+def _data(part: StageModel, cluster: Cluster) -> float:
     """What data ranks send in a step: gradients in fp32, weights in their own type."""
     data, stage = part.data, part.config.parallel.zero_stage
     gradients, weights = 4 * part.num_parameters, part.element_bytes * part.num_parameters
     if stage == 0:
         sent = 2 * gradients
     elif stage == 1:  # DeepSpeed's BF16_Optimizer all-reduces gradients
-        sent = (2 if sums_apart(part.config) else 1) * gradients + weights
+        sent = (2 if uses_bf16_optimizer(part.config) else 1) * gradients + weights
     elif stage == 2:
         sent = gradients * part.num_micro_batches + weights
     else:  # weights that may stay whole until the backward pass are gathered once
@@ -145,7 +145,7 @@ def _data(part: Part, cluster: Cluster) -> float:
     return between + _tied(part, cluster)
 
 
-def _tied(part: Part, cluster: Cluster) -> float:
+def _tied(part: StageModel, cluster: Cluster) -> float:
     """First and last stage sum the gradients of the table that they share, and the first sends its weights."""
     model, parallel = part.config.model, part.config.parallel
     if parallel.pipeline == 1 or not model.tie_word_embeddings or not (part.is_first or part.is_last):
@@ -155,7 +155,7 @@ def _tied(part: Part, cluster: Cluster) -> float:
     return (4 + part.element_bytes) * table / link
 
 
-def _update(part: Part, cluster: Cluster) -> float:
+def _update(part: StageModel, cluster: Cluster) -> float:
     mine = part.num_parameters / (part.data if part.config.parallel.zero_stage else 1)
     if part.config.parallel.offload == "none":
         return _UPDATE_BYTES * mine / cluster.device.bytes_per_second
@@ -163,12 +163,12 @@ def _update(part: Part, cluster: Cluster) -> float:
     return (moved + _UPDATE_BYTES * mine) / HOST_BYTES_PER_SECOND
 
 
-def _border(part: Part) -> int:
+def _border(part: StageModel) -> int:
     """Bytes of one [B, T, hidden] tensor, whole."""
     return part.tokens * part.config.model.hidden_size * part.element_bytes
 
 
-def _num_recomputed(part: Part) -> int:
+def _num_recomputed(part: StageModel) -> int:
     """Layers whose forward pass is made twice."""
     parallel = part.config.parallel
     return share(part.num_layers, parallel.recompute_every) if parallel.recompute == "full" else 0

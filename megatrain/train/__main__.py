@@ -29,7 +29,7 @@ from megatrain.distributed.bootstrap import (
     supervisor_pid,
 )
 from megatrain.distributed.build_locks import clear_stale_locks
-from megatrain.distributed.lifeline import Lifeline
+from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
 from megatrain.errors import EXIT_BUG, EXIT_OK, EXIT_RANK, MegatrainError
 from megatrain.plan import rules
@@ -64,8 +64,8 @@ def main(arguments: list[str]) -> int:
                 failures.forget(run_dir)
             die = partial(_die, rank, run_dir)
             is_told_to_end = partial(_is_told_to_end, stop, rank, run_dir)
-            lifeline = held.enter_context(Lifeline(rank, run_dir, start_name(), die, is_told_to_end))
-            return _train(config, rank, run_dir, stop, lease, clock, lifeline, overrides)
+            liveness_monitor = held.enter_context(LivenessMonitor(rank, run_dir, start_name(), die, is_told_to_end))
+            return _train(config, rank, run_dir, stop, lease, clock, liveness_monitor, overrides)
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown, recorded, and ends the rank
@@ -80,7 +80,7 @@ def _train(
     stop: Requests,
     lease: Lease | None,
     clock: StartClock,
-    lifeline: Lifeline,
+    liveness_monitor: LivenessMonitor,
     overrides: list[str],
 ) -> int:
     export_rank(rank)
@@ -91,7 +91,7 @@ def _train(
     clock.lap("imports")
     for told in clear_stale_locks(extensions_dir()) if rank.local_rank == 0 else ():
         logging.getLogger(__name__).warning("%s", told)
-    train(config, rank, stop, lease, clock, lifeline, overrides)
+    train(config, rank, stop, lease, clock, liveness_monitor, overrides)
     return EXIT_OK
 
 

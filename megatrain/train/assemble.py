@@ -16,7 +16,7 @@ from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, SampleSource, TrainingBatches, Windows
 from megatrain.data.dataset import refuse_mixed
-from megatrain.data.order import DataOrder, Terms
+from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.data.remote import Cache
 from megatrain.data.storage import MAPPED_SHARDS
@@ -24,7 +24,7 @@ from megatrain.data.vocabulary import resolve_vocabulary
 from megatrain.distributed.bootstrap import RankInfo, extensions_dir
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import Groups, make_groups
-from megatrain.distributed.judgement import Finding
+from megatrain.distributed.health_checks import Finding
 from megatrain.distributed.preflight import LEAST_FREE_BYTES, Places, examine, existing
 from megatrain.distributed.rendezvous import meet
 from megatrain.distributed.topology import Topology
@@ -38,7 +38,7 @@ from megatrain.model.llama import GatedActivation
 from megatrain.parallel.deepspeed_engine import start_deepspeed
 from megatrain.parallel.engine import Engine
 from megatrain.parallel.pipeline import PipelinedEngine
-from megatrain.parallel.shard import Cut, shard_model, tie_across_stages
+from megatrain.parallel.shard import ModelPartition, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.stages import decoder_stages
@@ -141,7 +141,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         engine=engine,
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
-        order=DataOrder.begin(config.run.seed, reading_terms(config, sources)),
+        order=DataOrder.begin(config.run.seed, sampling_settings(config, sources)),
         maker=BatchMaker(sources, micro_batch_size, augmentations, groups.activity),
         validation=evaluations,
         store=store,
@@ -181,15 +181,15 @@ def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Gro
     if config.data.packing == "concat":
         return [_windows(config, dataset) for dataset in datasets]
     folder, seq_len = Path(config.run.dir) / "packing", config.data.seq_len
-    groups.on_first_rank(lambda: [store_plan(dataset, seq_len, folder) for dataset in datasets])
+    groups.run_on_rank0(lambda: [store_plan(dataset, seq_len, folder) for dataset in datasets])
     plans = [open_plan(dataset, seq_len, folder) for dataset in datasets]
     pairs = zip(datasets, plans, strict=True)
     return [PackedWindows(dataset, plan, seq_len, config.data.document_mask) for dataset, plan in pairs]
 
 
-def reading_terms(config: RunConfig, sources: Sequence[SampleSource]) -> Terms:
+def sampling_settings(config: RunConfig, sources: Sequence[SampleSource]) -> SamplingSettings:
     """What the config and the data decide of the order of samples."""
-    return Terms(
+    return SamplingSettings(
         global_batch_size=config.train.global_batch_size,
         weights=tuple(entry.weight for entry in config.data.train),
         seq_len=config.data.seq_len,
@@ -207,7 +207,7 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
         specs = build_layers(config.model, config.run.seed)
         mine = _stage_layers(config, specs, groups.coordinate.pipeline, pipeline)
         stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
-    sharded = shard_model(stage, config, groups, cut_of(config))
+    sharded = shard_model(stage, config, groups, partition_of(config))
     if pipeline == 1:
         return Engine(config, sharded, groups)
     if config.model.tie_word_embeddings and stage.head_name is not None:
@@ -215,9 +215,9 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
     return PipelinedEngine(config, sharded, groups)
 
 
-def cut_of(config: RunConfig) -> Cut:
+def partition_of(config: RunConfig) -> ModelPartition:
     """How the model of the config is cut among tensor ranks, and what selective recomputation recomputes."""
-    return Cut(family_of(config.model).split_of, (CoreAttention, GatedActivation, Activation))
+    return ModelPartition(family_of(config.model).split_of, (CoreAttention, GatedActivation, Activation))
 
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:

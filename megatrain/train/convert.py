@@ -16,13 +16,13 @@ from megatrain import __version__
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import Location, sync_folder, write_file
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
-from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.rank_file import write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import add_file, resolve
 from megatrain.checkpoint.transformers_config import not_in_transformers
 from megatrain.config import ModelConfig
-from megatrain.distributed.fragment import Fragment, Placement, windows
+from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.decoder import Decoder
 from megatrain.plan.flops import num_parameters
@@ -89,7 +89,7 @@ def _write_checkpoint(
 ) -> None:
     entries = []
     for number, tensors in enumerate(weights.batches()):
-        entries.append(write_pieces(folder / f"rank-{number:05d}.safetensors", _fragments(tensors)))
+        entries.append(write_rank_file(folder / f"rank-{number:05d}.safetensors", _fragments(tensors)))
     entries += [add_file(folder, name, content) for name, content in assets.files.items()]
     seq_len = min(config.max_position_embeddings, _EVALUATION_TOKENS)
     manifest = Manifest(
@@ -115,5 +115,5 @@ def _fragments(tensors: Mapping[str, Tensor]) -> list[Fragment]:
     return [
         Fragment(piece, "weight", tensor.flatten())
         for name, tensor in tensors.items()
-        for piece, _ in windows(Placement.whole(name, tensor.shape), 0, tensor.numel())
+        for piece, _ in shard_views(ShardSpec.whole(name, tensor.shape), 0, tensor.numel())
     ]

@@ -78,7 +78,7 @@ def _sum(total: float, groups: Groups | None) -> float:
     """Of all ranks; those along the tensor axis have computed the same."""
     if groups is None:
         return total
-    (every,) = groups.sum([total if groups.coordinate.tensor == 0 else 0.0])
+    (every,) = groups.all_reduce_sum([total if groups.coordinate.tensor == 0 else 0.0])
     dist.destroy_process_group()
     return every
 

@@ -64,7 +64,7 @@ def generate_text(
         seed,
         assets.stop_ids,
         tokenizer.vocab_size,
-        agree=None if groups is None else groups.of_first_rank,
+        agree=None if groups is None else groups.broadcast_number,
     )
     new_ids: list[int] = []
     yield prompt

@@ -13,7 +13,7 @@ from megatrain.checkpoint.store import resolve
 from megatrain.config import RunConfig
 from megatrain.distributed.bootstrap import RankInfo, export_rank
 from megatrain.distributed.device import has_gpu, local_device
-from megatrain.distributed.fragment import Placement
+from megatrain.distributed.fragment import ShardSpec
 from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.rendezvous import meet
 from megatrain.distributed.topology import Topology
@@ -49,7 +49,7 @@ def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read_parameter(Placement.whole(name, parameter.shape), "weight"))
+            parameter.copy_(reader.read_parameter(ShardSpec.whole(name, parameter.shape), "weight"))
     return Loaded(model.eval(), saved, reader)
 
 
@@ -101,11 +101,11 @@ def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
 def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> Decoder:
     """This rank's part of the model, filled: no rank ever has the whole."""
     from megatrain.parallel.shard import shard_model  # DeepSpeed, which takes seconds to import
-    from megatrain.train.assemble import cut_of
+    from megatrain.train.assemble import partition_of
 
     with torch.device("meta"):
         model = Decoder(config.model)
-    sharded = shard_model(model, config, groups, cut_of(config))
+    sharded = shard_model(model, config, groups, partition_of(config))
     with torch.no_grad():
         for local in sharded.parameters.values():
             local.parameter.copy_(reader.read_parameter(local.placement, "weight"))

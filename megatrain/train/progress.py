@@ -14,7 +14,7 @@ from megatrain.config import RunConfig
 from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.keys import differences
 from megatrain.data import Dataset
-from megatrain.data.order import Cut, DataOrder, Place, Segment, Terms
+from megatrain.data.order import DataOrder, DatasetCursor, EpochCut, SamplingSettings, Segment
 from megatrain.errors import CheckpointError
 from megatrain.train.schedule import learning_rate
 from megatrain.train.spikes import NOTHING_YET, Recent, Rewind
@@ -262,13 +262,13 @@ def begun_segment(progress: Progress) -> str | None:
 def _segment(entry: Mapping[str, Any]) -> Segment:
     """The inverse of ``asdict``, after JSON has made tuples lists."""
     places = tuple(
-        Place(place["epoch"], place["position"], tuple(Cut(**cut) for cut in place["cuts"]))
+        DatasetCursor(place["epoch"], place["position"], tuple(EpochCut(**cut) for cut in place["cuts"]))
         for place in entry["places"]
     )
     terms: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in entry["terms"].items()
     }
-    return Segment(entry["first_step"], Terms(**terms), places, entry["samples_before"])
+    return Segment(entry["first_step"], SamplingSettings(**terms), places, entry["samples_before"])
 
 
 def former_config(saved: Mapping[str, Any]) -> RunConfig:

@@ -16,7 +16,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token
 from megatrain.checkpoint.origin import find_origin
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import CheckpointSaver, Outcome, Votes
+from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store
 from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
@@ -68,7 +68,7 @@ class Saving:
         """Once the optimizer has its state: get ready for the first save. Not collective."""
         self._saver.prepare(self._run.engine.state_fragments())
 
-    def begin(self, progress: Progress, validation_loss: float | None, on_request: bool) -> list[Outcome]:
+    def begin(self, progress: Progress, validation_loss: float | None, on_request: bool) -> list[SaveResult]:
         """Start to save; first wait for the save before, if it is still under way. What ended meanwhile.
 
         Raises Diverged where the state of the save before, or this one's, turns out not to be finite.
@@ -92,21 +92,21 @@ class Saving:
         )
         return ended if run.config.checkpoint.background else [*ended, *self.finish()]
 
-    def votes(self) -> Votes:
+    def votes(self) -> SaveStatus:
         """What this rank says of the save under way."""
         return self._saver.votes()
 
-    def settle(self, total: Votes) -> list[Outcome]:
+    def settle(self, total: SaveStatus) -> list[SaveResult]:
         """Act on the sum of all ranks' votes."""
         outcome = self._saver.settle(total)
         return [self._note(outcome)] if outcome else []
 
-    def finish(self) -> list[Outcome]:
+    def finish(self) -> list[SaveResult]:
         """Wait until no save is under way. Collective."""
-        ended: list[Outcome] = []
+        ended: list[SaveResult] = []
         while self.is_busy:
-            self._run.groups.wait_for_all(self._saver.under_way)
-            ended += self.settle(Votes(*self._run.groups.sum(list(self._saver.votes()))))
+            self._run.groups.wait_for_all_ranks(self._saver.under_way)
+            ended += self.settle(SaveStatus(*self._run.groups.all_reduce_sum(list(self._saver.votes()))))
         return ended
 
     def is_new(self, progress: Progress) -> bool:
@@ -120,16 +120,16 @@ class Saving:
 
     def close(self, *, prune: bool = True) -> None:
         """End the thread that writes; ``prune``: once it has removed what is not kept. Collective."""
-        self._run.groups.together(lambda: self._saver.close(prune=prune))
+        self._run.groups.run_on_all_ranks(lambda: self._saver.close(prune=prune))
 
-    def _note(self, outcome: Outcome) -> Outcome:
+    def _note(self, outcome: SaveResult) -> SaveResult:
         """All ranks are here: a save ends for all at the same step."""
         if outcome.path is not None:
             self.last_saved, self.problem = outcome.step, None
             return outcome
         if self._saver.problem:
             logger.error("checkpoint of step %d failed on this rank: %s", outcome.step, self._saver.problem)
-        first = self._run.groups.first(self._saver.error)
+        first = self._run.groups.first_value(self._saver.error)
         self.problem = str(first)
         if isinstance(first, NotFinite):
             raise Diverged(
@@ -158,7 +158,7 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
         if problem is None:
             if progress.loss_scale and run.engine.loss_scale:
                 run.engine.load_loss_scale(progress.loss_scale)
-            run.engine.publish()
+            run.engine.sync_params_from_master()
             aside = _on_first_rank(run, partial(_set_aside, run.store, found.step, damaged))
             run.store.join(_on_first_rank(run, lambda: run.store.generation))
             return progress, found, aside
@@ -231,7 +231,7 @@ def _on_first_rank(run: Run, action: Callable[[], T]) -> T:
         except OSError as error:
             raise CheckpointError(f"{error.filename or run.store.folder}: {error.strerror or error}") from None
 
-    return run.groups.on_first_rank(told)
+    return run.groups.run_on_rank0(told)
 
 
 def _set_aside(store: CheckpointStore, step: int, damaged: Mapping[Location, str]) -> list[str]:
@@ -248,10 +248,10 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
     result: T | None = None
     problem: CheckpointError | None = None
     try:
-        result = run.groups.together(action)
+        result = run.groups.run_on_all_ranks(action)
     except CheckpointError as error:
         problem = error
-    first = run.groups.first(problem)
+    first = run.groups.first_value(problem)
     if isinstance(first, Unreachable):
         raise first
     return (result, None) if first is None else (None, str(first))
@@ -300,7 +300,7 @@ def _fitting_origin(run: Run) -> Location:
 def _begin(run: Run) -> Progress:
     config = run.config
     if config.run.init_from is None:
-        run.groups.together(lambda: run.engine.load_fragments(run.initial_weights, num_updates=0))
+        run.groups.run_on_all_ranks(lambda: run.engine.load_fragments(run.initial_weights, num_updates=0))
     else:
         run.origin = folder = _on_first_rank(run, partial(_fitting_origin, run))
         _, problem = _on_all_ranks(run, lambda: _fill(run, _open(run, folder), num_updates=0))
@@ -310,7 +310,7 @@ def _begin(run: Run) -> Progress:
             logger.warning(
                 "%s has no tokenizer.json to compare with the data's: %s stay behind", folder, ", ".join(stay)
             )
-    run.engine.publish()
+    run.engine.sync_params_from_master()
     return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))
 
 

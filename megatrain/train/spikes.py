@@ -80,7 +80,7 @@ class SpikeWatch:
 
     def _judge(self, num_targets: int, loss_sum: float, norm: float) -> bool:
         # Rank 0's norm is everybody's: one that differs in its last bit must not lead to another answer there.
-        total, norm = self._groups.sum([loss_sum, norm if self._groups.rank == 0 else 0.0])
+        total, norm = self._groups.all_reduce_sum([loss_sum, norm if self._groups.rank == 0 else 0.0])
         loss = total / num_targets
         self.found = self.recent.spike(loss, norm, self._rule)
         if self.found is None:

@@ -16,7 +16,7 @@ from megatrain.config import RunConfig
 from megatrain.data.epochs import Epochs, epochs_of
 from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import RankInfo, start_name
-from megatrain.distributed.lifeline import Lifeline
+from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
 from megatrain.distributed.watchdog import Watchdog
 from megatrain.errors import EXIT_RANK, Diverged
@@ -42,21 +42,21 @@ def train(
     stop: Requests,
     lease: Lease | None = None,
     clock: StartClock | None = None,
-    lifeline: Lifeline | None = None,
+    liveness_monitor: LivenessMonitor | None = None,
     overrides: Sequence[str] = (),
 ) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
-    ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``lifeline``: is told when the ranks
-    have met. ``overrides``: the KEY=VALUE that the config was given on the command line. Raises Preempted after a
+    ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``liveness_monitor``: is told when the
+    ranks have met. ``overrides``: the KEY=VALUE that the config was given on the command line. Raises Preempted after a
     request to stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
     clock = clock or StartClock()
     run = assemble(config, rank, clock)
     run.overrides = tuple(overrides)
-    if lifeline is not None:
-        lifeline.met()
+    if liveness_monitor is not None:
+        liveness_monitor.met()
     if rank.rank == 0 and config.train.precision == "bf16" and (other := _instead_of_bf16(run.groups.device)):
         logger.warning("%s has no units for bf16, and takes many times as long: set train.precision=%s", *other)
     ledger = GoodputLedger(Path(config.run.dir), clock.began) if rank.rank == 0 else None

@@ -71,7 +71,7 @@ class RankComparison:
         before, self._in_a_row = self._in_a_row, {each: self._in_a_row.get(each, 0) + 1 for each in slow}
         named = [each for each in slow if self._in_a_row[each] == NUM_IN_A_ROW]
         recovered = [each for each, count in before.items() if count >= NUM_IN_A_ROW and each not in slow]
-        hosts = self._groups.gather(socket.gethostname()) if named else []
+        hosts = self._groups.all_gather_object(socket.gethostname()) if named else []
         texts = []
         for rank, part in named:
             spread = spreads[part]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatrain.checkpoint.lock import Lease
-from megatrain.checkpoint.saver import Outcome, Votes
+from megatrain.checkpoint.saver import SaveResult, SaveStatus
 from megatrain.data.batches import TrainingBatches
 from megatrain.distributed.signals import Requests
 from megatrain.distributed.watchdog import Watchdog
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 SAVE_NOW = "save-now"  # a file in the run folder that asks for a checkpoint
 
 
-class Asked(NamedTuple):
+class ControlFlags(NamedTuple):
     """What a run was asked for: to end early, to save and go on, to compare how fast its ranks are."""
 
     to_stop: bool
@@ -138,7 +138,7 @@ class Trainer:
         self._end(stopping)
         return self.progress
 
-    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, Asked]:
+    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, ControlFlags]:
         """One step: its figures, and what any rank was asked for."""
         run, step, watch = self._run, self.progress.step, self._watch
         self._tokens_before = self.progress.tokens
@@ -149,8 +149,8 @@ class Trainer:
             result = run.engine.train_batch(micro_batches, count, lr, self._spikes.admit(count))
         with watch.measure("exchange"):
             # One exchange a step: the loss, who was asked for what, and how the save under way is doing.
-            loss_sum, *sums = run.groups.sum([result.loss_sum, *self._asked(), *self._saving.votes()])
-            asked, votes = Asked(*(count > 0 for count in sums[:3])), Votes(*sums[3:])
+            loss_sum, *sums = run.groups.all_reduce_sum([result.loss_sum, *self._asked(), *self._saving.votes()])
+            asked, votes = ControlFlags(*(count > 0 for count in sums[:3])), SaveStatus(*sums[3:])
         if self._lease is not None:
             self._lease.check()  # a start left behind writes nothing more, not even metrics
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
@@ -201,11 +201,11 @@ class Trainer:
                 "computes or remembers wrongly. Nothing was saved since; start the run again without that node."
             )
 
-    def _asked(self) -> Asked:
+    def _asked(self) -> ControlFlags:
         """What this rank was asked for since the last step."""
         due = self._run.rank.rank == 0 and time.monotonic() >= self._compare_at
         to_compare = due and self._is_logged(self.progress.step + 1)  # the clock alone decides nothing that is logged
-        return Asked(self._requests.signal is not None, self._is_save_asked(), to_compare)
+        return ControlFlags(self._requests.signal is not None, self._is_save_asked(), to_compare)
 
     def _is_save_asked(self) -> bool:
         """Whether this rank was asked, by signal or by RUN/save-now, to save once and go on."""
@@ -226,7 +226,7 @@ class Trainer:
             return
         began = time.perf_counter()
         with self._watch.measure("eval"):
-            sums = run.groups.sum([run.engine.evaluate(each) for each in run.validation.values()])
+            sums = run.groups.all_reduce_sum([run.engine.evaluate(each) for each in run.validation.values()])
         counts = {name: each.num_targets for name, each in run.validation.items()}
         self._validation_loss = sum(sums) / sum(counts.values())
         if self._observers:
@@ -263,7 +263,7 @@ class Trainer:
                 "checkpoint."
             )
         if stopping and step < self._config.train.steps:
-            asked = self._run.groups.first(self._requests.signal)  # it may have come to another rank alone
+            asked = self._run.groups.first_value(self._requests.signal)  # it may have come to another rank alone
             message = f"stopped early on request ({asked.name if asked else '?'}), state saved: start it again to go on"
             if self._observers:
                 self._observers.end("stop", step, message)
@@ -309,7 +309,7 @@ class Trainer:
                 self._observers.event("straggler", self.progress.step, text)
         return spreads
 
-    def _tell(self, outcomes: list[Outcome]) -> None:
+    def _tell(self, outcomes: list[SaveResult]) -> None:
         for outcome in outcomes:
             if outcome.path is not None and self._observers:
                 self._observers.saved(outcome.step, outcome.path, outcome.seconds)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatrain.distributed.judgement import ANSWER
+from megatrain.distributed.health_checks import ANSWER
 from tests.cluster.conftest import ROOT
 from tests.cluster.lab import Lab
 from tests.faults.test_stragglers import throttle

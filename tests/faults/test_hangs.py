@@ -40,7 +40,7 @@ def stand_still(tokens, random):
 
 SLOW = """
 import os, time
-from megatrain.checkpoint import pieces
+from megatrain.checkpoint import rank_file
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.parallel.pipeline import StageLayers
 
@@ -51,7 +51,7 @@ def slow(function, seconds):
     return slowly
 
 if os.environ["RANK"] == "1":
-    pieces.write_all = slow(pieces.write_all, {disk_seconds})
+    rank_file.write_all = slow(rank_file.write_all, {disk_seconds})
     CheckpointReader.read_into = slow(CheckpointReader.read_into, {disk_seconds})
     StageLayers.forward = slow(StageLayers.forward, 0.25)
 

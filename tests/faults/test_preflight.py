@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatrain.distributed.bootstrap import free_port
-from megatrain.distributed.judgement import ANSWER
+from megatrain.distributed.health_checks import ANSWER
 from tests.runs import TinyData, tiny_config, write_config
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from megatrain.checkpoint.manifest import FileEntry, Manifest
-from megatrain.checkpoint.saver import CheckpointSaver, Outcome
+from megatrain.checkpoint.saver import CheckpointSaver, SaveResult
 from megatrain.checkpoint.store import PosixStore, Retention
-from megatrain.distributed.fragment import Fragment, Placement, windows
+from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
 
 SHAPES = {"embed.weight": (40, 8), "layer.weight": (8, 8), "norm.weight": (8,)}
 
@@ -26,7 +26,7 @@ def fragments(step: int) -> list[Fragment]:
     """All of a small model; its values tell the step."""
     found = []
     for name, shape in SHAPES.items():
-        for piece, _ in windows(Placement.whole(name, shape), 0, torch.Size(shape).numel()):
+        for piece, _ in shard_views(ShardSpec.whole(name, shape), 0, torch.Size(shape).numel()):
             data = torch.arange(piece.length, dtype=torch.float32) + 1000 * step
             found += [Fragment(piece, kind, data) for kind in ("weight", "exp_avg", "exp_avg_sq")]
     return found
@@ -53,7 +53,7 @@ def begin_save(store: PosixStore, step: int) -> CheckpointSaver:
     return saver
 
 
-def end_save(saver: CheckpointSaver) -> Outcome:
+def end_save(saver: CheckpointSaver) -> SaveResult:
     """How the save ended."""
     outcome = None
     while saver.is_busy:

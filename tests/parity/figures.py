@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatrain.checkpoint.pieces import PieceFile, copy_into, read_written
-from megatrain.distributed.fragment import Box, Piece
+from megatrain.checkpoint.rank_file import RankFile, copy_into, read_written
+from megatrain.distributed.fragment import FlatShard, TensorSlice
 from tests.parity.matrix import parity_config
 from tests.parity.ranks import Ranks
 from tests.runs import TinyData
@@ -102,12 +102,12 @@ def gather_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     state: dict[tuple[str, str], torch.Tensor] = {}
     missing: dict[tuple[str, str], int] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        file = PieceFile(folder, read_written(path))
+        file = RankFile(folder, read_written(path))
         for stored in file.pieces:
             name, shape = stored.piece.name, stored.piece.global_shape
             key, count = (name, stored.kind), math.prod(shape)
             flat = state.setdefault(key, torch.full((count,), math.nan))
-            whole = Piece(name, shape, Box((0,) * len(shape), shape), 0, count)
+            whole = FlatShard(name, shape, TensorSlice((0,) * len(shape), shape), 0, count)
             missing[key] = missing.get(key, count) - copy_into(flat, whole, file, stored)
     wrong = {key: number for key, number in missing.items() if number}
     assert not wrong, f"elements missing (or saved more than once, where negative): {wrong}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
-from megatrain.checkpoint.pieces import read_written
+from megatrain.checkpoint.rank_file import read_written
 from megatrain.config import RunConfig
 from megatrain.plan.flops import num_parameters
 from tests.parity.figures import Pool, gather_state

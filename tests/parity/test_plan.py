@@ -10,7 +10,7 @@ from benchmarks.layouts import Layout, measure
 from megatrain.config import RunConfig
 from megatrain.plan.activations import activations
 from megatrain.plan.memory import rank_memory
-from megatrain.plan.part import parts
+from megatrain.plan.stage_model import parts
 
 LAYOUTS = [
     Layout(2, "bf16", {"zero_stage": 0, "pipeline": 2}),

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.rank_file import write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import rank_file
+from megatrain.checkpoint.saver import rank_file_name
 from megatrain.config import RunConfig
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
@@ -36,7 +36,7 @@ from megatrain.parallel.engine import Engine
 from megatrain.train.assemble import (
     build_engine,
     open_training_data,
-    reading_terms,
+    sampling_settings,
     training_sources,
 )
 from megatrain.train.schedule import learning_rate
@@ -95,10 +95,10 @@ def train(case: Case) -> dict[str, Any]:
             engine.load_loss_scale(case.loss_scale)
     else:
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
-    engine.publish()
+    engine.sync_params_from_master()
     sources = training_sources(config, train_sets, groups)
     maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
-    order = DataOrder.begin(config.run.seed, reading_terms(config, sources))
+    order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
     batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
     losses, norms, skipped, num_updates, saved = [], [], [], case.num_updates, {}
     problem = None
@@ -114,7 +114,7 @@ def train(case: Case) -> dict[str, Any]:
         admit = functools.partial(_admit, groups, judged, step == case.refused_step)
         result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr, admit)
         skipped.append(result.skipped)
-        (loss_sum,) = groups.sum([result.loss_sum])
+        (loss_sum,) = groups.all_reduce_sum([result.loss_sum])
         losses.append(loss_sum / count)
         norms.append(result.grad_norm)
         assert is_poisoned or judged in ([], [loss_sum, norms[-1]]), "judged by other figures than are shown"
@@ -123,7 +123,7 @@ def train(case: Case) -> dict[str, Any]:
     batches.close()
     whole = BatchMaker(sources, config.train.micro_batch_size)
     evaluation = EvaluationBatches(whole, groups.coordinate.data, topology.data, NUM_VALIDATION_WINDOWS)
-    (validation,) = groups.sum([engine.evaluate(evaluation)])
+    (validation,) = groups.all_reduce_sum([engine.evaluate(evaluation)])
     if case.swapped:
         swap_names(engine, *case.swapped)
     if case.save_after in (None, case.num_steps):
@@ -132,7 +132,7 @@ def train(case: Case) -> dict[str, Any]:
         flip_a_bit(engine, case.flipped)
     difference = engine.find_differences()
     assert case.flipped or difference is None, difference
-    problem = groups.first(problem)
+    problem = groups.first_value(problem)
     engine.close()
     return {
         "losses": losses,
@@ -149,7 +149,7 @@ def train(case: Case) -> dict[str, Any]:
 def take_first_steps_again(engine: Engine, config: RunConfig, batches: TrainingBatches) -> list[float]:
     """The losses of four steps from the initial weights, in an engine that has gone on from there before."""
     engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
-    engine.publish()
+    engine.sync_params_from_master()
     losses = []
     for step in range(4):
         lr, count = (
@@ -157,12 +157,12 @@ def take_first_steps_again(engine: Engine, config: RunConfig, batches: TrainingB
             batches.num_targets(step),
         )
         result = engine.train_batch(batches.micro_batches(step), count, lr)
-        losses.append(engine.groups.sum([result.loss_sum])[0] / count)
+        losses.append(engine.groups.all_reduce_sum([result.loss_sum])[0] / count)
     return losses
 
 
 def _admit(groups: Groups, judged: list[float], refused: bool, loss_sum: float, norm: float) -> bool:
-    judged += [*groups.sum([loss_sum]), norm]
+    judged += [*groups.all_reduce_sum([loss_sum]), norm]
     return not refused
 
 
@@ -190,7 +190,7 @@ def save(engine: Engine, case: Case, rank: int, num_updates: int) -> tuple[dict[
         folder.mkdir(parents=True, exist_ok=True)
         try:
             engine.check_fragments()
-            write_pieces(folder / rank_file(rank), list(engine.state_fragments()))
+            write_rank_file(folder / rank_file_name(rank), list(engine.state_fragments()))
         except CheckpointError as error:
             problem = str(error)
     return {"num_updates": num_updates, "loss_scale": engine.loss_scale}, problem

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatrain import cli
-from megatrain.checkpoint.pieces import write_pieces
-from megatrain.distributed.fragment import Box, Fragment, Piece
+from megatrain.checkpoint.rank_file import write_rank_file
+from megatrain.distributed.fragment import FlatShard, Fragment, TensorSlice
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -102,15 +102,15 @@ def test_every_module_has_its_line_in_the_architecture():
 
 def test_the_documented_checkpoint_reader_reads_two_ranks(tmp_path):
     weight = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    left, right = Box((0, 0), (4, 2)), Box((0, 2), (4, 4))  # as two tensor ranks would cut it
+    left, right = TensorSlice((0, 0), (4, 2)), TensorSlice((0, 2), (4, 4))  # as two tensor ranks would cut it
     fragments = [
-        [Fragment(Piece("w", (4, 6), left, 0, 8), "weight", weight[:, :2].flatten())],
+        [Fragment(FlatShard("w", (4, 6), left, 0, 8), "weight", weight[:, :2].flatten())],
         [
-            Fragment(Piece("w", (4, 6), right, 0, 5), "weight", weight[:, 2:].flatten()[:5]),
-            Fragment(Piece("w", (4, 6), right, 5, 11), "weight", weight[:, 2:].flatten()[5:]),
+            Fragment(FlatShard("w", (4, 6), right, 0, 5), "weight", weight[:, 2:].flatten()[:5]),
+            Fragment(FlatShard("w", (4, 6), right, 5, 11), "weight", weight[:, 2:].flatten()[5:]),
         ],
     ]
-    written = [write_pieces(tmp_path / f"rank-{rank:05d}.safetensors", own) for rank, own in enumerate(fragments)]
+    written = [write_rank_file(tmp_path / f"rank-{rank:05d}.safetensors", own) for rank, own in enumerate(fragments)]
     (tmp_path / "manifest.json").write_text(json.dumps({"files": [vars(entry) for entry in written]}))
     page = (REPOSITORY / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     names: dict[str, object] = {}

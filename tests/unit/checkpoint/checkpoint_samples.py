@@ -12,10 +12,10 @@ import torch
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
-from megatrain.checkpoint.pieces import write_pieces
-from megatrain.checkpoint.saver import rank_file
+from megatrain.checkpoint.rank_file import write_rank_file
+from megatrain.checkpoint.saver import rank_file_name
 from megatrain.checkpoint.store import CheckpointStore, PosixStore, add_file
-from megatrain.distributed.fragment import Fragment, Placement, windows
+from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
 
 SHAPES = {"embed.weight": (300, 16), "layer.weight": (48, 16), "norm.weight": (16,)}
 KINDS = ("weight", "exp_avg")
@@ -31,10 +31,10 @@ def fragments(rank: int, num_ranks: int) -> list[Fragment]:
     """What a rank holds: its share of each flattened tensor."""
     found = []
     for name, shape in SHAPES.items():
-        placement = Placement.whole(name, shape)
+        placement = ShardSpec.whole(name, shape)
         share = -(-placement.local_numel // num_ranks)
         start, stop = rank * share, min((rank + 1) * share, placement.local_numel)
-        for piece, _ in windows(placement, start, stop):
+        for piece, _ in shard_views(placement, start, stop):
             found += [Fragment(piece, kind, whole(name, kind).view(-1)[start:stop]) for kind in KINDS]
     return found
 
@@ -66,6 +66,6 @@ def save(store: CheckpointStore, step: int, num_ranks: int = 2, **facts: Any) ->
     if not store.generation:
         store.open_generation()
     folder = store.begin(step)
-    entries = [write_pieces(folder / rank_file(rank), fragments(rank, num_ranks)) for rank in range(num_ranks)]
+    entries = [write_rank_file(folder / rank_file_name(rank), fragments(rank, num_ranks)) for rank in range(num_ranks)]
     entries.append(add_file(folder, "tokenizer.json", b'{"model": {}}' * 20))
     return store.commit(manifest(step, entries).model_copy(update=facts))

@@ -14,11 +14,11 @@ from checkpoint_samples import SHAPES, fragments, manifest, whole, write_checkpo
 
 from megatrain.checkpoint.inspection import verify
 from megatrain.checkpoint.manifest import FileEntry
-from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.rank_file import write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import rank_file
+from megatrain.checkpoint.saver import rank_file_name
 from megatrain.checkpoint.store import PosixStore
-from megatrain.distributed.fragment import Box, Fragment, Piece, Placement
+from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, TensorSlice
 from megatrain.errors import CheckpointError
 
 
@@ -38,14 +38,14 @@ def test_reading_stays_below_the_open_file_limit(tmp_path: Path) -> None:
         reader = CheckpointReader(folder)
         for name, shape in SHAPES.items():
             for kind in ("weight", "exp_avg"):
-                assert reader.read_parameter(Placement.whole(name, shape), kind).equal(whole(name, kind))
+                assert reader.read_parameter(ShardSpec.whole(name, shape), kind).equal(whole(name, kind))
         assert verify(folder)[0] == []
 
 
 def test_a_changed_layout_opens_only_neighbouring_files(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1, num_ranks=64)
     for rank in {*range(64)} - {*range(18, 26)}:  # the sixth of 16 ranks needs the files from 20 on to 23
-        path = folder / rank_file(rank)
+        path = folder / rank_file_name(rank)
         path.write_bytes(bytes(path.stat().st_size))
     reader = CheckpointReader(folder, near=(5, 16))
     for fragment in fragments(5, 16):
@@ -58,13 +58,13 @@ def _save(run_dir: Path, files: list[list[Fragment]]) -> Path:
     store = PosixStore(run_dir / "checkpoints")
     store.open_generation()
     folder = store.begin(1)
-    written = [write_pieces(folder / rank_file(rank), pieces) for rank, pieces in enumerate(files)]
+    written = [write_rank_file(folder / rank_file_name(rank), pieces) for rank, pieces in enumerate(files)]
     return store.commit(manifest(1, [FileEntry(file=w.file, bytes=w.bytes, checksum=w.checksum) for w in written]))
 
 
 def _rows(first: int, count: int) -> Fragment:
     """Rows of norm.weight, in a box of their own."""
-    piece = Piece("norm.weight", (16,), Box((first,), (count,)), 0, count)
+    piece = FlatShard("norm.weight", (16,), TensorSlice((first,), (count,)), 0, count)
     return Fragment(piece, "weight", whole("norm.weight", "weight")[first : first + count])
 
 
@@ -72,7 +72,8 @@ REPEATED: dict[str, Callable[[], list[Fragment]]] = {
     "the same piece": lambda: [_rows(0, 8), _rows(0, 8)],
     "boxes that overlap": lambda: [_rows(0, 8), _rows(4, 8)],
     "ranges that overlap": lambda: [
-        Fragment(Piece("norm.weight", (16,), Box((0,), (16,)), start, 8), "weight", torch.ones(8)) for start in (4, 0)
+        Fragment(FlatShard("norm.weight", (16,), TensorSlice((0,), (16,)), start, 8), "weight", torch.ones(8))
+        for start in (4, 0)
     ],
 }
 
@@ -85,7 +86,7 @@ def test_elements_held_twice_hide_no_missing_ones(case: str, apart: bool, tmp_pa
     with pytest.raises(
         CheckpointError, match=r"safetensors: it holds elements of norm\.weight \(weight\) that another"
     ):
-        CheckpointReader(folder).read(Piece("norm.weight", (16,), Box((0,), (16,)), 0, 16), "weight")
+        CheckpointReader(folder).read(FlatShard("norm.weight", (16,), TensorSlice((0,), (16,)), 0, 16), "weight")
     assert any("that another piece holds too" in problem for problem in verify(folder)[0])
 
 
@@ -101,6 +102,6 @@ def test_verify_finds_elements_without_a_file(tmp_path: Path) -> None:
 
 
 def test_verify_refuses_an_impossible_shape(tmp_path: Path) -> None:
-    huge = Piece("norm.weight", (2**63 + 5, 2**63), Box((0, 0), (4, 4)), 0, 16)
+    huge = FlatShard("norm.weight", (2**63 + 5, 2**63), TensorSlice((0, 0), (4, 4)), 0, 16)
     folder = _save(tmp_path, [[Fragment(huge, "weight", torch.ones(16))]])
     assert "norm.weight (weight) has 16 elements on disk" in verify(folder)[0][0]

@@ -15,14 +15,14 @@ from upath import UPath
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.object_store import ObjectStore
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import CheckpointSaver, Outcome
+from megatrain.checkpoint.saver import CheckpointSaver, SaveResult
 from megatrain.checkpoint.store import PosixStore, Retention, find_problem
 from megatrain.distributed.bootstrap import free_port
-from megatrain.distributed.fragment import Box, Fragment, Placement, windows
+from megatrain.distributed.fragment import Fragment, ShardSpec, TensorSlice, shard_views
 from megatrain.errors import CheckpointError, Unreachable
 
 
-def _save(saver: CheckpointSaver, step: int, pieces: Iterable[Fragment]) -> Outcome:
+def _save(saver: CheckpointSaver, step: int, pieces: Iterable[Fragment]) -> SaveResult:
     saver.begin(step, pieces, partial(manifest, step))
     outcome = None
     while saver.is_busy:
@@ -78,12 +78,12 @@ def test_pieces_differing_only_in_box_stay_apart(tmp_path: Path) -> None:
     # A fused query-key-value weight split over tensor ranks has three such pieces.
     shape = (4, 12)
     whole = torch.arange(48.0).view(shape)
-    boxes = tuple(Box((0, first), (4, 2)) for first in (0, 4, 8))
-    placement = Placement("c_attn.weight", shape, boxes, dim=1)
+    boxes = tuple(TensorSlice((0, first), (4, 2)) for first in (0, 4, 8))
+    placement = ShardSpec("c_attn.weight", shape, boxes, dim=1)
     local = torch.cat([whole[:, box.offset[1] : box.offset[1] + 2] for box in boxes], 1).flatten()
     pieces = [
         Fragment(piece, "weight", local[torch.from_numpy(where)])  # type: ignore[arg-type]
-        for piece, where in windows(placement, 0, local.numel())
+        for piece, where in shard_views(placement, 0, local.numel())
     ]
     store = PosixStore(tmp_path)
     store.open_generation()

@@ -13,7 +13,7 @@ from upath import UPath
 from megatrain.checkpoint.inspection import rewind, verify
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.lock import locked
-from megatrain.checkpoint.pieces import write_pieces
+from megatrain.checkpoint.rank_file import write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.store import (
     CheckpointStore,
@@ -49,7 +49,7 @@ def test_nothing_is_visible_before_the_commit(place: Location) -> None:
     store = _open(place)
     store.open_generation()
     folder = store.begin(5)
-    write_pieces(folder / "rank-00000.safetensors", fragments(0, 2))
+    write_rank_file(folder / "rank-00000.safetensors", fragments(0, 2))
     assert _steps(_open(place)) == []
     assert store.newest_good() is None
     store.commit(manifest(5, []))
@@ -79,7 +79,7 @@ def test_a_later_start_fences_the_earlier_one(place: Location) -> None:
     late, earlier = _open(place), _open(place)
     save(earlier, 10)
     late.join(earlier.generation)
-    write_pieces(late.begin(20) / "rank-00000.safetensors", fragments(0, 1))
+    write_rank_file(late.begin(20) / "rank-00000.safetensors", fragments(0, 1))
     successor = _open(place)
     successor.open_generation()
     with pytest.raises(Superseded):
@@ -97,7 +97,7 @@ def test_a_later_start_fences_the_earlier_one(place: Location) -> None:
 def test_a_start_removes_unfinished_saves_before_it(place: Location) -> None:
     killed = _open(place)
     save(killed, 1)
-    write_pieces(killed.begin(2) / "rank-00000.safetensors", fragments(0, 1))
+    write_rank_file(killed.begin(2) / "rank-00000.safetensors", fragments(0, 1))
     store = _open(place)
     store.open_generation()
     left = [path for path in place.rglob("*") if "00000002" in str(path)]

@@ -17,7 +17,7 @@ from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import Augmentation, DocumentPart, open_augmentations
 from megatrain.data.batches import BatchMaker, SampleSource, TrainingBatches, Windows
-from megatrain.data.order import DataOrder, Samples, Terms
+from megatrain.data.order import DataOrder, Samples, SamplingSettings
 from megatrain.data.packing import PackedWindows, open_plan, store_plan
 from megatrain.errors import ConfigError, DataError
 from tests.tokenizer_samples import qwen3
@@ -181,7 +181,7 @@ def test_ranks_and_resumes_see_the_same_transformed_samples(
         assert len(counts) == len(steps)
         return sorted(rows)
 
-    order = DataOrder.begin(5, Terms(12, (1.0,), SEQ_LEN, (source.num_windows,)))
+    order = DataOrder.begin(5, SamplingSettings(12, (1.0,), SEQ_LEN, (source.num_windows,)))
     steps = [0, 1, 60]  # 60 is in a later epoch
     assert order.batch(60).epoch[0] > 0
     straight = found(1, 12, order, steps)

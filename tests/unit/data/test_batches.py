@@ -10,7 +10,7 @@ import torch
 
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
-from megatrain.data.order import DataOrder, Samples, Terms
+from megatrain.data.order import DataOrder, Samples, SamplingSettings
 from megatrain.errors import DataError
 from tests.runs import TinyData
 
@@ -111,7 +111,7 @@ def test_ranks_and_micro_batches_share_the_global_batch(
     num_ranks: int, micro_batch_size: int, prose: Dataset, held_out: Dataset
 ) -> None:
     sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]
-    terms = Terms(8, (1.0, 1.0), SEQ_LEN, tuple(source.num_windows for source in sources))
+    terms = SamplingSettings(8, (1.0, 1.0), SEQ_LEN, tuple(source.num_windows for source in sources))
     order = DataOrder.begin(3, terms)
     found = []
     for rank in range(num_ranks):

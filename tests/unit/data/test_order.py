@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.order import DataOrder, Samples, Terms
+from megatrain.data.order import DataOrder, Samples, SamplingSettings
 
 SEQ_LENS = (16, 8, 4, 2)  # each divides those before it
 
@@ -52,8 +52,8 @@ def legal(parts: list[Part]) -> list[Part]:
     return found
 
 
-def terms_of(part: Part, num_tokens: list[int], num_new_epochs: int = 0) -> Terms:
-    return Terms(
+def terms_of(part: Part, num_tokens: list[int], num_new_epochs: int = 0) -> SamplingSettings:
+    return SamplingSettings(
         part.global_batch_size,
         tuple(part.weights[: len(num_tokens)]),
         part.seq_len,
@@ -185,7 +185,7 @@ def test_shares_of_ranks_make_the_global_batch(seed: int, num_tokens: list[int],
         assert np.array_equal(np.concatenate([getattr(part, field) for part in parts]), getattr(whole, field))
 
 
-TERMS = Terms(4, (1.0, 2.0), 16, (100, 200))
+TERMS = SamplingSettings(4, (1.0, 2.0), 16, (100, 200))
 
 
 def test_pieces_of_a_window_are_spread_out() -> None:
@@ -232,8 +232,8 @@ def test_no_dataset_may_be_empty() -> None:
 
 
 def test_ordering_a_trillion_tokens_takes_no_memory() -> None:
-    order = DataOrder.begin(1, Terms(1024, (3.0, 1.0), 2048, (488_281_250, 100_000_000)))
-    order = order.change(10**5, Terms(1024, (3.0, 1.0), 1024, (976_562_500, 200_000_000)))
+    order = DataOrder.begin(1, SamplingSettings(1024, (3.0, 1.0), 2048, (488_281_250, 100_000_000)))
+    order = order.change(10**5, SamplingSettings(1024, (3.0, 1.0), 1024, (976_562_500, 200_000_000)))
     batch = order.batch(10**6)
     assert len(np.unique(np.stack([batch.dataset, batch.epoch, batch.window]), axis=1).T) == 1024
     arrays = [value for segment in order.segments for value in vars(segment).values() if isinstance(value, np.ndarray)]

@@ -22,7 +22,7 @@ from megatrain.batch import Batch
 from megatrain.data import Dataset, open_dataset
 from megatrain.data import packing as packing_module
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
-from megatrain.data.order import DataOrder, Samples, Terms
+from megatrain.data.order import DataOrder, Samples, SamplingSettings
 from megatrain.data.packing import PackedWindows, PackingPlan, best_fit, open_plan, pack_documents, store_plan
 from megatrain.errors import DataError
 from tests.runs import TinyData
@@ -163,7 +163,7 @@ def test_samples_are_full_and_cut_only_overlong_documents(
 
 def test_data_ranks_share_a_global_batch_of_targets(dataset: Dataset, tmp_path: Path) -> None:
     source = packed(dataset, tmp_path)
-    order = DataOrder.begin(5, Terms(12, (1.0,), SEQ_LEN, (source.num_windows,)))
+    order = DataOrder.begin(5, SamplingSettings(12, (1.0,), SEQ_LEN, (source.num_windows,)))
     ranks = [TrainingBatches(BatchMaker([source], 2), order, rank, 3) for rank in range(3)]
     for step in (0, 1, 2, 20, 1000):
         counts = {rank.num_targets(step) for rank in ranks}

@@ -3,25 +3,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.distributed.fragment import Box, Piece, Placement, copy_overlap, windows
+from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice, copy_overlap, shard_views
 
 
-def box_of(whole: np.ndarray, box: Box) -> np.ndarray:
+def box_of(whole: np.ndarray, box: TensorSlice) -> np.ndarray:
     return whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))]
 
 
 PLACEMENTS = [
-    Placement.whole("w", (6, 8)),
-    Placement("w", (6, 8), (Box((2, 0), (3, 8)),)),
-    Placement("w", (6, 8), (Box((0, 4), (6, 2)),), dim=1),
-    Placement("w", (6, 8), (Box((0, 0), (6, 2)), Box((0, 4), (6, 1)), Box((0, 7), (6, 1))), dim=1),
-    Placement("w", (6, 8), (Box((1, 0), (2, 8)), Box((4, 0), (2, 8))), dim=0),
-    Placement("w", (6, 8), (Box((4, 0), (2, 8)),), padding=3),
-    Placement("w", (4, 3, 4), (Box((0, 1, 0), (4, 1, 4)), Box((0, 2, 0), (4, 1, 4))), dim=1),
+    ShardSpec.whole("w", (6, 8)),
+    ShardSpec("w", (6, 8), (TensorSlice((2, 0), (3, 8)),)),
+    ShardSpec("w", (6, 8), (TensorSlice((0, 4), (6, 2)),), dim=1),
+    ShardSpec(
+        "w", (6, 8), (TensorSlice((0, 0), (6, 2)), TensorSlice((0, 4), (6, 1)), TensorSlice((0, 7), (6, 1))), dim=1
+    ),
+    ShardSpec("w", (6, 8), (TensorSlice((1, 0), (2, 8)), TensorSlice((4, 0), (2, 8))), dim=0),
+    ShardSpec("w", (6, 8), (TensorSlice((4, 0), (2, 8)),), padding=3),
+    ShardSpec("w", (4, 3, 4), (TensorSlice((0, 1, 0), (4, 1, 4)), TensorSlice((0, 2, 0), (4, 1, 4))), dim=1),
 ]
 
 
-def local_part(whole: np.ndarray, placement: Placement) -> np.ndarray:
+def local_part(whole: np.ndarray, placement: ShardSpec) -> np.ndarray:
     parts = [box_of(whole, box) for box in placement.boxes]
     if placement.padding:
         shape = list(placement.local_shape)
@@ -31,7 +33,7 @@ def local_part(whole: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_windows_cover_exactly_the_elements_held(placement: Placement) -> None:
+def test_windows_cover_exactly_the_elements_held(placement: ShardSpec) -> None:
     whole = np.arange(np.prod(placement.global_shape)).reshape(placement.global_shape)
     local = local_part(whole, placement)
     assert local.shape == placement.local_shape
@@ -40,7 +42,7 @@ def test_windows_cover_exactly_the_elements_held(placement: Placement) -> None:
         for stop in range(start, flat.size + 1):
             held = flat[start:stop]
             seen = 0
-            for piece, where in windows(placement, start, stop):
+            for piece, where in shard_views(placement, start, stop):
                 expected = box_of(whole, piece.box).reshape(-1)[piece.start : piece.stop]
                 np.testing.assert_array_equal(held[where], expected)
                 seen += piece.length
@@ -48,17 +50,17 @@ def test_windows_cover_exactly_the_elements_held(placement: Placement) -> None:
 
 
 @st.composite
-def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorSlice:
     offset = tuple(draw(st.integers(0, n - 1)) for n in shape)
     extent = tuple(draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
-    return Box(offset, extent)
+    return TensorSlice(offset, extent)
 
 
 @st.composite
-def pieces(draw: st.DrawFn, shape: tuple[int, ...]) -> Piece:
+def pieces(draw: st.DrawFn, shape: tuple[int, ...]) -> FlatShard:
     box = draw(boxes(shape))
     start = draw(st.integers(0, box.numel - 1))
-    return Piece("w", shape, box, start, draw(st.integers(1, box.numel - start)))
+    return FlatShard("w", shape, box, start, draw(st.integers(1, box.numel - start)))
 
 
 @settings(max_examples=300, deadline=None)

@@ -30,9 +30,9 @@ RANK = """
     def fail():
         raise DataError("the disk is full")
 
-    assert groups.on_first_rank(work) == (0, "planned")
+    assert groups.run_on_rank0(work) == (0, "planned")
     try:
-        groups.on_first_rank(fail)
+        groups.run_on_rank0(fail)
     except DataError as error:
         print(error)
 """

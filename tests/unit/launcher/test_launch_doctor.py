@@ -12,7 +12,7 @@ from launcher import doctor
 from launcher.doctor import read_hostfile
 from launcher.nodes import job_slots
 from megatrain.distributed.doctor import patience_seconds
-from megatrain.distributed.judgement import ANSWER, HERE
+from megatrain.distributed.health_checks import ANSWER, HERE
 from megatrain.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from model_samples import SIZES
 from torch import Tensor
 
 from megatrain.config.schema import ModelConfig
-from megatrain.distributed.fragment import Box, Piece, Placement, windows
+from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice, shard_views
 from megatrain.distributed.rng import stream_key
 from megatrain.model.decoder import Decoder
 from megatrain.model.init import InitialWeights, normal, standard_deviation
@@ -20,10 +20,10 @@ CONFIG = ModelConfig(**SIZES)
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
 
-def held(placement: Placement, seed: int = 1, config: ModelConfig = CONFIG) -> Tensor:
+def held(placement: ShardSpec, seed: int = 1, config: ModelConfig = CONFIG) -> Tensor:
     """What a rank with this placement fills its parameter with."""
     flat = torch.zeros(placement.local_numel)
-    for piece, where in windows(placement, 0, flat.numel()):
+    for piece, where in shard_views(placement, 0, flat.numel()):
         flat[where if isinstance(where, slice) else torch.from_numpy(where)] = InitialWeights(config, seed).read(
             piece, "weight"
         )
@@ -31,7 +31,7 @@ def held(placement: Placement, seed: int = 1, config: ModelConfig = CONFIG) -> T
 
 
 def whole(shape: tuple[int, ...], name: str = NAME, seed: int = 1) -> Tensor:
-    return held(Placement.whole(name, shape), seed)
+    return held(ShardSpec.whole(name, shape), seed)
 
 
 def test_numbers_are_normal() -> None:
@@ -61,7 +61,7 @@ def test_the_first_values_never_change() -> None:
 
 def test_a_slice_is_the_wholes_slice() -> None:
     expected = whole((300, 700))
-    placement = Placement(NAME, (300, 700), (Box((100, 35), (150, 600)),))
+    placement = ShardSpec(NAME, (300, 700), (TensorSlice((100, 35), (150, 600)),))
     assert torch.equal(held(placement), expected[100:250, 35:635])
 
 
@@ -72,8 +72,8 @@ def test_several_boxes_are_concatenated_and_padded_with_zeros(dim: int) -> None:
     for start in (10, 50, 90):  # a third of each of three parts
         offset, extent = [0, 0], [120, 120]
         offset[dim], extent[dim] = start, 13
-        boxes.append(Box(tuple(offset), tuple(extent)))
-    placement = Placement(NAME, (120, 120), tuple(boxes), dim=dim, padding=5)
+        boxes.append(TensorSlice(tuple(offset), tuple(extent)))
+    placement = ShardSpec(NAME, (120, 120), tuple(boxes), dim=dim, padding=5)
     part = held(placement)
     rows = torch.cat([torch.arange(start, start + 13) for start in (10, 50, 90)])
     assert torch.equal(part.narrow(dim, 0, 39), expected.index_select(dim, rows))
@@ -82,12 +82,12 @@ def test_several_boxes_are_concatenated_and_padded_with_zeros(dim: int) -> None:
 
 def test_a_flat_range_matches_the_flattened_whole() -> None:
     shape = (300, 700)
-    piece = Piece(NAME, shape, Box((0, 0), shape), 150_000, 60_000)
+    piece = FlatShard(NAME, shape, TensorSlice((0, 0), shape), 150_000, 60_000)
     assert torch.equal(InitialWeights(CONFIG, 1).read(piece, "weight"), whole(shape).flatten()[150_000:])
 
 
 def test_there_is_no_initial_optimizer_state() -> None:
-    piece = Piece(NAME, (4, 4), Box((0, 0), (4, 4)), 0, 16)
+    piece = FlatShard(NAME, (4, 4), TensorSlice((0, 0), (4, 4)), 0, 16)
     with pytest.raises(ValueError, match="exp_avg"):
         InitialWeights(CONFIG, 1).read(piece, "exp_avg")
 
@@ -114,7 +114,7 @@ def test_names_and_seeds_differ() -> None:
 def test_scheme_scales_what_writes_to_the_residual_stream(scheme: str, name: str, expected: float) -> None:
     config = ModelConfig(**SIZES, family="gpt2", init_scheme=scheme)  # type: ignore[arg-type]
     assert standard_deviation(name, config) == pytest.approx(expected)
-    out = held(Placement.whole(name, (400, 400)), config=config)
+    out = held(ShardSpec.whole(name, (400, 400)), config=config)
     assert out.std().item() == pytest.approx(expected, rel=0.01)
 
 
@@ -122,7 +122,7 @@ def test_scheme_scales_what_writes_to_the_residual_stream(scheme: str, name: str
 def test_norms_biases_and_matrices_start_as_specified(family: str) -> None:
     config = ModelConfig(**SIZES, family=family)  # type: ignore[arg-type]
     for name, empty in Decoder(config).named_parameters():
-        parameter = held(Placement.whole(name, empty.shape), config=config)
+        parameter = held(ShardSpec.whole(name, empty.shape), config=config)
         if parameter.dim() == 1:
             assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
         else:

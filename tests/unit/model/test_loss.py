@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from megatrain.distributed.fragment import Placement
+from megatrain.distributed.fragment import ShardSpec
 from megatrain.model.loss import OutputHead
 from megatrain.parallel.vocab import VocabParallelHead
 
@@ -55,7 +55,7 @@ def test_bfloat16_gradients_are_scaled_in_fp32(kind: str, num_targets: int, alon
     exact_x = x.detach().float().requires_grad_()
     expected = reference_loss(exact_head, exact_x, targets, mask)
     if kind == "cut":
-        head = VocabParallelHead(head, Placement.whole("head", head.weight.shape), alone)
+        head = VocabParallelHead(head, ShardSpec.whole("head", head.weight.shape), alone)
     loss = head.loss_sum(x, targets, mask)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)

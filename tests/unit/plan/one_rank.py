@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks._layout_rank import Held, _batch, _live_tensors
 from megatrain.config import RunConfig
 from megatrain.distributed.bootstrap import RankInfo, export_rank, free_port
-from megatrain.distributed.fragment import Piece
+from megatrain.distributed.fragment import FlatShard
 from megatrain.distributed.groups import make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.parallel.deepspeed_engine import start_deepspeed
@@ -30,10 +30,10 @@ from megatrain.train.assemble import build_engine
 class Zeros:
     """A source of state, so that the optimizer has all of its own before the first step."""
 
-    def read(self, wanted: Piece, kind: str) -> Tensor:
+    def read(self, wanted: FlatShard, kind: str) -> Tensor:
         return torch.zeros(wanted.stop - wanted.start)
 
-    def read_into(self, target: Tensor, wanted: Piece, kind: str) -> None:
+    def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
         target.zero_()
 
 

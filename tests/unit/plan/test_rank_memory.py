@@ -15,7 +15,7 @@ from megatrain.config import RunConfig
 from megatrain.plan.activations import activations
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.memory import RankMemory, bucket_elements, rank_memory
-from megatrain.plan.part import Part, parts
+from megatrain.plan.stage_model import StageModel, parts
 
 REPOSITORY = Path(__file__).parents[3]
 NUM_RANKS = 12
@@ -61,7 +61,7 @@ class Case:
         return ", ".join([self.precision, f"ZeRO {self.zero_stage}", *words, f"rank {self.rank}"])
 
     @property
-    def part(self) -> Part:
+    def part(self) -> StageModel:
         config = RunConfig.model_validate(self.config)
         return parts(config, NUM_RANKS)[self.rank * config.parallel.pipeline // NUM_RANKS]
 

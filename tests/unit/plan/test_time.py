@@ -12,8 +12,8 @@ from megatrain.errors import EXIT_USAGE, ConfigError
 from megatrain.plan.cluster import Cluster, find_nodes
 from megatrain.plan.flops import flops_per_token
 from megatrain.plan.hardware import find_device
-from megatrain.plan.part import parts
 from megatrain.plan.run_plan import Interruptions, RunPlan, make_plan
+from megatrain.plan.stage_model import parts
 from megatrain.plan.time import StepTime, pipeline_bubble, step_time
 
 MODEL = {  # that of benchmarks/layouts.py, whose figures are in docs/parallelism.md

@@ -9,12 +9,12 @@ import pytest
 
 from megatrain.config import RunConfig
 from megatrain.config.keys import leaves
-from megatrain.data.order import DataOrder, Terms
+from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.errors import CheckpointError
 from megatrain.train.progress import RULES, Progress, refuse_changes, resume_order, resume_table, rule_of
 from megatrain.train.spikes import Recent, Rewind
 
-TERMS = Terms(8, (2.0, 1.0), 256, (100, 50))
+TERMS = SamplingSettings(8, (2.0, 1.0), 256, (100, 50))
 ORDER = DataOrder.begin(3, TERMS)
 SHORTER = replace(TERMS, global_batch_size=4, seq_len=64, num_windows=(400, 200))
 RECENT = Recent((2.5, 2.25), (1.0, 0.5))
@@ -173,7 +173,7 @@ class Named(NamedTuple):
     digest: str
 
 
-def resumed(terms: Terms, progress: Progress = PROGRESS) -> DataOrder:
+def resumed(terms: SamplingSettings, progress: Progress = PROGRESS) -> DataOrder:
     datasets: Any = [Named("data/a", "a"), Named("data/b", "b")]
     return resume_order(CONFIG, progress, datasets, DataOrder.begin(3, terms))
 

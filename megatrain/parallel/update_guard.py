@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-class Gate:
+class UpdateGuard:
     """Stands before an optimizer's ``step``."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.distributed import lifeline
+from megatrain.distributed import liveness
 from megatrain.distributed.bootstrap import RankInfo
-from megatrain.distributed.lifeline import Lifeline
+from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.errors import Preempted
 
 NUM_RANKS = 4
@@ -32,7 +32,7 @@ def _rank(rank: int, run_dir: Path, orders: Connection, told_to_end: bool) -> No
 
     info = RankInfo(rank, NUM_RANKS, rank, NUM_RANKS, "test", "127.0.0.1", 1)
     try:
-        with Lifeline(info, run_dir, "start", die, lambda: told_to_end):
+        with LivenessMonitor(info, run_dir, "start", die, lambda: told_to_end):
             order = orders.recv()
             if order == "lose a peer":
                 raise RuntimeError("Connection closed by peer")
@@ -73,8 +73,8 @@ class Ranks:
 
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    monkeypatch.setattr(lifeline, "_FAILED_SECONDS", 3.0)
-    monkeypatch.setattr(lifeline, "_COME_SECONDS", 2.0)
+    monkeypatch.setattr(liveness, "_FAILED_SECONDS", 3.0)
+    monkeypatch.setattr(liveness, "_COME_SECONDS", 2.0)
     ranks = Ranks(tmp_path)
     yield ranks
     for process in ranks.processes.values():
@@ -151,7 +151,7 @@ def test_ranks_told_to_end_await_no_missing_rank(ranks: Ranks) -> None:
 
 
 def test_remains_of_an_earlier_start_are_ignored(ranks: Ranks, tmp_path: Path) -> None:
-    earlier = tmp_path / "logs" / "lifeline-start.json"
+    earlier = tmp_path / "logs" / "liveness-start.json"
     earlier.parent.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as gone:
         earlier.write_text(json.dumps([gone.getsockname()[1], "another"]))
@@ -165,8 +165,8 @@ def test_remains_of_an_earlier_start_are_ignored(ranks: Ranks, tmp_path: Path) -
 
 def test_a_thousand_ranks_hear_of_a_death_quickly(tmp_path: Path) -> None:
     size, reports = 1000, []
-    with Lifeline(RankInfo(0, size, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", reports.append):
-        port, token = json.loads((tmp_path / "logs" / "lifeline-start.json").read_text())
+    with LivenessMonitor(RankInfo(0, size, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", reports.append):
+        port, token = json.loads((tmp_path / "logs" / "liveness-start.json").read_text())
         began = time.monotonic()
         stranger = socket.create_connection(("127.0.0.1", port), timeout=20.0)
         stranger.sendall(b"hello you\n")
@@ -189,6 +189,6 @@ def test_a_thousand_ranks_hear_of_a_death_quickly(tmp_path: Path) -> None:
 def test_a_rank_alone_needs_nobody(tmp_path: Path) -> None:
     alarmed: list[str] = []
     end: Callable[[str], None] = alarmed.append
-    with Lifeline(RankInfo(0, 1, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", end):
+    with LivenessMonitor(RankInfo(0, 1, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", end):
         assert not (tmp_path / "logs").exists()
     assert not alarmed

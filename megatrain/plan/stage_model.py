@@ -59,7 +59,7 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Part:
+class StageModel:
     """What each rank of pipeline stage ``stage`` computes, with its ``data`` - 1 likes. The layout must be legal."""
 
     config: RunConfig
@@ -128,12 +128,12 @@ class Part:
                 yield Parameter(table, True, is_tied=model.tie_word_embeddings)
 
 
-def parts(config: RunConfig, world_size: int) -> list[Part]:
+def parts(config: RunConfig, world_size: int) -> list[StageModel]:
     """Each stage's part: all that is different between ranks of a legal layout."""
     counts = _stages(config.model, config.data.seq_len, config.parallel.pipeline)
     data = rules.data_degree(config, world_size)
     num_micro_batches = rules.num_micro_batches(config, world_size)
-    return [Part(config, stage, count, data, num_micro_batches) for stage, count in enumerate(counts)]
+    return [StageModel(config, stage, count, data, num_micro_batches) for stage, count in enumerate(counts)]
 
 
 @lru_cache(maxsize=64)  # the search for a layout that fits asks for the same ones hundreds of times

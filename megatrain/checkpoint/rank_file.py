@@ -23,7 +23,7 @@ from torch import Tensor
 from megatrain.checkpoint.location import Bytes, ByteSource, Location, create, open_bytes, sync_so_far, write_all
 from megatrain.checkpoint.manifest import FileEntry
 from megatrain.distributed.activity import Activity
-from megatrain.distributed.fragment import Box, Fragment, Piece, copy_overlap, shared_range
+from megatrain.distributed.fragment import FlatShard, Fragment, TensorSlice, copy_overlap, shared_range
 from megatrain.errors import CheckpointError
 
 BLOCK_BYTES = 16 << 20
@@ -45,10 +45,10 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 @dataclass(frozen=True)
-class StoredPiece:
+class StoredShard:
     """One entry of a file's table. ``begin``: its first byte, from the start of the data."""
 
-    piece: Piece
+    piece: FlatShard
     kind: str
     dtype: torch.dtype
     begin: int
@@ -59,7 +59,7 @@ class StoredPiece:
         return self.piece.length * self.dtype.itemsize
 
 
-def write_pieces(path: Location, fragments: Sequence[Fragment], activity: Activity | None = None) -> FileEntry:
+def write_rank_file(path: Location, fragments: Sequence[Fragment], activity: Activity | None = None) -> FileEntry:
     """Write ``fragments`` to a new file at ``path`` and wait until the disk, or the store, has it.
 
     ``activity``: told of each part. The fragments' data must not change meanwhile. Raises OSError; what could be
@@ -95,7 +95,7 @@ def write_pieces(path: Location, fragments: Sequence[Fragment], activity: Activi
 
 
 def read_written(path: Location) -> FileEntry:
-    """What ``write_pieces`` returned for a file, from the file's header and block table alone. Raises OSError, or
+    """What ``write_rank_file`` returned for a file, from the file's header and block table alone. Raises OSError, or
     CheckpointError where it is no file of pieces."""
     try:
         file = open_bytes(path)
@@ -106,7 +106,7 @@ def read_written(path: Location) -> FileEntry:
     return FileEntry(file=path.name, bytes=file.size, checksum=xxhash.xxh3_128(vouched).hexdigest())
 
 
-class PieceFile:
+class RankFile:
     """A file of pieces, mapped into memory or read from a store by ranges; each block is checked when first read.
 
     Opening checks the header and the block table against ``written``. Nothing in the file is trusted further than it
@@ -127,7 +127,7 @@ class PieceFile:
         self._last: tuple[int, Bytes] | None = None
         self.forget()  # most files of a checkpoint are opened for their tables alone
 
-    def read(self, stored: StoredPiece, first: int = 0, last: int | None = None) -> NDArray[Any]:
+    def read(self, stored: StoredShard, first: int = 0, last: int | None = None) -> NDArray[Any]:
         """Elements [first, last) of one of ``pieces``, flat (bfloat16 as its uint16 bit patterns).
 
         A view of the map where the file is mapped. No other blocks are read than those that hold them.
@@ -221,7 +221,7 @@ class PieceFile:
         return CheckpointError(f"{self.path}: {what}.")
 
 
-def copy_into(target: Tensor, wanted: Piece, file: PieceFile, stored: StoredPiece) -> int:
+def copy_into(target: Tensor, wanted: FlatShard, file: RankFile, stored: StoredShard) -> int:
     """Copy what ``stored`` holds of ``wanted`` into ``target`` (1-D, on the CPU); the number of elements copied.
 
     A type other than the target's is converted, as ``Tensor.to`` does.
@@ -268,7 +268,7 @@ def _data_range(file_bytes: int, length: bytes) -> tuple[int, int]:
     return begin, max(begin, file_bytes - num_blocks * _DIGEST_BYTES)
 
 
-def _decode_header(header: dict[str, Any], data_bytes: int) -> list[StoredPiece]:
+def _decode_header(header: dict[str, Any], data_bytes: int) -> list[StoredShard]:
     metadata = header["__metadata__"]
     if metadata["format"] != FORMAT or metadata["block_bytes"] != str(BLOCK_BYTES):
         raise ValueError(f"format {metadata['format']!r} is not {FORMAT!r}")
@@ -279,12 +279,12 @@ def _decode_header(header: dict[str, Any], data_bytes: int) -> list[StoredPiece]
         dtype = _DTYPES[entry["dtype"]]
         begin, end = _whole(entry["data_offsets"])
         length, rest = divmod(end - begin, dtype.itemsize)
-        box = Box(_whole(offset), _whole(extent))
+        box = TensorSlice(_whole(offset), _whole(extent))
         inside = all(n > 0 and o + n <= size for o, n, size in zip(box.offset, box.extent, _whole(shape), strict=True))
         (first,) = _whole([start])
         if begin != expected or rest or not inside or not first <= first + length <= box.numel:
             raise ValueError(f"the piece {key!r} lies outside of its tensor or its file")
-        pieces.append(StoredPiece(Piece(str(name), tuple(shape), box, first, length), str(kind), dtype, begin))
+        pieces.append(StoredShard(FlatShard(str(name), tuple(shape), box, first, length), str(kind), dtype, begin))
         expected = end
     if expected != data_bytes or header[BLOCKS_KEY]["data_offsets"][0] != expected:
         raise ValueError("the block table is not where the data ends")

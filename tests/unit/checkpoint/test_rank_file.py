@@ -16,9 +16,9 @@ from checkpoint_samples import KINDS, SHAPES, fragments, whole, write_checkpoint
 from safetensors.numpy import load_file
 
 from megatrain.checkpoint.manifest import FileEntry, read_manifest
-from megatrain.checkpoint.pieces import BLOCK_BYTES, PieceFile, read_written, write_pieces
+from megatrain.checkpoint.rank_file import BLOCK_BYTES, RankFile, read_written, write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.distributed.fragment import Box, Fragment, Piece, Placement
+from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, TensorSlice
 from megatrain.errors import CheckpointError
 
 
@@ -52,33 +52,33 @@ def test_plain_safetensors_reads_a_checkpoint(tmp_path: Path) -> None:
 def test_any_slice_is_read_whoever_wrote_it(num_ranks: int, tmp_path: Path) -> None:
     reader = CheckpointReader(write_checkpoint(tmp_path, 1, num_ranks))
     expected = whole("layer.weight", "exp_avg")
-    rows = Box((12, 0), (24, 16))
-    columns = Box((0, 4), (48, 8))
+    rows = TensorSlice((12, 0), (24, 16))
+    columns = TensorSlice((0, 4), (48, 8))
     for box, values in ((rows, expected[12:36]), (columns, expected[:, 4:12])):
-        wanted = Piece("layer.weight", (48, 16), box, 5, 100)
+        wanted = FlatShard("layer.weight", (48, 16), box, 5, 100)
         assert torch.equal(reader.read(wanted, "exp_avg"), values.reshape(-1)[5:105])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_element_type_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     values = torch.randn(1000).to(dtype)
-    piece = Piece("x", (1000,), Box((0,), (1000,)), 0, 1000)
-    file = PieceFile(tmp_path, write_pieces(tmp_path / "a.safetensors", [Fragment(piece, "weight", values)]))
+    piece = FlatShard("x", (1000,), TensorSlice((0,), (1000,)), 0, 1000)
+    file = RankFile(tmp_path, write_rank_file(tmp_path / "a.safetensors", [Fragment(piece, "weight", values)]))
     read = torch.from_numpy(file.read(file.pieces[0]).copy()).view(dtype)
     assert torch.equal(read, values)
 
 
 def test_each_block_of_a_file_is_checked(tmp_path: Path) -> None:
     numel = (2 * BLOCK_BYTES + 4096) // 4
-    piece = Piece("x", (numel,), Box((0,), (numel,)), 0, numel)
+    piece = FlatShard("x", (numel,), TensorSlice((0,), (numel,)), 0, numel)
     path = tmp_path / "a.safetensors"
-    written = write_pieces(path, [Fragment(piece, "weight", torch.arange(numel, dtype=torch.float32))])
+    written = write_rank_file(path, [Fragment(piece, "weight", torch.arange(numel, dtype=torch.float32))])
     assert read_written(path) == written
     header_bytes = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     with path.open("r+b") as file:
         file.seek(header_bytes + BLOCK_BYTES + 123)
         file.write(b"\xff")
-    damaged = PieceFile(tmp_path, written)
+    damaged = RankFile(tmp_path, written)
     damaged.check(0, BLOCK_BYTES)
     first, last = header_bytes + BLOCK_BYTES, header_bytes + 2 * BLOCK_BYTES
     with pytest.raises(CheckpointError, match=rf"a\.safetensors: bytes {first} to {last} are not what was written"):
@@ -87,10 +87,12 @@ def test_each_block_of_a_file_is_checked(tmp_path: Path) -> None:
 
 def test_two_boxes_of_one_tensor_are_two_pieces(tmp_path: Path) -> None:
     """A fused query-key-value weight on a tensor rank: the ranges within the boxes are the same."""
-    boxes = [Box((0, 2 * part), (4, 1)) for part in range(3)]
-    parts = [Fragment(Piece("qkv", (4, 6), box, 0, 4), "weight", torch.full((4,), i)) for i, box in enumerate(boxes)]
+    boxes = [TensorSlice((0, 2 * part), (4, 1)) for part in range(3)]
+    parts = [
+        Fragment(FlatShard("qkv", (4, 6), box, 0, 4), "weight", torch.full((4,), i)) for i, box in enumerate(boxes)
+    ]
     parts = [part._replace(data=part.data.float()) for part in parts]
-    file = PieceFile(tmp_path, write_pieces(tmp_path / "a.safetensors", parts))
+    file = RankFile(tmp_path, write_rank_file(tmp_path / "a.safetensors", parts))
     assert [file.read(stored)[0] for stored in file.pieces] == [0.0, 1.0, 2.0]
 
 
@@ -137,9 +139,9 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_a_forged_header_with_right_checksum_is_refused(forgery: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write_pieces(path, fragments(0, 2))
+    write_rank_file(path, fragments(0, 2))
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
-        PieceFile(tmp_path, _forge(path, FORGERIES[forgery]))
+        RankFile(tmp_path, _forge(path, FORGERIES[forgery]))
 
 
 @pytest.mark.parametrize(
@@ -166,14 +168,14 @@ def test_foreign_files_are_refused_in_bounded_memory(content: bytes, tmp_path: P
         written = FileEntry(file=path.name, bytes=len(content), checksum=checksum)
     tracemalloc.start()
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
-        PieceFile(tmp_path, written)
+        RankFile(tmp_path, written)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 4 << 20
 
 
 def test_a_file_truncated_during_reading_is_named(tmp_path: Path) -> None:
-    file = PieceFile(tmp_path, write_pieces(tmp_path / "a.safetensors", fragments(0, 1)))
+    file = RankFile(tmp_path, write_rank_file(tmp_path / "a.safetensors", fragments(0, 1)))
     os.truncate(tmp_path / "a.safetensors", 4096)  # a map of it that is touched beyond is SIGBUS, as at an I/O error
     with pytest.raises(CheckpointError, match=r"a\.safetensors: bytes .* cannot be read \(the file has become shorter"):
         file.check()
@@ -183,7 +185,7 @@ def test_a_planted_pickle_is_found_and_never_loaded(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
     (folder / "rank-00001.safetensors").write_bytes(pickle.dumps(_Bomb(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors"):
-        CheckpointReader(folder).read_parameter(Placement.whole("embed.weight", (300, 16)), "weight")
+        CheckpointReader(folder).read_parameter(ShardSpec.whole("embed.weight", (300, 16)), "weight")
     assert not (tmp_path / "ran").exists()
 
 
@@ -198,13 +200,13 @@ class _Bomb:
 def test_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
     reader = CheckpointReader(write_checkpoint(tmp_path, 1))
     with pytest.raises(CheckpointError, match=r"norm\.weight has shape \(16,\) there and \(32,\)"):
-        reader.read_parameter(Placement.whole("norm.weight", (32,)), "weight")
+        reader.read_parameter(ShardSpec.whole("norm.weight", (32,)), "weight")
 
 
 def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
     reader = CheckpointReader(write_checkpoint(tmp_path, 1))
     with pytest.raises(CheckpointError, match=r"16 of 16 elements of bias \(weight\)"):
-        reader.read_parameter(Placement.whole("bias", (16,)), "weight")
+        reader.read_parameter(ShardSpec.whole("bias", (16,)), "weight")
 
 
 def test_the_manifest_lists_every_file_with_its_size(tmp_path: Path) -> None:

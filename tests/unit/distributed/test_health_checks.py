@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatrain.distributed.judgement import Effort, Reading, judge
+from megatrain.distributed.health_checks import Effort, Reading, judge
 
 EFFORT = Effort(written_bytes=32 << 20, sent_bytes=16 << 20)
 SOFTWARE = {"Python": "3.11.7", "torch": "2.13.0"}

@@ -38,7 +38,7 @@ _RENEW_SECONDS = (
 )
 _FAILED_SECONDS = 10.0  # a rank that ends with an error of its own has told it; the others have it too, or soon notice
 _COME_SECONDS = 10.0  # for those not there yet, once a rank was told to end
-_FILE = "lifeline"
+_FILE = "liveness"
 _KILLED = "killed, or crashed (the log may say why)"
 _START_AGAIN = "Start the run again: it goes on from the newest checkpoint."
 
@@ -96,7 +96,7 @@ class _Line:
             yield word, rest
 
 
-class Lifeline:
+class LivenessMonitor:
     """Held by every rank from its beginning to its end, by `with`. Where others end well, or with an error that they
     have told themselves, it says so to them.
 
@@ -126,9 +126,9 @@ class Lifeline:
         self._ended = threading.Event()
         woken, self._waker = socket.socketpair()
         self._selector.register(woken, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
 
-    def __enter__(self) -> Lifeline:
+    def __enter__(self) -> LivenessMonitor:
         if self._rank.world_size > 1:
             if self._rank.rank == 0:
                 self._listen()
