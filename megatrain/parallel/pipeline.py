@@ -53,7 +53,7 @@ class PipelinedEngine(Engine):
         engine.seconds_of_step = 0.0
         self._ask(admit, lambda: self._loss_sum(scale))
         engine.train_batch(data_iter=self._feed(micro_batches))
-        skipped = self._gate.refused or engine.skipped_steps > skipped_before
+        skipped = self._update_guard.refused or engine.skipped_steps > skipped_before
         return StepResult(self._own_share(self._loss_sum(scale)), self._norm(), skipped, engine.seconds_of_step)
 
     @torch.no_grad()
