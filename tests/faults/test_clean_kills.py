@@ -13,10 +13,8 @@ import pytest
 from tests.faults.tokenize_inputs import environment, folder_bytes, write_inputs
 from tests.runs import ACCEPTANCE
 
-# Runs the command in forks of one process that has imported everything. Each fork kills itself at its n-th call that
-# opens, renames, removes or makes a file: the n-th step at which what is on disk can be torn.
 KILLS = """
-import os, signal, sys
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from data_tools.clean.dedup import DedupOptions, dedup
@@ -24,33 +22,20 @@ from data_tools.clean.filter import choose_filters, filter_documents
 from data_tools.clean.job import Effort
 from data_tools.ranks import Ranks
 from data_tools.units import ReadOptions
+from tests.faults.forked_kills import print_exit_codes
 import rensa, filelock, fsspec, zstandard, pyarrow.parquet
 
-STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 _, command, out, *steps = sys.argv
 
-def work(step):
-    remaining = step
-    def watch(event, arguments):
-        nonlocal remaining
-        if event in STEPS and out in str(arguments[0]):
-            remaining -= 1
-            if remaining == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(watch)
+def work():
     effort = Effort(1, lambda *_: nullcontext(lambda n: None), Ranks(), 40_000)
     read = ReadOptions(whole_records=True)
     if command == "filter":
         filter_documents(["in"], Path(out), read, choose_filters("length,gopher_repetition", None), effort, False)
     else:
         dedup(["in"], Path(out), DedupOptions(read, command, num_permutations=32), effort, False)
-    os._exit(0)
 
-for step in map(int, steps):
-    child = os.fork()
-    if child == 0:
-        work(step)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+print_exit_codes(work, out, steps)
 """
 
 

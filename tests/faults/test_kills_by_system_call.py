@@ -145,7 +145,8 @@ def test_kills_leave_the_newest_good_checkpoint_newest(command: str, forks: Fork
         assert {"mkdir 1", "rename 1", "fsync 1"} <= set(killed_at), killed_at
 
 
-def test_power_loss_leaves_only_good_checkpoints(forks: Forks, ready: Path, tmp_path: Path) -> None:
+def _traced_save(forks: Forks, ready: Path, tmp_path: Path) -> tuple[Disk, list[str]]:
+    """The disk before a save, and the save's system calls."""
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(ready, folder)
     before = shutil.copytree(folder, tmp_path / "before")
@@ -153,9 +154,14 @@ def test_power_loss_leaves_only_good_checkpoints(forks: Forks, ready: Path, tmp_
     calls = "trace=openat," + ",".join(CHANGING)
     assert forks.run("save", folder, "-e", calls, "-y", "-xx", "-s", "1000000", "-o", str(trace)) == 0
     disk = Disk(folder.parent, before)
+    return disk, trace.read_text().splitlines()
+
+
+def test_power_loss_leaves_only_good_checkpoints(forks: Forks, ready: Path, tmp_path: Path) -> None:
+    disk, calls = _traced_save(forks, ready, tmp_path)
     steps = []
     num_states = 0
-    for line in trace.read_text().splitlines():
+    for line in calls:
         if not disk.apply(line):
             continue
         for unsynced_names_from in LOSSES.values():
@@ -170,14 +176,8 @@ def test_power_loss_leaves_only_good_checkpoints(forks: Forks, ready: Path, tmp_
 
 
 def test_the_replay_notices_a_save_without_sync(forks: Forks, ready: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints"
-    shutil.copytree(ready, folder)
-    before = shutil.copytree(folder, tmp_path / "before")
-    trace = tmp_path / "trace"
-    calls = "trace=openat," + ",".join(CHANGING)
-    assert forks.run("save", folder, "-e", calls, "-y", "-xx", "-s", "1000000", "-o", str(trace)) == 0
-    disk = Disk(folder.parent, before)
-    for line in trace.read_text().splitlines():
+    disk, calls = _traced_save(forks, ready, tmp_path)
+    for line in calls:
         if not re.search(r"\bfsync\(", line):
             disk.apply(line)
     disk.write(tmp_path / "state", unsynced_names_from=0)

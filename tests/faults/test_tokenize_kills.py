@@ -21,36 +21,21 @@ from tests.faults.tokenize_inputs import (
     write_tokenizer,
 )
 
-# Runs the command in forks of one process that has imported everything. Each fork kills itself at its n-th call that
-# opens, renames, removes or makes a file: the n-th step at which what is on disk can be torn.
 KILLS = """
-import os, signal, sys
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from tests.faults.forked_kills import print_exit_codes
 import data_tools.assemble, tokenizers, fastokens, zstandard, pyarrow.parquet
 
-STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 _, out, part_bytes, shard_tokens, *steps = sys.argv
 
-def work(step):
-    remaining = step
-    def watch(event, arguments):
-        nonlocal remaining
-        if event in STEPS and out in str(arguments[0]):
-            remaining -= 1
-            if remaining == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(watch)
+def work():
     effort = Effort(1, "auto", lambda *_: nullcontext(lambda n: None), print, int(part_bytes))
     tokenize(["in"], Path("tokenizer.json"), Path(out), TokenizeOptions(shard_tokens=int(shard_tokens)), effort)
-    os._exit(0)
 
-for step in map(int, steps):
-    child = os.fork()
-    if child == 0:
-        work(step)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+print_exit_codes(work, out, steps)
 """
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,19 +10,20 @@ from checkpoint_samples import write_checkpoint
 
 from megatrain import cli
 from megatrain.checkpoint.manifest import read_manifest
+from tests.in_process import caller
 
 NUM_FLIPS = 40
 
 
 @pytest.fixture
-def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, str]]:
+def verify(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, str]]:
     """Runs `megatrain checkpoint verify` in this process: exit code and standard error."""
 
+    call = caller("megatrain", cli.main, monkeypatch, capfd)
+
     def run(path: Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["megatrain", "checkpoint", "verify", str(path)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), capsys.readouterr().err
+        ended = call("checkpoint", "verify", path)
+        return ended.code, ended.err
 
     return run
 

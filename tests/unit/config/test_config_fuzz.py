@@ -12,14 +12,7 @@ from megatrain.config import RunConfig, dump, load
 from megatrain.config.keys import leaves
 from megatrain.errors import ConfigError
 from megatrain.plan import rules
-
-REQUIRED_ONLY = """\
-run: {dir: runs/x}
-model: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}
-data: {train: [{path: data/code}], seq_len: 256}
-train: {steps: 200, global_batch_size: 16}
-optimizer: {lr: 1.0e-3}
-"""
+from tests.unit.config.conftest import REQUIRED_ONLY
 
 KEYS = sorted(path.replace("*", "0") for path, _ in leaves())
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
 
 from launcher import cli
+from tests.in_process import Ended, caller
 
 MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIG = {
@@ -21,12 +20,6 @@ CONFIG = {
 }
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 Launch = Callable[..., Ended]
 
 
@@ -35,15 +28,4 @@ def launch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], t
     """Runs `megatrain-launch` in this process, in a folder with run.yaml."""
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(yaml.safe_dump({"run": {"dir": "runs/one"}, **CONFIG}))
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["megatrain-launch", *arguments])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return Ended(code, *capfd.readouterr())
-
-    return run
+    return caller("megatrain-launch", cli.main, monkeypatch, capfd)
