@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
 from megatrain.train.assets import Assets
 from megatrain.train.loading import load_on_rank
@@ -41,20 +42,55 @@ def generate_text(
     in the end of a context that was full before the text had come to its end. Collective over the ranks that ``rank``
     is one of, which share each of the model's matrices and all yield the same.
     """
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
-        raise ConfigError("--prompt has bytes that are not UTF-8: give it as text.")
     sampling = Sampling(temperature, top_k, top_p if top_p != 1.0 else None)
     reader = CheckpointReader(resolve(path))
     tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
-    ids = tokenizer.encode(prompt)
-    unknown = UnknownText(tokenizer).count([prompt], np.array(ids), np.array([0, len(ids)]), ["the prompt"])
-    if unknown.characters:
-        warn(f"The checkpoint's tokenizer has no tokens for {unknown}.")
+    ids = encode_prompt(tokenizer, prompt, warn)
     model, groups = load_on_rank(
         reader, saved_config(reader.manifest, reader.folder), rank, 1 if rank is None else rank.world_size
     )
     assets = Assets.of_checkpoint(reader.folder, reader.manifest)
-    ids = [*assets.prompt_ids, *ids]
+    yield prompt
+    yield from stream_text(
+        model,
+        tokenizer,
+        assets,
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        warn=warn,
+        agree=None if groups is None else groups.broadcast_number,
+    )
+    if groups is not None:
+        dist.destroy_process_group()
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, warn: Callable[[str], None]) -> list[int]:
+    """A prompt's token ids. Raises ConfigError where it has bytes that are not text."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
+        raise ConfigError("The prompt has bytes that are not UTF-8: give it as text.")
+    ids = tokenizer.encode(prompt)
+    unknown = UnknownText(tokenizer).count([prompt], np.array(ids), np.array([0, len(ids)]), ["the prompt"])
+    if unknown.characters:
+        warn(f"The checkpoint's tokenizer has no tokens for {unknown}.")
+    return ids
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    assets: Assets,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    warn: Callable[[str], None],
+    agree: Callable[[int], int] | None = None,
+) -> Iterator[str]:
+    """Yield what the model generates after a prompt, each character as soon as it is whole; see `generate_text`."""
+    ids = [*assets.prompt_ids, *prompt_ids]
     room = model.config.max_position_embeddings - len(ids)
     tokens = generate(
         model,
@@ -64,13 +100,10 @@ def generate_text(
         seed,
         assets.stop_ids,
         tokenizer.vocab_size,
-        agree=None if groups is None else groups.broadcast_number,
+        agree=agree,
     )
     new_ids: list[int] = []
-    yield prompt
     yield from _decode_stream(tokenizer, ids, _collected(tokens, new_ids))
-    if groups is not None:
-        dist.destroy_process_group()
     if len(new_ids) == room < max_new_tokens:
         warn(
             f"The text stops here because the model's context is full: {len(ids)} tokens of prompt and {room} new ones "
