@@ -10,7 +10,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import resolve
-from megatrain.config import RunConfig
+from megatrain.config import ModelConfig, RunConfig
 from megatrain.distributed.bootstrap import RankInfo, export_rank
 from megatrain.distributed.device import has_gpu, local_device
 from megatrain.distributed.fragment import ShardSpec
@@ -42,15 +42,21 @@ def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
     """
     reader = CheckpointReader(resolve(path))
     saved = saved_config(reader.manifest, reader.folder)
-    device = torch.device("cuda" if has_gpu() else "cpu")
-    with torch.device("meta"):
-        model = Decoder(saved.model)
-    model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
-    model.tie_weights()
+    model = empty_decoder(saved.model, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_parameter(ShardSpec.whole(name, parameter.shape), "weight"))
-    return Loaded(model.eval(), saved, reader)
+    return Loaded(model, saved, reader)
+
+
+def empty_decoder(config: ModelConfig, dtype: torch.dtype | None = None) -> Decoder:
+    """A whole model on this process's device, in evaluation mode; its weights are still to be filled in."""
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
+    model.tie_weights()
+    return model.eval()
 
 
 def load_on_rank(

@@ -1,0 +1,240 @@
+"""megatrain from Python: a model to use, and a run to read. `import megatrain` has these names, and imports no torch.
+
+B: sequences, T: tokens, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatrain.checkpoint import huggingface
+from megatrain.checkpoint.location import locate
+from megatrain.checkpoint.origin import load as load_config
+from megatrain.checkpoint.store import TOKENIZER, CheckpointFolder, find_store, is_checkpoint
+from megatrain.config import ModelConfig, RunConfig, recipes
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.model.decoder import Decoder
+from megatrain.model.families import required_vocab_size
+from megatrain.model.generate import Sampling, generate
+from megatrain.model.init import init_model
+from megatrain.observe.goodput import Goodput
+from megatrain.observe.record import CONFIG_FILE, RunRecord, read_run
+from megatrain.train.assets import CARRIED, Assets
+from megatrain.train.convert import parameter_shapes
+from megatrain.train.inference import encode_prompt, stream_text
+from megatrain.train.loading import empty_decoder, load_decoder
+
+TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]] | Tensor
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to use, whole on one device, in evaluation mode.
+
+    ``module``: a torch module with Hugging Face's parameter names. ``tokenizer``: None where the model came without.
+    """
+
+    config: ModelConfig
+    module: Decoder
+    tokenizer: Tokenizer | None
+    _assets: Assets = field(default_factory=Assets, repr=False)
+
+    def logits(self, ids: TokenIds) -> Tensor:
+        """Logits [T, V] of token ids [T], or [B, T, V] of [B, T]: fp32, on the model's device.
+
+        Raises ConfigError for ids out of range, and for more tokens than the model has positions.
+        """
+        tokens = torch.as_tensor(ids, device=self.module.device)
+        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.dim() not in (1, 2):
+            raise ConfigError(f"ids are {tokens.dtype} {list(tokens.shape)}: give integers, [T] or [B, T].")
+        tokens_BT = tokens.long().reshape(-1, tokens.shape[-1])
+        num_ids, longest = required_vocab_size(self.config), self.config.max_position_embeddings
+        if tokens_BT.numel() == 0 or tokens_BT.min() < 0 or tokens_BT.max() >= num_ids:
+            raise ConfigError(f"ids must be from 0 to {num_ids - 1}, and at least one.")
+        if tokens_BT.shape[1] > longest:
+            raise ConfigError(
+                f"ids are {tokens_BT.shape[1]} tokens: the model has {longest} positions "
+                "(model.max_position_embeddings)."
+            )
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        with torch.inference_mode():
+            context = self.module.make_context(positions_BT, None, None, self.module.dtype)
+            logits_BTV = self.module.logits(tokens_BT, context).float()
+        return logits_BTV if tokens.dim() == 2 else logits_BTV[0]
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = ...,
+        *,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int = ...,
+        *,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int = ...,
+    ) -> list[int]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 50,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str | list[int]:
+        """What the model goes on with after a prompt: text after text, token ids after token ids.
+
+        At temperature 0 each token is the likeliest. It ends with the model's end of a document, or where its context
+        is full. Characters that the tokenizer does not know give a UserWarning. Raises ConfigError.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        if not isinstance(prompt, str):
+            ids = [int(token) for token in prompt]
+            return list(generate(self.module, ids, max_new_tokens, sampling, seed, self._assets.stop_ids))
+        if self.tokenizer is None:
+            raise ConfigError("The model came without a tokenizer: give the prompt as token ids.")
+        stream = stream_text(
+            self.module,
+            self.tokenizer,
+            self._assets,
+            encode_prompt(self.tokenizer, prompt, _warn),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            warn=_warn,
+        )
+        return "".join(stream)
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> Model:
+    """The model in a checkpoint or a run folder (its newest good checkpoint), here or at an address; in a Hugging Face
+    folder; or of a config or a recipe's name: then with its initial weights.
+
+    ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where there is no model or it is
+    damaged, ConfigError for a config that is wrong or whose vocabulary is not known.
+    """
+    place = locate(path)
+    if isinstance(place, Path):
+        if (config := recipes.find(path)).suffix in (".yaml", ".yml") and config.is_file():
+            return _initial(load_config(config), dtype)
+        if (place / huggingface.CONFIG).is_file() and not is_checkpoint(place):
+            return _from_huggingface(place, dtype)
+    loaded = load_decoder(place, dtype)
+    assets = Assets.of_checkpoint(loaded.reader.folder, loaded.reader.manifest)
+    return Model(loaded.saved.model, loaded.model, _tokenizer(assets, loaded.reader.folder), assets)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read. What is read is kept: open the run again to see what it has done since."""
+
+    dir: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """What it trained with last. Raises ConfigError where the folder has none that can be read."""
+        return load_config(self.dir / CONFIG_FILE)
+
+    @cached_property
+    def _record(self) -> RunRecord:
+        return read_run(self.dir)
+
+    @cached_property
+    def metrics(self) -> pa.Table:
+        """A row a logged step, columns as in metrics.jsonl (parts of a step as ``parts.NAME``, in seconds); null where
+        a figure was not finite or not known. ``.to_pandas()`` makes a DataFrame where pandas is there."""
+        parts = {f"parts.{name}": column for name, column in self._record.parts.items()}
+        return _table({**self._record.columns, **parts})
+
+    @cached_property
+    def validations(self) -> pa.Table:
+        """A row a validation: step, validation_loss."""
+        return _table({"step": self._record.validation_steps, "validation_loss": self._record.validation_losses})
+
+    @property
+    def events(self) -> Sequence[Mapping[str, Any]]:
+        """Starts, resumes, saves and whatever else happened, in order, as in metrics.jsonl."""
+        return self._record.events
+
+    @property
+    def goodput(self) -> Goodput | None:
+        """Where all time since the first start went, in seconds; None where nothing was logged of it yet."""
+        return self._record.goodput
+
+    @cached_property
+    def checkpoints(self) -> Sequence[CheckpointFolder]:
+        """Oldest first: step, path, whether they look whole, and their manifests."""
+        return find_store(self.dir).list()
+
+
+def open_run(path: str | Path) -> Run:
+    """The run in a folder, finished or not. Raises DataError where the folder is not a run's."""
+    folder = Path(path).expanduser()
+    if not (folder / CONFIG_FILE).is_file():
+        raise DataError(f"{folder} is not a run folder (it has no {CONFIG_FILE}): give run.dir of a run's config.")
+    return Run(folder)
+
+
+def _table(columns: Mapping[str, NDArray[np.float64]]) -> pa.Table:
+    counts = {"step", "tokens", "skipped", "memory_bytes"}
+    return pa.table(
+        {
+            name: pa.array(column, pa.float64(), from_pandas=True).cast(pa.int64() if name in counts else pa.float64())
+            for name, column in columns.items()
+        }
+    )
+
+
+def _initial(config: RunConfig, dtype: torch.dtype | None) -> Model:
+    if config.model.vocab_size is None:
+        raise ConfigError("model.vocab_size is taken from the dataset when the run starts: give it to load the model.")
+    module = empty_decoder(config.model, dtype)
+    init_model(module, config.model, config.run.seed)
+    return Model(config.model, module, None)
+
+
+def _from_huggingface(folder: Path, dtype: torch.dtype | None) -> Model:
+    config, _ = huggingface.read_config(folder)
+    module = empty_decoder(config, dtype)
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for tensors in huggingface.HuggingFaceWeights(folder, parameter_shapes(config)).batches():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
+    assets = Assets.of_folder(huggingface.read_files(folder, CARRIED))
+    return Model(config, module, _tokenizer(assets, folder), assets)
+
+
+def _tokenizer(assets: Assets, folder: object) -> Tokenizer | None:
+    data = assets.files.get(TOKENIZER)
+    return None if data is None else Tokenizer(data, f"{folder}/{TOKENIZER}", CheckpointError)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=3)

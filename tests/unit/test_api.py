@@ -1,0 +1,121 @@
+"""megatrain from Python. docs/python.md shows each of these; it names no function that this file does not call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import megatrain
+from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.train.convert import export_checkpoint
+from tests.runs import TinyData, tiny_config, write_config
+
+PROMPT = "The statement"
+
+
+@pytest.fixture(scope="module")
+def model(finished_run: Path) -> megatrain.Model:
+    return megatrain.load(str(finished_run))
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    export_checkpoint(finished_run, folder)
+    return folder
+
+
+def test_importing_megatrain_imports_no_torch() -> None:
+    script = "import sys, megatrain; assert megatrain.__version__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_logits_are_those_of_transformers(model: megatrain.Model, exported: Path) -> None:
+    twin = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    ids = [[3, 5, 7, 11], [2, 4, 6, 8]]
+    with torch.inference_mode():
+        expected = twin(torch.tensor(ids)).logits
+    for given in (ids, np.array(ids, dtype=np.uint16), torch.tensor(ids, dtype=torch.int32)):
+        torch.testing.assert_close(model.logits(given), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.logits(ids[1]), expected[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_huggingface_folder_is_the_same_model(model: megatrain.Model, exported: Path) -> None:
+    loaded = megatrain.load(exported)
+    state, expected = loaded.module.state_dict(), model.module.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert loaded.generate(PROMPT, 8) == model.generate(PROMPT, 8)
+
+
+def test_text_is_generated_as_the_command_does(model: megatrain.Model, finished_run: Path) -> None:
+    command = [sys.executable, "-m", "megatrain", "generate", str(finished_run), "--prompt", PROMPT]
+    options = ["--max-new-tokens", "8", "--temperature", "1", "--top-k", "20", "--seed", "3"]
+    shown = subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
+    assert shown == PROMPT + model.generate(PROMPT, 8, temperature=1.0, top_k=20, seed=3) + "\n"
+
+
+def test_token_ids_are_generated_after_token_ids(model: megatrain.Model) -> None:
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(PROMPT)
+    new = model.generate(ids, max_new_tokens=8)
+    assert len(new) <= 8
+    assert new[0] == int(model.logits(ids)[-1].argmax())
+    assert model.tokenizer.decode(ids + new) == PROMPT + model.generate(PROMPT, max_new_tokens=8)
+
+
+def test_a_full_context_gives_a_warning(model: megatrain.Model) -> None:
+    with pytest.warns(UserWarning, match="context is full"):
+        model.generate(PROMPT, max_new_tokens=1000)
+
+
+def test_a_config_gives_its_initial_weights(tiny_data: TinyData, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run")
+    with pytest.raises(ConfigError, match="vocab_size is taken from the dataset"):
+        megatrain.load(write_config(tmp_path / "unknown.yaml", config))
+    config["model"]["vocab_size"] = 100
+    first, second = (megatrain.load(write_config(tmp_path / "run.yaml", config)) for _ in range(2))
+    assert first.tokenizer is None
+    assert first.config.vocab_size == 100
+    assert torch.equal(first.logits([1, 2, 3]), second.logits([1, 2, 3]))
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        first.generate(PROMPT)
+
+
+@pytest.mark.parametrize("ids", [[[]], [-1], [10**6], [1.5], list(range(65)), [[[1]]]])
+def test_ids_that_are_none_are_refused(model: megatrain.Model, ids: list[int]) -> None:
+    with pytest.raises(ConfigError, match="ids"):
+        model.logits(ids)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=str(place)):
+            megatrain.load(place)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        megatrain.lod  # noqa: B018
+
+
+def test_a_run_is_read(finished_run: Path) -> None:
+    run = megatrain.open_run(str(finished_run))
+    assert run.config.train.steps == 6
+    assert run.metrics["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
+    assert run.metrics["loss"].null_count == 0
+    assert "parts.forward_backward" in run.metrics.column_names
+    assert run.validations["step"].to_pylist()[-1] == 6
+    assert [checkpoint.step for checkpoint in run.checkpoints] == [2, 4, 6]
+    assert all(checkpoint.good for checkpoint in run.checkpoints)
+    assert run.goodput is not None
+    assert run.goodput.training > 0
+    assert run.events[0]["event"] == "start"
+
+
+def test_a_folder_of_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a run folder"):
+        megatrain.open_run(tmp_path)
