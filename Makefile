@@ -3,7 +3,7 @@
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test lint acceptance soak clean
+.PHONY: help setup demo test lint docs acceptance soak clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -32,6 +32,14 @@ lint: $(READY)  ## what CI checks of the code itself
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/docs  ## the documentation as a site in build/site; a broken link or anchor fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Under TORCH=site the constraints are the site's, which keep its torch.
+.venv/docs: $(READY)
+	@$(BIN)/pip install -qq -c $(firstword $(wildcard .venv/constraints.txt) constraints.txt) -e '.[docs]'
+	@touch $@
 
 acceptance: $(READY)  ## every long suite in full (hours), and the soak; see docs/proofs.md
 	MEGATRAIN_ACCEPTANCE=1 $(BIN)/pytest

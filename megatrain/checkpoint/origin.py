@@ -29,7 +29,7 @@ MAY_DIFFER: Mapping[str, str] = {
     "init_scheme": "the weights are there",
     "max_position_embeddings": "it may be longer, but for gpt2, where each position has a weight",
 }
-"""The model's keys that may differ from those of the checkpoint in ``run.init_from``; docs/checkpoints.md has them."""
+"""The model's keys that may differ from those of the checkpoint in ``run.init_from``; docs/resuming.md has them."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -73,7 +73,7 @@ RULES = (
     Rule("observe", May.YES, "it does not touch the training"),
     Rule("deepspeed", May.YES, _FROM_THAT_STEP_ON),
 )
-"""What may change when a run goes on, for every key of the config. docs/checkpoints.md has this table."""
+"""What may change when a run goes on, for every key of the config. docs/resuming.md has this table."""
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_docs_have_the_table() -> None:
-    assert may_differ_table() in Path("docs/checkpoints.md").read_text(encoding="utf-8")
+    assert may_differ_table() in Path("docs/resuming.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("left", [None, 10**7 - 1])

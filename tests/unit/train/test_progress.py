@@ -162,7 +162,7 @@ def test_config_keys_and_rules_match() -> None:
 
 
 def test_the_documented_table_is_the_enforced_one() -> None:
-    page = Path(__file__).parents[3] / "docs" / "checkpoints.md"
+    page = Path(__file__).parents[3] / "docs" / "resuming.md"
     assert resume_table() in page.read_text(encoding="utf-8")
 
 
