@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -233,6 +234,24 @@ def train(
 
 
 @app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of each run on this machine; left out: one a GPU, or one.")
+    ] = None,
+) -> None:
+    """Train a run for each combination of values, KEY=A,B, one after the other; again, to go on where it stopped.
+
+    Each has a folder of its own in run.dir, named after its values. A run that has ended is not started again.
+    """
+    from megatrain.experiments import sweep
+
+    points = sweep.points(config, overrides or ())
+    raise typer.Exit(sweep.run(config, points, procs, typer.echo))
+
+
+@app.command()
 def generate(
     checkpoint: CheckpointPath,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
@@ -380,6 +399,33 @@ def report(
 
     write_report(run, out)
     typer.echo(f"{out} shows {run}.")
+
+
+class RunOrder(str, Enum):
+    """What `runs` sorts by."""
+
+    VALIDATION = "validation_loss"
+    LOSS = "loss"
+    STEP = "step"
+    RUN = "run"
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="A folder with run folders in it, at any depth.")],
+    sort: Annotated[RunOrder, typer.Option(help="Best first; by step: the farthest first.")] = RunOrder.VALIDATION,
+    as_json: AsJson = False,
+) -> None:
+    """The runs in a folder side by side: state, step, loss, best validation, and the keys of the config that differ."""
+    from megatrain.experiments.runs import as_table, summarize
+
+    found = summarize(folder, sort.value)
+    if as_json:
+        _print_json([run._asdict() for run in found])
+    else:
+        from rich.console import Console
+
+        Console(soft_wrap=not sys.stdout.isatty()).print(as_table(found))
 
 
 @checkpoint_app.command("list")

@@ -1,0 +1,161 @@
+"""The runs below a folder side by side: how each is doing, its best validation, and what differs in their configs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from megatrain.checkpoint.lock import is_alive
+from megatrain.config import RunConfig, load
+from megatrain.errors import ConfigError, DataError
+from megatrain.observe.metrics import METRICS_FILE, parse_line
+from megatrain.observe.record import CONFIG_FILE
+
+_ENDS = {"finish": "finished", "stop": "stopped", "diverged": "diverged"}
+_OF_EACH_RUN = ("run.dir", "checkpoint.dir")
+_IN_A_RUN = ("checkpoints", "logs", "tensorboard")
+_MAX_THREADS = 32  # each waits for one holder's sign of life
+
+
+class RunSummary(NamedTuple):
+    """A run in figures; None: not known. ``run``: its folder below the one looked in. ``state``: running, finished,
+    stopped, diverged, or ended: without saying why. ``loss``: of the last logged step. ``differs``: its values of the
+    config's keys that are not the same in all runs."""
+
+    run: str
+    state: str
+    step: int
+    num_steps: int | None
+    loss: float | None
+    validation_loss: float | None
+    best_step: int | None
+    lr: float | None
+    differs: Mapping[str, Any]
+
+
+class _Logged(NamedTuple):
+    step: int
+    loss: float | None
+    best: tuple[float, int] | None
+    last_event: str | None
+
+
+SORTS: Mapping[str, Callable[[RunSummary], Any]] = {
+    "validation_loss": lambda run: (run.validation_loss is None, run.validation_loss),
+    "loss": lambda run: (run.loss is None, run.loss),
+    "step": lambda run: -run.step,
+    "run": lambda run: run.run,
+}
+
+
+def summarize(folder: Path, sort: str = "validation_loss") -> list[RunSummary]:
+    """All runs in ``folder`` and below, in the order of SORTS[``sort``]. Raises DataError where there is none."""
+    found = list(_find(folder))
+    if not found:
+        raise DataError(f"{folder} has no run in it: a run's folder has {CONFIG_FILE} and {METRICS_FILE} or logs.")
+    with ThreadPoolExecutor(_MAX_THREADS) as pool:
+        alive = list(pool.map(is_alive, found))
+    configs = [_config(path) for path in found]
+    values = [dict(_flat(config.model_dump(mode="json"))) if config else {} for config in configs]
+    differing = _differing([each for each in values if each])
+    runs = []
+    for path, is_running, config, own in zip(found, alive, configs, values, strict=True):
+        logged = _read(path / METRICS_FILE)
+        runs.append(
+            RunSummary(
+                run=str(path.relative_to(folder)),
+                state="running" if is_running else _ENDS.get(logged.last_event or "", "ended"),
+                step=logged.step,
+                num_steps=config.train.steps if config else None,
+                loss=logged.loss,
+                validation_loss=logged.best[0] if logged.best else None,
+                best_step=logged.best[1] if logged.best else None,
+                lr=config.optimizer.lr if config else None,
+                differs={key: own[key] for key in differing if key in own},
+            )
+        )
+    return sorted(runs, key=lambda run: (SORTS[sort](run), run.run))
+
+
+def as_table(runs: Sequence[RunSummary]) -> Table:
+    """For a person: a row a run, a column a key that differs."""
+    table = Table(box=None, pad_edge=False)
+    keys = list(dict.fromkeys(key for run in runs for key in run.differs))
+    counts = dict.fromkeys(("step", "loss", "best validation", "at step", "lr"))
+    for name in ("run", "state", *counts, *(key for key in keys if key != "optimizer.lr")):
+        table.add_column(name, justify="right" if name in counts else "left", overflow="fold")
+    for run in runs:
+        of = f"{run.step:,}" if run.num_steps is None else f"{run.step:,}/{run.num_steps:,}"
+        figures = (_figure(run.loss), _figure(run.validation_loss), _figure(run.best_step), _figure(run.lr, "g"))
+        others = (_shown(run.differs.get(key)) for key in keys if key != "optimizer.lr")
+        table.add_row(run.run, run.state, of, *figures, *others)
+    return table
+
+
+def _find(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        if CONFIG_FILE in files and (METRICS_FILE in files or "logs" in folders):
+            yield Path(place)
+            folders[:] = [name for name in folders if name not in _IN_A_RUN]
+        folders.sort()
+
+
+def _config(run_dir: Path) -> RunConfig | None:
+    """What a run trained with last; None where this version cannot read it."""
+    try:
+        return load(run_dir / CONFIG_FILE)
+    except ConfigError:
+        return None
+
+
+def _flat(node: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a config by its whole key; a list's entries by their numbers."""
+    if isinstance(node, Mapping) and node:
+        for key, below in node.items():
+            yield from _flat(below, f"{path}.{key}" if path else key)
+    elif isinstance(node, list) and node and isinstance(node[0], Mapping):
+        for number, below in enumerate(node):
+            yield from _flat(below, f"{path}.{number}")
+    else:
+        yield path, node
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all."""
+    keys = dict.fromkeys(key for config in configs for key in config if key not in _OF_EACH_RUN)
+    return [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+
+
+def _read(path: Path) -> _Logged:
+    step, loss, event = 0, None, None
+    validations: dict[int, float] = {}
+    for line in _lines(path):
+        if "event" in line:
+            event = line["event"]
+        elif "validation_loss" in line:
+            validations[line["step"]] = line["validation_loss"]
+        elif "loss" in line:
+            step, loss, event = line["step"], line["loss"], None
+    finite = [(value, at) for at, value in validations.items() if value is not None]
+    return _Logged(step, loss, min(finite, default=None), event)
+
+
+def _lines(path: Path) -> Iterable[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            yield from (line for text in file if (line := parse_line(text)) is not None)
+    except OSError:
+        return
+
+
+def _figure(value: float | None, style: str = ",.4f") -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:{style}}"
+
+
+def _shown(value: object) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,108 @@
+"""A run for each combination of values: `megatrain sweep CONFIG optimizer.lr=1e-3,3e-3 model.hidden_size=128,256`."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from rich.console import Console
+
+from megatrain.checkpoint.origin import load
+from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
+from megatrain.errors import EXIT_PREEMPTED, EXIT_USAGE, ConfigError
+from megatrain.experiments.runs import as_table, summarize
+from megatrain.observe.metrics import tail
+
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # one outside of brackets
+_NOT_IN_NAMES = re.compile(r"[^\w.=+-]+")  # nor commas: they stand between keys
+
+
+class Point(NamedTuple):
+    """One run of a sweep. ``name``: its folder's; ``overrides``: of its config, run.dir included."""
+
+    name: str
+    run_dir: Path
+    num_steps: int
+    overrides: tuple[str, ...]
+
+
+def points(config: str, overrides: Sequence[str]) -> list[Point]:
+    """Every combination of the values that ``overrides`` give, checked: the last key's values vary fastest.
+
+    Raises ConfigError where no key has several values, or a combination is no legal config.
+    """
+    axes = [
+        [f"{key}={value}" for value in _COMMA.split(text)] for key, _, text in (o.partition("=") for o in overrides)
+    ]
+    varied = [number for number, axis in enumerate(axes) if len(axis) > 1]
+    if not varied:
+        raise ConfigError("A sweep needs a key with several values, such as optimizer.lr=1e-3,3e-3.")
+    if any(override.startswith("run.dir=") and "," in override for override in overrides):
+        raise ConfigError("run.dir is the folder of all runs of a sweep: give it one value.")
+    found = []
+    for chosen in itertools.product(*axes):
+        name = ",".join(_short(chosen[number]) for number in varied)
+        try:
+            loaded = load(config, chosen)
+        except ConfigError as error:
+            raise ConfigError(f"{' '.join(chosen[number] for number in varied)}: {error}") from None
+        run_dir = Path(loaded.run.dir) / name
+        found.append(Point(name, run_dir, loaded.train.steps, (*chosen, f"run.dir={run_dir}")))
+    if len({point.name for point in found}) < len(found):
+        raise ConfigError("Two combinations of the sweep are the same: is a value given twice?")
+    return found
+
+
+def run(config: str, sweep: Sequence[Point], num_ranks: int | None, tell: Callable[[str], None]) -> int:
+    """Train all points, one after the other, and show how they compare; the exit code of the first that failed.
+
+    One that fails does not keep the others from being trained, unless its config or data is wrong, as that of all.
+    A request to stop reaches the run that is training, and ends the sweep when its state is saved.
+    """
+    first_failure = 0
+    for number, point in enumerate(sweep):
+        tell(f"[{number + 1}/{len(sweep)}] {point.run_dir}")
+        if _has_finished(point):
+            tell("all steps were made before")
+            continue
+        code = _train(config, point, num_ranks)
+        first_failure = first_failure or code
+        if code in (EXIT_USAGE, EXIT_PREEMPTED):
+            return code
+    Console(soft_wrap=not sys.stdout.isatty()).print(as_table(summarize(sweep[0].run_dir.parent)))
+    return first_failure
+
+
+def _short(override: str) -> str:
+    """A key's last part with its value: a folder's name."""
+    key, _, value = override.partition("=")
+    return _NOT_IN_NAMES.sub("_", f"{key.rpartition('.')[2]}={value}")
+
+
+def _has_finished(point: Point) -> bool:
+    lines = tail(point.run_dir)
+    return bool(lines) and lines[-1].get("event") == "finish" and lines[-1]["step"] >= point.num_steps
+
+
+def _train(config: str, point: Point, num_ranks: int | None) -> int:
+    procs = [] if num_ranks is None else ["--procs", str(num_ranks)]
+    command = [sys.executable, "-m", "megatrain", "train", config, *point.overrides, *procs]
+    # A session of its own: a request reaches it through us alone, once.
+    training = subprocess.Popen(command, start_new_session=True)
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        training.send_signal(number)
+
+    former = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
+    try:
+        return training.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,109 @@
+"""Several runs: `megatrain sweep` trains them, `megatrain runs` shows them side by side."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatrain.experiments import sweep
+from megatrain.experiments.runs import summarize
+from tests.cli.conftest import Megatrain
+from tests.runs import TinyData, tiny_config, wait_until, write_config
+
+AXES = ("optimizer.lr=1e-3,3e-3", "optimizer.betas=[0.9,0.95]")
+
+
+@pytest.fixture
+def config(tiny_data: TinyData, tmp_path: Path) -> Path:
+    sections = {"train": {"steps": 2, "eval_batches": 1}, "checkpoint": {"every_steps": 2}}
+    return write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "runs", **sections))
+
+
+def test_a_sweep_is_every_combination_of_values(config: Path, tmp_path: Path) -> None:
+    found = sweep.points(str(config), [*AXES, "model.hidden_size=16,32", "train.steps=3"])
+    assert [point.name for point in found] == [
+        f"lr={lr},hidden_size={size}" for lr in ("1e-3", "3e-3") for size in (16, 32)
+    ]
+    assert found[0].run_dir == tmp_path / "runs" / "lr=1e-3,hidden_size=16"
+    assert found[0].num_steps == 3
+    assert "optimizer.betas=[0.9,0.95]" in found[0].overrides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.steps=3"], "A sweep needs a key with several values"),
+        (["optimizer.lr=1e-3,fast"], "optimizer.lr=fast"),
+        (["optimizer.lr=1e-3,1e-3"], "the same"),
+        (["run.dir=a,b", "optimizer.lr=1,2"], "run.dir is the folder of all runs"),
+    ],
+)
+def test_a_sweep_is_refused_before_a_run(
+    overrides: list[str], message: str, config: Path, megatrain: Megatrain, tmp_path: Path
+) -> None:
+    ended = megatrain("sweep", config, *overrides)
+    assert ended.code == 2
+    assert message in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_and_compares_all(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatrain", "sweep", str(config), "optimizer.lr=1e-3,3e-3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    found = summarize(tmp_path / "runs")
+    assert {run.run: (run.state, run.step, run.lr) for run in found} == {
+        "lr=1e-3": ("finished", 2, 1e-3),
+        "lr=3e-3": ("finished", 2, 3e-3),
+    }
+    assert all(run.run in done.stdout.splitlines()[-1] + done.stdout.splitlines()[-2] for run in found)
+    shutil.rmtree(tmp_path / "runs" / "lr=3e-3")
+    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    assert again.stdout.count("all steps were made before") == 1
+    assert len(summarize(tmp_path / "runs")) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_asked_to_stop_saves_first(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatrain", "sweep", str(config), "optimizer.lr=1e-3,3e-3", "train.steps=100000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as task:
+        metrics = tmp_path / "runs" / "lr=1e-3" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and b'"loss"' in metrics.read_bytes())
+        task.send_signal(signal.SIGTERM)
+        assert task.wait(timeout=100) == 75
+    assert [(run.run, run.state) for run in summarize(tmp_path / "runs")] == [("lr=1e-3", "stopped")]
+
+
+def test_runs_are_shown_side_by_side(finished_run: Path, tmp_path: Path, megatrain: Megatrain) -> None:
+    for name, lr in (("first", "0.001"), ("deep/second", "0.003")):
+        shutil.copytree(finished_run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        path = tmp_path / name / "config.yaml"
+        path.write_text(path.read_text().replace("lr: 0.001", f"lr: {lr}"))
+    lines = (tmp_path / "first" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "first" / "metrics.jsonl").write_text(
+        "".join(lines[:-1]) + json.dumps({"step": 6, "validation_loss": 0.5, "time": 0.0}) + '\n{"torn'
+    )
+    ended = megatrain("runs", tmp_path, "--json")
+    first, second = json.loads(ended.out)
+    assert (first["run"], first["state"], first["validation_loss"], first["best_step"]) == ("first", "ended", 0.5, 6)
+    assert (second["run"], second["state"], second["step"]) == ("deep/second", "finished", 6)
+    assert first["differs"] == {"optimizer.lr": 0.001}
+    assert [row["run"] for row in json.loads(megatrain("runs", tmp_path, "--json", "--sort", "run").out)] == [
+        "deep/second",
+        "first",
+    ]
+    shown = megatrain("runs", tmp_path).out.splitlines()
+    assert "best validation" in shown[0]
+    assert [line.split()[:3] for line in shown[1:]] == [["first", "ended", "6/6"], ["deep/second", "finished", "6/6"]]
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path, megatrain: Megatrain) -> None:
+    ended = megatrain("runs", tmp_path)
+    assert ended.code == 3
+    assert "has no run in it" in ended.err
