@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.config.arithmetic import divisors_around, multiples_around
 from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.problem import Problem, either
+from megatrain.families import FAMILIES
 
 if TYPE_CHECKING:
     from megatrain.config import schema
@@ -51,23 +52,33 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     if config.head_dim is None and hidden % heads:
         reason = f"must be divisible by num_attention_heads ({heads}) where head_dim is null"
         problems.append(Problem("hidden_size", hidden, reason, either(multiples_around(hidden, heads))))
-    if config.family != "gpt2":
-        if heads % config.kv_heads:
-            reason = f"must divide num_attention_heads ({heads})"
-            nearest = either(divisors_around(config.kv_heads, heads))
-            problems.append(Problem("num_key_value_heads", config.kv_heads, reason, nearest))
-        if config.head_size % 2 and not problems:
-            reason = "the width of a head must be even for the rotary embedding"
-            problems.append(Problem("head_dim", config.head_size, reason, str(config.head_size + 1)))
-        return problems + unused(config, ("layer_norm_epsilon",), "read by family gpt2 only")
-    if config.kv_heads != heads:
-        reason = f"family gpt2 has as many as num_attention_heads ({heads})"
+    names = config.description.hugging_face.names
+    if "num_key_value_heads" not in names and config.kv_heads != heads:
+        reason = f"family {config.family} has as many as num_attention_heads ({heads})"
         problems.append(Problem("num_key_value_heads", config.kv_heads, reason, "null"))
-    if config.head_dim is not None and config.head_dim * heads != hidden:
-        reason = f"family gpt2 has hidden_size / num_attention_heads ({hidden} / {heads})"
+    elif heads % config.kv_heads:
+        reason = f"must divide num_attention_heads ({heads})"
+        problems.append(
+            Problem("num_key_value_heads", config.kv_heads, reason, either(divisors_around(config.kv_heads, heads)))
+        )
+    if "head_dim" not in names and config.head_dim is not None and config.head_dim * heads != hidden:
+        reason = f"family {config.family} has hidden_size / num_attention_heads ({hidden} / {heads})"
         problems.append(Problem("head_dim", config.head_dim, reason, "null"))
-    others = ("rms_norm_eps", "rope_theta", "rope_scaling")
-    return problems + unused(config, others, "read by the other families, not by gpt2")
+    elif config.description.block.attention.rotates and config.head_size % 2 and not problems:
+        reason = "the width of a head must be even for the rotary embedding"
+        problems.append(Problem("head_dim", config.head_size, reason, str(config.head_size + 1)))
+    return problems + _of_other_families(config)
+
+
+def _of_other_families(config: schema.ModelConfig) -> list[Problem]:
+    """A problem for each key that was set though only other families read it."""
+    problems = []
+    for key in type(config).model_fields:
+        readers = [name for name, family in FAMILIES.items() if key in family.some_keys]
+        if readers and config.family not in readers:
+            only = f"family {readers[0]} only" if len(readers) == 1 else f"{', '.join(readers)}, not by {config.family}"
+            problems += unused(config, (key,), f"read by {only}")
+    return problems
 
 
 def fill_in_the_middle(config: schema.FillInTheMiddle) -> list[Problem]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os.path
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,13 @@ from pydantic_core import PydanticCustomError
 
 from megatrain.config import checks
 from megatrain.config.problem import Problem
+from megatrain.families import FAMILIES
+from megatrain.families.description import Family, Width
+
+if TYPE_CHECKING:
+    FamilyName = str
+else:  # the names are those of files
+    FamilyName = Literal[tuple(FAMILIES)]
 
 LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
@@ -103,15 +110,17 @@ class ModelConfig(Section):
     has none yet, from the one in `run.init_from`; `model.KEY=VALUE` on the command line is put over that.
     """
 
-    family: Literal["llama", "mistral", "qwen3", "gpt2"] = Field(
+    family: FamilyName = Field(
         default="llama",
-        description="Which decoder; mistral: llama under another name; qwen3: llama with queries and keys normalised.",
+        description="Which decoder: "
+        + "; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items())
+        + ".",
     )
     hidden_size: Size = Field(description="Width of the residual stream.")
     intermediate_size: Size | None = Field(
         default=None,
-        description="Width inside the MLP; null: the family's own (gpt2: 4 x hidden_size; the others: 8/3 x "
-        "hidden_size, rounded up to a multiple of 256).",
+        description="Width inside the MLP; null: 4 x hidden_size, in a gated MLP 8/3 x hidden_size, rounded up to a "
+        "multiple of 256.",
     )
     num_hidden_layers: Size = Field(description="Decoder layers.")
     num_attention_heads: Size = Field(description="Query heads of a layer.")
@@ -126,16 +135,16 @@ class ModelConfig(Section):
         default=None, description="Token ids the model knows, unpadded; null: the dataset's tokenizer decides."
     )
     rms_norm_eps: Annotated[float, Field(gt=0.0)] = Field(
-        default=1.0e-5, description="All but gpt2: added to the mean square in RMSNorm."
+        default=1.0e-5, description="Families with RMSNorm: added to the mean square."
     )
     layer_norm_epsilon: Annotated[float, Field(gt=0.0)] = Field(
-        default=1.0e-5, description="gpt2: added to the variance in LayerNorm."
+        default=1.0e-5, description="Families with LayerNorm: added to the variance."
     )
     rope_theta: Annotated[float, Field(gt=0.0)] = Field(
-        default=10000.0, description="All but gpt2: base of the rotary embedding's frequencies."
+        default=10000.0, description="Families with rotary positions: base of the frequencies."
     )
     rope_scaling: RopeScaling | None = Field(
-        default=None, description="All but gpt2: rotary frequencies for longer contexts."
+        default=None, description="Families with rotary positions: frequencies for longer contexts."
     )
     tie_word_embeddings: bool = Field(default=True, description="The output head shares the token embedding's weight.")
     attention_dropout: Probability = Field(
@@ -156,11 +165,7 @@ class ModelConfig(Section):
     @property
     def ffn_size(self) -> int:
         """Width inside the MLP, derived from the family where intermediate_size is null."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        if self.family == "gpt2":
-            return 4 * self.hidden_size
-        return -(-8 * self.hidden_size // (3 * 256)) * 256
+        return self.intermediate_size or self.description.block.mlp.usual_width(self.hidden_size)
 
     @property
     def kv_heads(self) -> int:
@@ -171,6 +176,31 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def known_vocab_size(self) -> int:
+        """The vocabulary's size, which by now must be known."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size must be known before a model is counted or built")
+        return self.vocab_size
+
+    @property
+    def description(self) -> Family:
+        """The family's."""
+        return FAMILIES[self.family]
+
+    @property
+    def sizes(self) -> Mapping[Width, int]:
+        """The widths that the family's description speaks of, in elements; a vocabulary that is not known has none."""
+        return {
+            "hidden": self.hidden_size,
+            "queries": self.num_attention_heads * self.head_size,
+            "keys": self.kv_heads * self.head_size,
+            "ffn": self.ffn_size,
+            "head": self.head_size,
+            "positions": self.max_position_embeddings,
+            "vocab": self.vocab_size or 0,
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

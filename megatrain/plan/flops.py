@@ -7,24 +7,17 @@ from megatrain.config.schema import ModelConfig
 
 def matrix_parameters(model: ModelConfig) -> int:
     """Parameters that every token is multiplied with: all projections, and the output head whether tied or not."""
-    return model.num_hidden_layers * _layer_matrices(model) + model.hidden_size * _vocab_size(model)
+    layer = sum(weight.numel(model.sizes) for weight in model.description.block.weights if weight.is_matrix)
+    return model.num_hidden_layers * layer + model.hidden_size * model.known_vocab_size
 
 
 def num_parameters(model: ModelConfig) -> int:
     """All parameters as a user counts them: unpadded vocabulary, tied weights once, the same under every layout."""
-    hidden = model.hidden_size
-    if model.family == "gpt2":
-        # LayerNorm: weight and bias. Biases: query, key, value; attention's output; both of the MLP.
-        layer_vectors = 2 * 2 * hidden + (3 * hidden + hidden + model.ffn_size + hidden)
-        final_norm = 2 * hidden
-        positions = model.max_position_embeddings * hidden
-    else:
-        head_norms = 2 * model.head_size if model.family == "qwen3" else 0
-        layer_vectors, final_norm, positions = 2 * hidden + head_norms, hidden, 0
-    embedding = _vocab_size(model) * hidden
-    head = 0 if model.tie_word_embeddings else embedding
-    layers = model.num_hidden_layers * (_layer_matrices(model) + layer_vectors)
-    return embedding + positions + layers + final_norm + head
+    family = model.description
+    layer = sum(weight.numel(model.sizes) for weight in family.block.weights)
+    others = sum(weight.numel(model.sizes) for outer in family.outer_layers for weight in outer.weights)
+    shared = model.hidden_size * model.known_vocab_size if model.tie_word_embeddings else 0
+    return model.num_hidden_layers * layer + others - shared
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
@@ -32,18 +25,5 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
 
     The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation.
     """
-    attention = 12 * model.num_hidden_layers * model.num_attention_heads * model.head_size * seq_len
+    attention = 12 * model.num_hidden_layers * model.sizes["queries"] * seq_len
     return 6 * matrix_parameters(model) + attention
-
-
-def _layer_matrices(model: ModelConfig) -> int:
-    """Matrix parameters of one decoder layer: query, key, value, output, and the MLP's two or (gated) three."""
-    attention = 2 * (model.num_attention_heads + model.kv_heads) * model.head_size * model.hidden_size
-    num_mlp_matrices = 2 if model.family == "gpt2" else 3
-    return attention + num_mlp_matrices * model.hidden_size * model.ffn_size
-
-
-def _vocab_size(model: ModelConfig) -> int:
-    if model.vocab_size is None:
-        raise ValueError("model.vocab_size must be known before parameters can be counted")
-    return model.vocab_size

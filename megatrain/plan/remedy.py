@@ -8,7 +8,7 @@ from itertools import combinations
 from megatrain.config import RunConfig
 from megatrain.plan import rules
 from megatrain.plan.memory import rank_memory
-from megatrain.plan.stage_model import parts
+from megatrain.plan.stage_model import stage_models
 
 MAX_CHANGES = 3
 WORTHWHILE = 0.9
@@ -20,7 +20,7 @@ Change = tuple[str, int | str]
 
 def peak_bytes(config: RunConfig, world_size: int) -> int:
     """The most memory that any rank's device needs at any time."""
-    return max(rank_memory(part).peak_bytes for part in parts(config, world_size))
+    return max(rank_memory(part).peak_bytes for part in stage_models(config, world_size))
 
 
 def remedy(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes: float) -> str | None:

@@ -12,7 +12,7 @@ from megatrain.plan.flops import flops_per_token, num_parameters
 from megatrain.plan.goodput import Failures, best_interval, goodput
 from megatrain.plan.memory import RankMemory, rank_memory
 from megatrain.plan.remedy import remedy
-from megatrain.plan.stage_model import parts
+from megatrain.plan.stage_model import stage_models
 from megatrain.plan.this_machine import CPU
 from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble, step_time
 
@@ -160,7 +160,7 @@ class RunPlan:
 def make_plan(config: RunConfig, cluster: Cluster, interruptions: Interruptions) -> RunPlan:
     """Plan a run of ``config``, whose vocabulary is known. Raises ConfigError where the layout is impossible."""
     rules.check(config, cluster.world_size)
-    stages = parts(config, cluster.world_size)
+    stages = stage_models(config, cluster.world_size)
     ranks = tuple(rank_memory(part) for part in stages)
     saved_bytes = max(rank.cpu["checkpoint copy"] for rank in ranks)
     still_seconds = saved_bytes / HOST_BYTES_PER_SECOND

@@ -1,13 +1,14 @@
-"""The part of a model that a rank computes, as sizes: which tensors it holds, without making any."""
+"""The part of a model that the ranks of a pipeline stage compute, as sizes: their tensors, without making any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig, RunConfig
+from megatrain.families.description import CUT_WIDTHS, Weight, Width
 from megatrain.plan import rules
 from megatrain.plan.stages import decoder_stages
 
@@ -23,39 +24,6 @@ class Parameter(NamedTuple):
     copies: int = 1
     num_replicas: int = 1
     is_tied: bool = False
-
-
-@dataclass(frozen=True)
-class Widths:
-    """How wide the model is on one of ``tensor`` ranks, in elements."""
-
-    model: ModelConfig
-    tensor: int
-
-    @property
-    def queries(self) -> int:
-        """All query heads of the rank."""
-        return self.model.num_attention_heads // self.tensor * self.model.head_size
-
-    @property
-    def keys(self) -> int:
-        """All key heads of the rank; its value heads are as wide."""
-        return max(self.model.kv_heads // self.tensor, 1) * self.model.head_size
-
-    @property
-    def key_replicas(self) -> int:
-        """Tensor ranks that hold the same key-value head."""
-        return max(self.tensor // self.model.kv_heads, 1)
-
-    @property
-    def ffn(self) -> int:
-        """Inside the MLP."""
-        return self.model.ffn_size // self.tensor
-
-    @property
-    def vocab(self) -> int:
-        """Token ids, padding included."""
-        return share(self.model.vocab_size or 0, self.tensor)
 
 
 @dataclass(frozen=True)
@@ -94,9 +62,11 @@ class StageModel:
         return min(self.config.parallel.pipeline - self.stage, self.num_micro_batches)
 
     @cached_property
-    def widths(self) -> Widths:
-        """Of this rank's matrices."""
-        return Widths(self.config.model, self.config.parallel.tensor)
+    def sizes(self) -> Mapping[Width, int]:
+        """The model's widths on one of the tensor ranks, padding of the vocabulary included."""
+        model, tensor = self.config.model, self.config.parallel.tensor
+        mine = {width: share(size, tensor) if width in CUT_WIDTHS else size for width, size in model.sizes.items()}
+        return {**mine, "keys": max(model.kv_heads // tensor, 1) * model.head_size}
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -114,22 +84,25 @@ class StageModel:
         return max(p.numel for p in self.parameters)
 
     def _parameters(self) -> Iterator[Parameter]:
-        model, tensor = self.config.model, self.config.parallel.tensor
-        table = self.widths.vocab * model.hidden_size
+        model = self.config.model
+        family = model.description
         if self.is_first:
-            yield Parameter(table, True)
-            if model.family == "gpt2":
-                yield Parameter(model.max_position_embeddings * model.hidden_size, True, num_replicas=tensor)
-        for parameter in _layer(self.widths):
-            yield parameter._replace(copies=parameter.copies * self.num_layers)
+            yield from self._held(weight for embedding in family.embeddings for weight in embedding.weights)
+        yield from self._held(family.block.weights, self.num_layers)
         if self.is_last:
-            yield Parameter(model.hidden_size, False, 2 if model.family == "gpt2" else 1, tensor)
+            yield from self._held(family.norm.weights)
             if not (model.tie_word_embeddings and self.is_first):
-                yield Parameter(table, True, is_tied=model.tie_word_embeddings)
+                yield from (p._replace(is_tied=model.tie_word_embeddings) for p in self._held(family.head.weights))
+
+    def _held(self, weights: Iterable[Weight], copies: int = 1) -> Iterator[Parameter]:
+        tensor = self.config.parallel.tensor
+        replicas = {None: tensor, "keys": max(tensor // self.config.model.kv_heads, 1)}
+        for weight in weights:
+            yield Parameter(weight.numel(self.sizes), weight.is_matrix, copies, replicas.get(weight.cut, 1))
 
 
-def parts(config: RunConfig, world_size: int) -> list[StageModel]:
-    """Each stage's part: all that is different between ranks of a legal layout."""
+def stage_models(config: RunConfig, world_size: int) -> list[StageModel]:
+    """Each stage's: all that is different between ranks of a legal layout."""
     counts = _stages(config.model, config.data.seq_len, config.parallel.pipeline)
     data = rules.data_degree(config, world_size)
     num_micro_batches = rules.num_micro_batches(config, world_size)
@@ -144,26 +117,3 @@ def _stages(model: ModelConfig, seq_len: int, num_stages: int) -> tuple[int, ...
 def share(size: int, ways: int) -> int:
     """The largest of so many parts of ``size``."""
     return -(-size // ways)
-
-
-def _layer(widths: Widths) -> list[Parameter]:
-    """The tensors of a decoder layer."""
-    model, tensor = widths.model, widths.tensor
-    hidden, queries, keys, ffn = model.hidden_size, widths.queries, widths.keys, widths.ffn
-    if model.family == "gpt2":
-        return [
-            Parameter(hidden, False, 6, tensor),  # two norms' weights and biases, the biases of both outputs
-            Parameter(3 * queries * hidden, True),
-            Parameter(3 * queries, False),
-            Parameter(queries * hidden, True),
-            Parameter(ffn * hidden, True, 2),
-            Parameter(ffn, False),
-        ]
-    head_norms = [Parameter(model.head_size, False, 2, tensor)] if model.family == "qwen3" else []
-    return [
-        Parameter(hidden, False, 2, tensor),
-        *head_norms,
-        Parameter(queries * hidden, True, 2),
-        Parameter(keys * hidden, True, 2, widths.key_replicas),
-        Parameter(ffn * hidden, True, 3),
-    ]

@@ -150,7 +150,7 @@ def _tied(part: StageModel, cluster: Cluster) -> float:
     model, parallel = part.config.model, part.config.parallel
     if parallel.pipeline == 1 or not model.tie_word_embeddings or not (part.is_first or part.is_last):
         return 0.0
-    table = part.widths.vocab * model.hidden_size
+    table = part.sizes["vocab"] * model.hidden_size
     link = cluster.border_bandwidth(parallel.pipeline, parallel.tensor * part.data)
     return (4 + part.element_bytes) * table / link
 

@@ -10,7 +10,7 @@ from benchmarks.layouts import Layout, measure
 from megatrain.config import RunConfig
 from megatrain.plan.activations import activations
 from megatrain.plan.memory import rank_memory
-from megatrain.plan.stage_model import parts
+from megatrain.plan.stage_model import stage_models
 
 LAYOUTS = [
     Layout(2, "bf16", {"zero_stage": 0, "pipeline": 2}),
@@ -29,7 +29,7 @@ def measured() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_each_stage_holds_what_the_plan_says(layout: Layout, measured: dict[str, list[dict[str, Any]]]) -> None:
     config = RunConfig.model_validate(layout.config)
-    for part in parts(config, layout.num_ranks):
+    for part in stage_models(config, layout.num_ranks):
         memory = rank_memory(part)
         real = next(figures for figures in measured[layout.name] if figures["stage"] == part.stage)
         state = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes)

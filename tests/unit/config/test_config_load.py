@@ -13,6 +13,7 @@ from megatrain.config import dump, load
 from megatrain.config.deepspeed_keys import DERIVED, REFUSED, ZERO_PASSED_THROUGH
 from megatrain.config.keys import leaves
 from megatrain.errors import EXIT_USAGE, ConfigError
+from megatrain.families import FAMILIES
 
 
 def test_all_problems_are_said_at_once_by_line(refused):
@@ -77,7 +78,7 @@ paralel: {tensor: 2}
         ("optimizer.betas=0.9", "must be a list"),
         ("optimizer.type=adam", "must be one of adamw; nearest: adamw"),
         ("model.attention_dropout=1.0", "must be less than 1.0"),
-        ("model.family=lama", "must be one of llama, mistral, qwen3, gpt2; nearest: llama"),
+        ("model.family=lama", f"must be one of {', '.join(FAMILIES)}; nearest: llama"),
         ("run.dir=''", "must not be empty"),
         ("run.dir=2024", 'must be text; nearest: "2024"'),
         ("data.train=[]", "must have at least one entry"),

@@ -15,7 +15,7 @@ from megatrain.config import RunConfig
 from megatrain.plan.activations import activations
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.memory import RankMemory, bucket_elements, rank_memory
-from megatrain.plan.stage_model import StageModel, parts
+from megatrain.plan.stage_model import StageModel, stage_models
 
 REPOSITORY = Path(__file__).parents[3]
 NUM_RANKS = 12
@@ -63,7 +63,7 @@ class Case:
     @property
     def part(self) -> StageModel:
         config = RunConfig.model_validate(self.config)
-        return parts(config, NUM_RANKS)[self.rank * config.parallel.pipeline // NUM_RANKS]
+        return stage_models(config, NUM_RANKS)[self.rank * config.parallel.pipeline // NUM_RANKS]
 
 
 CASES = [
@@ -144,15 +144,15 @@ def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
 
 @pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN3], ids=str)
 def test_parameters_of_all_ranks_make_the_model(model):
-    (whole,) = parts(RunConfig.model_validate(Case("bf16", 1, {}, model).config), 1)
+    (whole,) = stage_models(RunConfig.model_validate(Case("bf16", 1, {}, model).config), 1)
     assert whole.num_parameters == num_parameters(whole.config.model)
-    staged = parts(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}, model).config), NUM_RANKS)
+    staged = stage_models(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}, model).config), NUM_RANKS)
     without_copies = sum(p.numel * p.copies for part in staged for p in part.parameters if not p.is_tied)
     assert without_copies == num_parameters(whole.config.model)
 
 
 def test_earlier_stages_keep_more_activations():
-    first, middle, last = parts(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}).config), NUM_RANKS)
+    first, middle, last = stage_models(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}).config), NUM_RANKS)
     assert (first.in_flight, middle.in_flight, last.in_flight) == (3, 2, 1)
     assert activations(first) > 3 / 2 * activations(middle)
 
@@ -177,5 +177,5 @@ def test_peak_memory_is_in_passes_or_update():
 def test_buckets_that_the_user_sets_are_counted():
     given = Case("bf16", 3).config
     given["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 5000}}
-    (part,) = parts(RunConfig.model_validate(given), NUM_RANKS)
+    (part,) = stage_models(RunConfig.model_validate(given), NUM_RANKS)
     assert rank_memory(part).passes["bucket of gradients"] == 4 * 5000

@@ -13,7 +13,7 @@ from megatrain.plan.cluster import Cluster, find_nodes
 from megatrain.plan.flops import flops_per_token
 from megatrain.plan.hardware import find_device
 from megatrain.plan.run_plan import Interruptions, RunPlan, make_plan
-from megatrain.plan.stage_model import parts
+from megatrain.plan.stage_model import stage_models
 from megatrain.plan.time import StepTime, pipeline_bubble, step_time
 
 MODEL = {  # that of benchmarks/layouts.py, whose figures are in docs/parallelism.md
@@ -47,7 +47,7 @@ def make_config(precision: str = "bf16", micro_batch: int = 1, **parallel: Any) 
 
 
 def time_of(config: RunConfig, cluster: Cluster) -> StepTime:
-    return step_time(parts(config, cluster.world_size), cluster)
+    return step_time(stage_models(config, cluster.world_size), cluster)
 
 
 def megabytes_sent(num_ranks: int, **parallel: Any) -> tuple[float, float, float]:
@@ -84,7 +84,7 @@ def test_arithmetic_is_at_the_assumed_share():
     time = time_of(config, alone)
     operations = 4 * 256 * flops_per_token(config.model, 256)
     assert time.compute == pytest.approx(operations / (0.5 * 989.4e12))
-    assert time.update == pytest.approx(30 * parts(config, 1)[0].num_parameters / 3350e9)
+    assert time.update == pytest.approx(30 * stage_models(config, 1)[0].num_parameters / 3350e9)
     assert (time.tensor, time.pipeline, time.bubble, time.data) == (0, 0, 0, 0)
     assert time.step == time.compute + time.update
 

@@ -1,0 +1,303 @@
+"""The vocabulary in which a family is described: widths, weights, the modules of a block, Hugging Face's names.
+
+A description is data: no torch, no config. What follows from it is computed by code that knows no family: parameters,
+FLOPs, memory, the tensor-parallel table, the modules, Hugging Face folders, the checks of the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from pydantic.fields import FieldInfo
+
+Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "vocab"]
+"""A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
+the MLP's inside, of one head, of the positions and of the vocabulary. `ModelConfig.sizes` has the numbers."""
+
+HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {"queries": "query", "keys": "key_value"}
+CUT_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
+"""What tensor-parallel ranks share out; every rank has the other widths whole."""
+
+
+class Weight(NamedTuple):
+    """A parameter. ``dims``: for each of its dimensions, the widths that lie side by side along it."""
+
+    name: str
+    dims: tuple[tuple[Width, ...], ...]
+
+    def shape(self, sizes: Mapping[Width, int]) -> tuple[int, ...]:
+        return tuple(sum(sizes[width] for width in dim) for dim in self.dims)
+
+    def numel(self, sizes: Mapping[Width, int]) -> int:
+        return prod(self.shape(sizes))
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.dims) > 1
+
+    @property
+    def cut(self) -> Width | None:
+        """The width that tensor-parallel ranks share out, if any."""
+        return next((width for dim in self.dims for width in dim if width in CUT_WIDTHS), None)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How tensor parallelism cuts one module's parameters.
+
+    ``kind``: "column" cuts the outputs, "row" the inputs (its bias stays whole), "vocab" the token ids; "shared" cuts
+    nothing, but each rank applies the whole to heads of its own, so that it sees a part of the gradient.
+    ``weight_dim``: the dimension of the weight that is cut (a gpt2 Conv1D is [in, out], a Linear [out, in]).
+    ``num_parts``: tensors that lie side by side along it, each of which is cut (three in a fused query-key-value).
+    ``by_heads``: "query" or "key_value" where the cut must fall between heads.
+    """
+
+    kind: Literal["column", "row", "vocab", "shared"]
+    weight_dim: int
+    num_parts: int = 1
+    by_heads: Literal["query", "key_value"] | None = None
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A vector for each token id ("vocab") or each position; the vectors of several embeddings are added up."""
+
+    name: str
+    rows: Literal["vocab", "positions"]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (Weight(f"{self.name}.weight", ((self.rows,), ("hidden",))),)
+
+    @property
+    def split(self) -> Split | None:
+        return Split("vocab", weight_dim=0) if self.rows == "vocab" else None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product. ``outputs``: more than one are equally wide products in one, such as a fused query-key-value.
+
+    ``is_conv1d``: the weight is [in, out], as OpenAI stored it and Hugging Face keeps it.
+    """
+
+    name: str
+    inputs: Width
+    outputs: tuple[Width, ...]
+    bias: bool = False
+    is_conv1d: bool = False
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        dims = ((self.inputs,), self.outputs) if self.is_conv1d else (self.outputs, (self.inputs,))
+        bias = (Weight(f"{self.name}.bias", (self.outputs,)),) if self.bias else ()
+        return (Weight(f"{self.name}.weight", dims), *bias)
+
+    @property
+    def split(self) -> Split:
+        out_dim = 1 if self.is_conv1d else 0
+        if self.inputs in CUT_WIDTHS:
+            return Split("row", 1 - out_dim, by_heads=HEAD_WIDTHS.get(self.inputs))
+        if "vocab" in self.outputs:
+            return Split("vocab", out_dim)
+        return Split("column", out_dim, len(self.outputs), HEAD_WIDTHS.get(self.outputs[0]))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm, or LayerNorm with a bias, of each token ("hidden") or of each of its heads ("head")."""
+
+    name: str
+    kind: Literal["rms", "layer"]
+    width: Literal["hidden", "head"] = "hidden"
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        names = ("weight",) if self.kind == "rms" else ("weight", "bias")
+        return tuple(Weight(f"{self.name}.{name}", ((self.width,),)) for name in names)
+
+    @property
+    def split(self) -> Split | None:
+        return Split("shared", weight_dim=0) if self.width == "head" else None
+
+    @property
+    def eps_key(self) -> str:
+        """The model's key that has what is added to the variance."""
+        return "rms_norm_eps" if self.kind == "rms" else "layer_norm_epsilon"
+
+    @property
+    def saved_bytes(self) -> int:
+        """fp32 statistics of a normalized vector that the backward pass needs: its scale, in LayerNorm its mean too."""
+        return 4 if self.kind == "rms" else 8
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention.
+
+    ``inputs``: queries, keys and values, each by a product of its own or all by one. ``head_norms``: of the queries and
+    of the keys. ``rotates``: positions enter by rotation of queries and keys. ``window_key``: the model's key that has
+    how many tokens a token attends to, itself among them; None: it attends to all before it.
+    """
+
+    name: str
+    inputs: tuple[Linear, ...]
+    output: Linear
+    head_norms: tuple[Norm, ...] = ()
+    rotates: bool = False
+    window_key: str | None = None
+
+    @property
+    def modules(self) -> tuple[Linear | Norm, ...]:
+        return (*self.inputs, self.output, *self.head_norms)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one product makes queries, keys and values."""
+        return len(self.inputs) == 1
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """output(activation(inputs[0](x))), or gated output(activation(inputs[0](x)) * inputs[1](x)) (Shazeer 2020)."""
+
+    name: str
+    inputs: tuple[Linear, ...]
+    output: Linear
+    activation: Literal["silu", "gelu_tanh"]
+
+    @property
+    def modules(self) -> tuple[Linear, ...]:
+        return (*self.inputs, self.output)
+
+    @property
+    def is_gated(self) -> bool:
+        return len(self.inputs) == 2
+
+    def usual_width(self, hidden_size: int) -> int:
+        """The width where the config has none: 4 x hidden_size; gated 8/3 x hidden_size, a multiple of 256."""
+        return -(-8 * hidden_size // (3 * 256)) * 256 if self.is_gated else 4 * hidden_size
+
+
+Module: TypeAlias = Attention | Mlp | Norm
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). ``prefix``: what stands before its number.
+
+    ``norms_last``: in the order of the parameters the norms come behind both.
+    """
+
+    prefix: str
+    attention_norm: Norm
+    attention: Attention
+    mlp_norm: Norm
+    mlp: Mlp
+    norms_last: bool = False
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """In the order of their parameters."""
+        if self.norms_last:
+            return self.attention, self.mlp, self.attention_norm, self.mlp_norm
+        return self.attention_norm, self.attention, self.mlp_norm, self.mlp
+
+    @cached_property
+    def leaves(self) -> Mapping[str, Linear | Norm]:
+        """Every module that has weights, by its name in the layer."""
+        return dict(self._leaves())
+
+    def _leaves(self) -> Iterator[tuple[str, Linear | Norm]]:
+        for module in self.modules:
+            if isinstance(module, Norm):
+                yield module.name, module
+            else:
+                yield from ((f"{module.name}.{inner.name}", inner) for inner in module.modules)
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(weight for leaf in self.leaves.values() for weight in leaf.weights)
+
+    @property
+    def residual_projections(self) -> tuple[str, ...]:
+        """The modules that write to the residual stream."""
+        return tuple(f"{module.name}.{module.output.name}" for module in (self.attention, self.mlp))
+
+
+def accepts(theirs: Mapping[str, Any]) -> None:
+    """Every config.json that has what is required describes a model of the family."""
+
+
+def warns_of_nothing(theirs: Mapping[str, Any]) -> list[str]:
+    """Transformers loads whatever is exported."""
+    return []
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """The family in transformers. Keys of its config.json are "theirs", the model's keys in our config "ours".
+
+    ``architecture``: its class. ``names``: ours to theirs. ``required``: what of theirs must have one value for the
+    layers to be ours; so it is written, too. ``absent``: what transformers takes for a key of theirs that is left out;
+    sizes that are not here must be given. ``aliases``: names of ours that its config.json may have too, and that come
+    before theirs. ``copies``: further keys of theirs that have the value of one of ours. ``constants``: what else is
+    written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not ours, or None.
+    ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
+    """
+
+    architecture: str
+    names: Mapping[str, str]
+    required: Mapping[str, Any]
+    absent: Mapping[str, Any]
+    aliases: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    refuse: Callable[[Mapping[str, Any]], str | None] = accepts
+    warnings: Callable[[Mapping[str, Any]], list[str]] = warns_of_nothing
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that is known of a family: its layers in order (``embeddings``, ``block`` as often as the config says,
+    ``norm``, ``head``), and how others write it.
+
+    ``summary``: what is particular to it. ``own_keys``: keys of the model that only such families have, as pydantic
+    declares a field: type and FieldInfo. ``objective``: what it is trained for, which decides what attention may see.
+    """
+
+    summary: str
+    embeddings: tuple[Embedding, ...]
+    block: Block
+    norm: Norm
+    head: Linear
+    hugging_face: HuggingFace
+    own_keys: Mapping[str, tuple[Any, FieldInfo]] = field(default_factory=dict)
+    objective: Literal["causal language modeling"] = "causal language modeling"
+
+    @property
+    def learns_positions(self) -> bool:
+        return any(embedding.rows == "positions" for embedding in self.embeddings)
+
+    @property
+    def some_keys(self) -> set[str]:
+        """Those of the model's keys that this family reads and others may not."""
+        norms = (leaf for leaf in (*self.block.leaves.values(), self.norm) if isinstance(leaf, Norm))
+        rotary = ("rope_theta", "rope_scaling") if self.block.attention.rotates else ()
+        return {*(norm.eps_key for norm in norms), *rotary, *self.own_keys}
+
+    @property
+    def outer_layers(self) -> tuple[Embedding | Norm | Linear, ...]:
+        """The layers before and after the blocks, in order."""
+        return (*self.embeddings, self.norm, self.head)
+
+    def split_of(self, module_name: str) -> Split | None:
+        """How the module of this canonical name is cut; None: not at all."""
+        in_block = module_name.removeprefix(f"{self.block.prefix}.").partition(".")[2]
+        outer = next((layer for layer in self.outer_layers if layer.name == module_name), None)
+        found = outer or self.block.leaves.get(in_block)
+        return found.split if found else None
