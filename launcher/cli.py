@@ -114,7 +114,7 @@ def slurm(
     if (gpus_per_node is None) == (procs_per_node is None):
         raise ConfigError("give either --gpus-per-node, or --procs-per-node for nodes without GPUs.")
     ranks_per_node = read_gpus(gpus_per_node) if gpus_per_node else procs_per_node or 1
-    loaded = load(config, overrides or ())
+    loaded = load(config, overrides or (), note=lambda text: typer.echo(f"note: {text}", err=True))
     least = min_nodes or nodes
     check_elastic(loaded, ranks_per_node, least, nodes)
     named = _given(partition=partition, account=account, qos=qos, exclude=exclude, time=time, mem=mem)

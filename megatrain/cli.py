@@ -77,13 +77,12 @@ def check(
 
     Where the checkpoint in run.init_from is there, it must fit too.
     """
-    from megatrain.checkpoint.origin import load
     from megatrain.checkpoint.transformers_config import not_in_transformers
     from megatrain.plan import rules
     from megatrain.plan.cluster import find_nodes
     from megatrain.plan.this_machine import CPU, cpu_computes_bf16, device_here
 
-    loaded = load(config, overrides or ())
+    loaded = _load(config, overrides)
     if procs is not None and (nodes is not None or gpus_per_node is not None):
         raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
@@ -179,13 +178,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What will this run need: memory of each rank, time, saves. Needs no torch, and no data if vocab_size is set."""
-    from megatrain.checkpoint.origin import load
     from megatrain.plan.cluster import Cluster, find_nodes
     from megatrain.plan.run_plan import Interruptions, make_plan
     from megatrain.plan.table import show
     from megatrain.plan.this_machine import device_here
 
-    loaded = _with_vocabulary(load(config, overrides or ()))
+    loaded = _with_vocabulary(_load(config, overrides))
     if device is None:
         device = device_here() if nodes is None and gpus_per_node is None else "h100"
     nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node)
@@ -209,12 +207,11 @@ def train(
 ) -> None:
     """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
     from megatrain.checkpoint.lock import folders_of, refuse_if_locked
-    from megatrain.checkpoint.origin import load
     from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
 
-    loaded = load(config, overrides or ())
+    loaded = _load(config, overrides)
     gpus = len(visible_gpus())
     if not gpus and (asked := gpu_request()) is not None:
         raise ConfigError(
@@ -512,6 +509,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BUG)
+
+
+def _load(config: str, overrides: list[str] | None) -> RunConfig:
+    from megatrain.checkpoint.origin import load
+
+    return load(config, overrides or (), note=lambda text: typer.echo(f"note: {text}", err=True))
 
 
 def _run_on_ranks(num_ranks: int) -> int:

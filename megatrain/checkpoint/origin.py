@@ -6,7 +6,7 @@ What needs no checkpoint stays quick: the rest is imported where it is used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,13 @@ MAY_DIFFER: Mapping[str, str] = {
 """The model's keys that may differ from those of the checkpoint in ``run.init_from``; docs/resuming.md has them."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] = lambda text: None) -> RunConfig:
     """`megatrain.config.load`, for configs that say ``model: from_checkpoint`` too.
 
     That is the model of the run's own newest checkpoint, or, where it has none, of ``run.init_from``. Raises
     ConfigError, CheckpointError.
     """
-    return config.load(path, overrides, _saved_model)
+    return config.load(path, overrides, _saved_model, note)
 
 
 @dataclass(frozen=True)

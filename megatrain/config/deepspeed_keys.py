@@ -57,7 +57,7 @@ DERIVED = {
     "wall_clock_breakdown": "observe.log_every_steps",
     "memory_breakdown": "observe.log_every_steps",
     "flops_profiler": "observe.log_every_steps",
-    "comms_logger": "observe.compare_ranks_every_seconds",
+    "comms_logger": "observe.straggler_report_seconds",
 }
 
 # What does not pass, and why. A name stands for all below it too.

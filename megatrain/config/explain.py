@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from megatrain.config.keys import is_section, nearest_key, record_at, record_of
 from megatrain.config.problem import NOT_GIVEN, Problem, shown
+from megatrain.config.renamed import RENAMED
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
 
 _WORDS = {
@@ -43,6 +44,8 @@ def _required(key: str) -> list[str]:
 
 def _problem(key: str, details: ErrorDetails) -> Problem:
     given, kind, context = details["input"], details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden" and key in RENAMED:
+        return Problem(key, given, f"a former name of {RENAMED[key]}, which is given too; keep one")
     if kind == "extra_forbidden":
         record = record_at(details["loc"][:-1])
         return Problem(key, given, "no such key", nearest_key(key, record), is_value=False)

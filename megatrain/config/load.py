@@ -15,6 +15,7 @@ from megatrain.config.document import Path
 from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
 from megatrain.config.problem import SEPARATOR, Problem, refusal
+from megatrain.config.renamed import RENAMED, with_new_names
 from megatrain.config.scalar import scalar
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig, in_home
 from megatrain.errors import ConfigError
@@ -25,13 +26,17 @@ SavedModel = Callable[[str | None, str | None, str | None], Mapping[str, Any] | 
 
 
 def load(
-    path: str | FilePath, overrides: Sequence[str] = (), saved_model: SavedModel = lambda *places: None
+    path: str | FilePath,
+    overrides: Sequence[str] = (),
+    saved_model: SavedModel = lambda *places: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> RunConfig:
     """The config in the YAML file `path`, or the recipe of that name, with "section.key=value" overrides put over it.
 
     A list entry is reached by its index (`data.train.0.weight=2`); values are read as YAML; the last override of a
     key wins. Raises ConfigError with every problem found, each with its key, its line and what would be legal.
     ``saved_model``: finds what `model: from_checkpoint` stands for; overrides of the model's keys are put over that.
+    ``note``: is told of keys that are given under a former name.
     """
     read = document.read(_text(recipes.find(path)), str(path))
     if not isinstance(read.tree, dict):
@@ -41,7 +46,12 @@ def load(
         )
     problems = list(read.problems)
     places = {key: f"line {line}" for key, line in read.lines.items()}
-    tree, in_order = read.tree, sorted(overrides, key=_is_of_the_model)
+    for old, new in RENAMED.items():
+        if place := places.get(tuple(old.split("."))):
+            places.setdefault(tuple(new.split(".")), place)
+        if place or any(override.partition("=")[0].strip() == old for override in overrides):
+            note(f"{old} is called {new} now; the old name still works.")
+    tree, in_order = with_new_names(read.tree), sorted(overrides, key=_is_of_the_model)
     for override in in_order:
         if _is_of_the_model(override):
             tree = _with_saved_model(tree, saved_model)

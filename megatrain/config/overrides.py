@@ -9,6 +9,7 @@ from megatrain.config import document
 from megatrain.config.document import Path
 from megatrain.config.keys import is_section, leaves
 from megatrain.config.problem import Problem
+from megatrain.config.renamed import new_name
 from megatrain.config.scalar import scalar
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
 from megatrain.errors import ConfigError
@@ -20,7 +21,8 @@ def apply_override(tree: Any, override: str) -> tuple[Any, list[Path], list[Prob
     Whether the key exists and the value is legal is left to the check of the whole; here only the way there counts.
     """
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+    key = new_name(key.strip())
+    parts = key.split(".")
     if not equals or not all(parts):
         return tree, [], [Problem("the command line", override, "an override is KEY=VALUE, such as parallel.tensor=2")]
     path = tuple(int(part) if part.isdecimal() else part for part in parts)

@@ -9,6 +9,7 @@ from typing import Any
 from megatrain.config.deepspeed_keys import DERIVED, REFUSED, ZERO_PASSED_THROUGH
 from megatrain.config.keys import is_list, is_section, record_of
 from megatrain.config.problem import shown
+from megatrain.config.renamed import RENAMED
 from megatrain.config.schema import LARGEST_SIZE, RunConfig, Section
 
 _INTRODUCTION = """\
@@ -77,7 +78,9 @@ def _tables(path: str, record: type[Section]) -> list[str]:
             inner_tables += _tables(below, inner)
         else:
             allowed = _allowed(properties[name])
-        rows.append(f"| `{name}` | {allowed} | {default} | {field.description} |")
+        old = next((key.rpartition(".")[2] for key, new in RENAMED.items() if new == f"{path}.{name}"), None)
+        meaning = f"{field.description} Formerly `{old}`, which still works." if old else field.description
+        rows.append(f"| `{name}` | {allowed} | {default} | {meaning} |")
     return [head + "\n".join(rows) + "\n", *inner_tables]
 
 

@@ -386,10 +386,10 @@ class TrainConfig(Section):
     hang_timeout_seconds: Annotated[float, Field(gt=0.0)] = Field(
         default=600.0, description="Seconds without progress after which the run is stopped as hung."
     )
-    compare_weights_every_steps: Count | None = Field(
+    check_replica_hash_interval: Count | None = Field(
         default=100,
-        description="Steps between comparisons of the weights that several ranks must hold alike, to find a device "
-        "that computes or remembers wrongly; made before each save too; null: none.",
+        description="Steps between comparisons of the hashes of weights that several ranks must hold alike, to find "
+        "silent data corruption; made before each save too; null: none.",
     )
     initial_loss_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
         default=16, description="fp16: the loss scale starts at 2 to this power."
@@ -508,7 +508,7 @@ class ObserveConfig(Section):
 
     log_every_steps: Count = Field(default=1, description="Steps between lines of metrics.jsonl and of the console.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events too.")
-    compare_ranks_every_seconds: Annotated[float, Field(gt=0.0)] = Field(
+    straggler_report_seconds: Annotated[float, Field(gt=0.0)] = Field(
         default=60.0,
         description="Seconds between comparisons of how long each part of a step takes on each rank, made at the next "
         "step that is logged; a rank that stays slower than the others is named.",

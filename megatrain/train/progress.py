@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from megatrain.config import RunConfig
 from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.keys import differences
+from megatrain.config.renamed import new_name, with_new_names
 from megatrain.data import Dataset
 from megatrain.data.order import DataOrder, DatasetCursor, EpochCut, SamplingSettings, Segment
 from megatrain.errors import CheckpointError
@@ -196,7 +197,8 @@ def refuse_what_is_left_out(
 
 def _gives(overrides: Sequence[str], path: str) -> bool:
     """Whether an override names a key, or what stands above or below it."""
-    names = (".".join("*" if part.isdigit() else part for part in o.partition("=")[0].split(".")) for o in overrides)
+    keys = (new_name(override.partition("=")[0]) for override in overrides)
+    names = (".".join("*" if part.isdigit() else part for part in key.split(".")) for key in keys)
     return any(f"{path}.".startswith(f"{name}.") or f"{name}.".startswith(f"{path}.") for name in names)
 
 
@@ -277,7 +279,7 @@ def former_config(saved: Mapping[str, Any]) -> RunConfig:
     if deepspeed(saved.get("deepspeed") or {}):  # keys that passed once and no longer do: they may change in any case
         saved = {**saved, "deepspeed": {}}
     try:
-        return RunConfig.model_validate(saved)
+        return RunConfig.model_validate(with_new_names(saved))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["config", *map(str, first["loc"])])

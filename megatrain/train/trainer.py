@@ -101,7 +101,7 @@ class Trainer:
         self._first_step = progress.step
         self._tokens_before = progress.tokens
         self._comparison = RankComparison(run.groups)
-        self._compare_at = time.monotonic() + run.config.observe.compare_ranks_every_seconds
+        self._compare_at = time.monotonic() + run.config.observe.straggler_report_seconds
 
     def _note_part(self, part: str) -> None:
         if self._watchdog is not None:
@@ -238,7 +238,7 @@ class Trainer:
         last = stopping or step == self._config.train.steps
         in_turn = step % self._config.checkpoint.every_steps == 0 and self._saving.is_new(self.progress)
         due = last or on_request or in_turn
-        every = self._config.train.compare_weights_every_steps
+        every = self._config.train.check_replica_hash_interval
         if every is not None and (due or step % every == 0):
             self._refuse_weights_that_differ()
         if not due:
@@ -302,7 +302,7 @@ class Trainer:
         self._comparison.add(parts)
         if not now:
             return {}
-        self._compare_at = time.monotonic() + self._config.observe.compare_ranks_every_seconds
+        self._compare_at = time.monotonic() + self._config.observe.straggler_report_seconds
         spreads, texts = self._comparison.compare()
         if self._observers:
             for text in texts:

@@ -32,7 +32,7 @@ def test_a_flipped_bit_is_found_before_saving(tiny_data: TinyData, two_ranks: Se
         tiny_data,
         tmp_path / "run",
         parallel={"zero_stage": 0},
-        train={"steps": 200, "compare_weights_every_steps": 7, "eval_batches": 1},
+        train={"steps": 200, "check_replica_hash_interval": 7, "eval_batches": 1},
         checkpoint={"every_steps": 2, "keep": 100},
     )
     config["data"]["train"][0]["transform"] = "tests.faults.test_silent_faults:flips_a_bit"

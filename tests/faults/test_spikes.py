@@ -25,7 +25,7 @@ def config_of(data: TinyData, folder: Path, steps: int, **spikes: Any) -> Path:
         tiny_config(
             data,
             folder / "run",
-            train={"steps": steps, "eval_batches": 2, "compare_weights_every_steps": 3},
+            train={"steps": steps, "eval_batches": 2, "check_replica_hash_interval": 3},
             spikes={**TOUCHY, **spikes},
             checkpoint={"every_steps": 4},
             schedule={"type": "constant", "warmup_steps": 2},

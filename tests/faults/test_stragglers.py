@@ -31,7 +31,7 @@ def test_a_throttled_rank_is_named(tiny_data: TinyData, tmp_path: Path) -> None:
         tmp_path / "run",
         train={"steps": 100_000, "hang_timeout_seconds": 120.0},
         checkpoint={"every_steps": 100_000},
-        observe={"tensorboard": True, "log_every_steps": 10, "compare_ranks_every_seconds": 0.5},
+        observe={"tensorboard": True, "log_every_steps": 10, "straggler_report_seconds": 0.5},
     )
     run = TrainProcess(write_config(tmp_path / "run.yaml", config), 2)
     ended = threading.Event()
@@ -58,7 +58,7 @@ def test_a_throttled_rank_is_named(tiny_data: TinyData, tmp_path: Path) -> None:
 
 
 def test_ranks_are_compared_at_logged_steps_alone(tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path) -> None:
-    observe = {"tensorboard": False, "log_every_steps": 5, "compare_ranks_every_seconds": 1e-9}
+    observe = {"tensorboard": False, "log_every_steps": 5, "straggler_report_seconds": 1e-9}
     config = tiny_config(tiny_data, tmp_path / "run", train={"steps": 12}, observe=observe)
     one_rank.finish(write_config(tmp_path / "run.yaml", config))
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

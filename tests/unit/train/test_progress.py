@@ -11,7 +11,16 @@ from megatrain.config import RunConfig
 from megatrain.config.keys import leaves
 from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.errors import CheckpointError
-from megatrain.train.progress import RULES, Progress, refuse_changes, resume_order, resume_table, rule_of
+from megatrain.train.progress import (
+    RULES,
+    Progress,
+    former_config,
+    refuse_changes,
+    refuse_what_is_left_out,
+    resume_order,
+    resume_table,
+    rule_of,
+)
 from megatrain.train.spikes import Recent, Rewind
 
 TERMS = SamplingSettings(8, (2.0, 1.0), 256, (100, 50))
@@ -75,6 +84,17 @@ def test_an_unreadable_config_is_refused_by_key(saved: dict[str, Any], key: str)
     saved = saved if "run" in key else {**SAVED, **saved}
     with pytest.raises(CheckpointError, match=f"goes on from: {key}.*Use the version that wrote it"):
         refuse_changes(CONFIG, saved)
+
+
+def test_a_config_saved_under_old_names_goes_on() -> None:
+    train = {**SAVED["train"], "compare_weights_every_steps": 7}
+    del train["check_replica_hash_interval"]
+    former = former_config({**SAVED, "train": train})
+    assert former.train.check_replica_hash_interval == 7
+    given = ["train.compare_weights_every_steps=7"]
+    refuse_what_is_left_out(former, CONFIG, given, ["train.check_replica_hash_interval=100"])
+    with pytest.raises(CheckpointError, match=r"train\.check_replica_hash_interval was 7 and would be 100"):
+        refuse_what_is_left_out(former, CONFIG, given, [])
 
 
 def test_a_skipped_step_counts_but_is_no_update() -> None:
