@@ -1,6 +1,6 @@
 """Which layouts are legal on a number of ranks, why the others are not, and the nearest one that is.
 
-Pure arithmetic on the config. Each rule looks at one thing; a layout is legal where none objects. What is wrong
+Pure arithmetic on the config. Each rule looks at one thing; a layout is legal where none is violated. What is wrong
 inside the config alone, on any number of ranks, is refused earlier, by megatrain.config.
 """
 
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from megatrain.config import Problem, RunConfig
 from megatrain.config.arithmetic import multiples_around
-from megatrain.config.problem import either, refusal
-from megatrain.plan.layout import KEYS, Layout, Value, layout_of
-from megatrain.plan.repair import Change, candidates, repair
+from megatrain.config.problem import either, refusal, shown
+from megatrain.plan.nearest import as_overrides, candidates, find_nearest, value_of, with_changes
 
 
 def data_degree(config: RunConfig, world_size: int) -> int:
@@ -37,135 +36,142 @@ def check(config: RunConfig, world_size: int) -> None:
     if not found:
         return
     error = refusal(f"the layout on {world_size} ranks", found)
-    if len(found) > 1:
+    if len(found) > 1 or found[0].nearest is None:
         legal = nearest_layout(config, world_size)
-        way_out = f"nearest legal layout: {legal}" if legal else "no layout near this one is legal on so many ranks"
-        error.args = (f"{error}\n  {way_out}",)
+        nearest = f"nearest legal layout: {legal}" if legal else "no layout near this one is legal on so many ranks"
+        error.args = (f"{error}\n  {nearest}",)
     raise error
 
 
 def is_legal(config: RunConfig, world_size: int) -> bool:
-    """Whether no rule objects."""
-    return not _broken(layout_of(config, world_size))
+    """Whether no rule is violated."""
+    return not _violations(config, world_size)
 
 
 def problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """All that is wrong with the config's layout on `world_size` ranks, each with the nearest way to mend it alone.
+    """All that is wrong with the config's layout on `world_size` ranks.
 
-    `nearest` is a change to one key, or to as few as do, after which this rule is kept and no other is newly broken.
+    `nearest` is the one or two legal values of one key that are nearest: with each, this rule holds, and no other is
+    newly violated; None where no single key will do.
     """
     if world_size < 1:
         return [Problem("the number of ranks", world_size, "must be at least 1", "1")]
-    layout = layout_of(config, world_size)
-    broken = _broken(layout)
+    found = _violations(config, world_size)
     return [
-        Problem(
-            KEYS[found.field],
-            getattr(layout, found.field),
-            found.reason,
-            _way_out(layout, rule, broken.keys() - {rule}),
-        )
-        for rule, found in broken.items()
+        Problem(each.key, value_of(config, each.key), each.reason, _legal_values(config, world_size, rule, found))
+        for rule, each in found.items()
     ]
 
 
 def nearest_layout(config: RunConfig, world_size: int) -> str | None:
     """The fewest and smallest changes that make the layout legal, as overrides; None where no search finds one."""
-    changes = repair(layout_of(config, world_size), lambda layout: _fixable(layout, frozenset()))
-    return None if changes is None else _overrides(changes)
+
+    def keys_to_change(changed: RunConfig) -> tuple[str, ...] | None:
+        first = next(iter(_violations(changed, world_size).values()), None)
+        return None if first is None else first.fixes
+
+    changes = find_nearest(config, world_size, keys_to_change)
+    return None if changes is None else as_overrides(changes)
 
 
 @dataclass(frozen=True)
-class Objection:
-    """Why a rule refuses a layout: the field it is about, the reason, and what may be changed, the best first."""
+class Violation:
+    """Why a layout is illegal: the key it is about, the reason, and the keys to change, the best first."""
 
-    field: str
+    key: str
     reason: str
     fixes: tuple[str, ...]
 
 
-Rule = Callable[[Layout], Objection | None]
+Rule = Callable[[RunConfig, int], Violation | None]
 
 
-def _ranks_divide(layout: Layout) -> Objection | None:
-    if layout.data is not None:
+def _ranks_divide(config: RunConfig, world_size: int) -> Violation | None:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    if world_size % (tensor * pipeline) == 0:
         return None
-    fields = ("tensor", "pipeline") if layout.world_size % layout.tensor else ("pipeline", "tensor")
-    would_do = either(multiples_around(layout.world_size, layout.model_ranks))
-    reason = (
-        f"tensor x pipeline ({layout.tensor} x {layout.pipeline}) must divide the {layout.world_size} ranks "
-        f"({would_do} would do)"
-    )
-    return Objection(fields[0], reason, fields)
+    would_do = either(multiples_around(world_size, tensor * pipeline))
+    reason = f"tensor x pipeline ({tensor} x {pipeline}) must divide the {world_size} ranks ({would_do} would do)"
+    keys = ("parallel.tensor", "parallel.pipeline")
+    keys = keys if world_size % tensor else keys[::-1]
+    return Violation(keys[0], reason, keys)
 
 
-def _heads_divide(layout: Layout) -> Objection | None:
-    if layout.num_heads % layout.tensor == 0:
+def _heads_divide(config: RunConfig, world_size: int) -> Violation | None:
+    heads = config.model.num_attention_heads
+    if heads % config.parallel.tensor == 0:
         return None
-    return Objection("tensor", f"must divide model.num_attention_heads ({layout.num_heads})", ("tensor",))
+    return Violation("parallel.tensor", f"must divide model.num_attention_heads ({heads})", ("parallel.tensor",))
 
 
-def _key_value_heads_divide(layout: Layout) -> Objection | None:
+def _key_value_heads_divide(config: RunConfig, world_size: int) -> Violation | None:
     """Fewer heads than ranks are replicated, each on equally many ranks; more are divided evenly."""
-    tensor, heads = layout.tensor, layout.num_kv_heads
+    tensor, heads = config.parallel.tensor, config.model.kv_heads
     if max(tensor, heads) % min(tensor, heads) == 0:
         return None
     reason = f"must divide model.num_key_value_heads ({heads}), or be a multiple of it"
-    return Objection("tensor", reason, ("tensor",))
+    return Violation("parallel.tensor", reason, ("parallel.tensor",))
 
 
-def _mlp_divides(layout: Layout) -> Objection | None:
-    if layout.ffn_size % layout.tensor == 0:
+def _mlp_divides(config: RunConfig, world_size: int) -> Violation | None:
+    width = config.model.ffn_size
+    if width % config.parallel.tensor == 0:
         return None
-    return Objection("tensor", f"must divide the width of the MLP ({layout.ffn_size})", ("tensor",))
+    return Violation("parallel.tensor", f"must divide the width of the MLP ({width})", ("parallel.tensor",))
 
 
-def _every_stage_has_a_layer(layout: Layout) -> Objection | None:
-    if layout.pipeline <= layout.num_layers:
+def _every_stage_has_a_layer(config: RunConfig, world_size: int) -> Violation | None:
+    layers = config.model.num_hidden_layers
+    if config.parallel.pipeline <= layers:
         return None
-    return Objection("pipeline", f"must be at most model.num_hidden_layers ({layout.num_layers})", ("pipeline",))
+    return Violation("parallel.pipeline", f"must be at most model.num_hidden_layers ({layers})", ("parallel.pipeline",))
 
 
-def _zero_fits_pipeline(layout: Layout) -> Objection | None:
-    if layout.zero_stage < 2 or layout.pipeline == 1:
+def _zero_fits_pipeline(config: RunConfig, world_size: int) -> Violation | None:
+    stages = config.parallel.pipeline
+    if config.parallel.zero_stage < 2 or stages == 1:
         return None
     reason = (
         "ZeRO 2 and 3 give gradients away after each micro-batch, where a pipeline accumulates them "
-        f"(parallel.pipeline is {layout.pipeline})"
+        f"(parallel.pipeline is {stages})"
     )
-    return Objection("zero_stage", reason, ("zero_stage", "pipeline"))
+    return Violation("parallel.zero_stage", reason, ("parallel.zero_stage", "parallel.pipeline"))
 
 
-def _sequence_needs_tensor(layout: Layout) -> Objection | None:
-    if not layout.sequence or layout.tensor > 1:
+def _sequence_needs_tensor(config: RunConfig, world_size: int) -> Violation | None:
+    if not config.parallel.sequence or config.parallel.tensor > 1:
         return None
     reason = "tokens are divided over the ranks of parallel.tensor, which is 1"
-    return Objection("sequence", reason, ("sequence", "tensor"))
+    return Violation("parallel.sequence", reason, ("parallel.sequence", "parallel.tensor"))
 
 
-def _sequence_divides(layout: Layout) -> Objection | None:
-    if not layout.sequence or layout.seq_len % layout.tensor == 0:
+def _sequence_divides(config: RunConfig, world_size: int) -> Violation | None:
+    tensor = config.parallel.tensor
+    if not config.parallel.sequence or config.data.seq_len % tensor == 0:
         return None
-    reason = f"must be divisible by parallel.tensor ({layout.tensor}) where parallel.sequence is true"
-    return Objection("seq_len", reason, ("seq_len", "tensor", "sequence"))
+    reason = f"must be divisible by parallel.tensor ({tensor}) where parallel.sequence is true"
+    return Violation("data.seq_len", reason, ("data.seq_len", "parallel.tensor", "parallel.sequence"))
 
 
-def _offload_needs_zero(layout: Layout) -> Objection | None:
-    needed = {"none": 0, "optimizer": 1, "all": 3}[layout.offload]
-    if layout.zero_stage >= needed:
+def _offload_needs_zero(config: RunConfig, world_size: int) -> Violation | None:
+    stage, needed = config.parallel.zero_stage, {"none": 0, "optimizer": 1, "all": 3}[config.parallel.offload]
+    if stage >= needed:
         return None
-    reason = f"needs parallel.zero_stage {needed}{'' if needed == 3 else ' or more'} (it is {layout.zero_stage})"
-    return Objection("offload", reason, ("zero_stage", "offload"))
+    reason = f"needs parallel.zero_stage {needed}{'' if needed == 3 else ' or more'} (it is {stage})"
+    return Violation("parallel.offload", reason, ("parallel.zero_stage", "parallel.offload"))
 
 
-def _batch_divides(layout: Layout) -> Objection | None:
-    degree = layout.data or 1  # where the ranks do not divide, a batch that no degree could divide is still wrong
-    unit = layout.micro_batch * degree
-    if layout.global_batch % unit == 0:
+def _batch_divides(config: RunConfig, world_size: int) -> Violation | None:
+    ranks = model_ranks(config)
+    degree = 1 if world_size % ranks else world_size // ranks  # a batch that no degree could divide is wrong anyway
+    unit = config.train.micro_batch_size * degree
+    if config.train.global_batch_size % unit == 0:
         return None
-    reason = f"must be divisible by micro_batch_size x data degree ({layout.micro_batch} x {degree} = {unit})"
+    reason = (
+        f"must be divisible by micro_batch_size x data degree ({config.train.micro_batch_size} x {degree} = {unit})"
+    )
     # The micro-batch first: the batch of an update is part of the experiment, how it is cut is not.
-    return Objection("global_batch", reason, ("micro_batch", "global_batch"))
+    return Violation("train.global_batch_size", reason, ("train.micro_batch_size", "train.global_batch_size"))
 
 
 RULES: tuple[Rule, ...] = (
@@ -182,39 +188,20 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _broken(layout: Layout) -> dict[Rule, Objection]:
-    """The rules that object, in order."""
-    return {rule: objection for rule in RULES if (objection := rule(layout)) is not None}
+def _violations(config: RunConfig, world_size: int) -> dict[Rule, Violation]:
+    """The rules that are violated, in order."""
+    return {rule: found for rule in RULES if (found := rule(config, world_size)) is not None}
 
 
-def _fixable(layout: Layout, tolerated: frozenset[Rule]) -> tuple[str, ...] | None:
-    """The fields whose change may help against the first rule broken beyond the tolerated ones; None: all is well."""
-    for rule, objection in _broken(layout).items():
-        if rule not in tolerated:
-            return objection.fixes
+def _legal_values(config: RunConfig, world_size: int, rule: Rule, now: dict[Rule, Violation]) -> str | None:
+    """The nearest values of the first key of ``rule``'s fixes that has any with which it holds, and no other is newly
+    violated."""
+    for key in now[rule].fixes:
+        legal = []
+        for value in candidates(config, world_size, key):
+            left = _violations(with_changes(config, (key, value)), world_size)
+            if rule not in left and left.keys() <= now.keys():
+                legal.append(value)
+        if legal:
+            return f"{key}={either(map(shown, legal[:2]))}"
     return None
-
-
-def _way_out(layout: Layout, rule: Rule, others: set[Rule]) -> str | None:
-    """How to keep `rule` and break none but `others`: one change, in both directions where it is a number, or more."""
-    tolerated = frozenset(others)
-    changes = repair(layout, lambda changed: _fixable(changed, tolerated))
-    if changes is None:
-        return None
-    way_out = _overrides(changes)
-    field, value = changes[0].field, changes[0].value
-    if len(changes) > 1 or field not in ("tensor", "pipeline", "global_batch", "micro_batch", "seq_len"):
-        return way_out
-    upward = int(value) > getattr(layout, field)
-    beyond = (other for other in candidates(layout, field) if (int(other) > getattr(layout, field)) != upward)
-    legal = (other for other in beyond if _fixable(layout.having(field, other), tolerated) is None)
-    other = next(legal, None)
-    return way_out if other is None else f"{way_out} or {other}"
-
-
-def _overrides(changes: tuple[Change, ...]) -> str:
-    return " ".join(f"{KEYS[change.field]}={_shown(change.value)}" for change in changes)
-
-
-def _shown(value: Value) -> str:
-    return str(value).lower()

@@ -8,10 +8,10 @@ from typing import Any
 from megatrain.config import RunConfig
 from megatrain.plan import rules
 from megatrain.plan.cluster import Cluster
+from megatrain.plan.fitting import changes_that_fit
 from megatrain.plan.flops import flops_per_token, num_parameters
 from megatrain.plan.goodput import Failures, best_interval, goodput
 from megatrain.plan.memory import RankMemory, rank_memory
-from megatrain.plan.remedy import remedy
 from megatrain.plan.stage_model import stage_models
 from megatrain.plan.this_machine import CPU
 from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble, step_time
@@ -111,8 +111,8 @@ class RunPlan:
 
     def _does_not_fit(self, fullest: RankMemory) -> str:
         memory = self.cluster.device.memory_bytes
-        way_out = remedy(self.config, self.world_size, self.cluster.gpus_per_node, memory)
-        nearest = f"nearest: {way_out}" if way_out else "no change of up to three keys that was tried would fit"
+        changes = changes_that_fit(self.config, self.world_size, self.cluster.gpus_per_node, memory)
+        nearest = f"nearest: {changes}" if changes else "no change of up to three keys that was tried would fit"
         return (
             f"a rank of stage {fullest.stage} needs {fullest.peak_bytes / 1e9:.1f} GB, and {self.cluster.device.name} "
             f"has {memory / 1e9:.0f} GB: weights {fullest.weights_bytes / 1e9:.1f}, gradients "

@@ -33,7 +33,7 @@ from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
 from megatrain.errors import EXIT_BUG, EXIT_OK, EXIT_RANK, MegatrainError
 from megatrain.plan import rules
-from megatrain.plan.remedy import save_memory
+from megatrain.plan.fitting import out_of_memory_advice
 from megatrain.train.config_record import refuse_record_of_another_run
 from megatrain.train.start_clock import StartClock
 
@@ -104,7 +104,7 @@ def _explain(error: Exception, rank: RankInfo | None, config: RunConfig | None) 
         from megatrain.distributed.device import memory_bytes
 
         memory = memory_bytes(rank.local_world_size)
-        message = f"{message} {save_memory(config, rank.world_size, rank.local_world_size, memory)}"
+        message = f"{message} {out_of_memory_advice(config, rank.world_size, rank.local_world_size, memory)}"
     return code, f"{traceback.format_exc()}{message}" if code == EXIT_BUG else message
 
 

@@ -8,14 +8,12 @@ from itertools import combinations
 from megatrain.config import RunConfig
 from megatrain.plan import rules
 from megatrain.plan.memory import rank_memory
+from megatrain.plan.nearest import Change, as_overrides, with_changes
 from megatrain.plan.stage_model import stage_models
 
 MAX_CHANGES = 3
 WORTHWHILE = 0.9
 """Of the peak: what saves less would soon run out again."""
-
-Change = tuple[str, int | str]
-"""A key with its section, and its new value."""
 
 
 def peak_bytes(config: RunConfig, world_size: int) -> int:
@@ -23,22 +21,22 @@ def peak_bytes(config: RunConfig, world_size: int) -> int:
     return max(rank_memory(part).peak_bytes for part in stage_models(config, world_size))
 
 
-def remedy(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes: float) -> str | None:
+def changes_that_fit(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes: float) -> str | None:
     """Overrides with which it fits ``memory_bytes``; None where MAX_CHANGES of those tried do not suffice."""
     options = list(_options(config, gpus_per_node))
     for count in range(1, MAX_CHANGES + 1):
         for changes in combinations(options, count):
             if len({key for key, _ in changes}) == count:
-                changed = _having(config, changes)
+                changed = with_changes(config, *changes)
                 if rules.is_legal(changed, world_size) and peak_bytes(changed, world_size) <= memory_bytes:
-                    return " ".join(f"{key}={value}" for key, value in changes)
+                    return as_overrides(changes)
     return None
 
 
-def save_memory(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes: float) -> str:
+def out_of_memory_advice(config: RunConfig, world_size: int, gpus_per_node: int, memory_bytes: float) -> str:
     """What to do about a run that is out of memory, of which each rank has ``memory_bytes``, whatever was planned."""
     peak = peak_bytes(config, world_size)
-    changes = remedy(config, world_size, gpus_per_node, min(memory_bytes, WORTHWHILE * peak))
+    changes = changes_that_fit(config, world_size, gpus_per_node, min(memory_bytes, WORTHWHILE * peak))
     nearest = f"it takes less with {changes}" if changes else "no change of up to three keys that was tried would do"
     return (
         f"`megatrain plan` counts {peak / 1e9:.1f} GB of the {memory_bytes / 1e9:.1f} GB that a rank has; {nearest}. "
@@ -60,14 +58,6 @@ def _options(config: RunConfig, gpus_per_node: int) -> Iterator[Change]:
     yield from (("parallel.pipeline", size) for size in _doubles(parallel.pipeline, config.model.num_hidden_layers))
     if parallel.offload == "none":
         yield "parallel.offload", "optimizer"
-
-
-def _having(config: RunConfig, changes: tuple[Change, ...]) -> RunConfig:
-    for key, value in changes:
-        section, _, name = key.partition(".")
-        changed = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: changed})
-    return config
 
 
 def _halves(size: int) -> Iterator[int]:
