@@ -97,7 +97,7 @@ class Rank:
         batches.close()
         self.progress, self.saving = progress, Saving(self.run, progress.updates)
         self.saving.prepare()
-        pieces = [(f"{f.piece.name}.{f.piece.start}.{f.kind}", f.data) for f in self.run.engine.state_fragments()]
+        pieces = [(f"{f.shard.name}.{f.shard.start}.{f.kind}", f.data) for f in self.run.engine.state_fragments()]
         self.state = {f"rank{self.rank}.{name}": data for name, data in pieces}
         self.num_bytes = sum(data.nbytes for data in self.state.values())
         self.num_saves: Counter[str] = Counter()

@@ -39,7 +39,7 @@ class Coverage:
 
 @dataclass
 class _Tensor:
-    """``held``: for each box the ranges of it that are there, sorted."""
+    """``held``: for each tensor_slice the ranges of it that are there, sorted."""
 
     shape: tuple[int, ...]
     held: dict[TensorSlice, list[tuple[int, int]]] = field(default_factory=dict)
@@ -51,11 +51,11 @@ class _Tensor:
 
     def add(self, piece: FlatShard) -> bool:
         """False where some of the piece is held already."""
-        if piece.box not in self.held:
-            if any(intersect(piece.box, other) for other in self.held):
+        if piece.tensor_slice not in self.held:
+            if any(intersect(piece.tensor_slice, other) for other in self.held):
                 return False
-            self.held[piece.box] = []
-        ranges = self.held[piece.box]
+            self.held[piece.tensor_slice] = []
+        ranges = self.held[piece.tensor_slice]
         at = bisect(ranges, (piece.start, piece.stop))
         if (at and ranges[at - 1][1] > piece.start) or (at < len(ranges) and ranges[at][0] < piece.stop):
             return False

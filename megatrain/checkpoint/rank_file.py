@@ -1,9 +1,9 @@
 """The file a rank writes: a plain safetensors file whose header also says where each piece lies in the whole.
 
 Bytes: [8: length of the header] [header, JSON] [data] [block table]. Each tensor of the file is one piece, flat. The
-header's ``__metadata__`` holds ``pieces``, a JSON table ``{key: [name, kind, global shape, box offset, box extent,
-start]}``. The last tensor, ``__blocks__``, is the xxh3-128 digest of each 16 MiB block of the data before it, so that
-a range can be checked as it is read. The file's checksum (in the manifest) is the xxh3-128 of header and block table:
+header's ``__metadata__`` holds ``pieces``, a JSON table ``{key: [name, kind, global shape, slice offset, slice
+extent, start]}``. The last tensor, ``__blocks__``, is the xxh3-128 digest of each 16 MiB block of the data before it, so
+that a range can be checked as it is read. The file's checksum (in the manifest) is the xxh3-128 of header and block table:
 it vouches for the table, and the table for the data. The file is written front to back, each byte once.
 """
 
@@ -48,7 +48,7 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 class StoredShard:
     """One entry of a file's table. ``begin``: its first byte, from the start of the data."""
 
-    piece: FlatShard
+    shard: FlatShard
     kind: str
     dtype: torch.dtype
     begin: int
@@ -56,7 +56,7 @@ class StoredShard:
     @property
     def num_bytes(self) -> int:
         """Length of the piece's data."""
-        return self.piece.length * self.dtype.itemsize
+        return self.shard.length * self.dtype.itemsize
 
 
 def write_rank_file(path: Location, fragments: Sequence[Fragment], activity: Activity | None = None) -> FileEntry:
@@ -134,7 +134,7 @@ class RankFile:
         """
         size = stored.dtype.itemsize
         begin = stored.begin + first * size
-        end = stored.begin + (stored.piece.length if last is None else last) * size
+        end = stored.begin + (stored.shard.length if last is None else last) * size
         if self._file.is_mapped:
             self.check(begin, end)
             self._make_room(end - begin)
@@ -226,10 +226,10 @@ def copy_into(target: Tensor, wanted: FlatShard, file: RankFile, stored: StoredS
 
     A type other than the target's is converted, as ``Tensor.to`` does.
     """
-    first, last = shared_range(wanted, stored.piece)
+    first, last = shared_range(wanted, stored.shard)
     if first >= last:
         return 0
-    held = replace(stored.piece, start=stored.piece.start + first, length=last - first)
+    held = replace(stored.shard, start=stored.shard.start + first, length=last - first)
     source = file.read(stored, first, last)
     if stored.dtype == target.dtype:
         bits = target.view(torch.uint16) if _is_bits(target.dtype) else target
@@ -246,7 +246,8 @@ def _encode_header(fragments: Sequence[Fragment]) -> bytes:
         if data.numel() != piece.length:
             raise ValueError(f"{piece.name} {kind}: {data.numel()} elements for a piece of {piece.length}")
         key = f"{piece.name}:{kind}:{number}"
-        table[key] = [piece.name, kind, piece.global_shape, piece.box.offset, piece.box.extent, piece.start]
+        part = piece.tensor_slice
+        table[key] = [piece.name, kind, piece.global_shape, part.offset, part.extent, piece.start]
         end = begin + data.numel() * data.element_size()
         tensors[key] = {"dtype": DTYPE_CODES[data.dtype], "shape": [piece.length], "data_offsets": [begin, end]}
         begin = end
@@ -279,12 +280,14 @@ def _decode_header(header: dict[str, Any], data_bytes: int) -> list[StoredShard]
         dtype = _DTYPES[entry["dtype"]]
         begin, end = _whole(entry["data_offsets"])
         length, rest = divmod(end - begin, dtype.itemsize)
-        box = TensorSlice(_whole(offset), _whole(extent))
-        inside = all(n > 0 and o + n <= size for o, n, size in zip(box.offset, box.extent, _whole(shape), strict=True))
+        part = TensorSlice(_whole(offset), _whole(extent))
+        inside = all(
+            n > 0 and o + n <= size for o, n, size in zip(part.offset, part.extent, _whole(shape), strict=True)
+        )
         (first,) = _whole([start])
-        if begin != expected or rest or not inside or not first <= first + length <= box.numel:
+        if begin != expected or rest or not inside or not first <= first + length <= part.numel:
             raise ValueError(f"the piece {key!r} lies outside of its tensor or its file")
-        pieces.append(StoredShard(FlatShard(str(name), tuple(shape), box, first, length), str(kind), dtype, begin))
+        pieces.append(StoredShard(FlatShard(str(name), tuple(shape), part, first, length), str(kind), dtype, begin))
         expected = end
     if expected != data_bytes or header[BLOCKS_KEY]["data_offsets"][0] != expected:
         raise ValueError("the block table is not where the data ends")

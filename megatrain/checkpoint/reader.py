@@ -52,9 +52,9 @@ class CheckpointReader:
         """The same into ``target``: 1-D, on the CPU, contiguous."""
         missing = wanted.length
         for file, stored in self._candidates(wanted.name, kind):
-            if stored.piece.global_shape != wanted.global_shape:
+            if stored.shard.global_shape != wanted.global_shape:
                 raise CheckpointError(
-                    f"{file.path}: {wanted.name} has shape {stored.piece.global_shape} there and {wanted.global_shape} "
+                    f"{file.path}: {wanted.name} has shape {stored.shard.global_shape} there and {wanted.global_shape} "
                     "in this run's model: the config's model section is not the checkpoint's."
                 )
             copied = copy_into(target, wanted, file, stored)
@@ -68,12 +68,12 @@ class CheckpointReader:
             "it was written by another model, or is incomplete."
         )
 
-    def read_parameter(self, placement: ShardSpec, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read_parameter(self, spec: ShardSpec, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A whole local parameter, in its shape; padding is zero."""
-        flat = torch.zeros(placement.local_numel, dtype=dtype)
-        for piece, where in shard_views(placement, 0, flat.numel()):
+        flat = torch.zeros(spec.local_numel, dtype=dtype)
+        for piece, where in shard_views(spec, 0, flat.numel()):
             flat[where if isinstance(where, slice) else torch.from_numpy(where)] = self.read(piece, kind, dtype)
-        return flat.view(placement.local_shape)
+        return flat.view(spec.local_shape)
 
     def read_file(self, name: str) -> bytes:
         """A small file that stands beside the pieces, checked. Raises CheckpointError naming it."""
@@ -106,7 +106,7 @@ class CheckpointReader:
         file = RankFile(self.folder, entry, self._activity)
         _cover(self._coverage, file)
         for stored in file.pieces:
-            self._found[stored.piece.name, stored.kind].append((file, stored))
+            self._found[stored.shard.name, stored.kind].append((file, stored))
 
 
 def _nearest_last(entries: list[FileEntry], near: tuple[int, int] | None) -> list[FileEntry]:
@@ -158,6 +158,6 @@ def _cover(coverage: Coverage, file: RankFile) -> None:
     """Count a file's pieces in. Raises CheckpointError where another file holds some of them too."""
     try:
         for stored in file.pieces:
-            coverage.add(stored.piece, stored.kind)
+            coverage.add(stored.shard, stored.kind)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: {error}.") from None

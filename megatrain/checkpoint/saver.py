@@ -234,11 +234,11 @@ class CheckpointSaver:
 def _refuse_what_is_not_finite(fragment: Fragment) -> None:
     """Raise NotFinite, naming the parameter. A single pass: the least and the greatest of NaN are NaN."""
     if fragment.data.numel() and not torch.stack(torch.aminmax(fragment.data)).isfinite().all():
-        raise NotFinite(f"{fragment.piece.name} ({fragment.kind}) has NaN or infinity in it")
+        raise NotFinite(f"{fragment.shard.name} ({fragment.kind}) has NaN or infinity in it")
 
 
 def _key(fragment: Fragment) -> tuple[FlatShard, str]:
-    return fragment.piece, fragment.kind
+    return fragment.shard, fragment.kind
 
 
 def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:

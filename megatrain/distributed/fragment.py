@@ -1,7 +1,7 @@
-"""Where a piece of a parameter lies in the whole: boxes of a global tensor, and flat ranges within them.
+"""Where a shard of a parameter lies in the whole: rectangular slices of a global tensor, and flat ranges within them.
 
-A layout (tensor parallelism, ZeRO) decides which pieces a rank holds; initial weights and checkpoints only speak of
-pieces, so that neither knows a layout. Pure arithmetic: no torch, no process group.
+A layout (tensor parallelism, ZeRO) decides which shards a rank holds. Initial weights and checkpoints only see shards,
+so neither depends on the layout. Pure arithmetic: no torch, no process group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class TensorSlice:
 
     @property
     def numel(self) -> int:
-        """Elements in the box."""
         return math.prod(self.extent)
 
 
@@ -35,101 +34,99 @@ class TensorSlice:
 class ShardSpec:
     """Which part of the tensor ``name`` a rank's parameter holds.
 
-    The local parameter is ``boxes`` laid one behind the other along dimension ``dim`` (a fused query-key-value weight
+    The local parameter is ``slices`` concatenated along dimension ``dim`` (a fused query-key-value weight
     split over tensor ranks needs three). ``global_shape`` is the canonical, unpadded shape; ``padding`` counts the rows
-    along ``dim`` that follow the boxes in the local parameter and belong to no canonical tensor (vocabulary padding).
+    along ``dim`` that follow the slices in the local parameter and belong to no canonical tensor (vocabulary padding).
     """
 
     name: str
     global_shape: tuple[int, ...]
-    boxes: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
     dim: int = 0
     padding: int = 0
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> ShardSpec:
-        """The placement of a tensor that no layout splits."""
+        """The spec of a tensor that no layout splits."""
         return cls(name, tuple(shape), (TensorSlice((0,) * len(shape), tuple(shape)),))
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of the rank's parameter, padding included."""
+        """Of the rank's parameter, padding included."""
         if not self.global_shape:
             return ()
-        shape = list(self.boxes[0].extent) if self.boxes else list(self.global_shape)
-        shape[self.dim] = sum(box.extent[self.dim] for box in self.boxes) + self.padding
+        shape = list(self.slices[0].extent) if self.slices else list(self.global_shape)
+        shape[self.dim] = sum(part.extent[self.dim] for part in self.slices) + self.padding
         return tuple(shape)
 
     @property
     def local_numel(self) -> int:
-        """Elements of the rank's parameter, padding included."""
         return math.prod(self.local_shape)
 
 
 @dataclass(frozen=True)
 class FlatShard:
-    """A flat range ``[start, start + length)`` (row-major) within ``box`` of the global tensor ``name``."""
+    """A flat range ``[start, start + length)`` (row-major) within ``tensor_slice`` of the global tensor ``name``."""
 
     name: str
     global_shape: tuple[int, ...]
-    box: TensorSlice
+    tensor_slice: TensorSlice
     start: int
     length: int
 
     @property
     def stop(self) -> int:
-        """End of the range within the box."""
         return self.start + self.length
 
 
 class Fragment(NamedTuple):
-    """One piece of a parameter's state on this rank.
+    """One shard of a parameter's state on this rank.
 
     ``kind``: "weight" (the fp32 master, or the weight itself), or the name of an optimizer state ("exp_avg", ...).
-    ``data``: 1-D tensor of ``piece.length`` elements, a view of the engine's memory where it is contiguous there.
+    ``data``: 1-D tensor of ``shard.length`` elements, a view of the engine's memory where it is contiguous there.
     """
 
-    piece: FlatShard
+    shard: FlatShard
     kind: str
     data: Tensor
 
 
 class ShardView(NamedTuple):
-    """A piece, and where its elements lie in a flat range of the local parameter: a slice, or an array of indices."""
+    """A shard, and where its elements lie in a flat range of the local parameter: a slice, or an array of indices."""
 
-    piece: FlatShard
+    shard: FlatShard
     where: slice | NDArray[np.int64]
 
 
-def shard_views(placement: ShardSpec, start: int, stop: int) -> Iterator[ShardView]:
-    """Cut the range [start, stop) of the flattened local parameter into pieces of the global tensor.
+def shard_views(spec: ShardSpec, start: int, stop: int) -> Iterator[ShardView]:
+    """Cut the range [start, stop) of the flattened local parameter into shards of the global tensor.
 
-    One piece a box: the elements of a row-major range that fall into a box are a flat range of that box. Padding falls
-    into none. Indices count from ``start``.
+    One shard for each slice: the elements of a row-major range that fall into a slice are a flat range of that slice.
+    Padding falls into none. Indices count from ``start``.
     """
-    if not placement.global_shape:
-        yield ShardView(FlatShard(placement.name, (), TensorSlice((), ()), 0, 1), slice(0, 1))
+    if not spec.global_shape:
+        yield ShardView(FlatShard(spec.name, (), TensorSlice((), ()), 0, 1), slice(0, 1))
         return
-    local = placement.local_shape
-    inner = math.prod(local[placement.dim + 1 :])
-    row = local[placement.dim] * inner  # elements from one step of the dimensions before ``dim`` to the next
+    local = spec.local_shape
+    inner = math.prod(local[spec.dim + 1 :])
+    row = local[spec.dim] * inner  # elements from one step of the dimensions before ``dim`` to the next
     offset = 0
-    for box in placement.boxes:
-        width = box.extent[placement.dim] * inner
+    for tensor_slice in spec.slices:
+        width = tensor_slice.extent[spec.dim] * inner
         first, last = _count_before(start, row, offset, width), _count_before(stop, row, offset, width)
         if last > first:
-            piece = FlatShard(placement.name, placement.global_shape, box, first, last - first)
-            if width == row or box.numel == width:  # nothing lies between the box's elements
+            shard = FlatShard(spec.name, spec.global_shape, tensor_slice, first, last - first)
+            if width == row or tensor_slice.numel == width:  # the slice is contiguous in the local parameter
                 begin = (first // width) * row + offset + first % width - start
-                yield ShardView(piece, slice(begin, begin + piece.length))
+                yield ShardView(shard, slice(begin, begin + shard.length))
             else:
                 outer, within = np.divmod(np.arange(first, last, dtype=np.int64), width)
-                yield ShardView(piece, outer * row + offset + within - start)
+                yield ShardView(shard, outer * row + offset + within - start)
         offset += width
 
 
 def _count_before(position: int, row: int, offset: int, width: int) -> int:
-    """How many elements of a box (``width`` of each ``row``, from ``offset`` on) lie before a flat position."""
+    """How many elements of a slice (``width`` of each ``row``, from ``offset`` on) lie before a flat position."""
     full, rest = divmod(position, row)
     return full * width + min(max(rest - offset, 0), width)
 
@@ -137,24 +134,24 @@ def _count_before(position: int, row: int, offset: int, width: int) -> int:
 def copy_overlap(target: NDArray[Any], wanted: FlatShard, source: NDArray[Any], held: FlatShard) -> int:
     """Copy what ``held`` (in ``source``) and ``wanted`` (in ``target``) share; the number of elements copied.
 
-    Both arrays are 1-D, one element for each of their piece. The boxes may differ: layouts cut differently.
+    Both arrays are 1-D, one element for each of their shard. The slices may differ: each layout has its own.
     """
-    if wanted.box == held.box:
+    if wanted.tensor_slice == held.tensor_slice:
         low, high = max(wanted.start, held.start), min(wanted.stop, held.stop)
         if low >= high:
             return 0
         target[low - wanted.start : high - wanted.start] = source[low - held.start : high - held.start]
         return high - low
-    shared = intersect(wanted.box, held.box)
+    shared = intersect(wanted.tensor_slice, held.tensor_slice)
     if shared is None:
         return 0
-    # Trailing dimensions that all three boxes span alike, and one more, make a run that is contiguous in both.
+    # Trailing dimensions that all three slices span alike, and one more, make a run that is contiguous in both.
     split = len(shared.extent) - 1
-    while split > 0 and shared.extent[split] == wanted.box.extent[split] == held.box.extent[split]:
+    while split > 0 and shared.extent[split] == wanted.tensor_slice.extent[split] == held.tensor_slice.extent[split]:
         split -= 1
     run = math.prod(shared.extent[split:])
-    in_target = _run_starts(shared, wanted.box, split) - wanted.start
-    in_source = _run_starts(shared, held.box, split) - held.start
+    in_target = _run_starts(shared, wanted.tensor_slice, split) - wanted.start
+    in_source = _run_starts(shared, held.tensor_slice, split) - held.start
     lows = np.maximum(0, np.maximum(-in_target, -in_source))
     highs = np.minimum(run, np.minimum(wanted.length - in_target, held.length - in_source))
     copied = 0
@@ -170,32 +167,32 @@ def copy_overlap(target: NDArray[Any], wanted: FlatShard, source: NDArray[Any], 
 def shared_range(wanted: FlatShard, held: FlatShard) -> tuple[int, int]:
     """The smallest range of ``held``'s elements, counted from its first, outside of which nothing of ``wanted`` lies;
     (0, 0) where they share nothing."""
-    if wanted.box == held.box:
+    if wanted.tensor_slice == held.tensor_slice:
         low, high = wanted.start, wanted.stop
-    elif (shared := intersect(wanted.box, held.box)) is None:
+    elif (shared := intersect(wanted.tensor_slice, held.tensor_slice)) is None:
         return 0, 0
     else:
         low, high = 0, 1
         for dim, extent in enumerate(shared.extent):
-            stride = math.prod(held.box.extent[dim + 1 :])
-            first = shared.offset[dim] - held.box.offset[dim]
+            stride = math.prod(held.tensor_slice.extent[dim + 1 :])
+            first = shared.offset[dim] - held.tensor_slice.offset[dim]
             low, high = low + first * stride, high + (first + extent - 1) * stride
     low, high = max(low, held.start), min(high, held.stop)
     return (low - held.start, high - held.start) if low < high else (0, 0)
 
 
 def intersect(a: TensorSlice, b: TensorSlice) -> TensorSlice | None:
-    """What two boxes of one tensor share; None where they share nothing."""
+    """The intersection of two slices of one tensor; None where they share nothing."""
     offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
     ends = (min(x + n, y + m) for x, n, y, m in zip(a.offset, a.extent, b.offset, b.extent, strict=True))
     extent = tuple(end - begin for end, begin in zip(ends, offset, strict=True))
     return TensorSlice(offset, extent) if min(extent, default=1) > 0 else None
 
 
-def _run_starts(shared: TensorSlice, box: TensorSlice, split: int) -> NDArray[np.int64]:
-    """The flat index in ``box`` at which each run of ``shared`` begins, in row-major order of the runs."""
-    strides = [math.prod(box.extent[dim + 1 :]) for dim in range(len(box.extent))]
-    origin = sum((s - b) * stride for s, b, stride in zip(shared.offset, box.offset, strides, strict=True))
+def _run_starts(shared: TensorSlice, tensor_slice: TensorSlice, split: int) -> NDArray[np.int64]:
+    """The flat index in ``tensor_slice`` at which each run of ``shared`` begins, in row-major order of the runs."""
+    strides = [math.prod(tensor_slice.extent[dim + 1 :]) for dim in range(len(tensor_slice.extent))]
+    origin = sum((s - b) * stride for s, b, stride in zip(shared.offset, tensor_slice.offset, strides, strict=True))
     starts = np.array([origin], dtype=np.int64)
     for extent, stride in zip(shared.extent[:split], strides[:split], strict=True):
         starts = (starts[:, None] + np.arange(extent, dtype=np.int64) * stride).reshape(-1)

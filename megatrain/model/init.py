@@ -33,13 +33,13 @@ _FRACTION_BITS = 24  # what an fp32 holds exactly
 
 
 class InitialWeights:
-    """The initial weights as a source of pieces: like a checkpoint that is computed instead of read."""
+    """The initial weights as a source of shards: like a checkpoint that is computed instead of read."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._config, self._seed = config, seed
 
     def read(self, wanted: FlatShard, kind: str) -> Tensor:
-        """The piece's initial weights: 1-D, fp32, on the CPU. The optimizer has no initial state (ValueError)."""
+        """The shard's initial weights: 1-D, fp32, on the CPU. The optimizer has no initial state (ValueError)."""
         out = torch.empty(wanted.length)
         self.read_into(out, wanted, kind)
         return out
@@ -65,8 +65,8 @@ def init_model(model: nn.Module, config: ModelConfig, seed: int) -> None:
     weights = InitialWeights(config, seed)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        piece = FlatShard(name, shape, TensorSlice((0,) * len(shape), shape), 0, parameter.numel())
-        parameter.copy_(weights.read(piece, "weight").view(shape))
+        shard = FlatShard(name, shape, TensorSlice((0,) * len(shape), shape), 0, parameter.numel())
+        parameter.copy_(weights.read(shard, "weight").view(shape))
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
@@ -113,12 +113,12 @@ def _chunk_elements(device: torch.device) -> int:
     return CHUNK_ELEMENTS if device.type == "cpu" else 1 << 24
 
 
-def _global_index(local: Tensor, piece: FlatShard) -> Tensor:
-    """Flat indices in a piece's box to flat indices in the global tensor."""
-    if piece.box.extent == piece.global_shape:
+def _global_index(local: Tensor, shard: FlatShard) -> Tensor:
+    """Flat indices in a shard's tensor_slice to flat indices in the global tensor."""
+    if shard.tensor_slice.extent == shard.global_shape:
         return local
     index, stride = torch.zeros_like(local), 1
-    dims = list(zip(piece.box.offset, piece.box.extent, piece.global_shape, strict=True))
+    dims = list(zip(shard.tensor_slice.offset, shard.tensor_slice.extent, shard.global_shape, strict=True))
     for offset, extent, size in reversed(dims):
         index += (local % extent + offset) * stride
         local = local // extent

@@ -35,7 +35,7 @@ class StateReader(Protocol):
     """Where state comes from: a checkpoint, or the computed initial weights."""
 
     def read(self, wanted: FlatShard, kind: str) -> Tensor:
-        """The elements of a piece: 1-D, fp32, on the CPU."""
+        """The elements of a shard: 1-D, fp32, on the CPU."""
         ...
 
     def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
@@ -56,12 +56,12 @@ class StepResult:
 
 
 class Engine:
-    """A model that trains: batches in, figures out; its state as pieces that know nothing of the layout."""
+    """A model that trains: batches in, figures out; its state as shards that know nothing of the layout."""
 
     def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
         self.groups = groups
         self._model = model
-        num_parameters = sum(local.placement.local_numel for local in model.parameters.values())
+        num_parameters = sum(local.spec.local_numel for local in model.parameters.values())
         settings = deepspeed_config(config, groups.topology.world_size, num_parameters)
         optimizer = make_optimizer(config.optimizer, model)
         self._update_guard = UpdateGuard(optimizer)
@@ -108,7 +108,7 @@ class Engine:
         return self._own_share(total)
 
     def state_fragments(self) -> Iterator[Fragment]:
-        """The pieces of weights and optimizer state that this rank is to save: over all ranks, each element once.
+        """The shards of weights and optimizer state that this rank is to save: over all ranks, each element once.
 
         The data are views of live memory where they can be: copy them before the next step.
         """
@@ -117,11 +117,11 @@ class Engine:
             for start, stop in self._owned(local, held):
                 state = states.get(held.buffer, {})
                 buffers = {WEIGHT: held.buffer, **{key: state[key] for key in ADAM_STATES if key in state}}
-                for piece, where in shard_views(local.placement, start, stop):
+                for shard, where in shard_views(local.spec, start, stop):
                     for kind, buffer in buffers.items():
                         data = held.of(buffer)[start - held.start : stop - held.start]
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
-                        yield Fragment(piece, kind, data[index])
+                        yield Fragment(shard, kind, data[index])
 
     def check_fragments(self) -> None:
         """Raise CheckpointError where ``state_fragments`` would give out the weights of another parameter than it says.
@@ -131,9 +131,9 @@ class Engine:
         """
         own = dict(self._model.module.named_parameters())
         for local, held in self._slices():
-            if not local.is_copy and not is_own(held, own[local.placement.name]):
+            if not local.is_copy and not is_own(held, own[local.spec.name]):
                 raise CheckpointError(
-                    f"what would be saved as {local.placement.name} is not that parameter: this version of DeepSpeed, "
+                    f"what would be saved as {local.spec.name} is not that parameter: this version of DeepSpeed, "
                     "under these settings, keeps its state in another order than megatrain reads it in"
                 )
 
@@ -154,18 +154,18 @@ class Engine:
                 kinds |= _adam_state(states, held.buffer, num_updates)
             else:
                 _forget_adam_state(states, held.buffer)
-            for piece, where in shard_views(local.placement, held.start, held.start + held.length):
+            for shard, where in shard_views(local.spec, held.start, held.start + held.length):
                 for kind, buffer in kinds.items():
                     target = held.of(buffer)
                     in_place = isinstance(where, slice) and target.is_cpu and target.dtype == torch.float32
                     if in_place and target.is_contiguous():
-                        source.read_into(target[where], piece, kind)
+                        source.read_into(target[where], shard, kind)
                     else:
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
-                        target[index] = source.read(piece, kind).to(target)
-                    activity.transfer(piece.length * torch.float32.itemsize)
+                        target[index] = source.read(shard, kind).to(target)
+                    activity.transfer(shard.length * torch.float32.itemsize)
             for buffer in kinds.values():
-                _clear_padding(local.placement, held, held.of(buffer))
+                _clear_padding(local.spec, held, held.of(buffer))
         if num_updates:
             link_state(optimizer)
 
@@ -185,9 +185,7 @@ class Engine:
         if stage < 3:
             yield Replicas(self.groups.data, {name: local.parameter for name, local in parameters.items()})
         if stage == 0:
-            masters = {
-                f"master weights of {local.placement.name}": held.of(held.buffer) for local, held in self._slices()
-            }
+            masters = {f"master weights of {local.spec.name}": held.of(held.buffer) for local, held in self._slices()}
             yield Replicas(self.groups.data, masters)
         whole: dict[str, Tensor] = {}  # on all tensor ranks
         shared: dict[str, Tensor] = {}  # on those with the same key-value head
@@ -271,7 +269,7 @@ def make_optimizer(config: OptimizerConfig, model: ShardedModel) -> torch.optim.
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for local in model.parameters.values():
-        (matrices if len(local.placement.global_shape) > 1 else vectors).append(local.parameter)
+        (matrices if len(local.spec.global_shape) > 1 else vectors).append(local.parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
@@ -292,9 +290,7 @@ def _forget_adam_state(states: Any, buffer: Tensor) -> None:
         value.zero_()
 
 
-def _clear_padding(placement: ShardSpec, held: MasterSlice, data: Tensor) -> None:
-    if placement.padding:
-        first = placement.local_numel - placement.padding * (
-            placement.local_numel // placement.local_shape[placement.dim]
-        )
+def _clear_padding(spec: ShardSpec, held: MasterSlice, data: Tensor) -> None:
+    if spec.padding:
+        first = spec.local_numel - spec.padding * (spec.local_numel // spec.local_shape[spec.dim])
         data[max(first - held.start, 0) :] = 0.0

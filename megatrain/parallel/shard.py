@@ -25,14 +25,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """A parameter of this rank. ``placement``: where it lies in the whole.
+    """A parameter of this rank. ``spec``: where it lies in the whole.
 
     ``num_replicas`` ranks along the tensor axis hold the same, this one as number ``replica``. ``is_copy``: another
     pipeline stage holds the same tied weight and speaks for it.
     """
 
     parameter: nn.Parameter
-    placement: ShardSpec
+    spec: ShardSpec
     num_replicas: int
     replica: int
     is_copy: bool = False
@@ -67,7 +67,7 @@ def shard_model(model: Model, config: RunConfig, groups: Groups, cut: ModelParti
         shards = split_model(model, cut.split_of, heads, ranks, model.decoder_names)
     else:
         whole = {name: ShardSpec.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
-        shards = {name: Shard(placement, 1, 0) for name, placement in whole.items()}
+        shards = {name: Shard(spec, 1, 0) for name, spec in whole.items()}
     layers = [model.get_submodule(name) for name in model.decoder_names]
     if config.parallel.recompute == "full":
         recompute_layers(layers, config.parallel.recompute_every)
@@ -77,7 +77,7 @@ def shard_model(model: Model, config: RunConfig, groups: Groups, cut: ModelParti
     parameters = dict(model.named_parameters())
     mark_parameters(parameters, shards, ranks, model.embedding_names)
     mine = {
-        name: LocalParameter(parameter, shards[name].placement, shards[name].num_replicas, shards[name].replica)
+        name: LocalParameter(parameter, shards[name].spec, shards[name].num_replicas, shards[name].replica)
         for name, parameter in parameters.items()
     }
     return ShardedModel(model, mine, ranks.kv_replica_group)
@@ -87,8 +87,8 @@ def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> Sharded
     """Let the head of the last stage stand for the embedding's weight, which the first stage speaks for."""
     name = f"{head}.weight"
     local = model.parameters[name]
-    placement = dataclasses.replace(local.placement, name=f"{embedding}.weight")
-    copy = dataclasses.replace(local, placement=placement, is_copy=True)
+    spec = dataclasses.replace(local.spec, name=f"{embedding}.weight")
+    copy = dataclasses.replace(local, spec=spec, is_copy=True)
     return dataclasses.replace(model, parameters={**model.parameters, name: copy})
 
 

@@ -67,7 +67,7 @@ class Shard:
     ``replica``: this rank's number among those. ``partial``: each of them sees a part of its gradient.
     """
 
-    placement: ShardSpec
+    spec: ShardSpec
     num_replicas: int
     replica: int
     partial: bool = False
@@ -127,7 +127,7 @@ def split_model(
             path = f"{name}.{key}"
             shard = _shard(path, parameter, split, key, heads, ranks)
             shards[path] = shard
-            module.register_parameter(key, nn.Parameter(parameter.new_empty(shard.placement.local_shape)))
+            module.register_parameter(key, nn.Parameter(parameter.new_empty(shard.spec.local_shape)))
         if split is None or split.kind == "shared":
             continue
         parent_name = name.rpartition(".")[0]
@@ -137,7 +137,7 @@ def split_model(
             model.set_submodule(name, RowParallel(module, split.weight_dim, ranks))
         else:
             kind = VocabParallelHead if _is_head(module) else VocabParallelEmbedding
-            model.set_submodule(name, kind(module, shards[f"{name}.weight"].placement, ranks.group))
+            model.set_submodule(name, kind(module, shards[f"{name}.weight"].spec, ranks.group))
             if kind is VocabParallelHead:
                 blocks[name] = model.get_submodule(name)
     for block in blocks.values():
@@ -220,18 +220,18 @@ def _shard(
         per_rank = -(-shape[dim] // ranks.size)
         first = min(ranks.index * per_rank, shape[dim])
         count = min(per_rank, shape[dim] - first)
-        boxes: tuple[TensorSlice, ...] = (_box(shape, dim, first, count),) if count else ()
-        return Shard(ShardSpec(path, shape, boxes, dim, per_rank - count), 1, 0)
+        slices: tuple[TensorSlice, ...] = (_slice(shape, dim, first, count),) if count else ()
+        return Shard(ShardSpec(path, shape, slices, dim, per_rank - count), 1, 0)
     part = shape[dim] // split.num_parts
     num_replicas, index, count = 1, ranks.index, part // ranks.size
     if split.by_heads == "key_value" and heads.key_value < ranks.size:  # several ranks share a head
         num_replicas = ranks.size // heads.key_value
         index, count = ranks.index // num_replicas, heads.size
-    boxes = tuple(_box(shape, dim, number * part + index * count, count) for number in range(split.num_parts))
-    return Shard(ShardSpec(path, shape, boxes, dim), num_replicas, ranks.index % num_replicas, num_replicas > 1)
+    slices = tuple(_slice(shape, dim, number * part + index * count, count) for number in range(split.num_parts))
+    return Shard(ShardSpec(path, shape, slices, dim), num_replicas, ranks.index % num_replicas, num_replicas > 1)
 
 
-def _box(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSlice:
+def _slice(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSlice:
     offset = tuple(first if d == dim else 0 for d in range(len(shape)))
     return TensorSlice(offset, tuple(count if d == dim else size for d, size in enumerate(shape)))
 

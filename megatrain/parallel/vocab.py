@@ -24,11 +24,11 @@ _WORKSPACE_ELEMENTS = 1 << 22
 class VocabParallelEmbedding(nn.Module):
     """Looks up the tokens of this rank's part of the vocabulary; the sum over the ranks is the embedding."""
 
-    def __init__(self, embedding: nn.Module, placement: ShardSpec, group: dist.ProcessGroup) -> None:
+    def __init__(self, embedding: nn.Module, spec: ShardSpec, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.dropout = embedding.dropout
-        self._range, self._group = _vocabulary(placement), group
+        self._range, self._group = _vocabulary(spec), group
 
     def forward(self, tokens_BT: Tensor, context: Any) -> Tensor:
         """[B, T, C], alike on all ranks."""
@@ -43,11 +43,11 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """The output head over this rank's part of the vocabulary, with the loss or the logits over all of it."""
 
-    def __init__(self, head: nn.Module, placement: ShardSpec, group: dist.ProcessGroup) -> None:
+    def __init__(self, head: nn.Module, spec: ShardSpec, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight = head.weight
-        self._range, self._group = _vocabulary(placement), group
-        self._num_ids = placement.global_shape[0]
+        self._range, self._group = _vocabulary(spec), group
+        self._num_ids = spec.global_shape[0]
 
     def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
         """Sum over the scored targets of their cross-entropy in nats: an fp32 scalar, alike on all ranks."""
@@ -132,9 +132,9 @@ def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() * scale).to(x.dtype)  # for the reasons of megatrain.model.loss
 
 
-def _vocabulary(placement: ShardSpec) -> tuple[int, int]:
+def _vocabulary(spec: ShardSpec) -> tuple[int, int]:
     """First token id and number of ids that a rank holds."""
-    return (placement.boxes[0].offset[0], placement.boxes[0].extent[0]) if placement.boxes else (0, 0)
+    return (spec.slices[0].offset[0], spec.slices[0].extent[0]) if spec.slices else (0, 0)
 
 
 def _blocks(logits_NV: Tensor) -> list[slice]:

@@ -114,5 +114,5 @@ def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> D
     sharded = shard_model(model, config, groups, partition_of(config))
     with torch.no_grad():
         for local in sharded.parameters.values():
-            local.parameter.copy_(reader.read_parameter(local.placement, "weight"))
+            local.parameter.copy_(reader.read_parameter(local.spec, "weight"))
     return model.eval()

@@ -78,7 +78,7 @@ def test_no_damage_loads_silently(original: Path, tmp_path: Path) -> None:
         try:
             reader = CheckpointReader(path.parent)
             for fragment in fragments(2):
-                reader.read(fragment.piece, fragment.kind)
+                reader.read(fragment.shard, fragment.kind)
             reader.read_file("tokenizer.json")
             silent.append(case)
         except CheckpointError as error:

@@ -102,7 +102,7 @@ def _check(folder: Path) -> int:
         assert verify(found.path)[0] == []
     reader = CheckpointReader(newest.path)
     for fragment in fragments(newest.step):
-        assert reader.read(fragment.piece, fragment.kind).equal(fragment.data)
+        assert reader.read(fragment.shard, fragment.kind).equal(fragment.data)
     return newest.step
 
 

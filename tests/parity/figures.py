@@ -104,7 +104,7 @@ def gather_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         file = RankFile(folder, read_written(path))
         for stored in file.pieces:
-            name, shape = stored.piece.name, stored.piece.global_shape
+            name, shape = stored.shard.name, stored.shard.global_shape
             key, count = (name, stored.kind), math.prod(shape)
             flat = state.setdefault(key, torch.full((count,), math.nan))
             whole = FlatShard(name, shape, TensorSlice((0,) * len(shape), shape), 0, count)

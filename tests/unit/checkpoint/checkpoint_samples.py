@@ -31,10 +31,10 @@ def fragments(rank: int, num_ranks: int) -> list[Fragment]:
     """What a rank holds: its share of each flattened tensor."""
     found = []
     for name, shape in SHAPES.items():
-        placement = ShardSpec.whole(name, shape)
-        share = -(-placement.local_numel // num_ranks)
-        start, stop = rank * share, min((rank + 1) * share, placement.local_numel)
-        for piece, _ in shard_views(placement, start, stop):
+        spec = ShardSpec.whole(name, shape)
+        share = -(-spec.local_numel // num_ranks)
+        start, stop = rank * share, min((rank + 1) * share, spec.local_numel)
+        for piece, _ in shard_views(spec, start, stop):
             found += [Fragment(piece, kind, whole(name, kind).view(-1)[start:stop]) for kind in KINDS]
     return found
 

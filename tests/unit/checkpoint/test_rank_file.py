@@ -34,10 +34,10 @@ def _read_independently(folder: Path) -> dict[tuple[str, str], np.ndarray[Any, A
         data = load_file(folder / name)
         for key, (tensor, kind, shape, offset, extent, start) in json.loads(header["__metadata__"]["pieces"]).items():
             target = tensors.setdefault((tensor, kind), np.full(shape, np.nan, dtype=data[key].dtype))
-            box = target[tuple(slice(o, o + n) for o, n in zip(offset, extent, strict=True))]
-            flat = box.reshape(-1).copy()
+            part = target[tuple(slice(o, o + n) for o, n in zip(offset, extent, strict=True))]
+            flat = part.reshape(-1).copy()
             flat[start : start + len(data[key])] = data[key]
-            box[...] = flat.reshape(extent)
+            part[...] = flat.reshape(extent)
     return tensors
 
 
@@ -54,8 +54,8 @@ def test_any_slice_is_read_whoever_wrote_it(num_ranks: int, tmp_path: Path) -> N
     expected = whole("layer.weight", "exp_avg")
     rows = TensorSlice((12, 0), (24, 16))
     columns = TensorSlice((0, 4), (48, 8))
-    for box, values in ((rows, expected[12:36]), (columns, expected[:, 4:12])):
-        wanted = FlatShard("layer.weight", (48, 16), box, 5, 100)
+    for part, values in ((rows, expected[12:36]), (columns, expected[:, 4:12])):
+        wanted = FlatShard("layer.weight", (48, 16), part, 5, 100)
         assert torch.equal(reader.read(wanted, "exp_avg"), values.reshape(-1)[5:105])
 
 
@@ -86,10 +86,10 @@ def test_each_block_of_a_file_is_checked(tmp_path: Path) -> None:
 
 
 def test_two_boxes_of_one_tensor_are_two_pieces(tmp_path: Path) -> None:
-    """A fused query-key-value weight on a tensor rank: the ranges within the boxes are the same."""
-    boxes = [TensorSlice((0, 2 * part), (4, 1)) for part in range(3)]
+    """A fused query-key-value weight on a tensor rank: the ranges within the slices are the same."""
+    slices = [TensorSlice((0, 2 * part), (4, 1)) for part in range(3)]
     parts = [
-        Fragment(FlatShard("qkv", (4, 6), box, 0, 4), "weight", torch.full((4,), i)) for i, box in enumerate(boxes)
+        Fragment(FlatShard("qkv", (4, 6), part, 0, 4), "weight", torch.full((4,), i)) for i, part in enumerate(slices)
     ]
     parts = [part._replace(data=part.data.float()) for part in parts]
     file = RankFile(tmp_path, write_rank_file(tmp_path / "a.safetensors", parts))
@@ -120,10 +120,10 @@ FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "a negative range": lambda header, _: header["norm.weight:weight:4"].update(data_offsets=[64, 32]),
     "a fraction for an offset": lambda header, _: header["embed.weight:weight:0"].update(data_offsets=[0.0, 9600.0]),
     "half an element": lambda header, _: header["embed.weight:weight:0"].update(data_offsets=[0, 9598]),
-    "a box outside of the tensor": lambda _, table: _first(table).__setitem__(3, [299, 0]),
-    "a box of another rank": lambda _, table: _first(table).__setitem__(4, [300, 16, 1]),
-    "an empty box": lambda _, table: _first(table).__setitem__(4, [0, 16]),
-    "a start beyond the box": lambda _, table: _first(table).__setitem__(5, 4799),
+    "a slice outside of the tensor": lambda _, table: _first(table).__setitem__(3, [299, 0]),
+    "a slice of another rank": lambda _, table: _first(table).__setitem__(4, [300, 16, 1]),
+    "an empty part": lambda _, table: _first(table).__setitem__(4, [0, 16]),
+    "a start beyond the slice": lambda _, table: _first(table).__setitem__(5, 4799),
     "a negative start": lambda _, table: _first(table).__setitem__(5, -1),
     "true for a start": lambda _, table: _first(table).__setitem__(5, True),
     "text for a shape": lambda _, table: _first(table).__setitem__(2, "300"),

@@ -49,8 +49,8 @@ def test_a_changed_layout_opens_only_neighbouring_files(tmp_path: Path) -> None:
         path.write_bytes(bytes(path.stat().st_size))
     reader = CheckpointReader(folder, near=(5, 16))
     for fragment in fragments(5, 16):
-        if fragment.piece.name != "norm.weight":  # of fewer elements than ranks: the first 16 files have it
-            assert reader.read(fragment.piece, fragment.kind).equal(fragment.data)
+        if fragment.shard.name != "norm.weight":  # of fewer elements than ranks: the first 16 files have it
+            assert reader.read(fragment.shard, fragment.kind).equal(fragment.data)
 
 
 def _save(run_dir: Path, files: list[list[Fragment]]) -> Path:
@@ -63,14 +63,14 @@ def _save(run_dir: Path, files: list[list[Fragment]]) -> Path:
 
 
 def _rows(first: int, count: int) -> Fragment:
-    """Rows of norm.weight, in a box of their own."""
+    """Rows of norm.weight, in a slice of their own."""
     piece = FlatShard("norm.weight", (16,), TensorSlice((first,), (count,)), 0, count)
     return Fragment(piece, "weight", whole("norm.weight", "weight")[first : first + count])
 
 
 REPEATED: dict[str, Callable[[], list[Fragment]]] = {
     "the same piece": lambda: [_rows(0, 8), _rows(0, 8)],
-    "boxes that overlap": lambda: [_rows(0, 8), _rows(4, 8)],
+    "slices that overlap": lambda: [_rows(0, 8), _rows(4, 8)],
     "ranges that overlap": lambda: [
         Fragment(FlatShard("norm.weight", (16,), TensorSlice((0,), (16,)), start, 8), "weight", torch.ones(8))
         for start in (4, 0)
@@ -91,13 +91,13 @@ def test_elements_held_twice_hide_no_missing_ones(case: str, apart: bool, tmp_pa
 
 
 def test_verify_finds_a_tensor_without_a_file(tmp_path: Path) -> None:
-    held = [fragment for fragment in fragments(0, 1) if fragment.piece.name != "norm.weight"]
+    held = [fragment for fragment in fragments(0, 1) if fragment.shard.name != "norm.weight"]
     folder = _save(tmp_path, [held])
     assert verify(folder)[0] == [f"{folder}: its files hold 5,568 parameters instead of 5,584."]
 
 
 def test_verify_finds_elements_without_a_file(tmp_path: Path) -> None:
-    folder = _save(tmp_path, [[f for f in fragments(0, 1) if f.piece.name != "norm.weight"], [_rows(0, 8)]])
+    folder = _save(tmp_path, [[f for f in fragments(0, 1) if f.shard.name != "norm.weight"], [_rows(0, 8)]])
     assert verify(folder)[0] == [f"{folder}: norm.weight (weight) has 8 elements on disk instead of 16."]
 
 

@@ -78,12 +78,12 @@ def test_pieces_differing_only_in_box_stay_apart(tmp_path: Path) -> None:
     # A fused query-key-value weight split over tensor ranks has three such pieces.
     shape = (4, 12)
     whole = torch.arange(48.0).view(shape)
-    boxes = tuple(TensorSlice((0, first), (4, 2)) for first in (0, 4, 8))
-    placement = ShardSpec("c_attn.weight", shape, boxes, dim=1)
-    local = torch.cat([whole[:, box.offset[1] : box.offset[1] + 2] for box in boxes], 1).flatten()
+    slices = tuple(TensorSlice((0, first), (4, 2)) for first in (0, 4, 8))
+    spec = ShardSpec("c_attn.weight", shape, slices, dim=1)
+    local = torch.cat([whole[:, part.offset[1] : part.offset[1] + 2] for part in slices], 1).flatten()
     pieces = [
         Fragment(piece, "weight", local[torch.from_numpy(where)])  # type: ignore[arg-type]
-        for piece, where in shard_views(placement, 0, local.numel())
+        for piece, where in shard_views(spec, 0, local.numel())
     ]
     store = PosixStore(tmp_path)
     store.open_generation()
@@ -94,7 +94,7 @@ def test_pieces_differing_only_in_box_stay_apart(tmp_path: Path) -> None:
         outcome = _save(saver, 1, pieces)
     saver.close()
     assert outcome.path is not None
-    read = CheckpointReader(outcome.path).read_parameter(placement, "weight")
+    read = CheckpointReader(outcome.path).read_parameter(spec, "weight")
     assert torch.equal(read.flatten(), local)
 
 
@@ -107,7 +107,7 @@ def test_state_with_nan_or_infinity_is_never_saved(tmp_path: Path) -> None:
         ruined = fragments(0, 1)
         ruined[3].data[-1] = value
         assert _save(saver, step, ruined).path is None
-        assert saver.problem == f"{ruined[3].piece.name} (exp_avg) has NaN or infinity in it"
+        assert saver.problem == f"{ruined[3].shard.name} (exp_avg) has NaN or infinity in it"
     saver.close()
     assert [found.step for found in store.list()] == [1]
 

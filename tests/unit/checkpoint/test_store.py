@@ -62,7 +62,7 @@ def test_a_saved_checkpoint_reads_back_whole(place: Location) -> None:
     assert resolve(place) == path
     assert verify(place) == ([], 3, sum(entry.bytes for entry in CheckpointReader(path).manifest.files))
     for fragment in fragments(1, 3):  # another number of ranks than wrote it
-        assert CheckpointReader(path).read(fragment.piece, fragment.kind).equal(fragment.data)
+        assert CheckpointReader(path).read(fragment.shard, fragment.kind).equal(fragment.data)
 
 
 def test_a_flipped_bit_is_found_and_named(place: Location) -> None:

@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice, copy_overlap, shard_views
 
 
-def box_of(whole: np.ndarray, box: TensorSlice) -> np.ndarray:
-    return whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))]
+def values_of(whole: np.ndarray, tensor_slice: TensorSlice) -> np.ndarray:
+    return whole[tuple(slice(o, o + n) for o, n in zip(tensor_slice.offset, tensor_slice.extent, strict=True))]
 
 
-PLACEMENTS = [
+SPECS = [
     ShardSpec.whole("w", (6, 8)),
     ShardSpec("w", (6, 8), (TensorSlice((2, 0), (3, 8)),)),
     ShardSpec("w", (6, 8), (TensorSlice((0, 4), (6, 2)),), dim=1),
@@ -23,34 +23,34 @@ PLACEMENTS = [
 ]
 
 
-def local_part(whole: np.ndarray, placement: ShardSpec) -> np.ndarray:
-    parts = [box_of(whole, box) for box in placement.boxes]
-    if placement.padding:
-        shape = list(placement.local_shape)
-        shape[placement.dim] = placement.padding
+def local_part(whole: np.ndarray, spec: ShardSpec) -> np.ndarray:
+    parts = [values_of(whole, part) for part in spec.slices]
+    if spec.padding:
+        shape = list(spec.local_shape)
+        shape[spec.dim] = spec.padding
         parts.append(np.full(shape, -1))
-    return np.concatenate(parts, axis=placement.dim)
+    return np.concatenate(parts, axis=spec.dim)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_windows_cover_exactly_the_elements_held(placement: ShardSpec) -> None:
-    whole = np.arange(np.prod(placement.global_shape)).reshape(placement.global_shape)
-    local = local_part(whole, placement)
-    assert local.shape == placement.local_shape
+@pytest.mark.parametrize("spec", SPECS)
+def test_windows_cover_exactly_the_elements_held(spec: ShardSpec) -> None:
+    whole = np.arange(np.prod(spec.global_shape)).reshape(spec.global_shape)
+    local = local_part(whole, spec)
+    assert local.shape == spec.local_shape
     flat = local.reshape(-1)
     for start in range(flat.size):
         for stop in range(start, flat.size + 1):
             held = flat[start:stop]
             seen = 0
-            for piece, where in shard_views(placement, start, stop):
-                expected = box_of(whole, piece.box).reshape(-1)[piece.start : piece.stop]
+            for shard, where in shard_views(spec, start, stop):
+                expected = values_of(whole, shard.tensor_slice).reshape(-1)[shard.start : shard.stop]
                 np.testing.assert_array_equal(held[where], expected)
-                seen += piece.length
+                seen += shard.length
             assert seen == (held >= 0).sum()
 
 
 @st.composite
-def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorSlice:
+def tensor_slices(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorSlice:
     offset = tuple(draw(st.integers(0, n - 1)) for n in shape)
     extent = tuple(draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
     return TensorSlice(offset, extent)
@@ -58,9 +58,9 @@ def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> TensorSlice:
 
 @st.composite
 def pieces(draw: st.DrawFn, shape: tuple[int, ...]) -> FlatShard:
-    box = draw(boxes(shape))
-    start = draw(st.integers(0, box.numel - 1))
-    return FlatShard("w", shape, box, start, draw(st.integers(1, box.numel - start)))
+    tensor_slice = draw(tensor_slices(shape))
+    start = draw(st.integers(0, tensor_slice.numel - 1))
+    return FlatShard("w", shape, tensor_slice, start, draw(st.integers(1, tensor_slice.numel - start)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -68,8 +68,8 @@ def pieces(draw: st.DrawFn, shape: tuple[int, ...]) -> FlatShard:
 def test_copying_moves_exactly_what_pieces_share(data: st.DataObject, shape: tuple[int, ...]) -> None:
     wanted, held = data.draw(pieces(shape)), data.draw(pieces(shape))
     whole = np.arange(np.prod(shape)).reshape(shape)
-    source = box_of(whole, held.box).reshape(-1)[held.start : held.stop]
-    expected = box_of(whole, wanted.box).reshape(-1)[wanted.start : wanted.stop]
+    source = values_of(whole, held.tensor_slice).reshape(-1)[held.start : held.stop]
+    expected = values_of(whole, wanted.tensor_slice).reshape(-1)[wanted.start : wanted.stop]
     target = np.full(wanted.length, -1)
     copied = copy_overlap(target, wanted, source, held)
     np.testing.assert_array_equal(target, np.where(np.isin(expected, source), expected, -1))

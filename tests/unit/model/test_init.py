@@ -20,14 +20,14 @@ CONFIG = ModelConfig(**SIZES)
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
 
-def held(placement: ShardSpec, seed: int = 1, config: ModelConfig = CONFIG) -> Tensor:
-    """What a rank with this placement fills its parameter with."""
-    flat = torch.zeros(placement.local_numel)
-    for piece, where in shard_views(placement, 0, flat.numel()):
+def held(spec: ShardSpec, seed: int = 1, config: ModelConfig = CONFIG) -> Tensor:
+    """What a rank with this spec fills its parameter with."""
+    flat = torch.zeros(spec.local_numel)
+    for shard, where in shard_views(spec, 0, flat.numel()):
         flat[where if isinstance(where, slice) else torch.from_numpy(where)] = InitialWeights(config, seed).read(
-            piece, "weight"
+            shard, "weight"
         )
-    return flat.view(placement.local_shape)
+    return flat.view(spec.local_shape)
 
 
 def whole(shape: tuple[int, ...], name: str = NAME, seed: int = 1) -> Tensor:
@@ -61,20 +61,20 @@ def test_the_first_values_never_change() -> None:
 
 def test_a_slice_is_the_wholes_slice() -> None:
     expected = whole((300, 700))
-    placement = ShardSpec(NAME, (300, 700), (TensorSlice((100, 35), (150, 600)),))
-    assert torch.equal(held(placement), expected[100:250, 35:635])
+    spec = ShardSpec(NAME, (300, 700), (TensorSlice((100, 35), (150, 600)),))
+    assert torch.equal(held(spec), expected[100:250, 35:635])
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_several_boxes_are_concatenated_and_padded_with_zeros(dim: int) -> None:
     expected = whole((120, 120))
-    boxes = []
+    slices = []
     for start in (10, 50, 90):  # a third of each of three parts
         offset, extent = [0, 0], [120, 120]
         offset[dim], extent[dim] = start, 13
-        boxes.append(TensorSlice(tuple(offset), tuple(extent)))
-    placement = ShardSpec(NAME, (120, 120), tuple(boxes), dim=dim, padding=5)
-    part = held(placement)
+        slices.append(TensorSlice(tuple(offset), tuple(extent)))
+    spec = ShardSpec(NAME, (120, 120), tuple(slices), dim=dim, padding=5)
+    part = held(spec)
     rows = torch.cat([torch.arange(start, start + 13) for start in (10, 50, 90)])
     assert torch.equal(part.narrow(dim, 0, 39), expected.index_select(dim, rows))
     assert not part.narrow(dim, 39, 5).any()
@@ -82,14 +82,14 @@ def test_several_boxes_are_concatenated_and_padded_with_zeros(dim: int) -> None:
 
 def test_a_flat_range_matches_the_flattened_whole() -> None:
     shape = (300, 700)
-    piece = FlatShard(NAME, shape, TensorSlice((0, 0), shape), 150_000, 60_000)
-    assert torch.equal(InitialWeights(CONFIG, 1).read(piece, "weight"), whole(shape).flatten()[150_000:])
+    shard = FlatShard(NAME, shape, TensorSlice((0, 0), shape), 150_000, 60_000)
+    assert torch.equal(InitialWeights(CONFIG, 1).read(shard, "weight"), whole(shape).flatten()[150_000:])
 
 
 def test_there_is_no_initial_optimizer_state() -> None:
-    piece = FlatShard(NAME, (4, 4), TensorSlice((0, 0), (4, 4)), 0, 16)
+    shard = FlatShard(NAME, (4, 4), TensorSlice((0, 0), (4, 4)), 0, 16)
     with pytest.raises(ValueError, match="exp_avg"):
-        InitialWeights(CONFIG, 1).read(piece, "exp_avg")
+        InitialWeights(CONFIG, 1).read(shard, "exp_avg")
 
 
 def test_names_and_seeds_differ() -> None:
