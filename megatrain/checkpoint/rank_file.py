@@ -2,9 +2,9 @@
 
 Bytes: [8: length of the header] [header, JSON] [data] [block table]. Each tensor of the file is one piece, flat. The
 header's ``__metadata__`` holds ``pieces``, a JSON table ``{key: [name, kind, global shape, slice offset, slice
-extent, start]}``. The last tensor, ``__blocks__``, is the xxh3-128 digest of each 16 MiB block of the data before it, so
-that a range can be checked as it is read. The file's checksum (in the manifest) is the xxh3-128 of header and block table:
-it vouches for the table, and the table for the data. The file is written front to back, each byte once.
+extent, start]}``. The last tensor, ``__blocks__``, is the xxh3-128 digest of each 16 MiB block of the data before it,
+so that a range can be checked as it is read. The file's checksum (in the manifest) is the xxh3-128 of header and block
+table: it vouches for the table, and the table for the data. The file is written front to back, each byte once.
 """
 
 from __future__ import annotations
