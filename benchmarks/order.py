@@ -37,10 +37,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=200, help="look-ups of each kind")
     given = parser.parse_args()
     large = given.windows * 4 // 5
-    terms = SamplingSettings(given.batch, (3.0, 1.0), 2048, (large, given.windows - large))
-    order = DataOrder.begin(1, terms)
+    settings = SamplingSettings(given.batch, (3.0, 1.0), 2048, (large, given.windows - large))
+    order = DataOrder.begin(1, settings)
     half = given.windows // given.batch // 2
-    shorter = replace(terms, seq_len=1024, num_windows=tuple(2 * count for count in terms.num_windows))
+    shorter = replace(settings, seq_len=1024, num_samples=tuple(2 * count for count in settings.num_samples))
     cut = order.change(half, shorter)
     table = np.random.default_rng(1).permutation(given.windows // 50)
     draw = random.Random(1)

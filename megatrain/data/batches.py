@@ -24,7 +24,7 @@ from megatrain.errors import DataError
 
 
 class SampleSource(Protocol):
-    """A dataset as samples of ``seq_len`` inputs and as many targets: ``Windows``, or ``packing.PackedWindows``."""
+    """A dataset as samples of ``seq_len`` inputs and as many targets: ``ConcatSource``, or ``packing.PackedSource``."""
 
     @property
     def seq_len(self) -> int:
@@ -35,34 +35,34 @@ class SampleSource(Protocol):
         """Whether attention and positions start anew at each document."""
 
     @property
-    def num_windows(self) -> int:
+    def num_samples(self) -> int:
         """Samples of the dataset."""
 
     @property
     def all_scored(self) -> bool:
         """Whether every target of every sample counts."""
 
-    def num_targets(self, windows: NDArray[np.int64]) -> int:
+    def num_targets(self, indices: NDArray[np.int64]) -> int:
         """Scored targets of these samples together."""
 
     def fill(
         self,
-        window: int,
+        index: int,
         tokens: NDArray[np.int64],
         document_ids: NDArray[np.int32] | None,
         scored: NDArray[np.bool_] | None,
     ) -> None:
         """Write a sample's seq_len + 1 tokens; the document's number of each input; which targets count."""
 
-    def parts(self, window: int) -> Iterator[DocumentPart]:
+    def parts(self, index: int) -> Iterator[DocumentPart]:
         """The documents, or parts of them, in a sample's seq_len + 1 tokens, in their order."""
 
 
 @dataclass(frozen=True)
-class Windows:
-    """A dataset cut every ``seq_len`` tokens: window k's inputs are tokens [kL, kL + L), its targets one token on.
+class ConcatSource:
+    """A dataset cut every ``seq_len`` tokens: sample k's inputs are tokens [kL, kL + L), its targets one token on.
 
-    What is left at the end and fills no window is not used. With ``document_mask``, a window also says where documents
+    What is left at the end and fills no sample is not used. With ``document_mask``, a sample also says where documents
     begin in it, so that attention and positions can start anew there. Without ``score_after_eod``, a target that begins
     a document does not count: what stands before it is another document.
     """
@@ -73,31 +73,28 @@ class Windows:
     score_after_eod: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_windows < 1:
+        if self.num_samples < 1:
             raise DataError(
                 f"{self.dataset.path} has {self.dataset.num_tokens:,} tokens, too few for one sample of data.seq_len="
                 f"{self.seq_len} and its last target: tokenize more text, or set data.seq_len to less."
             )
 
     @property
-    def num_windows(self) -> int:
-        """Windows of the dataset."""
+    def num_samples(self) -> int:
         return max(self.dataset.num_tokens - 1, 0) // self.seq_len
 
     @property
     def all_scored(self) -> bool:
-        """Whether every target of a window counts, also where it begins the next document."""
         return self.score_after_eod
 
-    def num_targets(self, windows: NDArray[np.int64]) -> int:
-        """Scored targets of these windows together."""
+    def num_targets(self, indices: NDArray[np.int64]) -> int:
         if self.score_after_eod:
-            return len(windows) * self.seq_len
-        return len(windows) * self.seq_len - sum(map(self._num_begun, *_runs(windows)))
+            return len(indices) * self.seq_len
+        return len(indices) * self.seq_len - sum(map(self._num_begun, *_runs(indices)))
 
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text behind the scored targets of all windows."""
-        count = self.num_windows * self.seq_len
+        """UTF-8 bytes of the text behind the scored targets of all samples."""
+        count = self.num_samples * self.seq_len
         every = self.dataset.window_bytes(1, count)  # targets are the tokens after the first
         if self.score_after_eod:
             return every
@@ -106,13 +103,12 @@ class Windows:
 
     def fill(
         self,
-        window: int,
+        index: int,
         tokens: NDArray[np.int64],
         document_ids: NDArray[np.int32] | None,
         scored: NDArray[np.bool_] | None,
     ) -> None:
-        """Write a window's seq_len + 1 tokens; the document's number of each input; which targets count."""
-        start = window * self.seq_len
+        start = index * self.seq_len
         if scored is not None:
             scored[:] = True
             if not self.score_after_eod:
@@ -124,9 +120,8 @@ class Windows:
             document_ids[begins[begins > 0]] = 1
             np.cumsum(document_ids, out=document_ids)
 
-    def parts(self, window: int) -> Iterator[DocumentPart]:
-        """The documents, or parts of them, in a window's seq_len + 1 tokens, in their order."""
-        start, length = window * self.seq_len, self.seq_len + 1
+    def parts(self, index: int) -> Iterator[DocumentPart]:
+        start, length = index * self.seq_len, self.seq_len + 1
         document = self.dataset.document_at(start)
         offset = start - self.dataset.document_range(document)[0]
         begins = self.dataset.document_starts(start, length)
@@ -135,7 +130,7 @@ class Windows:
             document, offset = document + 1, 0
 
     def _num_begun(self, first: int, last: int) -> int:
-        """Documents that begin in the targets of windows ``first`` to ``last``."""
+        """Documents that begin in the targets of samples ``first`` to ``last``."""
         at = self.dataset.document_at
         return at((last + 1) * self.seq_len) - at(first * self.seq_len)
 
@@ -165,7 +160,7 @@ class BatchMaker:
     def num_targets(self, samples: Samples) -> int:
         """Scored targets of these samples together."""
         present = np.unique(samples.dataset).tolist()
-        return sum(self.sources[k].num_targets(samples.window[samples.dataset == k]) for k in present)
+        return sum(self.sources[k].num_targets(samples.index[samples.dataset == k]) for k in present)
 
     def make(self, samples: Samples, num_scored: int | None = None) -> list[Batch]:
         """The samples in micro-batches. ``num_scored``: how many of them count, the rest is filling (None: all)."""
@@ -174,11 +169,11 @@ class BatchMaker:
         ids = np.empty((count, length), dtype=np.int32) if self._document_mask else None
         mask = None if self._all_scored and num_scored is None else np.empty((count, length), dtype=np.bool_)
         seen = np.empty_like(tokens) if any(self._augmentations) else tokens
-        for row, (number, epoch, window) in enumerate(samples.places()):
+        for row, (number, epoch, index) in enumerate(samples):
             source, augmentation = self.sources[number], self._augmentations[number]
-            source.fill(window, tokens[row], None if ids is None else ids[row], None if mask is None else mask[row])
+            source.fill(index, tokens[row], None if ids is None else ids[row], None if mask is None else mask[row])
             if augmentation is not None:
-                seen[row] = augmentation.apply(source.parts(window), epoch, tokens[row])
+                seen[row] = augmentation.apply(source.parts(index), epoch, tokens[row])
             elif seen is not tokens:
                 seen[row] = tokens[row]
             self._activity.batch()
@@ -238,25 +233,25 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """The windows of an evaluation, the same each time, shared out to the data ranks.
+    """The samples of an evaluation, the same each time, shared out to the data ranks.
 
-    ``limit``: the most windows to take; they are spread evenly over the sources and over each source. Every rank gets
-    equally many micro-batches, the last ones filled up with windows that are not scored.
+    ``limit``: the most samples to take; they are spread evenly over the sources and over each source. Every rank gets
+    equally many micro-batches, the last ones filled up with samples that are not scored.
     """
 
     def __init__(self, maker: BatchMaker, data_rank: int, num_data_ranks: int, limit: int | None = None) -> None:
         self._maker = maker
         each = None if limit is None else -(-limit // len(maker.sources))
-        chosen = [_spread(windows.num_windows, each) for windows in maker.sources]
-        source = np.repeat(np.arange(len(chosen)), [len(windows) for windows in chosen])
-        every = _in_order(source, np.concatenate(chosen))
+        chosen = [_evenly_spaced(source.num_samples, each) for source in maker.sources]
+        dataset = np.repeat(np.arange(len(chosen)), [len(indices) for indices in chosen])
+        every = _in_order(dataset, np.concatenate(chosen))
         self.num_targets = maker.num_targets(every)
         per_round = maker.micro_batch_size * num_data_ranks
         share = -(-len(every) // per_round) * maker.micro_batch_size
         mine = every.rows(slice(data_rank * share, (data_rank + 1) * share))
         self._num_scored = len(mine)
         filling = np.zeros(share - len(mine), dtype=np.int64)
-        self._samples = _in_order(np.append(mine.dataset, filling), np.append(mine.window, filling))
+        self._samples = _in_order(np.append(mine.dataset, filling), np.append(mine.index, filling))
 
     def __len__(self) -> int:
         return -(-len(self._samples) // self._maker.micro_batch_size)
@@ -269,9 +264,9 @@ class EvaluationBatches:
             yield from self._maker.make(rows, scored if scored < size else None)
 
 
-def _in_order(source: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
+def _in_order(dataset: NDArray[np.int64], index: NDArray[np.int64]) -> Samples:
     """Samples of the first epoch, numbered as they come."""
-    return Samples(source, np.zeros_like(source), window, np.arange(len(source)))
+    return Samples(dataset, np.zeros_like(dataset), index, np.arange(len(dataset)))
 
 
 def _runs(numbers: NDArray[np.int64]) -> tuple[list[int], list[int]]:
@@ -280,15 +275,15 @@ def _runs(numbers: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     return numbers[np.append(0, ends[:-1] + 1)[: len(ends)]].tolist(), numbers[ends].tolist()
 
 
-def _spread(count: int, limit: int | None) -> NDArray[np.int64]:
-    """``limit`` of ``count`` windows at even distances; all where there are no more."""
+def _evenly_spaced(count: int, limit: int | None) -> NDArray[np.int64]:
+    """``limit`` of ``count`` samples at even distances; all where there are no more."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.arange(limit) * count // limit
 
 
 def _positions(document_ids: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The position of each token in its document's part of the window."""
+    """The position of each token in its document's part of the sample."""
     index = np.broadcast_to(np.arange(document_ids.shape[1]), document_ids.shape)
     begins = np.zeros(document_ids.shape, dtype=np.int64)
     changes = document_ids[:, 1:] != document_ids[:, :-1]

@@ -51,8 +51,8 @@ def planned_epochs(config: RunConfig) -> list[Epochs]:
         return []
     windows = [max((dataset.num_tokens - 1) // config.data.seq_len, 1) for dataset in datasets]
     weights = tuple(entry.weight for entry in config.data.train)
-    terms = SamplingSettings(config.train.global_batch_size, weights, config.data.seq_len, tuple(windows))
-    return epochs_of(DataOrder.begin(config.run.seed, terms), config.train.steps, datasets)
+    settings = SamplingSettings(config.train.global_batch_size, weights, config.data.seq_len, tuple(windows))
+    return epochs_of(DataOrder.begin(config.run.seed, settings), config.train.steps, datasets)
 
 
 def epochs_of(order: DataOrder, num_steps: int, datasets: Sequence[Dataset]) -> list[Epochs]:

@@ -28,7 +28,7 @@ class Mixture:
         if np.count_nonzero(given) > BLOCK:
             raise ValueError(f"a mixture holds at most {BLOCK:,} datasets: {np.count_nonzero(given):,} given")
         self.quotas = _apportion(given)
-        self._dataset = _spread(self.quotas)
+        self._dataset = _interleave(self.quotas)
         order = np.argsort(self._dataset, kind="stable")
         first = np.cumsum(self.quotas) - self.quotas
         self._before = np.empty(BLOCK, dtype=np.int64)  # how many of the same dataset lie earlier in the block
@@ -36,14 +36,14 @@ class Mixture:
 
     def lookup(self, sample: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each sample number: its dataset, and the count of that dataset's samples before it."""
-        block, place = np.divmod(sample, BLOCK)
-        dataset = self._dataset[place]
-        return dataset, block * self.quotas[dataset] + self._before[place]
+        block, offset = np.divmod(sample, BLOCK)
+        dataset = self._dataset[offset]
+        return dataset, block * self.quotas[dataset] + self._before[offset]
 
     def counts_before(self, sample: int) -> NDArray[np.int64]:
         """How many samples of each dataset lie before number ``sample``."""
-        block, place = divmod(sample, BLOCK)
-        within = np.bincount(self._dataset[:place], minlength=len(self.quotas))
+        block, offset = divmod(sample, BLOCK)
+        within = np.bincount(self._dataset[:offset], minlength=len(self.quotas))
         return block * self.quotas + within
 
 
@@ -65,8 +65,8 @@ def _apportion(weights: NDArray[np.float64]) -> NDArray[np.int64]:
     return quotas
 
 
-def _spread(quotas: NDArray[np.int64]) -> NDArray[np.int64]:
+def _interleave(quotas: NDArray[np.int64]) -> NDArray[np.int64]:
     """The block's order: the i-th of a dataset's n samples belongs at (i + 1/2) / n of the block."""
-    place = np.concatenate([(np.arange(quota) + 0.5) / quota if quota else np.empty(0) for quota in quotas])
+    offset = np.concatenate([(np.arange(quota) + 0.5) / quota if quota else np.empty(0) for quota in quotas])
     dataset = np.repeat(np.arange(len(quotas)), quotas)
-    return dataset[np.lexsort((dataset, place))]
+    return dataset[np.lexsort((dataset, offset))]

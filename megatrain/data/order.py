@@ -1,20 +1,21 @@
-"""The k-th sample of a run: which window of which dataset, for any k, from a few integers. No state, no torch.
+"""The k-th sample of a run: which sample of which dataset, for any k, from a few integers. No state, no torch.
 
 Three pure steps. A run's steps fall into segments (one, unless the batch size, the weights or the sequence length were
 changed at a resume, or batches were left out); a segment's mixture says which dataset the j-th sample comes from and
-how many of that dataset came before; and a shuffle of each epoch says which window that is. Nothing here grows with the
-corpus.
+how many of that dataset came before; and a shuffle of each epoch says which of the dataset's samples that is. Nothing
+here grows with the corpus.
 
-Within an epoch of a dataset no window is seen twice or skipped, whatever the segments: each goes on where the one
-before stopped, but for batches that are left out on purpose. Where windows become shorter in the middle of an epoch,
+Within an epoch of a dataset no sample is seen twice or skipped, whatever the segments: each goes on where the one
+before stopped, but for batches that are left out on purpose. Where samples become shorter in the middle of an epoch,
 those not yet seen are cut up and shuffled anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,15 @@ from megatrain.data.permutation import shuffle, shuffle_keys
 
 Indices = NDArray[np.int64]
 
+SAVED_NAMES = {"settings": "terms", "cursors": "places", "num_samples": "num_windows"}
+"""Fields of a segment that have other names in the manifests of checkpoints."""
+
+_mixture = lru_cache(maxsize=8)(Mixture)
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a segment is read under. For each dataset its weight, its windows of ``seq_len`` and its packing plan.
+    """What a segment is read under. For each dataset its weight, its samples of ``seq_len`` and its packing plan.
 
     ``plans``: names of the packing plans; empty where documents are not packed. ``num_new_epochs``: how often the run
     has been told to leave the rest of its epochs and begin the next ones.
@@ -36,50 +42,53 @@ class SamplingSettings:
     global_batch_size: int
     weights: tuple[float, ...]
     seq_len: int
-    num_windows: tuple[int, ...]
+    num_samples: tuple[int, ...]
     plans: tuple[str, ...] = ()
     num_new_epochs: int = 0
 
 
 @dataclass(frozen=True)
 class EpochCut:
-    """Of an epoch of ``num_windows``, ``used`` had been seen; each of the others became ``factor`` windows."""
+    """Of an epoch of ``num_samples``, ``used`` had been seen; each of the others became ``factor`` shorter ones."""
 
-    num_windows: int
+    num_samples: int
     used: int
     factor: int
 
     @property
-    def num_pieces(self) -> int:
-        """Windows that the cut made."""
-        return (self.num_windows - self.used) * self.factor
+    def num_shorter(self) -> int:
+        """Samples that the cut made."""
+        return (self.num_samples - self.used) * self.factor
 
 
 @dataclass(frozen=True)
 class DatasetCursor:
-    """How far a dataset has been read: ``position`` windows of its epoch, since the last of the epoch's ``cuts``."""
+    """How far a dataset has been read: ``position`` samples of its epoch, since the last of the epoch's ``cuts``.
+
+    ``num_samples``, in the methods: those of an epoch that is not cut.
+    """
 
     epoch: int = 0
     position: int = 0
     cuts: tuple[EpochCut, ...] = ()
 
-    def num_left(self, num_windows: int) -> int:
-        """Windows of the epoch still to come, where an uncut one has ``num_windows``."""
-        return self._size(num_windows) - self.position
+    def num_left(self, num_samples: int) -> int:
+        """Samples of the epoch still to come."""
+        return self._size(num_samples) - self.position
 
-    def advanced(self, count: int, num_windows: int) -> DatasetCursor:
-        """The place ``count`` windows on."""
-        beyond = count - self.num_left(num_windows)
+    def advanced(self, count: int, num_samples: int) -> DatasetCursor:
+        """The cursor ``count`` samples on."""
+        beyond = count - self.num_left(num_samples)
         if beyond < 0:
             return replace(self, position=self.position + count)
-        lap, position = divmod(beyond, num_windows)
-        return DatasetCursor(self.epoch + 1 + lap, position)
+        whole_epochs, position = divmod(beyond, num_samples)
+        return DatasetCursor(self.epoch + 1 + whole_epochs, position)
 
-    def cut(self, factor: int, num_windows: int) -> DatasetCursor:
-        """What is left of the epoch in windows of 1/factor the length. An epoch not yet begun is not in need of it."""
+    def cut(self, factor: int, num_samples: int) -> DatasetCursor:
+        """What is left of the epoch in samples of 1/factor the length. An epoch not yet begun is not in need of it."""
         if self._is_new:
             return self
-        return DatasetCursor(self.epoch, 0, (*self.cuts, EpochCut(self._size(num_windows), self.position, factor)))
+        return DatasetCursor(self.epoch, 0, (*self.cuts, EpochCut(self._size(num_samples), self.position, factor)))
 
     def at_new_epoch(self) -> DatasetCursor:
         """The beginning of the next epoch; this one, if nothing of it has been seen."""
@@ -89,63 +98,82 @@ class DatasetCursor:
     def _is_new(self) -> bool:
         return self.position == 0 and not self.cuts
 
-    def _size(self, num_windows: int) -> int:
-        return self.cuts[-1].num_pieces if self.cuts else num_windows
+    def _size(self, num_samples: int) -> int:
+        return self.cuts[-1].num_shorter if self.cuts else num_samples
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps from ``first_step`` on, until the next segment's: the terms that hold there, and where reading begins.
+    """Steps from ``first_step`` on, until the next segment's: the settings that hold there, and where reading begins.
 
-    ``places``: of each dataset. ``samples_before``: how many samples the run had used of all.
+    ``cursors``: of each dataset. ``samples_before``: how many samples the run had used of all.
     """
 
     first_step: int
-    terms: SamplingSettings
-    places: tuple[DatasetCursor, ...]
+    settings: SamplingSettings
+    cursors: tuple[DatasetCursor, ...]
     samples_before: int = 0
 
+    def to_state(self) -> dict[str, Any]:
+        """As a checkpoint's manifest keeps it."""
+        state: dict[str, Any] = _renamed(asdict(self), SAVED_NAMES)
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Segment:
+        """The inverse of ``to_state``, after JSON has made tuples lists."""
+        fields = _renamed(state, {saved: name for name, saved in SAVED_NAMES.items()})
+        cursors = tuple(
+            DatasetCursor(cursor["epoch"], cursor["position"], tuple(EpochCut(**cut) for cut in cursor["cuts"]))
+            for cursor in fields["cursors"]
+        )
+        return cls(fields["first_step"], SamplingSettings(**fields["settings"]), cursors, fields["samples_before"])
+
+    @property
+    def mixture(self) -> Mixture:
+        """Which dataset each sample comes from."""
+        return _mixture(self.settings.weights)
+
     @cached_property
-    def num_windows(self) -> Indices:
+    def num_samples(self) -> Indices:
         """Of each dataset, as an array."""
-        return np.asarray(self.terms.num_windows, dtype=np.int64)
+        return np.asarray(self.settings.num_samples, dtype=np.int64)
 
     @cached_property
     def num_left(self) -> Indices:
-        """Windows that were left of each dataset's epoch when the segment began."""
-        pairs = zip(self.places, self.terms.num_windows, strict=True)
-        return np.asarray([place.num_left(count) for place, count in pairs], dtype=np.int64)
+        """Samples that were left of each dataset's epoch when the segment began."""
+        pairs = zip(self.cursors, self.settings.num_samples, strict=True)
+        return np.asarray([cursor.num_left(count) for cursor, count in pairs], dtype=np.int64)
 
     @cached_property
     def next_epoch(self) -> Indices:
         """The epoch of each dataset that comes when nothing is left of the one it was in."""
-        return np.asarray([place.epoch + 1 for place in self.places], dtype=np.int64)
+        return np.asarray([cursor.epoch + 1 for cursor in self.cursors], dtype=np.int64)
 
     @cached_property
-    def cut_sources(self) -> list[int]:
+    def cut_datasets(self) -> list[int]:
         """Datasets whose epoch had been cut when the segment began."""
-        return [number for number, place in enumerate(self.places) if place.cuts]
+        return [number for number, cursor in enumerate(self.cursors) if cursor.cuts]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where each of n samples lies. Arrays of n: dataset's number, epoch of it, window in it, number in the run."""
+    """Where each of n samples lies. Arrays of n: dataset's number, epoch and index in it, number in the run."""
 
     dataset: Indices
     epoch: Indices
-    window: Indices
+    index: Indices
     number: Indices
 
     def __len__(self) -> int:
         return len(self.number)
 
-    def places(self) -> Iterator[tuple[int, int, int]]:
-        """Dataset, epoch and window of each."""
-        return zip(self.dataset.tolist(), self.epoch.tolist(), self.window.tolist(), strict=True)
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Dataset, epoch and index of each."""
+        return zip(self.dataset.tolist(), self.epoch.tolist(), self.index.tolist(), strict=True)
 
     def rows(self, rows: slice) -> Samples:
-        """Some of them."""
-        return Samples(self.dataset[rows], self.epoch[rows], self.window[rows], self.number[rows])
+        return Samples(self.dataset[rows], self.epoch[rows], self.index[rows], self.number[rows])
 
 
 @dataclass(frozen=True)
@@ -154,97 +182,97 @@ class DataOrder:
 
     seed: int
     segments: tuple[Segment, ...]
-    _mixtures: dict[tuple[float, ...], Mixture] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def begin(cls, seed: int, terms: SamplingSettings) -> DataOrder:
+    def begin(cls, seed: int, settings: SamplingSettings) -> DataOrder:
         """The order of a run that starts at step 0."""
-        if min(terms.num_windows) < 1:
-            raise ValueError("every dataset needs at least one window")
-        return cls(seed, (Segment(0, terms, (DatasetCursor(),) * len(terms.num_windows)),))
+        if min(settings.num_samples) < 1:
+            raise ValueError("every dataset needs at least one sample")
+        return cls(seed, (Segment(0, settings, (DatasetCursor(),) * len(settings.num_samples)),))
 
-    def change(self, step: int, terms: SamplingSettings) -> DataOrder:
-        """The same order up to ``step``, then under other terms (no change: the same order).
+    def change(self, step: int, settings: SamplingSettings) -> DataOrder:
+        """The same order up to ``step``, then under other settings (no change: the same order).
 
         New epochs begin where ``num_new_epochs`` has grown. Else a new ``seq_len`` must divide the former one.
         """
-        last = self._segment(step)
-        if terms == last.terms:
+        former, cursors = self.settings(step), self._cursors(step)
+        if settings == former:
             return self
-        windows, places = last.terms.num_windows, self._places(step)
-        if terms.num_new_epochs > last.terms.num_new_epochs:
-            places = [place.at_new_epoch() for place in places]
-        elif last.terms.seq_len % terms.seq_len:
-            raise ValueError(f"within an epoch, {terms.seq_len} must divide {last.terms.seq_len}")
-        elif (factor := last.terms.seq_len // terms.seq_len) > 1:
-            places = [place.cut(factor, size) for place, size in zip(places, windows, strict=True)]
-        return self._with_segment(Segment(step, terms, tuple(places), self.num_samples_before(step)))
+        factor, rest = divmod(former.seq_len, settings.seq_len)
+        if settings.num_new_epochs > former.num_new_epochs:
+            cursors = [cursor.at_new_epoch() for cursor in cursors]
+        elif rest:
+            raise ValueError(f"within an epoch, {settings.seq_len} must divide {former.seq_len}")
+        elif factor > 1:
+            cursors = [cursor.cut(factor, count) for cursor, count in zip(cursors, former.num_samples, strict=True)]
+        return self._with_segment(Segment(step, settings, tuple(cursors), self.num_samples_before(step)))
 
     def leave_out(self, step: int, until: int) -> DataOrder:
         """The same order up to ``step``, from where each dataset is read on as step ``until`` would have begun to."""
         used = self.num_samples_before(until)
-        return self._with_segment(Segment(step, self.terms(until), tuple(self._places(until)), used))
+        return self._with_segment(Segment(step, self.settings(until), tuple(self._cursors(until)), used))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Samples:
         """Samples [start, stop) of the global batch of ``step`` (steps count from 0); all of it by default."""
         segment = self._segment(step)
-        stop = segment.terms.global_batch_size if stop is None else stop
-        offset = (step - segment.first_step) * segment.terms.global_batch_size
+        stop = segment.settings.global_batch_size if stop is None else stop
+        offset = (step - segment.first_step) * segment.settings.global_batch_size
         numbers = np.arange(offset + start, offset + stop, dtype=np.int64)
-        dataset, count = self._mixture(segment.terms.weights).lookup(numbers)
-        beyond = count - segment.num_left[dataset]  # windows after the epoch that the segment began in; within it < 0
-        num_windows = segment.num_windows[dataset]
-        lap, position = np.divmod(beyond, num_windows)
-        epoch = segment.next_epoch[dataset] + lap
-        window = shuffle(position, num_windows, shuffle_keys(self.seed, dataset, epoch))
-        for source in segment.cut_sources:
-            chosen = np.flatnonzero((dataset == source) & (beyond < 0))
-            window[chosen] = self._cut_window(source, segment.places[source], count[chosen])
-        return Samples(dataset, epoch, window, numbers + segment.samples_before)
+        dataset, count = segment.mixture.lookup(numbers)
+        beyond = count - segment.num_left[dataset]  # samples after the epoch that the segment began in; within it < 0
+        num_samples = segment.num_samples[dataset]
+        whole_epochs, position = np.divmod(beyond, num_samples)
+        epoch = segment.next_epoch[dataset] + whole_epochs
+        index = shuffle(position, num_samples, shuffle_keys(self.seed, dataset, epoch))
+        for cut_dataset in segment.cut_datasets:
+            chosen = np.flatnonzero((dataset == cut_dataset) & (beyond < 0))
+            index[chosen] = self._index_in_cut_epoch(cut_dataset, segment.cursors[cut_dataset], count[chosen])
+        return Samples(dataset, epoch, index, numbers + segment.samples_before)
 
     def num_samples_before(self, step: int) -> int:
         """How many samples the steps before ``step`` use."""
         segment = self._segment(step)
-        return segment.samples_before + (step - segment.first_step) * segment.terms.global_batch_size
+        return segment.samples_before + (step - segment.first_step) * segment.settings.global_batch_size
 
     def num_epochs(self, step: int) -> list[float]:
         """How often each dataset has been seen before ``step``; what was left out on purpose counts as seen."""
-        pairs = zip(self._places(step), self.terms(step).num_windows, strict=True)
-        return [place.epoch + 1 - place.num_left(size) / size for place, size in pairs]
+        pairs = zip(self._cursors(step), self.settings(step).num_samples, strict=True)
+        return [cursor.epoch + 1 - cursor.num_left(size) / size for cursor, size in pairs]
 
-    def terms(self, step: int) -> SamplingSettings:
+    def settings(self, step: int) -> SamplingSettings:
         """What holds at ``step``."""
-        return self._segment(step).terms
+        return self._segment(step).settings
 
-    def _cut_window(self, source: int, place: DatasetCursor, count: Indices) -> Indices:
-        """The windows at ``count`` further on in an epoch that was cut: from the last cut's shuffle back to the first.
+    def _index_in_cut_epoch(self, dataset: int, cursor: DatasetCursor, count: Indices) -> Indices:
+        """The samples at ``count`` further on in an epoch that was cut: from the last cut's shuffle back to the first.
 
-        Each cut's pieces are shuffled. A piece lies in a window that was left over: its place in the shuffle before.
+        Each cut shuffles the shorter samples that it made. Each lies in a longer one, whose position in the shuffle
+        before is known.
         """
-        position, pieces = place.position + count, []
-        for depth in range(len(place.cuts), 0, -1):
-            cut = place.cuts[depth - 1]
-            piece = self._shuffled(position, cut.num_pieces, source, place.epoch, depth)
-            pieces.append((cut.factor, piece % cut.factor))
-            position = cut.used + piece // cut.factor
-        window = self._shuffled(position, place.cuts[0].num_windows, source, place.epoch, 0)
-        for factor, within in reversed(pieces):
-            window = window * factor + within
-        return window
+        position, offsets = cursor.position + count, []
+        for depth in range(len(cursor.cuts), 0, -1):
+            cut = cursor.cuts[depth - 1]
+            longer, offset = np.divmod(
+                self._shuffled(position, cut.num_shorter, dataset, cursor.epoch, depth), cut.factor
+            )
+            offsets.append((cut.factor, offset))
+            position = cut.used + longer
+        index = self._shuffled(position, cursor.cuts[0].num_samples, dataset, cursor.epoch)
+        for factor, offset in reversed(offsets):
+            index = index * factor + offset
+        return index
 
-    def _shuffled(self, index: Indices, size: int, source: int, epoch: int, depth: int) -> Indices:
-        """``depth``: of how many cuts; the shuffle of an epoch is that of depth 0."""
-        numbers = (source, epoch, depth) if depth else (source, epoch)
+    def _shuffled(self, index: Indices, size: int, *numbers: int) -> Indices:
+        """By the shuffle of a dataset's epoch, or of one of its cuts (``numbers``: dataset, epoch, cut from 1)."""
         key = shuffle_keys(self.seed, *(np.full_like(index, number) for number in numbers))
         return shuffle(index, np.full_like(index, size), key)
 
-    def _places(self, step: int) -> list[DatasetCursor]:
+    def _cursors(self, step: int) -> list[DatasetCursor]:
         """Where each dataset is read at the beginning of ``step``."""
         last = self._segment(step)
-        used = (step - last.first_step) * last.terms.global_batch_size
-        counts = self._mixture(last.terms.weights).counts_before(used).tolist()
-        windows = last.terms.num_windows
-        return [place.advanced(*each) for place, *each in zip(last.places, counts, windows, strict=True)]
+        counts = last.mixture.counts_before((step - last.first_step) * last.settings.global_batch_size).tolist()
+        triples = zip(last.cursors, counts, last.settings.num_samples, strict=True)
+        return [cursor.advanced(count, num_samples) for cursor, count, num_samples in triples]
 
     def _with_segment(self, segment: Segment) -> DataOrder:
         """With ``segment`` instead of all that was planned from its first step on."""
@@ -254,7 +282,9 @@ class DataOrder:
     def _segment(self, step: int) -> Segment:
         return next(segment for segment in reversed(self.segments) if segment.first_step <= step)
 
-    def _mixture(self, weights: tuple[float, ...]) -> Mixture:
-        if weights not in self._mixtures:
-            self._mixtures[weights] = Mixture(weights)
-        return self._mixtures[weights]
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A value of JSON with other keys, lists as tuples."""
+    if isinstance(value, Mapping):
+        return {names.get(key, key): _renamed(item, names) for key, item in value.items()}
+    return tuple(_renamed(item, names) for item in value) if isinstance(value, list | tuple) else value

@@ -208,8 +208,8 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path) -> PackingPlan:
 
 
 @dataclass(frozen=True)
-class PackedWindows:
-    """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as ``Windows`` is.
+class PackedSource:
+    """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as ``ConcatSource`` is.
 
     What a sample's pieces leave free is filled with end-of-document tokens, behind them: not scored, seen by none of
     them, and with ``document_mask`` a document of its own.
@@ -221,13 +221,13 @@ class PackedWindows:
     document_mask: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_windows < 1:
+        if self.num_samples < 1:
             raise DataError(
                 f"{self.dataset.path} has no document of two tokens or more, so nothing to predict: tokenize text."
             )
 
     @property
-    def num_windows(self) -> int:
+    def num_samples(self) -> int:
         """Samples of the dataset."""
         return self.plan.num_samples
 
@@ -236,18 +236,18 @@ class PackedWindows:
         """Ends of documents and filling are not scored."""
         return False
 
-    def num_targets(self, windows: Ints) -> int:
+    def num_targets(self, indices: Ints) -> int:
         """Scored targets of these samples together."""
-        return self.plan.num_targets(windows)
+        return self.plan.num_targets(indices)
 
     def fill(
-        self, window: int, tokens: Ints, document_ids: NDArray[np.int32] | None, scored: NDArray[np.bool_] | None
+        self, index: int, tokens: Ints, document_ids: NDArray[np.int32] | None, scored: NDArray[np.bool_] | None
     ) -> None:
         """Write a sample's seq_len + 1 tokens, for each input the number of its piece, and which targets count."""
         at = number = 0
         if scored is not None:
             scored[:] = False
-        for number, (start, num_targets) in enumerate(self.plan.pieces(window)):
+        for number, (start, num_targets) in enumerate(self.plan.pieces(index)):
             tokens[at : at + num_targets + 1] = self.dataset.window(start, num_targets + 1)
             if scored is not None:
                 scored[at : at + num_targets] = True
@@ -258,10 +258,10 @@ class PackedWindows:
         if document_ids is not None:
             document_ids[at:] = number + 1
 
-    def parts(self, window: int) -> Iterator[DocumentPart]:
+    def parts(self, index: int) -> Iterator[DocumentPart]:
         """The documents, or parts of them, in a sample's tokens, in their order."""
         at = 0
-        for start, num_targets in self.plan.pieces(window):
+        for start, num_targets in self.plan.pieces(index):
             document = self.dataset.document_at(start)
             offset = start - self.dataset.document_range(document)[0]
             yield DocumentPart(document, offset, at, at := at + num_targets + 1)

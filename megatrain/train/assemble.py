@@ -14,10 +14,10 @@ from megatrain.checkpoint.store import CheckpointStore, open_store
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
-from megatrain.data.batches import BatchMaker, EvaluationBatches, SampleSource, TrainingBatches, Windows
+from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, SampleSource, TrainingBatches
 from megatrain.data.dataset import refuse_mixed
 from megatrain.data.order import DataOrder, SamplingSettings
-from megatrain.data.packing import PackedWindows, open_plan, store_plan
+from megatrain.data.packing import PackedSource, open_plan, store_plan
 from megatrain.data.remote import Cache
 from megatrain.data.storage import MAPPED_SHARDS
 from megatrain.data.vocabulary import resolve_vocabulary
@@ -107,7 +107,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     train, validation = open_training_data(config)
     config = resolve_vocabulary(config, train[0])
     augmentations = open_augmentations(config, train)
-    held_out = [_windows(config, dataset) for dataset in validation]
+    held_out = [_concat_source(config, dataset) for dataset in validation]
     lap("datasets")
     device = local_device(rank.local_rank)
     # The watchdog, which can say who is stuck, comes before the collectives' own timeout.
@@ -122,12 +122,12 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     lap("preflight")
     sources = training_sources(config, train, groups)
     micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
-    limit = _windows_of_each(config, len(held_out))
+    limit = _num_samples_of_each(config, len(held_out))
     evaluations = {
         name: EvaluationBatches(
-            BatchMaker([windows], micro_batch_size, None, groups.activity), data_rank, topology.data, limit
+            BatchMaker([source], micro_batch_size, None, groups.activity), data_rank, topology.data, limit
         )
-        for name, windows in zip(_names(validation), held_out, strict=True)
+        for name, source in zip(_names(validation), held_out, strict=True)
     }
     lap("order")
     engine = build_engine(config, groups)
@@ -149,8 +149,8 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     )
 
 
-def _windows_of_each(config: RunConfig, num_datasets: int) -> int | None:
-    """Of how many windows of each dataset an evaluation takes; None: all."""
+def _num_samples_of_each(config: RunConfig, num_datasets: int) -> int | None:
+    """Of how many samples of each dataset an evaluation takes; None: all."""
     batches = config.train.eval_batches
     return None if batches is None else -(-batches * config.train.global_batch_size // max(num_datasets, 1))
 
@@ -176,15 +176,15 @@ def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Findin
 def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Groups) -> list[SampleSource]:
     """The samples of each dataset as ``data.packing`` asks for them. Collective: rank 0 plans, then all map the plans.
 
-    Validation and `megatrain eval` take concat windows whatever the packing: every token counts there.
+    Validation and `megatrain eval` take concat samples whatever the packing: every token counts there.
     """
     if config.data.packing == "concat":
-        return [_windows(config, dataset) for dataset in datasets]
+        return [_concat_source(config, dataset) for dataset in datasets]
     folder, seq_len = Path(config.run.dir) / "packing", config.data.seq_len
     groups.run_on_rank0(lambda: [store_plan(dataset, seq_len, folder) for dataset in datasets])
     plans = [open_plan(dataset, seq_len, folder) for dataset in datasets]
     pairs = zip(datasets, plans, strict=True)
-    return [PackedWindows(dataset, plan, seq_len, config.data.document_mask) for dataset, plan in pairs]
+    return [PackedSource(dataset, plan, seq_len, config.data.document_mask) for dataset, plan in pairs]
 
 
 def sampling_settings(config: RunConfig, sources: Sequence[SampleSource]) -> SamplingSettings:
@@ -193,8 +193,8 @@ def sampling_settings(config: RunConfig, sources: Sequence[SampleSource]) -> Sam
         global_batch_size=config.train.global_batch_size,
         weights=tuple(entry.weight for entry in config.data.train),
         seq_len=config.data.seq_len,
-        num_windows=tuple(source.num_windows for source in sources),
-        plans=tuple(source.plan.checksum for source in sources if isinstance(source, PackedWindows)),
+        num_samples=tuple(source.num_samples for source in sources),
+        plans=tuple(source.plan.checksum for source in sources if isinstance(source, PackedSource)),
         num_new_epochs=config.data.num_new_epochs,
     )
 
@@ -229,5 +229,5 @@ def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num
     return [*before, *decoders[first : first + counts[stage]], *after]
 
 
-def _windows(config: RunConfig, dataset: Dataset) -> Windows:
-    return Windows(dataset, config.data.seq_len, config.data.document_mask, config.data.scores_after_eod)
+def _concat_source(config: RunConfig, dataset: Dataset) -> ConcatSource:
+    return ConcatSource(dataset, config.data.seq_len, config.data.document_mask, config.data.scores_after_eod)

@@ -15,7 +15,7 @@ from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import resolve
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
+from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
 from megatrain.data.dataset import borders
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
@@ -52,15 +52,15 @@ def evaluate_checkpoint(
             "(model.max_position_embeddings)."
         )
     model, groups = load_on_rank(reader, saved, rank, tensor)
-    windows = Windows(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
-    maker = BatchMaker([windows], max(1, _TOKENS_AT_ONCE // seq_len))
+    source = ConcatSource(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
+    maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else (groups.coordinate.data, groups.topology.data)
     batches = EvaluationBatches(maker, *share)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     with torch.inference_mode():
         for batch in track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True):
             total += model(batch.to(model.device))
-    return {**_figures(_sum(float(total), groups), batches.num_targets, windows.num_bytes()), "seq_len": seq_len}
+    return {**_figures(_sum(float(total), groups), batches.num_targets, source.num_bytes()), "seq_len": seq_len}
 
 
 def _figures(total: float, num_targets: int, num_bytes: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.keys import differences
 from megatrain.config.renamed import new_name, with_new_names
 from megatrain.data import Dataset
-from megatrain.data.order import DataOrder, DatasetCursor, EpochCut, SamplingSettings, Segment
+from megatrain.data.order import DataOrder, Segment
 from megatrain.errors import CheckpointError
 from megatrain.train.schedule import learning_rate
 from megatrain.train.spikes import NOTHING_YET, Recent, Rewind
@@ -113,7 +113,7 @@ class Progress:
 
     def to_state(self) -> dict[str, Any]:
         """The manifest's ``state``."""
-        state = asdict(self)
+        state = asdict(self) | {"segments": [segment.to_state() for segment in self.segments]}
         del state["step"], state["tokens"]
         return state
 
@@ -121,7 +121,7 @@ class Progress:
     def from_state(cls, step: int, tokens: int, state: Mapping[str, Any]) -> Progress:
         """The inverse of ``to_state``. Raises CheckpointError for a state that this version cannot read."""
         try:
-            segments = tuple(_segment(entry) for entry in state["segments"])
+            segments = tuple(map(Segment.from_state, state["segments"]))
             return cls(
                 step,
                 tokens,
@@ -229,8 +229,8 @@ def _within_epoch(config: RunConfig, path: str, before: Any, after: Any) -> str 
 def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Dataset], order: DataOrder) -> DataOrder:
     """The order of data from where a run stopped. ``order``: that of the run from its start under this config.
 
-    Other terms (weights, batch size, sequence length, new epochs) begin a new segment. Raises CheckpointError where a
-    dataset or a packing plan is another.
+    Other settings (weights, batch size, sequence length, new epochs) begin a new segment. Raises CheckpointError where
+    a dataset or a packing plan is another.
     """
     digests = tuple(dataset.digest for dataset in datasets)
     if digests != progress.digests:
@@ -239,7 +239,7 @@ def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Datas
             f"data.train is not what this run was trained on ({', '.join(changed) or 'number or order changed'}): a "
             "run goes on with the same datasets in the same order. Put them back, or start a new run elsewhere."
         )
-    now, before = order.terms(0), progress.segments[-1].terms
+    now, before = order.settings(0), progress.segments[-1].settings
     if now.plans != before.plans and now.num_new_epochs == before.num_new_epochs:
         pairs = zip(datasets, now.plans, before.plans, strict=True)
         others = ", ".join(str(dataset.path) for dataset, plan, former in pairs if plan != former)
@@ -255,22 +255,10 @@ def begun_segment(progress: Progress) -> str | None:
     """What was changed in the order of data where a run goes on, in words; None: nothing."""
     if len(progress.segments) < 2 or progress.segments[-1].first_step != progress.step:
         return None
-    former, now = (asdict(segment.terms) for segment in progress.segments[-2:])
+    former, now = (asdict(segment.settings) for segment in progress.segments[-2:])
     names = ("global_batch_size", "weights", "seq_len", "num_new_epochs")
     changes = [f"{name} {now[name]} (was {former[name]})" for name in names if now[name] != former[name]]
     return f"a new segment of the data order: {', '.join(changes)}" if changes else None
-
-
-def _segment(entry: Mapping[str, Any]) -> Segment:
-    """The inverse of ``asdict``, after JSON has made tuples lists."""
-    places = tuple(
-        DatasetCursor(place["epoch"], place["position"], tuple(EpochCut(**cut) for cut in place["cuts"]))
-        for place in entry["places"]
-    )
-    terms: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in entry["terms"].items()
-    }
-    return Segment(entry["first_step"], SamplingSettings(**terms), places, entry["samples_before"])
 
 
 def former_config(saved: Mapping[str, Any]) -> RunConfig:

@@ -69,10 +69,10 @@ def test_changed_batch_size_and_weights_begin_a_segment(
     manifest = read_manifest(run.checkpoint(8))
     segments = Progress.from_state(manifest.step, manifest.tokens, manifest.state).segments
     assert [segment.first_step for segment in segments] == [0, 6]
-    assert [segment.terms.global_batch_size for segment in segments] == [8, 4]
+    assert [segment.settings.global_batch_size for segment in segments] == [8, 4]
     assert segments[1].samples_before == 6 * 8
-    windows = segments[0].terms.num_windows
-    assert sum(p.epoch * n + p.position for p, n in zip(segments[1].places, windows, strict=True)) == 6 * 8
+    windows = segments[0].settings.num_samples
+    assert sum(p.epoch * n + p.position for p, n in zip(segments[1].cursors, windows, strict=True)) == 6 * 8
     assert manifest.tokens == (6 * 8 + 2 * 4) * 64
     told = [event["message"] for event in Metrics.read(run.run_dir).events if event["event"] == "data order"]
     changes = "global_batch_size 4 (was 8), weights (5.0, 1.0) (was (2.0, 1.0))"
@@ -93,11 +93,11 @@ def test_windows_lengthen_only_in_a_new_epoch(
     manifest = read_manifest(run.checkpoint(12))
     first, shorter, new = Progress.from_state(manifest.step, manifest.tokens, manifest.state).segments
     assert (first.first_step, shorter.first_step, new.first_step) == (0, 6, 8)
-    used = sum(place.epoch * n for place, n in zip(shorter.places, first.terms.num_windows, strict=True))
-    cuts = [cut for place in shorter.places for cut in place.cuts]
+    used = sum(cursor.epoch * n for cursor, n in zip(shorter.cursors, first.settings.num_samples, strict=True))
+    cuts = [cut for cursor in shorter.cursors for cut in cursor.cuts]
     assert used + sum(cut.used for cut in cuts) == 6 * 8
     assert {cut.factor for cut in cuts} == {2}
-    assert [place.epoch - before.epoch for place, before in zip(new.places, shorter.places, strict=True)] == [1, 1]
+    assert [cursor.epoch - before.epoch for cursor, before in zip(new.cursors, shorter.cursors, strict=True)] == [1, 1]
     assert manifest.tokens == (6 * 64 + 2 * 32 + 4 * 64) * 8
     assert Metrics.read(run.run_dir).losses[:6] == losses
 

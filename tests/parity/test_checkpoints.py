@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from megatrain.data import open_dataset
-from megatrain.data.batches import BatchMaker, EvaluationBatches, Windows
+from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
 from megatrain.train.convert import export_checkpoint
 from megatrain.train.loading import load_decoder
 from tests.parity.figures import Pool
@@ -199,6 +199,6 @@ def test_an_exported_layout_computes_alike_in_transformers(name: str, saves: Sav
 def validation_windows(config: Mapping[str, Any]) -> EvaluationBatches:
     """Those that the workers evaluate on."""
     sources = [
-        Windows(open_dataset(entry["path"]), config["data"]["seq_len"], False) for entry in config["data"]["train"]
+        ConcatSource(open_dataset(entry["path"]), config["data"]["seq_len"], False) for entry in config["data"]["train"]
     ]
     return EvaluationBatches(BatchMaker(sources, 1), 0, 1, limit=NUM_VALIDATION_WINDOWS)

@@ -16,9 +16,9 @@ from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import Augmentation, DocumentPart, open_augmentations
-from megatrain.data.batches import BatchMaker, SampleSource, TrainingBatches, Windows
+from megatrain.data.batches import BatchMaker, ConcatSource, SampleSource, TrainingBatches
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
-from megatrain.data.packing import PackedWindows, open_plan, store_plan
+from megatrain.data.packing import PackedSource, open_plan, store_plan
 from megatrain.errors import ConfigError, DataError
 from tests.tokenizer_samples import qwen3
 
@@ -38,10 +38,10 @@ def dataset(sentinel_data: Path) -> Dataset:
 @pytest.fixture(scope="module", params=["concat", "best_fit"])
 def source(request: pytest.FixtureRequest, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> SampleSource:
     if request.param == "concat":
-        return Windows(dataset, SEQ_LEN, document_mask=True)
+        return ConcatSource(dataset, SEQ_LEN, document_mask=True)
     folder = tmp_path_factory.mktemp("plan")
     store_plan(dataset, SEQ_LEN, folder)
-    return PackedWindows(dataset, open_plan(dataset, SEQ_LEN, folder), SEQ_LEN, document_mask=True)
+    return PackedSource(dataset, open_plan(dataset, SEQ_LEN, folder), SEQ_LEN, document_mask=True)
 
 
 def opened(dataset: Dataset, *transforms: dict[str, Any], seed: int = 1) -> Augmentation:
@@ -67,7 +67,7 @@ def samples_of(windows: Ints, epoch: int = 0) -> Samples:
 
 def whole(source: SampleSource, augmentation: Augmentation | None, epoch: int = 0) -> Batch:
     """All samples of a source, transformed, in one batch."""
-    every = np.arange(source.num_windows)
+    every = np.arange(source.num_samples)
     (batch,) = BatchMaker([source], len(every), [augmentation]).make(samples_of(every, epoch))
     return batch
 
@@ -87,7 +87,7 @@ def sentinel_ids(dataset: Dataset) -> dict[str, int]:
 
 def test_the_parts_of_a_sample_are_its_documents(source: SampleSource, dataset: Dataset) -> None:
     tokens = np.empty(SEQ_LEN + 1, dtype=np.int64)
-    for window in range(source.num_windows):
+    for window in range(source.num_samples):
         source.fill(window, tokens, None, None)
         at = 0
         for document, offset, begin, end in source.parts(window):
@@ -104,7 +104,7 @@ def test_fill_in_the_middle_loses_no_part(source: SampleSource, dataset: Dataset
     fill = opened(dataset, FILL)
     plain, tokens = np.empty(SEQ_LEN + 1, dtype=np.int64), np.empty(SEQ_LEN + 1, dtype=np.int64)
     choices: dict[int, set[bool]] = {}
-    for window in range(source.num_windows):
+    for window in range(source.num_samples):
         source.fill(window, plain, None, None)
         tokens[:] = plain
         assert fill.apply(source.parts(window), 0, tokens) is tokens
@@ -158,7 +158,7 @@ def test_transforms_depend_only_on_seed_epoch_and_document(source: SampleSource,
     ):
         share = (other.tokens_BT == first.tokens_BT).float().mean()
         assert float(share) < 0.8
-    backwards = np.arange(source.num_windows)[::-1].copy()
+    backwards = np.arange(source.num_samples)[::-1].copy()
     (batch,) = BatchMaker([source], len(backwards), [opened(dataset, *transforms)]).make(samples_of(backwards))
     assert bool((batch.tokens_BT.flip(0) == first.tokens_BT).all())
 
@@ -181,7 +181,7 @@ def test_ranks_and_resumes_see_the_same_transformed_samples(
         assert len(counts) == len(steps)
         return sorted(rows)
 
-    order = DataOrder.begin(5, SamplingSettings(12, (1.0,), SEQ_LEN, (source.num_windows,)))
+    order = DataOrder.begin(5, SamplingSettings(12, (1.0,), SEQ_LEN, (source.num_samples,)))
     steps = [0, 1, 60]  # 60 is in a later epoch
     assert order.batch(60).epoch[0] > 0
     straight = found(1, 12, order, steps)
@@ -242,7 +242,7 @@ def fussy(tokens, random):
 def test_a_user_function_transforms_each_document(module: str, source: SampleSource, dataset: Dataset) -> None:
     rotate = opened(dataset, {"transform": f"{module}:rotate"})
     plain, tokens = np.empty(SEQ_LEN + 1, dtype=np.int64), np.empty(SEQ_LEN + 1, dtype=np.int64)
-    for window in range(0, source.num_windows, 7):
+    for window in range(0, source.num_samples, 7):
         source.fill(window, plain, None, None)
         tokens[:] = plain
         rotate.apply(source.parts(window), 0, tokens)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
+from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
 from megatrain.errors import DataError
 from tests.runs import TinyData
@@ -38,9 +38,9 @@ def samples_of(windows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Samples:
 
 def test_windows_follow_each_other_targets_are_next_tokens(prose: Dataset) -> None:
     tokens = _all_tokens(prose)
-    windows = Windows(prose, SEQ_LEN)
-    assert windows.num_windows == (len(tokens) - 1) // SEQ_LEN
-    chosen = np.array([0, 7, windows.num_windows - 1])
+    windows = ConcatSource(prose, SEQ_LEN)
+    assert windows.num_samples == (len(tokens) - 1) // SEQ_LEN
+    chosen = np.array([0, 7, windows.num_samples - 1])
     (batch,) = BatchMaker([windows], 3).make(samples_of(chosen))
     for row, k in enumerate(chosen.tolist()):
         assert batch.tokens_BT[row].tolist() == tokens[k * SEQ_LEN : (k + 1) * SEQ_LEN].tolist()
@@ -52,14 +52,14 @@ def test_windows_follow_each_other_targets_are_next_tokens(prose: Dataset) -> No
 
 def test_a_too_short_dataset_is_refused_by_name(tmp_path: Path, held_out: Dataset) -> None:
     with pytest.raises(DataError, match=r"held-out has .* too few for one sample of data\.seq_len=1000000"):
-        Windows(held_out, 1_000_000)
+        ConcatSource(held_out, 1_000_000)
 
 
 def test_a_document_mask_restarts_positions_at_each_document(prose: Dataset) -> None:
-    windows = Windows(prose, SEQ_LEN, document_mask=True)
+    windows = ConcatSource(prose, SEQ_LEN, document_mask=True)
     begins = {prose.document_range(k)[0] for k in range(prose.num_documents)}
-    inside = [k for k in range(windows.num_windows) if begins & set(range(k * SEQ_LEN + 1, (k + 1) * SEQ_LEN))]
-    exact = [k for k in range(windows.num_windows) if k * SEQ_LEN in begins]
+    inside = [k for k in range(windows.num_samples) if begins & set(range(k * SEQ_LEN + 1, (k + 1) * SEQ_LEN))]
+    exact = [k for k in range(windows.num_samples) if k * SEQ_LEN in begins]
     chosen = np.array([*inside[:20], *exact[:3], 1])
     (batch,) = BatchMaker([windows], len(chosen)).make(samples_of(chosen))
     assert batch.document_ids_BT is not None
@@ -76,30 +76,30 @@ def test_a_document_mask_restarts_positions_at_each_document(prose: Dataset) -> 
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_targets_after_documents_can_be_left_out(document_mask: bool, prose: Dataset) -> None:
-    source = Windows(prose, SEQ_LEN, document_mask, score_after_eod=False)
-    every = np.arange(source.num_windows)
+    source = ConcatSource(prose, SEQ_LEN, document_mask, score_after_eod=False)
+    every = np.arange(source.num_samples)
     (batch,) = BatchMaker([source], len(every)).make(samples_of(every))
     assert batch.loss_mask_BT is not None
     begins = {prose.document_range(k)[0] for k in range(prose.num_documents)}
     expected = [[k * SEQ_LEN + 1 + t not in begins for t in range(SEQ_LEN)] for k in every.tolist()]
     assert batch.loss_mask_BT.tolist() == expected
     assert bool((batch.tokens_BT[~batch.loss_mask_BT] == prose.eod_id).all())
-    inside = source.num_windows * SEQ_LEN
+    inside = source.num_samples * SEQ_LEN
     assert source.num_targets(every) == sum(map(sum, expected)) == inside - sum(0 < b <= inside for b in begins)
 
 
 def test_targets_are_counted_without_making_windows(prose: Dataset) -> None:
-    source = Windows(prose, SEQ_LEN, score_after_eod=False)
+    source = ConcatSource(prose, SEQ_LEN, score_after_eod=False)
     maker, rng = BatchMaker([source], 64), np.random.default_rng(1)
     for count in (0, 1, 2, 40):
-        for windows in (rng.integers(source.num_windows, size=count), 5 + np.arange(count)):
+        for windows in (rng.integers(source.num_samples, size=count), 5 + np.arange(count)):
             masks = [batch.loss_mask_BT for batch in maker.make(samples_of(windows))]
             assert source.num_targets(windows) == sum(int(mask.sum()) for mask in masks if mask is not None)
 
 
 def test_bytes_of_unscored_targets_are_not_counted(prose: Dataset) -> None:
-    every, without = Windows(prose, SEQ_LEN), Windows(prose, SEQ_LEN, score_after_eod=False)
-    count = every.num_windows * SEQ_LEN
+    every, without = ConcatSource(prose, SEQ_LEN), ConcatSource(prose, SEQ_LEN, score_after_eod=False)
+    count = every.num_samples * SEQ_LEN
     firsts = [prose.document(k)[0] for k in range(prose.num_documents) if 0 < prose.document_range(k)[0] <= count]
     assert every.num_bytes() == prose.window_bytes(1, count)
     assert every.num_bytes() - without.num_bytes() == int(prose.token_bytes[firsts].sum()) > 0
@@ -110,9 +110,9 @@ def test_bytes_of_unscored_targets_are_not_counted(prose: Dataset) -> None:
 def test_ranks_and_micro_batches_share_the_global_batch(
     num_ranks: int, micro_batch_size: int, prose: Dataset, held_out: Dataset
 ) -> None:
-    sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]
-    terms = SamplingSettings(8, (1.0, 1.0), SEQ_LEN, tuple(source.num_windows for source in sources))
-    order = DataOrder.begin(3, terms)
+    sources = [ConcatSource(prose, SEQ_LEN), ConcatSource(held_out, SEQ_LEN)]
+    settings = SamplingSettings(8, (1.0, 1.0), SEQ_LEN, tuple(source.num_samples for source in sources))
+    order = DataOrder.begin(3, settings)
     found = []
     for rank in range(num_ranks):
         batches = TrainingBatches(BatchMaker(sources, micro_batch_size), order, rank, num_ranks)
@@ -137,7 +137,7 @@ def test_ranks_and_micro_batches_share_the_global_batch(
 def test_evaluation_scores_each_window_exactly_once(
     num_ranks: int, limit: int | None, prose: Dataset, held_out: Dataset
 ) -> None:
-    sources = [Windows(prose, SEQ_LEN), Windows(held_out, SEQ_LEN)]
+    sources = [ConcatSource(prose, SEQ_LEN), ConcatSource(held_out, SEQ_LEN)]
     scored: Counter[tuple[int, ...]] = Counter()
     num_targets, lengths = 0, set()
     for rank in range(num_ranks):
@@ -152,14 +152,14 @@ def test_evaluation_scores_each_window_exactly_once(
             assert bool((mask.all(dim=1) | ~mask.any(dim=1)).all())
             scored.update(tuple(row) for row, kept in zip(batch.tokens_BT.tolist(), mask[:, 0], strict=True) if kept)
     assert len(lengths) == 1
-    total = sum(source.num_windows for source in sources)
+    total = sum(source.num_samples for source in sources)
     if limit == 7:
         assert num_targets == 8 * SEQ_LEN  # four of each source
     else:
         every = Counter(
             tuple(source.dataset.window(k * SEQ_LEN, SEQ_LEN).tolist())
             for source in sources
-            for k in range(source.num_windows)
+            for k in range(source.num_samples)
         )
         assert scored == every
         assert num_targets == total * SEQ_LEN

@@ -18,7 +18,7 @@ SEQ_LENS = (16, 8, 4, 2)  # each divides those before it
 
 
 class Part(NamedTuple):
-    """Some steps under the same terms."""
+    """Some steps under the same settings."""
 
     num_steps: int
     global_batch_size: int
@@ -44,7 +44,7 @@ seeds = st.integers(0, 2**32)
 
 
 def legal(parts: list[Part]) -> list[Part]:
-    """The parts with windows that only become shorter, but where a new epoch begins."""
+    """The parts with samples that only become shorter, but where a new epoch begins."""
     seq_len, found = parts[0].seq_len, []
     for part in parts:
         seq_len = part.seq_len if part.new_epoch else min(part.seq_len, seq_len)
@@ -52,7 +52,7 @@ def legal(parts: list[Part]) -> list[Part]:
     return found
 
 
-def terms_of(part: Part, num_tokens: list[int], num_new_epochs: int = 0) -> SamplingSettings:
+def settings_of(part: Part, num_tokens: list[int], num_new_epochs: int = 0) -> SamplingSettings:
     return SamplingSettings(
         part.global_batch_size,
         tuple(part.weights[: len(num_tokens)]),
@@ -64,10 +64,10 @@ def terms_of(part: Part, num_tokens: list[int], num_new_epochs: int = 0) -> Samp
 
 def run(seed: int, num_tokens: list[int], parts: list[Part]) -> tuple[DataOrder, list[int]]:
     """The order of a run with these parts; the first step of each, and the last one's end."""
-    order, steps, asked = DataOrder.begin(seed, terms_of(parts[0], num_tokens)), [0], 0
+    order, steps, asked = DataOrder.begin(seed, settings_of(parts[0], num_tokens)), [0], 0
     for part in parts:
         asked += part.new_epoch
-        order = order.change(steps[-1], terms_of(part, num_tokens, asked))
+        order = order.change(steps[-1], settings_of(part, num_tokens, asked))
         steps.append(steps[-1] + part.num_steps)
     return order, steps
 
@@ -76,32 +76,32 @@ def seen(order: DataOrder, num_steps: int, source: int) -> list[tuple[int, int, 
     """Epoch, and tokens [begin, end), of each sample of one dataset, in order."""
     found = []
     for step in range(num_steps):
-        batch, length = order.batch(step), order.terms(step).seq_len
+        batch, length = order.batch(step), order.settings(step).seq_len
         mine = batch.dataset == source
-        pairs = zip(batch.epoch[mine].tolist(), batch.window[mine].tolist(), strict=True)
-        found += [(epoch, window * length, (window + 1) * length) for epoch, window in pairs]
+        pairs = zip(batch.epoch[mine].tolist(), batch.index[mine].tolist(), strict=True)
+        found += [(epoch, index * length, (index + 1) * length) for epoch, index in pairs]
     return found
 
 
 @settings(deadline=None)
 @given(seeds, tokens, parts_of(shrinks=False, restarts=False))
-def test_changed_batches_and_weights_repeat_no_window(seed: int, num_tokens: list[int], parts: list[Part]) -> None:
+def test_changed_batches_and_weights_repeat_no_sample(seed: int, num_tokens: list[int], parts: list[Part]) -> None:
     order, steps = run(seed, num_tokens, parts)
     batches = [order.batch(step) for step in range(steps[-1])]
     for source, count in enumerate(num_tokens):
         size = (count - 1) // SEQ_LENS[0]
         epochs = np.concatenate([batch.epoch[batch.dataset == source] for batch in batches])
-        windows = np.concatenate([batch.window[batch.dataset == source] for batch in batches])
+        indices = np.concatenate([batch.index[batch.dataset == source] for batch in batches])
         assert np.array_equal(epochs, np.arange(len(epochs)) // size)  # one epoch after the other, each full
         for epoch in range(int(epochs.max(initial=-1)) + 1):
-            once = windows[epochs == epoch]
+            once = indices[epochs == epoch]
             assert len(np.unique(once)) == len(once)
             assert once.max() < size
 
 
 @settings(deadline=None)
 @given(seeds, tokens, parts_of(shrinks=True, restarts=False))
-def test_shorter_windows_repeat_and_lose_no_token(seed: int, num_tokens: list[int], parts: list[Part]) -> None:
+def test_shorter_samples_repeat_and_lose_no_token(seed: int, num_tokens: list[int], parts: list[Part]) -> None:
     parts = legal(parts)
     order, steps = run(seed, num_tokens, parts)
     assert_each_token_once_an_epoch(order, steps[-1], num_tokens)
@@ -116,7 +116,7 @@ def assert_each_token_once_an_epoch(order: DataOrder, num_steps: int, num_tokens
             spans = sorted((begin, end) for number, begin, end in samples if number == epoch)
             assert all(end <= begin for (_, end), (begin, _) in pairwise(spans)), "seen twice"
             assert spans[-1][1] < count
-            if epoch < epochs[-1]:  # it is over: nothing but an end too short for one of its first windows is left
+            if epoch < epochs[-1]:  # it is over: nothing but an end too short for one of its first samples is left
                 assert spans[0][0] == 0
                 assert all(end == begin for (_, end), (begin, _) in pairwise(spans)), "left out"
                 assert count - 1 - spans[-1][1] < SEQ_LENS[0]
@@ -126,8 +126,8 @@ def test_an_epoch_cut_twice_is_seen_once() -> None:
     for seed in range(5):
         parts = [Part(4, 3, [1.0], 16, False), Part(5, 3, [1.0], 8, False), Part(5, 6, [1.0], 4, False)]
         order, steps = run(seed, [1000], [*parts, Part(110, 4, [1.0], 2, False)])
-        assert [place.epoch for place in order.segments[-1].places] == [0]
-        assert len(order.segments[-1].places[0].cuts) == 3
+        assert [cursor.epoch for cursor in order.segments[-1].cursors] == [0]
+        assert len(order.segments[-1].cursors[0].cuts) == 3
         assert order.batch(steps[-1] - 1).epoch[0] == 1
         assert_each_token_once_an_epoch(order, steps[-1], [1000])
 
@@ -171,71 +171,71 @@ def test_random_access_equals_sequential_order(
 
 
 def assert_same(one: Samples, other: Samples) -> None:
-    for name in ("dataset", "epoch", "window", "number"):
+    for name in ("dataset", "epoch", "index", "number"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
 @settings(deadline=None)
 @given(seeds, tokens, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 10_000))
 def test_shares_of_ranks_make_the_global_batch(seed: int, num_tokens: list[int], num_ranks: int, step: int) -> None:
-    order = DataOrder.begin(seed, terms_of(Part(1, 12, [1.0] * 3, 16, False), num_tokens))
+    order = DataOrder.begin(seed, settings_of(Part(1, 12, [1.0] * 3, 16, False), num_tokens))
     whole, share = order.batch(step), 12 // num_ranks
     parts = [order.batch(step, rank * share, (rank + 1) * share) for rank in range(num_ranks)]
-    for field in ("dataset", "epoch", "window", "number"):
+    for field in ("dataset", "epoch", "index", "number"):
         assert np.array_equal(np.concatenate([getattr(part, field) for part in parts]), getattr(whole, field))
 
 
-TERMS = SamplingSettings(4, (1.0, 2.0), 16, (100, 200))
+SETTINGS = SamplingSettings(4, (1.0, 2.0), 16, (100, 200))
 
 
-def test_pieces_of_a_window_are_spread_out() -> None:
-    order = DataOrder.begin(1, replace(TERMS, weights=(1.0, 0.0)))
-    order = order.change(5, replace(TERMS, weights=(1.0, 0.0), seq_len=4, num_windows=(400, 800)))
-    windows = np.concatenate([order.batch(step).window for step in range(5, 85)]) // 4
-    assert (windows[1:] == windows[:-1]).mean() < 0.05
+def test_parts_of_a_cut_sample_are_spread_out() -> None:
+    order = DataOrder.begin(1, replace(SETTINGS, weights=(1.0, 0.0)))
+    order = order.change(5, replace(SETTINGS, weights=(1.0, 0.0), seq_len=4, num_samples=(400, 800)))
+    indices = np.concatenate([order.batch(step).index for step in range(5, 85)]) // 4
+    assert (indices[1:] == indices[:-1]).mean() < 0.05
 
 
 def test_an_unstarted_epoch_is_cut_anew() -> None:
-    order = DataOrder.begin(1, replace(TERMS, weights=(1.0, 0.0)))
-    shorter = order.change(5, replace(TERMS, seq_len=8, num_windows=(201, 401)))
-    assert [len(place.cuts) for place in shorter.segments[1].places] == [1, 0]
+    order = DataOrder.begin(1, replace(SETTINGS, weights=(1.0, 0.0)))
+    shorter = order.change(5, replace(SETTINGS, seq_len=8, num_samples=(201, 401)))
+    assert [len(cursor.cuts) for cursor in shorter.segments[1].cursors] == [1, 0]
 
 
-def test_longer_windows_are_refused_within_an_epoch() -> None:
+def test_longer_samples_are_refused_within_an_epoch() -> None:
     for seq_len in (32, 12, 5):
         with pytest.raises(ValueError, match="must divide 16"):
-            DataOrder.begin(1, TERMS).change(5, replace(TERMS, seq_len=seq_len))
+            DataOrder.begin(1, SETTINGS).change(5, replace(SETTINGS, seq_len=seq_len))
 
 
 def test_a_change_to_what_holds_already_is_none() -> None:
-    order = DataOrder.begin(1, TERMS)
-    assert order.change(5, replace(TERMS)) is order
+    order = DataOrder.begin(1, SETTINGS)
+    assert order.change(5, replace(SETTINGS)) is order
 
 
 def test_a_change_leaves_earlier_steps_alone() -> None:
-    order = DataOrder.begin(1, TERMS)
-    changed = order.change(5, replace(TERMS, global_batch_size=8, seq_len=8, num_windows=(200, 400)))
+    order = DataOrder.begin(1, SETTINGS)
+    changed = order.change(5, replace(SETTINGS, global_batch_size=8, seq_len=8, num_samples=(200, 400)))
     for step in range(5):
         assert_same(changed.batch(step), order.batch(step))
-    assert [changed.terms(step).global_batch_size for step in (4, 5)] == [4, 8]
+    assert [changed.settings(step).global_batch_size for step in (4, 5)] == [4, 8]
 
 
 def test_a_second_change_replaces_later_ones() -> None:
-    order = DataOrder.begin(1, TERMS).change(10, replace(TERMS, global_batch_size=8))
-    again = order.change(6, replace(TERMS, global_batch_size=2))
+    order = DataOrder.begin(1, SETTINGS).change(10, replace(SETTINGS, global_batch_size=8))
+    again = order.change(6, replace(SETTINGS, global_batch_size=2))
     assert [segment.first_step for segment in again.segments] == [0, 6]
 
 
 def test_no_dataset_may_be_empty() -> None:
-    with pytest.raises(ValueError, match="at least one window"):
-        DataOrder.begin(1, replace(TERMS, num_windows=(3, 0)))
+    with pytest.raises(ValueError, match="at least one sample"):
+        DataOrder.begin(1, replace(SETTINGS, num_samples=(3, 0)))
 
 
 def test_ordering_a_trillion_tokens_takes_no_memory() -> None:
     order = DataOrder.begin(1, SamplingSettings(1024, (3.0, 1.0), 2048, (488_281_250, 100_000_000)))
     order = order.change(10**5, SamplingSettings(1024, (3.0, 1.0), 1024, (976_562_500, 200_000_000)))
     batch = order.batch(10**6)
-    assert len(np.unique(np.stack([batch.dataset, batch.epoch, batch.window]), axis=1).T) == 1024
+    assert len(np.unique(np.stack([batch.dataset, batch.epoch, batch.index]), axis=1).T) == 1024
     arrays = [value for segment in order.segments for value in vars(segment).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in arrays) < 1000
 
@@ -259,6 +259,6 @@ def test_only_the_named_batches_are_left_out(
 
 
 def read(order: DataOrder, steps: range, source: int) -> list[tuple[int, int]]:
-    """Epoch and window of each sample of one dataset in these steps."""
-    places = (place for step in steps for place in order.batch(step).places())
-    return [(epoch, window) for dataset, epoch, window in places if dataset == source]
+    """Epoch and index of each sample of one dataset in these steps."""
+    samples = (sample for step in steps for sample in order.batch(step))
+    return [(epoch, index) for dataset, epoch, index in samples if dataset == source]

@@ -21,9 +21,9 @@ from data_tools.units import ReadOptions
 from megatrain.batch import Batch
 from megatrain.data import Dataset, open_dataset
 from megatrain.data import packing as packing_module
-from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches, Windows
+from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
-from megatrain.data.packing import PackedWindows, PackingPlan, best_fit, open_plan, pack_documents, store_plan
+from megatrain.data.packing import PackedSource, PackingPlan, best_fit, open_plan, pack_documents, store_plan
 from megatrain.errors import DataError
 from tests.runs import TinyData
 
@@ -47,9 +47,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(folder / "out")
 
 
-def packed(dataset: Dataset, folder: Path, document_mask: bool = False, seq_len: int = SEQ_LEN) -> PackedWindows:
+def packed(dataset: Dataset, folder: Path, document_mask: bool = False, seq_len: int = SEQ_LEN) -> PackedSource:
     store_plan(dataset, seq_len, folder)
-    return PackedWindows(dataset, open_plan(dataset, seq_len, folder), seq_len, document_mask)
+    return PackedSource(dataset, open_plan(dataset, seq_len, folder), seq_len, document_mask)
 
 
 def samples_of(windows: Ints) -> Samples:
@@ -112,7 +112,7 @@ def test_batches_hold_documents_and_score_only_their_pairs(
     document_mask: bool, dataset: Dataset, tmp_path: Path
 ) -> None:
     source = packed(dataset, tmp_path, document_mask)
-    every = np.arange(source.num_windows)
+    every = np.arange(source.num_samples)
     scored: list[tuple[int, int]] = []
     for batch in BatchMaker([source], 7).make(samples_of(every)):
         assert batch.loss_mask_BT is not None
@@ -158,12 +158,12 @@ def test_samples_are_full_and_cut_only_overlong_documents(
             inside = sum(start <= begin < stop for begin in begins)
             assert inside == max(1, -(-(stop - start - 1) // source.seq_len))
         used = sum(min(targets + 1, source.seq_len) for sample in pieces for _, targets in sample)
-        assert used > 0.98 * source.num_windows * source.seq_len
+        assert used > 0.98 * source.num_samples * source.seq_len
 
 
 def test_data_ranks_share_a_global_batch_of_targets(dataset: Dataset, tmp_path: Path) -> None:
     source = packed(dataset, tmp_path)
-    order = DataOrder.begin(5, SamplingSettings(12, (1.0,), SEQ_LEN, (source.num_windows,)))
+    order = DataOrder.begin(5, SamplingSettings(12, (1.0,), SEQ_LEN, (source.num_samples,)))
     ranks = [TrainingBatches(BatchMaker([source], 2), order, rank, 3) for rank in range(3)]
     for step in (0, 1, 2, 20, 1000):
         counts = {rank.num_targets(step) for rank in ranks}
@@ -182,7 +182,7 @@ def test_evaluating_packed_samples_scores_each_target_once(dataset: Dataset, tmp
 
 
 def test_concat_windows_need_no_mask(dataset: Dataset) -> None:
-    maker = BatchMaker([Windows(dataset, SEQ_LEN)], 4)
+    maker = BatchMaker([ConcatSource(dataset, SEQ_LEN)], 4)
     chosen = np.arange(8)
     assert [batch.loss_mask_BT for batch in maker.make(samples_of(chosen))] == [None, None]
     assert maker.num_targets(samples_of(chosen)) == 8 * SEQ_LEN
@@ -191,7 +191,7 @@ def test_concat_windows_need_no_mask(dataset: Dataset) -> None:
 def test_many_blocks_hold_every_pair_too(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_module, "BLOCK_DOCUMENTS", 50)
     source = packed(dataset, tmp_path)
-    every = np.arange(source.num_windows)
+    every = np.arange(source.num_samples)
     assert source.num_targets(every) == dataset.num_tokens - dataset.num_documents
     each = [sum(targets for _, targets in pieces) for pieces in all_pieces(source.plan)]
     assert [source.num_targets(every[k : k + 1]) for k in every] == each

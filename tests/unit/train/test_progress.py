@@ -23,9 +23,9 @@ from megatrain.train.progress import (
 )
 from megatrain.train.spikes import Recent, Rewind
 
-TERMS = SamplingSettings(8, (2.0, 1.0), 256, (100, 50))
-ORDER = DataOrder.begin(3, TERMS)
-SHORTER = replace(TERMS, global_batch_size=4, seq_len=64, num_windows=(400, 200))
+SETTINGS = SamplingSettings(8, (2.0, 1.0), 256, (100, 50))
+ORDER = DataOrder.begin(3, SETTINGS)
+SHORTER = replace(SETTINGS, global_batch_size=4, seq_len=64, num_samples=(400, 200))
 RECENT = Recent((2.5, 2.25), (1.0, 0.5))
 PROGRESS = Progress(
     10,
@@ -193,9 +193,9 @@ class Named(NamedTuple):
     digest: str
 
 
-def resumed(terms: SamplingSettings, progress: Progress = PROGRESS) -> DataOrder:
+def resumed(settings: SamplingSettings, progress: Progress = PROGRESS) -> DataOrder:
     datasets: Any = [Named("data/a", "a"), Named("data/b", "b")]
-    return resume_order(CONFIG, progress, datasets, DataOrder.begin(3, terms))
+    return resume_order(CONFIG, progress, datasets, DataOrder.begin(3, settings))
 
 
 def test_only_changed_terms_begin_a_segment() -> None:
@@ -204,14 +204,14 @@ def test_only_changed_terms_begin_a_segment() -> None:
 
 
 def test_another_packing_plan_needs_a_new_epoch() -> None:
-    packed = replace(TERMS, plans=("aa", "bb"))
+    packed = replace(SETTINGS, plans=("aa", "bb"))
     progress = replace(PROGRESS, segments=DataOrder.begin(3, packed).segments)
     assert resumed(packed, progress).segments == progress.segments
     other = replace(packed, plans=("aa", "cc"))
     with pytest.raises(CheckpointError, match="packing plan of data/b is not the one") as refused:
         resumed(other, progress)
     assert "set data.num_new_epochs to 1" in str(refused.value)
-    assert resumed(replace(other, num_new_epochs=1), progress).terms(10).plans == ("aa", "cc")
+    assert resumed(replace(other, num_new_epochs=1), progress).settings(10).plans == ("aa", "cc")
 
 
 def test_all_forbidden_changes_are_explained_at_once() -> None:
