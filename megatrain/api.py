@@ -21,7 +21,7 @@ from torch import Tensor
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.origin import load as load_config
-from megatrain.checkpoint.store import TOKENIZER, CheckpointFolder, find_store, is_checkpoint
+from megatrain.checkpoint.store import TOKENIZER, CheckpointFolder, find_store, is_checkpoint, resolve_best
 from megatrain.config import ModelConfig, RunConfig, recipes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
@@ -132,20 +132,22 @@ class Model:
         return "".join(stream)
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> Model:
+def load(path: str | Path, dtype: torch.dtype | None = None, *, best: bool = False) -> Model:
     """The model in a checkpoint or a run folder (its newest good checkpoint), here or at an address; in a Hugging Face
     folder; or of a config or a recipe's name: then with its initial weights.
 
-    ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where there is no model or it is
+    ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. ``best``: of a run, the checkpoint with the lowest
+    validation loss. Raises CheckpointError where there is no model or it is
     damaged, ConfigError for a config that is wrong or whose vocabulary is not known.
     """
     place = locate(path)
-    if isinstance(place, Path):
-        if (config := recipes.find(path)).suffix in (".yaml", ".yml") and config.is_file():
+    if isinstance(place, Path) and not best:
+        config = recipes.find(path)
+        if config.suffix in (".yaml", ".yml") and config.is_file() and not place.is_dir():
             return _initial(load_config(config), dtype)
         if (place / huggingface.CONFIG).is_file() and not is_checkpoint(place):
             return _from_huggingface(place, dtype)
-    loaded = load_decoder(place, dtype)
+    loaded = load_decoder(resolve_best(place) if best else place, dtype)
     assets = Assets.of_checkpoint(loaded.reader.folder, loaded.reader.manifest)
     return Model(loaded.saved.model, loaded.model, _tokenizer(assets, loaded.reader.folder), assets)
 

@@ -20,6 +20,7 @@ import typer
 from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, DataError, MegatrainError
 
 if TYPE_CHECKING:
+    from megatrain.checkpoint.location import Location
     from megatrain.config import RunConfig
     from megatrain.data.epochs import Epochs
 
@@ -45,6 +46,7 @@ CheckpointPath = Annotated[
         help="A checkpoint folder, or a run folder: its newest good one. Or the URL of either.",
     ),
 ]
+Best = Annotated[bool, typer.Option("--best", help="Of a run folder, the checkpoint with the lowest validation loss.")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else.")]
 
@@ -264,6 +266,7 @@ def generate(
         typer.Option(min=1, help="Ranks on this machine among which the model is cut, where it is too large for one."),
     ] = None,
     tensor: Annotated[int | None, typer.Option(min=1, help="The same: all ranks are tensor ranks.")] = None,
+    best: Best = False,
 ) -> None:
     """Let a trained model go on from a prompt.
 
@@ -280,7 +283,6 @@ def generate(
         )
     if rank.world_size < num_ranks:
         raise typer.Exit(_run_on_ranks(num_ranks))
-    from megatrain.checkpoint.location import locate
     from megatrain.distributed.binding import bind
     from megatrain.train.inference import generate_text
 
@@ -292,7 +294,7 @@ def generate(
             typer.echo(f"Warning: {warnings.pop(0)}", err=True)
 
     texts = generate_text(
-        locate(checkpoint),
+        _place(checkpoint, best),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -327,6 +329,7 @@ def evaluate(
     tensor: Annotated[
         int, typer.Option(min=1, help="So many ranks hold one copy of the model, where it is too large for one.")
     ] = 1,
+    best: Best = False,
     as_json: AsJson = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once.
@@ -338,14 +341,13 @@ def evaluate(
     rank = read_rank()
     if rank.world_size == 1 and (procs or tensor) > 1:
         raise typer.Exit(_run_on_ranks(procs or tensor))
-    from megatrain.checkpoint.location import locate
     from megatrain.distributed.binding import bind
     from megatrain.train.evaluation import evaluate_checkpoint
 
     bind(rank)
     show_progress = sys.stderr.isatty() and rank.rank == 0
     figures = evaluate_checkpoint(
-        locate(checkpoint), data, seq_len, show_progress=show_progress, rank=rank, tensor=tensor
+        _place(checkpoint, best), data, seq_len, show_progress=show_progress, rank=rank, tensor=tensor
     )
     if rank.rank != 0:
         return
@@ -360,12 +362,12 @@ def evaluate(
 def export(
     checkpoint: CheckpointPath,
     out: Annotated[Path, typer.Option(help="The folder to make; it must not exist yet.")],
+    best: Best = False,
 ) -> None:
     """Write a checkpoint as a folder that Hugging Face transformers loads."""
-    from megatrain.checkpoint.location import locate
     from megatrain.train.convert import export_checkpoint
 
-    exported = export_checkpoint(locate(checkpoint), out)
+    exported = export_checkpoint(_place(checkpoint, best), out)
     typer.echo(f"{out} is {exported.source} for transformers.")
     for note in exported.notes:
         typer.echo(note)
@@ -515,6 +517,15 @@ def _load(config: str, overrides: list[str] | None) -> RunConfig:
     from megatrain.checkpoint.origin import load
 
     return load(config, overrides or (), note=lambda text: typer.echo(f"note: {text}", err=True))
+
+
+def _place(checkpoint: str, best: bool) -> Location:
+    """The checkpoint or run folder that the command line names."""
+    from megatrain.checkpoint.location import locate
+    from megatrain.checkpoint.store import resolve_best
+
+    place = locate(checkpoint)
+    return resolve_best(place) if best else place
 
 
 def _run_on_ranks(num_ranks: int) -> int:

@@ -321,6 +321,23 @@ def resolve(path: Location) -> Location:
     return newest.path
 
 
+def resolve_best(path: Location) -> Location:
+    """The good checkpoint of a run folder with the lowest validation loss; of several, the earliest.
+
+    Raises CheckpointError where there is none.
+    """
+    if is_checkpoint(path):
+        raise CheckpointError(f"{path} is one checkpoint: the best is found among those of a run folder.")
+    manifests = {found.path: found.manifest for found in find_store(path).list() if found.good and found.manifest}
+    best = _best(manifests, 1)
+    if not best:
+        raise CheckpointError(
+            f"{path} has no good checkpoint with a validation loss. One has a loss where an evaluation on "
+            "data.validation is due at the same step (train.eval_every_steps, checkpoint.every_steps)."
+        )
+    return best.pop()
+
+
 def add_file(folder: Location, name: str, content: bytes) -> FileEntry:
     """Write a small file beside the pieces, synced; its entry for the manifest. Raises OSError."""
     write_file(folder / name, content)

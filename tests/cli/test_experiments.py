@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatrain.checkpoint.manifest import read_manifest
 from megatrain.experiments import sweep
 from megatrain.experiments.runs import summarize
 from tests.cli.conftest import Megatrain
@@ -107,3 +108,19 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, megatrain: Megatrain) 
     ended = megatrain("runs", tmp_path)
     assert ended.code == 3
     assert "has no run in it" in ended.err
+
+
+def test_best_exports_the_lowest_validation_loss(finished_run: Path, tmp_path: Path, megatrain: Megatrain) -> None:
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    fourth = run_dir / "checkpoints" / "step-00000004"
+    lower = read_manifest(fourth).model_copy(update={"validation_loss": 0.001})
+    (fourth / "manifest.json").write_bytes(lower.encode())
+    ended = megatrain("export", run_dir, "--out", tmp_path / "hf", "--best")
+    assert (ended.code, f"is {fourth} for transformers" in ended.out) == (0, True)
+    for step in (2, 4, 6):
+        folder = run_dir / "checkpoints" / f"step-{step:08}"
+        unknown = read_manifest(folder).model_copy(update={"validation_loss": None})
+        (folder / "manifest.json").write_bytes(unknown.encode())
+    ended = megatrain("eval", run_dir, "--data", tmp_path, "--best")
+    assert ended.code == 4
+    assert "no good checkpoint with a validation loss" in ended.err

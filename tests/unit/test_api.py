@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import megatrain
+from megatrain.checkpoint.manifest import read_manifest
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.train.convert import export_checkpoint
 from tests.runs import TinyData, tiny_config, write_config
@@ -92,6 +94,19 @@ def test_a_config_gives_its_initial_weights(tiny_data: TinyData, tmp_path: Path)
 def test_ids_that_are_none_are_refused(model: megatrain.Model, ids: list[int]) -> None:
     with pytest.raises(ConfigError, match="ids"):
         model.logits(ids)
+
+
+def test_the_best_checkpoint_is_loaded(finished_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    manifest = run_dir / "checkpoints" / "step-00000004" / "manifest.json"
+    changed = read_manifest(manifest.parent).model_copy(update={"validation_loss": 0.001})
+    manifest.write_bytes(changed.encode())
+    best, fourth = megatrain.load(run_dir, best=True), megatrain.load(manifest.parent)
+    assert torch.equal(best.logits([1, 2]), fourth.logits([1, 2]))
+    assert not torch.equal(best.logits([1, 2]), megatrain.load(run_dir).logits([1, 2]))
+    with pytest.raises(CheckpointError, match="is one checkpoint"):
+        megatrain.load(manifest.parent, best=True)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
