@@ -25,6 +25,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 16
 UNKNOWN_KIND = ""
 """Why a file is passed over that --text-files would take."""
+CUTTING = "2"
+"""Version of how files are cut into units and parts: unfinished work of another version is done again."""
 MAX_OBJECT_BYTES = 1 << 26
 """A .json file of one object that is larger is not looked into beforehand."""
 
@@ -78,7 +80,7 @@ class InputFile:
     @property
     def key(self) -> str:
         """Names this version of this file."""
-        return xxhash.xxh3_128_hexdigest("\0".join([self.name, str(self.num_bytes), self.version]).encode())
+        return xxhash.xxh3_128_hexdigest("\0".join([CUTTING, self.name, str(self.num_bytes), self.version]).encode())
 
     @property
     def fingerprint(self) -> str:

@@ -76,7 +76,7 @@ class PartStore:
         """Record that the unit consists of these parts, all of which are committed, and what they hold."""
         schemas = [pa.ipc.open_file(str(self.part_path(unit, number))).schema for number in numbers]
         counts = [orjson.loads(schema.metadata[b"megatrain"]) for schema in schemas]
-        commit_bytes(self._marker(unit), orjson.dumps(list(zip(numbers, counts, strict=True))))
+        commit_bytes(self.marker(unit), orjson.dumps(list(zip(numbers, counts, strict=True))))
 
     def names(self) -> set[str]:
         """The files that are there now: one look at the folder instead of one for each file."""
@@ -84,15 +84,20 @@ class PartStore:
 
     def is_finished(self, unit: Unit, names: set[str]) -> bool:
         """Whether the unit is recorded as finished and its parts are among the files `names`."""
-        marker = self._marker(unit)
+        marker = self.marker(unit)
         return marker.name in names and all(part.path.name in names for part in self.parts(unit))
 
     def parts(self, unit: Unit) -> list[PartFile]:
         """The parts of a finished unit, in order."""
-        recorded = orjson.loads(self._marker(unit).read_bytes())
-        return [PartFile(self.part_path(unit, number), **counts) for number, counts in recorded]
+        return [PartFile(self.part_path(unit, number), **counts) for number, counts in self.listed(unit)]
 
-    def _marker(self, unit: Unit) -> Path:
+    def listed(self, unit: Unit) -> list[tuple[int, dict[str, Any]]]:
+        """The numbers of a finished unit's parts, and what was counted in each."""
+        parts: list[tuple[int, dict[str, Any]]] = orjson.loads(self.marker(unit).read_bytes())
+        return parts
+
+    def marker(self, unit: Unit) -> Path:
+        """Where it is recorded that the unit is finished."""
         return self.folder / f"{unit.key}.json"
 
 

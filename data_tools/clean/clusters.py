@@ -1,4 +1,4 @@
-"""From pairs to clusters (union-find), of which the first document is kept.
+"""From pairs to clusters (union-find), of which the first document is kept; and how far clusters reach.
 
 Two files of 8 and 4 bytes a document are mapped for this; what is written to them can be written back to disk, so they
 may be larger than memory.
@@ -6,36 +6,40 @@ may be larger than memory.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
-from data_tools.clean.output import Documents, PartDecisions
-from data_tools.clean.survey import SurveyedPart
+from data_tools.clean.attributes import Corpus, Documents, TaggedPart
+from data_tools.clean.candidates import COMPARED_AT_ONCE, Run, RunFiles, equal_places
+from data_tools.clean.job import Job, Task
+from data_tools.clean.output import Decisions
+from data_tools.clean.sketch import Sketch
+from data_tools.work import Advance
+from megatrain.data.format import commit_bytes, committed
 
 BLOCK_DOCUMENTS = 1 << 20
 
 
 def cluster(pair_files: Sequence[Path], num_documents: int, path: Path) -> None:
     """Write to `path`, for each document, the number of the first document of its cluster: 8 bytes each."""
-    unfinished = path.with_suffix(".tmp")
-    firsts = np.memmap(unfinished, np.uint64, "w+", shape=(max(num_documents, 1),))
-    for start in range(0, num_documents, BLOCK_DOCUMENTS):
-        stop = min(start + BLOCK_DOCUMENTS, num_documents)
-        firsts[start:stop] = np.arange(start, stop, dtype=np.uint64)
-    for kept, dropped in _pairs(pair_files):
-        _unite(firsts, kept, dropped)
-    for start in range(0, num_documents, BLOCK_DOCUMENTS):
-        _roots(firsts, np.arange(start, min(start + BLOCK_DOCUMENTS, num_documents), dtype=np.uint64))
-    firsts.flush()
-    with unfinished.open("rb+") as file:
-        os.fsync(file.fileno())
-    unfinished.rename(path)
+    with committed(path) as unfinished:
+        firsts = np.memmap(unfinished, np.uint64, "w+", shape=(max(num_documents, 1),))
+        blocks = range(0, num_documents, BLOCK_DOCUMENTS)
+        numbers = [(start, min(start + BLOCK_DOCUMENTS, num_documents)) for start in blocks]
+        for start, stop in numbers:
+            firsts[start:stop] = np.arange(start, stop, dtype=np.uint64)
+        for kept, dropped in _pairs(pair_files):
+            _unite(firsts, kept, dropped)
+        for start, stop in numbers:
+            _roots(firsts, np.arange(start, stop, dtype=np.uint64))
+        firsts.flush()
 
 
 def cluster_sizes(path: Path, num_documents: int) -> dict[int, int]:
@@ -53,22 +57,16 @@ def cluster_sizes(path: Path, num_documents: int) -> dict[int, int]:
     return {size: count for size, count in sorted(sizes.items()) if size > 1}
 
 
-@dataclass(frozen=True)
-class ClusterDecisions:
-    """The first document of each cluster is kept, by the file that `cluster` wrote."""
+def decide(firsts: Path, reason: str, part: TaggedPart) -> Decisions:
+    """Keep the first document of each cluster, by the file that `cluster` wrote."""
+    own, kept = _own_and_first(firsts, part.first_document, part.num_documents)
+    return Decisions([reason if dropped else None for dropped in (kept != own).tolist()], kept)
 
-    path: Path
-    reason: str
 
-    def of(self, part: SurveyedPart) -> PartDecisions:
-        """What is to be done with the documents of a part."""
-        if part.num_documents == 0:
-            return PartDecisions([], np.zeros(0, np.uint64))
-        offset = part.first_document * 8
-        firsts = np.memmap(self.path, np.uint64, "r", offset, shape=(part.num_documents,))
-        own = np.arange(part.first_document, part.first_document + part.num_documents, dtype=np.uint64)
-        reasons = [self.reason if dropped else None for dropped in (firsts != own).tolist()]
-        return PartDecisions(reasons, np.array(firsts))
+def _own_and_first(firsts: Path, first_document: int, num_documents: int) -> tuple[Documents, Documents]:
+    """The numbers of some documents in a row, and of the first document of each one's cluster."""
+    own = np.arange(first_document, first_document + num_documents, dtype=np.uint64)
+    return own, np.fromfile(firsts, np.uint64, num_documents, offset=8 * first_document)
 
 
 def _pairs(files: Sequence[Path]) -> Iterator[tuple[Documents, Documents]]:
@@ -101,3 +99,44 @@ def _roots(parents: Documents, documents: Documents) -> Documents:
         roots = above
     parents[documents] = roots
     return roots
+
+
+def measure_chains(corpus: Corpus, runs: RunFiles, firsts: Path, sketch: Sketch, job: Job) -> dict[str, Any] | None:
+    """The least similarity of a document that is dropped to the one kept, and how many are below the threshold.
+
+    They are dropped by way of others: a is like b, b like c, and a and c may have nothing in common. None where nothing
+    is dropped.
+    """
+    tasks = [Task(_chains_path(run), run.num_documents * sketch.signature_bytes, run) for run in runs]
+    job.run("chains", partial(_measure_run, runs, firsts, sketch), tasks)
+    found = [orjson.loads(_chains_path(run).read_bytes()) for run in runs]
+    _, num_equal, dropped, kept = min(found, key=lambda each: each[1:], default=[0, 0, 0, 0])
+    if dropped == kept:
+        return None
+    kept_location, location = corpus.locations(np.array([kept, dropped], np.uint64))
+    return {
+        "least_similarity": round(sketch.similarity(num_equal), 4),
+        **location._asdict(),
+        "kept_id": kept_location.id,
+        "documents": sum(each[0] for each in found),
+    }
+
+
+def _measure_run(runs: RunFiles, firsts: Path, sketch: Sketch, run: Run, advance: Advance) -> None:
+    """Commit in how few places two signatures agree, of which documents, and how many are below the threshold."""
+    own, kept = _own_and_first(firsts, run.first_document, run.num_documents)
+    dropped, kept = own[kept != own], kept[kept != own]
+    least = [sketch.signature_bytes, 0, 0]
+    num_below = 0
+    for start in range(0, len(dropped), COMPARED_AT_ONCE):
+        pairs = slice(start, start + COMPARED_AT_ONCE)
+        num_equal = equal_places(runs, kept[pairs], dropped[pairs])
+        num_below += int((num_equal < sketch.min_equal_bytes).sum())
+        at = int(num_equal.argmin())
+        least = min(least, [int(num_equal[at]), int(dropped[pairs][at]), int(kept[pairs][at])])
+    commit_bytes(_chains_path(run), orjson.dumps([num_below, *least]))
+    advance(run.num_documents * sketch.signature_bytes)
+
+
+def _chains_path(run: Run) -> Path:
+    return run.path.with_suffix(".chains")

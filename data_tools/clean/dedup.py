@@ -10,16 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.clean.attributes import tag
 from data_tools.clean.candidates import RunFiles, equal_places, find_pairs
-from data_tools.clean.chains import measure_chains
-from data_tools.clean.clusters import ClusterDecisions, cluster, cluster_sizes
+from data_tools.clean.clusters import cluster, cluster_sizes, decide, measure_chains
 from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
-from data_tools.clean.output import write_kept
-from data_tools.clean.report import make_report, render, tally, wanted_texts
+from data_tools.clean.report import render, write_and_report
 from data_tools.clean.sketch import ExactSketch, MinHashSketch, Sketch
-from data_tools.clean.survey import survey
 from data_tools.outputs import find_inputs_apart
-from data_tools.readers import plan_units
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
 from megatrain.errors import ConfigError
@@ -61,14 +58,12 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
     command = {"command": "dedup", "inputs": list(inputs), "part_bytes": effort.part_bytes, **asdict(options)}
 
     def make(job: Job) -> dict[str, Any]:
-        corpus = survey(list(plan_units(files, effort.part_bytes, options.read.errors)), options.read, sketch, job)
+        corpus = tag(files, options.read, sketch, job)
         runs, pair_files = find_pairs(corpus, sketch, job)
         firsts = job.work / "firsts"
         job.run_alone("cluster", partial(cluster, pair_files, corpus.num_documents, firsts), firsts)
-        decisions = ClusterDecisions(firsts, f"{options.method} duplicate")
-        total = tally(corpus, decisions, job)
-        texts = write_kept(corpus, out, options.read, decisions, wanted_texts(total), job)
-        report = make_report(command, total, corpus, texts)
+        decisions = partial(decide, firsts, f"{options.method} duplicate")
+        report = write_and_report(command, corpus, out, options.read, decisions, job)
         sizes = partial(cluster_sizes, firsts, corpus.num_documents)  # by one: it counts in a file
         report["clusters"] = job.share("clusters", lambda: {str(size): n for size, n in sizes().items()})
         if options.method == "minhash":

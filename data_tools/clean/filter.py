@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ import pyarrow as pa
 import yaml
 from pydantic import ValidationError
 
+from data_tools.clean.attributes import TaggedPart, read_columns, tag
 from data_tools.clean.filters import FILTERS, Document, Filter
 from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
-from data_tools.clean.output import PartDecisions, write_kept
-from data_tools.clean.report import make_report, render, tally, wanted_texts
-from data_tools.clean.survey import SurveyedPart, read_columns, survey
+from data_tools.clean.output import Decisions
+from data_tools.clean.report import render, write_and_report
 from data_tools.outputs import find_inputs_apart
-from data_tools.readers import plan_units
 from data_tools.units import ReadOptions
 from megatrain.data.format import commit_bytes
 from megatrain.errors import ConfigError
@@ -26,34 +26,20 @@ Chosen = dict[str, Filter]
 """Filters by name, in the order in which they are applied."""
 
 
-@dataclass(frozen=True)
-class FilterJudge:
-    """Says of each text why it is to be dropped."""
-
-    chosen: Chosen
-
-    def fields(self) -> list[pa.Field]:
-        """The column."""
-        return [pa.field("reason", pa.string())]
-
-    def __call__(self, texts: list[str]) -> list[pa.Array]:
-        """The column for these texts."""
-        return [pa.array([self.reason(text) for text in texts], pa.string())]
-
-    def reason(self, text: str) -> str | None:
-        """`filter: reason` of the first filter that finds one."""
-        document = Document(text)
-        found = ((name, each.reason(document)) for name, each in self.chosen.items())
-        return next((f"{name}: {reason}" for name, reason in found if reason is not None), None)
+def tag_reasons(chosen: Chosen, texts: list[str]) -> dict[str, pa.Array]:
+    """Why each text is to be dropped: `filter: reason` of the first filter that finds one."""
+    return {"reason": pa.array([_reason(chosen, text) for text in texts], pa.string())}
 
 
-@dataclass(frozen=True)
-class FilterDecisions:
-    """As the survey has found."""
+def _reason(chosen: Chosen, text: str) -> str | None:
+    document = Document(text)
+    found = ((name, each.reason(document)) for name, each in chosen.items())
+    return next((f"{name}: {reason}" for name, reason in found if reason is not None), None)
 
-    def of(self, part: SurveyedPart) -> PartDecisions:
-        """What is to be done with the documents of a part."""
-        return PartDecisions(read_columns(part.path, ["reason"]).column(0).to_pylist(), None)
+
+def decide(part: TaggedPart) -> Decisions:
+    """As the documents are tagged."""
+    return Decisions(read_columns(part.path, ["reason"]).column(0).to_pylist(), None)
 
 
 def choose_filters(names: str | None, config: Path | None) -> Chosen:
@@ -127,11 +113,8 @@ def filter_documents(
     command |= {"read": asdict(read)}
 
     def make(job: Job) -> dict[str, Any]:
-        corpus = survey(list(plan_units(files, effort.part_bytes, read.errors)), read, FilterJudge(chosen), job)
-        decisions = FilterDecisions()
-        total = tally(corpus, decisions, job)
-        texts = write_kept(corpus, out, read, decisions, wanted_texts(total), job)
-        report = make_report(command, total, corpus, texts)
+        corpus = tag(files, read, partial(tag_reasons, chosen), job)
+        report = write_and_report(command, corpus, out, read, decide, job)
         commit_bytes(out / REPORT_FOLDER / "report.txt", render(report).encode(), job.work)
         return report
 

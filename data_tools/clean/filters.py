@@ -72,7 +72,6 @@ class Length(Filter):
     max_characters: int | None = None
 
     def reason(self, document: Document) -> str | None:
-        """Why the document is to be dropped; None if it is not."""
         length = len(document.text)
         if self.min_characters is not None and length < self.min_characters:
             return "too short"
@@ -87,7 +86,6 @@ class SymbolRatio(Filter):
     max_symbols: float | None = 0.75
 
     def reason(self, document: Document) -> str | None:
-        """Why the document is to be dropped; None if it is not."""
         characters = "".join(document.text.split())
         num_letters = sum(map(str.isalpha, characters))
         if self.max_symbols is not None and characters and 1 - num_letters / len(characters) > self.max_symbols:
@@ -113,7 +111,6 @@ class Language(Filter):
         return keep
 
     def reason(self, document: Document) -> str | None:
-        """Why the document is to be dropped; None if it is not."""
         if not document.text.strip():
             return "no text"
         language, probability = _language_identifier().classify(document.text[:LANGUAGE_CHARACTERS])
@@ -137,7 +134,6 @@ class GopherQuality(Filter):
     min_stop_words: int | None = 2
 
     def reason(self, document: Document) -> str | None:
-        """Why the document is to be dropped; None if it is not."""
         words, text, lines = document.words, document.text, document.text.splitlines()
         lengths = [len(word) for word in words if not _NOT_WORD.issuperset(word)]
         if _is_outside(len(lengths), self.min_words, None):
@@ -174,7 +170,6 @@ class GopherRepetition(Filter):
     max_duplicate_ngrams: dict[int, float] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
 
     def reason(self, document: Document) -> str | None:
-        """Why the document is to be dropped; None if it is not."""
         text = document.text
         if not text:
             return "empty"
@@ -216,7 +211,6 @@ class C4Quality(Filter):
     drop_lorem_ipsum: bool = True
 
     def reason(self, document: Document) -> str | None:
-        """Why the document is to be dropped; None if it is not."""
         num_sentences = 0
         for line in document.text.splitlines():
             words = line.split()

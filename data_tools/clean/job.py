@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -33,9 +34,8 @@ WORK_FOLDER = ".work"
 COMMAND_FILE = "command.json"
 INPUTS_FILE = "inputs"
 """Names the files that what is in the work folder was made of."""
-SURVEY_FOLDER = "survey"
-SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 5.0
-"""Between two looks at what others have done."""
+ATTRIBUTES_FOLDER = "attributes"
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.05, 5.0
 
 T = TypeVar("T")
 
@@ -55,12 +55,10 @@ class Effort:
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """A piece of work, done when its file is there."""
+    """A piece of work, done when its file `done` is there. `num_bytes`: about how much it reads, for progress."""
 
     done: Path
-    """Appears by one rename when all else is in place."""
     num_bytes: int
-    """About how much it reads; for showing progress."""
     work: T
 
 
@@ -74,8 +72,8 @@ class Job:
 
     def run(self, name: str, function: Callable[[T, Advance], None], tasks: Sequence[Task[T]]) -> None:
         """Call the function for the work of every task; return when all are done, by us or by others."""
-        claimed = _Claimed(function, self.claims)
-        ranks, pause_seconds = self.effort.ranks, SHORTEST_PAUSE_SECONDS
+        claimed = partial(_run_claimed, function, self.claims)
+        ranks, poll_seconds = self.effort.ranks, MIN_POLL_SECONDS
         while pending := _pending(tasks):
             # A share at a time, from another place on each rank; then a look at what is left.
             size = -(-len(pending) // ranks.size)
@@ -84,10 +82,10 @@ class Job:
             with self.effort.progress(name, sum(task.num_bytes for task in share)) as advance:
                 run_tasks(claimed, share, self.effort.num_workers, advance)
             if any(task.done.exists() for task in share):
-                pause_seconds = SHORTEST_PAUSE_SECONDS
+                poll_seconds = MIN_POLL_SECONDS
             else:
-                time.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+                time.sleep(poll_seconds)
+                poll_seconds = min(2 * poll_seconds, MAX_POLL_SECONDS)
 
     def run_alone(self, name: str, function: Callable[[], None], done: Path) -> None:
         """Have the function called by one of those at work."""
@@ -96,7 +94,7 @@ class Job:
                 if is_ours and not done.exists():
                     function()
             if not done.exists():
-                time.sleep(SHORTEST_PAUSE_SECONDS)
+                time.sleep(MIN_POLL_SECONDS)
 
     def share(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, as plain data, made once and stored for all who are at work."""
@@ -112,17 +110,11 @@ def _pending(tasks: Sequence[Task[T]]) -> list[Task[T]]:
     return [task for task in tasks if str(task.done) not in there]
 
 
-@dataclass(frozen=True)
-class _Claimed(Generic[T]):
-    """Does a task unless it is done, or somebody else is doing it."""
-
-    function: Callable[[T, Advance], None]
-    claims: Claims
-
-    def __call__(self, task: Task[T], advance: Advance) -> None:
-        with self.claims.claim(str(task.done)) as is_ours:
-            if is_ours and not task.done.exists():
-                self.function(task.work, advance)
+def _run_claimed(function: Callable[[T, Advance], None], claims: Claims, task: Task[T], advance: Advance) -> None:
+    """Do a task unless it is done, or another process is doing it."""
+    with claims.claim(str(task.done)) as is_ours:
+        if is_ours and not task.done.exists():
+            function(task.work, advance)
 
 
 def run_once(
@@ -175,8 +167,8 @@ def _begin(out: Path, work: Path, restart: bool, report_path: Path, origin: Orig
         join_command(out, work / COMMAND_FILE, origin.command, "--restart to start over")
         inputs = work / INPUTS_FILE
         if inputs.exists() and inputs.read_text() != origin.versions:
-            # Of what was read, the survey keeps what is of files that are still the same. It names them.
-            _clear(out, {COMMAND_FILE, SURVEY_FOLDER, INPUTS_FILE})
+            # Attributes are kept: their names tell of which files they are, and in which version.
+            _clear(out, {COMMAND_FILE, ATTRIBUTES_FOLDER, INPUTS_FILE})
         commit_bytes(inputs, origin.versions.encode())
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from data_tools.clean.attributes import Corpus, Location, read_columns
 from data_tools.clean.job import Job
-from data_tools.clean.output import Decisions
-from data_tools.clean.survey import Corpus, DocumentPlace, read_columns
+from data_tools.clean.output import Decide, write_kept
+from data_tools.units import ReadOptions
 from megatrain.data.format import SKIPPED_FILE
 
 EXAMPLES = 5
@@ -18,112 +20,71 @@ EXAMPLES = 5
 SHOWN_CHARACTERS = 200
 
 
-@dataclass(frozen=True, order=True)
-class Example:
-    """A document that is dropped, and the one that is kept instead, if any."""
-
-    rank: int
-    """By which examples are drawn: a hash of the number, so that they come from everywhere."""
-    document: int
-    kept: int | None
-
-
-@dataclass
-class Dropped:
-    """What was dropped for one reason."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    examples: list[Example] = field(default_factory=list)
-
-    def add(self, document: int, kept: int | None, text_bytes: int) -> None:
-        """Count a document, and draw it as an example perhaps."""
-        self.documents += 1
-        self.text_bytes += text_bytes
-        rank = xxhash.xxh3_64_intdigest(document.to_bytes(8, "little"))
-        if len(self.examples) < EXAMPLES or rank < self.examples[-1].rank:
-            self.examples = sorted([*self.examples, Example(rank, document, kept)])[:EXAMPLES]
-
-
-@dataclass
-class Tally:
-    """Counts over the whole input."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    dropped: dict[str, Dropped] = field(default_factory=dict)
-
-    @property
-    def examples(self) -> list[Example]:
-        """Of all reasons."""
-        return [example for dropped in self.dropped.values() for example in dropped.examples]
-
-
-def tally(corpus: Corpus, decisions: Decisions, job: Job) -> Tally:
-    """Count what is dropped, by reason."""
-    plain = job.share("tally", lambda: asdict(_count(corpus, decisions)))
-    found = {
-        reason: Dropped(each["documents"], each["text_bytes"], [Example(**example) for example in each["examples"]])
-        for reason, each in plain["dropped"].items()
-    }
-    return Tally(plain["documents"], plain["text_bytes"], found)
-
-
-def _count(corpus: Corpus, decisions: Decisions) -> Tally:
-    total = Tally()
-    for part in corpus.parts:
-        reasons, kept = decisions.of(part)
-        sizes = read_columns(part.path, ["text_bytes"]).column(0).to_pylist()
-        total.documents += part.num_documents
-        total.text_bytes += sum(sizes)
-        for index, (reason, size) in enumerate(zip(reasons, sizes, strict=True)):
-            if reason is not None:
-                dropped = total.dropped.setdefault(reason, Dropped())
-                dropped.add(part.first_document + index, None if kept is None else int(kept[index]), size)
-    return total
-
-
-def wanted_texts(total: Tally) -> set[int]:
-    """Documents whose text the examples show."""
-    return {number for each in total.examples for number in (each.document, each.kept) if number is not None}
-
-
-def make_report(command: dict[str, Any], total: Tally, corpus: Corpus, texts: dict[int, str]) -> dict[str, Any]:
-    """The report as plain data."""
-    num_dropped = sum(each.documents for each in total.dropped.values())
-    numbers = sorted(wanted_texts(total))
-    places = dict(zip(numbers, corpus.places(np.array(numbers, np.uint64)), strict=True))
+def write_and_report(
+    command: dict[str, Any], corpus: Corpus, out: Path, options: ReadOptions, decide: Decide, job: Job
+) -> dict[str, Any]:
+    """Write the documents that stay; gives the report, as plain data."""
+    counts = job.share("counts", partial(_count, corpus, decide))
+    examples = [example for dropped in counts["reasons"].values() for example in dropped["examples"]]
+    numbers = sorted({number for _, *pair in examples for number in pair if number is not None})
+    texts = write_kept(corpus, out, options, decide, set(numbers), job)
+    locations = dict(zip(numbers, corpus.locations(np.array(numbers, np.uint64)), strict=True))
+    for dropped in counts["reasons"].values():
+        examples = dropped["examples"]
+        dropped["examples"] = [_example(document, kept, locations, texts) for _, document, kept in examples]
+    num_dropped, dropped_bytes = (
+        sum(dropped[key] for dropped in counts["reasons"].values()) for key in ("documents", "text_bytes")
+    )
     return {
         "command": command,
-        "documents": total.documents,
+        "documents": corpus.num_documents,
         "skipped": corpus.num_skipped,
-        "kept": total.documents - num_dropped,
+        "kept": corpus.num_documents - num_dropped,
         "dropped": num_dropped,
-        "text_bytes": total.text_bytes,
-        "kept_text_bytes": total.text_bytes - sum(each.text_bytes for each in total.dropped.values()),
-        "reasons": {
-            reason: {
-                "documents": found.documents,
-                "text_bytes": found.text_bytes,
-                "examples": [_example(each, places, texts) for each in found.examples],
-            }
-            for reason, found in total.dropped.items()
-        },
+        "text_bytes": counts["text_bytes"],
+        "kept_text_bytes": counts["text_bytes"] - dropped_bytes,
+        "reasons": counts["reasons"],
     }
 
 
-def _example(example: Example, places: dict[int, DocumentPlace], texts: dict[int, str]) -> dict[str, Any]:
-    text = texts[example.document]
-    shown: dict[str, Any] = {"document": example.document, **places[example.document]._asdict()}
-    if example.kept is None:
+def _count(corpus: Corpus, decide: Decide) -> dict[str, Any]:
+    """Bytes of text; for each reason what is dropped, and examples: their rank, the document, the one kept instead.
+
+    Examples are those of the lowest rank, a hash of the document's number, so that they come from everywhere.
+    """
+    text_bytes = 0
+    reasons: dict[str, dict[str, Any]] = {}
+    for part in corpus.parts:
+        found, kept = decide(part)
+        sizes = read_columns(part.path, ["text_bytes"]).column(0).to_pylist()
+        text_bytes += sum(sizes)
+        for index, (reason, size) in enumerate(zip(found, sizes, strict=True)):
+            if reason is None:
+                continue
+            dropped = reasons.setdefault(reason, {"documents": 0, "text_bytes": 0, "examples": []})
+            dropped["documents"] += 1
+            dropped["text_bytes"] += size
+            document = part.first_document + index
+            rank = xxhash.xxh3_64_intdigest(document.to_bytes(8, "little"))
+            examples = dropped["examples"]
+            if len(examples) < EXAMPLES or rank < examples[-1][0]:
+                example = [rank, document, None if kept is None else int(kept[index])]
+                dropped["examples"] = sorted([*examples, example])[:EXAMPLES]
+    return {"text_bytes": text_bytes, "reasons": reasons}
+
+
+def _example(document: int, kept: int | None, locations: dict[int, Location], texts: dict[int, str]) -> dict[str, Any]:
+    text = texts[document]
+    shown: dict[str, Any] = {"document": document, **locations[document]._asdict()}
+    if kept is None:
         return {**shown, "text": text[:SHOWN_CHARACTERS]}
-    other = texts[example.kept]
+    other = texts[kept]
     # Two near duplicates often begin alike: show them from shortly before they part.
     parting = next((place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), 0)
     start = max(parting - SHOWN_CHARACTERS // 4, 0)
     window = slice(start, start + SHOWN_CHARACTERS)
-    kept = {"document": example.kept, **places[example.kept]._asdict(), "text": other[window]}
-    return {**shown, "text": text[window], "shown_from": start, "kept": kept}
+    shown_kept = {"document": kept, **locations[kept]._asdict(), "text": other[window]}
+    return {**shown, "text": text[window], "shown_from": start, "kept": shown_kept}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -141,8 +102,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append("Clusters by size: " + ", ".join(f"{number} of {size}" for size, number in sizes))
     if report.get("chains"):
         lines.append(_chains(report["chains"], report["dropped"]))
-    by_number = sorted(report["reasons"].items(), key=lambda item: -item[1]["documents"])
-    for reason, found in by_number:
+    for reason, found in sorted(report["reasons"].items(), key=lambda item: -item[1]["documents"]):
         lines += ["", f"{reason}: {found['documents']} documents, {found['text_bytes'] / 1e6:.1f} MB"]
         for example in found["examples"]:
             lines += ["", f"  dropped  {_where(example)}", *_quoted(example["text"])]

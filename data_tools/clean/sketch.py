@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
-
-from data_tools.clean.survey import Judge
 
 FOUND_PROBABILITY = 0.99
 """With which a pair at the threshold shares a key."""
@@ -41,25 +38,6 @@ Bytes = npt.NDArray[np.uint8]
 Keys = npt.NDArray[np.uint64]
 
 
-class Sketch(Judge, Protocol):
-    """A judge whose columns are `signature` and `keys`, and what they mean."""
-
-    @property
-    def signature_bytes(self) -> int:
-        """Bytes of a signature."""
-
-    @property
-    def num_keys(self) -> int:
-        """Keys of a document: pairs that share none are never compared."""
-
-    @property
-    def min_equal_bytes(self) -> int:
-        """In how many places signatures of duplicates agree at least."""
-
-    def similarity(self, num_equal_bytes: int) -> float:
-        """The estimated similarity of two texts whose signatures agree in that many places."""
-
-
 @dataclass(frozen=True)
 class ExactSketch:
     """Texts are the same if all their characters are: xxh3 (128 bits) of the UTF-8 bytes, nothing normalised."""
@@ -69,15 +47,9 @@ class ExactSketch:
     min_equal_bytes: int = 16
 
     def similarity(self, num_equal_bytes: int) -> float:
-        """1 or 0."""
         return float(num_equal_bytes == self.signature_bytes)
 
-    def fields(self) -> list[pa.Field]:
-        """The columns."""
-        return _fields(self)
-
-    def __call__(self, texts: list[str]) -> list[pa.Array]:
-        """The columns for these texts."""
+    def __call__(self, texts: list[str]) -> dict[str, pa.Array]:
         digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
         signatures = np.frombuffer(digests, np.uint8).reshape(-1, 16)
         return _columns(signatures, signatures[:, :8].copy().view("<u8"))
@@ -93,7 +65,6 @@ class MinHashSketch:
 
     @property
     def signature_bytes(self) -> int:
-        """Bytes of a signature: one a permutation."""
         return self.num_permutations
 
     @cached_property
@@ -112,7 +83,7 @@ class MinHashSketch:
 
     @property
     def num_keys(self) -> int:
-        """Bands."""
+        """Bands of the signature: pairs that share none are never compared."""
         return self.num_permutations // self.rows_per_band
 
     @property
@@ -126,16 +97,11 @@ class MinHashSketch:
         """The estimated Jaccard index, what agrees by chance taken off."""
         return max(0.0, (num_equal_bytes / self.num_permutations - 1 / 256) * 256 / 255)
 
-    def fields(self) -> list[pa.Field]:
-        """The columns."""
-        return _fields(self)
-
-    def __call__(self, texts: list[str]) -> list[pa.Array]:
-        """The columns for these texts."""
+    def __call__(self, texts: list[str]) -> dict[str, pa.Array]:
         import rensa
 
-        shingles = [shingle_hashes(text, self.ngram) for text in texts]
-        offsets = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
+        shingles = [np.zeros(0, np.uint64), *(shingle_hashes(text, self.ngram) for text in texts)]
+        offsets = np.cumsum([len(each) for each in shingles]).astype(np.uint64)
         matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
             np.concatenate(shingles), offsets, num_perm=self.num_permutations, seed=SEED
         )
@@ -146,6 +112,10 @@ class MinHashSketch:
         used = firsts[:, : self.num_keys * self.rows_per_band].astype(np.uint64)
         bands = used.reshape(len(firsts), self.num_keys, self.rows_per_band)
         return _mixed((bands * _multipliers(self.rows_per_band)).sum(axis=2, dtype=np.uint64))
+
+
+Sketch = ExactSketch | MinHashSketch
+"""A tagger whose attributes are `signature` and `keys`, and what they mean."""
 
 
 def shingle_hashes(text: str, ngram: int) -> Keys:
@@ -204,23 +174,10 @@ def _mixed(values: Keys) -> Keys:
     return values ^ (values >> np.uint64(31))
 
 
-def _fields(sketch: Sketch) -> list[pa.Field]:
-    return [
-        pa.field("signature", pa.binary(sketch.signature_bytes)),
-        pa.field("keys", pa.list_(pa.field("item", pa.uint64(), nullable=False), sketch.num_keys)),
-    ]
-
-
-def _columns(signatures: Bytes, keys: Keys) -> list[pa.Array]:
+def _columns(signatures: Bytes, keys: Keys) -> dict[str, pa.Array]:
     buffers = [None, pa.py_buffer(np.ascontiguousarray(signatures))]
     key_type = pa.list_(pa.field("item", pa.uint64(), nullable=False), keys.shape[1])
-    return [
-        pa.FixedSizeBinaryArray.from_buffers(pa.binary(signatures.shape[1]), len(signatures), buffers),
-        pa.FixedSizeListArray.from_arrays(pa.array(keys.reshape(-1)), type=key_type),
-    ]
-
-
-def equal_bytes(first: Bytes, second: Bytes) -> npt.NDArray[np.int64]:
-    """In how many places each signature of one array agrees with the same row of the other."""
-    counts: Callable[..., npt.NDArray[np.int64]] = np.count_nonzero
-    return counts(first == second, axis=1)
+    return {
+        "signature": pa.FixedSizeBinaryArray.from_buffers(pa.binary(signatures.shape[1]), len(signatures), buffers),
+        "keys": pa.FixedSizeListArray.from_arrays(pa.array(keys.reshape(-1)), type=key_type),
+    }

@@ -22,15 +22,14 @@ from clean_samples import (
 from data_samples import RunCommand, folder_bytes
 
 from data_tools.clean import candidates
+from data_tools.clean.attributes import tag
 from data_tools.clean.candidates import find_pairs
 from data_tools.clean.dedup import DedupOptions, dedup
 from data_tools.clean.job import Effort, Job
 from data_tools.clean.report import render
 from data_tools.clean.sketch import MinHashSketch
-from data_tools.clean.survey import survey
 from data_tools.inputs import find_inputs
 from data_tools.ranks import Ranks
-from data_tools.readers import plan_units
 from data_tools.units import ReadOptions
 from megatrain.errors import ConfigError, DataError
 
@@ -105,7 +104,7 @@ def test_identical_documents_are_compared_with_the_first_only(tmp_path: Path) ->
     source = write_records(tmp_path / "a.jsonl", ["the same text for all of them, again and again"] * copies)
     job = Job(tmp_path, Effort(1, silent, Ranks()))
     sketch = MinHashSketch(num_permutations=64)
-    corpus = survey(list(plan_units(find_inputs([str(source)]))), WHOLE, sketch, job)
+    corpus = tag(find_inputs([str(source)]), WHOLE, sketch, job)
     _, files = find_pairs(corpus, sketch, job)
     pairs = sum(pa.ipc.open_file(str(path)).read_all().num_rows for path in files)
     assert pairs == sketch.num_keys * (copies - 1)
@@ -139,8 +138,8 @@ def test_finished_work_survives_a_broken_record(tmp_path: Path) -> None:
     (inputs / "b.jsonl").write_bytes(b'{"text": "three"}\n{"text": \n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 2: bad JSON"):
         run_dedup(inputs, tmp_path / "out")
-    surveyed = {path: path.stat().st_ino for path in (tmp_path / "out" / ".work" / "survey").glob("*.arrow")}
-    assert surveyed
+    tagged = {path: path.stat().st_ino for path in (tmp_path / "out" / ".work" / "attributes").glob("*.arrow")}
+    assert tagged
     (inputs / "b.jsonl").write_bytes(b'{"text": "three"}\n')
     with pytest.raises(ConfigError, match="method"):
         run_dedup(inputs, tmp_path / "out", "minhash")
@@ -217,7 +216,7 @@ def test_estimates_are_those_of_the_jaccard_index() -> None:
     errors = []
     for text in real_paragraphs(60, 400):
         other = near_duplicate(text, 0.7, drawn)
-        column = sketch([text, other])[0].to_pylist()
+        column = sketch([text, other])["signature"].to_pylist()
         equal = sum(a == b for a, b in zip(*column, strict=True))
         errors.append(sketch.similarity(equal) - jaccard(text.lower(), other.lower()))
     assert abs(sum(errors) / len(errors)) < 0.03
