@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from data_tools.kinds import Kind
 from data_tools.outputs import local_path, saying_what_is_full
 from megatrain.errors import EXIT_DATA, ConfigError, MegatrainError
+from megatrain.units import format_bytes
 
 if TYPE_CHECKING:
     from data_tools.clean.job import Effort
@@ -175,7 +176,7 @@ def corpus(
     with saying_what_is_full(out):
         written = make_corpus(out)
     for name, num_documents, num_bytes in written:
-        typer.echo(f"{out / name}: {num_documents} documents, {num_bytes / 1e6:.1f} MB of text")
+        typer.echo(f"{out / name}: {num_documents} documents, {format_bytes(num_bytes)} of text")
 
 
 @app.command("train-tokenizer")
@@ -261,7 +262,7 @@ def tokenize(
         return
     typer.echo(
         f"{out}: {manifest.num_documents} documents, {manifest.num_tokens} tokens ({manifest.dtype}), "
-        f"{manifest.text_bytes / 1e6:.1f} MB of text, {manifest.num_shards} shards, "
+        f"{format_bytes(manifest.text_bytes)} of text, {manifest.num_shards} shards, "
         f"{manifest.num_empty_documents} empty documents left out, digest {manifest.digest}"
     )
     if manifest.unknown and manifest.unknown.characters:
@@ -403,7 +404,7 @@ def verify(
     if sample is None:
         typer.echo(f"{dataset} is whole: {whole}.")
     else:
-        typer.echo(f"{dataset}: {num_bytes / 1e6:.1f} MB of record batches, a sample (of {whole}), are whole.")
+        typer.echo(f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {whole}), are whole.")
 
 
 def _report(error: MegatrainError | OSError) -> int:

@@ -18,6 +18,7 @@ import xxhash
 from data_tools.kinds import STREAMED, Compression, Kind, kind_of, suffix_of
 from data_tools.stores import list_at, open_at
 from megatrain.errors import ConfigError, DataError
+from megatrain.units import format_bytes
 
 LOCAL = ("file://", "local://")
 """Addresses of this machine's own files, which are found and opened like paths."""
@@ -152,7 +153,7 @@ def find_inputs(
     size = sum(file.num_bytes for file in files)
     again = len(files) - len({file.name for file in files})
     twice = f"Read more than once, as more than one input names them: {again}. " if again else ""
-    say(f"Input: {len(files)} files ({listed}), {size / 1e6:.1f} MB. {twice}{_passed(passed_over)}".strip())
+    say(f"Input: {len(files)} files ({listed}), {format_bytes(size)}. {twice}{_passed(passed_over)}".strip())
     return files
 
 

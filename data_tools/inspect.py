@@ -25,6 +25,7 @@ from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import shard_name
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
+from megatrain.units import format_bytes
 
 STATISTICS = ("counted", "tokens_per_document", "length_histogram", "sources", "frequent_tokens")
 """The keys of what was counted."""
@@ -113,7 +114,7 @@ def show(path: str, document: int | None, statistics: Statistics) -> None:
     console = OutputConsole(highlight=False, soft_wrap=True)
     for name, value in description.items():
         _show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    _show_figure(console, "shards", f"{len(shards)}, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB")
+    _show_figure(console, "shards", f"{len(shards)}, {format_bytes(sum(shard['bytes'] for shard in shards))}")
     show_statistics(console, counted)
     console.print()
     place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens"

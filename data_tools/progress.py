@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from data_tools.work import Advance
+from megatrain.units import format_bytes, format_duration
 
 LOG_SECONDS = 10.0
 
@@ -62,6 +63,7 @@ class _Log:
         left = max(self._total_bytes - self._done_bytes, 0) / rate
         share = min(self._done_bytes / max(self._total_bytes, 1), 1.0)
         self._console.print(
-            f"{self._name}: {share:.0%} of {self._total_bytes / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, {left:.0f} s left",
+            f"{self._name}: {share:.0%} of {format_bytes(self._total_bytes)}, {format_bytes(rate)}/s, "
+            f"{format_duration(left)} left",
             highlight=False,
         )

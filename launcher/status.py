@@ -19,7 +19,7 @@ from megatrain.distributed import failures
 from megatrain.errors import EXIT_PREEMPTED, EXIT_RANK, ConfigError
 from megatrain.observe.goodput import goodput_of
 from megatrain.observe.metrics import tail
-from megatrain.observe.units import format_count, format_duration
+from megatrain.units import format_count, format_duration
 
 _NUM_STEPS = 20
 """Of which the median tells the rate."""

@@ -14,6 +14,7 @@ from data_tools.clean.job import Job
 from data_tools.clean.output import Decide, write_kept
 from data_tools.units import ReadOptions
 from megatrain.data.format import SKIPPED_FILE
+from megatrain.units import format_bytes
 
 EXAMPLES = 5
 """Of each reason."""
@@ -91,8 +92,8 @@ def render(report: dict[str, Any]) -> str:
     """The report for people."""
     documents, size = report["documents"], report["text_bytes"]
     lines = [
-        f"{documents} documents, {size / 1e6:.1f} MB of text. "
-        f"Kept: {report['kept']} ({_share(report['kept'], documents)}), {report['kept_text_bytes'] / 1e6:.1f} MB "
+        f"{documents} documents, {format_bytes(size)} of text. "
+        f"Kept: {report['kept']} ({_share(report['kept'], documents)}), {format_bytes(report['kept_text_bytes'])} "
         f"({_share(report['kept_text_bytes'], size)}). Dropped: {report['dropped']}."
     ]
     if report["skipped"]:
@@ -103,7 +104,7 @@ def render(report: dict[str, Any]) -> str:
     if report.get("chains"):
         lines.append(_chains(report["chains"], report["dropped"]))
     for reason, found in sorted(report["reasons"].items(), key=lambda item: -item[1]["documents"]):
-        lines += ["", f"{reason}: {found['documents']} documents, {found['text_bytes'] / 1e6:.1f} MB"]
+        lines += ["", f"{reason}: {found['documents']} documents, {format_bytes(found['text_bytes'])}"]
         for example in found["examples"]:
             lines += ["", f"  dropped  {_where(example)}", *_quoted(example["text"])]
             if "kept" in example:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, fie
 
 from megatrain.checkpoint.location import Location, telling
 from megatrain.errors import CheckpointError
+from megatrain.units import format_bytes
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})(?:\.g\d+-[0-9a-f]+)?")  # of a checkpoint's folder; in a store with its generation
@@ -111,7 +112,7 @@ def read_manifest(folder: Location) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None
     if len(text) > _MAX_BYTES:
-        raise CheckpointError(f"{path} is larger than any manifest ({_MAX_BYTES >> 20} MiB).")
+        raise CheckpointError(f"{path} is larger than any manifest ({format_bytes(_MAX_BYTES)}).")
     try:
         body = orjson.loads(text)
         checksum = body.pop("checksum")

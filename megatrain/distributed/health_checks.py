@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatrain.distributed.naming import name_ranks
+from megatrain.units import format_bytes
 
 ANSWER = "megatrain-doctor-says "
 """What the doctor's one line begins with, wherever a launcher puts a name before it."""
@@ -139,7 +140,8 @@ def _slow(readings: Sequence[Reading], effort: Effort) -> Iterator[Finding]:
     for reading in readings:
         seconds = reading.seconds.get("write", 0.0)
         if is_slow(seconds, usual, effort.slow["write"]):
-            took = f"{seconds:.2g} s for {effort.written_bytes >> 20} MiB that take {usual:.2g} s on the median node"
+            size = format_bytes(effort.written_bytes)
+            took = f"{seconds:.2g} s for {size} that take {usual:.2g} s on the median node"
             yield Finding(f"{reading.host} writes slowly into the run folder: {took}", (reading.host,))
     yield from _slow_links(readings, effort)
 
@@ -168,7 +170,7 @@ def _why_slow(reading: Reading, usual: Mapping[str, float], effort: Effort) -> s
     for name in usual:
         seconds = reading.seconds[name]
         if is_slow(seconds, usual[name], effort.slow[name], only_beside_others=not reading.is_far):
-            what = f"{effort.sent_bytes >> 20} MiB" if name == "exchange" else "a few bytes"
+            what = format_bytes(effort.sent_bytes) if name == "exchange" else "a few bytes"
             return f"{seconds * 1e3:.3g} ms for {what}, {usual[name] * 1e3:.3g} ms on the median link"
     return ""
 

@@ -28,6 +28,7 @@ from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.distributed.health_checks import CLOCK_SECONDS, SLOW_RANK, Effort, Finding, Reading, is_slow, judge
 from megatrain.distributed.probe import arithmetic_seconds, next_link, write_seconds
+from megatrain.units import format_bytes
 
 _PACKAGES = ("torch", "deepspeed", "numpy")
 _NUM_TRIES = 4
@@ -119,7 +120,7 @@ def _no_space(places: Places) -> Iterator[str]:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(folder).free
             if free < least:
-                yield f"{folder} has {free >> 20} MiB left, less than {least >> 20} MiB"
+                yield f"{folder} has {format_bytes(free)} left, less than {format_bytes(least)}"
 
 
 def existing(folder: Path) -> Path:
@@ -138,7 +139,7 @@ def _free_memory(device: torch.device) -> float:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory >> 30} GiB"
+        return f"{properties.name}, {format_bytes(properties.total_memory)}"
     return platform.machine()
 
 

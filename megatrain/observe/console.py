@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatrain.observe.metrics import StepMetrics
-from megatrain.observe.units import format_count, format_duration
+from megatrain.units import format_count, format_duration
 
 NUM_STEPS_OF_PACE = 50
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatrain.observe.metrics import tail
-from megatrain.observe.units import format_duration
+from megatrain.units import format_duration
 
 SHOWN = {"restarting": "starting"}
 """A part in words, where its key says less: the first start is none again."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.observe.console import ProgressConsole
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.metrics import MetricsWriter, StepMetrics
-from megatrain.observe.units import format_duration
+from megatrain.units import format_duration
 
 if TYPE_CHECKING:
     from megatrain.observe.tensorboard import TensorBoardWriter

@@ -17,7 +17,7 @@ from megatrain.errors import ConfigError
 from megatrain.observe.charts import CHARTS, draw_all, draw_chart
 from megatrain.observe.goodput import SHOWN
 from megatrain.observe.record import Column, RunRecord, read_run
-from megatrain.observe.units import format_bytes, format_count, format_duration
+from megatrain.units import format_bytes, format_count, format_duration
 
 PAGES = (".html", ".htm")
 PICTURES = (".png", ".svg", ".pdf")

@@ -10,6 +10,7 @@ from megatrain.plan import rules
 from megatrain.plan.memory import rank_memory
 from megatrain.plan.nearest import Change, as_overrides, with_changes
 from megatrain.plan.stage_model import stage_models
+from megatrain.units import format_bytes
 
 MAX_CHANGES = 3
 WORTHWHILE = 0.9
@@ -39,7 +40,7 @@ def out_of_memory_advice(config: RunConfig, world_size: int, gpus_per_node: int,
     changes = changes_that_fit(config, world_size, gpus_per_node, min(memory_bytes, WORTHWHILE * peak))
     nearest = f"it takes less with {changes}" if changes else "no change of up to three keys that was tried would do"
     return (
-        f"`megatrain plan` counts {peak / 1e9:.1f} GB of the {memory_bytes / 1e9:.1f} GB that a rank has; {nearest}. "
+        f"`megatrain plan` counts {format_bytes(peak)} of the {format_bytes(memory_bytes)} that a rank has; {nearest}. "
         "Where that should have fitted, another process holds memory there, or it is in pieces: "
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
     )

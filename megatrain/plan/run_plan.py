@@ -15,6 +15,7 @@ from megatrain.plan.memory import RankMemory, rank_memory
 from megatrain.plan.stage_model import stage_models
 from megatrain.plan.this_machine import CPU
 from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble, step_time
+from megatrain.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class RunPlan:
         changes = changes_that_fit(self.config, self.world_size, self.cluster.gpus_per_node, memory)
         nearest = f"nearest: {changes}" if changes else "no change of up to three keys that was tried would fit"
         return (
-            f"a rank of stage {fullest.stage} needs {fullest.peak_bytes / 1e9:.1f} GB, and {self.cluster.device.name} "
-            f"has {memory / 1e9:.0f} GB: weights {fullest.weights_bytes / 1e9:.1f}, gradients "
-            f"{fullest.gradients_bytes / 1e9:.1f}, optimizer {fullest.optimizer_bytes / 1e9:.1f}, activations "
-            f"{fullest.activations_bytes / 1e9:.1f}, and what comes and goes; {nearest}"
+            f"a rank of stage {fullest.stage} needs {format_bytes(fullest.peak_bytes)}, and {self.cluster.device.name} "
+            f"has {format_bytes(memory)}: weights {format_bytes(fullest.weights_bytes)}, gradients "
+            f"{format_bytes(fullest.gradients_bytes)}, optimizer {format_bytes(fullest.optimizer_bytes)}, activations "
+            f"{format_bytes(fullest.activations_bytes)}, and what comes and goes; {nearest}"
         )
 
     def to_json(self) -> dict[str, Any]:

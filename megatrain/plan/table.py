@@ -9,6 +9,7 @@ from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.memory import RankMemory
 from megatrain.plan.run_plan import RunPlan
+from megatrain.units import format_bytes, format_count
 
 _NAMES = {
     "compute": "arithmetic",
@@ -57,12 +58,8 @@ def _memory(ranks: tuple[RankMemory, ...]) -> Table:
         kept = (rank.weights_bytes, rank.gradients_bytes, rank.optimizer_bytes, rank.activations_bytes)
         sizes = (*kept, rank.peak_bytes - rank.total_bytes, rank.peak_bytes, sum(rank.cpu.values()))
         figures = [f"{size / 1e9:,.2f}" for size in sizes]
-        table.add_row(f"{rank.stage}", f"{rank.num_ranks:,}", _count(rank.parameters), *figures)
+        table.add_row(f"{rank.stage}", f"{rank.num_ranks:,}", format_count(rank.parameters), *figures)
     return table
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:,.3f}B" if number >= 1e9 else f"{number / 1e6:,.3f}M"
 
 
 def _rest(plan: RunPlan) -> list[str]:
@@ -71,7 +68,7 @@ def _rest(plan: RunPlan) -> list[str]:
     spent = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= _SMALLEST_SHARE)
     in_node = max(sum(rank.cpu.values()) for rank in plan.ranks) * plan.cluster.gpus_per_node
     return [
-        f"CPU      {in_node / 1e9:,.1f} GB of a node at the most: the copy that a save makes, and what is offloaded",
+        f"CPU      {format_bytes(in_node)} of a node at the most: the copy that a save makes, and what is offloaded",
         f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.cluster.efficiency:.0%} of peak: {spent}",
         f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {plan.days:,.1f} days for "
         f"{plan.config.train.steps:,} steps",

@@ -141,7 +141,7 @@ def test_a_node_without_space_is_named(clinic: Clinic) -> None:
     finally:
         subprocess.run(clinic.lab.inside(3, "umount", str(cache)), check=True)
     assert code == 5
-    assert words.startswith(f"rank 2 on node3: {cache} has 1 MiB left, less than 256 MiB\n")
+    assert words.startswith(f"rank 2 on node3: {cache} has 1.05 MB left, less than 268 MB\n")
 
 
 @acceptance

@@ -198,7 +198,7 @@ def test_inputs_may_be_mixed_globbed_nested_and_remote(
         "tokenize", tmp_path / "x*.*json*", tmp_path / "in", "memory://bucket/*.jsonl",
         "--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--workers", 1,
     )  # fmt: skip
-    assert (code, err) == (0, "Input: 5 files (4 jsonl, 1 text), 0.0 MB.\n")
+    assert (code, err) == (0, "Input: 5 files (4 jsonl, 1 text), 136 B.\n")
     dataset = open_dataset(tmp_path / "out")
     infos = [dataset.document_info(k) for k in range(dataset.num_documents)]
     names = [info.source_file.rsplit("/", 1)[-1] for info in infos]

@@ -177,4 +177,4 @@ def test_progress_is_told_from_the_first_bytes_on(
         advance(0)  # a damaged part, of which nothing could be read, say
         assert capsys.readouterr().err == ""
         advance(1_000_000)
-    assert "verify: 25% of 4 MB" in capsys.readouterr().err
+    assert "verify: 25% of 4.00 MB" in capsys.readouterr().err

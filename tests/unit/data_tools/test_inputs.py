@@ -69,7 +69,7 @@ KNOWN = [
 def test_folders_give_known_kinds_and_tell_the_rest(pattern: str, corpus: Path) -> None:
     files, said = found(pattern.format(corpus))
     assert files == KNOWN
-    assert said.startswith("Input: 5 files (1 csv, 2 json, 1 jsonl, 1 text), 0.0 MB. Passed over: 2 .json (an object ")
+    assert said.startswith("Input: 5 files (1 csv, 2 json, 1 jsonl, 1 text), 271 B. Passed over: 2 .json (an object ")
     assert "1 .md, 1 .tar, 1 .unknown, 1 without a suffix." in said
 
 

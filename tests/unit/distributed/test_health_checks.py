@@ -22,7 +22,7 @@ def ring(num_nodes: int, per_node: int = 2, **seconds: float) -> list[Reading]:
         own |= {"latency": 1e-4, "exchange": 4e-3} if is_far else {"latency": 1e-5, "exchange": 1e-4}
         own |= {"write": 0.1 + 0.02 * (rank % 4)} if rank % per_node == 0 else {}
         readings.append(
-            Reading(rank, f"node{rank // per_node}", SOFTWARE, "H100, 80 GiB", (), 1e9 + 1e-3 * rank, own, is_far)
+            Reading(rank, f"node{rank // per_node}", SOFTWARE, "H100, 85.9 GB", (), 1e9 + 1e-3 * rank, own, is_far)
         )
     return readings
 
@@ -48,14 +48,14 @@ def test_another_version_is_named_and_prevents_the_run():
 
 
 def test_another_device_is_named_and_stops_nothing():
-    [finding] = judge(change(ring(2), 1, device="A100, 40 GiB"), EFFORT)
-    assert finding.text == "rank 1 on node0: A100, 40 GiB, where most ranks have H100, 80 GiB"
+    [finding] = judge(change(ring(2), 1, device="A100, 42.9 GB"), EFFORT)
+    assert finding.text == "rank 1 on node0: A100, 42.9 GB, where most ranks have H100, 85.9 GB"
     assert not finding.is_fatal
 
 
 def test_problems_reported_by_a_rank_are_passed_on():
-    [finding] = judge(change(ring(2), 2, troubles=("/tmp has 3 MiB left, less than 256 MiB",)), EFFORT)
-    assert finding == ("rank 2 on node1: /tmp has 3 MiB left, less than 256 MiB", ("node1",), False)
+    [finding] = judge(change(ring(2), 2, troubles=("/tmp has 3.15 MB left, less than 268 MB",)), EFFORT)
+    assert finding == ("rank 2 on node1: /tmp has 3.15 MB left, less than 268 MB", ("node1",), False)
 
 
 def test_a_wrong_clock_names_the_node_once():
@@ -75,7 +75,7 @@ def test_a_slow_disk_is_named():
     readings = ring(4)
     readings[6] = slower(readings[6], write=100.0)
     [finding] = judge(readings, EFFORT)
-    assert finding.text.startswith("node3 writes slowly into the run folder: 14 s for 32 MiB that take 0.")
+    assert finding.text.startswith("node3 writes slowly into the run folder: 14 s for 33.6 MB that take 0.")
 
 
 def test_a_node_is_named_instead_of_its_links():
@@ -90,7 +90,7 @@ def test_one_slow_link_is_named_by_its_ends():
     readings[3] = slower(readings[3], exchange=50.0)
     [finding] = judge(readings, EFFORT)
     assert finding.text == (
-        "the link between rank 3 on node1, rank 4 on node2 is slow: 200 ms for 16 MiB, 4 ms on the median link"
+        "the link between rank 3 on node1, rank 4 on node2 is slow: 200 ms for 16.8 MB, 4 ms on the median link"
     )
     assert len(finding.hosts) == 1
 

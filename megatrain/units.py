@@ -1,4 +1,4 @@
-"""Figures as a person reads them."""
+"""Counts, bytes and durations as a person reads them; the one place that says how."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def format_count(number: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Three digits and a power of 1024: 1.25 GiB."""
-    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    """Three digits and a power of 1000, as memory and disks are sold: 1.25 GB."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.{_decimals(num_bytes / factor)}f} {unit}"
     return f"{num_bytes:.0f} B"

@@ -1,6 +1,6 @@
 import pytest
 
-from megatrain.observe.units import format_bytes, format_count, format_duration
+from megatrain.units import format_bytes, format_count, format_duration
 
 
 @pytest.mark.parametrize(
@@ -11,8 +11,8 @@ def test_counts_have_three_digits(number, text):
     assert format_count(number) == text
 
 
-@pytest.mark.parametrize(("size", "text"), [(512, "512 B"), (1 << 30, "1.00 GiB"), (80 * 10**9, "74.5 GiB")])
-def test_bytes_have_three_digits_and_a_binary_unit(size, text):
+@pytest.mark.parametrize(("size", "text"), [(512, "512 B"), (1 << 30, "1.07 GB"), (80 * 10**9, "80.0 GB")])
+def test_bytes_have_three_digits_and_a_decimal_unit(size, text):
     assert format_bytes(size) == text
 
 
