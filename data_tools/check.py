@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from typing import NamedTuple
 
 from data_tools.inputs import find_inputs
 from data_tools.readers import plan_units, read_parts_with_faults
 from data_tools.units import Fault, ReadOptions, Record, Unit
-from data_tools.work import Progress
+from data_tools.work import Advance, Progress, run_tasks
 from megatrain.errors import DataError
 
 
@@ -23,11 +21,9 @@ class Checked(NamedTuple):
     num_documents: int
     faults: dict[str, list[str]]
     """By file: what is wrong with the first row that cannot be read, and nothing for each further one."""
-    num_bytes: int
 
 
-def check_unit(options: ReadOptions, unit: Unit) -> Checked:
-    """Read all of a unit."""
+def check_unit(options: ReadOptions, unit: Unit, advance: Advance) -> Checked:
     num_documents = 0
     faults: dict[str, list[str]] = {}
     for row in (row for part in read_parts_with_faults(unit, options) for row in part.rows):
@@ -35,7 +31,8 @@ def check_unit(options: ReadOptions, unit: Unit) -> Checked:
         if isinstance(row, Fault):
             found = faults.setdefault(unit.files[row.file].name, [])
             found.append("" if found else str(row.error()))
-    return Checked(num_documents, faults, unit.num_bytes)
+    advance(unit.num_bytes)
+    return Checked(num_documents, faults)
 
 
 def check_inputs(
@@ -55,17 +52,12 @@ def check_inputs(
     num_documents = 0
     counts: Counter[str] = Counter()
     firsts: dict[str, str] = {}
-    with (
-        progress("check", sum(unit.num_bytes for unit in units)) as advance,
-        ProcessPoolExecutor(num_workers, get_context("spawn")) as pool,
-    ):
-        run = map if num_workers == 1 or len(units) <= 1 else pool.map
-        for checked in run(partial(check_unit, options), units):
+    with progress("check", sum(unit.num_bytes for unit in units)) as advance:
+        for checked in run_tasks(partial(check_unit, options), units, num_workers, advance):
             num_documents += checked.num_documents
             for name, faults in checked.faults.items():
                 counts[name] += len(faults)
                 firsts.setdefault(name, faults[0])
-            advance(checked.num_bytes)
     for name, first in firsts.items():
         say(f"{first} ({counts[name]} rows of this file cannot be read.)" if counts[name] > 1 else first)
     if firsts:

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_tools.work import Advance, Progress
+from data_tools.work import Advance, Progress, run_tasks
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import SKIPPED_FILE, content_digest, is_content, map_file, shard_name
 from megatrain.data.shard import Views
 from megatrain.data.shard_table import BatchPlace
-from megatrain.errors import DataError, RankError
+from megatrain.errors import DataError
 
 MAX_REPORTED = 10
 ADVICE = ". Copy "
 """Begins what an error of the reader advises, which is said once for all here."""
-TASKS_PER_WORKER = 32
 BYTES_PER_WORKER = 64 << 20
 """Less is checked sooner than a process is started."""
-
-
-class Found(NamedTuple):
-    """What checking a part of a dataset found: problems, by their place, and the bytes that were looked at."""
-
-    problems: list[str]
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,8 +53,9 @@ def verify_dataset(path: str, extent: Extent, progress: Progress) -> tuple[Datas
     num_bytes = _num_bytes(dataset, chosen)
     num_workers = min(extent.num_workers, 1 + num_bytes // BYTES_PER_WORKER)
     with progress("verify", num_bytes) as advance:
-        found = _check_shards(dataset, chosen, num_workers, advance)
-    problems += [problem for part in found for problem in part.problems]
+        shards = range(dataset.num_shards) if chosen is None else chosen
+        found = run_tasks(partial(check, dataset, chosen), shards, num_workers, advance)
+    problems += [problem for problems_of_shard in found for problem in problems_of_shard]
     if chosen is None and not problems:
         digest = content_digest(dataset.manifest.tokenizer_sha256, dataset.manifest.options, _hashes(dataset))
         if digest != dataset.digest:
@@ -74,7 +64,7 @@ def verify_dataset(path: str, extent: Extent, progress: Progress) -> tuple[Datas
         more = f" (and {len(problems) - MAX_REPORTED} more)" if len(problems) > MAX_REPORTED else ""
         listed = "; ".join(problems[:MAX_REPORTED])
         raise DataError(f"{path} is damaged: {listed}{more}. Copy these files again, or tokenize again.")
-    return dataset, sum(part.num_bytes for part in found)
+    return dataset, num_bytes
 
 
 def _check_skipped(dataset: Dataset) -> list[str]:
@@ -109,50 +99,22 @@ def _num_bytes(dataset: Dataset, chosen: dict[int, list[int]] | None) -> int:
     return sum(places[shard][number].num_bytes for shard, numbers in chosen.items() for number in numbers)
 
 
-def _check_shards(
-    dataset: Dataset, chosen: dict[int, list[int]] | None, num_workers: int, advance: Advance
-) -> list[Found]:
-    """Check the shards, runs of them at a time, in this process or in ``num_workers`` others; in their order."""
-    wanted = list(range(dataset.num_shards)) if chosen is None else list(chosen)
-    size = max(len(wanted) // (num_workers * TASKS_PER_WORKER), 1)
-    runs = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-    found: dict[int, Found] = {}
-    if num_workers == 1 or len(runs) == 1:
-        for number, run in enumerate(runs):
-            found[number] = check_run(dataset, run, chosen)
-            advance(found[number].num_bytes)
-        return list(found.values())
-    with ProcessPoolExecutor(min(num_workers, len(runs)), get_context("spawn")) as pool:
-        try:
-            tasks = {
-                pool.submit(check_run, dataset, run, chosen and {k: chosen[k] for k in run}): number
-                for number, run in enumerate(runs)
-            }
-            for task in as_completed(tasks):
-                found[tasks[task]] = task.result()
-                advance(task.result().num_bytes)
-        except BrokenProcessPool:
-            raise RankError("A worker process was killed (out of memory?). Start again with fewer --workers.") from None
-    return [found[number] for number in range(len(runs))]
-
-
-def check_run(dataset: Dataset, shards: Sequence[int], chosen: dict[int, list[int]] | None) -> Found:
-    """Check some shards, or the chosen record batches of each."""
-    problems, num_bytes = [], 0
-    for shard in shards:
-        try:
-            if chosen is None:
-                problems += check_shard(dataset, shard)
-                num_bytes += dataset.table.num_bytes(shard)
-                continue
+def check(dataset: Dataset, chosen: dict[int, list[int]] | None, shard: int, advance: Advance) -> list[str]:
+    """What is wrong with a shard, or with the chosen record batches of it."""
+    problems = []
+    try:
+        if chosen is None:
+            problems += check_shard(dataset, shard)
+            advance(dataset.table.num_bytes(shard))
+        else:
             places = dataset.table.places(shard)
             for number in chosen[shard]:
                 data = dataset.storage.read(shard_name(shard), *_range(places[number]))
                 problems += check_batch(dataset, shard, places, number, data)
-                num_bytes += places[number].num_bytes
-        except DataError as error:
-            problems.append(_problem(error))
-    return Found(problems, num_bytes)
+                advance(places[number].num_bytes)
+    except DataError as error:
+        problems.append(_problem(error))
+    return problems
 
 
 def check_shard(dataset: Dataset, shard: int) -> list[str]:

@@ -6,17 +6,20 @@ So whoever runs the same command again finds what is there, and does the rest.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait as wait_for_connections
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,12 +28,19 @@ import pyarrow as pa
 
 from data_tools.units import Unit
 from megatrain.data.format import commit_bytes, committed
-from megatrain.errors import MegatrainError, RankError
+from megatrain.errors import RankError
 
 Task = TypeVar("Task")
+Result = TypeVar("Result")
 Advance = Callable[[int], None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 """Opens a display for work of a name and a size; gives the function that hears of what was done."""
+
+PROGRESS_SECONDS = 0.25
+"""How often what worker processes have done is shown."""
+
+_worker_function: ContextVar[Callable[[Any], Any]] = ContextVar("worker_function")
+"""What a worker process calls for each task: it comes once, with the encoder that it builds."""
 
 
 class PartFile(NamedTuple):
@@ -102,8 +112,8 @@ class PartStore:
 
 
 def run_tasks(
-    function: Callable[[Task, Advance], None], tasks: Iterable[Task], num_workers: int, advance: Advance
-) -> None:
+    function: Callable[[Task, Advance], Result], tasks: Iterable[Task], num_workers: int, advance: Advance
+) -> list[Result]:
     """Call `function(task, advance)` for every task, in this process, or in `num_workers` new ones if that is above 1.
 
     A task is asked for when there is a worker for it. The first error ends all workers and is raised here. A worker
@@ -112,72 +122,43 @@ def run_tasks(
     waiting = iter(tasks)
     first = list(islice(waiting, num_workers))
     if len(first) <= 1:
-        for task in chain(first, waiting):
-            function(task, advance)
-        return
-    workers = [_Worker.start(function) for _ in first]
-    try:
-        for worker, task in zip(workers, first, strict=True):
-            worker.send(task)
-        busy = {worker.connection: worker for worker in workers}
-        while busy:
-            for connection in wait(list(busy)):
-                worker = busy[connection]  # type: ignore[index]
-                kind, value = worker.receive()
-                if kind == "advance":
-                    advance(value)
-                elif kind == "error":
-                    raise value
-                else:
-                    for task in islice(waiting, 1):
-                        worker.send(task)
-                        break
-                    else:
-                        worker.connection.close()
-                        del busy[worker.connection]
-    finally:
-        for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join()
-
-
-@dataclass(frozen=True)
-class _Worker:
-    process: SpawnProcess
-    connection: Connection
-
-    @staticmethod
-    def start(function: Callable[[Any, Advance], None]) -> _Worker:
-        # Spawned, not forked: the encoders' threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(function, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, ours)
-
-    def send(self, task: object) -> None:
+        return [function(task, advance) for task in chain(first, waiting)]
+    context = get_context("spawn")  # the encoders' threads do not survive a fork
+    num_done, num_shown = context.Value("q", 0), 0
+    others, workers = set(active_children()), set[BaseProcess]()
+    with ProcessPoolExecutor(len(first), context, _start_worker, (function, num_done)) as pool:
         try:
-            self.connection.send(task)
-        except ConnectionError:
-            raise self._death() from None
+            futures = [pool.submit(_call, task) for task in first]
+            running = set(futures)
+            while running:
+                workers |= set(active_children()) - others
+                done, running = wait(running, PROGRESS_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                next_ones = [pool.submit(_call, task) for task in islice(waiting, len(done))]
+                futures += next_ones
+                running.update(next_ones)
+                advance(num_done.value - num_shown)
+                num_shown = num_done.value
+        except BrokenProcessPool:
+            raise _death(workers) from None
+        finally:
+            for worker in workers | (set(active_children()) - others):
+                worker.terminate()
+    return [future.result() for future in futures]
 
-    def receive(self) -> tuple[str, Any]:
-        try:
-            kind, value = self.connection.recv()
-        except (EOFError, ConnectionError):
-            raise self._death() from None
-        return kind, value
 
-    def _death(self) -> RankError:
-        self.process.join()
-        code = self.process.exitcode or 0
-        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return RankError(
-            f"A worker process {cause} in the middle of its work (out of memory?). Nothing half written was kept: "
-            "run the same command again to go on, with fewer --workers if memory was short."
-        )
+def _death(workers: Iterable[BaseProcess]) -> RankError:
+    """What to say of the worker that died first; the pool ends all others with SIGTERM."""
+    for worker in workers:
+        worker.join()
+    codes = {worker.exitcode or 0 for worker in workers} - {0, -signal.SIGTERM} or {-signal.SIGTERM}
+    code = codes.pop()
+    cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return RankError(
+        f"A worker process {cause} in the middle of its work (out of memory?). Nothing half written was kept: "
+        "run the same command again to go on, with fewer --workers if memory was short."
+    )
 
 
 def limit_threads(num_threads: int) -> None:
@@ -185,28 +166,25 @@ def limit_threads(num_threads: int) -> None:
     os.environ.update(RAYON_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="true" if num_threads > 1 else "false")
 
 
-def _work(function: Callable[[Any, Advance], None], connection: Connection) -> None:
-    """What a worker process does: one task after another, until its parent closes the pipe or dies."""
+def _start_worker(function: Callable[[Any, Advance], Any], num_done: Synchronized[int]) -> None:
+    """What a new worker process does before its first task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     limit_threads(1)
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        try:
-            function(task, lambda amount: connection.send(("advance", amount)))
-            message: tuple[str, Any] = ("done", None)
-        except (MegatrainError, OSError) as error:
-            message = ("error", error)
-        except Exception:  # noqa: BLE001 (a bug: it crosses the process border as text)
-            message = ("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
-        connection.send(message)
+
+    def advance(amount: int) -> None:
+        with num_done.get_lock():
+            num_done.value += amount
+
+    _worker_function.set(lambda task: function(task, advance))
+
+
+def _call(task: Any) -> Any:
+    return _worker_function.get()(task)
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
+    parent = parent_process()
     if parent is not None:
-        wait([parent.sentinel])
+        wait_for_connections([parent.sentinel])
         os._exit(1)
