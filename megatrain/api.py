@@ -26,13 +26,12 @@ from megatrain.config import ModelConfig, RunConfig, recipes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.model.decoder import Decoder
-from megatrain.model.families import required_vocab_size
 from megatrain.model.generate import Sampling, generate
 from megatrain.model.init import init_model
 from megatrain.observe.goodput import Goodput
 from megatrain.observe.record import CONFIG_FILE, RunRecord, read_run
+from megatrain.plan.flops import parameter_shapes
 from megatrain.train.assets import CARRIED, Assets
-from megatrain.train.convert import parameter_shapes
 from megatrain.train.inference import encode_prompt, stream_text
 from megatrain.train.loading import empty_decoder, load_decoder
 
@@ -60,7 +59,7 @@ class Model:
         if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.dim() not in (1, 2):
             raise ConfigError(f"ids are {tokens.dtype} {list(tokens.shape)}: give integers, [T] or [B, T].")
         tokens_BT = tokens.long().reshape(-1, tokens.shape[-1])
-        num_ids, longest = required_vocab_size(self.config), self.config.max_position_embeddings
+        num_ids, longest = self.config.known_vocab_size, self.config.max_position_embeddings
         if tokens_BT.numel() == 0 or tokens_BT.min() < 0 or tokens_BT.max() >= num_ids:
             raise ConfigError(f"ids must be from 0 to {num_ids - 1}, and at least one.")
         if tokens_BT.shape[1] > longest:

@@ -221,7 +221,11 @@ class Block:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        return tuple(weight for leaf in self.leaves.values() for weight in leaf.weights)
+        """Under their names in the layer."""
+        found = (
+            (path.removesuffix(leaf.name), weight) for path, leaf in self.leaves.items() for weight in leaf.weights
+        )
+        return tuple(weight._replace(name=parent + weight.name) for parent, weight in found)
 
     @property
     def residual_projections(self) -> tuple[str, ...]:

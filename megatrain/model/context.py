@@ -65,8 +65,8 @@ class Context(NamedTuple):
 class ContextBuilder:
     """Makes the Context of a forward from the tensors that a pipeline hands on between its stages."""
 
-    def __init__(self, config: ModelConfig, rotates: bool) -> None:
-        self._rotary_embedding = RotaryEmbedding(config) if rotates else None
+    def __init__(self, config: ModelConfig) -> None:
+        self._rotary_embedding = RotaryEmbedding(config) if config.description.block.attention.rotates else None
 
     def __call__(
         self,

@@ -1,24 +1,62 @@
-"""A whole decoder on one device, put together from its family's layers.
+"""A whole decoder on one device, or the layers of one pipeline stage, built from the family's description.
 
 B: sequences, T: tokens, C: channels, V: vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from megatrain.batch import Batch
+from megatrain.families.description import Embedding
+from megatrain.model.block import DecoderLayer, build_norm
 from megatrain.model.context import Context, ContextBuilder
-from megatrain.model.embedding import TokenEmbedding
-from megatrain.model.families import LayerSpec, build_layers, family_of
+from megatrain.model.dropout import Dropout
+from megatrain.model.embedding import PositionEmbedding, TokenEmbedding
 from megatrain.model.loss import OutputHead
 
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer of the stack: ``prefix`` + "." + a parameter's name in it is the parameter's canonical name.
+
+    Every layer is called as ``layer(x, context)`` and returns the next x (the first takes token ids), but for the head,
+    which takes x alone: ``head(x)`` gives logits, ``head.loss_sum(x, targets, loss_mask)`` the loss.
+    """
+
+    prefix: str
+    kind: Literal["embedding", "decoder", "norm", "head"]
+    build: Callable[[], nn.Module]
+
+
+def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
+    """The stack of the config's family, in order; nothing is built yet. ``seed`` is that of dropout."""
+    family, vocab_size = config.description, config.known_vocab_size
+    embeddings = [LayerSpec(e.name, "embedding", partial(_embedding, config, seed, e)) for e in family.embeddings]
+    numbers = range(config.num_hidden_layers)
+    prefix = family.block.prefix
+    return [
+        *embeddings,
+        *(LayerSpec(f"{prefix}.{i}", "decoder", partial(DecoderLayer, config, i, seed)) for i in numbers),
+        LayerSpec(family.norm.name, "norm", partial(build_norm, family.norm, config)),
+        LayerSpec(family.head.name, "head", partial(OutputHead, vocab_size, config.hidden_size)),
+    ]
+
+
+def _embedding(config: ModelConfig, seed: int, embedding: Embedding) -> nn.Module:
+    is_last = embedding is config.description.embeddings[-1]
+    dropout = Dropout(config.hidden_dropout, seed, embedding.name) if is_last else None
+    kind = TokenEmbedding if embedding.rows == "vocab" else PositionEmbedding
+    return kind(config.sizes[embedding.rows], config.hidden_size, dropout)
 
 
 class DecoderStage(nn.Module):
@@ -31,7 +69,7 @@ class DecoderStage(nn.Module):
     def __init__(self, config: ModelConfig, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
         self.config = config
-        self.make_context = ContextBuilder(config, family_of(config).rotates)
+        self.make_context = ContextBuilder(config)
         attach_layers(self, specs)
         self.body_names = [spec.prefix for spec in specs if spec.kind != "head"]
         self.head_name = next((spec.prefix for spec in specs if spec.kind == "head"), None)

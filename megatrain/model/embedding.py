@@ -30,7 +30,7 @@ class TokenEmbedding(nn.Module):
 class PositionEmbedding(nn.Module):
     """A vector for each position, added to the tokens'."""
 
-    def __init__(self, num_positions: int, size: int, dropout: Dropout) -> None:
+    def __init__(self, num_positions: int, size: int, dropout: Dropout | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_positions, size))
         self.dropout = dropout
@@ -38,4 +38,4 @@ class PositionEmbedding(nn.Module):
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """Add the positions' vectors."""
         y_BTC = x_BTC + functional.embedding(context.positions_BT, self.weight)
-        return self.dropout(y_BTC, context.sample_ids_B)  # type: ignore[no-any-return]
+        return y_BTC if self.dropout is None else self.dropout(y_BTC, context.sample_ids_B)

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.context import KeyValueCache
 from megatrain.model.decoder import Decoder
-from megatrain.model.families import required_vocab_size
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def generate(
     range, or more tokens than the model has positions.
     """
     limit = model.config.max_position_embeddings
-    model_ids = required_vocab_size(model.config)
+    model_ids = model.config.known_vocab_size
     num_ids = model_ids if vocab_size is None else min(vocab_size, model_ids)
     if not 0 <= seed < 1 << 64:
         raise ConfigError(f"The seed is {seed}: it must be from 0 to 2^64 - 1.")

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from megatrain.distributed import rng
 from megatrain.distributed.fragment import FlatShard, TensorSlice
-from megatrain.model.families import family_of
 
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
@@ -76,7 +75,11 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
     """
     module = name.rpartition(".")[0]
     layer = re.search(r"\.(\d+)\.", name)
-    if config.init_scheme == "normal" or layer is None or not module.endswith(family_of(config).residual_projections):
+    if (
+        config.init_scheme == "normal"
+        or layer is None
+        or not module.endswith(config.description.block.residual_projections)
+    ):
         return config.initializer_range
     depth = config.num_hidden_layers if config.init_scheme == "gpt2" else int(layer[1]) + 1
     return config.initializer_range / math.sqrt(2 * depth)
@@ -107,10 +110,6 @@ def _quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
     scale = 1.0 / math.sqrt(squares / num_intervals)
     scaled = torch.tensor(points, dtype=torch.float64, device="cpu") * scale
     return scaled[:-1].float().to(device), scaled.diff().float().to(device)
-
-
-def _chunk_elements(device: torch.device) -> int:
-    return CHUNK_ELEMENTS if device.type == "cpu" else 1 << 24
 
 
 def _global_index(local: Tensor, shard: FlatShard) -> Tensor:

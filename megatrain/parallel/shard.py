@@ -15,10 +15,11 @@ from torch import nn
 from megatrain.config import RunConfig
 from megatrain.distributed.fragment import ShardSpec
 from megatrain.distributed.groups import Groups
+from megatrain.families.description import Split
 from megatrain.parallel.deepspeed_config import offload_settings
 from megatrain.parallel.deepspeed_engine import DeepSpeedMPU
 from megatrain.parallel.recompute import recompute_cores, recompute_layers
-from megatrain.parallel.tensor import HeadCounts, Shard, Split, TensorParallelRank, mark_parameters, split_model
+from megatrain.parallel.tensor import HeadCounts, Shard, TensorParallelRank, mark_parameters, split_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from megatrain.distributed.fragment import ShardSpec, TensorSlice
 from megatrain.distributed.groups import Groups
+from megatrain.families.description import Split
 from megatrain.parallel.collectives import (
     copy_to_tensor_parallel_region,
     gather_from_sequence_parallel_region,
@@ -28,27 +29,6 @@ from megatrain.parallel.collectives import (
     scatter_to_sequence_parallel_region,
 )
 from megatrain.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
-
-
-class Split(Protocol):
-    """A row of the family's table (megatrain.model.families.Split)."""
-
-    @property
-    def kind(self) -> Literal["column", "row", "vocab", "shared"]:
-        """What is cut: a linear layer's outputs, its inputs, or the token ids; "shared": nothing, but each rank applies
-        it to heads of its own."""
-
-    @property
-    def weight_dim(self) -> int:
-        """The dimension of the weight that is cut."""
-
-    @property
-    def num_parts(self) -> int:
-        """Tensors that lie side by side along it, each of which is cut."""
-
-    @property
-    def by_heads(self) -> Literal["query", "key_value"] | None:
-        """Between which heads the cut must fall."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,16 @@ def num_parameters(model: ModelConfig) -> int:
     return model.num_hidden_layers * layer + others - shared
 
 
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name and shape of every parameter, in order, tied ones once."""
+    family, sizes = model.description, model.sizes
+    weights = [weight for embedding in family.embeddings for weight in embedding.weights]
+    for number in range(model.num_hidden_layers):
+        weights += [w._replace(name=f"{family.block.prefix}.{number}.{w.name}") for w in family.block.weights]
+    weights += [*family.norm.weights, *(() if model.tie_word_embeddings else family.head.weights)]
+    return {weight.name: weight.shape(sizes) for weight in weights}
+
+
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """FLOPs of forward and backward for one token: 6 a matrix parameter, and attention's 12 x layers x width x seq_len.
 

@@ -30,11 +30,9 @@ from megatrain.distributed.rendezvous import meet
 from megatrain.distributed.topology import Topology
 from megatrain.errors import RankError
 from megatrain.model.attention import CoreAttention
-from megatrain.model.decoder import Decoder, DecoderStage
-from megatrain.model.families import LayerSpec, build_layers, family_of
-from megatrain.model.gpt2 import Activation
+from megatrain.model.block import Activation
+from megatrain.model.decoder import Decoder, DecoderStage, LayerSpec, build_layers
 from megatrain.model.init import InitialWeights
-from megatrain.model.llama import GatedActivation
 from megatrain.parallel.deepspeed_engine import start_deepspeed
 from megatrain.parallel.engine import Engine
 from megatrain.parallel.pipeline import PipelinedEngine
@@ -217,7 +215,7 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
 
 def partition_of(config: RunConfig) -> ModelPartition:
     """How the model of the config is cut among tensor ranks, and what selective recomputation recomputes."""
-    return ModelPartition(family_of(config.model).split_of, (CoreAttention, GatedActivation, Activation))
+    return ModelPartition(config.model.description.split_of, (CoreAttention, Activation))
 
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megatrain import __version__
@@ -24,8 +23,7 @@ from megatrain.checkpoint.transformers_config import not_in_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
 from megatrain.errors import CheckpointError, ConfigError
-from megatrain.model.decoder import Decoder
-from megatrain.plan.flops import num_parameters
+from megatrain.plan.flops import num_parameters, parameter_shapes
 from megatrain.train.assets import CARRIED, Assets, exported_files
 
 _EVALUATION_TOKENS = 1024
@@ -76,12 +74,6 @@ def import_folder(folder: Path, out: Path) -> Converted:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Converted(folder, num_parameters(config), notes)
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name and shape of every parameter of a model, tied ones once."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
 def _write_checkpoint(

@@ -1,4 +1,4 @@
-"""The table of splits names real modules, and cutting by it gives slices that compute the whole."""
+"""A family's description, the modules that are built from it, and what transformers would hold are one model."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ import torch
 from model_samples import SIZES
 
 from megatrain.config.schema import ModelConfig
-from megatrain.model.decoder import Decoder
-from megatrain.model.families import build_layers, family_of
+from megatrain.families import FAMILIES
+from megatrain.model.decoder import Decoder, build_layers
+from megatrain.plan.flops import num_parameters, parameter_shapes
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_have_the_described_parameters(family: Any, tied: bool) -> None:
+    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=tied)
+    built = {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
+    assert list(parameter_shapes(config).items()) == list(built.items())
+    assert num_parameters(config) == sum(torch.Size(shape).numel() for shape in built.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_but_learned_positions_is_split(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
-    table = family_of(config)
-    used = set()
     for name, module in Decoder(config).named_modules():
-        weight = getattr(module, "weight", None)
-        split = table.split_of(name)
+        weight, split = getattr(module, "weight", None), config.description.split_of(name)
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and name != "transformer.wpe":
             assert split is not None, name
             assert weight.shape[split.weight_dim] % (2 * split.num_parts) in (0, 1)  # 131 token ids: padding is due
-            used.add(split)
-        elif name.endswith(("q_norm", "k_norm")) and family == "qwen3":
+        elif isinstance(weight, torch.Tensor) and weight.shape == (config.head_size,):
             assert split is not None and split.kind == "shared", name
-            used.add(split)
         else:
             assert split is None, name
-    assert used == set(table.splits.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_stage_builds_only_its_own_layers(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
     specs = build_layers(config)
@@ -43,7 +47,7 @@ def test_a_stage_builds_only_its_own_layers(family: Any) -> None:
     assert kinds == ["decoder"] * config.num_hidden_layers + ["norm", "head"]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_meta_model_costs_no_memory(family: Any) -> None:
     config = ModelConfig(
         family=family, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, vocab_size=128_256

@@ -1,0 +1,148 @@
+"""A decoder layer, built from its family's description: Hugging Face's names and shapes.
+
+B: sequences, T: tokens, C: channels (hidden size), H: query heads, G: key-value heads, D: head dimension, F: MLP width.
+Head counts are read off the projections' outputs: the same code runs where a rank holds some of the heads. Modules are
+looked up by name in every forward pass, so that a parallel layout can put others in their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatrain.families import description
+from megatrain.model.attention import CoreAttention
+from megatrain.model.context import Context
+from megatrain.model.dropout import Dropout
+from megatrain.model.norm import LayerNorm, RmsNorm
+from megatrain.model.rope import rotate
+
+if TYPE_CHECKING:
+    from megatrain.config.schema import ModelConfig
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is [in, out], as OpenAI stored it and Hugging Face keeps it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.t(), self.bias)
+
+
+class Activation(nn.Module):
+    """What stands between the MLP's products, without parameters; times ``up`` where the MLP is gated."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._function = _ACTIVATIONS[kind]
+
+    def forward(self, x_BTF: Tensor, up_BTF: Tensor | None = None) -> Tensor:
+        y_BTF = self._function(x_BTF)
+        return y_BTF if up_BTF is None else y_BTF * up_BTF
+
+
+class SelfAttention(nn.Module):
+    """Attention with its projections."""
+
+    def __init__(self, config: ModelConfig, made_of: description.Attention, layer: int, seed: int, prefix: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_size
+        self.rotates = made_of.rotates
+        self.input_names = [linear.name for linear in made_of.inputs]
+        self.output_name = made_of.output.name
+        self.head_norm_names = [norm.name for norm in made_of.head_norms]
+        _attach(self, made_of.modules, config)
+        self.core = CoreAttention(Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3))
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        projected = [getattr(self, name)(x_BTC) for name in self.input_names]
+        if len(projected) == 1:  # queries, keys and values side by side
+            projected = list(projected[0].chunk(3, -1))
+        q_BTHD, k_BTGD, v_BTGD = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        if self.head_norm_names:
+            query_norm, key_norm = (getattr(self, name) for name in self.head_norm_names)
+            q_BTHD, k_BTGD = query_norm(q_BTHD), key_norm(k_BTGD)
+        if self.rotates:
+            assert context.rotary is not None
+            q_BTHD, k_BTGD = rotate(q_BTHD, context.rotary), rotate(k_BTGD, context.rotary)
+        if context.cache is not None:
+            k_BTGD, v_BTGD = context.cache.update(self.layer, k_BTGD, v_BTGD)
+        y_BTHD = self.core(q_BTHD, k_BTGD, v_BTGD, context)
+        return getattr(self, self.output_name)(y_BTHD.flatten(2))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """The MLP, plain or gated."""
+
+    def __init__(self, config: ModelConfig, made_of: description.Mlp) -> None:
+        super().__init__()
+        self.input_names = [linear.name for linear in made_of.inputs]
+        self.output_name = made_of.output.name
+        _attach(self, made_of.modules, config)
+        self.activation = Activation(made_of.activation)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        y_BTF = self.activation(*(getattr(self, name)(x_BTC) for name in self.input_names))
+        return getattr(self, self.output_name)(y_BTF)  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """One decoder layer: attention and MLP, each with a norm before it, added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+        super().__init__()
+        self.made_of = block = config.description.block
+        prefix = f"{block.prefix}.{layer}"
+        for module in block.modules:
+            if isinstance(module, description.Attention):
+                path = f"{prefix}.{module.name}"
+                self.add_module(module.name, SelfAttention(config, module, layer, seed, path))
+            elif isinstance(module, description.Mlp):
+                self.add_module(module.name, Mlp(config, module))
+            else:
+                self.add_module(module.name, build_norm(module, config))
+        self.attention_dropout = Dropout(config.hidden_dropout, seed, f"{prefix}.attention_dropout")
+        self.mlp_dropout = Dropout(config.hidden_dropout, seed, f"{prefix}.mlp_dropout")
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        block = self.made_of
+        normed_BTC = getattr(self, block.attention_norm.name)(x_BTC)
+        y_BTC = getattr(self, block.attention.name)(normed_BTC, context)
+        x_BTC = x_BTC + self.attention_dropout(y_BTC, context.sample_ids_B)
+        normed_BTC = getattr(self, block.mlp_norm.name)(x_BTC)
+        y_BTC = getattr(self, block.mlp.name)(normed_BTC)
+        return x_BTC + self.mlp_dropout(y_BTC, context.sample_ids_B)  # type: ignore[no-any-return]
+
+
+def build_norm(norm: description.Norm, config: ModelConfig) -> nn.Module:
+    kind = RmsNorm if norm.kind == "rms" else LayerNorm
+    return kind(config.sizes[norm.width], getattr(config, norm.eps_key))
+
+
+def _build_linear(linear: description.Linear, config: ModelConfig) -> nn.Module:
+    num_inputs, num_outputs = config.sizes[linear.inputs], sum(config.sizes[width] for width in linear.outputs)
+    kind = Conv1D if linear.is_conv1d else nn.Linear
+    return kind(num_inputs, num_outputs, bias=linear.bias)
+
+
+def _attach(parent: nn.Module, modules: tuple[description.Linear | description.Norm, ...], config: ModelConfig) -> None:
+    for module in modules:
+        if isinstance(module, description.Linear):
+            parent.add_module(module.name, _build_linear(module, config))
+        else:
+            parent.add_module(module.name, build_norm(module, config))
