@@ -371,8 +371,10 @@ class TrainConfig(Section):
     steps: Count = Field(description="Optimizer steps of the whole run.")
     global_batch_size: Size = Field(description="Sequences of one optimizer step, over all ranks.")
     micro_batch_size: Size = Field(default=2, description="Sequences that one rank computes at once.")
-    precision: Literal["bf16", "fp16", "fp32"] = Field(
-        default="bf16", description="What the model computes in. Under bf16 and fp16 the optimizer keeps fp32 weights."
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto",
+        description="What the model computes in; auto: bf16 where all ranks' devices have units for it, else fp32. "
+        "Under bf16 and fp16 the optimizer keeps fp32 weights.",
     )
     gradient_clipping: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="The largest global L2 norm of the gradient; 0.0: no clipping."

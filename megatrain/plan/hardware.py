@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from megatrain.config import RunConfig
+
 _TERA = 1e12
 _GIGA = 1e9
 
@@ -36,6 +38,14 @@ class Device:
     def peak_flops(self, precision: str) -> float:
         """Peak FLOP/s in ``precision``: bf16, fp16 or fp32."""
         return self.single_flops if precision == "fp32" else self.half_flops
+
+
+def resolve_precision(config: RunConfig, has_bf16: bool) -> RunConfig:
+    """The config with the precision that ``train.precision: auto`` stands for on devices with or without bf16 units."""
+    if config.train.precision != "auto":
+        return config
+    train = config.train.model_copy(update={"precision": "bf16" if has_bf16 else "fp32"})
+    return config.model_copy(update={"train": train})
 
 
 def _device(

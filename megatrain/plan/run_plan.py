@@ -11,6 +11,7 @@ from megatrain.plan.cluster import Cluster
 from megatrain.plan.fitting import changes_that_fit
 from megatrain.plan.flops import flops_per_token, num_parameters
 from megatrain.plan.goodput import Failures, best_interval, goodput
+from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.memory import RankMemory, rank_memory
 from megatrain.plan.stage_model import stage_models
 from megatrain.plan.this_machine import CPU
@@ -161,6 +162,7 @@ class RunPlan:
 def make_plan(config: RunConfig, cluster: Cluster, interruptions: Interruptions) -> RunPlan:
     """Plan a run of ``config``, whose vocabulary is known. Raises ConfigError where the layout is impossible."""
     rules.check(config, cluster.world_size)
+    config = resolve_precision(config, cluster.device.has_bf16)
     stages = stage_models(config, cluster.world_size)
     ranks = tuple(rank_memory(part) for part in stages)
     saved_bytes = max(rank.cpu["checkpoint copy"] for rank in ranks)

@@ -39,7 +39,9 @@ from megatrain.parallel.pipeline import PipelinedEngine
 from megatrain.parallel.shard import ModelPartition, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
+from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.stages import decoder_stages
+from megatrain.plan.this_machine import cpu_computes_bf16
 from megatrain.train.assets import Assets
 from megatrain.train.start_clock import StartClock
 
@@ -115,6 +117,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     lap("rendezvous")
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = make_groups(topology, rank.rank, device, patience_seconds)
+    config = resolve_precision(config, not groups.all_reduce_max([0.0 if computes_bf16(device) else 1.0])[0])
     lap("groups")
     findings = _preflight(config, rank, groups) if have_met else []
     lap("preflight")
@@ -225,6 +228,13 @@ def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num
     after = [spec for spec in specs if spec.kind in ("norm", "head")] if stage == num_stages - 1 else []
     decoders = [spec for spec in specs if spec.kind == "decoder"]
     return [*before, *decoders[first : first + counts[stage]], *after]
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has units for bf16; without, it takes many times as long."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return cpu_computes_bf16()
 
 
 def _concat_source(config: RunConfig, dataset: Dataset) -> ConcatSource:

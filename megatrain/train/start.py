@@ -24,8 +24,7 @@ from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
-from megatrain.plan.this_machine import cpu_computes_bf16
-from megatrain.train.assemble import Run, assemble
+from megatrain.train.assemble import Run, assemble, computes_bf16
 from megatrain.train.config_record import record_new_run
 from megatrain.train.progress import Progress, begun_segment, resume_changes
 from megatrain.train.saving import go_back, restore
@@ -57,7 +56,7 @@ def train(
     run.overrides = tuple(overrides)
     if liveness_monitor is not None:
         liveness_monitor.met()
-    if rank.rank == 0 and config.train.precision == "bf16" and (other := _instead_of_bf16(run.groups.device)):
+    if rank.rank == 0 and run.config.train.precision == "bf16" and (other := _instead_of_bf16(run.groups.device)):
         logger.warning("%s has no units for bf16, and takes many times as long: set train.precision=%s", *other)
     ledger = GoodputLedger(Path(config.run.dir), clock.began) if rank.rank == 0 else None
     with _watched(run) as watchdog:
@@ -146,10 +145,9 @@ def _watched(run: Run) -> Iterator[Watchdog]:
 
 def _instead_of_bf16(device: torch.device) -> tuple[str, str] | None:
     """What a device without units for bf16 calls itself, and the precision for it; None where it has them."""
-    if device.type == "cuda":
-        is_slow = not torch.cuda.is_bf16_supported(including_emulation=False)
-        return (torch.cuda.get_device_name(device), "fp16") if is_slow else None
-    return None if cpu_computes_bf16() else ("This machine's CPU", "fp32")
+    if computes_bf16(device):
+        return None
+    return (torch.cuda.get_device_name(device), "fp16") if device.type == "cuda" else ("This machine's CPU", "fp32")
 
 
 def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:

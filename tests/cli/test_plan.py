@@ -140,6 +140,10 @@ def test_a_device_without_bf16_is_told(megatrain: Megatrain, device: str, has_bf
     told = [problem for problem in plan(megatrain, *words)["problems"] if "train.precision=fp16" in problem]
     assert bool(told) is not has_bf16
     assert plan(megatrain, *words, "train.precision=fp16")["problems"] == []
+    auto = plan(megatrain, *words, "train.precision=auto")
+    other = plan(megatrain, *words, f"train.precision={'bf16' if has_bf16 else 'fp32'}")
+    assert auto["ranks"] == other["ranks"]
+    assert not any("train.precision" in problem for problem in auto["problems"])
 
 
 def test_plan_assumes_this_machine_unless_told_otherwise(megatrain: Megatrain, monkeypatch: pytest.MonkeyPatch) -> None:

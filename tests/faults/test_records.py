@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from megatrain.checkpoint.manifest import read_manifest
 from megatrain.config import load
 from megatrain.observe.record import read_run
+from megatrain.plan.this_machine import cpu_computes_bf16
 from tests.faults.conftest import Copy
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
@@ -122,3 +124,15 @@ def test_a_run_that_was_never_saved_begins_again(tiny_data: TinyData, one_rank: 
     shutil.rmtree(run_dir / "checkpoints")
     one_rank.finish(config)
     assert Metrics.read(run_dir).steps == [1, 2]
+
+
+def test_precision_auto_is_recorded_as_what_it_became(
+    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    sections = {"train": {"steps": 2, "precision": "auto", "eval_batches": 1}}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", **sections))
+    two_ranks.finish(config)
+    became = "bf16" if cpu_computes_bf16() else "fp32"
+    assert load(tmp_path / "run" / "config.yaml").train.precision == became
+    (manifest,) = (tmp_path / "run" / "checkpoints").glob("*/manifest.json")
+    assert read_manifest(manifest.parent).layout["precision"] == became

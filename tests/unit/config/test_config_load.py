@@ -43,7 +43,7 @@ paralel: {tensor: 2}
         "train.steps (train: line 11): is missing; a required key",
         "train.global_batch_size (train: line 11): is missing; a required key",
         "train.stepz (line 11): 5 given; no such key; nearest: train.steps",
-        "train.precision (line 11): bf17 given; must be one of bf16, fp16, fp32; nearest: bf16",
+        "train.precision (line 11): bf17 given; must be one of auto, bf16, fp16, fp32; nearest: bf16",
         "optimizer.betas.1 (line 12): 1.0 given; must be less than 1.0",
         "optimizer.lr (line 12): true given; must be a number; nearest: 1.0",
         "paralel (line 13): {tensor: 2} given; no such key; nearest: parallel",
@@ -164,7 +164,7 @@ def test_a_wrong_value_is_refused_with_the_nearest(refused, override, expected):
             "train.steps - schedule.warmup_steps (200 - 200)\n",
         ),
         (["parallel.recompute_every=2"], "used with recompute: full only (it is none)"),
-        (["train.loss_scale_window=5"], "used with precision: fp16 only (it is bf16)"),
+        (["train.loss_scale_window=5"], "used with precision: fp16 only (it is auto)"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(refused, overrides, expected):
