@@ -23,7 +23,7 @@ from torch import Tensor
 from megatrain.checkpoint.location import create, sync_folder, write_all, write_file
 from megatrain.checkpoint.rank_file import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.transformers_config import from_transformers
+from megatrain.checkpoint.transformers_config import from_transformers, not_told_apart
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import ShardSpec
 from megatrain.errors import CheckpointError, ConfigError
@@ -86,9 +86,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     if config.tie_word_embeddings and _has_head_of_its_own(folder, config):
         config = config.model_copy(update={"tie_word_embeddings": False})
         notes.append(f"{CONFIG} ties head and embedding, but the weights have two that differ: they are not tied.")
-    if config.family == "gpt2" and theirs.get("embd_pdrop", 0.1) != theirs.get("resid_pdrop", 0.1):
-        notes.append(f"hidden_dropout is resid_pdrop ({config.hidden_dropout}); it stands for embd_pdrop, too.")
-    return config, notes
+    return config, notes + not_told_apart(theirs, config)
 
 
 def _refuse_too_small(folder: Path, config: ModelConfig) -> None:
@@ -103,7 +101,7 @@ def _refuse_too_small(folder: Path, config: ModelConfig) -> None:
 
 def _has_head_of_its_own(folder: Path, config: ModelConfig) -> bool:
     """Whether the weights hold an output head that is not the token embedding; compared some rows at a time."""
-    embedding_name = "wte.weight" if config.family == "gpt2" else "embed_tokens.weight"
+    embedding_name = config.description.embeddings[0].name.rpartition(".")[2] + ".weight"
     with contextlib.ExitStack() as opened:
         found: dict[str, Any] = {}
         for file in _weight_files(folder):

@@ -27,7 +27,7 @@ MAY_DIFFER: Mapping[str, str] = {
     "hidden_dropout": "it is used in training alone",
     "initializer_range": "the weights are there",
     "init_scheme": "the weights are there",
-    "max_position_embeddings": "it may be longer, but for gpt2, where each position has a weight",
+    "max_position_embeddings": "it may be longer, but where each position has a weight (gpt2)",
 }
 """The model's keys that may differ from those of the checkpoint in ``run.init_from``; docs/resuming.md has them."""
 
@@ -113,7 +113,7 @@ def may_differ_table() -> str:
 
 def _may_differ(key: str, theirs: Any, ours: Any, model: ModelConfig) -> bool:
     if key == "max_position_embeddings":
-        return model.family != "gpt2" and bool(ours > theirs)
+        return bool(ours > theirs) and not model.description.learns_positions
     return key in MAY_DIFFER
 
 
