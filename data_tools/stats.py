@@ -88,7 +88,7 @@ def gather(dataset: Dataset, advance: Advance, *, everything: bool) -> Statistic
         shard, number = dataset.table.shard_of_batch(chosen * total // count)
         opened = dataset.shard(shard)
         statistics.add(opened.record_batch(number))
-        advance(opened.places[number].num_bytes)
+        advance(opened.batches[number].num_bytes)
     return statistics
 
 

@@ -16,7 +16,7 @@ from data_tools.work import Advance, Progress, run_tasks
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import SKIPPED_FILE, content_digest, is_content, map_file, shard_name
 from megatrain.data.shard import Views
-from megatrain.data.shard_table import BatchPlace
+from megatrain.data.shard_table import BatchMetadata
 from megatrain.errors import DataError
 
 MAX_REPORTED = 10
@@ -95,8 +95,8 @@ def _chosen_batches(dataset: Dataset, extent: Extent) -> dict[int, list[int]] | 
 def _num_bytes(dataset: Dataset, chosen: dict[int, list[int]] | None) -> int:
     if chosen is None:
         return int(dataset.table.rows["bytes"].to_numpy().sum())
-    places = {shard: dataset.table.places(shard) for shard in chosen}
-    return sum(places[shard][number].num_bytes for shard, numbers in chosen.items() for number in numbers)
+    batches = {shard: dataset.table.batches(shard) for shard in chosen}
+    return sum(batches[shard][number].num_bytes for shard, numbers in chosen.items() for number in numbers)
 
 
 def check(dataset: Dataset, chosen: dict[int, list[int]] | None, shard: int, advance: Advance) -> list[str]:
@@ -107,11 +107,11 @@ def check(dataset: Dataset, chosen: dict[int, list[int]] | None, shard: int, adv
             problems += check_shard(dataset, shard)
             advance(dataset.table.num_bytes(shard))
         else:
-            places = dataset.table.places(shard)
+            batches = dataset.table.batches(shard)
             for number in chosen[shard]:
-                data = dataset.storage.read(shard_name(shard), *_range(places[number]))
-                problems += check_batch(dataset, shard, places, number, data)
-                advance(places[number].num_bytes)
+                data = dataset.storage.read(shard_name(shard), batches[number].offset, batches[number].end)
+                problems += check_batch(dataset, shard, batches, number, data)
+                advance(data.size)
     except DataError as error:
         problems.append(_problem(error))
     return problems
@@ -119,17 +119,17 @@ def check(dataset: Dataset, chosen: dict[int, list[int]] | None, shard: int, adv
 
 def check_shard(dataset: Dataset, shard: int) -> list[str]:
     """What is wrong with a shard: each of its record batches, what lies before and behind them, and its size."""
-    places, name = dataset.table.places(shard), shard_name(shard)
+    batches, name = dataset.table.batches(shard), shard_name(shard)
     size = dataset.table.num_bytes(shard)
     whole = xxhash.xxh3_128()
     problems = []
     position = 0
-    for number, place in enumerate(places):
-        start, stop = _range(place)
+    for number, batch in enumerate(batches):
+        start, stop = batch.offset, batch.end
         whole.update(memoryview(dataset.storage.read(name, position, start)))
         data = dataset.storage.read(name, start, stop)
         whole.update(memoryview(data))
-        problems += check_batch(dataset, shard, places, number, data)
+        problems += check_batch(dataset, shard, batches, number, data)
         position = stop
     end = dataset.storage.read(name, position, size + 1)
     whole.update(memoryview(end))
@@ -138,23 +138,25 @@ def check_shard(dataset: Dataset, shard: int) -> list[str]:
         problems.append(f"{dataset.path}/{name} has not the {size} bytes that were written")
     elif whole.digest() != dataset.table.checksum(shard) and not problems:
         problems.append(
-            f"{dataset.path}/{name}: its record batches are whole, but its head (bytes 0 to {places[0].offset}) or its "
-            f"end (bytes {position} to {size}) is not what was written"
+            f"{dataset.path}/{name}: its record batches are whole, but its head (bytes 0 to {batches[0].offset}) or "
+            f"its end (bytes {position} to {size}) is not what was written"
         )
     return problems
 
 
-def check_batch(dataset: Dataset, shard: int, places: Sequence[BatchPlace], number: int, data: pa.Buffer) -> list[str]:
+def check_batch(
+    dataset: Dataset, shard: int, batches: Sequence[BatchMetadata], number: int, data: pa.Buffer
+) -> list[str]:
     """What is wrong with a record batch, given its bytes: the first damaged document, or the whole range of bytes."""
-    place = places[number]
+    expected = batches[number]
     where = f"{dataset.path}/{shard_name(shard)}, record batch {number}"
-    extent = f"bytes {place.offset} to {place.offset + place.num_bytes}"
-    is_whole = data.size == place.num_bytes and is_content(data, place.checksum.hex())
+    extent = f"bytes {expected.offset} to {expected.end}"
+    is_whole = data.size == expected.num_bytes and is_content(data, expected.checksum.hex())
     try:
         batch = pa.ipc.read_record_batch(data, dataset.schema)
         batch.validate(full=True)
-        first_document = sum(before.num_documents for before in places[:number])
-        problem = _batch_problem(batch, dataset, place, data.address, first_document)
+        first_document = sum(before.num_documents for before in batches[:number])
+        problem = _batch_problem(batch, dataset, expected, data.address, first_document)
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
         problem = f"{extent} cannot be read ({_first_line(error)})"
     if problem is None and not is_whole:
@@ -163,11 +165,11 @@ def check_batch(dataset: Dataset, shard: int, places: Sequence[BatchPlace], numb
 
 
 def _batch_problem(
-    batch: pa.RecordBatch, dataset: Dataset, place: BatchPlace, address: int, first_document: int
+    batch: pa.RecordBatch, dataset: Dataset, expected: BatchMetadata, address: int, first_document: int
 ) -> str | None:
     """The first thing wrong with the content of a record batch whose bytes lie at ``address``."""
-    if (batch.num_rows, len(batch.column(0).values)) != (place.num_documents, place.num_tokens):
-        return f"it does not hold {place.num_documents} documents and {place.num_tokens} tokens"
+    if (batch.num_rows, len(batch.column(0).values)) != (expected.num_documents, expected.num_tokens):
+        return f"it does not hold {expected.num_documents} documents and {expected.num_tokens} tokens"
     tokens, offsets = Views.of(batch)
     if np.any(np.diff(offsets) < 1):
         return "it has a document without tokens"
@@ -176,8 +178,10 @@ def _batch_problem(
     hashes = batch["hash"].to_pylist()
     for document, ((first, last), written) in enumerate(zip(pairwise(borders), hashes, strict=True), first_document):
         if xxhash.xxh3_128_digest(data[first:last]) != written:
-            start = place.offset + tokens.ctypes.data - address
-            hash_start = place.offset + batch["hash"].buffers()[1].address - address + 16 * (document - first_document)
+            start = expected.offset + tokens.ctypes.data - address
+            hash_start = (
+                expected.offset + batch["hash"].buffers()[1].address - address + 16 * (document - first_document)
+            )
             return (
                 f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another "
                 f"hash than the one in bytes {hash_start} to {hash_start + 16}"
@@ -196,7 +200,7 @@ def _hashes(dataset: Dataset) -> Iterator[pa.Array]:
     """The hash columns of all shards, in order."""
     for index in range(dataset.num_shards):
         shard = dataset.shard(index)
-        yield from (shard.record_batch(number)["hash"] for number in range(len(shard.places)))
+        yield from (shard.record_batch(number)["hash"] for number in range(len(shard.batches)))
 
 
 def _problem(error: DataError) -> str:
@@ -205,7 +209,3 @@ def _problem(error: DataError) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def _range(place: BatchPlace) -> tuple[int, int]:
-    return place.offset, place.offset + place.num_bytes

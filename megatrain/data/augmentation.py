@@ -128,7 +128,6 @@ class _Sentinels:
         }
 
     def id_of(self, token: str, key: str) -> int:
-        """The token's id."""
         if token in self.ids:
             return self.ids[token]
         raise ConfigError(

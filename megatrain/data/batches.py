@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,43 +18,9 @@ from megatrain.batch import Batch
 from megatrain.data.augmentation import Augmentation, DocumentPart
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import DataOrder, Samples
+from megatrain.data.packing import PackedSource
 from megatrain.distributed.activity import Activity
 from megatrain.errors import DataError
-
-
-class SampleSource(Protocol):
-    """A dataset as samples of ``seq_len`` inputs and as many targets: ``ConcatSource``, or ``packing.PackedSource``."""
-
-    @property
-    def seq_len(self) -> int:
-        """Inputs of a sample."""
-
-    @property
-    def document_mask(self) -> bool:
-        """Whether attention and positions start anew at each document."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of the dataset."""
-
-    @property
-    def all_scored(self) -> bool:
-        """Whether every target of every sample counts."""
-
-    def num_targets(self, indices: NDArray[np.int64]) -> int:
-        """Scored targets of these samples together."""
-
-    def fill(
-        self,
-        index: int,
-        tokens: NDArray[np.int64],
-        document_ids: NDArray[np.int32] | None,
-        scored: NDArray[np.bool_] | None,
-    ) -> None:
-        """Write a sample's seq_len + 1 tokens; the document's number of each input; which targets count."""
-
-    def parts(self, index: int) -> Iterator[DocumentPart]:
-        """The documents, or parts of them, in a sample's seq_len + 1 tokens, in their order."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +50,11 @@ class ConcatSource:
 
     @property
     def all_scored(self) -> bool:
+        """Whether every target of every sample counts."""
         return self.score_after_eod
 
     def num_targets(self, indices: NDArray[np.int64]) -> int:
+        """Scored targets of these samples together."""
         if self.score_after_eod:
             return len(indices) * self.seq_len
         return len(indices) * self.seq_len - sum(map(self._num_begun, *_runs(indices)))
@@ -108,6 +75,7 @@ class ConcatSource:
         document_ids: NDArray[np.int32] | None,
         scored: NDArray[np.bool_] | None,
     ) -> None:
+        """Write a sample's seq_len + 1 tokens; the document's number of each input; which targets count."""
         start = index * self.seq_len
         if scored is not None:
             scored[:] = True
@@ -121,6 +89,7 @@ class ConcatSource:
             np.cumsum(document_ids, out=document_ids)
 
     def parts(self, index: int) -> Iterator[DocumentPart]:
+        """The documents, or parts of them, in a sample's seq_len + 1 tokens, in their order."""
         start, length = index * self.seq_len, self.seq_len + 1
         document = self.dataset.document_at(start)
         offset = start - self.dataset.document_range(document)[0]
@@ -133,6 +102,10 @@ class ConcatSource:
         """Documents that begin in the targets of samples ``first`` to ``last``."""
         at = self.dataset.document_at
         return at((last + 1) * self.seq_len) - at(first * self.seq_len)
+
+
+SampleSource = ConcatSource | PackedSource
+"""A dataset as samples of ``seq_len`` inputs and as many targets."""
 
 
 class BatchMaker:
@@ -215,7 +188,6 @@ class TrainingBatches:
         return self._get(step)[1]
 
     def close(self) -> None:
-        """Stop working ahead."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _get(self, step: int) -> tuple[list[Batch], int]:

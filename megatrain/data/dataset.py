@@ -23,7 +23,7 @@ from megatrain.data.format import SHARD_TABLE_FILE, TOKENIZER_FILE, Manifest, do
 from megatrain.data.remote import Cache, RemoteFolder, is_address
 from megatrain.data.shard import Ints, Shard, Tokens
 from megatrain.data.shard_table import ShardTable
-from megatrain.data.storage import MAPPED_SHARDS, LocalFolder, Storage
+from megatrain.data.storage import MAPPED_SHARDS, LocalFolder
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import DataError
 
@@ -46,21 +46,21 @@ def refuse_mixed(datasets: Sequence[Dataset]) -> None:
     """Raise DataError where datasets for one model are of several tokenizers, or end or begin documents otherwise."""
     first = datasets[0]
     for other in datasets[1:]:
-        one, another = first.manifest, other.manifest
-        if one.tokenizer_sha256 != another.tokenizer_sha256:
+        one, two = first.manifest, other.manifest
+        if one.tokenizer_sha256 != two.tokenizer_sha256:
             raise DataError(
                 f"{other.path} was tokenized with another tokenizer than {first.path}: a model knows one vocabulary. "
                 "Tokenize both with the same tokenizer.json."
             )
-        if (one.eod_id, one.bos_id) != (another.eod_id, another.bos_id):
+        if (one.eod_id, one.bos_id) != (two.eod_id, two.bos_id):
             raise DataError(
-                f"{other.path} {borders(another)}, and {first.path} {borders(one)}: a model learns one kind of "
-                "document. Tokenize both with the same --eod-token and --bos-token."
+                f"{other.path} {document_markers(two)}, and {first.path} {document_markers(one)}: a model learns one "
+                "kind of document. Tokenize both with the same --eod-token and --bos-token."
             )
 
 
-def borders(manifest: Manifest) -> str:
-    """How a dataset's documents end and begin, in words."""
+def document_markers(manifest: Manifest) -> str:
+    """The tokens that end and begin a dataset's documents, in words."""
     begin = f" and begins them with {manifest.bos_token} (id {manifest.bos_id})" if manifest.bos_token else ""
     return f"ends its documents with {manifest.eod_token} (id {manifest.eod_id}){begin}"
 
@@ -82,7 +82,7 @@ class Dataset:
     Positions and lengths count tokens. Arrays are read-only views of the memory map wherever that is possible.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: LocalFolder | RemoteFolder) -> None:
         self.storage = storage
         self.path = storage.path
         """The folder or address, as the user gave it."""
@@ -109,22 +109,18 @@ class Dataset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, each one's end-of-document token included."""
         return self.manifest.num_tokens
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the text of all documents."""
         return self.manifest.text_bytes
 
     @property
     def digest(self) -> str:
-        """Names the content: tokens, document borders, tokenizer and options."""
         return self.manifest.digest
 
     @property
     def eod_id(self) -> int:
-        """Id of the end-of-document token."""
         return self.manifest.eod_id
 
     @property
@@ -150,7 +146,6 @@ class Dataset:
 
     @property
     def num_shards(self) -> int:
-        """Number of shard files."""
         return self.manifest.num_shards
 
     def shard_rows(self) -> list[dict[str, int]]:
@@ -165,7 +160,6 @@ class Dataset:
         return tokens[offsets[row] : offsets[row + 1]]
 
     def document_info(self, k: int) -> DocumentInfo:
-        """Id, hash, origin and text bytes of document k."""
         shard, batch, row = self._find_document(k)
         columns: dict[str, Any] = shard.record_batch(batch).slice(row, 1).drop_columns(["tokens"]).to_pylist()[0]
         source = columns.pop("source")
@@ -191,24 +185,24 @@ class Dataset:
         """Tokens of each document, a record batch at a time."""
         for index in range(self.num_shards):
             shard = self.shard(index)
-            for number in range(len(shard.places)):
+            for number in range(len(shard.batches)):
                 yield np.diff(shard.views(number).offsets)
 
     def window(self, start: int, length: int) -> Tokens:
         """Tokens [start, start + length) of the documents laid end to end. IndexError where they do not exist."""
         self._check_span(start, length)
-        pieces = []
+        parts = []
         while True:
             index = self.table.shard_at(start)
             shard, local = self.shard(index), start - self.table.token_starts[index]
             batch = shard.batch_at(local)
             local -= shard.token_starts[batch]
-            piece = shard.views(batch).tokens[local : local + length]
-            if len(piece) == length:
+            part = shard.views(batch).tokens[local : local + length]
+            if len(part) == length:
                 break
-            pieces.append(piece)
-            start, length = start + len(piece), length - len(piece)
-        return np.concatenate([*pieces, piece]) if pieces else piece
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+        return np.concatenate([*parts, part]) if parts else part
 
     def document_starts(self, start: int, length: int) -> Ints:
         """Where in the window [start, start + length) documents begin: offsets from `start`, ascending.
@@ -264,7 +258,7 @@ class Dataset:
             if base >= stop:
                 return
             shard = self.shard(index)
-            for number in range(shard.batch_at(max(start - base, 0)), len(shard.places)):
+            for number in range(shard.batch_at(max(start - base, 0)), len(shard.batches)):
                 if base + shard.token_starts[number] >= stop:
                     return
                 yield shard, number, base + shard.token_starts[number]
@@ -298,4 +292,4 @@ def _open_shard(reference: weakref.ref[Dataset], index: int) -> Shard:
     assert dataset is not None, "its own table of shards calls this"
     name, table, storage = shard_name(index), dataset.table, dataset.storage
     read = storage.shard(name, table.num_bytes(index))
-    return Shard(f"{dataset.path}/{name}", table.places(index), dataset.schema, read, storage.num_open_batches)
+    return Shard(f"{dataset.path}/{name}", table.batches(index), dataset.schema, read, storage.num_open_batches)

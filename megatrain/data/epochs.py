@@ -23,7 +23,6 @@ class Epochs(NamedTuple):
     epochs: float
 
     def text(self) -> str:
-        """In words."""
         return f"{self.path} {self.epochs:.2f}"
 
     @property

@@ -71,7 +71,6 @@ SHARD_TABLE_SCHEMA = pa.schema(
 
 
 def shard_name(index: int) -> str:
-    """File name of shard number `index` (0-based)."""
     return f"shard-{index:06d}.arrow"
 
 
@@ -106,7 +105,6 @@ def canonical_json(value: object) -> bytes:
 
 
 def checksum(data: bytes | memoryview | pa.Buffer) -> bytes:
-    """xxh3 (128 bits) of the bytes."""
     return xxhash.xxh3_128_digest(memoryview(data))
 
 

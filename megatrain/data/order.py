@@ -57,7 +57,6 @@ class EpochCut:
 
     @property
     def num_shorter(self) -> int:
-        """Samples that the cut made."""
         return (self.num_samples - self.used) * self.factor
 
 
@@ -115,7 +114,6 @@ class Segment:
     samples_before: int = 0
 
     def to_state(self) -> dict[str, Any]:
-        """As a checkpoint's manifest keeps it."""
         state: dict[str, Any] = _renamed(asdict(self), SAVED_NAMES)
         return state
 
@@ -131,7 +129,6 @@ class Segment:
 
     @property
     def mixture(self) -> Mixture:
-        """Which dataset each sample comes from."""
         return _mixture(self.settings.weights)
 
     @cached_property
@@ -185,7 +182,6 @@ class DataOrder:
 
     @classmethod
     def begin(cls, seed: int, settings: SamplingSettings) -> DataOrder:
-        """The order of a run that starts at step 0."""
         if min(settings.num_samples) < 1:
             raise ValueError("every dataset needs at least one sample")
         return cls(seed, (Segment(0, settings, (DatasetCursor(),) * len(settings.num_samples)),))
@@ -230,7 +226,6 @@ class DataOrder:
         return Samples(dataset, epoch, index, numbers + segment.samples_before)
 
     def num_samples_before(self, step: int) -> int:
-        """How many samples the steps before ``step`` use."""
         segment = self._segment(step)
         return segment.samples_before + (step - segment.first_step) * segment.settings.global_batch_size
 
@@ -240,7 +235,6 @@ class DataOrder:
         return [cursor.epoch + 1 - cursor.num_left(size) / size for cursor, size in pairs]
 
     def settings(self, step: int) -> SamplingSettings:
-        """What holds at ``step``."""
         return self._segment(step).settings
 
     def _index_in_cut_epoch(self, dataset: int, cursor: DatasetCursor, count: Indices) -> Indices:
@@ -268,7 +262,6 @@ class DataOrder:
         return shuffle(index, np.full_like(index, size), key)
 
     def _cursors(self, step: int) -> list[DatasetCursor]:
-        """Where each dataset is read at the beginning of ``step``."""
         last = self._segment(step)
         counts = last.mixture.counts_before((step - last.first_step) * last.settings.global_batch_size).tolist()
         triples = zip(last.cursors, counts, last.settings.num_samples, strict=True)

@@ -78,7 +78,6 @@ class _BinsBySpace:
         self._bins: dict[int, list[Ints]] = {}
 
     def add(self, space: int, bins: Ints) -> None:
-        """Keep bins with so much space. A full bin is of no more use."""
         if space == 0 or not len(bins):
             return
         if space not in self._bins:
@@ -142,7 +141,6 @@ class PackingPlan:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
         return int(self._firsts[-1])
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int]]:
@@ -156,7 +154,6 @@ class PackingPlan:
         return zip(block.piece_start[rows].tolist(), block.piece_targets[rows].tolist(), strict=True)
 
     def num_targets(self, samples: Ints) -> int:
-        """Scored targets of these samples together."""
         index = np.searchsorted(self._firsts, samples, side="right") - 1
         total = 0
         for number in np.unique(index).tolist():
@@ -209,7 +206,7 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path) -> PackingPlan:
 
 @dataclass(frozen=True)
 class PackedSource:
-    """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as ``ConcatSource`` is.
+    """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as `batches.ConcatSource` is.
 
     What a sample's pieces leave free is filled with end-of-document tokens, behind them: not scored, seen by none of
     them, and with ``document_mask`` a document of its own.
@@ -228,7 +225,6 @@ class PackedSource:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the dataset."""
         return self.plan.num_samples
 
     @property
@@ -237,7 +233,6 @@ class PackedSource:
         return False
 
     def num_targets(self, indices: Ints) -> int:
-        """Scored targets of these samples together."""
         return self.plan.num_targets(indices)
 
     def fill(
@@ -259,7 +254,6 @@ class PackedSource:
             document_ids[at:] = number + 1
 
     def parts(self, index: int) -> Iterator[DocumentPart]:
-        """The documents, or parts of them, in a sample's tokens, in their order."""
         at = 0
         for start, num_targets in self.plan.pieces(index):
             document = self.dataset.document_at(start)

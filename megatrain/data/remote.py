@@ -15,8 +15,8 @@ import pyarrow as pa
 from filelock import FileLock
 
 from megatrain.data.format import MANIFEST_FILE, Manifest, is_content, map_file
-from megatrain.data.shard_table import BatchPlace
-from megatrain.data.storage import ShardReader
+from megatrain.data.shard_table import BatchMetadata
+from megatrain.data.storage import BatchReader
 from megatrain.errors import ConfigError, DataError
 
 CACHE_FOLDER = "~/.cache/megatrain"
@@ -45,7 +45,6 @@ class Cache:
     retry_seconds: float = RETRY_SECONDS
 
     def path(self, checksum_hex: str) -> Path:
-        """Where the content of this checksum is, or will be."""
         return self.folder / "objects" / checksum_hex[:2] / checksum_hex
 
     def find(self, checksum_hex: str) -> pa.Buffer | None:
@@ -117,7 +116,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A dataset's folder at an address."""
+    """A dataset's folder at an address: what `storage.LocalFolder` is for one of this machine."""
 
     path: str
     cache: Cache
@@ -130,19 +129,16 @@ class RemoteFolder:
         return Manifest.parse(address, self._fetch(MANIFEST_FILE, None, None))
 
     def content(self, name: str, checksum_hex: str) -> pa.Buffer:
-        """The file's bytes, mapped from the cache."""
         return self._content(name, None, None, checksum_hex)
 
     def file(self, name: str, checksum_hex: str) -> Path:
-        """The file's copy in the cache."""
         self._content(name, None, None, checksum_hex)
         return self.cache.path(checksum_hex)
 
-    def shard(self, name: str, num_bytes: int) -> ShardReader:
-        """Fetches record batches of the shard as they are needed."""
+    def shard(self, name: str, num_bytes: int) -> BatchReader:
 
-        def read(place: BatchPlace) -> pa.Buffer:
-            return self._content(name, place.offset, place.offset + place.num_bytes, place.checksum.hex())
+        def read(batch: BatchMetadata) -> pa.Buffer:
+            return self._content(name, batch.offset, batch.end, batch.checksum.hex())
 
         return read
 
@@ -162,9 +158,9 @@ class RemoteFolder:
                 return data
             fetched = self._fetch(name, start, stop)
             if not is_content(fetched, checksum_hex):
-                place = "" if start is None else f", bytes {start} to {stop},"
+                extent = "" if start is None else f", bytes {start} to {stop},"
                 raise DataError(
-                    f"{self.path}/{name}{place} is not what the dataset says: it was changed or damaged there. Copy "
+                    f"{self.path}/{name}{extent} is not what the dataset says: it was changed or damaged there. Copy "
                     "the whole dataset to its address again."
                 )
             self.cache.add(checksum_hex, fetched)

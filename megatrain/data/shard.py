@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megatrain.data.shard_table import BatchPlace
+from megatrain.data.shard_table import BatchMetadata
+from megatrain.data.storage import BatchReader
 from megatrain.errors import DataError
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -27,7 +28,6 @@ class Views(NamedTuple):
 
     @staticmethod
     def of(batch: pa.RecordBatch) -> Views:
-        """Views of a record batch that is in memory or mapped."""
         column = batch.column(0)
         bounds = column.offsets.to_numpy()
         tokens = column.values.to_numpy()[bounds[0] : bounds[-1]]
@@ -37,34 +37,33 @@ class Views(NamedTuple):
 class Shard:
     """The record batches of a shard; each is looked at when it is needed.
 
-    ``read(place)`` gives the bytes of a record batch; they stay valid as long as the buffer or a view of it lives.
+    ``read(batch)`` gives the bytes of a record batch; they stay valid as long as the buffer or a view of it lives.
     ``max_views``: of how many record batches the views are kept (None: of all).
     """
 
     def __init__(
         self,
         name: str,
-        places: list[BatchPlace],
+        batches: list[BatchMetadata],
         schema: pa.Schema,
-        read: Callable[[BatchPlace], pa.Buffer],
+        read: BatchReader,
         max_views: int | None,
     ) -> None:
-        self.places = places
-        self.token_starts = [0, *accumulate(place.num_tokens for place in places)]
+        self.batches = batches
+        self.token_starts = [0, *accumulate(batch.num_tokens for batch in batches)]
         """Where in the shard each batch's tokens begin; one entry more than batches."""
-        self.document_starts = [0, *accumulate(place.num_documents for place in places)]
+        self.document_starts = [0, *accumulate(batch.num_documents for batch in batches)]
         # Neither refers to the shard: it has to go, and its map with it, in the moment that nobody uses it any more.
-        self.record_batch = partial(_record_batch, name, places, schema, read)
+        self.record_batch = partial(_record_batch, name, batches, schema, read)
         """Record batch `number` with all its columns. Raises DataError where it is not what the table promises."""
         self.views = lru_cache(max_views)(partial(_views, self.record_batch))
         """Tokens and document borders of record batch `number`."""
 
     def batch_at(self, position: int) -> int:
         """The record batch that holds the shard's token ``position``; the last one for the position behind all."""
-        return bisect_right(self.token_starts, position, 0, len(self.places)) - 1
+        return bisect_right(self.token_starts, position, 0, len(self.batches)) - 1
 
     def batch_of_document(self, row: int) -> int:
-        """The record batch that holds the shard's document ``row``."""
         return bisect_right(self.document_starts, row) - 1
 
 
@@ -73,15 +72,15 @@ def _views(record_batch: Callable[[int], pa.RecordBatch], number: int) -> Views:
 
 
 def _record_batch(
-    name: str, places: list[BatchPlace], schema: pa.Schema, read: Callable[[BatchPlace], pa.Buffer], number: int
+    name: str, batches: list[BatchMetadata], schema: pa.Schema, read: BatchReader, number: int
 ) -> pa.RecordBatch:
-    place = places[number]
+    expected = batches[number]
     try:
-        batch = pa.ipc.read_record_batch(read(place), schema)
+        batch = pa.ipc.read_record_batch(read(expected), schema)
         batch.validate()
         offsets = batch.column(0).offsets
         counts = batch.num_rows, offsets[-1].as_py() - offsets[0].as_py()
-        problem = f"holds {counts} documents and tokens, not {place[2:4]}" if counts != place[2:4] else None
+        problem = f"holds {counts} documents and tokens, not {expected[2:4]}" if counts != expected[2:4] else None
     except (OSError, EOFError, pa.ArrowException) as error:
         problem = f"cannot be read: {error}"
     if problem is not None:

@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 ARROW_MAGIC_BYTES = 8
 
 
-class BatchPlace(NamedTuple):
+class BatchMetadata(NamedTuple):
     """A record batch in its shard's file: its bytes there, its documents and tokens, and the xxh3 of the bytes."""
 
     offset: int
@@ -33,6 +33,10 @@ class BatchPlace(NamedTuple):
     num_documents: int
     num_tokens: int
     checksum: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_bytes
 
 
 def shard_row(path: Path, num_documents: int, num_tokens: int, text_bytes: int) -> dict[str, Any]:
@@ -126,7 +130,6 @@ class ShardTable:
         return starts
 
     def num_bytes(self, shard: int) -> int:
-        """Size of a shard's file."""
         return int(self._num_bytes[shard])
 
     def checksum(self, shard: int) -> bytes:
@@ -139,22 +142,22 @@ class ShardTable:
         shard = int(np.searchsorted(self.batch_starts, batch, side="right")) - 1
         return shard, batch - int(self.batch_starts[shard])
 
-    def places(self, shard: int) -> list[BatchPlace]:
+    def batches(self, shard: int) -> list[BatchMetadata]:
         """Where the shard's record batches lie. Raises DataError where that cannot be."""
         rows = slice(self.batch_starts[shard], self.batch_starts[shard + 1])
         columns = [column[rows].tolist() for column in self._batch_columns]
-        places = list(map(BatchPlace, *columns, self._batch_checksums[rows].to_pylist()))
+        batches = list(map(BatchMetadata, *columns, self._batch_checksums[rows].to_pylist()))
         num_documents = self.document_starts[shard + 1] - self.document_starts[shard]
         num_tokens = self.token_starts[shard + 1] - self.token_starts[shard]
         end = ARROW_MAGIC_BYTES
-        for place in places:
-            if place.offset < end or min(place.num_bytes, place.num_documents, place.num_tokens) < 1:
+        for batch in batches:
+            if batch.offset < end or min(batch.num_bytes, batch.num_documents, batch.num_tokens) < 1:
                 raise DataError(f"{self.path}: row {shard} has record batches that cannot be. Tokenize again.")
-            end = place.offset + place.num_bytes
-        counts = (sum(place.num_documents for place in places), sum(place.num_tokens for place in places))
+            end = batch.end
+        counts = (sum(batch.num_documents for batch in batches), sum(batch.num_tokens for batch in batches))
         if end > self.num_bytes(shard) or counts != (num_documents, num_tokens):
             raise DataError(f"{self.path}: row {shard} is at odds with its record batches. Tokenize again.")
-        return places
+        return batches
 
     @cached_property
     def _num_bytes(self) -> Ints:

@@ -65,12 +65,10 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file, in hex."""
         return hashlib.sha256(self.json).hexdigest()
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """The id of every token, added ones included."""
         return dict(self._library.get_vocab(with_added_tokens=True))
 
     @cached_property
@@ -161,7 +159,6 @@ class Tokenizer:
         return orjson.dumps(description)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens spelled out."""
         return str(self._library.decode(list(ids), skip_special_tokens=False))
 
     @cached_property

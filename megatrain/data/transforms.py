@@ -86,7 +86,6 @@ class TokenMasking:
     kept: tuple[int, ...] = ()
 
     def __call__(self, tokens: Tokens, random: np.random.Generator) -> Tokens:
-        """A copy with each token replaced by the mask with probability ``rate``."""
         hidden = (random.random(len(tokens)) < self.rate) & ~np.isin(tokens, self.kept)
         return np.where(hidden, self.mask, tokens)
 

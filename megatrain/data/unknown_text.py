@@ -15,7 +15,6 @@ EXAMPLE_CHARACTERS = 20
 
 
 def refuse_above(share: float, unknown: Unknown, what: str) -> None:
-    """Raise DataError where too much of a text has no tokens."""
     if unknown.share > share:
         raise DataError(
             f"The tokenizer has no tokens for too much of {what}: {unknown}. Use one that knows this text (one with "

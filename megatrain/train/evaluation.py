@@ -16,7 +16,7 @@ from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import resolve
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
-from megatrain.data.dataset import borders
+from megatrain.data.dataset import document_markers
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
@@ -98,7 +98,7 @@ def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
     if (special.eod.id, None if bos is None else bos.id) != (dataset.eod_id, dataset.bos_id):
         begun = "" if bos is None else f" and began with {bos.token} (id {bos.id})"
         raise DataError(
-            f"{dataset.path} {borders(dataset.manifest)}, and what {reader.folder} was trained on ended with "
+            f"{dataset.path} {document_markers(dataset.manifest)}, and what {reader.folder} was trained on ended with "
             f"{special.eod.token} (id {special.eod.id}){begun}: its loss there would mean nothing. Tokenize the text "
             "again with the same --eod-token and --bos-token."
         )

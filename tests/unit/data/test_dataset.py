@@ -83,7 +83,7 @@ def test_a_long_dataset_spans_record_batches_or_shards(folder: Path) -> None:
     dataset = open_dataset(folder)
     assert dataset.num_tokens > BATCH_TOKENS
     if dataset.num_shards == 1:
-        assert len(dataset.shard(0).places) == 1 + (
+        assert len(dataset.shard(0).batches) == 1 + (
             dataset.document_range(dataset.num_documents - 1)[0] // BATCH_TOKENS
         )
     else:

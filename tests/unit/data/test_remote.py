@@ -139,7 +139,7 @@ def test_remote_shards_of_many_batches_are_verified(
     opened, num_bytes = verify_dataset(url, Extent(), lambda *_: nullcontext(lambda _: None))
     server.stop()
     assert num_bytes == sum(row["bytes"] for row in opened.shard_rows())
-    assert len(opened.table.places(0)) > 10
+    assert len(opened.table.batches(0)) > 10
 
 
 def test_opening_fetches_the_manifest_alone(server: Server, cache: Cache) -> None:

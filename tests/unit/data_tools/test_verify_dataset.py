@@ -91,7 +91,7 @@ def test_sampled_verification_is_reproducible_and_finds_damage(dataset_path: Pat
     dataset = open_dataset(dataset_path)
     num_batches = int(dataset.table.batch_starts[-1])
     shard, number = 2, 0
-    place = dataset.table.places(shard)[number]
+    place = dataset.table.batches(shard)[number]
     flip(dataset_path / shard_name(shard), place.offset + place.num_bytes // 2, 1)
     found = {}
     for seed in range(12):
