@@ -22,7 +22,7 @@ from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.lock import refuse_if_locked
 from megatrain.checkpoint.origin import find_origin
 from megatrain.config import RunConfig
-from megatrain.distributed import failures, giving_up, local_ranks
+from megatrain.distributed import failures, local_ranks
 from megatrain.distributed.bootstrap import job_identity, job_port, start_name
 from megatrain.distributed.supervisor import verdict
 from megatrain.errors import EXIT_PREEMPTED, EXIT_RANK, ConfigError, RankError
@@ -84,7 +84,6 @@ def begin_job(config: RunConfig, tries: int) -> int:
     (run_dir / "logs" / "environment.sh").unlink(missing_ok=True)  # of a start whose node lost power
     restarts.write(run_dir)
     failures.forget(run_dir)
-    giving_up.forget(run_dir)
     return job_port(int(job["slurm_job"]), start)
 
 
@@ -102,8 +101,6 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
         # A rank says so only when the state of all is saved, whatever its launcher made of it.
         replace(restarts, was_asked=True).write(run_dir)
         return "requeue", EXIT_PREEMPTED
-    if first is not None and (why := giving_up.why_given_up(run_dir, start_name())) is not None:
-        sys.stderr.write(f"{why}\n")
     code = verdict(status, len(orphans), first)
     if code != EXIT_RANK:
         return "stop", code

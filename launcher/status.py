@@ -159,7 +159,8 @@ def _problems(
         advice = "start it again, and it goes on" if goes_on else "mend this, then start it again"
         yield f"no job trains it, it stands at step {status.step:,}: {advice}"
     if failure is not None and failure.exit_code != EXIT_PREEMPTED:
-        yield f"the last start ended with code {failure.exit_code}, rank {failure.rank} first: {failure.message}"
+        first = "" if failure.rank is None else f", rank {failure.rank} first"
+        yield f"the last start ended with code {failure.exit_code}{first}: {failure.message}"
     if status.state == "running" and status.logged_seconds_ago is not None:
         usual = max(_QUIET_SECONDS, _QUIET_STEPS * _logged_every(steps))
         if status.logged_seconds_ago > usual:

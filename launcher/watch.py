@@ -7,6 +7,7 @@ the others, which wait for ranks that they have never heard of. (One that they h
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,39 +15,37 @@ from pathlib import Path
 import psutil
 
 from launcher.doctor import read_hostfile
-from megatrain.distributed import giving_up
+from megatrain.distributed import failures
 from megatrain.distributed.bootstrap import start_name
-from megatrain.observe.metrics import METRICS_FILE
+from megatrain.distributed.liveness import has_everyone_joined
+from megatrain.errors import EXIT_RANK
 
 _LOOK_SECONDS = 0.5
 _PATIENCE_SECONDS = 8.0  # ranks that end together do not do so in the same moment
 
 
 def watch_nodes(run_dir: Path, launcher: int, hostfile: Path) -> None:
-    """Until the process ``launcher`` has ended, or until ssh to one of several hosts has, and not to the others.
+    """Until the process ``launcher`` has ended, all ranks have joined each other, or ssh to one of several hosts has
+    ended, and not to the others.
 
-    Then it is left in RUN/logs which host that was. Who waits for its ranks ends; a run that is under way goes on. As
-    soon as that is so all ranks have read the file of variables, which is removed.
+    Then that is the failure of this start, and whoever waits for the ranks of that host ends. Once all have joined they
+    have read the file of variables, which is removed.
     """
     hosts = list(read_hostfile(hostfile))
     missing_since: float | None = None
     while len(hosts) > 1 and psutil.pid_exists(launcher):
-        if _has_begun(run_dir, hostfile):
+        if has_everyone_joined(run_dir, start_name()):
             hostfile.with_name("environment.sh").unlink(missing_ok=True)
+            return
         reached = _reached(launcher, hosts)
         missing = [host for host in hosts if host not in reached] if reached else []
         missing_since = (missing_since or time.monotonic()) if missing else None
         if missing_since is not None and time.monotonic() > missing_since + _PATIENCE_SECONDS:
-            giving_up.give_up(run_dir, start_name(), _report(missing))
+            report = _report(missing)
+            if failures.claim(run_dir, start_name(), failures.Failure(None, EXIT_RANK, report)):
+                sys.stderr.write(f"{report}\n")
             return
         time.sleep(_LOOK_SECONDS)
-
-
-def _has_begun(run_dir: Path, hostfile: Path) -> bool:
-    """Whether this start has logged anything, which rank 0 does when all ranks have met."""
-    with contextlib.suppress(FileNotFoundError):
-        return (run_dir / METRICS_FILE).stat().st_mtime > hostfile.stat().st_mtime
-    return False
 
 
 def _report(hosts: Sequence[str]) -> str:

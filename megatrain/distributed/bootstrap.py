@@ -299,6 +299,13 @@ def start_name(environ: Mapping[str, str] | None = None) -> str:
     return "-".join([*job, str(_master_port(env))])
 
 
+def is_start_named() -> bool:
+    """Whether no earlier start of the run can have had this one's name: `megatrain train` and our batch scripts, which
+    start ranks over ssh, see to that.
+    """
+    return _SUPERVISOR in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

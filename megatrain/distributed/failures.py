@@ -1,4 +1,7 @@
-"""Who failed first: of many ranks that fail together, one speaks, and the launcher learns the cause."""
+"""Who failed first: of many ranks that fail together, one speaks, and the launcher learns the cause.
+
+A launcher that sees a start fail before all ranks have joined records that itself, and those that wait end.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ class LostPeer(RankError):
 
 
 class Failure(NamedTuple):
-    """What ended a rank: its exit code, and one paragraph for the user."""
+    """What ended a rank (None: what a launcher saw): its exit code, and one paragraph for the user."""
 
-    rank: int
+    rank: int | None
     exit_code: int
     message: str
 

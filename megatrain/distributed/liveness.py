@@ -1,8 +1,12 @@
-"""Who has died: as long as a rank lives it holds a connection to rank 0, and all end when one of them breaks.
+"""Who has died, and who is stuck: each rank holds a connection to rank 0 as long as it lives, and all end together.
 
-Nothing is said on it in between. The kernels at both ends ask each other for a sign of life, and answer for a process
-that is stopped, starved or busy: only a death ends it, or a node or a network that has failed. So no rank is taken for
-dead because it is slow, and one that stands still is left to the watchdog. Rank 0 hears of a death once, and tells all.
+In between nothing is sent on it. The kernels at both ends probe each other, and answer for a process that is stopped,
+starved or busy: only a death ends it, or a node or a network that has failed. So no rank is presumed dead because it is
+slow. Rank 0 sees a death once, and tells all.
+
+A rank that gets nothing done for ``train.hang_timeout_seconds`` tells rank 0, which asks all where they stand. All dump
+the stacks of their threads into their logs and answer, but for those that are stopped: by that the one that is stuck is
+known.
 
 The connections are there from a rank's first second, before torch is imported: what waits for a rank that died as it
 started would wait for long. Rank 0 leaves in RUN/logs where it listens.
@@ -11,97 +15,61 @@ started would wait for long. Rank 0 leaves in RUN/logs where it listens.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import math
 import resource
 import secrets
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import orjson
 
+from megatrain.distributed.activity import Activity, Position, find_stuck
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.causes import is_lost_peer
 from megatrain.distributed.naming import name_ranks
+from megatrain.distributed.peer import Peer
 from megatrain.errors import Preempted
 
-_SILENT_SECONDS = 20  # without an answer from the other kernel: its node or the network has failed
-_ASK_SECONDS = 5
-_LOOK_SECONDS, _LOOK_LATER_SECONDS = 0.25, 5.0
+_POLL_SECONDS, _FIRST_POLL_SECONDS, _CONNECT_SECONDS = 0.25, 0.02, 5.0
 _GATHER_SECONDS = 1.0  # others may have died with it
-_RENEW_SECONDS = (
-    5.0  # before all were there: what was found may have been rank 0 of an earlier start, in its last moment
-)
+_RENEW_SECONDS = 5.0  # before all have joined: what was found may have been rank 0 of an earlier start, as it ended
 _FAILED_SECONDS = 10.0  # a rank that ends with an error of its own has told it; the others have it too, or soon notice
-_COME_SECONDS = 10.0  # for those not there yet, once a rank was told to end
+_JOIN_SECONDS = 10.0  # for those that have not joined yet, once a rank has to end
+_ANSWER_SECONDS = 10.0  # to say where a rank stands
 _FILE = "liveness"
-_KILLED = "killed, or crashed (the log may say why)"
-_START_AGAIN = "Start the run again: it goes on from the newest checkpoint."
+_START_AGAIN = "Start the run again: it goes on from the newest checkpoint"
 
 
-class _Gone(NamedTuple):
-    """A rank that has ended, how, and when that is to be told (by the monotonic clock)."""
+class _Death(NamedTuple):
+    """A rank that has ended, how, and when to report it (by the monotonic clock)."""
 
     rank: int
     host: str
     how: str
-    tell_at: float
+    report_at: float
 
 
-class _Line:
-    """One connection, which carries short lines. ``rank``, ``host``: at its other end, once that has said so."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.rank, self.host = -1, ""
-        self.how_it_ended: str | None = None
-        self._heard = b""
-        connection.setblocking(False)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        limits = {
-            "TCP_KEEPIDLE": _ASK_SECONDS,
-            "TCP_KEEPALIVE": _ASK_SECONDS,  # macOS's name for it
-            "TCP_KEEPINTVL": _ASK_SECONDS,
-            "TCP_KEEPCNT": _SILENT_SECONDS // _ASK_SECONDS - 1,
-            "TCP_USER_TIMEOUT": 1000 * _SILENT_SECONDS,
-        }
-        for name, value in limits.items():
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def say(self, *words: str) -> None:
-        """Send a line; to one that has gone, nothing."""
-        with contextlib.suppress(OSError):
-            self.connection.send(" ".join(words).encode() + b"\n")
-
-    def hear(self) -> Iterator[tuple[str, str]]:
-        """The lines that have come, each as its first word and the rest. Afterwards it may be known how it ended."""
-        try:
-            came = self.connection.recv(1 << 16)
-            self.how_it_ended = None if came else _KILLED
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            came, self.how_it_ended = b"", _KILLED
-        except OSError as error:
-            came = b""
-            self.how_it_ended = f"no answer any more ({error.strerror}): the node or its network has failed"
-        *lines, self._heard = (self._heard + came).split(b"\n")
-        for line in lines:
-            word, _, rest = line.decode(errors="replace").partition(" ")
-            yield word, rest
+def has_everyone_joined(run_dir: Path, start: str) -> bool:
+    """Whether all ranks of a start have joined rank 0, so that they miss each other by themselves."""
+    try:
+        return bool(orjson.loads(_path(run_dir, start).read_bytes())["all_joined"])
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        return False
 
 
 class LivenessMonitor:
-    """Held by every rank from its beginning to its end, by `with`. Where others end well, or with an error that they
-    have told themselves, it says so to them.
+    """Held by every rank from its beginning to its end, by `with`. A rank that ends well, or with an error that it has
+    told itself, says so to the others.
 
-    ``on_death``: gets the report once a rank has died, in a thread of its own, and has to end this one.
-    ``is_told_to_end``: whether a launcher, or somebody, wants this rank to end.
+    ``end_rank``: gets the report once a rank has died or is stuck, in a thread of its own, and has to end this one.
+    ``must_end``: whether a launcher, or somebody, wants this rank to end.
     """
 
     def __init__(
@@ -109,55 +77,54 @@ class LivenessMonitor:
         rank: RankInfo,
         run_dir: Path,
         start: str,
-        on_death: Callable[[str], None],
-        is_told_to_end: Callable[[], bool] = lambda: False,
+        end_rank: Callable[[str], None],
+        must_end: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._rank, self._on_death, self._is_told_to_end = rank, on_death, is_told_to_end
-        self._path = run_dir / "logs" / f"{_FILE}-{start}.json"
-        self._lines: list[_Line] = []
-        self._gone: list[_Gone] = []
-        self._num_there = 1
-        self._have_met = False
-        self._told_at: float | None = None
+        self._rank, self._end_rank, self._must_end = rank, end_rank, must_end
+        self._path = _path(run_dir, start)
+        self._peers: list[Peer] = []
+        self._deaths: list[_Death] = []
+        self._num_joined = 1
+        self._must_end_since: float | None = None
+        self._report: str | None = None
         self._address: tuple[str, int] | None = None
         self._token = secrets.token_hex(8)  # rank 0's: who does not know it is a stranger
+        self._activity, self._log, self._hang_timeout = Activity(), Path(), math.inf
+        self._progress, self._moved_at = self._activity.progress, time.monotonic()
+        self._stuck_at: float | None = None
+        self._positions: dict[int, Position] = {}
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
-        self._ended = threading.Event()
-        woken, self._waker = socket.socketpair()
-        self._selector.register(woken, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._monitor, name="liveness", daemon=True)
 
     def __enter__(self) -> LivenessMonitor:
-        if self._rank.world_size > 1:
-            if self._rank.rank == 0:
-                self._listen()
-            self._thread.start()
+        if self._rank.rank == 0 and self._rank.world_size > 1:
+            self._listen()
+        self._thread.start()
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        if self._thread.ident is not None:
-            if error is not None and is_lost_peer(error):
-                self._thread.join(_FAILED_SECONDS / 2)  # rather than that somebody is lost, it can tell who
-            self._ended.set()
-            self._waker.send(b".")
-            self._thread.join()
-        self._say_to_all("bye" if error is None or isinstance(error, Preempted) else "failed")
-        for line in self._lines:
-            line.connection.close()
+        if error is not None and is_lost_peer(error):
+            self._thread.join(_FAILED_SECONDS / 2)  # rather than that somebody is lost, it can tell who
+        self._closed.set()
+        self._thread.join()
+        self._send_all("bye" if error is None or isinstance(error, Preempted) else "failed")
+        for peer in self._peers:
+            peer.connection.close()
         if self._listener is not None:
             self._listener.close()
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
-        for key in list(self._selector.get_map().values()):
-            self._selector.unregister(key.fileobj)
-            key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
-        self._waker.close()
 
-    def met(self) -> None:
-        """From here on no rank is missing: the ranks have met elsewhere."""
-        self._have_met = True
+    def watch(self, activity: Activity, timeout_seconds: float, log: Path) -> None:
+        """From here on all ranks are there, and none gets nothing done for so long; ``log``: for the stacks."""
+        self._num_joined = self._rank.world_size
+        self._activity, self._log, self._moved_at = activity, log, time.monotonic()
+        self._hang_timeout = timeout_seconds
+        if self._listener is not None:
+            self._publish_address()
 
     def _listen(self) -> None:
         """On any port; the file that says which one appears as a whole, in place of those of earlier starts."""
@@ -169,126 +136,193 @@ class LivenessMonitor:
         self._listener = socket.create_server(("", 0), family=family, backlog=size, dualstack_ipv6=dual)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
-        with contextlib.suppress(OSError):  # a full disk: the run goes on without
+        with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             for path in self._path.parent.glob(f"{_FILE}-*"):
                 path.unlink(missing_ok=True)
-            aside = self._path.with_suffix(".tmp")
-            aside.write_bytes(orjson.dumps([self._listener.getsockname()[1], self._token]))
+        self._publish_address()
+
+    def _publish_address(self) -> None:
+        assert self._listener is not None
+        record = {"port": self._listener.getsockname()[1], "token": self._token, "all_joined": self._have_all_joined}
+        aside = self._path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # a full disk: the run goes on without
+            aside.write_bytes(orjson.dumps(record))
             aside.replace(self._path)
 
-    def _watch(self) -> None:
+    @property
+    def _have_all_joined(self) -> bool:
+        return self._num_joined == self._rank.world_size
+
+    def _monitor(self) -> None:
         soon = time.monotonic() + 1.0
-        while self._rank.rank != 0 and not self._lines and time.monotonic() < soon:
-            self._join()  # before torch is imported, if possible: that lets no other thread run for long
-            self._ended.wait(0.02)
-        while not self._ended.is_set():
-            if self._rank.rank != 0 and not self._lines:
-                self._join()
-            waiting = self._num_there < self._rank.world_size and not self._have_met
-            looking = self._gone or waiting or not self._lines
-            for key, _ in self._selector.select(_LOOK_SECONDS if looking else _LOOK_LATER_SECONDS):
+        while not self._closed.is_set():
+            if self._rank.rank != 0 and not self._peers:
+                self._connect()
+            # At first often: before torch is imported, if possible, which lets no other thread run for long.
+            is_early = not self._peers and time.monotonic() < soon
+            events = self._selector.select(_FIRST_POLL_SECONDS if is_early else _POLL_SECONDS)
+            for key, _ in events:
                 if key.fileobj is self._listener:
                     self._accept()
-                elif isinstance(key.data, _Line) and self._hear(key.data):
-                    return
-            if (report := self._report()) is not None:
-                self._say_to_all("death", report)
-                self._on_death(report)
+                elif isinstance(key.data, Peer):
+                    self._receive(key.data)
+            self._look_for_progress()
+            report = self._report or self._death_report() or self._hang_report()
+            if not events:  # not for each of the ranks that join: it may look into RUN/logs
+                report = report or self._start_report()
+            if report is not None:
+                self._send_all("end", report)
+                self._end_rank(report)
                 return
 
-    def _join(self) -> None:
+    def _connect(self) -> None:
         """Look for rank 0, and connect to it; to another than was lost, if it was."""
         try:
-            port, token = orjson.loads(self._path.read_bytes())
-            address = (self._rank.master_addr, port)
+            record = orjson.loads(self._path.read_bytes())
+            address = (self._rank.master_addr, record["port"])
             if address == self._address:
                 return
-            connection = socket.create_connection(address, timeout=_LOOK_LATER_SECONDS)
-        except (OSError, orjson.JSONDecodeError, TypeError, ValueError):
+            connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
+        except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
             return
-        self._address, self._token, self._gone = address, token, []
-        line = self._hold(connection)
-        self._greet(line)
-        line.rank, line.host = 0, self._rank.master_addr  # it may die before it says so
+        self._address, self._token, self._deaths = address, record["token"], []
+        peer = self._add(connection)
+        self._greet(peer)
+        peer.rank, peer.host = 0, self._rank.master_addr  # it may die before it says so
 
     def _accept(self) -> None:
         assert self._listener is not None
         try:
-            self._hold(self._listener.accept()[0])
+            self._add(self._listener.accept()[0])
         except OSError:  # too many open files, perhaps: it comes again
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
-    def _hold(self, connection: socket.socket) -> _Line:
-        line = _Line(connection)
-        self._lines.append(line)
-        self._selector.register(connection, selectors.EVENT_READ, line)
-        return line
+    def _add(self, connection: socket.socket) -> Peer:
+        peer = Peer(connection)
+        self._peers.append(peer)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+        return peer
 
-    def _greet(self, line: _Line) -> None:
-        line.say("hello", self._token, str(self._rank.rank), socket.gethostname())
+    def _greet(self, peer: Peer) -> None:
+        peer.send("hello", self._token, str(self._rank.rank), socket.gethostname())
 
-    def _hear(self, line: _Line) -> bool:
-        """Take in what a line says; whether it said that a rank has died."""
-        for word, rest in line.hear():
+    def _receive(self, peer: Peer) -> None:
+        for word, rest in peer.receive():
             if word == "hello":
-                self._welcome(line, *rest.split(" "))
-            elif line.rank < 0:
-                self._drop(line)
-            elif word == "all":
-                self._num_there = self._rank.world_size
+                self._welcome(peer, *rest.split(" "))
+            elif peer.rank < 0:
+                self._drop(peer)
+            elif word == "joined":
+                self._num_joined = self._rank.world_size
             elif word == "bye":
-                self._drop(line)
+                self._drop(peer)
             elif word == "failed":
-                self._drop(line, "ended with an error of its own", _FAILED_SECONDS)
-            elif word == "death":
-                self._on_death(rest)
-                return True
-        if line.how_it_ended is not None:
-            is_early = self._rank.rank != 0 and self._num_there < self._rank.world_size
-            self._drop(line, line.how_it_ended, _RENEW_SECONDS if is_early else _GATHER_SECONDS)
-        return False
+                self._drop(peer, "ended with an error of its own", _FAILED_SECONDS)
+            elif word == "stuck":
+                self._note_stuck()
+            elif word == "where":
+                self._dump_stacks()
+                peer.send("at", orjson.dumps(tuple(self._position())).decode())
+            elif word == "at":
+                self._positions[peer.rank] = Position(*orjson.loads(rest))
+            elif word == "end":
+                self._report = self._report or rest
+        if peer.how_it_ended is not None:
+            is_early = self._rank.rank != 0 and not self._have_all_joined
+            self._drop(peer, peer.how_it_ended, _RENEW_SECONDS if is_early else _GATHER_SECONDS)
 
-    def _welcome(self, line: _Line, token: str, rank: str = "", host: str = "") -> None:
-        """Note who is at the other end. On rank 0: when all are there, all hear of it."""
+    def _welcome(self, peer: Peer, token: str, rank: str = "", host: str = "") -> None:
+        """Note who is at the other end. On rank 0: when all have joined, all hear of it."""
         if token != self._token:
-            self._drop(line)
+            self._drop(peer)
             return
-        line.rank, line.host = int(rank), host
+        peer.rank, peer.host = int(rank), host
         if self._rank.rank == 0:
-            self._greet(line)
-            self._num_there += 1
-            if self._num_there == self._rank.world_size:
-                self._say_to_all("all")
+            self._greet(peer)
+            self._num_joined += 1
+            if self._have_all_joined:
+                self._send_all("joined")
+                self._publish_address()
 
-    def _say_to_all(self, *words: str) -> None:
-        for line in self._lines:
-            if line.rank >= 0:
-                line.say(*words)
+    def _send_all(self, *words: str) -> None:
+        for peer in self._peers:
+            if peer.rank >= 0:
+                peer.send(*words)
 
-    def _drop(self, line: _Line, how: str = "", tell_after_seconds: float = 0.0) -> None:
-        """A line has ended; where ``how`` says so, as one that must not."""
-        if line not in self._lines:
+    def _drop(self, peer: Peer, how: str = "", report_after_seconds: float = 0.0) -> None:
+        """A connection has ended; where ``how`` says so, as one that must not."""
+        if peer not in self._peers:
             return
-        self._lines.remove(line)
-        self._selector.unregister(line.connection)
-        line.connection.close()
-        if how and line.rank >= 0:  # else a stranger
-            self._gone.append(_Gone(line.rank, line.host, how, time.monotonic() + tell_after_seconds))
+        self._peers.remove(peer)
+        self._selector.unregister(peer.connection)
+        peer.connection.close()
+        if how and peer.rank >= 0:  # else a stranger
+            self._deaths.append(_Death(peer.rank, peer.host, how, time.monotonic() + report_after_seconds))
 
-    def _report(self) -> str | None:
-        """Who has died, once that is to be told."""
-        now = time.monotonic()
-        if self._gone and now >= min(gone.tell_at for gone in self._gone):
-            how = min(self._gone, key=lambda gone: gone.tell_at).how
-            names = name_ranks((gone.rank, gone.host) for gone in sorted(self._gone) if gone.how == how)
-            return f"{names[0].upper()}{names[1:]}: {how}. The others have ended with it. {_START_AGAIN}"
-        if self._have_met or self._num_there == self._rank.world_size or not self._is_told_to_end():
+    def _death_report(self) -> str | None:
+        if not self._deaths or time.monotonic() < min(death.report_at for death in self._deaths):
             return None
-        self._told_at = self._told_at or now
-        if now < self._told_at + _COME_SECONDS:
+        how = min(self._deaths, key=lambda death: death.report_at).how
+        names = name_ranks((death.rank, death.host) for death in sorted(self._deaths) if death.how == how)
+        return f"{names[0].upper()}{names[1:]}: {how}. The others have ended with it. {_START_AGAIN}."
+
+    def _start_report(self) -> str | None:
+        """That this rank has to end, and ranks are missing that might have told that they end too."""
+        if self._have_all_joined or not self._must_end():
+            return None
+        self._must_end_since = self._must_end_since or time.monotonic()
+        if time.monotonic() < self._must_end_since + _JOIN_SECONDS:
             return None
         return (
             f"Rank {self._rank.rank} on {socket.gethostname()} was told to end while the ranks were starting, and not "
             "all of them were there: perhaps one died. Start the run again."
         )
+
+    def _look_for_progress(self) -> None:
+        now, before, self._progress = time.monotonic(), self._progress, self._activity.progress
+        if self._progress != before:
+            self._moved_at = now
+        if now > self._moved_at + self._hang_timeout:
+            self._note_stuck()
+
+    def _note_stuck(self) -> None:
+        """This rank, or one that has told rank 0, gets nothing done."""
+        if self._stuck_at is None:
+            self._stuck_at = time.monotonic()
+            self._dump_stacks()
+            self._positions[self._rank.rank] = self._position()
+            self._send_all("where" if self._rank.rank == 0 else "stuck")
+
+    def _hang_report(self) -> str | None:
+        """Who is stuck, once all have answered rank 0, or had the time to."""
+        if self._stuck_at is None:
+            return None
+        is_first = self._rank.rank == 0
+        silent = [(peer.rank, peer.host) for peer in self._peers if peer.rank not in self._positions]
+        patience = _ANSWER_SECONDS if is_first else 1.5 * _ANSWER_SECONDS
+        if (silent or not is_first) and time.monotonic() < self._stuck_at + patience:
+            return None
+        stuck = "the others wait for rank 0, which does not answer,"
+        if is_first:
+            stuck = find_stuck([self._positions[rank] for rank in sorted(self._positions)], sorted(silent))
+        return (
+            f"Nothing has moved for {self._hang_timeout:.0f} s (train.hang_timeout_seconds): {stuck} at step "
+            f"{self._activity.step_shown}. The stacks of each rank that could write them are in {self._log.parent}. "
+            f"{_START_AGAIN}; leave that node out if it happens there again."
+        )
+
+    def _position(self) -> Position:
+        activity = self._activity
+        here = (self._rank.rank, socket.gethostname(), activity.step, activity.part)
+        return Position(*here, activity.transferred_bytes, activity.total_bytes)
+
+    def _dump_stacks(self) -> None:
+        with contextlib.suppress(OSError), self._log.open("a") as file:  # a full disk must not hide the hang
+            file.write("nothing has moved; the stacks of all threads:\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _path(run_dir: Path, start: str) -> Path:
+    return run_dir / "logs" / f"{_FILE}-{start}.json"

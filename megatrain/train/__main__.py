@@ -17,12 +17,13 @@ from pathlib import Path
 from megatrain.checkpoint.lock import Lease, folders_of, locked
 from megatrain.checkpoint.origin import load
 from megatrain.config import RunConfig
-from megatrain.distributed import causes, failures, giving_up
+from megatrain.distributed import causes, failures
 from megatrain.distributed.binding import bind
 from megatrain.distributed.bootstrap import (
     RankInfo,
     export_rank,
     extensions_dir,
+    is_start_named,
     job_identity,
     read_rank,
     start_name,
@@ -60,11 +61,10 @@ def main(arguments: list[str]) -> int:
                 lease, *_ = [held.enter_context(locked(folder, job_identity())) for folder in folders]
             clock.lap("lock")
             run_dir = Path(config.run.dir)  # ours from here on: failures are recorded there
-            if rank.rank == 0:
+            if rank.rank == 0 and not is_start_named():  # else whoever starts the ranks has done so
                 failures.forget(run_dir)
-            die = partial(_die, rank, run_dir)
-            is_told_to_end = partial(_is_told_to_end, stop, rank, run_dir)
-            liveness_monitor = held.enter_context(LivenessMonitor(rank, run_dir, start_name(), die, is_told_to_end))
+            end_rank, must_end = partial(_end_rank, rank, run_dir), partial(_must_end, stop, rank, run_dir)
+            liveness_monitor = held.enter_context(LivenessMonitor(rank, run_dir, start_name(), end_rank, must_end))
             return _train(config, rank, run_dir, stop, lease, clock, liveness_monitor, overrides)
     except MegatrainError as error:
         return _fail(rank, run_dir, error.exit_code, str(error))
@@ -117,18 +117,18 @@ def _fail(rank: RankInfo | None, run_dir: Path | None, exit_code: int, message: 
     return exit_code
 
 
-def _die(rank: RankInfo, run_dir: Path, report: str) -> None:
-    """Another rank has died, and this one may wait for it where nothing reaches it."""
+def _end_rank(rank: RankInfo, run_dir: Path, report: str) -> None:
+    """Another rank has died or is stuck, and this one may wait for it where nothing reaches it."""
     code = _fail(rank, run_dir, EXIT_RANK, report)
     sys.stderr.flush()
     os._exit(code)
 
 
-def _is_told_to_end(stop: Requests, rank: RankInfo, run_dir: Path) -> bool:
-    """By a signal; or because no launcher of another node is left, for which one rank of each node looks."""
+def _must_end(stop: Requests, rank: RankInfo, run_dir: Path) -> bool:
+    """By a signal; or because this start has failed, for which one rank of each node looks."""
     if stop.is_told_to_end:
         return True
-    return rank.local_rank == 0 and giving_up.why_given_up(run_dir, start_name()) is not None
+    return rank.local_rank == 0 and is_start_named() and failures.read(run_dir, start_name()) is not None
 
 
 if __name__ == "__main__":

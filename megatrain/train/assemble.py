@@ -110,7 +110,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     held_out = [_concat_source(config, dataset) for dataset in validation]
     lap("datasets")
     device = local_device(rank.local_rank)
-    # The watchdog, which can say who is stuck, comes before the collectives' own timeout.
+    # The liveness monitor, which can say who is stuck, comes before the collectives' own timeout.
     patience_seconds = 1.5 * config.train.hang_timeout_seconds + 60.0
     have_met = meet(rank, max(config.train.hang_timeout_seconds, SHORTEST_WAIT_SECONDS), patience_seconds)
     start_deepspeed(patience_seconds)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,12 +12,10 @@ import torch
 from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig
 from megatrain.data.epochs import Epochs, epochs_of
-from megatrain.distributed import failures
-from megatrain.distributed.bootstrap import RankInfo, start_name
+from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
-from megatrain.distributed.watchdog import Watchdog
-from megatrain.errors import EXIT_RANK, Diverged
+from megatrain.errors import Diverged
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
@@ -46,36 +42,36 @@ def train(
 ) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
-    ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``liveness_monitor``: is told when the
-    ranks have met. ``overrides``: the KEY=VALUE that the config was given on the command line. Raises Preempted after a
-    request to stop, once the state is saved.
+    ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``liveness_monitor``: ends the
+    ranks where one is stuck. ``overrides``: the KEY=VALUE that the config was given on the command line. Raises
+    Preempted after a request to stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
     clock = clock or StartClock()
     run = assemble(config, rank, clock)
     run.overrides = tuple(overrides)
     if liveness_monitor is not None:
-        liveness_monitor.met()
+        log = log_path(Path(config.run.dir), rank.rank)
+        liveness_monitor.watch(run.groups.activity, run.config.train.hang_timeout_seconds, log)
     if rank.rank == 0 and run.config.train.precision == "bf16" and (other := _instead_of_bf16(run.groups.device)):
         logger.warning("%s has no units for bf16, and takes many times as long: set train.precision=%s", *other)
     ledger = GoodputLedger(Path(config.run.dir), clock.began) if rank.rank == 0 else None
-    with _watched(run) as watchdog:
-        progress, folder, complaints = restore(run)
-        clock.lap("restore")
-        if rank.rank == 0:
-            record_new_run(run.config)
-        resumed_from = str(folder.path) if folder else None
-        while True:
-            with _observed(run, progress, resumed_from, complaints, clock, ledger) as observers:
-                trainer = Trainer(run, progress, stop, observers, lease, watchdog)
-                with _giving_up_told(observers, trainer):
-                    try:
-                        return trainer.run()
-                    except SpikeError as spike:
-                        clock = None  # what comes now is no start
-                        watchdog.enter(spike.step, "start")
-                        progress, complaints = go_back(run, trainer.progress, spike)
-                        resumed_from = str(run.store.place(progress.step))
+    progress, folder, complaints = restore(run)
+    clock.lap("restore")
+    if rank.rank == 0:
+        record_new_run(run.config)
+    resumed_from = str(folder.path) if folder else None
+    while True:
+        with _observed(run, progress, resumed_from, complaints, clock, ledger) as observers:
+            trainer = Trainer(run, progress, stop, observers, lease)
+            with _giving_up_told(observers, trainer):
+                try:
+                    return trainer.run()
+                except SpikeError as spike:
+                    clock = None  # what comes now is no start
+                    run.groups.activity.enter(spike.step, "start")
+                    progress, complaints = go_back(run, trainer.progress, spike)
+                    resumed_from = str(run.store.place(progress.step))
 
 
 @contextlib.contextmanager
@@ -122,25 +118,6 @@ def _giving_up_told(observers: Observers | None, trainer: Trainer) -> Iterator[N
         if observers:
             observers.end("diverged", trainer.progress.step, f"gave up: {error}")
         raise
-
-
-@contextlib.contextmanager
-def _watched(run: Run) -> Iterator[Watchdog]:
-    """A rank that stands still ends itself: what it waits for will not come."""
-    rank, run_dir, timeout_seconds = run.rank, Path(run.config.run.dir), run.config.train.hang_timeout_seconds
-
-    def end(report: str) -> None:
-        logger.error("%s", report)
-        if failures.claim(run_dir, start_name(), failures.Failure(rank.rank, EXIT_RANK, report)):
-            sys.stderr.write(report + "\n")
-            sys.stderr.flush()
-        os._exit(EXIT_RANK)
-
-    watchdog = Watchdog(rank, timeout_seconds, log_path(run_dir, rank.rank), end, run.groups.activity)
-    try:
-        yield watchdog
-    finally:
-        watchdog.close()
 
 
 def _instead_of_bf16(device: torch.device) -> tuple[str, str] | None:

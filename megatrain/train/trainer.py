@@ -15,7 +15,6 @@ from megatrain.checkpoint.lock import Lease
 from megatrain.checkpoint.saver import SaveResult, SaveStatus
 from megatrain.data.batches import TrainingBatches
 from megatrain.distributed.signals import Requests
-from megatrain.distributed.watchdog import Watchdog
 from megatrain.errors import CheckpointError, Diverged, Preempted, RankError
 from megatrain.observe.flops import mfu, peak_flops
 from megatrain.observe.memory import peak_memory_bytes
@@ -86,11 +85,10 @@ class Trainer:
         requests: Requests,
         observers: Observers | None,
         lease: Lease | None = None,
-        watchdog: Watchdog | None = None,
     ) -> None:
         self._run, self._config = run, run.config
         self.progress = progress
-        self._requests, self._observers, self._lease, self._watchdog = requests, observers, lease, watchdog
+        self._requests, self._observers, self._lease = requests, observers, lease
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
         self._saving = Saving(run, progress.updates)
@@ -104,8 +102,7 @@ class Trainer:
         self._compare_at = time.monotonic() + run.config.observe.straggler_report_seconds
 
     def _note_part(self, part: str) -> None:
-        if self._watchdog is not None:
-            self._watchdog.enter(self.progress.step, part)
+        self._run.groups.activity.enter(self.progress.step, part)
 
     def run(self) -> Progress:
         """Train to the last step.

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from megatrain.distributed import liveness
+from megatrain.distributed.activity import Activity
 from megatrain.distributed.bootstrap import RankInfo
-from megatrain.distributed.liveness import LivenessMonitor
+from megatrain.distributed.liveness import LivenessMonitor, has_everyone_joined
 from megatrain.errors import Preempted
 
 NUM_RANKS = 4
+HANG_SECONDS = 1.0
 
 
 def _rank(rank: int, run_dir: Path, orders: Connection, told_to_end: bool) -> None:
@@ -32,8 +34,13 @@ def _rank(rank: int, run_dir: Path, orders: Connection, told_to_end: bool) -> No
 
     info = RankInfo(rank, NUM_RANKS, rank, NUM_RANKS, "test", "127.0.0.1", 1)
     try:
-        with LivenessMonitor(info, run_dir, "start", die, lambda: told_to_end):
+        with LivenessMonitor(info, run_dir, "start", die, lambda: told_to_end) as monitor:
             order = orders.recv()
+            if order.startswith("be in "):
+                activity = Activity()
+                activity.enter(7, order.removeprefix("be in "))
+                monitor.watch(activity, HANG_SECONDS, run_dir / f"rank-{rank}.log")
+                order = orders.recv()
             if order == "lose a peer":
                 raise RuntimeError("Connection closed by peer")
             if order == "fail":
@@ -74,7 +81,8 @@ class Ranks:
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setattr(liveness, "_FAILED_SECONDS", 3.0)
-    monkeypatch.setattr(liveness, "_COME_SECONDS", 2.0)
+    monkeypatch.setattr(liveness, "_JOIN_SECONDS", 2.0)
+    monkeypatch.setattr(liveness, "_ANSWER_SECONDS", 2.0)
     ranks = Ranks(tmp_path)
     yield ranks
     for process in ranks.processes.values():
@@ -154,7 +162,7 @@ def test_remains_of_an_earlier_start_are_ignored(ranks: Ranks, tmp_path: Path) -
     earlier = tmp_path / "logs" / "liveness-start.json"
     earlier.parent.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as gone:
-        earlier.write_text(json.dumps([gone.getsockname()[1], "another"]))
+        earlier.write_text(json.dumps({"port": gone.getsockname()[1], "token": "another", "all_joined": True}))
     ranks.start(3, 2, 1)
     time.sleep(0.5)
     ranks.start(0)
@@ -166,7 +174,9 @@ def test_remains_of_an_earlier_start_are_ignored(ranks: Ranks, tmp_path: Path) -
 def test_a_thousand_ranks_hear_of_a_death_quickly(tmp_path: Path) -> None:
     size, reports = 1000, []
     with LivenessMonitor(RankInfo(0, size, 0, 1, "test", "127.0.0.1", 1), tmp_path, "start", reports.append):
-        port, token = json.loads((tmp_path / "logs" / "liveness-start.json").read_text())
+        record = json.loads((tmp_path / "logs" / "liveness-start.json").read_text())
+        port, token = record["port"], record["token"]
+        assert not has_everyone_joined(tmp_path, "start")
         began = time.monotonic()
         stranger = socket.create_connection(("127.0.0.1", port), timeout=20.0)
         stranger.sendall(b"hello you\n")
@@ -175,15 +185,43 @@ def test_a_thousand_ranks_hear_of_a_death_quickly(tmp_path: Path) -> None:
         for rank, other in enumerate(others, 1):
             other.sendall(f"hello {token} {rank} node{rank // 8}\n".encode())
         heard = [other.makefile() for other in others]
-        assert all(file.readline().startswith(f"hello {token} 0 ") and file.readline() == "all\n" for file in heard)
+        assert all(file.readline().startswith(f"hello {token} 0 ") and file.readline() == "joined\n" for file in heard)
+        assert has_everyone_joined(tmp_path, "start")
         others[76].close()
         heard[76].close()
         told = [file.readline() for number, file in enumerate(heard) if number != 76]
         assert time.monotonic() - began < 10.0
-    assert told == [f"death {reports[0]}\n"] * (size - 2)
+    assert told == [f"end {reports[0]}\n"] * (size - 2)
     assert reports[0].startswith("Rank 77 on node9: killed, or crashed")
     for other in others:
         other.close()
+
+
+def _stand(ranks: Ranks, **part_of: str) -> None:
+    """All are in an exchange, but for those that are named, and get nothing done."""
+    ranks.start(*range(NUM_RANKS))
+    time.sleep(0.7)
+    for rank in range(NUM_RANKS):
+        ranks.orders[rank].send(f"be in {part_of.get(f'rank{rank}', 'exchange')}")
+
+
+def test_a_lagging_rank_is_named_stacks_are_dumped(ranks: Ranks, tmp_path: Path) -> None:
+    _stand(ranks, rank2="data")
+    host = socket.gethostname()
+    for rank in range(NUM_RANKS):
+        report = ranks.hears(rank)
+        assert f"Nothing has moved for 1 s (train.hang_timeout_seconds): the others wait for rank 2 on {host}" in report
+        assert "in data of step 8 at step 8" in report
+        assert "in _rank" in (tmp_path / f"rank-{rank}.log").read_text()
+
+
+@pytest.mark.parametrize("stopped", [3, 0])
+def test_a_stopped_rank_is_named_by_the_others(stopped: int, ranks: Ranks) -> None:
+    _stand(ranks)
+    os.kill(ranks.processes[stopped].pid or 0, signal.SIGSTOP)
+    named = "rank 0, which does not answer," if stopped == 0 else f"rank 3 on {socket.gethostname()}, stopped or gone,"
+    for rank in set(range(NUM_RANKS)) - {stopped}:
+        assert f"the others wait for {named}" in ranks.hears(rank)
 
 
 def test_a_rank_alone_needs_nobody(tmp_path: Path) -> None:

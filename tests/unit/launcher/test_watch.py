@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
@@ -13,8 +12,10 @@ import psutil
 import pytest
 
 from launcher import watch
-from megatrain.distributed.bootstrap import start_name
-from megatrain.distributed.giving_up import why_given_up
+from megatrain.distributed import failures
+from megatrain.distributed.activity import Activity
+from megatrain.distributed.bootstrap import RankInfo, start_name
+from megatrain.distributed.liveness import LivenessMonitor
 
 HOSTS = ("node1", "node2", "node3")
 # As pdsh, which names all hosts, has a process for each of them, whose words name it, and waits for all of these.
@@ -56,17 +57,22 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _end_node(launcher: psutil.Process, host: str) -> None:
     (pdsh,) = launcher.children()
-    (node,) = [child for child in pdsh.children() if host in child.cmdline()]
+    alive = [child for child in pdsh.children() if child.status() != psutil.STATUS_ZOMBIE]
+    (node,) = [child for child in alive if host in child.cmdline()]
     node.kill()
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_waiting_ranks_learn_that_a_node_has_ended(host: str, launcher: psutil.Process, run_dir: Path) -> None:
+def test_waiting_ranks_learn_that_a_node_has_ended(
+    host: str, launcher: psutil.Process, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _end_node(launcher, host)
     watch.watch_nodes(run_dir, launcher.pid, run_dir / "hostfile")
-    told = why_given_up(run_dir, start_name())
-    assert told is not None
-    assert told.startswith(f"On {host} the ranks ended, or could not be started")
+    failure = failures.read(run_dir, start_name())
+    assert failure is not None
+    assert failure.message.startswith(f"On {host} the ranks ended, or could not be started")
+    assert (failure.rank, failure.exit_code) == (None, 5)
+    assert failure.message in capsys.readouterr().err
     assert launcher.is_running()
 
 
@@ -79,24 +85,20 @@ def test_a_simultaneous_end_everywhere_is_no_failure(launcher: psutil.Process, r
     launcher.wait(10)
     watching.join(10)
     assert not watching.is_alive()
-    assert why_given_up(run_dir, start_name()) is None
+    assert failures.read(run_dir, start_name()) is None
 
 
 def test_variables_are_removed_once_ranks_have_met(launcher: psutil.Process, run_dir: Path) -> None:
-    """And not by what an earlier start has logged."""
-    variables, metrics = run_dir / "environment.sh", run_dir / "metrics.jsonl"
+    """And from then on the ranks look after each other."""
+    variables = run_dir / "environment.sh"
     variables.touch()
-    metrics.touch()
-    os.utime(metrics, (0, 0))
     watching = threading.Thread(target=watch.watch_nodes, args=(run_dir, launcher.pid, run_dir / "hostfile"))
     watching.start()
     time.sleep(1.2)
     assert variables.exists()
-    later = (run_dir / "hostfile").stat().st_mtime + 1
-    os.utime(metrics, (later, later))
-    time.sleep(1.2)
-    assert not variables.exists()
-    launcher.kill()
-    launcher.wait(10)
-    watching.join(10)
+    with LivenessMonitor(RankInfo(0, 2, 0, 1, "test", "127.0.0.1", 1), run_dir, start_name(), lambda _: None) as rank_0:
+        rank_0.watch(Activity(), 600.0, run_dir / "rank.log")
+        watching.join(10)
     assert not watching.is_alive()
+    assert not variables.exists()
+    assert launcher.is_running()
