@@ -242,8 +242,8 @@ class LivenessMonitor:
             self._greet(peer)
             self._num_joined += 1
             if self._have_all_joined:
-                self._send_all("joined")
                 self._publish_address()
+                self._send_all("joined")
 
     def _send_all(self, *words: str) -> None:
         for peer in self._peers:
