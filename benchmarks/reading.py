@@ -35,16 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._sparse_dataset import write_sparse_dataset
+from megatrain.atomic import committed
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.format import (
-    MANIFEST_FILE,
-    SHARD_TABLE_FILE,
-    Manifest,
-    committed,
-    document_schema,
-    file_checksum,
-    shard_name,
-)
+from megatrain.data.format import MANIFEST_FILE, SHARD_TABLE_FILE, Manifest, document_schema, file_checksum, shard_name
 from megatrain.data.shard_table import shard_row, write_shard_table
 
 WINDOW = 2048

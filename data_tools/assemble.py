@@ -25,6 +25,7 @@ from data_tools.claims import Claims
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit, no_text
 from data_tools.work import Advance, PartFile, PartStore, write_batches
+from megatrain.atomic import commit_bytes, committed
 from megatrain.data.format import (
     BATCH_TOKENS,
     MANIFEST_FILE,
@@ -32,8 +33,6 @@ from megatrain.data.format import (
     SKIPPED_FILE,
     Manifest,
     Unknown,
-    commit_bytes,
-    committed,
     content_digest,
     document_schema,
     file_checksum,

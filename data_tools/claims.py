@@ -19,7 +19,8 @@ from typing import BinaryIO
 import orjson
 import xxhash
 
-from megatrain.data.format import canonical_json, commit_bytes
+from megatrain.atomic import commit_bytes
+from megatrain.data.format import canonical_json
 from megatrain.errors import ConfigError
 
 MEMBERS_BYTE = 0

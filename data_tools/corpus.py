@@ -16,7 +16,7 @@ import orjson
 import xxhash
 import zstandard
 
-from megatrain.data.format import committed
+from megatrain.atomic import committed
 from megatrain.errors import DataError
 
 HELD_OUT_ONE_IN = 20

@@ -28,15 +28,8 @@ from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Record, Unit
 from data_tools.work import PartStore, Progress, run_tasks
-from megatrain.data.format import (
-    MANIFEST_FILE,
-    SHARD_TABLE_FILE,
-    SKIPPED_FILE,
-    TOKENIZER_FILE,
-    Manifest,
-    commit_bytes,
-    token_dtype,
-)
+from megatrain.atomic import commit_bytes
+from megatrain.data.format import MANIFEST_FILE, SHARD_TABLE_FILE, SKIPPED_FILE, TOKENIZER_FILE, Manifest, token_dtype
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText, refuse_above
 from megatrain.errors import ConfigError, DataError

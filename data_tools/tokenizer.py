@@ -12,7 +12,7 @@ from data_tools.inputs import InputFile
 from data_tools.outputs import find_inputs_apart
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import Fault, ReadOptions, Record, no_text
-from megatrain.data.format import commit_bytes
+from megatrain.atomic import commit_bytes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
 

@@ -27,7 +27,7 @@ import orjson
 import pyarrow as pa
 
 from data_tools.units import Unit
-from megatrain.data.format import commit_bytes, committed
+from megatrain.atomic import commit_bytes, committed
 from megatrain.errors import RankError
 
 Task = TypeVar("Task")

@@ -18,7 +18,8 @@ from data_tools.inputs import InputFile
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import ReadOptions, Record, Unit
 from data_tools.work import Advance, PartStore, write_batches
-from megatrain.data.format import SKIPPED_FILE, canonical_json, committed
+from megatrain.atomic import committed
+from megatrain.data.format import SKIPPED_FILE, canonical_json
 
 TAGGED_CHARACTERS = 1 << 20
 """About how much text a tagger is given at once."""

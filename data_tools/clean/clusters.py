@@ -22,7 +22,7 @@ from data_tools.clean.job import Job, Task
 from data_tools.clean.output import Decisions
 from data_tools.clean.sketch import Sketch
 from data_tools.work import Advance
-from megatrain.data.format import commit_bytes, committed
+from megatrain.atomic import commit_bytes, committed
 
 BLOCK_DOCUMENTS = 1 << 20
 

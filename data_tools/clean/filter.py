@@ -19,7 +19,7 @@ from data_tools.clean.output import Decisions
 from data_tools.clean.report import render, write_and_report
 from data_tools.outputs import find_inputs_apart
 from data_tools.units import ReadOptions
-from megatrain.data.format import commit_bytes
+from megatrain.atomic import commit_bytes
 from megatrain.errors import ConfigError
 
 Chosen = dict[str, Filter]

@@ -24,7 +24,8 @@ from data_tools.outputs import refuse_occupied
 from data_tools.ranks import Ranks
 from data_tools.units import PART_BYTES
 from data_tools.work import Advance, Progress, run_tasks
-from megatrain.data.format import canonical_json, commit_bytes
+from megatrain.atomic import commit_bytes
+from megatrain.data.format import canonical_json
 from megatrain.errors import ConfigError
 
 REPORT_FOLDER = ".report"

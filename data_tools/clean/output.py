@@ -22,7 +22,7 @@ from data_tools.clean.job import REPORT_FOLDER, Job, Task
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit, as_text
 from data_tools.work import Advance, write_batches
-from megatrain.data.format import commit_bytes, committed
+from megatrain.atomic import commit_bytes, committed
 from megatrain.errors import DataError
 
 TASK_BYTES = 1 << 28

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatrain.checkpoint.location import create, sync_folder, write_all, write_file
+from megatrain.checkpoint.location import create, new_folder, write_all, write_file
 from megatrain.checkpoint.rank_file import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import from_transformers, not_told_apart
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import ShardSpec
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError
 from megatrain.plan.flops import num_parameters
 
 CONFIG, INDEX, WEIGHTS, HEAD = "config.json", "model.safetensors.index.json", "model.safetensors", "lm_head.weight"
@@ -56,22 +55,10 @@ def export_folder(
     beside them. The folder appears when it is whole. Raises ConfigError where ``out`` exists, CheckpointError for a
     damaged checkpoint or a full disk.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
-    aside = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        _export_weights(reader, shapes, aside, dtype, shard_bytes)
+    with new_folder(out, "exported") as unfinished:
+        _export_weights(reader, shapes, unfinished, dtype, shard_bytes)
         for name, content in files.items():
-            write_file(aside / name, content)
-        sync_folder(aside)
-        aside.rename(out)
-    except OSError as error:
-        where = error.filename or out
-        raise CheckpointError(f"{where} cannot be written ({error.strerror}): nothing was exported.") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            write_file(unfinished / name, content)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, list[str]]:

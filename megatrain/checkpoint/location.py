@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
+from megatrain.atomic import committed_folder
 from megatrain.config.schema import in_home
-from megatrain.errors import CheckpointError, Unreachable
+from megatrain.errors import CheckpointError, ConfigError, Unreachable
 
 Location = Path | UPath
 Bytes = NDArray[np.uint8]
@@ -247,10 +248,22 @@ def write_if_absent(path: UPath, content: bytes) -> None:
         path.fs.pipe_file(path.path, content, mode="create")
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def refuse_existing(out: Path) -> None:
+    """Raise ConfigError where the place for a result is taken."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
+
+
+@contextmanager
+def new_folder(out: Path, made: str) -> Iterator[Path]:
+    """Yield an empty folder, which becomes ``out`` when it is whole. ``made``: what a failure prevents, in a word.
+
+    Raises ConfigError where ``out`` exists, CheckpointError where it cannot be written.
+    """
+    refuse_existing(out)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with committed_folder(out) as unfinished:
+            yield unfinished
+    except OSError as error:
+        where = error.filename or out
+        raise CheckpointError(f"{where} cannot be written ({error.strerror}): nothing was {made}.") from None

@@ -20,7 +20,8 @@ from typing import Any
 import xxhash
 import yaml
 
-from megatrain.checkpoint.location import Location, exists, list_folder, locate, sync_folder, telling, write_file
+from megatrain.atomic import sync_folder
+from megatrain.checkpoint.location import Location, exists, list_folder, locate, telling, write_file
 from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, read_manifest
 from megatrain.distributed.activity import Activity
 from megatrain.errors import CheckpointError, Superseded, Unreachable

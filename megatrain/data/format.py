@@ -16,11 +16,8 @@ Checksums are xxh3 (128 bits), of whole files and of each record batch as it lie
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -130,35 +127,6 @@ def is_content(data: bytes | memoryview | pa.Buffer, checksum_hex: str) -> bool:
 def file_checksum(path: Path) -> bytes:
     """xxh3 (128 bits) of a whole file, read through a memory map."""
     return checksum(map_file(path))
-
-
-@contextmanager
-def committed(path: Path, scratch: Path | None = None) -> Iterator[Path]:
-    """Yield a path to write to, which becomes `path` in one rename once it is whole and on disk.
-
-    The unfinished file lies in `scratch` (on the same file system), or beside `path`. If the body fails, it is removed.
-    """
-    # Processes on other machines may have this one's number.
-    unfinished = (scratch or path.parent) / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        yield unfinished
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def commit_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
-    """Write `data` to `path`: either all of it gets there, or nothing."""
-    with committed(path, scratch) as unfinished:
-        unfinished.write_bytes(data)
 
 
 @dataclass(frozen=True)

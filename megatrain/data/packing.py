@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatrain.atomic import committed
 from megatrain.data.augmentation import DocumentPart
 from megatrain.data.dataset import Dataset
-from megatrain.data.format import checksum, committed, file_checksum, map_file
+from megatrain.data.format import checksum, file_checksum, map_file
 from megatrain.errors import DataError
 
 Ints = NDArray[np.int64]
@@ -172,9 +173,7 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
         return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_kill in folder.glob(f".{path.name}.*.tmp"):
-            left_by_a_kill.unlink()
-        with committed(path) as unfinished:
+        with committed(path, single_writer=True) as unfinished:
             with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _schema(dataset, seq_len)) as writer:
                 for starts, lengths in _documents(dataset):
                     writer.write_batch(pack_documents(starts, lengths, seq_len))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from megatrain.atomic import committed
 from megatrain.observe.append import AppendFile
 
 METRICS_FILE = "metrics.jsonl"
@@ -132,27 +133,23 @@ class MetricsWriter:
         self._file.append(orjson.dumps({**line, "time": time.time()}, option=orjson.OPT_APPEND_NEWLINE))
 
     def _drop_superseded(self) -> None:
-        """Rewrite the file, aside and renamed, without the steps after the resumed one and without torn lines."""
-        aside = self._path.with_suffix(".tmp")
-        num_dropped, trend = 0, LossTrend()
-        try:
-            with self._path.open("rb") as lines, aside.open("wb") as kept:
-                for text in lines:
-                    line = parse_line(text)
-                    if line is None or ("event" not in line and line["step"] > self._resume_step):
-                        num_dropped += line is not None and "loss" in line
-                    else:
-                        kept.write(text)
-                        if "loss" in line:
-                            trend.add(line["loss"])
-                kept.flush()
-                os.fsync(kept.fileno())  # or a power cut after the rename may leave an empty file
-            aside.replace(self._path)
-        except FileNotFoundError:
+        """Rewrite the file without the steps after the resumed one and without torn lines."""
+        if not self._path.exists():
             return
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        num_dropped, trend = 0, LossTrend()
+        with (
+            committed(self._path, single_writer=True) as unfinished,
+            self._path.open("rb") as lines,
+            unfinished.open("wb") as kept,
+        ):
+            for text in lines:
+                line = parse_line(text)
+                if line is None or ("event" not in line and line["step"] > self._resume_step):
+                    num_dropped += line is not None and "loss" in line
+                else:
+                    kept.write(text)
+                    if "loss" in line:
+                        trend.add(line["loss"])
         self.num_dropped_steps, self.trend = num_dropped, trend
 
 

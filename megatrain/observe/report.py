@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from megatrain.atomic import commit_bytes
 from megatrain.errors import ConfigError
 from megatrain.observe.charts import CHARTS, draw_all, draw_chart
 from megatrain.observe.goodput import SHOWN
@@ -34,12 +35,9 @@ def write_report(run_dir: Path, out: Path) -> None:
         raise ConfigError(f"--out {out}: the report is written as one of {', '.join(PAGES + PICTURES)}.")
     run = read_run(run_dir)
     content = _picture(run, kind) if kind in PICTURES else _page(run).encode()
-    aside = out.with_name(out.name + ".tmp")
     try:
-        aside.write_bytes(content)
-        aside.replace(out)
+        commit_bytes(out, content)
     except OSError as error:
-        aside.unlink(missing_ok=True) if aside.parent.is_dir() else None
         raise ConfigError(f"--out {out}: {error.strerror}. Give a place that can be written.") from None
 
 

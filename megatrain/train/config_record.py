@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatrain.checkpoint.location import write_file
+from megatrain.atomic import commit_bytes
 from megatrain.config import RunConfig, dump
 from megatrain.errors import ConfigError
 from megatrain.observe.metrics import METRICS_FILE
@@ -51,11 +51,8 @@ def record_start(config: RunConfig, first_step: int) -> None:
 
 
 def _write(path: Path, config: RunConfig) -> None:
-    """Aside and renamed. A disk that cannot take it does not stop the run."""
-    aside = path.with_suffix(".tmp")
+    """A disk that cannot take it does not stop the run."""
     try:
-        aside.unlink(missing_ok=True)
-        write_file(aside, dump(config).encode())
-        aside.replace(path)
+        commit_bytes(path, dump(config).encode(), single_writer=True)
     except OSError as error:
         logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror)

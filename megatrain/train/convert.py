@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from megatrain import __version__
 from megatrain.checkpoint import huggingface
-from megatrain.checkpoint.location import Location, sync_folder, write_file
+from megatrain.checkpoint.location import Location, new_folder, refuse_existing, write_file
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
 from megatrain.checkpoint.rank_file import write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
@@ -22,7 +21,6 @@ from megatrain.checkpoint.store import add_file, resolve
 from megatrain.checkpoint.transformers_config import not_in_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
-from megatrain.errors import CheckpointError, ConfigError
 from megatrain.plan.flops import num_parameters, parameter_shapes
 from megatrain.train.assets import CARRIED, Assets, exported_files
 
@@ -54,25 +52,14 @@ def import_folder(folder: Path, out: Path) -> Converted:
 
     Raises CheckpointError where the folder is no model, or not one that can be imported.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
+    refuse_existing(out)
     config, notes = huggingface.read_config(folder)
     assets = Assets.of_folder(huggingface.read_files(folder, CARRIED))
     weights = huggingface.HuggingFaceWeights(folder, parameter_shapes(config))
     if others := huggingface.left_out(folder, CARRIED):
         notes.append(f"left out: {', '.join(others)}.")
-    aside = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        _write_checkpoint(aside, config, weights, assets)
-        sync_folder(aside)
-        aside.rename(out)
-    except OSError as error:
-        where = error.filename or out
-        raise CheckpointError(f"{where} cannot be written ({error.strerror}): nothing was imported.") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(out, "imported") as unfinished:
+        _write_checkpoint(unfinished, config, weights, assets)
     return Converted(folder, num_parameters(config), notes)
 
 
