@@ -220,7 +220,7 @@ def test_a_torn_or_foreign_plan_is_made_again(dataset: Dataset, tmp_path: Path) 
     torn = [b"", good[:7], good[:16], good[: len(good) // 2], good[:-1], good + b"\0"]
     for bad in [*torn, *map(bytes, flipped), other.read_bytes()]:
         path.write_bytes(bad)
-        (tmp_path / f".{path.name}.1.tmp").write_bytes(bad)
+        (tmp_path / f".{path.name}.tmp").write_bytes(bad)
         assert store_plan(dataset, SEQ_LEN, tmp_path), "it was taken for good"
         assert path.read_bytes() == good
         assert sorted(tmp_path.iterdir()) == sorted([path, other.parent]), "what a kill left half done is gone"
