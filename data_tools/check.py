@@ -26,7 +26,7 @@ class Checked(NamedTuple):
 def check_unit(options: ReadOptions, unit: Unit, advance: Advance) -> Checked:
     num_documents = 0
     faults: dict[str, list[str]] = {}
-    for row in (row for part in read_parts_with_faults(unit, options) for row in part.rows):
+    for _, row in (row for part in read_parts_with_faults(unit, options) for row in part.rows):
         num_documents += isinstance(row, Record)
         if isinstance(row, Fault):
             found = faults.setdefault(unit.files[row.file].name, [])

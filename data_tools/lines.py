@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
 from data_tools.inputs import BYTE_ORDER_MARK, InputFile, are_json_lines, is_object, take
 from data_tools.kinds import Kind, kind_of, magic_name
-from data_tools.streams import BLOCK_BYTES, read_blocks
+from data_tools.streams import read_blocks
 from data_tools.units import (
     MAX_DOCUMENT_BYTES,
     BadInput,
@@ -29,8 +29,6 @@ from data_tools.units import (
 from megatrain.errors import DataError
 
 HEAD_BYTES = 1 << 9
-LINE_BYTES = 1 << 16
-"""Read behind a part at once, which most often holds the end of its last line."""
 TOO_LONG = f"the line is longer than {MAX_DOCUMENT_BYTES} bytes"
 _ESCAPES = re.compile(
     r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
@@ -41,15 +39,15 @@ _MISSING = object()
 
 
 def read_json_lines(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
-    """The lines of a unit, in parts by where they begin; a JSON value that goes over many lines counts as one."""
+    """The lines of a unit, in parts; a JSON value that goes over many lines counts as one."""
     file = unit.files[0]
     if file.is_streamed:
-        for number, offset, data, faults in _streamed_parts(unit, advance):
-            yield Part(number, chain(_rows(file, offset, data, 0, len(data), options), faults))
+        yield from _streamed_parts(unit, options, advance)
         return
     stop = file.num_bytes if unit.stop is None else unit.stop
     for number, first in enumerate(range(unit.start, stop, unit.part_bytes)):
-        yield Part(number, _plain_rows(file, first, min(first + unit.part_bytes, stop), options, advance))
+        last = min(first + unit.part_bytes, stop)
+        yield Part(number, enumerate(_plain_rows(file, first, last, options, advance)))
 
 
 def _plain_rows(
@@ -61,76 +59,46 @@ def _plain_rows(
     try:
         with file.open() as raw:
             raw.seek(first)
-            data = raw.read(stop - first + LINE_BYTES)
-            begin = data.find(b"\n", 0, stop - first) + 1 if start > 0 else 0
-            if start > 0 and (begin == 0 or first + begin >= stop):
+            data = raw.read(stop - first)
+            begin = data.find(b"\n") + 1 if start > 0 else 0
+            if start > 0 and (begin == 0 or begin == len(data)):
                 return
-            end = data.find(b"\n", stop - first - 1) + 1
-            last = data.rfind(b"\n") + 1
-            rest = b"" if end else _rest_of_line(raw, len(data) - last)
+            if not data.endswith(b"\n"):
+                data += raw.readline(MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise DataError(f"{file.name} cannot be read: {error.strerror or error}.") from None
     advance(stop - start)
-    if rest is None:
-        yield from _rows(file, first, data, begin, last, options)
-        yield _fault(file, first + last, TOO_LONG)
-    else:
-        yield from _rows(file, first, data + rest if rest else data, begin, end or len(data) + len(rest), options)
+    yield from _rows(file, first, data, options, begin)
 
 
-def _rest_of_line(raw: IO[bytes], num_bytes: int) -> bytes | None:
-    """What is left of a line of which `num_bytes` were read; None if it is too long."""
-    blocks: list[bytes] = []
-    while block := raw.read(BLOCK_BYTES):
-        end = block.find(b"\n") + 1
-        blocks.append(block[:end] if end else block)
-        num_bytes += len(blocks[-1])
-        if end:
-            break
-        if num_bytes > MAX_DOCUMENT_BYTES:
-            return None
-    return b"".join(blocks)
+def _streamed_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
+    """The lines of a file that is read from its start. A part ends with the line that fills it.
 
-
-def _streamed_parts(unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[int, int, bytes, list[Fault]]]:
-    """Each part of a file that is read from its start: its number, the offset of its first line, its lines, and at the
-    end what is wrong with the rest of the file."""
+    The last part ends with what is wrong with the rest of the file.
+    """
     file = unit.files[0]
-    part_bytes = unit.part_bytes
-    offset = position = line_start = num_whole = 0
-    pieces: list[bytes] = []
-    for block in _past_damage(file, advance):
-        if isinstance(block, Fault):
-            whole = b"".join(pieces)
-            yield offset // part_bytes, offset, whole[: whole.rfind(b"\n") + 1], [block]
-            return
-        while block:
-            # The part's last line is the one that holds the byte before the next part's first.
-            border = (offset // part_bytes + 1) * part_bytes
-            end = block.find(b"\n", max(border - 1 - position, 0)) + 1
-            pieces.append(block[:end] if end else block)
-            last_newline = pieces[-1].rfind(b"\n")
-            if last_newline >= 0:
-                line_start, num_whole = position + last_newline + 1, len(pieces)
-            position += len(pieces[-1])
-            if end:
-                yield offset // part_bytes, offset, b"".join(pieces), []
-                pieces, offset, num_whole = [], position, 0
-            elif position - line_start > MAX_DOCUMENT_BYTES:
-                too_long = _fault(file, line_start, f"{TOO_LONG}; what follows it in the file is not read")
-                del pieces[num_whole:]
-                yield offset // part_bytes, offset, b"".join(pieces)[: line_start - offset], [too_long]
-                return
-            block = block[end:] if end else b""
-    if pieces:
-        yield offset // part_bytes, offset, b"".join(pieces), []
-
-
-def _past_damage(file: InputFile, advance: Callable[[int], None]) -> Iterator[bytes | Fault]:
+    data = bytearray()
+    number = offset = line_start = 0  # of the part; where it begins in the file; where its last line begins in it
+    fault = None
     try:
-        yield from read_lines(file, advance)
+        for block in read_lines(file, advance):
+            searched = len(data)
+            data += block
+            while end := data.find(b"\n", max(unit.part_bytes - 1, searched)) + 1:
+                lines = bytes(memoryview(data)[:end])
+                del data[:end]
+                yield Part(number, enumerate(_rows(file, offset, lines, options)))
+                number, offset, line_start, searched = number + 1, offset + end, 0, 0
+            line_start = data.rfind(b"\n", searched) + 1 or line_start
+            if len(data) - line_start > MAX_DOCUMENT_BYTES:
+                fault = _fault(file, offset + line_start, f"{TOO_LONG}; what follows it in the file is not read")
+                break
     except BadInput as error:
-        yield Fault.of(error)
+        fault = Fault.of(error)
+    if fault is not None:
+        del data[line_start:]
+    if data or fault is not None:
+        yield Part(number, enumerate(chain(_rows(file, offset, bytes(data), options), [fault] if fault else [])))
 
 
 def read_lines(file: InputFile, advance: Callable[[int], None] = lambda _: None) -> Iterator[bytes]:
@@ -182,13 +150,13 @@ def _skip_between(text: str, place: int) -> int:
 _NO_LINE_ENDS = {ord("\n"): " ", ord("\r"): " "}
 
 
-def _rows(file: InputFile, offset: int, data: bytes, begin: int, end: int, options: ReadOptions) -> Iterator[Row]:
-    """The lines of data[begin:end]; `offset` is where the data begin in the (decompressed) file."""
+def _rows(file: InputFile, offset: int, data: bytes, options: ReadOptions, begin: int = 0) -> Iterator[Row]:
+    """The lines of data[begin:]; `offset` is where the data begin in the (decompressed) file."""
     view = memoryview(data)
-    while begin < end:
-        line_end = data.find(b"\n", begin, end)
+    while begin < len(data):
+        line_end = data.find(b"\n", begin)
         if line_end < 0:
-            line_end = end
+            line_end = len(data)
         try:
             if line_end - begin > MAX_DOCUMENT_BYTES:
                 raise BadInput(TOO_LONG)
@@ -281,7 +249,7 @@ def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None])
         row: Row = Record(_text(unit.files[0], options, advance), None, 0)
     except BadInput as error:
         row = Fault.of(error)
-    yield Part(0, iter([row]))
+    yield Part(0, enumerate([row]))
 
 
 def _text(file: InputFile, options: ReadOptions, advance: Callable[[int], None]) -> str:

@@ -9,7 +9,7 @@ from data_tools.inputs import InputFile
 from data_tools.kinds import Kind
 from data_tools.lines import read_json_lines, read_texts
 from data_tools.tables import read_tables, row_group_ranges
-from data_tools.units import PART_BYTES, BadInput, Fault, FileStart, Part, ReadOptions, Record, Row, Unit
+from data_tools.units import PART_BYTES, BadInput, Fault, Part, ReadOptions, Row, Unit
 
 MAX_FILES = 1024
 """Files in one unit."""
@@ -98,17 +98,16 @@ def read_parts_with_faults(
     return iter([Part(0, _rows_of_files(unit, options, advance))])
 
 
-def _rows_of_files(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Row]:
+def _rows_of_files(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[tuple[int, Row]]:
     for index, file in enumerate(unit.files):
-        yield FileStart()
-        for start, stop, num_bytes in _ranges(file, unit.part_bytes, "skip"):
-            piece = Unit((file,), start, stop, num_bytes, unit.part_bytes)
-            for row in (row for part in READERS[file.kind](piece, options, advance) for row in part.rows):
-                yield row._replace(file=index) if isinstance(row, Record | Fault) else row
+        units = (Unit((file,), *extent, unit.part_bytes) for extent in _ranges(file, unit.part_bytes, "skip"))
+        parts = (part for each in units for part in READERS[file.kind](each, options, advance))
+        for number, row in enumerate(row for part in parts for _, row in part.rows):
+            yield number, None if row is None else row._replace(file=index)
 
 
-def _without_faults(rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
+def _without_faults(rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+    for number, row in rows:
         if isinstance(row, Fault):
             raise row.error()
-        yield row
+        yield number, row

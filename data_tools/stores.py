@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, TypeVar
 
 from data_tools.kinds import WEB, kind_of
 from megatrain.errors import DataError
@@ -28,30 +28,26 @@ class StoreFile(io.RawIOBase):
     def __init__(self, raw: Any) -> None:
         self._raw = raw
 
-    def read(self, size: int = -1) -> bytes:
-        """``size`` bytes, fewer only at the end of the file: a driver may give what has arrived so far."""
-        blocks: list[bytes] = []
-        while size and (block := self._call(self._raw.read, size)):
-            blocks.append(block)
-            size -= len(block) if size > 0 else 0
-        return b"".join(blocks)
+    def readinto(self, buffer: Any) -> int:
+        block = self._call(self._raw.read, len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place in the file."""
         self._call(self._raw.seek, offset, whence)
         return self.tell()
 
     def tell(self) -> int:
-        """The place in the file."""
         position: int = self._call(self._raw.tell)
         return position
 
     def readable(self) -> bool:
-        """It is."""
+        return True
+
+    def seekable(self) -> bool:
         return True
 
     def close(self) -> None:
-        """Let the file go."""
         self._raw.close()
         super().close()
 
@@ -67,7 +63,7 @@ def open_at(address: str) -> IO[bytes]:
     """The raw bytes of the file at an address. Raises DataError where it cannot be opened."""
     try:
         filesystem, path = _store(address)
-        return cast("IO[bytes]", StoreFile(filesystem.open(path, "rb")))
+        return io.BufferedReader(StoreFile(filesystem.open(path, "rb")))
     except Exception as error:  # noqa: BLE001 (each store's driver has exceptions of its own)
         raise DataError(f"{address} cannot be opened: {_sentence(error)} Check your access.") from None
 

@@ -34,7 +34,7 @@ def read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]
     """The rows of a unit, in parts by the size of what is before them."""
     file = unit.files[0]
     for number, group in groupby(_placed(unit, options), key=lambda each: each[0] // unit.part_bytes):
-        yield Part(number, _table_rows(file, group, options, advance))
+        yield Part(number, enumerate(_table_rows(file, group, options, advance)))
 
 
 def _placed(unit: Unit, options: ReadOptions) -> Iterator[tuple[int, int, pa.RecordBatch | Fault]]:

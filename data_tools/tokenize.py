@@ -281,7 +281,7 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
         remaining = SAMPLE_CHARACTERS
         # Broken input is reported by the worker that comes to it, when what is before it has been committed.
         with suppress(DataError):
-            for record in (record for part in islice(read_parts(unit, options), 1) for record in part.rows):
+            for _, record in (row for part in islice(read_parts(unit, options), 1) for row in part.rows):
                 if isinstance(record, Record):
                     texts.append(record.text[:remaining])
                     remaining -= len(texts[-1])

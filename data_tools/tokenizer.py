@@ -183,7 +183,7 @@ class _TextIterator:
         try:
             for unit in plan_units(self._files, errors=self._options.errors):
                 for part in read_parts(unit, self._options):
-                    for record in part.rows:
+                    for _, record in part.rows:
                         self.num_skipped += isinstance(record, Fault)
                         if isinstance(record, Record):
                             self.num_documents += 1

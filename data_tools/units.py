@@ -76,11 +76,7 @@ class Fault(NamedTuple):
         return Fault(str(error), partial(BadInput, str(error)))
 
 
-class FileStart:
-    """Stands among the rows of a unit of several files before those of each."""
-
-
-Row = Record | Fault | FileStart | None
+Row = Record | Fault | None
 """None is a row without a document: a blank line."""
 
 
@@ -91,17 +87,8 @@ class Part(NamedTuple):
     """
 
     number: int
-    rows: Iterator[Row]
-
-    def numbered_rows(self) -> Iterator[tuple[int, Record | Fault | None]]:
-        """The rows, each with its number: in its file where the unit has several, else in the part."""
-        number = 0
-        for row in self.rows:
-            if isinstance(row, FileStart):
-                number = 0
-            else:
-                yield number, row
-                number += 1
+    rows: Iterator[tuple[int, Row]]
+    """Each with its number: in its file where the unit has several, else in the part."""
 
     def batches(self, num_characters: int, counts: dict[str, Any]) -> Iterator[list[tuple[int, Record]]]:
         """The documents and the numbers of their rows, about so many characters at a time.
@@ -111,13 +98,13 @@ class Part(NamedTuple):
         counts |= {"num_rows": 0, "num_skipped": 0, "skipped": []}
         batch: list[tuple[int, Record]] = []
         size = 0
-        for place, row in self.numbered_rows():
+        for number, row in self.rows:
             counts["num_rows"] += 1
             if isinstance(row, Fault):
                 counts["num_skipped"] += 1
-                counts["skipped"] += [[row.file, place, row.problem]][: MAX_LISTED - len(counts["skipped"])]
+                counts["skipped"] += [[row.file, number, row.problem]][: MAX_LISTED - len(counts["skipped"])]
             elif row is not None:
-                batch.append((place, row))
+                batch.append((number, row))
                 size += len(row.text)
             if size >= num_characters:
                 yield batch

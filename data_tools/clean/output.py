@@ -101,7 +101,7 @@ class OutputWriter:
         ):
             for tagged, part in parts:
                 reasons = self.decide(tagged).reasons
-                records = ((row, record) for row, record in part.numbered_rows() if isinstance(record, Record))
+                records = ((row, record) for row, record in part.rows if isinstance(record, Record))
                 for index, (row, record) in enumerate(records):
                     document = tagged.first_document + index
                     if document in self.examples:

@@ -271,4 +271,4 @@ def test_a_failing_disk_or_store_is_not_skipped(tmp_path: Path) -> None:
         units = list(plan_units(files))
         (tmp_path / name).unlink()
         with pytest.raises(DataError, match=r"cannot be (opened|read): .*No such file"):
-            [row for unit in units for part in read_parts(unit, ReadOptions(errors="skip")) for row in part.rows]
+            [row for unit in units for part in read_parts(unit, ReadOptions(errors="skip")) for _, row in part.rows]

@@ -38,7 +38,7 @@ def rows(path: Path, **options: str) -> list[tuple[str, str | None]]:
     """Text and id of each record."""
     read = ReadOptions(**options)  # type: ignore[arg-type]
     units = plan_units(find_inputs([str(path)], text_key=read.text_key), 1000)
-    records = [row for unit in units for part in read_parts(unit, read) for row in part.rows]
+    records = [row for unit in units for part in read_parts(unit, read) for _, row in part.rows]
     return [(record.text, record.id) for record in records if isinstance(record, Record)]
 
 
@@ -251,7 +251,7 @@ def test_many_small_row_groups_are_read_together(tmp_path: Path, monkeypatch: py
     files = find_inputs([str(tmp_path / "a.parquet")])
     units = list(plan_units(files, 10_000))
     assert 5 < len(units) < 40
-    texts = [row.text for unit in units for part in read_parts(unit, ReadOptions()) for row in part.rows]  # type: ignore[union-attr]
+    texts = [row.text for unit in units for part in read_parts(unit, ReadOptions()) for _, row in part.rows]  # type: ignore[union-attr]
     assert texts == table["text"].to_pylist()
     assert opened.count(None) == 1  # the footer was parsed once
     assert len(list(plan_units(files))) == 1

@@ -53,5 +53,5 @@ def test_any_cut_reads_what_a_loop_reads(name: str, texts: list[str], part_bytes
     with tempfile.TemporaryDirectory() as folder:
         WRITERS[name](Path(folder) / name, texts)
         units = plan_units(find_inputs([str(Path(folder) / name)]), part_bytes)
-        rows = [row for unit in units for part in read_parts(unit, ReadOptions()) for row in part.rows]
+        rows = [row for unit in units for part in read_parts(unit, ReadOptions()) for _, row in part.rows]
     assert [row.text for row in rows if isinstance(row, Record)] == texts
