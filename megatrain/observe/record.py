@@ -27,7 +27,7 @@ class RunRecord:
 
     ``parts``: seconds of each part of a step. ``validation_steps`` and ``validation_losses``: one entry a validation.
     ``events``: the lines of events, in the order they happened. ``configs``: what was trained with, by the step after
-    which it began. ``goodput``: up to the last line, where it is known.
+    which it began, where it changed. ``goodput``: up to the last line, where it is known.
     """
 
     name: str
@@ -142,12 +142,17 @@ def last_saved_step(run_dir: Path) -> int | None:
 
 
 def _read_configs(run_dir: Path) -> dict[int, str]:
-    """Of runs that kept none for each start: the one that there is."""
+    """Each config that differs from the one before; of runs that kept none for each start, the one that there is."""
     paths = start_configs(run_dir) or {0: run_dir / CONFIG_FILE}
-    try:
-        return {step: path.read_text(errors="replace") for step, path in paths.items()}
-    except OSError:
-        return {}
+    configs: dict[int, str] = {}
+    for step, path in paths.items():
+        try:
+            text = path.read_text(errors="replace")
+        except OSError:
+            continue
+        if text and text != next(reversed(configs.values()), None):
+            configs[step] = text
+    return configs
 
 
 def _column(lines: Sequence[Mapping[str, Any]], name: str) -> Column:

@@ -46,20 +46,21 @@ def _picture(run: RunRecord, kind: str) -> bytes:
 
 
 def _page(run: RunRecord) -> str:
-    charts = {title: _data_uri(draw_chart(draw, run)) for title, draw in CHARTS.items()}
+    saves = [event for event in run.events if event["event"] == "save"]
     # Always escaped: names, paths and the config are somebody else's text.
     environment = Environment(
         loader=PackageLoader("megatrain.observe", "."), autoescape=True, undefined=StrictUndefined
     )
+    environment.filters |= {"duration": format_duration, "percent": "{:.1%}".format, "when": _when, "words": _in_words}
     return environment.get_template("report.html.j2").render(
-        name=run.name,
+        run=run,
         status=_status(run),
         summary=_summary(run),
-        charts=charts,
-        goodput=_goodput(run),
-        parts=_parts(run),
-        events=_events(run),
-        configs=_configs(run),
+        charts={title: _data_uri(draw_chart(title, run)) for title in CHARTS},
+        part_seconds={name: float(seconds.mean()) for name, seconds in run.parts.items()},
+        goodput_names=SHOWN,
+        num_saves=len(saves),
+        last_saves=saves[-MAX_SAVES_LISTED:],
     )
 
 
@@ -93,62 +94,6 @@ def _status(run: RunRecord) -> str:
     message = last[-1].get("message") if last and last[-1]["step"] >= run.steps[-1] else None
     logged = f"step {run.steps[-1]:.0f} logged on {_when(run.columns['time'][-1])} UTC"
     return f"{logged}; {message}" if message else logged
-
-
-def _parts(run: RunRecord) -> list[dict[str, str]]:
-    """The table of where the time went, longest first."""
-    means = {name: float(seconds.mean()) for name, seconds in run.parts.items()}
-    total = sum(means.values()) or 1.0
-    longest_first = sorted(means, key=lambda name: -means[name])
-    return [
-        {"name": name.replace("_", ", "), "share": f"{means[name] / total:.1%}", "seconds": f"{means[name]:.4f}"}
-        for name in longest_first
-    ]
-
-
-def _goodput(run: RunRecord) -> list[dict[str, str]]:
-    """The table of all time since the first start."""
-    if run.goodput is None:
-        return []
-    pairs = zip(run.goodput.shares.items(), run.goodput, strict=True)
-    return [
-        {"name": SHOWN.get(part, part), "share": f"{share:.1%}", "duration": format_duration(seconds)}
-        for (part, share), seconds in pairs
-    ]
-
-
-def _events(run: RunRecord) -> list[dict[str, Any]]:
-    """The table of events: all of them, but of the saves only the last few."""
-    saves = [event for event in run.events if event["event"] == "save"]
-    unlisted = saves[:-MAX_SAVES_LISTED]
-    rows = [
-        {
-            "time": _when(event.get("time")),
-            "name": str(event["event"]),
-            "step": str(event["step"]),
-            "details": _details(event),
-        }
-        for event in run.events
-        if not any(event is other for other in unlisted)
-    ]
-    if unlisted:
-        untold = {"message": f"{len(unlisted)} earlier saves are not listed"}
-        rows.append({"time": "", "name": "save", "step": "", "details": untold})
-    return rows
-
-
-def _configs(run: RunRecord) -> list[dict[str, str]]:
-    """Each config that was trained with, where it differs from the one before."""
-    shown: list[dict[str, str]] = []
-    for step, text in run.configs.items():
-        if text and (not shown or text != shown[-1]["text"]):
-            shown.append({"title": f"From step {step + 1} on", "text": text})
-    return shown
-
-
-def _details(event: Mapping[str, Any]) -> dict[str, str]:
-    others = ("event", "step", "time", "goodput")
-    return {key.replace("_", " "): _in_words(value) for key, value in event.items() if key not in others}
 
 
 def _in_words(value: Any) -> str:

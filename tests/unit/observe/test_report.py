@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from megatrain.errors import ConfigError, DataError
-from megatrain.observe.charts import CHARTS, draw_chart
+from megatrain.observe.charts import draw_chart
 from megatrain.observe.goodput import Goodput
 from megatrain.observe.metrics import MetricsWriter
 from megatrain.observe.record import read_run
@@ -82,7 +82,7 @@ def test_events_are_told_in_words(run_dir, tmp_path):
 
 
 def test_the_legend_leaves_the_chart_its_width(run_dir):
-    figure = draw_chart(CHARTS["where the time went"], read_run(run_dir))
+    figure = draw_chart("Where the time went", read_run(run_dir))
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     assert axes.get_position().width > 0.8
