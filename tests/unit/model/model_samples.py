@@ -6,17 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatrain.batch import Batch
 from megatrain.config.schema import ModelConfig
@@ -34,38 +24,21 @@ SIZES: dict[str, Any] = {
 def twin(config: ModelConfig) -> PreTrainedModel:
     """The transformers model of the same shape, with fresh random weights (large enough to matter), in fp32."""
     torch.manual_seed(1)
-    shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
-    shared |= {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.05}
-    if config.family == "gpt2":
-        width = {
-            "n_embd": config.hidden_size,
-            "n_layer": config.num_hidden_layers,
-            "n_head": config.num_attention_heads,
-        }
-        model = GPT2LMHeadModel(
-            GPT2Config(**width, **shared, n_inner=config.intermediate_size, n_positions=config.max_position_embeddings)
-        )
-    else:
+    known = config.description.hugging_face
+    keys = {theirs: getattr(config, ours) for ours, theirs in known.names.items()}
+    keys |= {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings, **known.constants}
+    keys |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.05}
+    if config.description.block.attention.rotates:
         rope = {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.model_dump()
-        rope |= {"rope_theta": config.rope_theta}
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps")
-        width = {name: getattr(config, name) for name in names}
-        width |= {"intermediate_size": config.ffn_size, "num_key_value_heads": config.kv_heads}
-        width |= {"head_dim": config.head_size}
-        model = _rotary_model(config.family, {**width, **shared, "rope_parameters": rope})
+        keys["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
+        keys |= {"intermediate_size": config.ffn_size, "head_dim": config.head_size}
+        keys["num_key_value_heads"] = config.kv_heads
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.family, **keys), torch_dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
-
-
-def _rotary_model(family: str, keys: dict[str, Any]) -> PreTrainedModel:
-    if family == "mistral":
-        return MistralForCausalLM(MistralConfig(**keys, sliding_window=None))
-    if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**keys))
-    return LlamaForCausalLM(LlamaConfig(**keys))
 
 
 def decoder_like(twin_model: PreTrainedModel, config: ModelConfig) -> Decoder:

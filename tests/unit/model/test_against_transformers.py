@@ -10,6 +10,7 @@ from model_samples import SIZES, decoder_like, logits, random_batch, twin
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig, RopeScaling
+from megatrain.families import FAMILIES
 from megatrain.model.decoder import Decoder
 
 LLAMA3 = RopeScaling(
@@ -76,7 +77,7 @@ def test_far_positions_rotate_alike() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_loss_is_near_that_of_fp32(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family)
     model = decoder_like(twin(config), config)

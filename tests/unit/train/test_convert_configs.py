@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatrain.errors import CheckpointError
+from megatrain.families import FAMILIES
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.loading import load_decoder
 
@@ -53,7 +54,7 @@ GATED = st.builds(
     lambda *parts: {k: v for part in parts for k, v in part.items()},
     st.fixed_dictionaries(
         {
-            "model_type": st.sampled_from(["llama", "mistral", "qwen3"]),
+            "model_type": st.sampled_from([name for name, each in FAMILIES.items() if each.block.attention.rotates]),
             "hidden_size": st.just(24),
             "intermediate_size": st.just(40),
             "num_hidden_layers": st.just(2),
