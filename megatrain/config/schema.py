@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -103,7 +104,7 @@ class RopeScaling(Section):
         return self
 
 
-class ModelConfig(Section):
+class SharedModelKeys(Section):
     """The decoder's shape, under Hugging Face's names, which are the same here for every family.
 
     `model: from_checkpoint` in place of the keys takes all of them from the run's own newest checkpoint, or, where it
@@ -178,6 +179,13 @@ class ModelConfig(Section):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def attention_window(self) -> int | None:
+        """How many tokens a token attends to, itself among them; None: all before it."""
+        key = self.description.block.attention.window_key
+        window = getattr(self, key) if key else None
+        return window if window is not None and window < self.max_position_embeddings else None
+
+    @property
     def known_vocab_size(self) -> int:
         """The vocabulary's size, which by now must be known."""
         if self.vocab_size is None:
@@ -203,9 +211,21 @@ class ModelConfig(Section):
         }
 
     @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
+    def _consistent(self) -> SharedModelKeys:
         self._refuse(checks.model(self))
         return self
+
+
+if TYPE_CHECKING:
+    ModelConfig = SharedModelKeys
+else:  # with the keys that families have of their own
+    ModelConfig = create_model(
+        "ModelConfig",
+        __base__=SharedModelKeys,
+        __doc__=SharedModelKeys.__doc__,
+        __module__=__name__,
+        **{key: declared for family in FAMILIES.values() for key, declared in family.own_keys.items()},
+    )
 
 
 class FillInTheMiddle(Section):

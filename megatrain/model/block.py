@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
         self.output_name = made_of.output.name
         self.head_norm_names = [norm.name for norm in made_of.head_norms]
         _attach(self, made_of.modules, config)
-        self.core = CoreAttention(Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3))
+        dropout = Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3)
+        self.core = CoreAttention(dropout, config.attention_window)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         projected = [getattr(self, name)(x_BTC) for name in self.input_names]

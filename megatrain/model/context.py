@@ -49,8 +49,9 @@ class Context(NamedTuple):
     """Beside ``positions_BT``, ``document_ids_BT`` and ``sample_ids_B`` (see Batch), what follows from them.
 
     ``rotary``: cosines and sines of the positions, where the family rotates.
-    ``document_starts``: int32, where each document starts in the B*T tokens laid end to end, and B*T; None where the
-    device has no attention over sequences of unequal length.
+    ``document_starts``: int32, where each document starts in the B*T tokens laid end to end, and B*T; where a window
+    is shorter than the sequences, and there are no documents, where each sequence does. None where the device has no
+    attention over sequences of unequal length.
     ``cache``: keys and values of earlier tokens; None while training.
     """
 
@@ -67,6 +68,7 @@ class ContextBuilder:
 
     def __init__(self, config: ModelConfig) -> None:
         self._rotary_embedding = RotaryEmbedding(config) if config.description.block.attention.rotates else None
+        self._window = config.attention_window
 
     def __call__(
         self,
@@ -79,8 +81,14 @@ class ContextBuilder:
         """The context of a forward in ``dtype``."""
         rotary = self._rotary_embedding(positions_BT, dtype) if self._rotary_embedding else None
         starts = None
-        if document_ids_BT is not None and has_variable_length_attention(positions_BT.device, dtype):
-            starts = document_starts(document_ids_BT)
+        if has_variable_length_attention(positions_BT.device, dtype):
+            num_tokens = positions_BT.shape[1]
+            if document_ids_BT is not None:
+                starts = document_starts(document_ids_BT)
+            elif self._window is not None and self._window < num_tokens:
+                starts = torch.arange(
+                    0, positions_BT.numel() + 1, num_tokens, dtype=torch.int32, device=positions_BT.device
+                )
         return Context(positions_BT, document_ids_BT, sample_ids_B, rotary, starts, cache)
 
 

@@ -30,14 +30,15 @@ class Dropout(nn.Module):
         """``x``, or where dropout is active :meth:`drop` of it."""
         return self.drop(x, sample_ids_B) if self.is_active else x
 
-    def drop(self, x: Tensor, sample_ids_B: Tensor | None, first_row: int = 0) -> Tensor:
-        """Drop, whatever the mode. ``x``: first dimension the samples; its rows (last dimension but one) may be a part.
+    def drop(self, x: Tensor, sample_ids_B: Tensor | None, first_row: int = 0, first_column: int = 0) -> Tensor:
+        """Drop, whatever the mode. ``x``: first dimension the samples; its last two dimensions may be a part.
 
-        ``first_row``: index of the first of them. Called again with the same arguments it drops the same elements.
+        ``first_row``, ``first_column``: where in them the part begins. Called again with the same arguments it drops
+        the same elements.
         """
         if sample_ids_B is None:
             raise ValueError(f"dropout at {self.site} needs the ids of the samples")
-        offsets = (*self.offsets[:-2], self.offsets[-2] + first_row, self.offsets[-1])
+        offsets = (*self.offsets[:-2], self.offsets[-2] + first_row, self.offsets[-1] + first_column)
         return rng.dropout(x, self.probability, self._key, sample_ids_B, offsets)
 
     def extra_repr(self) -> str:

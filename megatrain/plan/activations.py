@@ -91,14 +91,15 @@ def _mlp_elements(stage: StageModel, mlp: Mlp, selective: bool) -> int:
 
 
 def _probabilities(stage: StageModel) -> int:
-    """Bytes of causal attention's probabilities, in blocks of rows."""
+    """Bytes of causal attention's probabilities, in blocks of rows: from the first key that a block sees to its end."""
     seq_len = stage.config.data.seq_len
-    num_blocks = share(seq_len, _BLOCK_ROWS)
-    columns = sum(
-        min((k + 1) * _BLOCK_ROWS, seq_len) * min(_BLOCK_ROWS, seq_len - k * _BLOCK_ROWS) for k in range(num_blocks)
-    )
+    window = stage.config.model.attention_window or seq_len
+    elements = 0
+    for start in range(0, seq_len, _BLOCK_ROWS):
+        end = min(start + _BLOCK_ROWS, seq_len)
+        elements += (end - start) * (end - max(start - window + 1, 0))
     heads = stage.sizes["queries"] // stage.config.model.head_size
-    return stage.element_bytes * heads * stage.config.train.micro_batch_size * columns
+    return stage.element_bytes * heads * stage.config.train.micro_batch_size * elements
 
 
 def _border_elements(stage: StageModel) -> int:

@@ -33,7 +33,9 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """FLOPs of forward and backward for one token: 6 a matrix parameter, and attention's 12 x layers x width x seq_len.
 
-    The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation.
+    The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation. A window
+    that is shorter than ``seq_len`` stands in its place.
     """
-    attention = 12 * model.num_hidden_layers * model.sizes["queries"] * seq_len
+    num_keys = min(seq_len, model.attention_window or seq_len)
+    attention = 12 * model.num_hidden_layers * model.sizes["queries"] * num_keys
     return 6 * matrix_parameters(model) + attention

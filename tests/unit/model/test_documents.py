@@ -54,15 +54,16 @@ def test_no_gradient_crosses_a_document_border() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_groups", [4, 2])
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("version", [TORCH_VERSION, "2.11"], ids=["this torch", "without enable_gqa"])
 def test_flash_attention_over_documents_is_masked_attention(
-    version: str, num_groups: int, monkeypatch: pytest.MonkeyPatch
+    version: str, window: int | None, num_groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "TORCH_VERSION", TorchVersion(version))
     ids_BT = _document_ids(2).contiguous().cuda()
     shapes = [(2, sum(LENGTHS), heads, 64) for heads in (4, num_groups, num_groups)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
-    core = CoreAttention(Dropout(0.0, 0, "core", num_offsets=3))
+    core = CoreAttention(Dropout(0.0, 0, "core", num_offsets=3), window)
     masked, flash = (core(*inputs, context) for context in (_context(ids_BT), _flash_context(ids_BT)))
     torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
     weights = torch.randn_like(masked)
