@@ -12,9 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -33,7 +32,6 @@ class Commands(TyperGroup):
     """The commands; one whose reader has gone (`| head`) ends in silence, as it would by the signal."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -51,37 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Text in, datasets out.",
 )
-
-
-class Errors(str, Enum):
-    """What to do with what cannot be read."""
-
-    STRICT = "strict"
-    REPLACE = "replace"
-    SKIP = "skip"
-
-
-class Engine(str, Enum):
-    """What encodes the text."""
-
-    AUTO = "auto"
-    TOKENIZERS = "tokenizers"
-    FASTOKENS = "fastokens"
-
-
-class Words(str, Enum):
-    """How text is cut into words, by the model that was trained so."""
-
-    GPT2 = "gpt2"
-    LLAMA3 = "llama3"
-    QWEN2 = "qwen2"
-
-
-class Method(str, Enum):
-    """Which documents are the same."""
-
-    EXACT = "exact"
-    MINHASH = "minhash"
 
 
 Inputs = Annotated[
@@ -114,16 +81,15 @@ def _read_options(
         bool, typer.Option("--text-files", help="Files of folders whose kind is not known are text, a document each.")
     ] = False,
     errors: Annotated[
-        Errors,
+        Literal["strict", "replace", "skip"],
         typer.Option(help="What cannot be read: stop; stop, but keep invalid UTF-8 as U+FFFD; leave out and list."),
-    ] = Errors.STRICT,
+    ] = "strict",
 ) -> Any:
-    """The ReadOptions, of what all commands that read text are told of it."""
     from data_tools.inputs import Selection
     from data_tools.units import ReadOptions
 
     selection = Selection(tuple(include or ()), tuple(exclude or ()), format, text_files)
-    return ReadOptions(text_key, id_key, errors.value, selection=selection)
+    return ReadOptions(text_key, id_key, errors, selection=selection)
 
 
 CheckOption = Annotated[
@@ -190,8 +156,9 @@ def train_tokenizer_command(
         typer.Option(help="A token that no text becomes, such as <|fim_prefix|>; may be given several times."),
     ] = None,
     pre_tokenizer: Annotated[
-        Words, typer.Option(help="Whose pattern cuts text into words; qwen2: each digit by itself.")
-    ] = Words.GPT2,
+        Literal["gpt2", "llama3", "qwen2"],
+        typer.Option(help="Whose pattern cuts text into words; qwen2: each digit by itself."),
+    ] = "gpt2",
     split_digits: Annotated[
         bool, typer.Option("--split-digits", help="Each digit by itself, with any pattern.")
     ] = False,
@@ -203,7 +170,7 @@ def train_tokenizer_command(
     with saying_what_is_full(out):
         size = train_tokenizer(
             *(inputs, vocab_size, out, read, special_token or [], _tell),
-            words=pre_tokenizer.value,
+            words=pre_tokenizer,
             split_digits=split_digits,
         )
     if size < vocab_size:
@@ -221,7 +188,10 @@ def tokenize(
     shard_tokens: Annotated[int, typer.Option(min=1, max=1 << 48, help="About how many tokens a shard holds.")] = 2**28,
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
     bos_token: Annotated[str | None, typer.Option(help="A token to begin each document with, such as <s>.")] = None,
-    engine: Annotated[Engine, typer.Option(help="auto: fastokens if it gives the ids of tokenizers.")] = Engine.AUTO,
+    engine: Annotated[
+        Literal["auto", "tokenizers", "fastokens"],
+        typer.Option(help="auto: fastokens if it gives the ids of tokenizers."),
+    ] = "auto",
     max_unknown: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The most of the text (a share) that may have no tokens.")
     ] = 0.01,
@@ -247,7 +217,7 @@ def tokenize(
     progress = show_progress if ranks.reports else no_progress
     effort = Effort(
         num_workers,
-        engine.value,
+        engine,
         progress,
         lambda text: _tell(f"Warning: {text}"),
         max_unknown=max_unknown,
@@ -276,7 +246,9 @@ def tokenize(
 def dedup(
     inputs: Inputs,
     out: CleanOut,
-    method: Annotated[Method, typer.Option(help="exact: the same characters; minhash: nearly.")] = Method.EXACT,
+    method: Annotated[
+        Literal["exact", "minhash"], typer.Option(help="exact: the same characters; minhash: nearly.")
+    ] = "exact",
     threshold: Annotated[
         float | None, typer.Option(help="minhash: Jaccard index of shingles from which on; 0.8 unless given.")
     ] = None,
@@ -294,10 +266,10 @@ def dedup(
 
     asked = {"threshold": threshold, "num_permutations": num_permutations, "ngram": ngram}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if given and method is not Method.MINHASH:
+    if given and method != "minhash":
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{named} would do nothing: it is for near duplicates, --method minhash.")
-    options = DedupOptions(replace(read, whole_records=True), method.value, **given)
+    options = DedupOptions(replace(read, whole_records=True), method, **given)
     _clean(out, workers, lambda effort: run(inputs, out, options, effort, restart))
 
 
@@ -345,14 +317,17 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What a dataset holds: counts, lengths, sources, and a document as text beside its tokens."""
-    from data_tools.inspect import count, describe, describe_json, show
+    from data_tools.inspect import describe, describe_json, show
     from data_tools.progress import show_progress
+    from data_tools.stats import count, describe_statistics
+    from megatrain.data import open_dataset
 
-    statistics = count(dataset, show_progress, everything=everything)
+    opened = open_dataset(dataset)
+    counted = describe_statistics(opened, count(opened, show_progress, everything=everything))
     if as_json:
-        sys.stdout.buffer.write(describe_json(describe(dataset, document, statistics)))
+        sys.stdout.buffer.write(describe_json({**describe(opened, document), **counted}))
     else:
-        show(dataset, document, statistics)
+        show(opened, document, counted)
 
 
 @app.command()
@@ -365,18 +340,19 @@ def stats(
     as_json: JsonOption = False,
 ) -> None:
     """Lengths of documents, shares of sources, frequent tokens; as a picture too."""
-    from data_tools.inspect import OutputConsole, count, describe_json, describe_statistics, show_statistics
+    from data_tools.inspect import OutputConsole, describe_json, show_statistics
     from data_tools.progress import show_progress
-    from data_tools.stats import check_picture
+    from data_tools.stats import check_picture, count, describe_statistics
     from data_tools.stats import plot as draw
     from megatrain.data import open_dataset
 
     if plot is not None:
         check_picture(plot)
-    statistics = count(dataset, show_progress, everything=everything)
-    described = describe_statistics(open_dataset(dataset), statistics)
+    opened = open_dataset(dataset)
+    statistics = count(opened, show_progress, everything=everything)
+    described = describe_statistics(opened, statistics)
     if plot is not None:
-        draw(statistics, dataset, plot)
+        draw(statistics, described, dataset, plot)
         typer.echo(f"The picture: {plot}", err=as_json)
     if as_json:
         sys.stdout.buffer.write(describe_json(described))
@@ -429,7 +405,6 @@ def _ending_all(ranks: Ranks) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; an error that a user can cause is one paragraph and its exit code."""
     try:
         app()
     except (MegatrainError, OSError) as error:

@@ -70,7 +70,6 @@ class InputFile:
 
     @property
     def compression(self) -> Compression | None:
-        """By the last suffix."""
         return kind_of(self.name)[1]
 
     @property
@@ -224,7 +223,6 @@ def are_json_lines(head: bytes) -> bool:
 
 
 def is_object(line: bytes) -> bool:
-    """Whether this is one whole JSON object."""
     return isinstance(_parsed(line), dict)
 
 

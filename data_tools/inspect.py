@@ -11,24 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_tools.stats import (
-    SAMPLED_BATCHES,
-    Statistics,
-    frequent_tokens,
-    gather,
-    length_figures,
-    length_histogram,
-    source_shares,
-)
-from data_tools.work import Progress
-from megatrain.data import Dataset, open_dataset
+from megatrain.data import Dataset
 from megatrain.data.format import shard_name
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 from megatrain.units import format_bytes
-
-STATISTICS = ("counted", "tokens_per_document", "length_histogram", "sources", "frequent_tokens")
-"""The keys of what was counted."""
 
 BAR_WIDTH = 30
 MAX_SHOWN_ROWS = 10
@@ -40,23 +27,11 @@ class OutputConsole(Console):
     """Standard output; leaves a reader that has gone to whoever runs the command."""
 
     def on_broken_pipe(self) -> None:
-        """Raise the BrokenPipeError that this is called for."""
         raise  # rich calls this where it handles the error, and would exit with 1
 
 
-def count(path: str, progress: Progress, *, everything: bool) -> Statistics:
-    """Count what is in a dataset, in a sample of it or in all."""
-    dataset = open_dataset(path)
-    sizes = dataset.table.rows["bytes"].to_numpy()
-    num_batches = int(dataset.table.batch_starts[-1])
-    share = 1.0 if everything else min(SAMPLED_BATCHES / num_batches, 1.0)
-    with progress("count", int(sizes.sum() * share)) as advance:
-        return gather(dataset, advance, everything=everything)
-
-
-def describe(path: str, document: int | None, statistics: Statistics) -> dict[str, Any]:
+def describe(dataset: Dataset, document: int | None) -> dict[str, Any]:
     """The figures of a dataset, and document number `document` if one is asked for (ConfigError if there is none)."""
-    dataset = open_dataset(path)
     manifest = dataset.manifest
     description: dict[str, Any] = {
         "documents": dataset.num_documents,
@@ -75,42 +50,24 @@ def describe(path: str, document: int | None, statistics: Statistics) -> dict[st
         "options": manifest.options,
         "bytes_per_token": dataset.text_bytes / dataset.num_tokens,
         "shards": [{"file": shard_name(index), **row} for index, row in enumerate(dataset.shard_rows())],
-        **describe_statistics(dataset, statistics),
     }
     if document is not None:
         description["document"] = _describe_document(dataset, document)
     return description
 
 
-def describe_statistics(dataset: Dataset, statistics: Statistics) -> dict[str, Any]:
-    """What was counted, and in how much of the dataset."""
-    texts = (dataset.tokenizer.decode([token]) for token in range(dataset.vocab_size))
-    return {
-        "counted": {
-            "record_batches": statistics.num_batches,
-            "of_record_batches": int(dataset.table.batch_starts[-1]),
-            "documents": statistics.num_documents,
-            "tokens": statistics.num_tokens,
-        },
-        "tokens_per_document": length_figures(statistics),
-        "length_histogram": length_histogram(statistics),
-        "sources": source_shares(statistics),
-        "frequent_tokens": frequent_tokens(statistics, texts),
-    }
-
-
 def describe_json(description: dict[str, Any]) -> bytes:
-    """One JSON value and a newline."""
     return orjson.dumps(description, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def show(path: str, document: int | None, statistics: Statistics) -> None:
-    """Print the figures for people, and a document (the first, if none is asked for) as text beside its tokens."""
-    description = describe(path, document or 0, statistics)
-    shown = description.pop("document")
-    shards = description.pop("shards")
-    description["unknown"] = open_dataset(path).manifest.unknown
-    counted = {name: description.pop(name) for name in STATISTICS}
+def show(dataset: Dataset, document: int | None, counted: dict[str, Any]) -> None:
+    """Print the figures for people, and a document (the first, if none is asked for) as text beside its tokens.
+
+    ``counted``: what ``describe_statistics`` gives.
+    """
+    description = describe(dataset, document or 0)
+    shown, shards = description.pop("document"), description.pop("shards")
+    description["unknown"] = dataset.manifest.unknown
     console = OutputConsole(highlight=False, soft_wrap=True)
     for name, value in description.items():
         _show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
@@ -119,11 +76,10 @@ def show(path: str, document: int | None, statistics: Statistics) -> None:
     console.print()
     place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens"
     console.print(Text(_printable(f"Document {shown['index']}: {shown['id']} ({place})")))
-    _show_lines(console, open_dataset(path), shown["tokens"][:MAX_SHOWN_TOKENS])
+    _show_lines(console, dataset, shown["tokens"][:MAX_SHOWN_TOKENS])
 
 
 def show_statistics(console: Console, described: dict[str, Any]) -> None:
-    """Print what ``describe_statistics`` gave."""
     counted, lengths = described["counted"], described["tokens_per_document"]
     whole = counted["record_batches"] == counted["of_record_batches"]
     extent = "all" if whole else f"a sample: {counted['record_batches']} of {counted['of_record_batches']}"
@@ -171,7 +127,6 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
 
 
 def _show_lines(console: Console, dataset: Dataset, tokens: list[int]) -> None:
-    """The text line by line, beside the tokens of each line."""
     table = Table("text", "tokens", show_edge=False, show_lines=True)
     for number, (text, ids) in enumerate(_token_lines(dataset.tokenizer, tokens)):
         if number == MAX_SHOWN_LINES:

@@ -244,7 +244,6 @@ def _with_its_line(file: InputFile, offset: int, problem: str) -> BadInput:
 
 
 def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
-    """A file as one document."""
     try:
         row: Row = Record(_text(unit.files[0], options, advance), None, 0)
     except BadInput as error:

@@ -148,7 +148,6 @@ def _ids(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> list[A
 
 
 def _extras(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> list[dict[str, Any]]:
-    """The other columns of a batch, row by row."""
     if not options.whole_records:
         return [{}] * batch.num_rows
     keys = (options.text_key, options.id_key)
@@ -324,11 +323,9 @@ class _Stream(io.RawIOBase):
         self._rest = b""
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Some bytes; none at the end."""
         self._rest = self._rest or next(self._blocks, b"")
         size = min(len(buffer), len(self._rest))
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]

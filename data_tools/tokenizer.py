@@ -88,7 +88,6 @@ def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN, bos_token: str | None
 
 
 def _how_to_get(path: Path) -> str:
-    """What to do about a path that is no tokenizer.json."""
     if path.exists() or path.suffix == ".json":
         return (
             "`megatrain-data train-tokenizer` makes one. A tokenizer.model or vocab.txt is exported by "

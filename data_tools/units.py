@@ -185,7 +185,6 @@ def refuse_binary(text: str, data: bytes = b"") -> None:
 
 
 def no_text(num_empty: int, num_skipped: int) -> DataError:
-    """What to say of an input without any text."""
     skipped = f"; {num_skipped} rows were skipped, see --check" if num_skipped else ""
     documents = f"{num_empty} documents, all of them empty" if num_empty else "no documents in its files"
     return DataError(f"The input holds no text: {documents}{skipped}.")

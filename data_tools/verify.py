@@ -68,7 +68,6 @@ def verify_dataset(path: str, extent: Extent, progress: Progress) -> tuple[Datas
 
 
 def _check_skipped(dataset: Dataset) -> list[str]:
-    """What is wrong with the list of skipped rows, where there is to be one."""
     checksum = dataset.manifest.skipped_checksum
     if checksum is None:
         return []
@@ -197,7 +196,6 @@ def _batch_problem(
 
 
 def _hashes(dataset: Dataset) -> Iterator[pa.Array]:
-    """The hash columns of all shards, in order."""
     for index in range(dataset.num_shards):
         shard = dataset.shard(index)
         yield from (shard.record_batch(number)["hash"] for number in range(len(shard.batches)))

@@ -58,7 +58,6 @@ class Corpus:
 
     @property
     def num_skipped(self) -> int:
-        """Rows that could not be read."""
         return sum(part.num_skipped for part in self.parts)
 
     @property
@@ -139,7 +138,6 @@ def _batch(rows: list[tuple[int, Record]], tagger: Tagger) -> pa.RecordBatch:
 
 
 def _load(units: Sequence[Unit], store: PartStore, job: Job) -> Corpus:
-    """The corpus of units that are all tagged."""
     keys = ("num_rows", "num_documents", "num_skipped")
     listed = job.share(
         "parts", lambda: [[[n, *(counts[key] for key in keys)] for n, counts in store.listed(unit)] for unit in units]
@@ -158,7 +156,6 @@ def _load(units: Sequence[Unit], store: PartStore, job: Job) -> Corpus:
 
 
 def _list_skipped(corpus: Corpus, path: Path, work: Path) -> None:
-    """Write down the rows that could not be read, with their files."""
     with committed(path, work) as unfinished, unfinished.open("wb") as file:
         for part in corpus.parts:
             if part.num_skipped:

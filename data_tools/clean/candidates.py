@@ -56,11 +56,9 @@ class Slice(NamedTuple):
     num_slices: int
 
     def path(self, work: Path) -> Path:
-        """Where its pairs are, or will be."""
         return work / f"pairs-{self.key:03d}-{self.number:06d}.arrow"
 
     def bounds(self, keys: Keys) -> tuple[int, int]:
-        """Where the slice begins and ends in a sorted column."""
         width = (1 << 64) // self.num_slices
         first = int(np.searchsorted(keys, np.uint64(self.number * width)))
         if self.number == self.num_slices - 1:

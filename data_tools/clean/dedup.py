@@ -76,7 +76,6 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
 
 
 def _add_similarities(report: dict[str, Any], runs: RunFiles, sketch: Sketch) -> None:
-    """To each example: how similar it is to the document that is kept."""
     for reason in report["reasons"].values():
         for example in reason["examples"]:
             kept, dropped = (np.array([each["document"]], np.uint64) for each in (example["kept"], example))

@@ -38,7 +38,6 @@ def _reason(chosen: Chosen, text: str) -> str | None:
 
 
 def decide(part: TaggedPart) -> Decisions:
-    """As the documents are tagged."""
     return Decisions(read_columns(part.path, ["reason"]).column(0).to_pylist(), None)
 
 
@@ -63,7 +62,6 @@ class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice, of which YAML would lose the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node."""
         seen: set[object] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:

@@ -51,7 +51,6 @@ class Document:
 
     @cached_property
     def words(self) -> list[str]:
-        """Words and punctuation marks."""
         return split_words(self.text)
 
 

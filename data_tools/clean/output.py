@@ -77,7 +77,6 @@ class OutputWriter:
     """Documents of which the report wants to see the text."""
 
     def list_path(self, number: int) -> Path:
-        """Where the list of what a task dropped is, or will be."""
         return self.out / REPORT_FOLDER / f"dropped-{number:06d}.arrow"
 
     def __call__(self, task: OutputTask, advance: Advance) -> None:
@@ -131,7 +130,6 @@ class OutputWriter:
 
 
 def _line(record: Record, location: Location) -> bytes:
-    """The record as it is written."""
     extra = dict(record.extra)
     metadata = extra.pop("metadata", {})
     if not isinstance(metadata, dict):

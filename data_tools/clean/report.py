@@ -89,7 +89,6 @@ def _example(document: int, kept: int | None, locations: dict[int, Location], te
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report for people."""
     documents, size = report["documents"], report["text_bytes"]
     lines = [
         f"{documents} documents, {format_bytes(size)} of text. "

@@ -13,7 +13,6 @@ from data_samples import WRITERS, Document, RunCommand
 from PIL import Image
 
 from data_tools import stats
-from data_tools.inspect import count
 from megatrain.data import Dataset, open_dataset
 
 
@@ -74,12 +73,12 @@ def test_a_sample_says_that_it_is_one(
 
 def test_a_million_small_files_are_counted_by_folder(dataset_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "MAX_SOURCES", 1)
-    counted = count(str(dataset_path), lambda *_: nullcontext(lambda _: None), everything=True)
     dataset = open_dataset(dataset_path)
+    counted = stats.count(dataset, lambda *_: nullcontext(lambda _: None), everything=True)
     assert len(counted.sources) == 1
     [(name, totals)] = counted.sources.items()
     assert dataset.document_info(0).source_file.startswith(name)
-    assert totals == (dataset.num_documents, dataset.num_tokens, dataset.text_bytes)
+    assert tuple(totals) == (dataset.num_documents, dataset.num_tokens, dataset.text_bytes)
 
 
 def test_the_picture_shows_something(dataset_path: Path, tmp_path: Path, run_command: RunCommand) -> None:
