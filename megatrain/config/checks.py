@@ -172,6 +172,8 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if config.data.seq_len > longest:
         reason = f"must be at most model.max_position_embeddings ({longest})"
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
+    if (rule := config.train.early_stopping) is not None and not config.data.validation:
+        problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
     warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
     if warmup > steps:
         reason = f"must be at most train.steps ({steps})"

@@ -385,6 +385,15 @@ class ParallelConfig(Section):
         return self
 
 
+class EarlyStopping(Section):
+    """When a run ends because its validation loss does not get better."""
+
+    patience: Count = Field(description="Evaluations in a row without a new best validation loss that end the run.")
+    min_gain: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="A new best is below the one before by more than this."
+    )
+
+
 class TrainConfig(Section):
     """How long, how much at once, and how precisely."""
 
@@ -412,6 +421,9 @@ class TrainConfig(Section):
         default=100,
         description="Steps between comparisons of the hashes of weights that several ranks must hold alike, to find "
         "silent data corruption; made before each save too; null: none.",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="End when the loss on data.validation does not get better; null: after train.steps."
     )
     initial_loss_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
         default=16, description="fp16: the loss scale starts at 2 to this power."

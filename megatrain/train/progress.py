@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
@@ -83,6 +84,7 @@ class Progress:
 
     ``tokens``: trained on so far. ``digests``: of the training datasets, in the config's order. ``skipped_in_a_row``:
     how many of the last steps were skipped. ``recent``, ``rewinds``: what the rule on spikes goes by, and what it did.
+    ``best_validation_loss``, ``num_worse``: evaluations in a row since then that brought no better one.
     ``training_seconds``: that these steps took, by rank 0's clock; in a checkpoint alone. The state is the same however
     long it took.
     """
@@ -97,6 +99,8 @@ class Progress:
     skipped_in_a_row: int = 0
     recent: Recent = NOTHING_YET
     rewinds: tuple[Rewind, ...] = ()
+    best_validation_loss: float | None = None
+    num_worse: int = 0
     training_seconds: float = field(default=0.0, compare=False)
 
     def after_step(self, num_tokens: int, skipped: bool, recent: Recent) -> Progress:
@@ -110,6 +114,13 @@ class Progress:
             skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
             recent=recent,
         )
+
+    def after_validation(self, loss: float, min_gain: float) -> Progress:
+        """The same after an evaluation; a loss that is not finite is no new best."""
+        best = self.best_validation_loss
+        if math.isfinite(loss) and (best is None or loss < best - min_gain):
+            return replace(self, best_validation_loss=loss, num_worse=0)
+        return replace(self, num_worse=self.num_worse + 1)
 
     def to_state(self) -> dict[str, Any]:
         """The manifest's ``state``."""
@@ -133,6 +144,8 @@ class Progress:
                 skipped_in_a_row=state["skipped_in_a_row"],
                 recent=Recent(tuple(state["recent"]["losses"]), tuple(state["recent"]["norms"])),
                 rewinds=tuple(Rewind(**entry) for entry in state["rewinds"]),
+                best_validation_loss=state.get("best_validation_loss"),  # older versions kept none
+                num_worse=state.get("num_worse", 0),
                 training_seconds=float(state["training_seconds"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

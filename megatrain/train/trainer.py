@@ -105,7 +105,7 @@ class Trainer:
         self._run.groups.activity.enter(self.progress.step, part)
 
     def run(self) -> Progress:
-        """Train to the last step.
+        """Train to the last step, or until the validation loss does not get better.
 
         Raises Preempted once state is saved after a request to stop, CheckpointError where it could not be saved,
         Diverged where it is ruined or too many updates were left out in a row, SpikeError where the run is to go back
@@ -114,7 +114,7 @@ class Trainer:
         batches = self._run.training_batches(self._run.order)
         try:
             stopping = False
-            while self.progress.step < self._config.train.steps and not stopping:
+            while not self._is_over and not stopping:
                 metrics, asked = self._step(batches)
                 stopping = asked.to_stop
                 if self.progress.step == self._first_step + 1:
@@ -215,6 +215,22 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         return step % self._config.observe.log_every_steps == 0 or step == self._config.train.steps
 
+    @property
+    def _is_over(self) -> bool:
+        return self.progress.step >= self._config.train.steps or self._stops_early
+
+    @property
+    def _stops_early(self) -> bool:
+        rule = self._config.train.early_stopping
+        return rule is not None and self.progress.num_worse >= rule.patience
+
+    def _why_over(self) -> str:
+        if not self._stops_early:
+            return "is complete"
+        progress = self.progress
+        best = "" if progress.best_validation_loss is None else f" than {progress.best_validation_loss:.4f}"
+        return f"has ended early: no better validation loss{best} in the last {progress.num_worse} evaluations"
+
     def _evaluate_if_due(self) -> None:
         run, step = self._run, self.progress.step
         self._validation_loss = None
@@ -226,13 +242,15 @@ class Trainer:
             sums = run.groups.all_reduce_sum([run.engine.evaluate(each) for each in run.validation.values()])
         counts = {name: each.num_targets for name, each in run.validation.items()}
         self._validation_loss = sum(sums) / sum(counts.values())
+        rule = self._config.train.early_stopping
+        self.progress = self.progress.after_validation(self._validation_loss, rule.min_gain if rule else 0.0)
         if self._observers:
             losses = {name: total / counts[name] for name, total in zip(counts, sums, strict=True)}
             self._observers.validation(step, self._validation_loss, time.perf_counter() - began, losses)
 
     def _save_if_due(self, stopping: bool, on_request: bool) -> None:
         step = self.progress.step
-        last = stopping or step == self._config.train.steps
+        last = stopping or self._is_over
         in_turn = step % self._config.checkpoint.every_steps == 0 and self._saving.is_new(self.progress)
         due = last or on_request or in_turn
         every = self._config.train.check_replica_hash_interval
@@ -259,7 +277,7 @@ class Trainer:
                 f"{self._saving.problem}. Make room or mend the cause, then start it again: it goes on from the newest "
                 "checkpoint."
             )
-        if stopping and step < self._config.train.steps:
+        if stopping and not self._is_over:
             asked = self._run.groups.first_value(self._requests.signal)  # it may have come to another rank alone
             message = f"stopped early on request ({asked.name if asked else '?'}), state saved: start it again to go on"
             if self._observers:
@@ -267,7 +285,7 @@ class Trainer:
             raise Preempted(f"Step {step}: {message}.")
         if self._observers:
             before = f": all {step} steps were made before, nothing was trained" if step == self._first_step else ""
-            self._observers.end("finish", step, f"training is complete{before}")
+            self._observers.end("finish", step, f"training {self._why_over()}{before}")
 
     def _report(self, metrics: StepMetrics, to_compare: bool) -> None:
         seconds, parts = self._watch.lap()

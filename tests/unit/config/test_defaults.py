@@ -19,7 +19,8 @@ data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 6871947
 parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}
 train:      {micro_batch_size: 2, precision: auto, gradient_clipping: 1.0,
              eval_every_steps: 50, eval_batches: 16, hang_timeout_seconds: 600,
-             check_replica_hash_interval: 100, initial_loss_scale_power: 16, loss_scale_window: 1000}
+             check_replica_hash_interval: 100, early_stopping: null,
+             initial_loss_scale_power: 16, loss_scale_window: 1000}
 spikes:     {action: none, window_steps: 128, num_deviations: 8.0, rewind_steps: 100, margin_batches: 10,
              max_in_a_row: 50}
 optimizer:  {type: adamw, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,3 +231,11 @@ def test_segments_survive_a_second_change() -> None:
     second = first.change(20, replace(SHORTER, weights=(1.0, 0.0)))
     assert [segment.first_step for segment in second.segments] == [0, 10, 20]
     assert second.num_samples_before(20) == 10 * 8 + 10 * 4
+
+
+def test_only_a_gain_makes_a_new_best() -> None:
+    progress = Progress(0, 0, 0, 0, (), ())
+    for loss, best, num_worse in ((math.nan, None, 1), (2.0, 2.0, 0), (1.95, 2.0, 1), (1.8, 1.8, 0), (1.8, 1.8, 1)):
+        progress = progress.after_validation(loss, min_gain=0.1)
+        assert (progress.best_validation_loss, progress.num_worse) == (best, num_worse)
+    assert Progress.from_state(0, 0, progress.to_state()) == progress
