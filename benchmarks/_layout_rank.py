@@ -143,13 +143,14 @@ def measure_cases(rank: RankInfo, cases: Iterable[dict[str, Any]]) -> Iterator[l
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     start_deepspeed(TIMEOUT_SECONDS)
-    made: dict[Topology, Groups] = {}  # a mesh's groups cannot be freed
+    made: dict[tuple[Topology, int], Groups] = {}  # a mesh's groups cannot be freed
     for case in cases:
         config = RunConfig.model_validate(case)
         topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-        if topology not in made:
-            made[topology] = make_groups(topology, rank.rank, torch.device("cpu"), TIMEOUT_SECONDS)
-        groups = made[topology]
+        mesh = topology, config.model.kv_heads
+        if mesh not in made:
+            made[mesh] = make_groups(topology, rank.rank, torch.device("cpu"), TIMEOUT_SECONDS, config.model.kv_heads)
+        groups = made[mesh]
         others = _live_tensors()
         engine = build_engine(config, groups)
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)

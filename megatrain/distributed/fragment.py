@@ -37,6 +37,9 @@ class ShardSpec:
     The local parameter is ``slices`` concatenated along dimension ``dim`` (a fused query-key-value weight
     split over tensor ranks needs three). ``global_shape`` is the canonical, unpadded shape; ``padding`` counts the rows
     along ``dim`` that follow the slices in the local parameter and belong to no canonical tensor (vocabulary padding).
+
+    ``num_replicas`` tensor ranks hold the same part, this one as number ``replica``; ``is_partial_grad``: each of them
+    computes a part of its gradient. ``is_copy``: another pipeline stage holds the same tied weight, and saves it.
     """
 
     name: str
@@ -44,6 +47,10 @@ class ShardSpec:
     slices: tuple[TensorSlice, ...]
     dim: int = 0
     padding: int = 0
+    num_replicas: int = 1
+    replica: int = 0
+    is_partial_grad: bool = False
+    is_copy: bool = False
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> ShardSpec:

@@ -22,7 +22,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place, and its group along each axis (a group of one has a process group too).
+    """This rank's coordinate in the mesh, and its group along each axis (a group of one has a process group too).
 
     Some may be the same, or the default one. ``activity``: what this rank gets done.
     """
@@ -36,11 +36,11 @@ class Groups:
     model_parallel_group: dist.ProcessGroup  # along pipeline and tensor: one copy of the model
     embedding_group: dist.ProcessGroup  # on the first and last stage: the two of them; elsewhere this rank by itself
     self_group: dist.ProcessGroup  # this rank by itself
+    kv_replica_group: dist.ProcessGroup  # tensor ranks with the same key-value heads as this one
     activity: Activity = field(default_factory=Activity)
 
     @property
     def coordinate(self) -> Coordinate:
-        """This rank's place in the mesh."""
         return self.topology.coordinate(self.rank)
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
@@ -130,7 +130,6 @@ class Groups:
         return first
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         self.all_reduce_sum([0.0])
 
 
@@ -141,12 +140,18 @@ def release(groups: Iterable[object]) -> None:
             dist.destroy_process_group(group)
 
 
-def make_groups(topology: Topology, rank: int, device: torch.device, timeout_seconds: float) -> Groups:
+def make_groups(
+    topology: Topology, rank: int, device: torch.device, timeout_seconds: float, kv_heads: int | None = None
+) -> Groups:
     """Make this rank's groups; collective over all ranks. The default process group must exist.
 
+    ``kv_heads``: how many key-value heads the tensor ranks share out; with fewer heads than ranks, some hold the same.
+
     Axes that hold the same ranks share a group, which may be the default one: each costs messages and connections.
-    A group is made by its members alone, so that the cost does not grow with the number of groups. Torch names such
-    a group by its ranks and by how many groups there are: every rank must make equally many, and none may be freed.
+    A group is made by its members alone, so that the cost does not grow with the number of groups (torch's
+    ``init_device_mesh`` makes all of the mesh's on every rank, each in step with all ranks: 1,568 on 4,096 ranks of
+    tensor 8 x pipeline 4). Torch names such a group by its ranks and by how many groups there are: every rank must
+    make equally many, and none may be freed.
     """
     assert dist.group.WORLD is not None
     made = {tuple(axis for axis in AXES if getattr(topology, axis) > 1): dist.group.WORLD}
@@ -167,7 +172,12 @@ def make_groups(topology: Topology, rank: int, device: torch.device, timeout_sec
     embedding_group = along("pipeline")
     if last > 1:
         stages = (0, last) if here.pipeline in (0, last) else (here.pipeline,)
-        embedding_group = group_of([topology.rank(Coordinate(stage, here.data, here.tensor)) for stage in stages])
+        embedding_group = group_of([topology.rank(here._replace(pipeline=stage)) for stage in stages])
+    kv_replica_group = along()
+    if kv_heads is not None and topology.tensor > kv_heads:
+        num_replicas = topology.tensor // kv_heads
+        first = here.tensor // num_replicas * num_replicas
+        kv_replica_group = group_of(topology.group(rank, "tensor")[first : first + num_replicas])
     return Groups(
         topology=topology,
         rank=rank,
@@ -178,4 +188,5 @@ def make_groups(topology: Topology, rank: int, device: torch.device, timeout_sec
         model_parallel_group=along("pipeline", "tensor"),
         embedding_group=embedding_group,
         self_group=along(),
+        kv_replica_group=kv_replica_group,
     )

@@ -1,21 +1,22 @@
 """Where each rank stands in the mesh of pipeline, data and tensor axes. Pure arithmetic: no process group, no torch.
 
 The axes are ordered (pipeline, data, tensor) with tensor innermost, as DeepSpeed's PipeModelDataParallelTopology:
-neighbouring ranks share a node and its fast links, and tensor parallelism speaks most.
+neighboring ranks share a node and its fast links, and tensor parallelism communicates most.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Axis = Literal["pipeline", "data", "tensor"]
 AXES: tuple[Axis, ...] = get_args(Axis)
+"""Outermost first: the ranks along the last one are neighbors."""
 
 
-@dataclass(frozen=True)
-class Coordinate:
-    """A rank's place on each axis."""
+class Coordinate(NamedTuple):
+    """A rank's index along each of AXES."""
 
     pipeline: int
     data: int
@@ -24,7 +25,7 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Topology:
-    """The mesh of a run: its degree along each axis."""
+    """The mesh of a run: its degree along each of AXES."""
 
     pipeline: int
     data: int
@@ -40,27 +41,19 @@ class Topology:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.pipeline * self.data * self.tensor
 
     def coordinate(self, rank: int) -> Coordinate:
-        """The place of ``rank``."""
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
-        return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
+        return Coordinate(pipeline, data, tensor)
 
     def rank(self, coordinate: Coordinate) -> int:
-        """The rank at a place: the inverse of ``coordinate``."""
+        """The inverse of ``coordinate``."""
         return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
 
     def group(self, rank: int, *axes: Axis) -> list[int]:
         """The ranks that differ from ``rank`` along ``axes`` alone, itself included, in rank order."""
         here = self.coordinate(rank)
-        ranges = {axis: range(getattr(self, axis)) if axis in axes else (getattr(here, axis),) for axis in AXES}
-        return [
-            self.rank(Coordinate(p, d, t)) for p in ranges["pipeline"] for d in ranges["data"] for t in ranges["tensor"]
-        ]
-
-    def groups(self, *axes: Axis) -> list[list[int]]:
-        """Every group along ``axes``: a partition of all ranks, in the order of each group's first rank."""
-        return [ranks for rank in range(self.world_size) if (ranks := self.group(rank, *axes))[0] == rank]
+        places = (range(getattr(self, axis)) if axis in axes else (getattr(here, axis),) for axis in AXES)
+        return [self.rank(Coordinate(*place)) for place in itertools.product(*places)]

@@ -69,53 +69,6 @@ def _import_muon() -> None:
     compiler.compile = compile_later
 
 
-class DeepSpeedMPU:
-    """The groups under the names by which DeepSpeed asks for them (its ``mpu``)."""
-
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """All ranks of one copy of the model."""
-        return self._groups.model_parallel_group
-
-    def get_model_parallel_rank(self) -> int:
-        """This rank among them."""
-        return dist.get_rank(self._groups.model_parallel_group)
-
-    def get_model_parallel_world_size(self) -> int:
-        """Their number."""
-        return dist.get_world_size(self._groups.model_parallel_group)
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same part of the model."""
-        return self._groups.data
-
-    def get_data_parallel_rank(self) -> int:
-        """This rank among them."""
-        return dist.get_rank(self._groups.data)
-
-    def get_data_parallel_world_size(self) -> int:
-        """Their number."""
-        return dist.get_world_size(self._groups.data)
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their ranks in the world."""
-        return dist.get_process_group_ranks(self._groups.data)
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that share each layer's matrices."""
-        return self._groups.tensor
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        """This rank among them."""
-        return dist.get_rank(self._groups.tensor)
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        """Their number."""
-        return dist.get_world_size(self._groups.tensor)
-
-
 class StageZero:
     """Mixed into DeepSpeed's engines: what stage 0 lacks there (see the module's docstring)."""
 

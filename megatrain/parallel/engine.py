@@ -16,10 +16,11 @@ from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
 from megatrain.parallel.deepspeed_config import deepspeed_config
-from megatrain.parallel.deepspeed_engine import DeepSpeedMPU, PlainDeepSpeedEngine, forget_globals, make_engine
+from megatrain.parallel.deepspeed_engine import PlainDeepSpeedEngine, forget_globals, make_engine
 from megatrain.parallel.loss_scale import use_power_of_two
+from megatrain.parallel.mpu import DeepSpeedMPU
 from megatrain.parallel.replicas import Replicas, find_differences
-from megatrain.parallel.shard import LocalParameter, ShardedModel
+from megatrain.parallel.shard import ShardedModel
 from megatrain.parallel.state import MasterSlice, is_own, link_state, master_slices, sync_master_params, torch_optimizer
 from megatrain.parallel.update_guard import UpdateGuard
 
@@ -61,7 +62,7 @@ class Engine:
     def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
         self.groups = groups
         self._model = model
-        num_parameters = sum(local.spec.local_numel for local in model.parameters.values())
+        num_parameters = sum(spec.local_numel for spec in model.specs.values())
         settings = deepspeed_config(config, groups.topology.world_size, num_parameters)
         optimizer = make_optimizer(config.optimizer, model)
         self._update_guard = UpdateGuard(optimizer)
@@ -113,11 +114,11 @@ class Engine:
         The data are views of live memory where they can be: copy them before the next step.
         """
         states = torch_optimizer(self._deepspeed.optimizer).state
-        for local, held in self._slices():
-            for start, stop in self._owned(local, held):
+        for spec, held in self._slices():
+            for start, stop in self._saved_range(spec, held):
                 state = states.get(held.buffer, {})
                 buffers = {WEIGHT: held.buffer, **{key: state[key] for key in ADAM_STATES if key in state}}
-                for shard, where in shard_views(local.spec, start, stop):
+                for shard, where in shard_views(spec, start, stop):
                     for kind, buffer in buffers.items():
                         data = held.of(buffer)[start - held.start : stop - held.start]
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
@@ -130,10 +131,10 @@ class Engine:
         made of them.
         """
         own = dict(self._model.module.named_parameters())
-        for local, held in self._slices():
-            if not local.is_copy and not is_own(held, own[local.spec.name]):
+        for spec, held in self._slices():
+            if not spec.is_copy and not is_own(held, own[spec.name]):
                 raise CheckpointError(
-                    f"what would be saved as {local.spec.name} is not that parameter: this version of DeepSpeed, "
+                    f"what would be saved as {spec.name} is not that parameter: this version of DeepSpeed, "
                     "under these settings, keeps its state in another order than megatrain reads it in"
                 )
 
@@ -148,13 +149,13 @@ class Engine:
         states = torch_optimizer(optimizer).state
         num_kinds = 1 + (len(ADAM_STATES) if num_updates else 0)
         activity.begin_transfer(sum(held.length for _, held in self._slices()) * num_kinds * torch.float32.itemsize)
-        for local, held in self._slices():
+        for spec, held in self._slices():
             kinds = {WEIGHT: held.buffer}
             if num_updates:
                 kinds |= _adam_state(states, held.buffer, num_updates)
             else:
                 _forget_adam_state(states, held.buffer)
-            for shard, where in shard_views(local.spec, held.start, held.start + held.length):
+            for shard, where in shard_views(spec, held.start, held.start + held.length):
                 for kind, buffer in kinds.items():
                     target = held.of(buffer)
                     in_place = isinstance(where, slice) and target.is_cpu and target.dtype == torch.float32
@@ -165,7 +166,7 @@ class Engine:
                         target[index] = source.read(shard, kind).to(target)
                     activity.transfer(shard.length * torch.float32.itemsize)
             for buffer in kinds.values():
-                _clear_padding(local.spec, held, held.of(buffer))
+                _clear_padding(spec, held, held.of(buffer))
         if num_updates:
             link_state(optimizer)
 
@@ -181,19 +182,19 @@ class Engine:
     def _replicas(self) -> Iterator[Replicas]:
         """Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
         stage = self._deepspeed.zero_optimization_stage()
-        parameters = self._model.parameters
         if stage < 3:
-            yield Replicas(self.groups.data, {name: local.parameter for name, local in parameters.items()})
+            yield Replicas(self.groups.data, dict(self._model.parameters))
         if stage == 0:
-            masters = {f"master weights of {local.spec.name}": held.of(held.buffer) for local, held in self._slices()}
+            masters = {f"master weights of {spec.name}": held.of(held.buffer) for spec, held in self._slices()}
             yield Replicas(self.groups.data, masters)
         whole: dict[str, Tensor] = {}  # on all tensor ranks
         shared: dict[str, Tensor] = {}  # on those with the same key-value head
-        for name, local in parameters.items():
-            if local.num_replicas > 1:
-                kind = whole if local.num_replicas == self.groups.topology.tensor else shared
-                kind[name] = getattr(local.parameter, "ds_tensor", local.parameter)
-        yield from (Replicas(self.groups.tensor, whole), Replicas(self._model.kv_replica_group, shared))
+        for name, parameter in self._model.parameters.items():
+            num_replicas = self._model.specs[name].num_replicas
+            if num_replicas > 1:
+                kind = whole if num_replicas == self.groups.topology.tensor else shared
+                kind[name] = getattr(parameter, "ds_tensor", parameter)
+        yield from (Replicas(self.groups.tensor, whole), Replicas(self.groups.kv_replica_group, shared))
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
@@ -245,19 +246,20 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
 
-    def _slices(self) -> Iterator[tuple[LocalParameter, MasterSlice]]:
-        locals_by_id = {id(local.parameter): local for local in self._model.parameters.values()}
-        for held in master_slices(self._deepspeed.optimizer, [p.parameter for p in self._model.parameters.values()]):
-            yield locals_by_id[id(held.parameter)], held
+    def _slices(self) -> Iterator[tuple[ShardSpec, MasterSlice]]:
+        parameters = self._model.parameters
+        specs = {id(parameter): self._model.specs[name] for name, parameter in parameters.items()}
+        for held in master_slices(self._deepspeed.optimizer, list(parameters.values())):
+            yield specs[id(held.parameter)], held
 
-    def _owned(self, local: LocalParameter, held: MasterSlice) -> Iterator[tuple[int, int]]:
-        """The part of a slice that this rank saves: what several ranks hold alike is shared out among them."""
-        replicas, index = local.num_replicas, local.replica
+    def _saved_range(self, spec: ShardSpec, held: MasterSlice) -> Iterator[tuple[int, int]]:
+        """The part of a slice that this rank saves, if any: what several ranks hold alike is shared out among them."""
+        replicas, index = spec.num_replicas, spec.replica
         if self._deepspeed.zero_optimization_stage() == 0:
             replicas, index = replicas * self.groups.topology.data, index + replicas * self.groups.coordinate.data
         share = -(-held.length // replicas)
         start, stop = index * share, min((index + 1) * share, held.length)
-        if start < stop and not local.is_copy:
+        if start < stop and not spec.is_copy:
             yield held.start + start, held.start + stop
 
 
@@ -268,8 +270,8 @@ def make_optimizer(config: OptimizerConfig, model: ShardedModel) -> torch.optim.
     """AdamW in two groups: matrices decay, vectors (norms and biases) do not. Torch's fused one, the fastest here."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for local in model.parameters.values():
-        (matrices if len(local.spec.global_shape) > 1 else vectors).append(local.parameter)
+    for name, parameter in model.parameters.items():
+        (matrices if len(model.specs[name].global_shape) > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True

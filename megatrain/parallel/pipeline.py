@@ -27,7 +27,7 @@ from megatrain.distributed.activity import Activity
 from megatrain.distributed.groups import Groups, release
 from megatrain.parallel.deepspeed_engine import StageZero, make_engine
 from megatrain.parallel.engine import Admit, Engine, StepResult
-from megatrain.parallel.grid import MeshGrid, MeshTopology, pipelines_use
+from megatrain.parallel.mpu import DeepSpeedMPU, use_as_grid
 from megatrain.parallel.replicas import Replicas
 from megatrain.parallel.shard import ShardedModel
 
@@ -162,8 +162,9 @@ class StagePipe(PipelineModule):  # type: ignore[misc]
         self._groups, self._tied = groups, tied
         mesh, here = groups.topology, groups.coordinate
         items = [layers if stage == here.pipeline else None for stage in range(mesh.pipeline)]
-        with pipelines_use(MeshGrid(groups)):
-            super().__init__(items, topology=MeshTopology(mesh))
+        mpu = DeepSpeedMPU(groups)
+        with use_as_grid(mpu):
+            super().__init__(items, topology=mpu.topology())
 
     def _partition_layers(self, method: str = "uniform") -> None:
         self.parts = list(range(self.num_stages + 1))

@@ -1,96 +1,67 @@
-"""This rank's part of a model: the parameters it holds, where each lies in the whole, in memory and not yet filled."""
+"""This rank's part of a model: the parameters it holds, where each lies in the whole; allocated, not yet filled."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megatrain.config import RunConfig
 from megatrain.distributed.fragment import ShardSpec
 from megatrain.distributed.groups import Groups
-from megatrain.families.description import Split
 from megatrain.parallel.deepspeed_config import offload_settings
-from megatrain.parallel.deepspeed_engine import DeepSpeedMPU
+from megatrain.parallel.mpu import DeepSpeedMPU
 from megatrain.parallel.recompute import recompute_cores, recompute_layers
-from megatrain.parallel.tensor import HeadCounts, Shard, TensorParallelRank, mark_parameters, split_model
+from megatrain.parallel.tensor import mark_parameters, split_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class LocalParameter:
-    """A parameter of this rank. ``spec``: where it lies in the whole.
-
-    ``num_replicas`` ranks along the tensor axis hold the same, this one as number ``replica``. ``is_copy``: another
-    pipeline stage holds the same tied weight and speaks for it.
-    """
-
-    parameter: nn.Parameter
-    spec: ShardSpec
-    num_replicas: int
-    replica: int
-    is_copy: bool = False
-
-
-@dataclass(frozen=True)
 class ShardedModel:
-    """This rank's part of the model; its parameters, tied ones once. ``kv_replica_group``: see TensorParallelRank."""
+    """This rank's part of the model; its parameters, tied ones once, and by the same names what each holds."""
 
     module: nn.Module
-    parameters: Mapping[str, LocalParameter]
-    kv_replica_group: dist.ProcessGroup
+    parameters: Mapping[str, nn.Parameter]
+    specs: Mapping[str, ShardSpec]
 
 
 Model: TypeAlias = Any
 """A module that tells of its layers by name: megatrain.model.decoder.DecoderStage, which this package does not know."""
 
 
-@dataclass(frozen=True)
-class ModelPartition:
-    """How a family is cut: its table by a module's name, and the types that selective recomputation recomputes."""
+def shard_model(
+    model: Model, config: RunConfig, groups: Groups, recomputed: tuple[type[nn.Module], ...]
+) -> ShardedModel:
+    """Cut a model that was built on the meta device to this rank's part, and give that its memory.
 
-    split_of: Callable[[str], Split | None]
-    cores: tuple[type[nn.Module], ...]
-
-
-def shard_model(model: Model, config: RunConfig, groups: Groups, cut: ModelPartition) -> ShardedModel:
-    """ModelPartition a model that was built on the meta device to this rank's part, and give that its memory."""
-    heads = HeadCounts(config.model.num_attention_heads, config.model.kv_heads, config.model.head_size)
-    ranks = TensorParallelRank.of(groups, heads, sequence=config.parallel.sequence, seq_len=config.data.seq_len)
-    if ranks.size > 1:
-        shards = split_model(model, cut.split_of, heads, ranks, model.decoder_names)
+    ``recomputed``: the types that selective recomputation recomputes.
+    """
+    if groups.topology.tensor > 1:
+        specs = split_model(model, config, groups)
     else:
-        whole = {name: ShardSpec.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
-        shards = {name: Shard(spec, 1, 0) for name, spec in whole.items()}
+        specs = {name: ShardSpec.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
     layers = [model.get_submodule(name) for name in model.decoder_names]
     if config.parallel.recompute == "full":
         recompute_layers(layers, config.parallel.recompute_every)
     elif config.parallel.recompute == "selective":
-        recompute_cores(layers, cut.cores)
+        recompute_cores(layers, recomputed)
     _allocate(model, config, groups)
+    mark_parameters(model, specs, config, groups)
     parameters = dict(model.named_parameters())
-    mark_parameters(parameters, shards, ranks, model.embedding_names)
-    mine = {
-        name: LocalParameter(parameter, shards[name].spec, shards[name].num_replicas, shards[name].replica)
-        for name, parameter in parameters.items()
-    }
-    return ShardedModel(model, mine, ranks.kv_replica_group)
+    return ShardedModel(model, parameters, {name: specs[name] for name in parameters})
 
 
 def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> ShardedModel:
-    """Let the head of the last stage stand for the embedding's weight, which the first stage speaks for."""
+    """Let the head of the last stage stand for the embedding's weight, which the first stage saves."""
     name = f"{head}.weight"
-    local = model.parameters[name]
-    spec = dataclasses.replace(local.spec, name=f"{embedding}.weight")
-    copy = dataclasses.replace(local, spec=spec, is_copy=True)
-    return dataclasses.replace(model, parameters={**model.parameters, name: copy})
+    copy = dataclasses.replace(model.specs[name], name=f"{embedding}.weight", is_copy=True)
+    return dataclasses.replace(model, specs={**model.specs, name: copy})
 
 
 def _allocate(model: Model, config: RunConfig, groups: Groups) -> None:

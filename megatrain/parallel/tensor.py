@@ -11,13 +11,14 @@ B: sequences, T: tokens, N: B * T, C: channels, V: vocabulary (this rank's part 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatrain.config import ModelConfig, RunConfig
 from megatrain.distributed.fragment import ShardSpec, TensorSlice
 from megatrain.distributed.groups import Groups
 from megatrain.families.description import Split
@@ -31,126 +32,54 @@ from megatrain.parallel.collectives import (
 from megatrain.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
 
-@dataclass(frozen=True)
-class HeadCounts:
-    """The attention heads of the whole model."""
-
-    query: int
-    key_value: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A rank's part of one parameter: where it lies, and how many tensor ranks hold the same part.
-
-    ``replica``: this rank's number among those. ``partial``: each of them sees a part of its gradient.
-    """
-
-    spec: ShardSpec
-    num_replicas: int
-    replica: int
-    partial: bool = False
-
-
-@dataclass(frozen=True)
-class TensorParallelRank:
-    """The ranks that share each layer's matrices.
-
-    ``kv_replica_group``: those of them that hold the same key-value head as this one. ``sequence``: whether tokens
-    between blocks are split too, of which there are ``seq_len``.
-    """
-
-    group: dist.ProcessGroup
-    kv_replica_group: dist.ProcessGroup
-    sequence: bool
-    seq_len: int
-
-    @classmethod
-    def of(cls, groups: Groups, heads: HeadCounts, *, sequence: bool, seq_len: int) -> TensorParallelRank:
-        """Find the sharers of heads; collective over the world where there are any."""
-        num_sharers = groups.topology.tensor // heads.key_value
-        if num_sharers < 2:
-            return cls(groups.tensor, groups.self_group, sequence, seq_len)
-        first = groups.coordinate.tensor // num_sharers * num_sharers
-        sharers = groups.topology.group(groups.rank, "tensor")[first : first + num_sharers]
-        return cls(groups.tensor, dist.new_group(sharers, use_local_synchronization=True), sequence, seq_len)
-
-    @property
-    def size(self) -> int:
-        """Their number."""
-        return dist.get_world_size(self.group)
-
-    @property
-    def index(self) -> int:
-        """This rank among them."""
-        return dist.get_rank(self.group)
-
-
-def split_model(
-    model: nn.Module,
-    split_of: Callable[[str], Split | None],
-    heads: HeadCounts,
-    ranks: TensorParallelRank,
-    decoder_names: list[str],
-) -> dict[str, Shard]:
-    """Cut ``model`` (on the meta device) in place to this rank's part; each parameter's shard, by its name.
-
-    ``split_of``: the family's table, by a module's name. ``decoder_names``: the decoder layers of the whole model that
-    are in this one.
-    """
-    shards: dict[str, Shard] = {}
+def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, ShardSpec]:
+    """Cut ``model`` (a DecoderStage on the meta device) in place; each parameter's spec, by name."""
+    is_sequence_parallel, group = config.parallel.sequence, groups.tensor
+    enter_block = gather_from_sequence_parallel_region if is_sequence_parallel else copy_to_tensor_parallel_region
+    specs: dict[str, ShardSpec] = {}
     blocks: dict[str, nn.Module] = {}
     for name, module in list(model.named_modules()):
-        split = split_of(name)
+        split = config.model.description.split_of(name)
         for key, parameter in list(module.named_parameters(recurse=False)):
             path = f"{name}.{key}"
-            shard = _shard(path, parameter, split, key, heads, ranks)
-            shards[path] = shard
-            module.register_parameter(key, nn.Parameter(parameter.new_empty(shard.spec.local_shape)))
+            specs[path] = _shard_spec(path, parameter, split, config.model, groups)
+            module.register_parameter(key, nn.Parameter(parameter.new_empty(specs[path].local_shape)))
         if split is None or split.kind == "shared":
             continue
         parent_name = name.rpartition(".")[0]
         if split.kind == "column":
             blocks[parent_name] = model.get_submodule(parent_name)
         elif split.kind == "row":
-            model.set_submodule(name, RowParallel(module, split.weight_dim, ranks))
+            model.set_submodule(name, RowParallelLinear(module, split.weight_dim, group, is_sequence_parallel))
         else:
-            kind = VocabParallelHead if _is_head(module) else VocabParallelEmbedding
-            model.set_submodule(name, kind(module, shards[f"{name}.weight"].spec, ranks.group))
+            kind = VocabParallelHead if name == model.head_name else VocabParallelEmbedding
+            model.set_submodule(name, kind(module, specs[f"{name}.weight"], group))
             if kind is VocabParallelHead:
                 blocks[name] = model.get_submodule(name)
     for block in blocks.values():
-        _before(
-            block,
-            gather_from_sequence_parallel_region if ranks.sequence else copy_to_tensor_parallel_region,
-            ranks.group,
-        )
-    if ranks.sequence and decoder_names and decoder_names[0].endswith(".0"):
-        _before(model.get_submodule(decoder_names[0]), scatter_to_sequence_parallel_region, ranks.group)
-    _place_dropout(model, heads, ranks, decoder_names)
-    return shards
+        _before(block, enter_block, group)
+    if is_sequence_parallel and model.decoder_names and model.decoder_names[0].endswith(".0"):
+        _before(model.get_submodule(model.decoder_names[0]), scatter_to_sequence_parallel_region, group)
+    _set_dropout_offsets(model, config, groups)
+    return specs
 
 
-def mark_parameters(
-    parameters: Mapping[str, nn.Parameter],
-    shards: Mapping[str, Shard],
-    ranks: TensorParallelRank,
-    embedding_names: list[str],
-) -> None:
-    """Say of each parameter whether this rank counts it in the gradient's norm, and sum gradients that are partial.
+def mark_parameters(model: Any, specs: Mapping[str, ShardSpec], config: RunConfig, groups: Groups) -> None:
+    """Mark whether this rank counts a parameter in the gradient norm, and sum gradients that are partial.
 
-    Under sequence parallelism those of all whole parameters are, but for the embeddings (``embedding_names``): they are
-    applied to this rank's tokens alone.
+    Under sequence parallelism those of all whole parameters are, but for the embeddings: they are applied to this
+    rank's tokens alone.
     """
-    for name, parameter in parameters.items():
-        shard = shards[name]
+    size = groups.topology.tensor
+    embeddings = {f"{name}.weight" for name in model.embedding_names}
+    for name, parameter in model.named_parameters():
+        spec = specs[name]
         # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
-        parameter.model_parallel = shard.num_replicas < ranks.size and shard.replica == 0  # type: ignore[attr-defined]
-        if shard.partial:
-            _sum_gradients(parameter, ranks.group if shard.num_replicas == ranks.size else ranks.kv_replica_group)
-        elif ranks.sequence and shard.num_replicas > 1 and name.rpartition(".")[0] not in embedding_names:
-            _sum_gradients(parameter, ranks.group)
+        parameter.model_parallel = spec.num_replicas < size and spec.replica == 0
+        if spec.is_partial_grad:
+            _sum_gradients(parameter, groups.tensor if spec.num_replicas == size else groups.kv_replica_group)
+        elif config.parallel.sequence and spec.num_replicas > 1 and name not in embeddings:
+            _sum_gradients(parameter, groups.tensor)
 
 
 def _sum_gradients(parameter: Tensor, group: dist.ProcessGroup) -> None:
@@ -162,62 +91,58 @@ def _sum_gradients(parameter: Tensor, group: dist.ProcessGroup) -> None:
     parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-class RowParallel(nn.Module):
-    """A linear layer over this rank's part of the inputs; the products are summed over the ranks, then the bias added.
+class RowParallelLinear(nn.Module):
+    """A linear layer over this rank's part of the inputs; the products are summed over the group, then the bias added.
 
     ``weight_dim``: the dimension of the weight along which inputs lie (1 in a Linear, 0 in a Conv1D).
     """
 
-    def __init__(self, linear: Any, weight_dim: int, ranks: TensorParallelRank) -> None:
+    def __init__(self, linear: Any, weight_dim: int, group: dist.ProcessGroup, is_sequence_parallel: bool) -> None:
         super().__init__()
         self.weight: nn.Parameter = linear.weight
         self.bias: nn.Parameter | None = linear.bias
-        self._weight_dim = weight_dim
-        self._ranks = ranks
+        self._weight_dim, self._group = weight_dim, group
+        self._reduce = (
+            reduce_scatter_to_sequence_parallel_region if is_sequence_parallel else reduce_from_tensor_parallel_region
+        )
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """The whole sum; under sequence parallelism, of this rank's tokens."""
         weight = self.weight if self._weight_dim == 1 else self.weight.t()
-        partial_BTC = functional.linear(x_BTC, weight)
-        reduce = (
-            reduce_scatter_to_sequence_parallel_region if self._ranks.sequence else reduce_from_tensor_parallel_region
-        )
-        y_BTC = reduce(partial_BTC, self._ranks.group)
+        y_BTC = self._reduce(functional.linear(x_BTC, weight), self._group)
         return y_BTC if self.bias is None else y_BTC + self.bias
 
 
-def _shard(
-    path: str, parameter: Tensor, split: Split | None, key: str, heads: HeadCounts, ranks: TensorParallelRank
-) -> Shard:
-    shape = tuple(parameter.shape)
-    whole = Shard(ShardSpec.whole(path, shape), ranks.size, ranks.index)
-    if split is None or (key == "bias" and split.kind == "row"):
+def _shard_spec(path: str, parameter: Tensor, split: Split | None, model: ModelConfig, groups: Groups) -> ShardSpec:
+    shape, size, index = tuple(parameter.shape), groups.topology.tensor, groups.coordinate.tensor
+    is_bias = path.endswith(".bias")
+    whole = replace(ShardSpec.whole(path, shape), num_replicas=size, replica=index)
+    if split is None or (is_bias and split.kind == "row"):
         return whole
     if split.kind == "shared":
-        return replace(whole, partial=True)
-    dim = 0 if key == "bias" else split.weight_dim
+        return replace(whole, is_partial_grad=True)
+    dim = 0 if is_bias else split.weight_dim
     if split.kind == "vocab":
-        per_rank = -(-shape[dim] // ranks.size)
-        first = min(ranks.index * per_rank, shape[dim])
+        per_rank = -(-shape[dim] // size)
+        first = min(index * per_rank, shape[dim])
         count = min(per_rank, shape[dim] - first)
-        slices: tuple[TensorSlice, ...] = (_slice(shape, dim, first, count),) if count else ()
-        return Shard(ShardSpec(path, shape, slices, dim, per_rank - count), 1, 0)
+        rows = (_slice(shape, dim, first, count),) if count else ()
+        return ShardSpec(path, shape, rows, dim, per_rank - count)
     part = shape[dim] // split.num_parts
-    num_replicas, index, count = 1, ranks.index, part // ranks.size
-    if split.by_heads == "key_value" and heads.key_value < ranks.size:  # several ranks share a head
-        num_replicas = ranks.size // heads.key_value
-        index, count = ranks.index // num_replicas, heads.size
+    num_replicas, replica, count = 1, 0, part // size
+    if split.by_heads == "key_value" and model.kv_heads < size:  # several ranks share a head
+        num_replicas = size // model.kv_heads
+        index, replica = divmod(index, num_replicas)
+        count = model.head_size
     slices = tuple(_slice(shape, dim, number * part + index * count, count) for number in range(split.num_parts))
-    return Shard(ShardSpec(path, shape, slices, dim), num_replicas, ranks.index % num_replicas, num_replicas > 1)
+    return ShardSpec(
+        path, shape, slices, dim, num_replicas=num_replicas, replica=replica, is_partial_grad=num_replicas > 1
+    )
 
 
 def _slice(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSlice:
     offset = tuple(first if d == dim else 0 for d in range(len(shape)))
     return TensorSlice(offset, tuple(count if d == dim else size for d, size in enumerate(shape)))
-
-
-def _is_head(module: nn.Module) -> bool:
-    return hasattr(module, "loss_sum")
 
 
 def _before(module: nn.Module, collective: Callable[..., Tensor], group: dist.ProcessGroup) -> None:
@@ -227,12 +152,13 @@ def _before(module: nn.Module, collective: Callable[..., Tensor], group: dist.Pr
     module.register_forward_pre_hook(hook)
 
 
-def _place_dropout(model: nn.Module, heads: HeadCounts, ranks: TensorParallelRank, decoder_names: list[str]) -> None:
-    """Tell each dropout which part of the whole activation it sees, so that it drops what one process would."""
-    for name in decoder_names:
+def _set_dropout_offsets(model: Any, config: RunConfig, groups: Groups) -> None:
+    """Where in the whole activation each dropout's slice begins, so that it drops what one process would."""
+    size, index = groups.topology.tensor, groups.coordinate.tensor
+    first_head = index * (config.model.num_attention_heads // size)
+    first_token = index * (config.data.seq_len // size) if config.parallel.sequence else 0
+    for name in model.decoder_names:
         for module in model.get_submodule(name).modules():
             offsets = getattr(module, "offsets", None)
-            if offsets is not None and len(offsets) == 3:
-                module.offsets = (ranks.index * (heads.query // ranks.size), 0, 0)  # type: ignore[assignment]
-            elif offsets is not None and ranks.sequence:
-                module.offsets = (ranks.index * (ranks.seq_len // ranks.size), 0)  # type: ignore[assignment]
+            if offsets is not None:
+                module.offsets = (first_head, 0, 0) if len(offsets) == 3 else (first_token, 0)

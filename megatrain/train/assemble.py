@@ -36,7 +36,7 @@ from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed_engine import start_deepspeed
 from megatrain.parallel.engine import Engine
 from megatrain.parallel.pipeline import PipelinedEngine
-from megatrain.parallel.shard import ModelPartition, shard_model, tie_across_stages
+from megatrain.parallel.shard import shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.hardware import resolve_precision
@@ -53,6 +53,10 @@ STATE_BYTES_PER_PARAMETER = 12
 
 SHORTEST_WAIT_SECONDS = 60.0
 """For ranks that have not come: one may start much later than another where nodes are busy."""
+
+
+RECOMPUTED = (CoreAttention, Activation)
+"""What selective recomputation recomputes: it costs memory, not time."""
 
 
 @dataclass
@@ -116,7 +120,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     start_deepspeed(patience_seconds)
     lap("rendezvous")
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = make_groups(topology, rank.rank, device, patience_seconds)
+    groups = make_groups(topology, rank.rank, device, patience_seconds, config.model.kv_heads)
     config = resolve_precision(config, not groups.all_reduce_max([0.0 if computes_bf16(device) else 1.0])[0])
     lap("groups")
     findings = _preflight(config, rank, groups) if have_met else []
@@ -208,17 +212,12 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
         specs = build_layers(config.model, config.run.seed)
         mine = _stage_layers(config, specs, groups.coordinate.pipeline, pipeline)
         stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
-    sharded = shard_model(stage, config, groups, partition_of(config))
+    sharded = shard_model(stage, config, groups, RECOMPUTED)
     if pipeline == 1:
         return Engine(config, sharded, groups)
     if config.model.tie_word_embeddings and stage.head_name is not None:
         sharded = tie_across_stages(sharded, stage.head_name, specs[0].prefix)
     return PipelinedEngine(config, sharded, groups)
-
-
-def partition_of(config: RunConfig) -> ModelPartition:
-    """How the model of the config is cut among tensor ranks, and what selective recomputation recomputes."""
-    return ModelPartition(config.model.description.split_of, (CoreAttention, Activation))
 
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:

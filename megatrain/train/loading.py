@@ -73,7 +73,8 @@ def load_on_rank(
     export_rank(rank)
     device = local_device(rank.local_rank)
     meet(rank, _WAIT_SECONDS, _LONGEST_SECONDS)
-    groups = make_groups(Topology.of(rank.world_size, tensor, 1), rank.rank, device, _LONGEST_SECONDS)
+    topology = Topology.of(rank.world_size, tensor, 1)
+    groups = make_groups(topology, rank.rank, device, _LONGEST_SECONDS, config.model.kv_heads)
     model = load_decoder(reader.folder).model if tensor == 1 else _load_part(reader, config, groups)
     return model, groups
 
@@ -107,12 +108,11 @@ def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
 def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> Decoder:
     """This rank's part of the model, filled: no rank ever has the whole."""
     from megatrain.parallel.shard import shard_model  # DeepSpeed, which takes seconds to import
-    from megatrain.train.assemble import partition_of
 
     with torch.device("meta"):
         model = Decoder(config.model)
-    sharded = shard_model(model, config, groups, partition_of(config))
+    sharded = shard_model(model, config, groups, recomputed=())
     with torch.no_grad():
-        for local in sharded.parameters.values():
-            local.parameter.copy_(reader.read_parameter(local.spec, "weight"))
+        for name, parameter in sharded.parameters.items():
+            parameter.copy_(reader.read_parameter(sharded.specs[name], "weight"))
     return model.eval()

@@ -74,9 +74,9 @@ class Case:
 
 
 @functools.cache
-def groups_of(topology: Topology) -> Groups:
+def groups_of(topology: Topology, kv_heads: int) -> Groups:
     """The groups of a mesh; made once, for they cannot be freed and each has its own threads."""
-    return make_groups(topology, read_rank().rank, torch.device("cpu"), TIMEOUT_SECONDS)
+    return make_groups(topology, read_rank().rank, torch.device("cpu"), TIMEOUT_SECONDS, kv_heads)
 
 
 def train(case: Case) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def train(case: Case) -> dict[str, Any]:
     train_sets, _ = open_training_data(config)
     config = resolve_vocabulary(config, train_sets[0])
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = groups_of(topology)
+    groups = groups_of(topology, config.model.kv_heads)
     engine = build_engine(config, groups)
     if case.load:
         reader = CheckpointReader(Path(case.load), near=(rank.rank, rank.world_size))
@@ -168,7 +168,7 @@ def _admit(groups: Groups, judged: list[float], refused: bool, loss_sum: float, 
 
 def flip_a_bit(engine: Engine, name: str) -> None:
     """The lowest bit of the first element that this rank holds of a parameter."""
-    parameter = engine._model.parameters[name].parameter
+    parameter = engine._model.parameters[name]
     held = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
     held[:1].view(torch.int16)[:1] ^= 1
 
@@ -176,9 +176,7 @@ def flip_a_bit(engine: Engine, name: str) -> None:
 def swap_names(engine: Engine, one: str, other: str) -> None:
     """Take each of two parameters for the other, as where DeepSpeed kept its state in an order of its own."""
     parameters = dict(engine._model.parameters)
-    first, second = parameters[one], parameters[other]
-    parameters[one] = dataclasses.replace(first, parameter=second.parameter)
-    parameters[other] = dataclasses.replace(second, parameter=first.parameter)
+    parameters[one], parameters[other] = parameters[other], parameters[one]
     engine._model = dataclasses.replace(engine._model, parameters=parameters)
 
 

@@ -40,7 +40,7 @@ class Zeros:
 def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
     """Bytes of each kind that a rank's engine holds, and of what it would save."""
     mesh = Topology.of(world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = make_groups(mesh, rank, torch.device("cpu"), 60.0)
+    groups = make_groups(mesh, rank, torch.device("cpu"), 60.0, config.model.kv_heads)
     others = _live_tensors()
     engine = build_engine(config, groups)
     engine.load_fragments(Zeros(), num_updates=1)
