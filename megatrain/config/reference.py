@@ -10,7 +10,8 @@ from megatrain.config.deepspeed_keys import DERIVED, REFUSED, ZERO_PASSED_THROUG
 from megatrain.config.keys import is_list, is_section, record_of
 from megatrain.config.problem import shown
 from megatrain.config.renamed import RENAMED
-from megatrain.config.schema import LARGEST_SIZE, RunConfig, Section
+from megatrain.config.schema import RunConfig, Section
+from megatrain.families.description import LARGEST_SIZE
 
 _INTRODUCTION = """\
 # The config

@@ -28,14 +28,13 @@ from pydantic_core import PydanticCustomError
 from megatrain.config import checks
 from megatrain.config.problem import Problem
 from megatrain.families import FAMILIES
-from megatrain.families.description import Family, Width
+from megatrain.families.description import LARGEST_SIZE, Family, Width
 
 if TYPE_CHECKING:
     FamilyName = str
 else:  # the names are those of files
     FamilyName = Literal[tuple(FAMILIES)]
 
-LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
 FROM_CHECKPOINT = "from_checkpoint"  # in place of the model's keys: see ModelConfig
 

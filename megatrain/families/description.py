@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from pydantic.fields import FieldInfo
+LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 
 Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "vocab"]
 """A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
@@ -270,8 +270,9 @@ class Family:
     """All that is known of a family: its layers in order (``embeddings``, ``block`` as often as the config says,
     ``norm``, ``head``), and how others write it.
 
-    ``summary``: what is particular to it. ``own_keys``: keys of the model that only such families have, as pydantic
-    declares a field: type and FieldInfo. ``objective``: what it is trained for, which decides what attention may see.
+    ``summary``: what is particular to it. ``own_keys``: keys of the model that only such families have, as pydantic's
+    ``create_model`` takes them: type and Field. ``objective``: what it is trained for, which decides what attention may
+    see.
     """
 
     summary: str
@@ -280,7 +281,7 @@ class Family:
     norm: Norm
     head: Linear
     hugging_face: HuggingFace
-    own_keys: Mapping[str, tuple[Any, FieldInfo]] = field(default_factory=dict)
+    own_keys: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     objective: Literal["causal language modeling"] = "causal language modeling"
 
     @property
