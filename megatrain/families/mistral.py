@@ -1,35 +1,41 @@
-"""Mistral: llama's layers, as long as no attention window is shorter than the context."""
+"""Mistral: llama with a window of attention."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from megatrain.families import llama, qwen3
-from megatrain.families.description import HuggingFace
+from pydantic import Field
 
-LLAMA = llama.FAMILY.hugging_face
+from megatrain.families import llama
+from megatrain.families.description import LARGEST_SIZE, HuggingFace
 
-
-def _refuse(theirs: Mapping[str, Any]) -> str | None:
-    return qwen3.window_refusal(theirs["sliding_window"], theirs["max_position_embeddings"])
-
+LLAMA = llama.FAMILY
+WINDOW = "sliding_window"
 
 FAMILY = replace(
-    llama.FAMILY,
-    summary="llama under another name",
+    LLAMA,
+    summary="llama with a window of attention",
+    block=replace(LLAMA.block, attention=replace(LLAMA.block.attention, window_key=WINDOW)),
+    own_keys={
+        WINDOW: (
+            int | None,
+            Field(
+                default=None,
+                ge=1,
+                le=LARGEST_SIZE,
+                description="mistral: how many tokens a token attends to, itself among them; null: all before it.",
+            ),
+        )
+    },
     hugging_face=HuggingFace(
         architecture="MistralForCausalLM",
-        names=llama.NAMES,
+        names={**llama.NAMES, WINDOW: WINDOW},
         required={"hidden_act": "silu", "attention_bias": False},
         absent={
-            **LLAMA.absent,
+            **LLAMA.hugging_face.absent,
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
-            "sliding_window": 4096,
+            WINDOW: 4096,
         },
-        constants={"sliding_window": None},
-        refuse=_refuse,
     ),
 )

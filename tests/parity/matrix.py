@@ -21,7 +21,12 @@ MODELS: dict[str, dict[str, Any]] = {
 FURTHER_MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3", "num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 24},
     "qwen3_mqa": {"family": "qwen3", "num_key_value_heads": 1, "tie_word_embeddings": False, "head_dim": 8},
-    "mistral": {"family": "mistral", "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "mistral": {
+        "family": "mistral",
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "sliding_window": 10,
+    },
 }
 DEGREES = (1, 2, 4)
 WORLD_SIZES = (2, 4, 8)

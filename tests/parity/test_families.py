@@ -1,4 +1,4 @@
-"""Families beside llama and gpt2: qwen3, whose norms of queries and keys see a part of the heads each, and mistral."""
+"""Families beside llama and gpt2: qwen3, whose norms of queries and keys see a part of the heads, mistral's window."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ NUM_STEPS = 5
         ("qwen3", 2, {"pipeline": 2}),
         ("mistral", 2, {"tensor": 2, "sequence": True}),
         pytest.param("mistral", 2, {"pipeline": 2}, marks=slow),
+        pytest.param("mistral", 4, {"tensor": 2, "pipeline": 2, "recompute": "selective"}, marks=slow),
         pytest.param("qwen3", 2, {"tensor": 2, "sequence": True, "recompute": "full"}, marks=slow),
         pytest.param("qwen3", 2, {"zero_stage": 3}, marks=slow),
         pytest.param("qwen3_mqa", 4, {"tensor": 4, "zero_stage": 2}, marks=slow),

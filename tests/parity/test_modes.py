@@ -68,7 +68,7 @@ def test_dropout_repeats_between_runs_and_differs_between_steps(pool: Pool):
     pool.train(1, config, NUM_STEPS).assert_is(dropped)
 
 
-@pytest.mark.parametrize("model", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("model", ["llama_tied", "gpt2", "mistral"])
 @layouts("zero 3", "tensor", "sequence", "pipeline", "all axes")
 def test_documents_are_kept_apart_as_on_one_rank(model, num_ranks, parallel, pool: Pool, short_documents: Path):
     data: dict[str, Any] = {"train": [{"path": str(short_documents)}], "document_mask": True}

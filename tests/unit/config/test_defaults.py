@@ -13,7 +13,7 @@ run:        {seed: 1234, init_from: null}
 model:      {family: llama, intermediate_size: null, num_key_value_heads: null, head_dim: null,
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
-             rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2}
+             rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null}
 data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
              document_mask: false, packing: concat, score_after_eod: null, num_new_epochs: 0}
 parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}

@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-linear-rope": {"rope_scaling": RopeScaling(rope_type="linear", factor=4.0)},
     "llama-llama3-rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
     "mistral": {"family": "mistral", "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "mistral-window": {"family": "mistral", "num_key_value_heads": 2, "sliding_window": 37},
     "qwen3-tied": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 24},
     "qwen3-untied": {"family": "qwen3", "head_dim": 32, "hidden_size": 60, "tie_word_embeddings": False},
     "gpt2-tied": {"family": "gpt2"},

@@ -22,12 +22,12 @@ LENGTHS = (70, 1, 131, 54)  # one that crosses a block of rows, one of a single 
 
 
 @pytest.mark.parametrize("longest_blockwise", [2048, 0], ids=["blockwise", "fused"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("keys", [{}, {"family": "gpt2"}, {"family": "mistral", "sliding_window": 50}], ids=str)
 def test_each_document_gives_the_logits_it_gives_alone(
-    family: Any, longest_blockwise: int, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any], longest_blockwise: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CoreAttention, "max_blockwise_tokens", longest_blockwise)
-    config = ModelConfig(**SIZES, family=family, initializer_range=0.1)
+    config = ModelConfig(**SIZES, **keys, initializer_range=0.1)
     model = Decoder(config).eval()
     init_model(model, config, seed=1)
     tokens_BT = random_batch(2, sum(LENGTHS)).tokens_BT

@@ -19,19 +19,22 @@ GREEDY = Sampling()
 RANDOM = Sampling(temperature=1.0)
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+KEYS: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": {}, "mistral": {"sliding_window": 12}}
+
+
+@pytest.fixture(params=KEYS)
 def model(request: pytest.FixtureRequest) -> Decoder:
     return small_model(request.param)
 
 
-def small_model(family: Any) -> Decoder:
-    config = ModelConfig(**SIZES | {"max_position_embeddings": 64}, family=family)
+def small_model(family: str) -> Decoder:
+    config = ModelConfig(**SIZES | {"max_position_embeddings": 64}, family=family, **KEYS[family])
     return decoder_like(twin(config), config)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_greedy_tokens_are_those_of_transformers(family: Any) -> None:
-    config = ModelConfig(**SIZES, family=family)
+@pytest.mark.parametrize("family", KEYS)
+def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
+    config = ModelConfig(**SIZES, family=family, **KEYS[family])
     reference = twin(config)
     expected = reference.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
     assert list(generate(decoder_like(reference, config), PROMPT, 40, GREEDY)) == expected

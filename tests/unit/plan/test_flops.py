@@ -101,3 +101,11 @@ def test_flops_of_a_token_follow_the_definition():
     """6 x matrix parameters, output head included, + 12 x layers x heads x head size x seq_len: by hand for an 8B."""
     matrices = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336) + 4096 * 128256
     assert flops_per_token(ModelConfig(family="llama", **LLAMA_8B), 8192) == 6 * matrices + 12 * 32 * 32 * 128 * 8192
+
+
+def test_a_window_bounds_the_flops_of_attention():
+    windowed = ModelConfig(family="mistral", **LLAMA_8B, sliding_window=1000)
+    whole = ModelConfig(family="mistral", **LLAMA_8B)
+    saved = flops_per_token(whole, 8192) - flops_per_token(windowed, 8192)
+    assert saved == 12 * 32 * 32 * 128 * (8192 - 1000)
+    assert flops_per_token(windowed, 512) == flops_per_token(whole, 512)

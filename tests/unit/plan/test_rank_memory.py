@@ -27,7 +27,6 @@ MODEL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
     "vocab_size": 101,
 }
 GPT2 = {"family": "gpt2", "num_key_value_heads": None}
@@ -43,13 +42,14 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
+    seq_len: int = 32
 
     @property
     def config(self) -> dict[str, Any]:
         return {
             "run": {"dir": "unused"},
-            "model": {**MODEL, **self.model},
-            "data": {"train": [{"path": "unused"}], "seq_len": 32},
+            "model": {**MODEL, "max_position_embeddings": self.seq_len, **self.model},
+            "data": {"train": [{"path": "unused"}], "seq_len": self.seq_len},
             "train": {"steps": 10, "global_batch_size": 24, "micro_batch_size": 1, "precision": self.precision},
             "optimizer": {"lr": 1.0e-3},
             "parallel": {"zero_stage": self.zero_stage, **self.parallel},
@@ -78,6 +78,7 @@ CASES = [
     Case("bf16", 1, {"tensor": 4, "sequence": True}),
     Case("bf16", 1, {"recompute": "full"}, {"tie_word_embeddings": False}),
     Case("bf16", 1, {"recompute": "selective"}, GPT2),
+    Case("bf16", 1, {}, {"family": "mistral", "sliding_window": 40}, seq_len=300),  # of three blocks of rows
 ]
 STAGED = [
     *(Case("bf16", stage, {"pipeline": 2}, rank=rank) for stage in (0, 1) for rank in (0, SECOND_STAGE)),

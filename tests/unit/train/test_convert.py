@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from megatrain.checkpoint.reader import check_files
-from megatrain.checkpoint.transformers_config import not_in_transformers, to_transformers
+from megatrain.checkpoint.transformers_config import from_transformers, not_in_transformers, to_transformers
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
 from megatrain.train.convert import export_checkpoint, import_folder
@@ -56,7 +56,7 @@ LLAMA3_ROPE = {
 DROPOUTS: dict[str, Any] = {"attn_pdrop": 0.1, "resid_pdrop": 0.2, "embd_pdrop": 0.3}
 MODELS: dict[str, tuple[Any, type[torch.nn.Module]]] = {
     "llama": (LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, attention_dropout=0.1), LlamaForCausalLM),
-    "mistral": (MistralConfig(**SIZES, sliding_window=64), MistralForCausalLM),  # no shorter than the context
+    "mistral": (MistralConfig(**SIZES, sliding_window=9), MistralForCausalLM),
     "qwen3": (Qwen3Config(**SIZES, head_dim=24), Qwen3ForCausalLM),
     "gpt2": (GPT2Config(vocab_size=131, n_embd=32, n_layer=2, n_head=4, n_positions=64, **DROPOUTS), GPT2LMHeadModel),
 }
@@ -123,6 +123,16 @@ def test_exporting_an_import_is_bit_exact(family: str, dtype: torch.dtype, tmp_p
     tokens = torch.randint(0, 131, (2, 60))
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, again.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 9}, 9)]
+)
+def test_mistrals_window_is_read_as_transformers_does(given: dict[str, Any], window: int | None) -> None:
+    theirs = {**SIZES, "model_type": "mistral", "max_position_embeddings": 8192, **given}
+    config = from_transformers(theirs, Path("config.json"))
+    assert getattr(config, "sliding_window") == window == AutoConfig.for_model(**theirs).sliding_window  # noqa: B009
+    assert to_transformers(config, "float32")["sliding_window"] == window
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -285,17 +295,6 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: change_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
         "quantized",
     ),
-    "window": ("mistral", lambda f: change_config(f, sliding_window=32), "a window of 32 tokens.*context"),
-    "window by default": (
-        "mistral",
-        lambda f: (f / "config.json").write_text(
-            json.dumps(
-                {k: v for k, v in json.loads((f / "config.json").read_text()).items() if k != "sliding_window"}
-                | {"max_position_embeddings": 8192}
-            )
-        ),
-        "a window of 4096 tokens",
-    ),
     "window of qwen3": (
         "qwen3",
         lambda f: change_config(
@@ -303,7 +302,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         ),
         "a window of 16 tokens",
     ),
-    "a window that is no number": ("mistral", lambda f: change_config(f, sliding_window="wide"), "of the wrong type"),
+    "a window that is no number": ("mistral", lambda f: change_config(f, sliding_window="wide"), "sliding_window: "),
     "rope that is no table": ("llama", lambda f: change_config(f, rope_scaling="twice"), "of the wrong type"),
     "layer types": ("qwen3", lambda f: change_config(f, layer_types=["full_attention", "linear_attention"]), "layer_t"),
     "a tensor more": (
@@ -368,8 +367,8 @@ def test_unsupported_imports_are_refused_with_the_reason(what: str, tmp_path: Pa
 
 
 def test_a_refused_import_exits_4_with_a_paragraph(tmp_path: Path) -> None:
-    hf = save(model_of("mistral", tied=False), tmp_path / "hf")
-    change_config(hf, sliding_window=8)
+    hf = save(model_of("qwen3", tied=False), tmp_path / "hf")
+    change_config(hf, use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2)
     command = [sys.executable, "-m", "megatrain", "import", str(hf), "--out", str(tmp_path / "out")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 4
