@@ -17,20 +17,20 @@ from megatrain.errors import EXIT_RANK, EXIT_USAGE
 ON_CPUS = "To train on CPUs, export DS_ACCELERATOR=cpu."
 
 
-class Seat(NamedTuple):
-    """Where a rank sits.
+class DeviceAssignment(NamedTuple):
+    """What a rank computes on.
 
-    ``gpu``: the unique id of its GPU; "" on a CPU, for the reason ``why``. ``asked``: what says that it was started for
-    GPUs, if anything.
+    ``gpu``: the unique id of its GPU; "" on a CPU, for the reason ``why``. ``requested_by``: what says that it was
+    started for GPUs, if anything.
     """
 
     host: str
     gpu: str
     why: str
-    asked: str
+    requested_by: str
 
 
-class Objection(NamedTuple):
+class Conflict(NamedTuple):
     """Why ranks cannot train together, the exit code that this is worth, and the hosts to leave out for it."""
 
     text: str
@@ -63,49 +63,51 @@ def memory_bytes(local_world_size: int) -> float:
     return float(psutil.virtual_memory().total / local_world_size)
 
 
-def take_seat() -> Seat:
-    """This rank's seat, once it has taken its device."""
-    host, asked = socket.gethostname(), gpu_request() or ""
+def assigned_device() -> DeviceAssignment:
+    """This rank's, once local_device has chosen it."""
+    host, requested_by = socket.gethostname(), gpu_request() or ""
     if not has_gpu():
-        return Seat(host, "", _why_no_gpu(), asked)
-    return Seat(host, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid), "", asked)
+        return DeviceAssignment(host, "", _why_no_gpu(), requested_by)
+    gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return DeviceAssignment(host, gpu, "", requested_by)
 
 
-def find_objection(seats: Sequence[Seat]) -> Objection | None:
-    """Why ranks with these seats, in their order, must not train; None where all is well."""
-    without = [rank for rank, seat in enumerate(seats) if not seat.gpu]
-    asked = next((seat.asked for seat in seats if seat.asked), None)
-    if without and (asked or len(without) < len(seats)):
-        return _no_gpu(seats, without, asked)
+def find_conflict(devices: Sequence[DeviceAssignment]) -> Conflict | None:
+    """Why ranks with these devices, in their order, cannot train together; None where all is well."""
+    without = [rank for rank, device in enumerate(devices) if not device.gpu]
+    requested_by = next((device.requested_by for device in devices if device.requested_by), None)
+    if without and (requested_by or len(without) < len(devices)):
+        return _no_gpu(devices, without, requested_by)
     holders: dict[str, list[int]] = defaultdict(list)
-    for rank, seat in enumerate(seats):
-        holders[seat.gpu].append(rank)
+    for rank, device in enumerate(devices):
+        holders[device.gpu].append(rank)
     shared = [ranks for gpu, ranks in holders.items() if gpu and len(ranks) > 1]
-    return _shared_gpu(seats, shared) if shared else None
+    return _shared_gpu(devices, shared) if shared else None
 
 
-def _no_gpu(seats: Sequence[Seat], without: Sequence[int], asked: str | None) -> Objection:
+def _no_gpu(devices: Sequence[DeviceAssignment], without: Sequence[int], requested_by: str | None) -> Conflict:
     reasons: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for rank in without:
-        reasons[seats[rank].why].append((rank, seats[rank].host))
-    told = "; ".join(f"{name_ranks(ranks)}: {why}" for why, ranks in reasons.items())
-    for_gpus = f"The job was started for GPUs ({asked})" if asked else f"{len(seats) - len(without)} ranks have a GPU"
+        reasons[devices[rank].why].append((rank, devices[rank].host))
+    named = "; ".join(f"{name_ranks(ranks)}: {why}" for why, ranks in reasons.items())
+    has_gpus = f"{len(devices) - len(without)} ranks have a GPU"
+    for_gpus = f"The job was started for GPUs ({requested_by})" if requested_by else has_gpus
     text = (
-        f"{for_gpus}, but {len(without)} of {len(seats)} ranks have none. {told}. Install a torch for the driver that "
-        f"is there (make setup TORCH=cuda), or leave the node out. {ON_CPUS}"
+        f"{for_gpus}, but {len(without)} of {len(devices)} ranks have none. {named}. Install a torch for the driver "
+        f"that is there (make setup TORCH=cuda), or leave the node out. {ON_CPUS}"
     )
-    if len(without) == len(seats):
-        return Objection(text, EXIT_USAGE, ())
-    return Objection(text, EXIT_RANK, tuple(dict.fromkeys(seats[rank].host for rank in without)))
+    if len(without) == len(devices):
+        return Conflict(text, EXIT_USAGE, ())
+    return Conflict(text, EXIT_RANK, tuple(dict.fromkeys(devices[rank].host for rank in without)))
 
 
-def _shared_gpu(seats: Sequence[Seat], shared: Sequence[Sequence[int]]) -> Objection:
-    told = "; ".join(name_ranks((rank, seats[rank].host) for rank in ranks) for ranks in shared)
+def _shared_gpu(devices: Sequence[DeviceAssignment], shared: Sequence[Sequence[int]]) -> Conflict:
+    named = "; ".join(name_ranks((rank, devices[rank].host) for rank in ranks) for ranks in shared)
     text = (
-        f"Ranks share a GPU, which NCCL cannot do: {told}. Start as many ranks on a node as it has GPUs, and let each "
+        f"Ranks share a GPU, which NCCL cannot do: {named}. Start as many ranks on a node as it has GPUs, and let each "
         "see all of them, or one of its own; LOCAL_RANK says which is whose."
     )
-    return Objection(text, EXIT_USAGE, tuple(dict.fromkeys(seats[ranks[0]].host for ranks in shared)))
+    return Conflict(text, EXIT_USAGE, tuple(dict.fromkeys(devices[ranks[0]].host for ranks in shared)))
 
 
 def _why_no_gpu() -> str:

@@ -21,11 +21,11 @@ from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_di
 from megatrain.distributed.causes import explain, last_words
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import make_groups
-from megatrain.distributed.health_checks import ANSWER, HERE, Effort, Finding, Reading, judge
+from megatrain.distributed.health_checks import ANSWER, HERE, Effort, Finding, Reading
 from megatrain.distributed.local_ranks import process_began
 from megatrain.distributed.naming import name_ranks
-from megatrain.distributed.preflight import Places, existing, take_reading
-from megatrain.distributed.rendezvous import RanksMissing, RanksUnfit, meet
+from megatrain.distributed.preflight import Folders, examine, existing
+from megatrain.distributed.rendezvous import RanksMissing, RanksUnfit, init_process_group
 from megatrain.distributed.topology import Topology
 from megatrain.errors import EXIT_OK, EXIT_RANK, MegatrainError, RankError
 
@@ -77,17 +77,14 @@ def _examine(rank: RankInfo, folder: Path, scratch: Path, patience: float) -> tu
     device = local_device(rank.local_rank)
     if device.type == "cpu":
         torch.set_num_threads(1)  # as many as each rank has a core for, however the ranks are laid out
-    meet(rank, patience, _WAIT_SECONDS)
+    init_process_group(rank, patience, _WAIT_SECONDS)
     groups = make_groups(Topology.of(rank.world_size, 1, 1), rank.rank, device, _WAIT_SECONDS)
-    places = Places(folder, existing(scratch))
     try:
-        reading, _ = take_reading(groups, rank, places, EFFORT)
-        readings = groups.all_gather_object(reading)
+        return examine(groups, rank, Folders(folder, existing(scratch)), EFFORT)
     except RuntimeError as error:
         who = f"rank {rank.rank} on {socket.gethostname()}"
         _, told = explain(error, who) or (EXIT_RANK, f"{who}: {last_words(error)}")
         raise RankError(told) from None
-    return judge(readings, EFFORT), readings
 
 
 def _name_missing(error: RanksMissing, hosts: str, patience: float) -> list[Finding]:

@@ -16,11 +16,11 @@ ANSWER = "megatrain-doctor-says "
 """What the doctor's one line begins with, wherever a launcher puts a name before it."""
 HERE = "megatrain-doctor-is-here "
 """What a node's first rank says before: it has started, and waits for the others for so many seconds."""
-SLOW = 2.0
+_SLOW = 2.0
 """A disk or link is slow that takes more than so many times what the median one takes."""
-SLOW_RANK = 2.5
+_SLOW_RANK = 2.5
 """So is a rank, which may have had to share its cores for a moment."""
-CLOCK_SECONDS = 2.0
+_CLOCK_SECONDS = 2.0
 _FLOOR = 0.2
 """And more than this share of what is slow by itself: below it no step is held up."""
 _SLOW_LATENCY_SECONDS, _SLOW_WRITE_SECONDS, _SLOW_EXCHANGE_SECONDS = 0.01, 1.0, 0.05
@@ -51,7 +51,7 @@ class Effort:
 class Reading:
     """What a rank finds at itself.
 
-    ``troubles``: what is bad there whatever the others have. ``seconds``: of each measure: "arithmetic" unless ranks
+    ``problems``: what is bad there whatever the others have. ``seconds``: of each measure: "arithmetic" unless ranks
     share cores, "write" on one rank of each host, "latency" and "exchange" of the link to the next rank of the ring,
     which ``is_far`` on another host. ``clock``: in seconds since 1970, on all ranks at the same moment.
     """
@@ -60,7 +60,7 @@ class Reading:
     host: str
     software: Mapping[str, str]
     device: str
-    troubles: tuple[str, ...]
+    problems: tuple[str, ...]
     clock: float
     seconds: Mapping[str, float]
     is_far: bool = False
@@ -86,60 +86,60 @@ class Link(NamedTuple):
         return tuple(sorted({self.left.host, self.right.host}))
 
 
-def judge(readings: Sequence[Reading], effort: Effort) -> list[Finding]:
+def diagnose(readings: Sequence[Reading], effort: Effort) -> list[Finding]:
     """What is bad among the ranks of a run; ``readings`` in the order of ranks."""
-    return [*_different(readings), *_troubled(readings), *_wrong_clocks(readings), *_slow(readings, effort)]
+    return [*_different(readings), *_problems(readings), *_wrong_clocks(readings), *_slow(readings, effort)]
 
 
-def is_slow(seconds: float, usual: float, slow: float, only_beside_others: bool = False) -> bool:
+def _is_slow(seconds: float, usual: float, slow: float, only_beside_others: bool = False) -> bool:
     """Whether it is slow beside the ``usual``, or by itself (``slow``) unless only the comparison counts."""
-    return (seconds > slow and not only_beside_others) or (seconds > SLOW * usual and seconds > _FLOOR * slow)
+    return (seconds > slow and not only_beside_others) or (seconds > _SLOW * usual and seconds > _FLOOR * slow)
 
 
 def _different(readings: Sequence[Reading]) -> Iterator[Finding]:
     """Ranks with other software or devices than most."""
     for what in [*dict.fromkeys(name for reading in readings for name in reading.software), "device"]:
-        looks = [_look(reading, what) for reading in readings]
-        usual, num_usual = Counter(looks).most_common(1)[0]
-        others = [reading for reading, look in zip(readings, looks, strict=True) if look != usual]
+        values = [_value(reading, what) for reading in readings]
+        usual, num_usual = Counter(values).most_common(1)[0]
+        others = [reading for reading, value in zip(readings, values, strict=True) if value != usual]
         if others:
             whose = "most ranks have" if 2 * num_usual > len(readings) else "others have"
-            here = ", ".join(sorted(set(looks) - {usual}))
+            here = ", ".join(sorted(set(values) - {usual}))
             yield Finding(f"{_names(others)}: {here}, where {whose} {usual}", _hosts(others), what != "device")
 
 
-def _look(reading: Reading, what: str) -> str:
+def _value(reading: Reading, what: str) -> str:
     return reading.device if what == "device" else f"{what} {reading.software.get(what, 'is missing')}"
 
 
-def _troubled(readings: Sequence[Reading]) -> Iterator[Finding]:
+def _problems(readings: Sequence[Reading]) -> Iterator[Finding]:
     where = defaultdict(list)
     for reading in readings:
-        for trouble in reading.troubles:
-            where[trouble].append(reading)
-    for trouble, those in where.items():
-        yield Finding(f"{_names(those)}: {trouble}", _hosts(those))
+        for problem in reading.problems:
+            where[problem].append(reading)
+    for problem, those in where.items():
+        yield Finding(f"{_names(those)}: {problem}", _hosts(those))
 
 
 def _wrong_clocks(readings: Sequence[Reading]) -> Iterator[Finding]:
     usual = statistics.median_low(reading.clock for reading in readings)
     for host in dict.fromkeys(reading.host for reading in readings):
         ahead = next(reading.clock for reading in readings if reading.host == host) - usual
-        if abs(ahead) > CLOCK_SECONDS:
+        if abs(ahead) > _CLOCK_SECONDS:
             text = f"the clock of {host} is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the others"
             yield Finding(text, (host,))
 
 
 def _slow(readings: Sequence[Reading], effort: Effort) -> Iterator[Finding]:
     usual = _median(readings, "arithmetic")
-    those = [reading for reading in readings if reading.seconds.get("arithmetic", 0.0) > SLOW_RANK * usual]
+    those = [reading for reading in readings if reading.seconds.get("arithmetic", 0.0) > _SLOW_RANK * usual]
     for reading in those:
         took = f"{reading.seconds['arithmetic']:.2g} s for the arithmetic that takes {usual:.2g} s on the median rank"
         yield Finding(f"{_names([reading])} computes slowly: {took}", (reading.host,))
     usual = _median(readings, "write")
     for reading in readings:
         seconds = reading.seconds.get("write", 0.0)
-        if is_slow(seconds, usual, effort.slow["write"]):
+        if _is_slow(seconds, usual, effort.slow["write"]):
             size = format_bytes(effort.written_bytes)
             took = f"{seconds:.2g} s for {size} that take {usual:.2g} s on the median node"
             yield Finding(f"{reading.host} writes slowly into the run folder: {took}", (reading.host,))
@@ -169,7 +169,7 @@ def _why_slow(reading: Reading, usual: Mapping[str, float], effort: Effort) -> s
     """How much its link differs from the ``usual`` one of its kind; empty where it does not."""
     for name in usual:
         seconds = reading.seconds[name]
-        if is_slow(seconds, usual[name], effort.slow[name], only_beside_others=not reading.is_far):
+        if _is_slow(seconds, usual[name], effort.slow[name], only_beside_others=not reading.is_far):
             what = format_bytes(effort.sent_bytes) if name == "exchange" else "a few bytes"
             return f"{seconds * 1e3:.3g} ms for {what}, {usual[name] * 1e3:.3g} ms on the median link"
     return ""

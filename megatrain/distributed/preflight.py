@@ -1,7 +1,7 @@
 """Before the first step: are all ranks alike, and is none, its disk, or a link between two slower than the rest?
 
-All ranks measure the same. One all-reduce of the extremes tells whether there is anything to look at; only then do they
-measure again, so that what was busy for a moment is forgiven, and tell each other all figures, which name the culprit.
+All ranks measure the same, tell each other all figures (under 1 KiB a rank), and come to the same findings. Where there
+are any, they measure again, so that what was busy for a moment is forgiven.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from megatrain import __version__
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
-from megatrain.distributed.health_checks import CLOCK_SECONDS, SLOW_RANK, Effort, Finding, Reading, is_slow, judge
+from megatrain.distributed.health_checks import Effort, Finding, Reading, diagnose
 from megatrain.distributed.probe import arithmetic_seconds, next_link, write_seconds
 from megatrain.units import format_bytes
 
@@ -40,8 +40,8 @@ _LEAST_FREE_MEMORY = {"cuda": 0.8, "cpu": 0.05}
 AT_EVERY_START = Effort(written_bytes=1 << 20, sent_bytes=1 << 20, arithmetic_share=0.2)
 
 
-class Places(NamedTuple):
-    """Where a rank writes. ``run_dir``: on storage that all nodes share; ``scratch``: on the node's own disk.
+class Folders(NamedTuple):
+    """That a rank writes into. ``run_dir``: on storage that all nodes share; ``scratch``: on the node's own disk.
 
     ``least_free_bytes``: that the run folder should have.
     """
@@ -51,39 +51,36 @@ class Places(NamedTuple):
     least_free_bytes: int = LEAST_FREE_BYTES
 
 
-def examine(groups: Groups, rank: RankInfo, places: Places, effort: Effort = AT_EVERY_START) -> list[Finding]:
-    """What is bad, the same on all ranks. Collective; its time does not grow with the ranks where all is well."""
-    reading, is_suspicious = take_reading(groups, rank, places, effort)
-    return judge(groups.all_gather_object(reading), effort) if is_suspicious else []
-
-
-def take_reading(groups: Groups, rank: RankInfo, places: Places, effort: Effort) -> tuple[Reading, bool]:
-    """This rank's reading, of several the best, and whether any rank's looks bad. Collective."""
+def examine(
+    groups: Groups, rank: RankInfo, folders: Folders, effort: Effort = AT_EVERY_START
+) -> tuple[list[Finding], list[Reading]]:
+    """What is bad, and what each rank has measured, of several tries the best; the same on all ranks. Collective."""
     best: Reading | None = None
     for _ in range(_NUM_TRIES):
-        reading = _measure(groups, rank, places, effort)
+        reading = _measure(groups, rank, folders, effort)
         best = _best(best, reading) if best else reading
-        if not _look_suspicious(_extremes(groups, best), effort):
-            return best, False
-    assert best is not None
-    return best, True
+        readings = groups.all_gather_object(best)
+        findings = diagnose(readings, effort)
+        if not findings:
+            break
+    return findings, readings
 
 
-def _measure(groups: Groups, rank: RankInfo, places: Places, effort: Effort) -> Reading:
+def _measure(groups: Groups, rank: RankInfo, folders: Folders, effort: Effort) -> Reading:
     host, device = socket.gethostname(), groups.device
-    troubles: list[str] = []
+    problems: list[str] = []
     seconds: dict[str, float] = {}
-    with _marker(groups, places.run_dir) as marker:
+    with _marker(groups, folders.run_dir) as marker:
         if rank.local_rank == 0:
-            troubles += _no_space(places)
+            problems += _no_space(folders)
             if not marker.exists():
-                troubles.append(f"{places.run_dir} is not the folder that rank 0 sees: put it on shared storage")
+                problems.append(f"{folders.run_dir} is not the folder that rank 0 sees: put it on shared storage")
             try:
-                seconds["write"] = write_seconds(places.run_dir, effort.written_bytes)
+                seconds["write"] = write_seconds(folders.run_dir, effort.written_bytes)
             except OSError as error:
-                troubles.append(f"{places.run_dir} cannot be written: {error.strerror}")
+                problems.append(f"{folders.run_dir} cannot be written: {error.strerror}")
         if (share := _free_memory(device)) < _LEAST_FREE_MEMORY.get(device.type, 0.0):
-            troubles.append(f"only {share:.0%} of the memory is free: another process holds it")
+            problems.append(f"only {share:.0%} of the memory is free: another process holds it")
         groups.barrier()
         clock = time.time()
     share_cores = device.type == "cpu" and rank.local_world_size > (os.cpu_count() or 1)
@@ -96,7 +93,7 @@ def _measure(groups: Groups, rank: RankInfo, places: Places, effort: Effort) -> 
     software = {"Python": platform.python_version(), "megatrain": __version__}
     software |= {package: version(package) for package in _PACKAGES}
     is_far = link is not None and link.peer != name
-    return Reading(rank.rank, host, software, _device_name(device), tuple(troubles), clock, seconds, is_far)
+    return Reading(rank.rank, host, software, _device_name(device), tuple(problems), clock, seconds, is_far)
 
 
 @contextlib.contextmanager
@@ -115,8 +112,8 @@ def _marker(groups: Groups, run_dir: Path) -> Iterator[Path]:
                 path.unlink(missing_ok=True)
 
 
-def _no_space(places: Places) -> Iterator[str]:
-    for folder, least in ((places.run_dir, places.least_free_bytes), (places.scratch, LEAST_FREE_BYTES)):
+def _no_space(folders: Folders) -> Iterator[str]:
+    for folder, least in ((folders.run_dir, folders.least_free_bytes), (folders.scratch, LEAST_FREE_BYTES)):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(folder).free
             if free < least:
@@ -125,7 +122,7 @@ def _no_space(places: Places) -> Iterator[str]:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest above it that exists."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def _free_memory(device: torch.device) -> float:
@@ -146,41 +143,3 @@ def _device_name(device: torch.device) -> str:
 def _best(one: Reading, other: Reading) -> Reading:
     seconds = {name: min(value, one.seconds.get(name, math.inf)) for name, value in other.seconds.items()}
     return replace(other, seconds=seconds)
-
-
-def _extremes(groups: Groups, reading: Reading) -> dict[str, tuple[float, float]]:
-    """The least and the greatest of each figure over all ranks. Collective: one all-reduce of a fixed size."""
-    seconds, far = reading.seconds, ("far " if reading.is_far else "near ")
-    figures = {
-        "software": float(zlib.crc32(repr(sorted(reading.software.items())).encode())),
-        "device": float(zlib.crc32(reading.device.encode())),
-        "troubles": float(len(reading.troubles)),
-        "clock": reading.clock,
-        "arithmetic": seconds.get("arithmetic", math.nan),
-        "write": seconds.get("write", math.nan),
-    }
-    for kind in ("near ", "far "):
-        for name in ("latency", "exchange"):
-            figures[kind + name] = seconds.get(name, math.nan) if kind == far else math.nan
-    known = [(value, -value) if value == value else (-math.inf, -math.inf) for value in figures.values()]
-    most = groups.all_reduce_max([high for high, _ in known] + [low for _, low in known])
-    highs, lows = most[: len(known)], [-value for value in most[len(known) :]]
-    return {name: (low, high) for name, low, high in zip(figures, lows, highs, strict=True) if high > -math.inf}
-
-
-def _look_suspicious(extremes: Mapping[str, tuple[float, float]], effort: Effort) -> bool:
-    """Whether `judge` may find anything: the least stands for the median, which is no less."""
-    slow = effort.slow
-    differ = any(extremes[name][0] != extremes[name][1] for name in ("software", "device"))
-    (earliest, latest), (least, most) = extremes["clock"], extremes.get("arithmetic", (0.0, 0.0))
-    return (
-        differ
-        or extremes["troubles"][1] > 0
-        or latest - earliest > CLOCK_SECONDS
-        or most > SLOW_RANK * least
-        or any(
-            is_slow(high, low, slow[name.split()[-1]], name.startswith("near "))
-            for name, (low, high) in extremes.items()
-            if name.split()[-1] in slow
-        )
-    )

@@ -1,9 +1,9 @@
-"""How the ranks meet: at a store on rank 0, by its address and port. Who is missing is told, and when it is known.
+"""Rendezvous: all ranks join at a store on rank 0, by its address and port, and make the default process group.
 
 A store outlives the ranks where torchrun's agents hold it, and no two agents count the same restarts. So rank 0 opens a
-meeting, by a number that the store counts; the others come to the newest that is not over, and rank 0 ends it once all
-are there. Whoever came to a meeting of ranks that have died goes on to the next. Each rank tells the store five things,
-whatever their number, and looks once a second whether a newer meeting has begun.
+round, by a number that the store counts; the others join the newest that is not closed, and rank 0 closes it once all
+have joined. Whoever joined a round of ranks that have died goes on to the next. Each rank writes five keys, whatever
+their round_number, and looks once a second whether a newer round has begun.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.distributed.bootstrap import RankInfo, agents_hold_store, hosts_store
-from megatrain.distributed.device import Seat, find_objection, has_gpu, take_seat
+from megatrain.distributed.device import DeviceAssignment, assigned_device, find_conflict, has_gpu
 from megatrain.errors import MegatrainError, RankError
 
-_RETRY_SECONDS, _LOOK_SECONDS, _PARTING_SECONDS = 0.5, 1.0, 10.0
-_NUM_MEETINGS = "megatrain/num_meetings"
-_HERE, _NUM_COMINGS = "megatrain/{}/here/{}", "megatrain/{}/num_comings/{}"
-_NUM_HERE, _ALL_HERE, _OVER = "megatrain/{}/num_here", "megatrain/{}/all_here", "megatrain/{}/over"
-_NUM_LEAVINGS, _ALL_LEFT = "megatrain/{}/num_leavings", "megatrain/{}/all_left"
+_RETRY_SECONDS, _LOOK_SECONDS, _LEAVE_SECONDS = 0.5, 1.0, 10.0
+_NUM_ROUNDS = "megatrain/num_rounds"
+_JOINED, _NUM_JOINS = "megatrain/{}/joined/{}", "megatrain/{}/num_joins/{}"
+_NUM_JOINED, _ALL_JOINED, _CLOSED = "megatrain/{}/num_joined", "megatrain/{}/all_joined", "megatrain/{}/closed"
+_NUM_LEFT, _ALL_LEFT = "megatrain/{}/num_left", "megatrain/{}/all_left"
 _MOST_NAMED = 16
 _STALE_AGENT = (
     " Where another node has replaced rank 0's, torchrun's agents may still give out the old address: export "
@@ -46,14 +46,14 @@ class RanksMissing(RankError):
 
 
 class RanksUnfit(MegatrainError):
-    """The ranks have met, and cannot train together. ``hosts``: those at fault."""
+    """The ranks have joined, and cannot train together. ``hosts``: those at fault."""
 
     def __init__(self, message: str, exit_code: int, hosts: Sequence[str]) -> None:
         super().__init__(message)
         self.exit_code, self.hosts = exit_code, tuple(hosts)
 
 
-def meet(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> bool:
+def init_process_group(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> bool:
     """Make the default process group (NCCL on GPUs, gloo on CPUs), unless this process has one; whether it was made.
 
     Collective.
@@ -64,11 +64,11 @@ def meet(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> bool:
     if dist.is_initialized():  # a process that trains a second time
         return False
     deadline = time.monotonic() + wait_seconds
-    store = _host(rank, deadline) if hosts_store(rank) else _join(rank, deadline)
-    meeting = _gather(rank, store, deadline)
+    store = _serve_store(rank, deadline) if hosts_store(rank) else _connect(rank, deadline)
+    round_number = _rendezvous(rank, store, deadline)
     dist.init_process_group(
         "nccl" if has_gpu() else "gloo",
-        store=PrefixStore(f"megatrain/{meeting}", store),
+        store=PrefixStore(f"megatrain/{round_number}", store),
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -76,7 +76,7 @@ def meet(rank: RankInfo, wait_seconds: float, timeout_seconds: float) -> bool:
     return True
 
 
-def _host(rank: RankInfo, deadline: float) -> TCPStore:
+def _serve_store(rank: RankInfo, deadline: float) -> TCPStore:
     try:
         return _open_store(rank, deadline)
     except RuntimeError as error:
@@ -87,12 +87,12 @@ def _host(rank: RankInfo, deadline: float) -> TCPStore:
                 "is free."
             ) from None
         raise RankError(
-            f"{_name(rank)} does not find itself at {_place(rank)}, where the ranks are to meet "
+            f"{_name(rank)} does not find itself at {_address(rank)}, where the ranks are to meet "
             f"({str(error).splitlines()[0]}). MASTER_ADDR must be a name or address of the machine of rank 0."
         ) from None
 
 
-def _join(rank: RankInfo, deadline: float) -> TCPStore:
+def _connect(rank: RankInfo, deadline: float) -> TCPStore:
     """Connect to rank 0's store; not before somebody listens, for torch would complain of each attempt."""
     began = time.monotonic()
     while True:
@@ -104,16 +104,17 @@ def _join(rank: RankInfo, deadline: float) -> TCPStore:
                 stale = _STALE_AGENT if agents_hold_store() else ""
                 raise RankError(
                     f"{_name(rank)} waited {time.monotonic() - began:.0f} s for rank 0, but nobody answers at "
-                    f"{_place(rank)} ({error.strerror or error}). Did rank 0 start there, and do the nodes reach each "
-                    f"other at that address? Its log and the launcher's output tell; then start the run again.{stale}"
+                    f"{_address(rank)} ({error.strerror or error}). Did rank 0 start there, and do the nodes reach "
+                    f"each other at that address? Its log and the launcher's output tell; then start the run "
+                    f"again.{stale}"
                 ) from None
             time.sleep(_RETRY_SECONDS)
     try:
         return _open_store(rank, deadline)
     except RuntimeError:
         raise RankError(
-            f"What {_name(rank)} found at {_place(rank)} is not rank 0 of this run: another program has that port, or "
-            "rank 0 has ended. Look at its log, or set MASTER_PORT to a port that is free there."
+            f"What {_name(rank)} found at {_address(rank)} is not rank 0 of this run: another program has that port, "
+            "or rank 0 has ended. Look at its log, or set MASTER_PORT to a port that is free there."
         ) from None
 
 
@@ -147,75 +148,75 @@ def _open_store(rank: RankInfo, deadline: float) -> TCPStore:
         raise RuntimeError(f"no answer in {seconds:.0f} s") from None
 
 
-def _gather(rank: RankInfo, store: Store, deadline: float) -> int:
-    """Wait until all ranks are there, and agree on what they compute; the number of their meeting."""
-    began, meeting, seat = time.monotonic(), 0, take_seat()
+def _rendezvous(rank: RankInfo, store: Store, deadline: float) -> int:
+    """Wait until all ranks are there, and agree on what they compute; the number of their round."""
+    began, round_number, assignment = time.monotonic(), 0, assigned_device()
     try:
         if rank.rank == 0:
-            meeting = store.add(_NUM_MEETINGS, 1)
-            _come(rank, store, meeting, seat)
-            store.wait([_ALL_HERE.format(meeting)], timedelta(seconds=max(deadline - began, 1.0)))
-            seats = store.multi_get([_HERE.format(meeting, number) for number in range(rank.world_size)])
-            verdict = find_objection([Seat(*orjson.loads(told)) for told in seats])
-            store.set(_OVER.format(meeting), orjson.dumps(verdict and tuple(verdict)).decode())
-        while not (meeting and _is_over(store, meeting)):
+            round_number = store.add(_NUM_ROUNDS, 1)
+            _join_round(rank, store, round_number, assignment)
+            store.wait([_ALL_JOINED.format(round_number)], timedelta(seconds=max(deadline - began, 1.0)))
+            assignments = store.multi_get([_JOINED.format(round_number, peer) for peer in range(rank.world_size)])
+            conflict = find_conflict([DeviceAssignment(*orjson.loads(each)) for each in assignments])
+            store.set(_CLOSED.format(round_number), orjson.dumps(conflict and tuple(conflict)).decode())
+        while not (round_number and _is_closed(store, round_number)):
             if time.monotonic() > deadline:
                 raise dist.DistStoreError("some did not come")
-            if (newest := _open_meeting(store)) not in (0, meeting):
-                meeting = newest
-                _come(rank, store, meeting, seat)
-            elif not meeting:
+            if (newest := _open_round(store)) not in (0, round_number):
+                round_number = newest
+                _join_round(rank, store, round_number, assignment)
+            elif not round_number:
                 time.sleep(_RETRY_SECONDS)
-        objection = orjson.loads(store.get(_OVER.format(meeting)))
-        _part(rank, store, meeting)
+        conflict = orjson.loads(store.get(_CLOSED.format(round_number)))
+        _leave(rank, store, round_number)
     except RuntimeError as error:
-        missing = _missing(rank, store, meeting)
+        missing = _missing(rank, store, round_number)
         raise RanksMissing(
-            f"{_name(rank)} waited {time.monotonic() - began:.0f} s at {_place(rank)} for all {rank.world_size} ranks: "
-            f"{_count(missing)}. The launcher's output or those ranks' logs tell why; then start the run again.",
+            f"{_name(rank)} waited {time.monotonic() - began:.0f} s at {_address(rank)} for all {rank.world_size} "
+            f"ranks: {_count(missing)}. The launcher's output or those ranks' logs tell why; then start the run again.",
             missing or [0],
         ) from error
-    if objection is not None:
-        raise RanksUnfit(*objection)
-    return meeting
+    if conflict is not None:
+        raise RanksUnfit(*conflict)
+    return round_number
 
 
-def _open_meeting(store: Store) -> int:
-    """The newest meeting, if it is not over; 0 where there is none."""
-    newest = store.add(_NUM_MEETINGS, 0)
-    return 0 if newest and store.check([_OVER.format(newest)]) else newest
+def _open_round(store: Store) -> int:
+    """The newest round, if it is not closed; 0 where there is none."""
+    newest = store.add(_NUM_ROUNDS, 0)
+    return 0 if newest and store.check([_CLOSED.format(newest)]) else newest
 
 
-def _come(rank: RankInfo, store: Store, meeting: int, seat: Seat) -> None:
-    """Take part in a meeting. A rank that has been started again takes the place of its former self."""
-    store.set(_HERE.format(meeting, rank.rank), orjson.dumps(tuple(seat)).decode())
-    is_first = store.add(_NUM_COMINGS.format(meeting, rank.rank), 1) == 1
-    if is_first and store.add(_NUM_HERE.format(meeting), 1) == rank.world_size:
-        store.set(_ALL_HERE.format(meeting), "")
+def _join_round(rank: RankInfo, store: Store, round_number: int, assignment: DeviceAssignment) -> None:
+    """Take part in a round. A rank that has been started again takes the place of its former self."""
+    store.set(_JOINED.format(round_number, rank.rank), orjson.dumps(tuple(assignment)).decode())
+    is_first = store.add(_NUM_JOINS.format(round_number, rank.rank), 1) == 1
+    if is_first and store.add(_NUM_JOINED.format(round_number), 1) == rank.world_size:
+        store.set(_ALL_JOINED.format(round_number), "")
 
 
-def _part(rank: RankInfo, store: Store, meeting: int) -> None:
-    """Leave a meeting; rank 0, with which the store may end, not before all have heard how it ended."""
-    if store.add(_NUM_LEAVINGS.format(meeting), 1) == rank.world_size:
-        store.set(_ALL_LEFT.format(meeting), "")
+def _leave(rank: RankInfo, store: Store, round_number: int) -> None:
+    """Leave a round; rank 0, with which the store may end, not before all have heard how it ended."""
+    if store.add(_NUM_LEFT.format(round_number), 1) == rank.world_size:
+        store.set(_ALL_LEFT.format(round_number), "")
     elif rank.rank == 0:
         with contextlib.suppress(dist.DistStoreError):
-            store.wait([_ALL_LEFT.format(meeting)], timedelta(seconds=_PARTING_SECONDS))
+            store.wait([_ALL_LEFT.format(round_number)], timedelta(seconds=_LEAVE_SECONDS))
 
 
-def _is_over(store: Store, meeting: int) -> bool:
-    """Whether the meeting ends within a moment."""
+def _is_closed(store: Store, round_number: int) -> bool:
+    """Whether the round is closed within a moment."""
     try:
-        store.wait([_OVER.format(meeting)], timedelta(seconds=_LOOK_SECONDS))
+        store.wait([_CLOSED.format(round_number)], timedelta(seconds=_LOOK_SECONDS))
     except dist.DistStoreError:
         return False
     return True
 
 
-def _missing(rank: RankInfo, store: Store, meeting: int) -> list[int]:
-    """The ranks that have not come to the meeting; none where the store has gone."""
+def _missing(rank: RankInfo, store: Store, round_number: int) -> list[int]:
+    """The ranks that have not joined the round; none where the store has gone."""
     try:
-        return [number for number in range(rank.world_size) if not store.check([_HERE.format(meeting, number)])]
+        return [peer for peer in range(rank.world_size) if not store.check([_JOINED.format(round_number, peer)])]
     except RuntimeError:
         return []
 
@@ -231,5 +232,5 @@ def _name(rank: RankInfo) -> str:
     return f"Rank {rank.rank} on {socket.gethostname()}"
 
 
-def _place(rank: RankInfo) -> str:
+def _address(rank: RankInfo) -> str:
     return f"MASTER_ADDR={rank.master_addr}, MASTER_PORT={rank.master_port}"

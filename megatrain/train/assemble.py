@@ -25,8 +25,8 @@ from megatrain.distributed.bootstrap import RankInfo, extensions_dir
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.health_checks import Finding
-from megatrain.distributed.preflight import LEAST_FREE_BYTES, Places, examine, existing
-from megatrain.distributed.rendezvous import meet
+from megatrain.distributed.preflight import LEAST_FREE_BYTES, Folders, examine, existing
+from megatrain.distributed.rendezvous import init_process_group
 from megatrain.distributed.topology import Topology
 from megatrain.errors import RankError
 from megatrain.model.attention import CoreAttention
@@ -116,14 +116,15 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     device = local_device(rank.local_rank)
     # The liveness monitor, which can say who is stuck, comes before the collectives' own timeout.
     patience_seconds = 1.5 * config.train.hang_timeout_seconds + 60.0
-    have_met = meet(rank, max(config.train.hang_timeout_seconds, SHORTEST_WAIT_SECONDS), patience_seconds)
+    wait_seconds = max(config.train.hang_timeout_seconds, SHORTEST_WAIT_SECONDS)
+    is_new_group = init_process_group(rank, wait_seconds, patience_seconds)
     start_deepspeed(patience_seconds)
     lap("rendezvous")
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = make_groups(topology, rank.rank, device, patience_seconds, config.model.kv_heads)
     config = resolve_precision(config, not groups.all_reduce_max([0.0 if computes_bf16(device) else 1.0])[0])
     lap("groups")
-    findings = _preflight(config, rank, groups) if have_met else []
+    findings = _preflight(config, rank, groups) if is_new_group else []
     lap("preflight")
     sources = training_sources(config, train, groups)
     micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
@@ -170,8 +171,8 @@ def _names(datasets: Sequence[Dataset]) -> list[str]:
 def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Finding]:
     """What is bad about the ranks, and does not keep a run from starting. Collective; raises RankError for the rest."""
     state_bytes = 0 if config.checkpoint.dir else STATE_BYTES_PER_PARAMETER * num_parameters(config.model)
-    places = Places(Path(config.run.dir), existing(extensions_dir()), max(state_bytes, LEAST_FREE_BYTES))
-    findings = examine(groups, rank, places)
+    folders = Folders(Path(config.run.dir), existing(extensions_dir()), max(state_bytes, LEAST_FREE_BYTES))
+    findings, _ = examine(groups, rank, folders)
     fatal = "; ".join(finding.text for finding in findings if finding.is_fatal)
     if fatal:
         raise RankError(f"{fatal}. Make them the same on all nodes, or leave those out.")

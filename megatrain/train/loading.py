@@ -15,7 +15,7 @@ from megatrain.distributed.bootstrap import RankInfo, export_rank
 from megatrain.distributed.device import has_gpu, local_device
 from megatrain.distributed.fragment import ShardSpec
 from megatrain.distributed.groups import Groups, make_groups
-from megatrain.distributed.rendezvous import meet
+from megatrain.distributed.rendezvous import init_process_group
 from megatrain.distributed.topology import Topology
 from megatrain.errors import ConfigError
 from megatrain.model.decoder import Decoder
@@ -72,7 +72,7 @@ def load_on_rank(
     config = _as_run(saved, rank.world_size, tensor)
     export_rank(rank)
     device = local_device(rank.local_rank)
-    meet(rank, _WAIT_SECONDS, _LONGEST_SECONDS)
+    init_process_group(rank, _WAIT_SECONDS, _LONGEST_SECONDS)
     topology = Topology.of(rank.world_size, tensor, 1)
     groups = make_groups(topology, rank.rank, device, _LONGEST_SECONDS, config.model.kv_heads)
     model = load_decoder(reader.folder).model if tensor == 1 else _load_part(reader, config, groups)

@@ -9,11 +9,11 @@ import torch
 
 from megatrain.distributed import bootstrap
 from megatrain.distributed.bootstrap import child_environment, gpu_request, visible_gpus
-from megatrain.distributed.device import Seat, find_objection, local_device, take_seat
+from megatrain.distributed.device import DeviceAssignment, assigned_device, find_conflict, local_device
 from megatrain.errors import EXIT_RANK, EXIT_USAGE
 
-WITH = Seat("node1", "gpu-a", "", "SLURM_GPUS_ON_NODE=2")
-WITHOUT = Seat("node2", "", "torch 2.13.0+cpu is built without CUDA", "")
+WITH = DeviceAssignment("node1", "gpu-a", "", "SLURM_GPUS_ON_NODE=2")
+WITHOUT = DeviceAssignment("node2", "", "torch 2.13.0+cpu is built without CUDA", "")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_rank_takes_its_own_visible_gpu(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"gpu-{number}"))
     assert local_device(local_rank) == torch.device("cuda", index)
-    assert (taken, take_seat().gpu) == ([index], f"gpu-{index}")
+    assert (taken, assigned_device().gpu) == ([index], f"gpu-{index}")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert local_device(local_rank) == torch.device("cpu")
 
@@ -83,24 +83,24 @@ def test_what_deepspeed_sets_is_no_request(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_gpu_jobs_refuse_to_train_on_cpus() -> None:
-    objection = find_objection([WITHOUT._replace(asked="CUDA_VISIBLE_DEVICES=0")] * 2)
-    assert objection is not None
-    assert objection.exit_code == EXIT_USAGE
-    assert "rank 0 on node2, rank 1 on node2: torch 2.13.0+cpu is built without CUDA" in objection.text
-    assert find_objection([WITHOUT] * 2) is None
+    conflict = find_conflict([WITHOUT._replace(requested_by="CUDA_VISIBLE_DEVICES=0")] * 2)
+    assert conflict is not None
+    assert conflict.exit_code == EXIT_USAGE
+    assert "rank 0 on node2, rank 1 on node2: torch 2.13.0+cpu is built without CUDA" in conflict.text
+    assert find_conflict([WITHOUT] * 2) is None
 
 
 @pytest.mark.parametrize("asked", ["", "SLURM_GPUS_ON_NODE=2"])
 def test_one_node_without_gpus_is_named(asked: str) -> None:
     """Without this its ranks would take gloo, the others NCCL, and all would wait for each other."""
-    broken = Seat("node7", "", "Found no NVIDIA driver on your system.", asked)
-    objection = find_objection([WITH._replace(gpu=f"gpu-{rank}", asked=asked) for rank in range(6)] + [broken] * 2)
-    assert objection is not None
-    assert (objection.hosts, objection.exit_code) == (("node7",), EXIT_RANK)
-    assert "2 of 8 ranks have none. rank 6 on node7, rank 7 on node7: Found no NVIDIA driver" in objection.text
+    broken = DeviceAssignment("node7", "", "Found no NVIDIA driver on your system.", asked)
+    conflict = find_conflict([WITH._replace(gpu=f"gpu-{rank}", requested_by=asked) for rank in range(6)] + [broken] * 2)
+    assert conflict is not None
+    assert (conflict.hosts, conflict.exit_code) == (("node7",), EXIT_RANK)
+    assert "2 of 8 ranks have none. rank 6 on node7, rank 7 on node7: Found no NVIDIA driver" in conflict.text
 
 
 def test_ranks_on_one_gpu_are_named() -> None:
-    objection = find_objection([WITH, WITH, WITH._replace(gpu="gpu-b")])
-    assert objection is not None
-    assert "share a GPU, which NCCL cannot do: rank 0 on node1, rank 1 on node1." in objection.text
+    conflict = find_conflict([WITH, WITH, WITH._replace(gpu="gpu-b")])
+    assert conflict is not None
+    assert "share a GPU, which NCCL cannot do: rank 0 on node1, rank 1 on node1." in conflict.text

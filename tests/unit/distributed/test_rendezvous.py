@@ -15,12 +15,12 @@ from megatrain.distributed.bootstrap import free_port
 RANKS = """
     import json, multiprocessing, os, sys
     from megatrain.distributed.bootstrap import RankInfo
-    from megatrain.distributed.rendezvous import meet
+    from megatrain.distributed.rendezvous import init_process_group
 
     def run(pipe, rank, size, address, port, wait_seconds, environment):
         os.environ.update(environment)
         try:
-            meet(RankInfo(rank, size, 0, 1, "test", address, port), wait_seconds, 60.0)
+            init_process_group(RankInfo(rank, size, 0, 1, "test", address, port), wait_seconds, 60.0)
             pipe.send("met")
         except Exception as error:
             pipe.send(str(error))
@@ -85,7 +85,7 @@ AGENTS = """
     import multiprocessing, os, time
     from torch.distributed import TCPStore
     from megatrain.distributed.bootstrap import RankInfo, free_port
-    from megatrain.distributed.rendezvous import meet
+    from megatrain.distributed.rendezvous import init_process_group
     from megatrain.errors import MegatrainError
 
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0", DS_ACCELERATOR="cpu")
@@ -94,7 +94,7 @@ AGENTS = """
     def run(rank, size, restarts, wait_seconds):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = restarts
         try:
-            meet(RankInfo(rank, size, 0, 1, "test", "127.0.0.1", store.port), wait_seconds, 30.0)
+            init_process_group(RankInfo(rank, size, 0, 1, "test", "127.0.0.1", store.port), wait_seconds, 30.0)
         except MegatrainError:
             os._exit(1)
         time.sleep(0.5)
@@ -112,11 +112,11 @@ AGENTS = """
         return [process.exitcode for process in processes]
 
     assert codes(start(0), start(1)) == [0, 0]
-    early = start(1, restarts="0")  # a new agent's: it finds the meeting that is over
+    early = start(1, restarts="0")  # a new agent's: it finds the round that is closed
     time.sleep(1.0)
     assert codes(start(0, restarts="1"), early) == [0, 0]
-    dead = start(0, restarts="2")  # opens a meeting, and dies in it
-    while int(store.add("megatrain/num_meetings", 0)) < 3:
+    dead = start(0, restarts="2")  # opens a round, and dies in it
+    while int(store.add("megatrain/num_rounds", 0)) < 3:
         time.sleep(0.05)
     dead.kill()
     early, *others = [start(1, size=3), start(2, size=3, restarts="5")]
