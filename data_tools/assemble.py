@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,6 @@ from megatrain.data.format import (
     shard_name,
     token_dtype,
 )
-from megatrain.data.shard import Views
 from megatrain.data.shard_table import shard_row, write_shard_table
 
 
@@ -158,12 +157,11 @@ def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tup
     shard = position // shard_tokens
     if position + part.num_tokens <= (shard + 1) * shard_tokens:
         return [(shard, 0, part.num_documents)] if part.num_documents else []
-    lengths = _lengths(pa.ipc.open_file(pa.memory_map(str(part.path))))
+    lengths = _lengths(pa.ipc.open_file(pa.memory_map(str(part.path))).read_all())
     return _runs((position + np.cumsum(lengths) - lengths) // shard_tokens)
 
 
 def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe, job: str) -> Manifest:
-    """Write the table of shards and the manifest, when all shards are there. `job`: see `Origin.name`."""
     rows = [orjson.loads(_stats_path(work, shard.index).read_bytes())["row"] for shard in plan.shards]
     for stale in set(out.glob("shard-*.arrow")) - {out / shard_name(shard.index) for shard in plan.shards}:
         stale.unlink()
@@ -227,12 +225,10 @@ class ShardWriter:
 
 
 def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance: Advance) -> None:
-    """Write one shard, and beside the parts what the table of shards is to say of it."""
     path = out / shard_name(plan.index)
-    pieces = [piece for part in plan.slices for piece in _pieces(work, part)]
-    lengths = np.concatenate([np.diff(_offsets(piece.batch)) for piece in pieces])
-    text_bytes = sum(int(pc.sum(piece.batch["text_bytes"]).as_py()) for piece in pieces)
-    totals = len(lengths), int(lengths.sum()), text_bytes
+    documents, files = _documents(work, plan.slices)
+    lengths = _lengths(documents)
+    totals = len(lengths), int(lengths.sum()), int(pc.sum(documents["text_bytes"]).as_py())
     tokenizer = recipe.tokenizer
     same_for_all = {
         "tokenizer_sha256": tokenizer.sha256,
@@ -243,66 +239,37 @@ def write_shard(out: Path, work: Path, recipe: Recipe, plan: ShardPlan, advance:
     }
     metadata = shard_metadata(same_for_all, plan.index, *totals)
     schema = document_schema(token_dtype(tokenizer.vocab_size), metadata)
-    groups = _group_by_tokens(pieces, lengths)
-    write_batches(path, schema, (_shard_batch(group, schema) for group in groups), work)
+    runs = _runs((np.cumsum(lengths) - lengths) // BATCH_TOKENS)
+    batches = (_shard_batch(documents.slice(first, last - first), files, schema) for _, first, last in runs)
+    write_batches(path, schema, batches, work)
     row = shard_row(path, *totals)
     commit_bytes(_stats_path(work, plan.index), orjson.dumps({"plan": plan.key, "row": row}))
     advance(row["bytes"])
 
 
-@dataclass(frozen=True)
-class _Piece:
-    batch: pa.RecordBatch
-    files: tuple[str, ...]
-    first_row: int
+def _documents(work: Path, slices: Iterable[Slice]) -> tuple[pa.Table, pa.Array]:
+    """The mapped documents of some slices, and their files: `file` is the index in these, `row` counts in the file."""
+    tables, files = [], list[str]()
+    for part in slices:
+        table = pa.ipc.open_file(pa.memory_map(str(work / part.part))).read_all()
+        table = table.slice(part.first, part.last - part.first)
+        for name, base in (
+            ("file", pa.scalar(len(files), pa.uint32())),
+            ("row", pa.scalar(part.first_row, pa.uint64())),
+        ):
+            table = table.set_column(table.schema.get_field_index(name), name, pc.add(table[name], base))
+        tables.append(table)
+        files += part.files
+    return pa.concat_tables(tables), pa.array(files, pa.string())
 
 
-def _pieces(work: Path, part: Slice) -> Iterator[_Piece]:
-    """The record batches of a slice, mapped."""
-    table = pa.ipc.open_file(pa.memory_map(str(work / part.part))).read_all()
-    for batch in table.slice(part.first, part.last - part.first).to_batches():
-        yield _Piece(batch, part.files, part.first_row)
-
-
-def _group_by_tokens(pieces: list[_Piece], lengths: npt.NDArray[np.int64]) -> Iterator[list[_Piece]]:
-    """Cut the pieces where a record batch of the shard ends: see BATCH_TOKENS."""
-    numbers = (np.cumsum(lengths) - lengths) // BATCH_TOKENS
-    group: list[_Piece] = []
-    document = 0
-    current = 0
-    for piece in pieces:
-        for number, first, last in _runs(numbers[document : document + piece.batch.num_rows]):
-            if number != current and group:
-                yield group
-                group = []
-            current = number
-            group.append(_Piece(piece.batch.slice(first, last - first), piece.files, piece.first_row))
-        document += piece.batch.num_rows
-    yield group
-
-
-def _shard_batch(pieces: list[_Piece], schema: pa.Schema) -> pa.RecordBatch:
-    """One record batch of a shard, its buffers new and contiguous."""
-    views = [Views.of(piece.batch) for piece in pieces]
-    lengths = np.concatenate([np.diff(view.offsets) for view in views])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids, files, rows = [], [], []
-    for piece in pieces:
-        file = pa.array(piece.files, pa.string()).take(piece.batch["file"])
-        row = pc.add(piece.batch["row"], pa.scalar(piece.first_row, pa.uint64()))
-        files.append(file)
-        rows.append(row)
-        ids.append(pc.coalesce(piece.batch["id"], pc.binary_join_element_wise(file, row.cast(pa.string()), ":")))
-    source_fields = list(schema.field("source").type)
-    columns = [
-        pa.LargeListArray.from_arrays(
-            offsets, pa.array(np.concatenate([view.tokens for view in views])), type=schema.field("tokens").type
-        ),
-        pa.concat_arrays(ids),
-        pa.concat_arrays([piece.batch["hash"] for piece in pieces]),
-        pa.StructArray.from_arrays([pa.concat_arrays(files), pa.concat_arrays(rows)], fields=source_fields),
-        pa.concat_arrays([piece.batch["text_bytes"] for piece in pieces]),
-    ]
+def _shard_batch(documents: pa.Table, files: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
+    """One record batch of a shard."""
+    (batch,) = documents.combine_chunks().to_batches()
+    file, row = files.take(batch["file"]), batch["row"]
+    id_or_row = pc.coalesce(batch["id"], pc.binary_join_element_wise(file, row.cast(pa.string()), ":"))
+    source = pa.StructArray.from_arrays([file, row], fields=list(schema.field("source").type))
+    columns = [batch["tokens"], id_or_row, batch["hash"], source, batch["text_bytes"]]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -312,21 +279,16 @@ def _document_hashes(out: Path, plans: Sequence[ShardPlan]) -> Iterator[pa.Array
         yield from (reader.get_batch(i)["hash"] for i in range(reader.num_record_batches))
 
 
-def _lengths(reader: Any) -> npt.NDArray[np.int64]:
-    """Tokens of each document of a part."""
-    batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-    return np.concatenate([np.empty(0, np.int64), *(np.diff(_offsets(batch)) for batch in batches)])
-
-
-def _offsets(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
-    offsets: npt.NDArray[np.int64] = batch["tokens"].offsets.to_numpy()
-    return offsets
+def _lengths(documents: pa.Table) -> npt.NDArray[np.int64]:
+    """Tokens of each document."""
+    lengths: npt.NDArray[np.int64] = pc.list_value_length(documents["tokens"]).to_numpy()
+    return lengths
 
 
 def _runs(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
     """Each run of equal values: the value, its first index, and the one behind its last."""
-    borders = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    for first, last in pairwise(borders):
+    bounds = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    for first, last in pairwise(bounds):
         if last > first:
             yield int(values[first]), first, last
 

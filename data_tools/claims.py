@@ -44,14 +44,14 @@ class Claims:
         return Claims, (self._path,)
 
     @contextmanager
-    def claim(self, name: str) -> Iterator[bool]:
-        """Hold the claim `name` for a while: whether it was free."""
-        byte = _byte(name)
-        taken = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)
+    def claim(self, name: str, num_slots: int = 1) -> Iterator[bool]:
+        """Hold one of the `num_slots` claims `name` for a while: whether one was free."""
+        slots = (_byte(f"{name} {number}") for number in range(num_slots))
+        byte = next((byte for byte in slots if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)), None)
         try:
-            yield taken
+            yield byte is not None
         finally:
-            if taken:
+            if byte is not None:
                 self._lock(fcntl.LOCK_UN, byte)
 
     @contextmanager
@@ -63,17 +63,6 @@ class Claims:
             yield
         finally:
             self._lock(fcntl.LOCK_UN, byte)
-
-    @contextmanager
-    def seat(self, name: str, num_seats: int) -> Iterator[bool]:
-        """Hold one of `num_seats` claims of the same name: whether one was free."""
-        bytes_of_seats = (_byte(f"{name} {number}") for number in range(num_seats))
-        byte = next((byte for byte in bytes_of_seats if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)), None)
-        try:
-            yield byte is not None
-        finally:
-            if byte is not None:
-                self._lock(fcntl.LOCK_UN, byte)
 
     def join(self) -> bool:
         """Be at work in the folder, until `leave`. False where the folder was removed just now: make it again."""
@@ -98,7 +87,6 @@ class Claims:
         return self.is_alone()
 
     def close(self) -> None:
-        """Give up all claims."""
         while self._files:
             self._files.popitem()[1].close()
 

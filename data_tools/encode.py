@@ -73,8 +73,8 @@ class UnitEncoder:
     def __call__(self, task: Assignment, advance: Advance) -> None:
         """Commit the parts of the unit that nobody has done or is doing; record it as finished if all are there."""
         unit = task.unit
-        with self._claims.seat(unit.key, task.num_readers) as seated:
-            if not seated:
+        with self._claims.claim(unit.key, task.num_readers) as is_wanted:
+            if not is_wanted:
                 return
             paths = {}
             for part in read_parts(unit, self._options, advance):
@@ -107,7 +107,7 @@ class UnitEncoder:
 
     def _encode(self, unit: Unit, documents: list[tuple[int, Record]]) -> tuple[pa.RecordBatch, Unknown]:
         texts = [document.text for _, document in documents]
-        ids, offsets = self._engine.encoder.encode(texts)
+        ids, offsets = self._engine.encode(texts)
         unknown = Unknown()
         if self._unknown_text is not None:
             names = [document.id or unit.files[document.file].name for _, document in documents]
@@ -147,7 +147,6 @@ class UnitEncoder:
 def _without_empty(
     batches: Iterator[list[tuple[int, Record]]], counts: dict[str, Any]
 ) -> Iterator[list[tuple[int, Record]]]:
-    """The documents that have text; the others are counted."""
     for batch in batches:
         documents = [(row, document) for row, document in batch if document.text]
         counts["num_empty"] += len(batch) - len(documents)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,52 +29,8 @@ NASTY_TEXTS = (
 )
 
 
-class Encoder(Protocol):
-    """Turns texts into ids, adding nothing."""
-
-    name: str
-
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """The ids of all texts end to end, and where each text's ids begin (one entry more than texts)."""
-
-
-class ReferenceEncoder:
-    """Encodes with Hugging Face `tokenizers`."""
-
-    name = "tokenizers"
-
-    def __init__(self, tokenizer_json: bytes) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """See `Encoder`."""
-        try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # noqa: BLE001 (plain Exception, where a model needs an unknown token and has none)
-            raise ConfigError(f"The tokenizer cannot encode every text: {error}. Give it an unknown token.") from None
-        ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
-        offsets = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum([len(one) for one in ids], out=offsets[1:])
-        return np.concatenate([np.empty(0, np.uint32), *ids]), offsets
-
-
-class FastokensEncoder:
-    """Encodes with `fastokens`, an order of magnitude faster."""
-
-    name = "fastokens"
-
-    def __init__(self, tokenizer_json: bytes) -> None:
-        # Imported by name at run time: it is an accelerator, and a machine may lack its wheel.
-        self._tokenizer: Any = importlib.import_module("fastokens").Tokenizer.from_json_str(tokenizer_json.decode())
-
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """See `Encoder`."""
-        ids, offsets = self._tokenizer.encode_batch_flat(
-            list(texts), add_special_tokens=False, split_special_tokens=False
-        )
-        return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<i8")
+Encode = Callable[[Sequence[str]], tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]]
+"""Gives the ids of all texts end to end, nothing added, and where each text's begin (one entry more than texts)."""
 
 
 class Engine:
@@ -88,10 +44,38 @@ class Engine:
         return Engine, (self.name, self._tokenizer_json)
 
     @cached_property
-    def encoder(self) -> Encoder:
-        """The encoder, built once in a process."""
-        build = FastokensEncoder if self.name == "fastokens" else ReferenceEncoder
+    def encode(self) -> Encode:
+        build = _build_fastokens if self.name == "fastokens" else _build_tokenizers
         return build(self._tokenizer_json)
+
+
+def _build_tokenizers(tokenizer_json: bytes) -> Encode:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(tokenizer_json)
+
+    def encode(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        try:
+            encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001 (plain Exception, where a model needs an unknown token and has none)
+            raise ConfigError(f"The tokenizer cannot encode every text: {error}. Give it an unknown token.") from None
+        ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        offsets = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(one) for one in ids], out=offsets[1:])
+        return np.concatenate([np.empty(0, np.uint32), *ids]), offsets
+
+    return encode
+
+
+def _build_fastokens(tokenizer_json: bytes) -> Encode:
+    # Imported by name at run time: it is an accelerator, and a machine may lack its wheel.
+    tokenizer: Any = importlib.import_module("fastokens").Tokenizer.from_json_str(tokenizer_json.decode())
+
+    def encode(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        ids, offsets = tokenizer.encode_batch_flat(list(texts), add_special_tokens=False, split_special_tokens=False)
+        return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<i8")
+
+    return encode
 
 
 def choose_engine(wanted: str, tokenizer_json: bytes, sample: Sequence[str]) -> tuple[Engine, str | None]:
@@ -115,10 +99,10 @@ def choose_engine(wanted: str, tokenizer_json: bytes, sample: Sequence[str]) -> 
 def _difference(fast: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
     """Why fastokens is not to be trusted with this tokenizer and these texts; None if it is."""
     try:
-        ids, offsets = fast.encoder.encode(texts)
+        ids, offsets = fast.encode(texts)
     except Exception as error:  # noqa: BLE001 (a native library: whatever it cannot do, the reference can)
         return f"it fails with this tokenizer ({error!r:.200})"
-    expected_ids, expected_offsets = reference.encoder.encode(texts)
+    expected_ids, expected_offsets = reference.encode(texts)
     if np.array_equal(ids, expected_ids) and np.array_equal(offsets, expected_offsets):
         return None
     lengths = min(len(ids), len(expected_ids))

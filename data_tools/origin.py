@@ -21,7 +21,6 @@ class Origin:
 
     @property
     def command_name(self) -> str:
-        """Names the command alone."""
         return _hash(self.command)
 
     @property

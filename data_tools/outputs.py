@@ -60,7 +60,6 @@ def refuse_occupied(out: Path, work: Path) -> None:
 
 @contextmanager
 def saying_what_is_full(out: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a DataError that names where was being written."""
     try:
         yield
     except OSError as error:

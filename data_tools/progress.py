@@ -53,7 +53,6 @@ class _Log:
         self._start = self._last = time.monotonic()
 
     def advance(self, num_bytes: int) -> None:
-        """Hear of bytes done."""
         self._done_bytes += num_bytes
         now = time.monotonic()
         if now - self._last < LOG_SECONDS or not self._done_bytes:

@@ -64,7 +64,6 @@ class Ranks:
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
     def abort(self, exit_code: int) -> None:
-        """End all ranks that speak MPI, with this code."""
         sys.stdout.flush()
         sys.stderr.flush()
         self.comm.Abort(exit_code)

@@ -176,7 +176,7 @@ def _prepare(
         engine, warning = choose_engine(effort.engine, tokenizer.text_json, [*tokenizer.control, *sample])
         if not tokenizer.loses_nothing:
             counter = UnknownText(Tokenizer(tokenizer.text_json, tokenizer_path))
-            unknown = counter.count(sample, *engine.encoder.encode(sample), ["it"] * len(sample))
+            unknown = counter.count(sample, *engine.encode(sample), ["it"] * len(sample))
             refuse_above(max(effort.max_unknown, HOPELESS), unknown, "a sample of the text")
         if warning:
             effort.warn(warning)

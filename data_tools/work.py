@@ -79,7 +79,6 @@ class PartStore:
         return self.folder / "plan.json"
 
     def part_path(self, unit: Unit, number: int) -> Path:
-        """Where part `number` of a unit is, or will be."""
         return self.folder / f"{unit.key}-{number:06d}.arrow"
 
     def finish_unit(self, unit: Unit, numbers: list[int]) -> None:
@@ -98,7 +97,6 @@ class PartStore:
         return marker.name in names and all(part.path.name in names for part in self.parts(unit))
 
     def parts(self, unit: Unit) -> list[PartFile]:
-        """The parts of a finished unit, in order."""
         return [PartFile(self.part_path(unit, number), **counts) for number, counts in self.listed(unit)]
 
     def listed(self, unit: Unit) -> list[tuple[int, dict[str, Any]]]:

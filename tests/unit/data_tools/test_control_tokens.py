@@ -11,7 +11,7 @@ from data_samples import RunCommand, json_lines
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from data_tools.engines import ReferenceEncoder
+from data_tools.engines import Engine
 from data_tools.tokenizer import load_tokenizer
 from megatrain.data import open_dataset
 from megatrain.data.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def test_literals_of_control_tokens_are_encoded_as_text(make: Make, tmp_path: Pa
     spelled = list(tokenizer.control)
     texts = [*spelled, "".join(spelled), *(f"the {token}the" for token in spelled), " ".join(spelled)]
     for text in texts:
-        ids = ReferenceEncoder(loaded.text_json).encode([text])[0]
+        ids = Engine("tokenizers", loaded.text_json).encode([text])[0]
         assert control.isdisjoint(ids.tolist()), text
         if make not in (word_level, bert):  # which have no other word for it than the unknown one
             assert without_spaces(tokenizer.decode(ids.tolist())) == without_spaces(text)
@@ -56,7 +56,7 @@ def test_other_text_gets_the_ids_it_had(make: Make, tmp_path: Path) -> None:
     library = make()
     library.save(str(tmp_path / "tokenizer.json"))
     texts = ["to be or not to be\n\nthat is the question", "the  the", "\u4e2d\u6587 the", "a\n\n\nb <b> </i>"]
-    ids, offsets = ReferenceEncoder(load_tokenizer(tmp_path / "tokenizer.json", ENDS[make]).text_json).encode(texts)
+    ids, offsets = Engine("tokenizers", load_tokenizer(tmp_path / "tokenizer.json", ENDS[make]).text_json).encode(texts)
     for number, text in enumerate(texts):
         expected = library.encode(text, add_special_tokens=False).ids
         assert ids[offsets[number] : offsets[number + 1]].tolist() == expected
@@ -67,7 +67,7 @@ def test_undeclared_control_tokens_are_found_by_name() -> None:
     library = Library(models.WordLevel(words, unk_token="<unk>"))
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = Tokenizer(library.to_str().encode(), "tokenizer.json")
-    ids = ReferenceEncoder(tokenizer.for_text()).encode(["to <s> </s> <pad> [MASK] <br>"])[0].tolist()
+    ids = Engine("tokenizers", tokenizer.for_text()).encode(["to <s> </s> <pad> [MASK] <br>"])[0].tolist()
     assert ids == [5, 0, 0, 0, 0, 6]
 
 
@@ -77,7 +77,7 @@ def test_byte_tokens_spelled_out_stay_text() -> None:
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     tokenizer = Tokenizer(library.to_str().encode(), "tokenizer.json")
-    ids = ReferenceEncoder(tokenizer.for_text()).encode(["a<0x41>\u4e2d<0x0Ab>"])[0].tolist()
+    ids = Engine("tokenizers", tokenizer.for_text()).encode(["a<0x41>\u4e2d<0x0Ab>"])[0].tolist()
     assert tokenizer.decode(ids) == "a<0x41>\u4e2d<0x0Ab>"
 
 

@@ -54,8 +54,8 @@ from pathlib import Path
 from data_tools.claims import Claims
 claims = Claims(Path(sys.argv[1]))
 claims.join()
-with claims.claim("a") as is_ours, claims.seat("s", 2) as seated:
-    print(is_ours, seated, flush=True)
+with claims.claim("a") as is_ours, claims.claim("s", 2) as is_free:
+    print(is_ours, is_free, flush=True)
     sys.stdin.read()
 """
 
@@ -70,7 +70,7 @@ def test_a_claim_has_one_holder_until_its_death(tmp_path: Path) -> None:
         assert claims.join()
         with claims.claim("a") as is_ours, claims.claim("b") as other:
             assert (is_ours, other) == (False, True)
-        with claims.seat("s", 1) as first, claims.seat("s", 2) as second:
+        with claims.claim("s", 1) as first, claims.claim("s", 2) as second:
             assert (first, second) == (False, True)
         assert not claims.is_alone()
         holder.kill()
