@@ -253,10 +253,8 @@ def _documents(work: Path, slices: Iterable[Slice]) -> tuple[pa.Table, pa.Array]
     for part in slices:
         table = pa.ipc.open_file(pa.memory_map(str(work / part.part))).read_all()
         table = table.slice(part.first, part.last - part.first)
-        for name, base in (
-            ("file", pa.scalar(len(files), pa.uint32())),
-            ("row", pa.scalar(part.first_row, pa.uint64())),
-        ):
+        bases = {"file": pa.scalar(len(files), pa.uint32()), "row": pa.scalar(part.first_row, pa.uint64())}
+        for name, base in bases.items():
             table = table.set_column(table.schema.get_field_index(name), name, pc.add(table[name], base))
         tables.append(table)
         files += part.files

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +39,7 @@ T = TypeVar("T")
 SAMPLE_UNITS = 8
 SAMPLE_CHARACTERS = 1 << 16
 DEFAULT_SHARD_TOKENS = 1 << 28
-HOPELESS = 0.5
+MAX_UNKNOWN_OF_SAMPLE = 0.5
 """The share of a sample without tokens from which on the work does not begin."""
 MAX_READERS = 8
 """Workers in one file that must be read from its start: more would only decompress, which is some ten times faster
@@ -120,158 +120,198 @@ def tokenize(
             "--restart by several tasks at once would remove what the first of them have done. "
             "Delete the folder before they start, or let one task do it alone."
         )
-    work = out / WORK_FOLDER
-    claims = Claims(work / CLAIMS_FILE)
+    claims = Claims(out / WORK_FOLDER / CLAIMS_FILE)
     try:
-        job = ranks.share(partial(_prepare, inputs, tokenizer_path, out, options, effort, claims, restart))
-        manifest = job.finished
-        if manifest is None:
-            if not claims.is_member:
-                claims.join()
-            manifest = _make(out, job, options, effort, claims, ranks)
-        ranks.wait()
-        if claims.is_member and claims.leave() and manifest is not None:
-            shutil.rmtree(work)
+        return _Tokenization(inputs, tokenizer_path, out, options, effort, ranks, restart, claims).run()
     finally:
         claims.close()
-    return manifest
 
 
-def _prepare(
-    inputs: Sequence[str],
-    tokenizer_path: Path,
-    out: Path,
-    options: TokenizeOptions,
-    effort: Effort,
-    claims: Claims,
-    restart: bool,
-) -> _Job:
-    """Look at everything, refuse what is wrong, and make the folder: what one process does for all that speak MPI."""
-    tokenizer = load_tokenizer(tokenizer_path, options.eod_token, options.bos_token)
-    files = find_inputs_apart(out, inputs, options.read, effort.say)
-    command = {"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}
-    origin = Origin(command, files)
-    work = out / WORK_FOLDER
-    if (out / MANIFEST_FILE).exists() and not (work.exists() or restart):
-        return _Job(origin, _finished(out, origin, effort), tokenizer)
-    _refuse_other_things(out, work, origin, restart)
-    _join_folder(work, claims)
-    with claims.hold("command"):
-        if (out / MANIFEST_FILE).exists() and not restart:
-            return _Job(origin, _finished(out, origin, effort), tokenizer)
-        join_command(out, work / COMMAND_FILE, command, "delete the folder to start over")
-        if restart:
-            _start_over(out, work, claims)
-        if not (out / TOKENIZER_FILE).exists():
-            commit_bytes(out / TOKENIZER_FILE, tokenizer.json, scratch=work)
-    units = list(plan_units(files, effort.part_bytes, options.read.errors))
-    store = PartStore(work)
-    with claims.hold("plan"):
-        if load_plan(store, units):
-            return _Job(origin, None, tokenizer, units)
-    pending = _unfinished(list({unit.key: unit for unit in units}.values()), store)
-    engine = None
-    if pending:
-        sample = _sample(pending, options.read)
-        engine, warning = choose_engine(effort.engine, tokenizer.text_json, [*tokenizer.control, *sample])
+@dataclass(frozen=True)
+class _Tokenization:
+    """The command, in one of the processes that run it."""
+
+    inputs: Sequence[str]
+    tokenizer_path: Path
+    out: Path
+    options: TokenizeOptions
+    effort: Effort
+    ranks: Ranks
+    restart: bool
+    claims: Claims
+
+    @cached_property
+    def work(self) -> Path:
+        return self.out / WORK_FOLDER
+
+    @cached_property
+    def store(self) -> PartStore:
+        return PartStore(self.work)
+
+    def run(self) -> Manifest | None:
+        job = self.ranks.share(self.prepare)
+        manifest = job.finished
+        if manifest is None:
+            if not self.claims.is_member:
+                self.claims.join()
+            manifest = self.make(job)
+        self.ranks.wait()
+        if self.claims.is_member and self.claims.leave() and manifest is not None:
+            shutil.rmtree(self.work)
+        return manifest
+
+    def prepare(self) -> _Job:
+        """Look at everything, refuse what is wrong, and make the folder: one process does it for all that speak MPI."""
+        tokenizer = load_tokenizer(self.tokenizer_path, self.options.eod_token, self.options.bos_token)
+        files = find_inputs_apart(self.out, self.inputs, self.options.read, self.effort.say)
+        command = {"inputs": list(self.inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(self.options)}
+        origin = Origin(command, files)
+        if (self.out / MANIFEST_FILE).exists() and not (self.work.exists() or self.restart):
+            return _Job(origin, self.finished_before(origin), tokenizer)
+        self.refuse_other_things(origin)
+        self.join_folder()
+        with self.claims.hold("command"):
+            if (self.out / MANIFEST_FILE).exists() and not self.restart:
+                return _Job(origin, self.finished_before(origin), tokenizer)
+            join_command(self.out, self.work / COMMAND_FILE, command, "delete the folder to start over")
+            if self.restart:
+                self.start_over()
+            if not (self.out / TOKENIZER_FILE).exists():
+                commit_bytes(self.out / TOKENIZER_FILE, tokenizer.json, scratch=self.work)
+        units = list(plan_units(files, self.effort.part_bytes, self.options.read.errors))
+        with self.claims.hold("plan"):
+            if load_plan(self.store, units):
+                return _Job(origin, None, tokenizer, units)
+        pending = self.unfinished(list({unit.key: unit for unit in units}.values()))
+        return _Job(
+            origin, None, tokenizer, units, pending, self.choose_engine(tokenizer, pending) if pending else None
+        )
+
+    def choose_engine(self, tokenizer: TokenizerFile, pending: list[Unit]) -> Engine:
+        """The engine for these units. Raises DataError where the tokenizer does not know most of a sample of them."""
+        sample = _sample(pending, self.options.read)
+        engine, warning = choose_engine(self.effort.engine, tokenizer.text_json, [*tokenizer.control, *sample])
         if not tokenizer.loses_nothing:
-            counter = UnknownText(Tokenizer(tokenizer.text_json, tokenizer_path))
+            counter = UnknownText(Tokenizer(tokenizer.text_json, self.tokenizer_path))
             unknown = counter.count(sample, *engine.encode(sample), ["it"] * len(sample))
-            refuse_above(max(effort.max_unknown, HOPELESS), unknown, "a sample of the text")
+            refuse_above(max(self.effort.max_unknown, MAX_UNKNOWN_OF_SAMPLE), unknown, "a sample of the text")
         if warning:
-            effort.warn(warning)
-    return _Job(origin, None, tokenizer, units, pending, engine)
+            self.effort.warn(warning)
+        return engine
 
+    def make(self, job: _Job) -> Manifest | None:
+        """Everything that is not there yet; None where others, not joined by MPI, are still at some of it."""
+        engine = job.engine or Engine("tokenizers", job.tokenizer.text_json)
+        encoder = UnitEncoder(self.store, self.claims, job.tokenizer, self.options.read, engine)
+        if job.pending:
+            self.encode(job.pending, engine, encoder)
+        self.ranks.wait()
+        plan = self.ranks.share(partial(self.plan, job, encoder))
+        if plan is None:
+            return None
+        bos_token = {"bos_token": self.options.bos_token} if self.options.bos_token else {}
+        recipe = Recipe(job.tokenizer, {"errors": self.options.read.errors, **bos_token}, self.options.shard_tokens)
+        writer = ShardWriter(self.out, self.work, self.claims, recipe)
+        num_bytes = len(plan.shards) * self.options.shard_tokens * token_dtype(job.tokenizer.vocab_size).itemsize
+        with self.effort.progress("write shards", num_bytes // self.ranks.size) as advance:
+            mine, others = _split(plan.shards, self.ranks)
+            run_tasks(writer, mine + others, self.effort.num_workers, advance)
+        self.ranks.wait()
+        return self.ranks.share(partial(self.finish, job.origin, plan, recipe, writer))
 
-def _make(
-    out: Path, job: _Job, options: TokenizeOptions, effort: Effort, claims: Claims, ranks: Ranks
-) -> Manifest | None:
-    """Everything that is not there yet; None where others, not joined by MPI, are still at some of it."""
-    work = out / WORK_FOLDER
-    store = PartStore(work)
-    engine = job.engine or Engine("tokenizers", job.tokenizer.text_json)
-    encoder = UnitEncoder(store, claims, job.tokenizer, options.read, engine)
-    _encode(job, engine, encoder, store, effort, ranks)
-    ranks.wait()
-    plan = ranks.share(partial(_plan, job, encoder, store, options, effort, claims))
-    if plan is None:
-        return None
-    how = {"errors": options.read.errors, **({"bos_token": options.bos_token} if options.bos_token else {})}
-    recipe = Recipe(job.tokenizer, how, options.shard_tokens)
-    writer = ShardWriter(out, work, claims, recipe)
-    shards_bytes = len(plan.shards) * options.shard_tokens * token_dtype(job.tokenizer.vocab_size).itemsize
-    with effort.progress("write shards", shards_bytes // ranks.size) as advance:
-        mine, others = _split(plan.shards, ranks)
-        run_tasks(writer, mine + others, effort.num_workers, advance)
-    ranks.wait()
-    return ranks.share(partial(_finish, out, plan, recipe, writer, claims, job.origin))
+    def encode(self, units: list[Unit], engine: Engine, encoder: UnitEncoder) -> None:
+        """Encode these units, until it is done or others are at the rest of it."""
+        seconds = sum(unit.text_bytes for unit in units) / self.ranks.size / BYTES_A_SECOND[engine.name]
+        worker_seconds, num_workers = self.effort.worker_seconds, self.effort.num_workers
+        if worker_seconds:
+            num_workers = max(1, min(num_workers, int(seconds / worker_seconds)))
+        with self.effort.progress("tokenize", sum(unit.num_bytes for unit in units) // self.ranks.size) as advance:
+            run_tasks(encoder, self.assignments(units, num_workers), num_workers, advance)
 
+    def assignments(self, units: list[Unit], num_workers: int) -> Iterator[Assignment]:
+        """This rank's share; then what nobody has begun; then, as a helper, what somebody is at."""
+        mine, others = _split(units, self.ranks)
+        yield from (Assignment(unit, 1) for unit in mine)
+        left, num_before = self.unfinished(others + mine), None
+        yield from (Assignment(unit, 1) for unit in left)
+        while (left := self.unfinished(left)) and len(left) != num_before:
+            num_before = len(left)
+            for unit in left:
+                num_readers = SEEKING_READERS if unit.is_seekable else MAX_READERS
+                yield from [Assignment(unit, num_readers)] * min(num_workers, num_readers)
 
-def _encode(job: _Job, engine: Engine, encoder: UnitEncoder, store: PartStore, effort: Effort, ranks: Ranks) -> None:
-    """Encode what is pending, until it is done or others are at the rest of it."""
-    if not job.pending:
-        return
-    seconds = sum(unit.text_bytes for unit in job.pending) / ranks.size / BYTES_A_SECOND[engine.name]
-    enough_workers = int(seconds / effort.worker_seconds) if effort.worker_seconds else effort.num_workers
-    num_workers = max(1, min(effort.num_workers, enough_workers))
-    with effort.progress("tokenize", sum(unit.num_bytes for unit in job.pending) // ranks.size) as advance:
-        run_tasks(encoder, _assignments(job.pending, store, num_workers, ranks), num_workers, advance)
+    def unfinished(self, units: list[Unit]) -> list[Unit]:
+        names = self.store.names()
+        return [unit for unit in units if not self.store.is_finished(unit, names)]
 
+    def plan(self, job: _Job, encoder: UnitEncoder) -> Plan | None:
+        """The plan of shards, once all units are finished; None before that."""
+        with self.claims.hold("plan"):
+            plan = load_plan(self.store, job.units)
+            if plan is None:
+                # Where a network's file system was slow to show one rank what another had done, a unit may be left.
+                left = self.unfinished(job.pending)
+                run_tasks(encoder, [Assignment(unit, 1) for unit in left], 1, lambda _: None)
+                if self.unfinished(left):
+                    return None
+                plan = make_plan(self.store, job.units, self.options.shard_tokens)
+            refuse_above(self.effort.max_unknown, plan.unknown, "the text")
+            return plan
 
-def _assignments(units: list[Unit], store: PartStore, num_workers: int, ranks: Ranks) -> Iterator[Assignment]:
-    """This rank's share; then what nobody has begun; then, as a helper, what somebody is at."""
-    mine, others = _split(units, ranks)
-    yield from (Assignment(unit, 1) for unit in mine)
-    left = _unfinished(others + mine, store)
-    yield from (Assignment(unit, 1) for unit in left)
-    num_before = len(left) + 1
-    left = _unfinished(left, store)
-    while left and len(left) < num_before:
-        for unit in left:
-            num_readers = SEEKING_READERS if unit.is_seekable else MAX_READERS
-            yield from [Assignment(unit, num_readers)] * min(num_workers, num_readers)
-        num_before = len(left)
-        left = _unfinished(left, store)
+    def finish(self, origin: Origin, plan: Plan, recipe: Recipe, writer: ShardWriter) -> Manifest | None:
+        """The manifest, once all shards are written; None before that."""
+        with self.claims.hold("manifest"):
+            if (self.out / MANIFEST_FILE).exists():
+                return Manifest.load(self.out)
+            if not all(writer.is_written(shard) for shard in plan.shards):
+                return None
+            return finish_dataset(self.out, self.work, plan, recipe, origin.name)
+
+    def finished_before(self, origin: Origin) -> Manifest:
+        """The manifest of the finished dataset, if this very command made it of these very inputs."""
+        manifest = Manifest.load(self.out)
+        way_out = "Give another --out, or delete that folder."
+        origin.refuse_other(manifest.job, self.out / MANIFEST_FILE, f"{self.out} already holds a dataset", way_out)
+        if manifest.unknown is not None:
+            refuse_above(self.effort.max_unknown, manifest.unknown, f"the text, of which {self.out} is made")
+        return manifest
+
+    def refuse_other_things(self, origin: Origin) -> None:
+        """Raise ConfigError where `out` is not a folder that this command may write to."""
+        if not (self.restart and (self.out / MANIFEST_FILE).exists()):
+            refuse_occupied(self.out, self.work)
+        elif Manifest.load(self.out).job[:32] != origin.command_name:
+            raise ConfigError(
+                f"--restart replaces only what the same command has made, and another one made {self.out}. "
+                "Give another --out, or delete that folder."
+            )
+
+    def join_folder(self) -> None:
+        """Make the folder, and be at work in it; again, if the last one to leave removed it at this moment."""
+        while not self.claims.is_member:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                self.claims.join()
+
+    def start_over(self) -> None:
+        """Remove what this command has made, by the names that it gives, and nothing else."""
+        if not self.claims.is_alone():
+            raise ConfigError(f"Another process is at work on {self.out} just now: stop it before --restart.")
+        made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE}
+        # The manifest goes first: what is left without it is an unfinished dataset.
+        for path in sorted(self.out.iterdir(), key=lambda path: path.name != MANIFEST_FILE):
+            if path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name):
+                path.unlink()
+        for path in self.work.iterdir():
+            if path.name != COMMAND_FILE and not path.name.startswith(CLAIMS_FILE):
+                path.unlink()
+        self.claims.join()
 
 
 def _split(items: list[T], ranks: Ranks) -> tuple[list[T], list[T]]:
     """The items that this rank begins with, and all others, nearest first."""
     start, stop = (len(items) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
     return items[start:stop], items[stop:] + items[:start]
-
-
-def _unfinished(units: list[Unit], store: PartStore) -> list[Unit]:
-    names = store.names()
-    return [unit for unit in units if not store.is_finished(unit, names)]
-
-
-def _plan(
-    job: _Job, encoder: UnitEncoder, store: PartStore, options: TokenizeOptions, effort: Effort, claims: Claims
-) -> Plan | None:
-    """The plan of shards, once all units are finished; None before that."""
-    with claims.hold("plan"):
-        plan = load_plan(store, job.units)
-        if plan is None:
-            # Where a network's file system was slow to show one rank what another had done, a unit may have been left.
-            left = _unfinished(job.pending, store)
-            run_tasks(encoder, [Assignment(unit, 1) for unit in left], 1, lambda _: None)
-            if _unfinished(left, store):
-                return None
-            plan = make_plan(store, job.units, options.shard_tokens)
-        refuse_above(effort.max_unknown, plan.unknown, "the text")
-        return plan
-
-
-def _finish(
-    out: Path, plan: Plan, recipe: Recipe, writer: ShardWriter, claims: Claims, origin: Origin
-) -> Manifest | None:
-    """The manifest, once all shards are written; None before that."""
-    with claims.hold("manifest"):
-        if (out / MANIFEST_FILE).exists():
-            return Manifest.load(out)
-        if not all(writer.is_written(shard) for shard in plan.shards):
-            return None
-        return finish_dataset(out, out / WORK_FOLDER, plan, recipe, origin.name)
 
 
 def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
@@ -288,47 +328,3 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
                 if remaining <= 0:
                     break
     return texts
-
-
-def _finished(out: Path, origin: Origin, effort: Effort) -> Manifest:
-    """The manifest of the finished dataset `out`, if this very command made it of these very inputs."""
-    manifest = Manifest.load(out)
-    way_out = "Give another --out, or delete that folder."
-    origin.refuse_other(manifest.job, out / MANIFEST_FILE, f"{out} already holds a dataset", way_out)
-    if manifest.unknown is not None:
-        refuse_above(effort.max_unknown, manifest.unknown, f"the text, of which {out} is made")
-    return manifest
-
-
-def _refuse_other_things(out: Path, work: Path, origin: Origin, restart: bool) -> None:
-    """Raise ConfigError where `out` is not a folder that this command may write to."""
-    if not (restart and (out / MANIFEST_FILE).exists()):
-        refuse_occupied(out, work)
-    elif Manifest.load(out).job[:32] != origin.command_name:
-        raise ConfigError(
-            f"--restart replaces only what the same command has made, and another one made {out}. "
-            "Give another --out, or delete that folder."
-        )
-
-
-def _join_folder(work: Path, claims: Claims) -> None:
-    """Make the folder, and be at work in it; again, if the last one to leave removed it at this moment."""
-    while not claims.is_member:
-        work.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            claims.join()
-
-
-def _start_over(out: Path, work: Path, claims: Claims) -> None:
-    """Remove what this command has made, by the names that it gives, and nothing else."""
-    if not claims.is_alone():
-        raise ConfigError(f"Another process is at work on {out} just now: stop it before --restart.")
-    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE}
-    # The manifest goes first: what is left without it is an unfinished dataset.
-    for path in sorted(out.iterdir(), key=lambda path: path.name != MANIFEST_FILE):
-        if path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name):
-            path.unlink()
-    for path in work.iterdir():
-        if path.name != COMMAND_FILE and not path.name.startswith(CLAIMS_FILE):
-            path.unlink()
-    claims.join()
