@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -169,7 +170,8 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
     A plan depends on the dataset's content and seq_len only. Raises DataError where it cannot be written.
     """
     path = _plan_path(dataset, seq_len, folder)
-    if _is_whole(path, dataset, seq_len):
+    with suppress(DataError):
+        open_plan(dataset, seq_len, folder, verify=True)
         return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,19 +190,25 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
     return True
 
 
-def open_plan(dataset: Dataset, seq_len: int, folder: Path) -> PackingPlan:
-    """Map the plan that ``store_plan`` left. Raises DataError where there is none or it belongs to something else."""
+def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = False) -> PackingPlan:
+    """Map the plan that ``store_plan`` left. Raises DataError where there is none or it belongs to something else.
+
+    ``verify``: also where it is not what was written, by the checksum that its last bytes are.
+    """
     path = _plan_path(dataset, seq_len, folder)
     try:
         buffer = map_file(path)
         body_bytes = max(buffer.size - CHECKSUM_BYTES, 0)
-        reader = pa.ipc.open_file(buffer.slice(0, body_bytes))
+        body, digest = buffer.slice(0, body_bytes), buffer.slice(body_bytes).to_pybytes()
+        if verify and checksum(body) != digest:
+            raise DataError(f"The packing plan {path} is damaged. Delete it and start again.")
+        reader = pa.ipc.open_file(body)
         if not reader.schema.equals(_schema(dataset, seq_len), check_metadata=True):
             raise DataError(f"{path} is not the packing plan of {dataset.path}. Delete it and start again.")
         blocks = [_block(reader.get_batch(i)) for i in range(reader.num_record_batches)]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"The packing plan {path} cannot be read: {error}. Delete it and start again.") from None
-    return PackingPlan(blocks, buffer.slice(body_bytes).to_pybytes().hex())
+    return PackingPlan(blocks, digest.hex())
 
 
 @dataclass(frozen=True)
@@ -287,15 +295,3 @@ def _schema(dataset: Dataset, seq_len: int) -> pa.Schema:
 
 def _plan_path(dataset: Dataset, seq_len: int, folder: Path) -> Path:
     return folder / f"{dataset.digest}-{seq_len}.arrow"
-
-
-def _is_whole(path: Path, dataset: Dataset, seq_len: int) -> bool:
-    """Whether the plan is there, this dataset's, and what was written: its last bytes are the checksum of the rest."""
-    try:
-        buffer = map_file(path)
-        if buffer.size <= CHECKSUM_BYTES or checksum(buffer[:-CHECKSUM_BYTES]) != buffer[-CHECKSUM_BYTES:].to_pybytes():
-            return False
-        open_plan(dataset, seq_len, path.parent)
-    except (OSError, pa.ArrowException, DataError):
-        return False
-    return True

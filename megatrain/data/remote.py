@@ -8,6 +8,7 @@ for the samples of a run lie all over a dataset. All processes of a machine may 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import pyarrow as pa
 from filelock import FileLock
 
 from megatrain.data.format import MANIFEST_FILE, Manifest, is_content, map_file
-from megatrain.data.shard_table import BatchMetadata
 from megatrain.data.storage import BatchReader
 from megatrain.errors import ConfigError, DataError
 
@@ -47,8 +47,31 @@ class Cache:
     def path(self, checksum_hex: str) -> Path:
         return self.folder / "objects" / checksum_hex[:2] / checksum_hex
 
-    def find(self, checksum_hex: str) -> pa.Buffer | None:
-        """The content of this checksum, mapped and marked as used; None where it is not there."""
+    def get(self, checksum_hex: str, fetch: Callable[[], bytes]) -> pa.Buffer:
+        """The content of this checksum, mapped. Ranks of a machine that need the same wait for one to fetch it.
+
+        Raises DataError where the disk does not take it.
+        """
+        content = self._find(checksum_hex)
+        if content is not None:
+            return content
+        try:
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / "locks" / checksum_hex[:2]):
+                content = self._find(checksum_hex)
+                if content is None:
+                    fetched = fetch()
+                    self._add(checksum_hex, fetched)
+                    content = self._find(checksum_hex) or pa.py_buffer(fetched)
+                return content
+        except OSError as error:
+            raise DataError(
+                f"The cache {self.folder} cannot be used: {error.strerror or error}. Make room or give write access "
+                "there, or set data.cache_dir to a folder of a local disk, and data.cache_bytes to what it may hold."
+            ) from None
+
+    def _find(self, checksum_hex: str) -> pa.Buffer | None:
+        """Content that is there, mapped and marked as used."""
         path = self.path(checksum_hex)
         try:
             data = map_file(path)
@@ -59,26 +82,16 @@ class Cache:
             return None
         return data
 
-    def lock(self, checksum_hex: str) -> FileLock:
-        """Held while content is fetched, so that the ranks of a machine that need the same fetch it once."""
-        try:
-            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._failure(error) from None
-        return FileLock(self.folder / "locks" / checksum_hex[:2])
-
-    def add(self, checksum_hex: str, data: bytes) -> None:
-        """Keep this content; it appears in one step. Raises DataError where the disk does not take it."""
+    def _add(self, checksum_hex: str, data: bytes) -> None:
         path = self.path(checksum_hex)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(len(data))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(data))
             unfinished.write_bytes(data)
             unfinished.rename(path)
-        except OSError as error:
+        finally:
             unfinished.unlink(missing_ok=True)
-            raise self._failure(error) from None
 
     def _make_room(self, num_new_bytes: int) -> None:
         """Look through the cache each time that 1/16 of its room was filled; what was filled since stands in a file."""
@@ -107,12 +120,6 @@ class Cache:
             path.unlink(missing_ok=True)  # a process that has it mapped keeps it
             excess -= size
 
-    def _failure(self, error: OSError) -> DataError:
-        return DataError(
-            f"The cache {self.folder} cannot be used: {error.strerror or error}. Make room or give write access there, "
-            "or set data.cache_dir to a folder of a local disk, and data.cache_bytes to what it may hold."
-        )
-
 
 @dataclass(frozen=True)
 class RemoteFolder:
@@ -128,43 +135,32 @@ class RemoteFolder:
         address = f"{self.path}/{MANIFEST_FILE}"
         return Manifest.parse(address, self._fetch(MANIFEST_FILE, None, None))
 
-    def content(self, name: str, checksum_hex: str) -> pa.Buffer:
-        return self._content(name, None, None, checksum_hex)
+    def content(self, name: str, checksum_hex: str, start: int | None = None, stop: int | None = None) -> pa.Buffer:
+        """A file or bytes [start, stop) of it, from the cache or else from its address."""
 
-    def file(self, name: str, checksum_hex: str) -> Path:
-        self._content(name, None, None, checksum_hex)
-        return self.cache.path(checksum_hex)
-
-    def shard(self, name: str, num_bytes: int) -> BatchReader:
-
-        def read(batch: BatchMetadata) -> pa.Buffer:
-            return self._content(name, batch.offset, batch.end, batch.checksum.hex())
-
-        return read
-
-    def read(self, name: str, start: int, stop: int) -> pa.Buffer:
-        """Bytes [start, stop) of a file, past the cache."""
-        # Stores take a range of no bytes for the whole object.
-        return pa.py_buffer(self._fetch(name, start, stop) if start < stop else b"")
-
-    def _content(self, name: str, start: int | None, stop: int | None, checksum_hex: str) -> pa.Buffer:
-        """A file or a part of it, from the cache or else from its address."""
-        data = self.cache.find(checksum_hex)
-        if data is not None:
-            return data
-        with self.cache.lock(checksum_hex):
-            data = self.cache.find(checksum_hex)
-            if data is not None:  # fetched by another process while this one waited
-                return data
-            fetched = self._fetch(name, start, stop)
-            if not is_content(fetched, checksum_hex):
+        def fetch() -> bytes:
+            data = self._fetch(name, start, stop)
+            if not is_content(data, checksum_hex):
                 extent = "" if start is None else f", bytes {start} to {stop},"
                 raise DataError(
                     f"{self.path}/{name}{extent} is not what the dataset says: it was changed or damaged there. Copy "
                     "the whole dataset to its address again."
                 )
-            self.cache.add(checksum_hex, fetched)
-            return self.cache.find(checksum_hex) or pa.py_buffer(fetched)
+            return data
+
+        return self.cache.get(checksum_hex, fetch)
+
+    def file(self, name: str, checksum_hex: str) -> Path:
+        self.content(name, checksum_hex)
+        return self.cache.path(checksum_hex)
+
+    def shard(self, name: str, num_bytes: int) -> BatchReader:
+        return lambda batch: self.content(name, batch.checksum.hex(), batch.offset, batch.end)
+
+    def read(self, name: str, start: int, stop: int) -> pa.Buffer:
+        """Bytes [start, stop) of a file, past the cache."""
+        # Stores take a range of no bytes for the whole object.
+        return pa.py_buffer(self._fetch(name, start, stop) if start < stop else b"")
 
     def _fetch(self, name: str, start: int | None, stop: int | None) -> bytes:
         """Bytes of an object; asked for again, for some time, where the network or the server fails."""
