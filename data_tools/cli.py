@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from data_tools.kinds import Kind
-from data_tools.outputs import local_path, saying_what_is_full
+from data_tools.outputs import disk_full_as_data_error, local_path
 from megatrain.errors import EXIT_DATA, ConfigError, MegatrainError
 from megatrain.units import format_bytes
 
@@ -139,7 +139,7 @@ def corpus(
     """A demo corpus of this Python installation's own sources and documentation; nothing is downloaded."""
     from data_tools.corpus import make_corpus
 
-    with saying_what_is_full(out):
+    with disk_full_as_data_error(out):
         written = make_corpus(out)
     for name, num_documents, num_bytes in written:
         typer.echo(f"{out / name}: {num_documents} documents, {format_bytes(num_bytes)} of text")
@@ -167,7 +167,7 @@ def train_tokenizer_command(
     """Train a byte-level BPE tokenizer; no text is ever unknown to it."""
     from data_tools.tokenizer import train_tokenizer
 
-    with saying_what_is_full(out):
+    with disk_full_as_data_error(out):
         size = train_tokenizer(
             *(inputs, vocab_size, out, read, special_token or [], _tell),
             words=pre_tokenizer,
@@ -223,7 +223,7 @@ def tokenize(
         max_unknown=max_unknown,
         say=_tell,
     )
-    with _ending_all(ranks), saying_what_is_full(out):
+    with _ending_all(ranks), disk_full_as_data_error(out):
         manifest = run(inputs, tokenizer.expanduser(), out, options, effort, ranks, restart=restart)
     if not ranks.reports:
         return
@@ -284,7 +284,7 @@ def _clean(out: Path, workers: int | None, work: Callable[[Effort], dict[str, An
     quiet = (no_progress, lambda _: None)
     progress, say = (show_progress, _tell) if ranks.reports else quiet
     effort = Effort(workers or ranks.num_cores(), progress, ranks, say=say)
-    with _ending_all(ranks), saying_what_is_full(out):
+    with _ending_all(ranks), disk_full_as_data_error(out):
         report = work(effort)
     if ranks.reports:
         typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
@@ -399,7 +399,7 @@ def _ending_all(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except (MegatrainError, OSError) as error:
-        if ranks.speak_mpi:
+        if ranks.uses_mpi:
             ranks.abort(_report(error))
         raise
 

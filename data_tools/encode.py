@@ -115,8 +115,8 @@ class UnitEncoder:
         tokens, offsets = self._mark_documents(ids, offsets)
         item_bytes = self._dtype.itemsize
         data = tokens.data.cast("B")
-        borders = (offsets * item_bytes).tolist()
-        hashes = [xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(borders)]
+        bounds = (offsets * item_bytes).tolist()
+        hashes = [xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(bounds)]
         schema = part_schema(self._dtype, {})
         columns = [
             pa.LargeListArray.from_arrays(offsets, pa.array(tokens), type=schema.field("tokens").type),
@@ -136,10 +136,10 @@ class UnitEncoder:
         offsets = offsets + np.arange(len(offsets)) * (1 if bos_id is None else 2)
         tokens = np.empty(offsets[-1], self._dtype)
         is_text = np.ones(len(tokens), bool)
-        for places, marker in ((offsets[:-1], bos_id), (offsets[1:] - 1, self._tokenizer.eod_id)):
+        for positions, marker in ((offsets[:-1], bos_id), (offsets[1:] - 1, self._tokenizer.eod_id)):
             if marker is not None:
-                is_text[places] = False
-                tokens[places] = marker
+                is_text[positions] = False
+                tokens[positions] = marker
         tokens[is_text] = ids
         return tokens, offsets
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatrain.errors import ConfigError
 
-NASTY_TEXTS = (
+EDGE_CASES = (
     "",
     " ",
     "\0\x01\x7f\u0080",
@@ -81,14 +81,14 @@ def _build_fastokens(tokenizer_json: bytes) -> Encode:
 def choose_engine(wanted: str, tokenizer_json: bytes, sample: Sequence[str]) -> tuple[Engine, str | None]:
     """The engine to use, and a warning where it is slower than it might be.
 
-    `fastokens` is chosen only after it gave the ids of `tokenizers` on NASTY_TEXTS and on `sample`, which should be of
+    `fastokens` is chosen only after it gave the ids of `tokenizers` on EDGE_CASES and on `sample`, which should be of
     the text that is going to be encoded. Raises ConfigError where `fastokens` was insisted on and does not pass.
     """
     reference = Engine("tokenizers", tokenizer_json)
     if wanted == "tokenizers":
         return reference, None
     fast = Engine("fastokens", tokenizer_json)
-    problem = _difference(fast, reference, [*NASTY_TEXTS, *sample])
+    problem = _difference(fast, reference, [*EDGE_CASES, *sample])
     if problem is None:
         return fast, None
     if wanted == "fastokens":

@@ -59,7 +59,7 @@ def refuse_occupied(out: Path, work: Path) -> None:
 
 
 @contextmanager
-def saying_what_is_full(out: Path) -> Iterator[None]:
+def disk_full_as_data_error(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

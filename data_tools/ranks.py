@@ -35,7 +35,7 @@ class Ranks:
     """mpi4py's communicator, where there is one."""
 
     @property
-    def speak_mpi(self) -> bool:
+    def uses_mpi(self) -> bool:
         """Whether the ranks know of each other, and not only see what is on disk."""
         return self.comm is not None
 

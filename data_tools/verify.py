@@ -173,9 +173,9 @@ def _batch_problem(
     if np.any(np.diff(offsets) < 1):
         return "it has a document without tokens"
     data = tokens.data.cast("B")
-    borders = (offsets * tokens.itemsize).tolist()
+    bounds = (offsets * tokens.itemsize).tolist()
     hashes = batch["hash"].to_pylist()
-    for document, ((first, last), written) in enumerate(zip(pairwise(borders), hashes, strict=True), first_document):
+    for document, ((first, last), written) in enumerate(zip(pairwise(bounds), hashes, strict=True), first_document):
         if xxhash.xxh3_128_digest(data[first:last]) != written:
             start = expected.offset + tokens.ctypes.data - address
             hash_start = (

@@ -551,8 +551,8 @@ def _check_data(config: RunConfig, must_exist: bool = False) -> list[str]:
     if not paths:
         return []
     from megatrain.data import open_dataset
-    from megatrain.data.dataset import refuse_mixed
-    from megatrain.data.vocabulary import idle_vocabulary, resolve_vocabulary
+    from megatrain.data.dataset import require_same_tokenizer
+    from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
 
     try:
         datasets = [open_dataset(path) for path in paths]
@@ -560,9 +560,9 @@ def _check_data(config: RunConfig, must_exist: bool = False) -> list[str]:
         if must_exist:
             raise
         return []
-    refuse_mixed(datasets)
+    require_same_tokenizer(datasets)
     resolve_vocabulary(config, datasets[0])
-    question = idle_vocabulary(config, datasets[0])
+    question = unused_vocabulary(config, datasets[0])
     return [] if question is None else [question]
 
 

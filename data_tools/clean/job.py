@@ -133,7 +133,7 @@ def run_once(
     """
     origin = Origin(command, files)
     work, report_path = out / WORK_FOLDER, out / REPORT_FOLDER / REPORT_FILE
-    if restart and effort.ranks.size > 1 and not effort.ranks.speak_mpi:
+    if restart and effort.ranks.size > 1 and not effort.ranks.uses_mpi:
         raise ConfigError("--restart is for one process, or for ranks that speak MPI: others remove the folder first.")
     effort.ranks.share(lambda: _begin(out, work, restart, report_path, origin))
     if report_path.exists() and not work.exists():

@@ -112,7 +112,7 @@ class BatchMaker:
     """Micro-batches from samples of several sources, all of one length and kind.
 
     ``augmentations``: what is done to the documents of each source; left out, as for an evaluation: nothing.
-    ``activity``: told of each sample.
+    ``activity``: counts the samples.
     """
 
     def __init__(

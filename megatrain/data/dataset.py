@@ -42,7 +42,7 @@ def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards
     return dataset
 
 
-def refuse_mixed(datasets: Sequence[Dataset]) -> None:
+def require_same_tokenizer(datasets: Sequence[Dataset]) -> None:
     """Raise DataError where datasets for one model are of several tokenizers, or end or begin documents otherwise."""
     first = datasets[0]
     for other in datasets[1:]:

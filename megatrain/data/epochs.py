@@ -48,9 +48,9 @@ def planned_epochs(config: RunConfig) -> list[Epochs]:
         datasets = [open_dataset(path) for path in paths]
     except DataError:  # which a start says; a config can be right without its data
         return []
-    windows = [max((dataset.num_tokens - 1) // config.data.seq_len, 1) for dataset in datasets]
+    num_samples = tuple(max((dataset.num_tokens - 1) // config.data.seq_len, 1) for dataset in datasets)
     weights = tuple(entry.weight for entry in config.data.train)
-    settings = SamplingSettings(config.train.global_batch_size, weights, config.data.seq_len, tuple(windows))
+    settings = SamplingSettings(config.train.global_batch_size, weights, config.data.seq_len, num_samples)
     return epochs_of(DataOrder.begin(config.run.seed, settings), config.train.steps, datasets)
 
 

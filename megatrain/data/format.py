@@ -6,7 +6,7 @@ A dataset is a folder:
     tokenizer.json         the tokenizer that made the tokens, byte for byte
     skipped.jsonl          only where `--errors skip` left rows out: file, row and problem of each
     shards.arrow           one row a shard: how many documents, tokens and bytes it holds, its checksum, and the same
-                           of each of its record batches, with its place in the file
+                           of each of its record batches, with its offset in the file
     shard-000000.arrow     the documents, in order: uncompressed Arrow IPC files, see `document_schema`
 
 The name of a shard follows from its number, so nothing read from a manifest ever becomes a path.
@@ -36,7 +36,7 @@ TOKENIZER_FILE = "tokenizer.json"
 SHARD_TABLE_FILE = "shards.arrow"
 SKIPPED_FILE = "skipped.jsonl"
 BATCH_TOKENS = 1 << 20
-"""A document belongs to record batch (its first token's place in the shard) // BATCH_TOKENS."""
+"""A document belongs to record batch (its first token's position in the shard) // BATCH_TOKENS."""
 
 MAX_MANIFEST_BYTES = 1 << 20
 _UNKNOWN_TYPES = {"tokens": int, "characters": int, "of_characters": int, "example": str}
@@ -290,7 +290,7 @@ def shard_metadata(
 def content_digest(tokenizer_sha256: str, options: dict[str, str], hashes: Iterable[pa.Array]) -> str:
     """SHA-256 over tokenizer, options, and the 16-byte `hash` of every document in order; `hashes` come in batches.
 
-    It names tokens, document borders, tokenizer and options; not input format, shard size, ids, file names, workers.
+    It names tokens, document boundaries, tokenizer and options; not input format, shard size, ids, file names, workers.
     """
     header = {"format_version": FORMAT_VERSION, "options": options, "tokenizer_sha256": tokenizer_sha256}
     digest = hashlib.sha256(canonical_json(header))

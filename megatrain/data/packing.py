@@ -1,8 +1,8 @@
 """Documents packed into samples so that few are cut: best-fit packing, planned once, stored, mapped by every rank.
 
 Ding et al., "Fewer Truncations Improve Language Modeling" (2024). A document of n tokens gives n - 1 pairs of a token
-and the one after it. A document of more than seq_len tokens is first cut into pieces that fill a sample each, whose
-last target is the next piece's first input, and a rest. Documents and rests then go, longest first, where the least
+and the one after it. A document of more than seq_len tokens is first cut into chunks that fill a sample each, whose
+last target is the next chunk's first input, and a rest. Documents and rests then go, longest first, where the least
 space that holds them is left. So each pair of each document is scored once an epoch, in one sample, and no other pair
 is. A document's last token is an input as well: it has no target, and divides the document from the next.
 """
@@ -39,7 +39,7 @@ PLAN_COLUMNS = [
     pa.field("piece_targets", pa.large_list(pa.int32()), nullable=False),
     pa.field("targets", pa.int32(), nullable=False),
 ]
-"""A row a sample. Its pieces, by where in the dataset their tokens begin; the scored targets of each; those of all."""
+"""A row a sample. Its chunks, by where in the dataset their tokens begin; the scored targets of each; those of all."""
 
 
 def best_fit(sizes: Ints, capacity: int) -> Ints:
@@ -98,7 +98,7 @@ class _BinsBySpace:
 def pack_documents(starts: Ints, lengths: Ints, seq_len: int) -> pa.RecordBatch:
     """Samples of these documents (where each begins, and its tokens): a row of PLAN_COLUMNS each.
 
-    Samples of one whole piece come first, in the order of the documents; within a sample, pieces are in that order.
+    Samples of one whole chunk come first, in the order of the documents; within a sample, chunks are in that order.
     """
     num_whole = (lengths - 1) // seq_len
     rest = lengths - num_whole * seq_len  # in [1, seq_len]; a single token predicts nothing and is left out
@@ -108,30 +108,30 @@ def pack_documents(starts: Ints, lengths: Ints, seq_len: int) -> pa.RecordBatch:
     bins = best_fit(rest, seq_len)
     order = np.argsort(bins, kind="stable")
     num_bins = int(bins.max()) + 1 if len(bins) else 0
-    pieces = np.concatenate([np.ones_like(whole_starts), np.bincount(bins, minlength=num_bins)])
-    offsets = np.concatenate([[0], np.cumsum(pieces)])
-    piece_start = np.concatenate([whole_starts, rest_starts[order]])
-    piece_targets = np.concatenate([np.full_like(whole_starts, seq_len), rest[order] - 1]).astype(np.int32)
-    targets = np.add.reduceat(piece_targets, offsets[:-1]) if len(pieces) else piece_targets
+    chunks = np.concatenate([np.ones_like(whole_starts), np.bincount(bins, minlength=num_bins)])
+    offsets = np.concatenate([[0], np.cumsum(chunks)])
+    chunk_start = np.concatenate([whole_starts, rest_starts[order]])
+    chunk_targets = np.concatenate([np.full_like(whole_starts, seq_len), rest[order] - 1]).astype(np.int32)
+    targets = np.add.reduceat(chunk_targets, offsets[:-1]) if len(chunks) else chunk_targets
     columns = [
-        pa.LargeListArray.from_arrays(offsets, piece_start),
-        pa.LargeListArray.from_arrays(offsets, piece_targets),
+        pa.LargeListArray.from_arrays(offsets, chunk_start),
+        pa.LargeListArray.from_arrays(offsets, chunk_targets),
         pa.array(targets),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(PLAN_COLUMNS))
 
 
 class Block(NamedTuple):
-    """Mapped samples: piece j of sample k is piece offsets[k] + j."""
+    """Mapped samples: chunk j of sample k is chunk offsets[k] + j."""
 
     offsets: Ints
-    piece_start: Ints
-    piece_targets: NDArray[np.int32]
+    chunk_start: Ints
+    chunk_targets: NDArray[np.int32]
     targets: NDArray[np.int32]
 
 
 class PackingPlan:
-    """Which pieces of documents each sample of a dataset holds. Made by ``open_plan``.
+    """Which chunks of documents each sample of a dataset holds. Made by ``open_plan``.
 
     ``checksum``: of its content, in hexadecimal: what names the plan.
     """
@@ -145,15 +145,15 @@ class PackingPlan:
     def num_samples(self) -> int:
         return int(self._firsts[-1])
 
-    def pieces(self, sample: int) -> Iterator[tuple[int, int]]:
-        """Each piece's first position in the dataset and number of targets, in the order they lie in the sample.
+    def chunks(self, sample: int) -> Iterator[tuple[int, int]]:
+        """Each chunk's first position in the dataset and number of targets, in the order they lie in the sample.
 
-        The piece's tokens are one more than its targets.
+        The chunk's tokens are one more than its targets.
         """
         index = bisect_right(self._firsts, sample) - 1
         block, row = self._blocks[index], sample - self._firsts[index]
         rows = slice(block.offsets[row], block.offsets[row + 1])
-        return zip(block.piece_start[rows].tolist(), block.piece_targets[rows].tolist(), strict=True)
+        return zip(block.chunk_start[rows].tolist(), block.chunk_targets[rows].tolist(), strict=True)
 
     def num_targets(self, samples: Ints) -> int:
         index = np.searchsorted(self._firsts, samples, side="right") - 1
@@ -215,7 +215,7 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = Fa
 class PackedSource:
     """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as `batches.ConcatSource` is.
 
-    What a sample's pieces leave free is filled with end-of-document tokens, behind them: not scored, seen by none of
+    What a sample's chunks leave free is filled with end-of-document tokens, behind them: not scored, seen by none of
     them, and with ``document_mask`` a document of its own.
     """
 
@@ -245,11 +245,11 @@ class PackedSource:
     def fill(
         self, index: int, tokens: Ints, document_ids: NDArray[np.int32] | None, scored: NDArray[np.bool_] | None
     ) -> None:
-        """Write a sample's seq_len + 1 tokens, for each input the number of its piece, and which targets count."""
+        """Write a sample's seq_len + 1 tokens, for each input the number of its chunk, and which targets count."""
         at = number = 0
         if scored is not None:
             scored[:] = False
-        for number, (start, num_targets) in enumerate(self.plan.pieces(index)):
+        for number, (start, num_targets) in enumerate(self.plan.chunks(index)):
             tokens[at : at + num_targets + 1] = self.dataset.window(start, num_targets + 1)
             if scored is not None:
                 scored[at : at + num_targets] = True
@@ -262,15 +262,15 @@ class PackedSource:
 
     def parts(self, index: int) -> Iterator[DocumentPart]:
         at = 0
-        for start, num_targets in self.plan.pieces(index):
+        for start, num_targets in self.plan.chunks(index):
             document = self.dataset.document_at(start)
             offset = start - self.dataset.document_range(document)[0]
             yield DocumentPart(document, offset, at, at := at + num_targets + 1)
 
 
 def _block(batch: pa.RecordBatch) -> Block:
-    pieces, piece_targets = batch.column("piece_start"), batch.column("piece_targets")
-    views = (pieces.offsets, pieces.values, piece_targets.values, batch.column("targets"))
+    chunks, chunk_targets = batch.column("piece_start"), batch.column("piece_targets")
+    views = (chunks.offsets, chunks.values, chunk_targets.values, batch.column("targets"))
     return Block(*(view.to_numpy() for view in views))
 
 

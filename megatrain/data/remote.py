@@ -24,7 +24,7 @@ CACHE_BYTES = 64 * 2**30
 RETRY_SECONDS = 30.0
 
 OPEN_SHARDS, OPEN_BATCHES = 64, 4
-"""Shards kept open, and record batches of each: what is mapped keeps its room on disk when the cache lets go of it."""
+"""Shards kept open, and record batches of each. What is mapped takes space on disk even after the cache evicts it."""
 
 
 def is_address(path: str | Path) -> bool:
@@ -34,10 +34,10 @@ def is_address(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Cache:
-    """Files named after their checksums in a local folder; those that were not used for longest go first.
+    """Files named after their checksums in a local folder; the least recently used are evicted.
 
     ``max_bytes`` bounds them: some 1/16 of it is free whenever nothing is being fetched. ``retry_seconds``: how long to
-    go on asking a server that does not answer.
+    retry where a server does not answer.
     """
 
     folder: Path = field(default_factory=lambda: Path(CACHE_FOLDER).expanduser())
@@ -86,15 +86,15 @@ class Cache:
         path = self.path(checksum_hex)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(len(data))
+        self._free_space(len(data))
         try:
             unfinished.write_bytes(data)
             unfinished.rename(path)
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def _make_room(self, num_new_bytes: int) -> None:
-        """Look through the cache each time that 1/16 of its room was filled; what was filled since stands in a file."""
+    def _free_space(self, num_new_bytes: int) -> None:
+        """Evict each time that 1/16 of ``max_bytes`` was added; how much was added since is kept in a file."""
         tally = self.folder / "filled"
         with FileLock(self.folder / "locks" / "room"):
             written = tally.read_text() if tally.exists() else ""
@@ -105,7 +105,7 @@ class Cache:
             tally.write_text(str(filled))
 
     def _evict(self, max_bytes: int) -> None:
-        """Remove what was not used for longest, and what a killed process left half written, until so much is left."""
+        """Remove the least recently used, and what a killed process left half written, until ``max_bytes`` are left."""
         entries = []
         for path in (self.folder / "objects").glob("*/*"):
             try:
@@ -163,7 +163,7 @@ class RemoteFolder:
         return pa.py_buffer(self._fetch(name, start, stop) if start < stop else b"")
 
     def _fetch(self, name: str, start: int | None, stop: int | None) -> bytes:
-        """Bytes of an object; asked for again, for some time, where the network or the server fails."""
+        """Bytes of an object. Retries for ``retry_seconds`` where the network or the server fails."""
         from tenacity import Retrying, retry_if_not_exception_type, stop_after_delay, wait_random_exponential
 
         address = f"{self.path}/{name}"

@@ -57,7 +57,7 @@ class Shard:
         self.record_batch = partial(_record_batch, name, batches, schema, read)
         """Record batch `number` with all its columns. Raises DataError where it is not what the table promises."""
         self.views = lru_cache(max_views)(partial(_views, self.record_batch))
-        """Tokens and document borders of record batch `number`."""
+        """Tokens and document offsets of record batch `number`."""
 
     def batch_at(self, position: int) -> int:
         """The record batch that holds the shard's token ``position``; the last one for the position behind all."""

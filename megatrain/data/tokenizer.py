@@ -191,7 +191,7 @@ class Tokenizer:
         White space and control characters that do not reach the model were left out on purpose.
         """
         model = self.description["model"]
-        reached = self._pieces(f"0{character}").removeprefix(self._pieces("0"))
+        reached = self._text_for_model(f"0{character}").removeprefix(self._text_for_model("0"))
         if not reached:
             return character.isspace() or not character.isprintable()
         if model["type"] != "BPE":
@@ -209,12 +209,12 @@ class Tokenizer:
         unknown_id = self.ids.get(self.unknown or "")
         return [span for number, span in zip(encoding.ids, encoding.offsets, strict=True) if number == unknown_id]
 
-    def _pieces(self, text: str) -> str:
-        """A text as it reaches the model, its pieces put together."""
+    def _text_for_model(self, text: str) -> str:
+        """A text after the normalizer and the pre-tokenizer, as the model gets it."""
         normalizer, splitter = self._library.normalizer, self._library.pre_tokenizer
         if normalizer is not None:
             text = normalizer.normalize_str(text)
-        return text if splitter is None else "".join(piece for piece, _ in splitter.pre_tokenize_str(text))
+        return text if splitter is None else "".join(word for word, _ in splitter.pre_tokenize_str(text))
 
     def token_lengths(self, vocab_size: int) -> npt.NDArray[np.int64]:
         """UTF-8 bytes of text behind each id below ``vocab_size``; none behind control tokens and holes.

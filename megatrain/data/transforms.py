@@ -1,8 +1,8 @@
 """What may be done to a document's tokens as they are read for training: data augmentation.
 
 A transform is a deterministic function of the tokens and of a random generator that depends on the document alone. It
-gives back as many tokens as it got, so that no sample's length, targets or borders change. What has to be inserted
-(sentinels) takes the place of the last tokens, which are left out.
+returns as many tokens as it got, so that no sample's length, targets or document boundaries change. What is inserted
+(sentinels) replaces the last tokens, which are left out.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class SpanCorruption:
         share = num_kept * self.corrupted if num_spans == wanted else num_spans * self.mean_span_tokens
         num_moved = min(max(round(share), num_spans), num_kept - num_spans)
         lengths = np.stack([_parts(num_kept - num_moved, num_spans, random), _parts(num_moved, num_spans, random)])
-        pieces = np.split(tokens[:num_kept], np.cumsum(lengths.T.ravel())[:-1])
+        parts = np.split(tokens[:num_kept], np.cumsum(lengths.T.ravel())[:-1])
         marks = [np.array([sentinel]) for sentinel in self.sentinels[:num_spans]]
-        around = chain.from_iterable(zip(pieces[0::2], marks, strict=True))
-        moved = chain.from_iterable(zip(marks, pieces[1::2], strict=True))
+        around = chain.from_iterable(zip(parts[0::2], marks, strict=True))
+        moved = chain.from_iterable(zip(marks, parts[1::2], strict=True))
         return np.concatenate([*around, *moved])
 
 

@@ -25,37 +25,36 @@ def refuse_above(share: float, unknown: Unknown, what: str) -> None:
 class UnknownText:
     """Counts what a tokenizer has no tokens for.
 
-    Whether a character has a token is asked once for each that comes up. BPE builds on single characters, so that is
-    all there is to it. The other models know words, or pieces of them: there, documents with unknown tokens are
-    encoded again, for the places of these tokens.
+    Whether a character has a token is looked up once for each that occurs. That is enough for BPE, which builds on
+    single characters. The other models build on words or parts of words: there, documents with unknown tokens are
+    encoded again, for the positions of these tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._unknown_id = -1 if tokenizer.unknown is None else tokenizer.ids[tokenizer.unknown]
-        self._known: set[str] = set()
-        self._strange: set[str] = set()
+        self._has_token: dict[str, bool] = {}
 
     def count(
         self, texts: Sequence[str], ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64], names: Sequence[str]
     ) -> Unknown:
         """Of texts and their ids end to end; ``offsets``: where each text's ids begin; ``names``: for the example."""
         characters: set[str] = set().union(*texts)
-        for character in characters - self._known - self._strange:
-            (self._known if self._tokenizer.knows(character) else self._strange).add(character)
-        strange = characters & self._strange
+        for character in characters - self._has_token.keys():
+            self._has_token[character] = self._tokenizer.knows(character)
+        unknown = {character for character in characters if not self._has_token[character]}
         num_unknown = np.diff(np.concatenate([[0], np.cumsum(ids == self._unknown_id)])[offsets])
         total = Unknown(of_characters=sum(map(len, texts)))
         for text, tokens, name in zip(texts, num_unknown.tolist(), names, strict=True):
-            if tokens or not strange.isdisjoint(text):
-                total += self._of_text(text, tokens, strange, name)
+            if tokens or not unknown.isdisjoint(text):
+                total += self._of_text(text, tokens, unknown, name)
         return total
 
-    def _of_text(self, text: str, tokens: int, strange: set[str], name: str) -> Unknown:
-        places = {place for place, character in enumerate(text) if character in strange}
+    def _of_text(self, text: str, tokens: int, unknown: set[str], name: str) -> Unknown:
+        positions = {position for position, character in enumerate(text) if character in unknown}
         if tokens and not self._tokenizer.is_plain_bpe:
             for begin, end in self._tokenizer.unknown_spans(text):
-                places.update(range(begin, end))
-        first = min(places, default=0)
+                positions.update(range(begin, end))
+        first = min(positions, default=0)
         example = f"{text[first : first + EXAMPLE_CHARACTERS]!r} in {name}"
-        return Unknown(tokens, len(places), 0, example)
+        return Unknown(tokens, len(positions), 0, example)

@@ -24,7 +24,7 @@ def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
     return config
 
 
-def idle_vocabulary(config: RunConfig, dataset: Dataset) -> str | None:
+def unused_vocabulary(config: RunConfig, dataset: Dataset) -> str | None:
     """A question, where most of the model's ids are never in the data: it may be another tokenizer's."""
     given = config.model.vocab_size
     if given is None or given <= 2 * dataset.vocab_size:

@@ -15,7 +15,7 @@ from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, SampleSource, TrainingBatches
-from megatrain.data.dataset import refuse_mixed
+from megatrain.data.dataset import require_same_tokenizer
 from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.data.packing import PackedSource, open_plan, store_plan
 from megatrain.data.remote import Cache
@@ -91,14 +91,14 @@ class Run:
 def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
     """The datasets to train and to validate on.
 
-    Raises DataError where one is broken, or where they are not alike (`refuse_mixed`).
+    Raises DataError where one is broken, or where they are not alike (`require_same_tokenizer`).
     """
     cache = Cache(Path(config.data.cache_dir).expanduser(), config.data.cache_bytes)
     share = MAPPED_SHARDS_IN_ALL // (len(config.data.train) + len(config.data.validation))
     opened = partial(open_dataset, cache=cache, max_mapped_shards=min(max(share, 1), MAPPED_SHARDS))
     train = [opened(entry.path) for entry in config.data.train]
     validation = [opened(entry.path) for entry in config.data.validation]
-    refuse_mixed([*train, *validation])
+    require_same_tokenizer([*train, *validation])
     return train, validation
 
 

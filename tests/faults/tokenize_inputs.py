@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_tools.engines import NASTY_TEXTS
+from data_tools.engines import EDGE_CASES
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 
@@ -40,7 +40,7 @@ def write_inputs(folder: Path, num_copies: int) -> None:
     """Some 140 KB of text a copy, in five kinds of file."""
     sources = [inspect.getsource(module) for module in (json.decoder, inspect, subprocess)]
     paragraphs = [text for source in sources for text in source.split("\n\n")]
-    texts = [text for pair in zip(paragraphs, NASTY_TEXTS * 60, strict=False) for text in pair] * num_copies
+    texts = [text for pair in zip(paragraphs, EDGE_CASES * 60, strict=False) for text in pair] * num_copies
     lines = [orjson.dumps({"id": f"doc-{number}", "text": text}) + b"\n" for number, text in enumerate(texts)]
     folder.mkdir()
     third = len(lines) // 3

@@ -58,7 +58,7 @@ def samples_of(windows: Ints) -> Samples:
 
 
 def all_pieces(plan: PackingPlan) -> list[list[tuple[int, int]]]:
-    return [list(plan.pieces(sample)) for sample in range(plan.num_samples)]
+    return [list(plan.chunks(sample)) for sample in range(plan.num_samples)]
 
 
 def best_fit_one_by_one(sizes: list[int], capacity: int) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from data_tools import cli
-from data_tools.engines import NASTY_TEXTS
+from data_tools.engines import EDGE_CASES
 from megatrain.data.format import Manifest
 
 Document = tuple[str, str]
@@ -27,7 +27,7 @@ def make_documents() -> list[Document]:
     """Nasty Unicode, empty texts, line ends, NUL, literal special tokens; and this project's own sources."""
     sources = [inspect.getsource(module) for module in (cli, sys.modules[__name__], orjson, pytest, pa.types)]
     paragraphs = [text for source in sources for text in source.split("\n\n")]
-    mixed = [text for pair in zip(paragraphs, NASTY_TEXTS * 50, strict=False) for text in pair]
+    mixed = [text for pair in zip(paragraphs, EDGE_CASES * 50, strict=False) for text in pair]
     return [(f"doc-{number}", text) for number, text in enumerate(["", *mixed, "\r\n".join(sources) * 2, "", "last"])]
 
 

@@ -15,7 +15,7 @@ import pytest
 from data_samples import WRITERS, Document, MakeDataset
 from tokenizers import Tokenizer
 
-from data_tools.engines import NASTY_TEXTS
+from data_tools.engines import EDGE_CASES
 from megatrain.data import open_dataset
 from tests.runs import ACCEPTANCE
 
@@ -46,7 +46,7 @@ def nasty_documents(num_documents: int) -> list[Document]:
         length = int(2 ** generator.uniform(0, 9))
         texts.append("" if number % 100 == 7 else "".join(generator.choices(letters, k=length)))
         if number % 50 == 3:
-            texts[-1] = NASTY_TEXTS[number // 50 % len(NASTY_TEXTS)]
+            texts[-1] = EDGE_CASES[number // 50 % len(EDGE_CASES)]
     long_text = "".join(texts)
     while len(long_text.encode()) < 5_000_000:
         long_text += long_text

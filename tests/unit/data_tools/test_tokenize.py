@@ -18,7 +18,7 @@ import pytest
 from data_samples import WRITERS, Document, MakeDataset, folder_bytes, json_lines
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_tools.engines import NASTY_TEXTS, Engine, choose_engine
+from data_tools.engines import EDGE_CASES, Engine, choose_engine
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from megatrain.data import open_dataset
 from megatrain.errors import ConfigError, DataError
@@ -254,6 +254,6 @@ def test_fastokens_is_used_only_for_supported_tokenizers(tokenizer_path: Path) -
 def test_both_engines_agree_on_the_nastiest_texts(tokenizer_path: Path) -> None:
     data = tokenizer_path.read_bytes()
     for one, other in zip(
-        Engine("tokenizers", data).encode(NASTY_TEXTS), Engine("fastokens", data).encode(NASTY_TEXTS), strict=True
+        Engine("tokenizers", data).encode(EDGE_CASES), Engine("fastokens", data).encode(EDGE_CASES), strict=True
     ):
         assert np.array_equal(one, other)

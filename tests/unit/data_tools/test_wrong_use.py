@@ -16,7 +16,7 @@ import pytest
 from data_samples import MakeDataset, RunCommand, folder_bytes
 
 from data_tools.inputs import find_inputs
-from data_tools.outputs import saying_what_is_full
+from data_tools.outputs import disk_full_as_data_error
 from megatrain.errors import DataError
 
 GOOD = b'{"text": "good, and some more of it"}\n'
@@ -189,7 +189,7 @@ def test_numbers_beyond_reason_are_refused(source: Path, tokenizer_path: Path, r
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"No room for {tmp_path}: No space left .* the same command again"):  # noqa: SIM117
-        with saying_what_is_full(tmp_path), Path("/dev/full").open("wb", buffering=0) as full:
+        with disk_full_as_data_error(tmp_path), Path("/dev/full").open("wb", buffering=0) as full:
             full.write(b"x")
 
 

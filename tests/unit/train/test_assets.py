@@ -18,7 +18,7 @@ from data_tools.units import ReadOptions
 from megatrain.checkpoint.manifest import MANIFEST, SpecialTokens, Token, read_manifest
 from megatrain.config import ModelConfig
 from megatrain.data import open_dataset
-from megatrain.data.dataset import refuse_mixed
+from megatrain.data.dataset import require_same_tokenizer
 from megatrain.errors import DataError
 from megatrain.train.assets import CARRIED, Assets, exported_files
 from megatrain.train.convert import export_checkpoint, import_folder
@@ -151,12 +151,12 @@ def test_an_export_names_only_the_data_end_token(
 
 def test_datasets_of_one_run_end_documents_alike(folder: Path, tiny_data: TinyData, tmp_path: Path) -> None:
     sets = [open_dataset(dataset(folder, tiny_data, tmp_path / token[2:5], token)) for token in SPECIAL[1:3]]
-    refuse_mixed([sets[0], sets[0]])
+    require_same_tokenizer([sets[0], sets[0]])
     with pytest.raises(DataError, match=r"<\|end_of_text\|> .* and .* <\|eot_id\|> .* one kind of document"):
-        refuse_mixed(sets)
+        require_same_tokenizer(sets)
     begun = open_dataset(dataset(folder, tiny_data, tmp_path / "bos", SPECIAL[1], SPECIAL[0]))
     with pytest.raises(DataError, match=r"begins them with <\|begin_of_text\|>"):
-        refuse_mixed([begun, sets[0]])
+        require_same_tokenizer([begun, sets[0]])
 
 
 def test_generation_stops_where_the_folder_says(folder: Path, tmp_path: Path) -> None:
