@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from megatrain.data.format import SHARD_TABLE_FILE, TOKENIZER_FILE, Manifest, document_schema, shard_name
 from megatrain.data.remote import Cache, RemoteFolder, is_address
-from megatrain.data.shard import Ints, Shard, Tokens
-from megatrain.data.shard_table import ShardTable
+from megatrain.data.shard import Shard, Tokens
+from megatrain.data.shard_table import Ints, ShardTable
 from megatrain.data.storage import MAPPED_SHARDS, LocalFolder
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import DataError

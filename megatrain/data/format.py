@@ -207,9 +207,8 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise DataError(f"{path} is far too long for a manifest. Copy it again, or tokenize again.")
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
         except OSError as error:
             raise DataError(_not_a_dataset(folder, error)) from None
         return Manifest.parse(str(path), data)

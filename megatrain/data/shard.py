@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megatrain.data.shard_table import BatchMetadata
+from megatrain.data.shard_table import BatchMetadata, Ints
 from megatrain.data.storage import BatchReader
 from megatrain.errors import DataError
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
-Ints = npt.NDArray[np.int64]
 
 
 class Views(NamedTuple):

@@ -26,7 +26,7 @@ ARROW_MAGIC_BYTES = 8
 
 
 class BatchMetadata(NamedTuple):
-    """A record batch in its shard's file: its bytes there, its documents and tokens, and the xxh3 of the bytes."""
+    """A record batch in its shard's file, as in a row of the table. ``checksum``: xxh3 of its bytes there."""
 
     offset: int
     num_bytes: int
@@ -130,7 +130,8 @@ class ShardTable:
         return starts
 
     def num_bytes(self, shard: int) -> int:
-        return int(self._num_bytes[shard])
+        value: int = self.rows["bytes"][shard].as_py()
+        return value
 
     def checksum(self, shard: int) -> bytes:
         """xxh3 (128 bits) of a shard's file."""
@@ -144,9 +145,8 @@ class ShardTable:
 
     def batches(self, shard: int) -> list[BatchMetadata]:
         """Where the shard's record batches lie. Raises DataError where that cannot be."""
-        rows = slice(self.batch_starts[shard], self.batch_starts[shard + 1])
-        columns = [column[rows].tolist() for column in self._batch_columns]
-        batches = list(map(BatchMetadata, *columns, self._batch_checksums[rows].to_pylist()))
+        columns = [column.to_pylist() for column in self.rows["batches"][shard].values.flatten()]
+        batches = list(map(BatchMetadata, *columns))
         num_documents = self.document_starts[shard + 1] - self.document_starts[shard]
         num_tokens = self.token_starts[shard + 1] - self.token_starts[shard]
         end = ARROW_MAGIC_BYTES
@@ -158,20 +158,6 @@ class ShardTable:
         if end > self.num_bytes(shard) or counts != (num_documents, num_tokens):
             raise DataError(f"{self.path}: row {shard} is at odds with its record batches. Tokenize again.")
         return batches
-
-    @cached_property
-    def _num_bytes(self) -> Ints:
-        sizes: Ints = self.rows["bytes"].to_numpy()
-        return sizes
-
-    @cached_property
-    def _batch_columns(self) -> list[Ints]:
-        batches = self.rows["batches"].values
-        return [batches.field(name).to_numpy() for name in ("offset", "bytes", "documents", "tokens")]
-
-    @cached_property
-    def _batch_checksums(self) -> pa.Array:
-        return self.rows["batches"].values.field("checksum")
 
     def shard_at(self, position: int) -> int:
         """The shard that holds the token at ``position``; the last one for the position behind all tokens."""
