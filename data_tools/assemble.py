@@ -262,13 +262,12 @@ def _documents(work: Path, slices: Iterable[Slice]) -> tuple[pa.Table, pa.Array]
 
 
 def _shard_batch(documents: pa.Table, files: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
-    """One record batch of a shard."""
-    (batch,) = documents.combine_chunks().to_batches()
-    file, row = files.take(batch["file"]), batch["row"]
-    id_or_row = pc.coalesce(batch["id"], pc.binary_join_element_wise(file, row.cast(pa.string()), ":"))
+    """One record batch of a shard, its buffers new: Arrow pads what it writes of a slice with what lies behind it."""
+    tokens, ids, hashes, file, row, text_bytes = (pa.concat_arrays(column.chunks) for column in documents.columns)
+    file = files.take(file)
+    ids = pc.coalesce(ids, pc.binary_join_element_wise(file, row.cast(pa.string()), ":"))
     source = pa.StructArray.from_arrays([file, row], fields=list(schema.field("source").type))
-    columns = [batch["tokens"], id_or_row, batch["hash"], source, batch["text_bytes"]]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    return pa.RecordBatch.from_arrays([tokens, ids, hashes, source, text_bytes], schema=schema)
 
 
 def _document_hashes(out: Path, plans: Sequence[ShardPlan]) -> Iterator[pa.Array]:
