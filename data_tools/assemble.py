@@ -23,7 +23,7 @@ import xxhash
 
 from data_tools.claims import Claims
 from data_tools.tokenizer import TokenizerFile
-from data_tools.units import Unit, no_text
+from data_tools.units import Unit, no_text_error
 from data_tools.work import Advance, PartFile, PartStore, write_batches
 from megatrain.atomic import commit_bytes, committed
 from megatrain.data.format import (
@@ -120,7 +120,7 @@ def make_plan(store: PartStore, units: Sequence[Unit], shard_tokens: int) -> Pla
     with committed(store.folder / SKIPPED_FILE) as path, path.open("wb") as skipped:
         plan = plan_shards(units, store, shard_tokens, skipped)
     if not plan.shards:
-        raise no_text(plan.num_empty, plan.num_skipped)
+        raise no_text_error(plan.num_empty, plan.num_skipped)
     slices = [[[s.part, s.files, s.first_row, s.first, s.last] for s in shard.slices] for shard in plan.shards]
     counts = (plan.num_empty, plan.num_skipped, asdict(plan.unknown))
     commit_bytes(store.plan_path, orjson.dumps([plan.units, *counts, slices]))

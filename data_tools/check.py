@@ -9,8 +9,8 @@ from functools import partial
 from typing import NamedTuple
 
 from data_tools.inputs import find_inputs
-from data_tools.readers import plan_units, read_parts_with_faults
-from data_tools.units import Fault, ReadOptions, Record, Unit
+from data_tools.readers import plan_units, read_parts_with_bad_rows
+from data_tools.units import BadRow, ReadOptions, Record, Unit
 from data_tools.work import Advance, Progress, run_tasks
 from megatrain.errors import DataError
 
@@ -19,20 +19,20 @@ class Checked(NamedTuple):
     """What was found in a unit."""
 
     num_documents: int
-    faults: dict[str, list[str]]
+    problems: dict[str, list[str]]
     """By file: what is wrong with the first row that cannot be read, and nothing for each further one."""
 
 
 def check_unit(options: ReadOptions, unit: Unit, advance: Advance) -> Checked:
     num_documents = 0
-    faults: dict[str, list[str]] = {}
-    for _, row in (row for part in read_parts_with_faults(unit, options) for row in part.rows):
+    problems: dict[str, list[str]] = {}
+    for _, row in (row for part in read_parts_with_bad_rows(unit, options) for row in part.rows):
         num_documents += isinstance(row, Record)
-        if isinstance(row, Fault):
-            found = faults.setdefault(unit.files[row.file].name, [])
+        if isinstance(row, BadRow):
+            found = problems.setdefault(unit.files[row.file].name, [])
             found.append("" if found else str(row.error()))
     advance(unit.num_bytes)
-    return Checked(num_documents, faults)
+    return Checked(num_documents, problems)
 
 
 def check_inputs(
@@ -55,9 +55,9 @@ def check_inputs(
     with progress("check", sum(unit.num_bytes for unit in units)) as advance:
         for checked in run_tasks(partial(check_unit, options), units, num_workers, advance):
             num_documents += checked.num_documents
-            for name, faults in checked.faults.items():
-                counts[name] += len(faults)
-                firsts.setdefault(name, faults[0])
+            for name, problems in checked.problems.items():
+                counts[name] += len(problems)
+                firsts.setdefault(name, problems[0])
     for name, first in firsts.items():
         say(f"{first} ({counts[name]} rows of this file cannot be read.)" if counts[name] > 1 else first)
     if firsts:

@@ -85,10 +85,10 @@ def _read_options(
         typer.Option(help="What cannot be read: stop; stop, but keep invalid UTF-8 as U+FFFD; leave out and list."),
     ] = "strict",
 ) -> Any:
-    from data_tools.inputs import Selection
+    from data_tools.inputs import FileSelector
     from data_tools.units import ReadOptions
 
-    selection = Selection(tuple(include or ()), tuple(exclude or ()), format, text_files)
+    selection = FileSelector(tuple(include or ()), tuple(exclude or ()), format, text_files)
     return ReadOptions(text_key, id_key, errors, selection=selection)
 
 

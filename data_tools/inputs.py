@@ -16,7 +16,7 @@ import orjson
 import xxhash
 
 from data_tools.kinds import STREAMED, Compression, Kind, kind_of, suffix_of
-from data_tools.stores import list_at, open_at
+from data_tools.stores import list_url, open_url
 from megatrain.errors import ConfigError, DataError
 from megatrain.units import format_bytes
 
@@ -33,7 +33,7 @@ MAX_OBJECT_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
-class Selection:
+class FileSelector:
     """Which of the files that are found are read, and as what."""
 
     include: tuple[str, ...] = ()
@@ -44,8 +44,7 @@ class Selection:
     text_files: bool = False
     """Whether files of a folder whose kind is not known are documents."""
 
-    def takes(self, name: str) -> bool:
-        """Whether a file is one to read, whatever it holds."""
+    def selects(self, name: str) -> bool:
         return not _fits(name, self.exclude) and (not self.include or _fits(name, self.include))
 
     def kind(self, name: str, is_named: bool) -> Kind | None:
@@ -103,13 +102,18 @@ class InputFile:
         return local_part(self.name)
 
     def open(self) -> IO[bytes]:
-        """The raw bytes of the file. Raises DataError where it cannot be opened."""
-        if self.path is None:
-            return open_at(self.name)
-        try:
-            return self.path.open("rb")
-        except OSError as error:
-            raise DataError(f"{self.name} cannot be opened: {error.strerror or error}.") from None
+        return open_input(self.name)
+
+
+def open_input(name: str) -> IO[bytes]:
+    """The raw bytes of a file. Raises DataError where it cannot be opened."""
+    path = local_part(name)
+    if path is None:
+        return open_url(name)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{name} cannot be opened: {error.strerror or error}.") from None
 
 
 def local_part(argument: str) -> Path | None:
@@ -123,15 +127,15 @@ def local_part(argument: str) -> Path | None:
 
 def find_inputs(
     arguments: Sequence[str],
-    selection: Selection | None = None,
+    selection: FileSelector | None = None,
     text_key: str = "text",
     say: Callable[[str], None] = lambda _: None,
 ) -> list[InputFile]:
     """The files that the arguments name, in the order of the arguments; within a folder or pattern, sorted by name.
 
     A folder stands for the files of known kinds below it, hidden ones (a name that begins with a dot) left out; so does
-    one that a pattern matches. `say` is told how many files of which kind there are, and what was passed over. Raises
-    DataError for an argument that names nothing, or a folder below it that cannot be read.
+    one that a pattern matches. `say` is called with how many files of which kind there are, and what was passed over.
+    Raises DataError for an argument that names nothing, or a folder below it that cannot be read.
     """
     if "" in arguments:
         raise ConfigError("An input is an empty text (an unset variable?). Give a file, a folder, a glob or a URL.")
@@ -139,7 +143,7 @@ def find_inputs(
     passed_over: dict[str, tuple[str, str]] = {}
     for argument in arguments:
         passed_here: dict[str, tuple[str, str]] = {}
-        found = list(_find(argument, selection or Selection(), text_key, passed_here))
+        found = list(_find(argument, selection or FileSelector(), text_key, passed_here))
         if not found:
             raise DataError(
                 f"Input {argument} names no file{' that is read' if passed_here else ''}. {_passed(passed_here)}"
@@ -168,27 +172,19 @@ def _passed(passed_over: Mapping[str, tuple[str, str]]) -> str:
 
 
 def _find(
-    argument: str, selection: Selection, text_key: str, passed_over: dict[str, tuple[str, str]]
+    argument: str, selection: FileSelector, text_key: str, passed_over: dict[str, tuple[str, str]]
 ) -> Iterator[InputFile]:
     """The files of an argument; `passed_over` gets what each of the others is, and why it is not read."""
     # Only what is more than wildcards names a file: `README*` and `*.md` do, `corpus/*` is a folder's content.
     is_specific = bool(argument.rstrip("/").rpartition("/")[2].strip("*?."))
-    found = _find_local(argument, passed_over) if local_part(argument) is not None else list_at(argument)
+    found = _find_local(argument, passed_over) if local_part(argument) is not None else list_url(argument)
     by_name = {each[0]: each for each in found}
     for name, is_named, num_bytes, version in sorted(by_name.values()):
-        is_named = is_named and is_specific
-        suffix, why = suffix_of(name) or "without a suffix", UNKNOWN_KIND
-        if not selection.takes(name):
-            passed_over[name] = (suffix, "by --include and --exclude")
-            continue
-        kind = selection.kind(name, is_named)
-        file = InputFile(name, num_bytes or 0, version, kind or Kind.TEXT)
-        if kind is Kind.JSON and file.compression is None and selection.format is None:
-            kind, why = _look_into(file, text_key, is_named), f"an object without {text_key!r}"
-            file = InputFile(name, num_bytes or 0, version, kind or Kind.JSON)
+        kind, why = _kind(name, num_bytes or 0, is_named and is_specific, selection, text_key)
         if kind is None:
-            passed_over[name] = (suffix, why)
+            passed_over[name] = (suffix_of(name) or "without a suffix", why)
             continue
+        file = InputFile(name, num_bytes or 0, version, kind)
         if num_bytes is None and not file.is_streamed:
             raise DataError(
                 f"Input {name} cannot be read in parts: its server does not say how large it is. Copy it to this "
@@ -197,20 +193,30 @@ def _find(
         yield file
 
 
-def _look_into(file: InputFile, text_key: str, is_named: bool) -> Kind | None:
+def _kind(name: str, num_bytes: int, is_named: bool, selection: FileSelector, text_key: str) -> tuple[Kind | None, str]:
+    """What a file is read as; None if it is passed over, and why."""
+    if not selection.selects(name):
+        return None, "by --include and --exclude"
+    kind = selection.kind(name, is_named)
+    if kind is Kind.JSON and kind_of(name)[1] is None and selection.format is None:
+        return _sniff_json(name, num_bytes, text_key, is_named), f"an object without {text_key!r}"
+    return kind, UNKNOWN_KIND
+
+
+def _sniff_json(name: str, num_bytes: int, text_key: str, is_named: bool) -> Kind | None:
     """What a .json file holds: JSON lines, or values that go over many lines; None for metadata.
 
     Metadata is one object without the text's key, in a folder: state.json of `datasets`, a model's config.json.
     """
-    with file.open() as raw:
+    with open_input(name) as raw:
         head = raw.read(HEAD_BYTES)
         kind = Kind.JSON_LINES if are_json_lines(head) else Kind.JSON
         first, _, more = head.lstrip().partition(b"\n")
         is_long = kind is Kind.JSON_LINES and more.strip() and is_object(first)
-        if is_named or is_long or file.num_bytes > MAX_OBJECT_BYTES:
+        if is_named or is_long or num_bytes > MAX_OBJECT_BYTES:
             return kind
         value = _parsed(head + raw.read())
-    is_metadata = isinstance(value, dict) and not isinstance(take(value, text_key), str)
+    is_metadata = isinstance(value, dict) and not isinstance(pop_key(value, text_key), str)
     return None if is_metadata else kind
 
 
@@ -233,13 +239,13 @@ def _parsed(data: bytes) -> object:
         return None
 
 
-def take(record: dict[str, Any], key: str, default: object = None) -> Any:
+def pop_key(record: dict[str, Any], key: str, default: object = None) -> Any:
     """Remove and give what stands under a key; `a.b` is also the key `b` of the object under `a`."""
     if key in record:
         return record.pop(key)
     outer, _, inner = key.partition(".")
     value = record.get(outer) if inner else None
-    return take(value, inner, default) if isinstance(value, dict) else default
+    return pop_key(value, inner, default) if isinstance(value, dict) else default
 
 
 def _find_local(argument: str, passed_over: dict[str, tuple[str, str]]) -> Iterator[tuple[str, bool, int, str]]:

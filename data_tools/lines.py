@@ -11,13 +11,13 @@ from typing import Any
 
 import orjson
 
-from data_tools.inputs import BYTE_ORDER_MARK, InputFile, are_json_lines, is_object, take
+from data_tools.inputs import BYTE_ORDER_MARK, InputFile, are_json_lines, is_object, pop_key
 from data_tools.kinds import Kind, kind_of, magic_name
 from data_tools.streams import read_blocks
 from data_tools.units import (
     MAX_DOCUMENT_BYTES,
     BadInput,
-    Fault,
+    BadRow,
     Part,
     ReadOptions,
     Record,
@@ -79,7 +79,7 @@ def _streamed_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], N
     file = unit.files[0]
     data = bytearray()
     number = offset = line_start = 0  # of the part; where it begins in the file; where its last line begins in it
-    fault = None
+    bad_row = None
     try:
         for block in read_lines(file, advance):
             searched = len(data)
@@ -91,14 +91,14 @@ def _streamed_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], N
                 number, offset, line_start, searched = number + 1, offset + end, 0, 0
             line_start = data.rfind(b"\n", searched) + 1 or line_start
             if len(data) - line_start > MAX_DOCUMENT_BYTES:
-                fault = _fault(file, offset + line_start, f"{TOO_LONG}; what follows it in the file is not read")
+                bad_row = _bad_row(file, offset + line_start, f"{TOO_LONG}; what follows it in the file is not read")
                 break
     except BadInput as error:
-        fault = Fault.of(error)
-    if fault is not None:
+        bad_row = BadRow.of(error)
+    if bad_row is not None:
         del data[line_start:]
-    if data or fault is not None:
-        yield Part(number, enumerate(chain(_rows(file, offset, bytes(data), options), [fault] if fault else [])))
+    if data or bad_row is not None:
+        yield Part(number, enumerate(chain(_rows(file, offset, bytes(data), options), [bad_row] if bad_row else [])))
 
 
 def read_lines(file: InputFile, advance: Callable[[int], None] = lambda _: None) -> Iterator[bytes]:
@@ -163,7 +163,7 @@ def _rows(file: InputFile, offset: int, data: bytes, options: ReadOptions, begin
             head = data[:HEAD_BYTES] if offset + begin == 0 else b""
             yield _parse_line(view[begin:line_end], options, head)
         except BadInput as error:
-            yield _fault(file, offset + begin, str(error))
+            yield _bad_row(file, offset + begin, str(error))
         begin = line_end + 1
 
 
@@ -179,13 +179,13 @@ def _parse_line(line: memoryview, options: ReadOptions, head: bytes) -> Record |
     if not isinstance(record, dict):
         raise BadInput(f"the line is no JSON object but {bytes(line[:40]).decode(errors='replace')!r}")
     keys = ", ".join(map(repr, list(record)[:20])) or "none" if options.text_key not in record else ""
-    text = take(record, options.text_key, _MISSING)
+    text = pop_key(record, options.text_key, _MISSING)
     if not isinstance(text, str):
         if text is _MISSING:
             raise BadInput(f"the record has no key {options.text_key!r}, its keys are {keys}; see --text-key")
         raise BadInput(f"{options.text_key!r} should be text, not {text!r:.40}")
     refuse_binary(text)
-    identity = take(record, options.id_key)
+    identity = pop_key(record, options.id_key)
     if identity is not None and not isinstance(identity, str):
         identity = orjson.dumps(identity).decode()
     return Record(text, identity, 0, record if options.whole_records else {})
@@ -228,8 +228,8 @@ def _in_line(error: Exception) -> str:
     return f"{error.msg}, column {error.colno}" if isinstance(error, orjson.JSONDecodeError) else str(error)
 
 
-def _fault(file: InputFile, offset: int, problem: str) -> Fault:
-    return Fault(problem, partial(_with_its_line, file, offset, problem))
+def _bad_row(file: InputFile, offset: int, problem: str) -> BadRow:
+    return BadRow(problem, partial(_with_its_line, file, offset, problem))
 
 
 def _with_its_line(file: InputFile, offset: int, problem: str) -> BadInput:
@@ -247,7 +247,7 @@ def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None])
     try:
         row: Row = Record(_text(unit.files[0], options, advance), None, 0)
     except BadInput as error:
-        row = Fault.of(error)
+        row = BadRow.of(error)
     yield Part(0, enumerate([row]))
 
 

@@ -9,7 +9,7 @@ from data_tools.inputs import InputFile
 from data_tools.kinds import Kind
 from data_tools.lines import read_json_lines, read_texts
 from data_tools.tables import read_tables, row_group_ranges
-from data_tools.units import PART_BYTES, BadInput, Fault, Part, ReadOptions, Row, Unit
+from data_tools.units import PART_BYTES, BadInput, BadRow, Part, ReadOptions, Row, Unit
 
 MAX_FILES = 1024
 """Files in one unit."""
@@ -80,19 +80,19 @@ def _group_files(files: list[InputFile], part_bytes: int) -> Iterator[Unit]:
 
 
 def read_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None) -> Iterator[Part]:
-    """The parts of a unit in order; `advance` hears of bytes that were read.
+    """The parts of a unit in order; `advance` is called with the number of bytes read.
 
-    Raises DataError with file and place where something cannot be read. With `--errors skip` such a row is a Fault, and
-    so is, in the last row, what is left of a damaged file; but a disk or a store that fails is an error in any case.
+    Raises DataError with file and place where something cannot be read. With `--errors skip` such a row is a BadRow,
+    and so is, in the last row, what is left of a damaged file; but a disk or store that fails is always an error.
     """
-    for part in read_parts_with_faults(unit, options, advance):
-        yield part if options.errors == "skip" else Part(part.number, _without_faults(part.rows))
+    for part in read_parts_with_bad_rows(unit, options, advance):
+        yield part if options.errors == "skip" else Part(part.number, _without_bad_rows(part.rows))
 
 
-def read_parts_with_faults(
+def read_parts_with_bad_rows(
     unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Part]:
-    """The same, each row that cannot be read being a Fault, whatever the options say of errors."""
+    """The same, each row that cannot be read being a BadRow, whatever the options say of errors."""
     if len(unit.files) == 1:
         return READERS[unit.files[0].kind](unit, options, advance)
     return iter([Part(0, _rows_of_files(unit, options, advance))])
@@ -106,8 +106,8 @@ def _rows_of_files(unit: Unit, options: ReadOptions, advance: Callable[[int], No
             yield number, None if row is None else row._replace(file=index)
 
 
-def _without_faults(rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+def _without_bad_rows(rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
     for number, row in rows:
-        if isinstance(row, Fault):
+        if isinstance(row, BadRow):
             raise row.error()
         yield number, row

@@ -59,7 +59,7 @@ class StoreFile(io.RawIOBase):
             raise StoreError(_sentence(error).removesuffix(".")) from error
 
 
-def open_at(address: str) -> IO[bytes]:
+def open_url(address: str) -> IO[bytes]:
     """The raw bytes of the file at an address. Raises DataError where it cannot be opened."""
     try:
         filesystem, path = _store(address)
@@ -68,7 +68,7 @@ def open_at(address: str) -> IO[bytes]:
         raise DataError(f"{address} cannot be opened: {_sentence(error)} Check your access.") from None
 
 
-def list_at(address: str) -> Iterator[tuple[str, bool, int | None, str]]:
+def list_url(address: str) -> Iterator[tuple[str, bool, int | None, str]]:
     """What an address, folder or pattern names: address, whether it was named itself (and is not just one of a folder),
     bytes (None where the store does not say), and a version. Hidden files are left out.
 

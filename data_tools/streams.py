@@ -39,7 +39,7 @@ _FORMATS = {
 
 
 def read_blocks(file: InputFile, advance: Callable[[int], None] = lambda _: None) -> Iterator[bytes]:
-    """The bytes of the file, decompressed; `advance` hears of those that were read.
+    """The bytes of the file, decompressed; `advance` is called with the number of bytes read.
 
     Raises BadInput where they are cut off or damaged, DataError where the disk or the store fails.
     """

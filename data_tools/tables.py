@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data_tools.inputs import InputFile, take
+from data_tools.inputs import InputFile, pop_key
 from data_tools.kinds import Kind, magic_name
 from data_tools.stores import StoreError
 from data_tools.streams import BLOCK_BYTES, read_blocks
-from data_tools.units import MAX_DOCUMENT_BYTES, BadInput, Fault, Part, ReadOptions, Record, Row, Unit, as_text, decode
+from data_tools.units import MAX_DOCUMENT_BYTES, BadInput, BadRow, Part, ReadOptions, Record, Row, Unit, as_text, decode
 from megatrain.errors import DataError
 
 ROWS_AT_ONCE = 16
@@ -37,7 +37,7 @@ def read_tables(unit: Unit, options: ReadOptions, advance: Callable[[int], None]
         yield Part(number, enumerate(_table_rows(file, group, options, advance)))
 
 
-def _placed(unit: Unit, options: ReadOptions) -> Iterator[tuple[int, int, pa.RecordBatch | Fault]]:
+def _placed(unit: Unit, options: ReadOptions) -> Iterator[tuple[int, int, pa.RecordBatch | BadRow]]:
     """Each batch, or at last what is wrong with the rest; the bytes before it in the unit and the rows in the file."""
     file = unit.files[0]
     position = row = 0
@@ -47,15 +47,15 @@ def _placed(unit: Unit, options: ReadOptions) -> Iterator[tuple[int, int, pa.Rec
         else:
             batches = _arrow_batches(file, options) if file.kind is Kind.ARROW else _csv_batches(file, options)
         for batch in batches:
-            batch = batch if isinstance(batch, Fault) else _plain(batch)
+            batch = batch if isinstance(batch, BadRow) else _plain(batch)
             yield position, row, batch
-            position += 0 if isinstance(batch, Fault) else batch.nbytes
-            row += 0 if isinstance(batch, Fault) else batch.num_rows
+            position += 0 if isinstance(batch, BadRow) else batch.nbytes
+            row += 0 if isinstance(batch, BadRow) else batch.num_rows
     except (BadInput, OSError, pa.ArrowException) as error:
         damage = _damage(file, error)
         if not isinstance(damage, BadInput):
             raise damage from None
-        yield position, row, Fault.of(damage)
+        yield position, row, BadRow.of(damage)
 
 
 def _damage(file: InputFile, error: Exception) -> DataError:
@@ -90,19 +90,19 @@ def _reason(error: Exception) -> str:
 
 def _table_rows(
     file: InputFile,
-    placed: Iterable[tuple[int, int, pa.RecordBatch | Fault]],
+    placed: Iterable[tuple[int, int, pa.RecordBatch | BadRow]],
     options: ReadOptions,
     advance: Callable[[int], None],
 ) -> Iterator[Row]:
     for _, first_row, batch in placed:
-        if isinstance(batch, Fault):
+        if isinstance(batch, BadRow):
             yield batch
             continue
         try:
             texts = _text_column(batch, options.text_key, file)
             columns = (texts, _ids(batch, options, file), _extras(batch, options, file))
         except BadInput as error:
-            yield from [Fault.of(error)] * batch.num_rows
+            yield from [BadRow.of(error)] * batch.num_rows
             continue
         for row, (text, identity, extra) in enumerate(zip(*columns, strict=True), start=first_row):
             try:
@@ -110,7 +110,7 @@ def _table_rows(
                 identity = decode(identity, options) if isinstance(identity, bytes) else identity
                 yield Record(document, identity, 0, extra)
             except BadInput as error:
-                yield Fault(str(error), partial(BadInput, f"{file.name}, row {row}: {error}."))
+                yield BadRow(str(error), partial(BadInput, f"{file.name}, row {row}: {error}."))
         advance(batch.nbytes)
 
 
@@ -157,7 +157,7 @@ def _extras(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> lis
     ]
     for row in rows:
         for key in keys:
-            take(row, key)
+            pop_key(row, key)
     return rows or [{} for _ in range(batch.num_rows)]
 
 
@@ -332,13 +332,13 @@ class _Stream(io.RawIOBase):
         return size
 
 
-def _csv_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordBatch | Fault]:
+def _csv_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordBatch | BadRow]:
     """The rows behind the line with the columns' names; every value is text."""
-    invalid: list[Fault] = []
+    invalid: list[BadRow] = []
 
     def leave_out(row: Any) -> str:
         problem = f"the row has {row.actual_columns} columns, not {row.expected_columns}: {row.text:.40}"
-        invalid.append(Fault(problem, partial(BadInput, f"{file.name}: {problem}.")))
+        invalid.append(BadRow(problem, partial(BadInput, f"{file.name}: {problem}.")))
         return "skip"
 
     parse = pyarrow.csv.ParseOptions(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from data_tools.inputs import InputFile
 from data_tools.outputs import find_inputs_apart
 from data_tools.readers import plan_units, read_parts
-from data_tools.units import Fault, ReadOptions, Record, no_text
+from data_tools.units import BadRow, ReadOptions, Record, no_text_error
 from megatrain.atomic import commit_bytes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -148,7 +148,7 @@ def train_tokenizer(
     if texts.error is not None:
         raise texts.error
     if not texts.num_characters:
-        raise no_text(texts.num_documents, texts.num_skipped)
+        raise no_text_error(texts.num_documents, texts.num_skipped)
     if texts.num_skipped:
         say(f"{texts.num_skipped} rows could not be read and were skipped; --check lists where.")
     commit_bytes(out, tokenizer.to_str(pretty=True).encode())
@@ -172,21 +172,18 @@ class _TextIterator:
 
     def __init__(self, files: list[InputFile], options: ReadOptions) -> None:
         self.error: DataError | None = None
-        self.num_documents = 0
-        self.num_skipped = 0
-        self.num_characters = 0
-        self._files = files
-        self._options = options
+        self.num_documents = self.num_skipped = self.num_characters = 0
+        self._files, self._options = files, options
 
     def __iter__(self) -> Iterator[str]:
         try:
-            for unit in plan_units(self._files, errors=self._options.errors):
-                for part in read_parts(unit, self._options):
-                    for _, record in part.rows:
-                        self.num_skipped += isinstance(record, Fault)
-                        if isinstance(record, Record):
-                            self.num_documents += 1
-                            self.num_characters += len(record.text)
-                            yield record.text
+            units = plan_units(self._files, errors=self._options.errors)
+            parts = (part for unit in units for part in read_parts(unit, self._options))
+            for _, row in (row for part in parts for row in part.rows):
+                self.num_skipped += isinstance(row, BadRow)
+                if isinstance(row, Record):
+                    self.num_documents += 1
+                    self.num_characters += len(row.text)
+                    yield row.text
         except DataError as error:
             self.error = error

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import orjson
 import xxhash
 
-from data_tools.inputs import InputFile, Selection
+from data_tools.inputs import FileSelector, InputFile
 from data_tools.kinds import LFS_POINTER, Kind, magic_name
 from megatrain.errors import DataError
 
@@ -47,7 +47,7 @@ class ReadOptions:
     errors: str = "strict"
     whole_records: bool = False
     """Whether a record's other keys are read as well."""
-    selection: Selection = field(default_factory=Selection)
+    selection: FileSelector = field(default_factory=FileSelector)
 
 
 class Record(NamedTuple):
@@ -61,7 +61,7 @@ class Record(NamedTuple):
     """The record's other keys, if they were asked for."""
 
 
-class Fault(NamedTuple):
+class BadRow(NamedTuple):
     """A row that cannot be read, or all that is left of a file."""
 
     problem: str
@@ -71,12 +71,12 @@ class Fault(NamedTuple):
     """Index in the unit's files."""
 
     @staticmethod
-    def of(error: BadInput) -> Fault:
+    def of(error: BadInput) -> BadRow:
         """What an error says that has its place in it already."""
-        return Fault(str(error), partial(BadInput, str(error)))
+        return BadRow(str(error), partial(BadInput, str(error)))
 
 
-Row = Record | Fault | None
+Row = Record | BadRow | None
 """None is a row without a document: a blank line."""
 
 
@@ -100,7 +100,7 @@ class Part(NamedTuple):
         size = 0
         for number, row in self.rows:
             counts["num_rows"] += 1
-            if isinstance(row, Fault):
+            if isinstance(row, BadRow):
                 counts["num_skipped"] += 1
                 counts["skipped"] += [[row.file, number, row.problem]][: MAX_LISTED - len(counts["skipped"])]
             elif row is not None:
@@ -184,7 +184,7 @@ def refuse_binary(text: str, data: bytes = b"") -> None:
         raise BadInput(f"{num_odd} of {len(text)} characters are U+FFFD or NUL, so it is no UTF-8 text")
 
 
-def no_text(num_empty: int, num_skipped: int) -> DataError:
+def no_text_error(num_empty: int, num_skipped: int) -> DataError:
     skipped = f"; {num_skipped} rows were skipped, see --check" if num_skipped else ""
     documents = f"{num_empty} documents, all of them empty" if num_empty else "no documents in its files"
     return DataError(f"The input holds no text: {documents}{skipped}.")

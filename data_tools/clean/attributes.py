@@ -107,7 +107,7 @@ def tag(files: list[InputFile], options: ReadOptions, tagger: Tagger, job: Job) 
     if options.errors == "skip":
         path = job.work.parent / REPORT_FOLDER / SKIPPED_FILE
         path.parent.mkdir(exist_ok=True)
-        job.run_alone("skipped", partial(_list_skipped, corpus, path, job.work), path)
+        job.run_in_one("skipped", partial(_list_skipped, corpus, path, job.work), path)
     return corpus
 
 

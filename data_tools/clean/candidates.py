@@ -48,7 +48,7 @@ class Run(NamedTuple):
         return sum(part.num_documents for part in self.parts)
 
 
-class Slice(NamedTuple):
+class KeyRange(NamedTuple):
     """Values [number, number + 1) * 2^64 / num_slices of one key column."""
 
     key: int
@@ -79,9 +79,9 @@ def find_pairs(corpus: Corpus, sketch: Sketch, job: Job) -> tuple[RunFiles, list
     # A power of two, so that the slices share the values of a key exactly.
     num_slices = 1 << max(0, (corpus.num_documents - 1) // SLICE_DOCUMENTS).bit_length()
     slice_bytes = corpus.num_documents * KEY_BYTES // num_slices
-    slices = [Slice(key, number, num_slices) for key in range(sketch.num_keys) for number in range(num_slices)]
+    slices = [KeyRange(key, number, num_slices) for key in range(sketch.num_keys) for number in range(num_slices)]
     slice_tasks = [Task(each.path(folder), slice_bytes, each) for each in slices]
-    job.run("compare", partial(_match_slice, folder, runs, sketch), slice_tasks)
+    job.run("compare", partial(_match_range, folder, runs, sketch), slice_tasks)
     return runs, [each.path(folder) for each in slices]
 
 
@@ -113,23 +113,23 @@ def _sort_run(sketch: Sketch, run: Run, advance: Advance) -> None:
     advance(run.num_documents * KEY_BYTES * sketch.num_keys)
 
 
-def _match_slice(folder: Path, runs: RunFiles, sketch: Sketch, piece: Slice, advance: Advance) -> None:
+def _match_range(folder: Path, runs: RunFiles, sketch: Sketch, key_range: KeyRange, advance: Advance) -> None:
     """Compare the documents of a slice that share a key, and commit the pairs that are duplicates."""
-    keys, documents = _sharing_keys(runs, piece)
+    keys, documents = _sharing_keys(runs, key_range)
     pairs = (list(map(pa.array, pair)) for pair in _rounds(runs, sketch, keys, documents))
     batches = (pa.RecordBatch.from_arrays(columns, schema=PAIR_SCHEMA) for columns in pairs)
-    write_batches(piece.path(folder), PAIR_SCHEMA, batches)
-    advance(sum(run.num_documents for run in runs) * KEY_BYTES // piece.num_slices)
+    write_batches(key_range.path(folder), PAIR_SCHEMA, batches)
+    advance(sum(run.num_documents for run in runs) * KEY_BYTES // key_range.num_slices)
 
 
-def _sharing_keys(runs: RunFiles, piece: Slice) -> tuple[Keys, Documents]:
+def _sharing_keys(runs: RunFiles, key_range: KeyRange) -> tuple[Keys, Documents]:
     """The documents of the slice that share their key with another, by key, then by number."""
     # Empty ones first: there are no runs where the input has no documents.
     keys, documents = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     for run in runs:
-        table = read_columns(run.path, [f"key_{piece.key}", f"document_{piece.key}"])
+        table = read_columns(run.path, [f"key_{key_range.key}", f"document_{key_range.key}"])
         column = _numpy(table.column(0))
-        first, last = piece.bounds(column)
+        first, last = key_range.bounds(column)
         keys.append(column[first:last].copy())
         documents.append(_numpy(table.column(1))[first:last] + np.uint64(run.first_document))
     all_keys, all_documents = np.concatenate(keys), np.concatenate(documents)
@@ -155,13 +155,13 @@ def _rounds(runs: RunFiles, sketch: Sketch, keys: Keys, documents: Documents) ->
         firsts = documents[is_first][np.cumsum(is_first) - 1]
         kept, others, other_keys = firsts[~is_first], documents[~is_first], keys[~is_first]
         blocks = (slice(start, start + COMPARED_AT_ONCE) for start in range(0, len(others), COMPARED_AT_ONCE))
-        num_equal = [equal_places(runs, kept[block], others[block]) for block in blocks]
+        num_equal = [count_equal_bytes(runs, kept[block], others[block]) for block in blocks]
         is_same = np.concatenate([np.zeros(0, np.int64), *num_equal]) >= sketch.min_equal_bytes
         yield kept[is_same], others[is_same]
         keys, documents = other_keys[~is_same], others[~is_same]
 
 
-def equal_places(runs: RunFiles, first: Documents, second: Documents) -> npt.NDArray[np.int64]:
+def count_equal_bytes(runs: RunFiles, first: Documents, second: Documents) -> npt.NDArray[np.int64]:
     """In how many places the signatures of each pair of documents agree."""
     wanted, places = np.unique(np.concatenate([first, second]), return_inverse=True)
     found = _signatures(runs, wanted)[places]

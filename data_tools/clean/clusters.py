@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 
 from data_tools.clean.attributes import Corpus, Documents, TaggedPart
-from data_tools.clean.candidates import COMPARED_AT_ONCE, Run, RunFiles, equal_places
+from data_tools.clean.candidates import COMPARED_AT_ONCE, Run, RunFiles, count_equal_bytes
 from data_tools.clean.job import Job, Task
 from data_tools.clean.output import Decisions
 from data_tools.clean.sketch import Sketch
@@ -130,7 +130,7 @@ def _measure_run(runs: RunFiles, firsts: Path, sketch: Sketch, run: Run, advance
     num_below = 0
     for start in range(0, len(dropped), COMPARED_AT_ONCE):
         pairs = slice(start, start + COMPARED_AT_ONCE)
-        num_equal = equal_places(runs, kept[pairs], dropped[pairs])
+        num_equal = count_equal_bytes(runs, kept[pairs], dropped[pairs])
         num_below += int((num_equal < sketch.min_equal_bytes).sum())
         at = int(num_equal.argmin())
         least = min(least, [int(num_equal[at]), int(dropped[pairs][at]), int(kept[pairs][at])])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.clean.attributes import tag
-from data_tools.clean.candidates import RunFiles, equal_places, find_pairs
+from data_tools.clean.candidates import RunFiles, count_equal_bytes, find_pairs
 from data_tools.clean.clusters import cluster, cluster_sizes, decide, measure_chains
 from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
 from data_tools.clean.report import render, write_and_report
@@ -61,7 +61,7 @@ def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effor
         corpus = tag(files, options.read, sketch, job)
         runs, pair_files = find_pairs(corpus, sketch, job)
         firsts = job.work / "firsts"
-        job.run_alone("cluster", partial(cluster, pair_files, corpus.num_documents, firsts), firsts)
+        job.run_in_one("cluster", partial(cluster, pair_files, corpus.num_documents, firsts), firsts)
         decisions = partial(decide, firsts, f"{options.method} duplicate")
         report = write_and_report(command, corpus, out, options.read, decisions, job)
         sizes = partial(cluster_sizes, firsts, corpus.num_documents)  # by one: it counts in a file
@@ -79,4 +79,4 @@ def _add_similarities(report: dict[str, Any], runs: RunFiles, sketch: Sketch) ->
     for reason in report["reasons"].values():
         for example in reason["examples"]:
             kept, dropped = (np.array([each["document"]], np.uint64) for each in (example["kept"], example))
-            example["similarity"] = round(sketch.similarity(int(equal_places(runs, kept, dropped)[0])), 4)
+            example["similarity"] = round(sketch.similarity(int(count_equal_bytes(runs, kept, dropped)[0])), 4)

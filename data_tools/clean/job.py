@@ -51,7 +51,7 @@ class Effort:
     part_bytes: int = PART_BYTES
     """About how much text is read between two commits."""
     say: Callable[[str], None] = field(default=lambda _: None, kw_only=True)
-    """Is told which inputs there are."""
+    """Called with a line about the inputs."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Job:
                 time.sleep(poll_seconds)
                 poll_seconds = min(2 * poll_seconds, MAX_POLL_SECONDS)
 
-    def run_alone(self, name: str, function: Callable[[], None], done: Path) -> None:
+    def run_in_one(self, name: str, function: Callable[[], None], done: Path) -> None:
         """Have the function called by one of those at work."""
         while not done.exists():
             with self.claims.claim(name) as is_ours:
@@ -100,7 +100,7 @@ class Job:
     def share(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, as plain data, made once and stored for all who are at work."""
         path = self.work / f"{name}.json"
-        self.run_alone(name, lambda: commit_bytes(path, orjson.dumps(make())), path)
+        self.run_in_one(name, lambda: commit_bytes(path, orjson.dumps(make())), path)
         return orjson.loads(path.read_bytes())
 
 
@@ -146,7 +146,7 @@ def run_once(
             if (work / INPUTS_FILE).read_text() != origin.versions:
                 raise ConfigError(f"Another process is writing {out} just now, of inputs that have changed. Stop it.")
             report = canonical_json({**make(job), "job": origin.name})
-            job.run_alone("report", lambda: commit_bytes(report_path, report, work), report_path)
+            job.run_in_one("report", lambda: commit_bytes(report_path, report, work), report_path)
         result = _finished(out, report_path, origin)
         effort.ranks.wait()
         if job.claims.leave():

@@ -2,10 +2,10 @@
 
 MinHash: Broder 1997, "On the resemblance and containment of documents". A text is the set of its shingles, runs of
 `ngram` words; the similarity of two texts is the Jaccard index of these sets. Under a random permutation of all
-shingles, two sets have the same first shingle with just this probability. rensa computes `num_permutations` firsts.
+shingles, two sets have the same first shingle with just this probability. rensa computes `num_permutations` minima.
 
 Of each, the signature keeps 8 bits (b-bit MinHash: Li and Koenig 2010), which agree by chance in one of 256 cases.
-The keys are hashes of bands of firsts, taken whole (locality-sensitive hashing: Indyk and Motwani 1998).
+The keys are hashes of bands of minima, taken whole (locality-sensitive hashing: Indyk and Motwani 1998).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class MinHashSketch:
         return max(fitting, default=1)
 
     def found_probability(self, similarity: float, rows: int) -> float:
-        """1 - (1 - s^r)^b: with which two texts share one of b keys at least, each a hash of r firsts."""
+        """1 - (1 - s^r)^b: with which two texts share one of b keys at least, each a hash of r minima."""
         return float(1 - (1 - similarity**rows) ** (self.num_permutations // rows))
 
     @property
@@ -105,12 +105,12 @@ class MinHashSketch:
         matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
             np.concatenate(shingles), offsets, num_perm=self.num_permutations, seed=SEED
         )
-        firsts = np.array(matrix.to_rows(), np.uint32).reshape(len(texts), self.num_permutations)
-        return _columns((firsts & 0xFF).astype(np.uint8), self._band_keys(firsts))
+        minima = np.array(matrix.to_rows(), np.uint32).reshape(len(texts), self.num_permutations)
+        return _columns((minima & 0xFF).astype(np.uint8), self._band_keys(minima))
 
-    def _band_keys(self, firsts: npt.NDArray[np.uint32]) -> Keys:
-        used = firsts[:, : self.num_keys * self.rows_per_band].astype(np.uint64)
-        bands = used.reshape(len(firsts), self.num_keys, self.rows_per_band)
+    def _band_keys(self, minima: npt.NDArray[np.uint32]) -> Keys:
+        used = minima[:, : self.num_keys * self.rows_per_band].astype(np.uint64)
+        bands = used.reshape(len(minima), self.num_keys, self.rows_per_band)
         return _mixed((bands * _multipliers(self.rows_per_band)).sum(axis=2, dtype=np.uint64))
 
 

@@ -66,16 +66,16 @@ v.v v_v
 _WORDS_OF_THEIR_OWN = frozenset(_NOT_SHORTENED.split())
 _WHOLE = frozenset(_NOT_SPLIT.split())
 _SENTENCE_ENDS = frozenset("!.?։؟۔܀܁܂߹।॥၊။።፧፨‼‽⁇⁈⁉⸮﹒﹖﹗！．？｡。")
-LONGEST_REMEMBERED = 64
+MAX_CACHED_CHARACTERS = 64
 """Characters; longer ones rarely come twice."""
-LONGEST_SPECIAL, LONGEST_SUFFIX, LONGEST_URL = 14, 8, 2048
+MAX_SPECIAL, MAX_SUFFIX, MAX_URL = 14, 8, 2048
 
 
 def split_words(text: str) -> list[str]:
     """The words of a text; punctuation marks are words too."""
     words: list[str] = []
     for chunk in text.split():
-        words += _remembered(chunk) if len(chunk) <= LONGEST_REMEMBERED else _split_chunk(chunk)
+        words += _split_cached(chunk) if len(chunk) <= MAX_CACHED_CHARACTERS else _split_chunk(chunk)
     return words
 
 
@@ -95,7 +95,7 @@ def _is_punctuation(word: str) -> bool:
 
 
 @lru_cache(maxsize=1 << 18)
-def _remembered(chunk: str) -> tuple[str, ...]:
+def _split_cached(chunk: str) -> tuple[str, ...]:
     return tuple(_split_chunk(chunk))
 
 
@@ -123,10 +123,10 @@ def _split_chunk(chunk: str) -> Iterable[str]:
         begin, end = after_prefix, suffix
     if begin < end:
         before += whole or _split_inside(chunk[begin:end])
-    return _joined(before + behind[::-1])
+    return _merge_emoticons(before + behind[::-1])
 
 
-def _joined(words: list[str]) -> list[str]:
+def _merge_emoticons(words: list[str]) -> list[str]:
     """The words, with two marks that are an emoticon together as one."""
     joined: list[str] = []
     for word in words:
@@ -143,13 +143,13 @@ def _suffix_start(chunk: str, begin: int, end: int) -> int:
         while end > begin and chunk[end - 1] == ".":
             end -= 1
         return end
-    found = _SUFFIX.search(chunk, max(end - LONGEST_SUFFIX, begin), end)
+    found = _SUFFIX.search(chunk, max(end - MAX_SUFFIX, begin), end)
     return found.start() if found else end
 
 
 def _special(chunk: str, begin: int, end: int) -> list[str]:
     """The words of a chunk that is split by heart, or not at all; nothing for all others."""
-    if end - begin > LONGEST_SPECIAL:
+    if end - begin > MAX_SPECIAL:
         return []
     chunk = chunk[begin:end]
     if chunk in _WHOLE or (len(chunk) == 2 and chunk[1] == "." and chunk[0] in "abcdefghijklmnopqrstuvwxyzäöü"):
@@ -163,7 +163,7 @@ def _special(chunk: str, begin: int, end: int) -> list[str]:
 
 
 def _split_inside(chunk: str) -> list[str]:
-    if len(chunk) <= LONGEST_URL and _URL.match(chunk):
+    if len(chunk) <= MAX_URL and _URL.match(chunk):
         return [chunk]
     words = []
     position = 0

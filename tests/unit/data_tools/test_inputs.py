@@ -16,7 +16,7 @@ import pytest
 from clean_samples import read_records, run_dedup, write_records
 from data_samples import MakeDataset, RunCommand
 
-from data_tools.inputs import InputFile, Selection, find_inputs
+from data_tools.inputs import FileSelector, InputFile, find_inputs
 from data_tools.kinds import Kind
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import ReadOptions, Record
@@ -30,7 +30,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256))
 def found(*arguments: object, **selection: object) -> tuple[list[tuple[str, str]], str]:
     """Name and kind of each file, and what was said of them."""
     said: list[str] = []
-    files = find_inputs(list(map(str, arguments)), Selection(**selection), say=said.append)  # type: ignore[arg-type]
+    files = find_inputs(list(map(str, arguments)), FileSelector(**selection), say=said.append)  # type: ignore[arg-type]
     return [(Path(file.name).name, file.kind.value) for file in files], said[0]
 
 
