@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatrain.api import Model, Run, load, open_run
+    from megatrain.api import Callback, Model, Run, load, open_run, train
 
 __version__ = "0.2.0"
-__all__ = ["Model", "Run", "__version__", "load", "open_run"]
+__all__ = ["Callback", "Model", "Run", "__version__", "load", "open_run", "train"]
 
 
 def __getattr__(name: str) -> Any:

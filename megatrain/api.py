@@ -5,6 +5,8 @@ B: sequences, T: tokens, V: vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,20 +22,29 @@ from torch import Tensor
 
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import locate
+from megatrain.checkpoint.lock import folders_of, locked
 from megatrain.checkpoint.origin import load as load_config
 from megatrain.checkpoint.store import TOKENIZER, CheckpointFolder, find_store, is_checkpoint, resolve_best
 from megatrain.config import ModelConfig, RunConfig, recipes
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.distributed.bootstrap import export_rank, job_identity, read_rank
+from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS, Requests
+from megatrain.errors import CheckpointError, ConfigError, DataError, Preempted
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
 from megatrain.model.init import init_model
+from megatrain.observe.callbacks import Callback
 from megatrain.observe.goodput import Goodput
+from megatrain.observe.logs import setup_logging
 from megatrain.observe.record import CONFIG_FILE, RunRecord, read_run
+from megatrain.plan import rules
 from megatrain.plan.flops import parameter_shapes
 from megatrain.train.assets import CARRIED, Assets
+from megatrain.train.config_record import refuse_record_of_another_run
 from megatrain.train.inference import encode_prompt, stream_text
 from megatrain.train.loading import empty_decoder, load_decoder
+
+__all__ = ["Callback", "Model", "Run", "load", "open_run", "train"]
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]] | Tensor
 
@@ -200,6 +211,41 @@ def open_run(path: str | Path) -> Run:
     if not (folder / CONFIG_FILE).is_file():
         raise DataError(f"{folder} is not a run folder (it has no {CONFIG_FILE}): give run.dir of a run's config.")
     return Run(folder)
+
+
+def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> Run:
+    """Train a config's (or a recipe's) run in this process, as one rank, to its end or where a callback stops it.
+
+    ``overrides``: KEY=VALUE, as on the command line. Again, it goes on from the newest good checkpoint. Ctrl-C and
+    SIGTERM end the run with its state saved, as for the command. Several ranks are for the command: `megatrain train`.
+    Raises what the command would print: ConfigError, DataError, CheckpointError, Diverged.
+    """
+    from megatrain.parallel.deepspeed_engine import forget_globals  # DeepSpeed, which takes seconds to import
+    from megatrain.train import start
+
+    path, rank = recipes.find(config), read_rank()
+    if rank.world_size > 1:
+        raise ConfigError("megatrain.train is one rank: several are started with the command, `megatrain train`.")
+    loaded = load_config(path, overrides)
+    rules.check(loaded, 1)
+    refuse_record_of_another_run(path, loaded, list(overrides))
+    run_dir = Path(loaded.run.dir)
+    with contextlib.ExitStack() as held:
+        lease, *_ = [
+            held.enter_context(locked(folder, job_identity())) for folder in folders_of(run_dir, loaded.checkpoint.dir)
+        ]
+        handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
+        export_rank(rank)
+        setup_logging(run_dir, 0, console=True)
+        try:
+            start.train(loaded, rank, Requests(), lease, overrides=overrides, callbacks=callbacks)
+        except Preempted:
+            pass
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            forget_globals()
+    return open_run(run_dir)
 
 
 def _table(columns: Mapping[str, NDArray[np.float64]]) -> pa.Table:

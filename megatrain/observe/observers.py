@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from megatrain.observe.callbacks import Callback
 from megatrain.observe.console import ProgressConsole
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.metrics import MetricsWriter, StepMetrics
@@ -32,8 +33,12 @@ class Observers:
         resume_step: int = 0,
         tensorboard: bool = True,
         ledger: GoodputLedger | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self._resume_step = resume_step
+        self._callbacks = callbacks
+        self.is_stop_requested = False
+        """Whether a callback has asked for an end."""
         self.ledger = ledger or GoodputLedger(run_dir, time.time())  # before lines that count no more are dropped
         self._console = ProgressConsole(num_steps, resume_step)
         self._metrics = MetricsWriter(run_dir, resume_step)
@@ -78,6 +83,7 @@ class Observers:
         if self._tensorboard:
             self._tensorboard.step(metrics)
         self._console.step(metrics)
+        self._notify(callback.on_step(metrics) for callback in self._callbacks)
 
     def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
         """Record and show the validation loss after ``step`` steps, and the seconds it took.
@@ -90,16 +96,19 @@ class Observers:
             self._tensorboard.validation(step, loss, several)
         text = "".join(f" | {name} {of_set:.4f}" for name, of_set in several.items())
         self._console.line(f"step {step} | validation loss {loss:.4f}{text} ({format_duration(seconds)})")
+        self._notify(callback.on_validation(step, loss, each or {}) for callback in self._callbacks)
 
     def saved(self, step: int, path: object, seconds: float) -> None:
         """Record and show a checkpoint that is now safe at ``path``; training stood still for ``seconds``."""
         self._metrics.event("save", step, {"path": str(path), "seconds": seconds})
         self._console.line(f"step {step} | saved {path} ({format_duration(seconds)})")
+        self._notify(callback.on_save(step, str(path)) for callback in self._callbacks)
 
     def event(self, name: str, step: int, message: str) -> None:
         """Record and show what else happened after ``step`` steps: skipped, straggler, ..."""
         self._metrics.event(name, step, {"message": message})
         self._console.line(f"step {step} | {message}")
+        self._notify(callback.on_event(name, step, message) for callback in self._callbacks)
 
     def end(self, name: str, step: int, message: str) -> None:
         """Record and show that the run stops or finishes after ``step`` steps, and where its time went; of one that
@@ -109,6 +118,11 @@ class Observers:
         self._metrics.event(name, step, {"message": message, "goodput": self._goodput()})
         self._console.line(f"step {step} | {message}")
         self._console.line(f"step {step} | {self.ledger.figures.text()}")
+        for callback in self._callbacks:
+            callback.on_end(step, message)
+
+    def _notify(self, answers: Iterable[bool | None]) -> None:
+        self.is_stop_requested |= True in list(answers)  # all are called, also after one that asks for the end
 
     def _goodput(self) -> dict[str, float]:
         return {part: round(seconds, 3) for part, seconds in self.ledger.figures._asdict().items()}

@@ -16,6 +16,7 @@ from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
 from megatrain.errors import Diverged
+from megatrain.observe.callbacks import Callback
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
@@ -39,11 +40,13 @@ def train(
     clock: StartClock | None = None,
     liveness_monitor: LivenessMonitor | None = None,
     overrides: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Progress:
     """Train to the config's last step, from the newest good checkpoint if there is one. Collective.
 
     ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``liveness_monitor``: ends the
-    ranks where one is stuck. ``overrides``: the KEY=VALUE that the config was given on the command line. Raises
+    ranks where one is stuck. ``overrides``: the KEY=VALUE that the config was given on the command line.
+    ``callbacks``: called on rank 0. Raises
     Preempted after a request to stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
@@ -62,7 +65,7 @@ def train(
         record_new_run(run.config)
     resumed_from = str(folder.path) if folder else None
     while True:
-        with _observed(run, progress, resumed_from, complaints, clock, ledger) as observers:
+        with _observed(run, progress, resumed_from, complaints, clock, ledger, callbacks) as observers:
             trainer = Trainer(run, progress, stop, observers, lease)
             with _giving_up_told(observers, trainer):
                 try:
@@ -82,6 +85,7 @@ def _observed(
     complaints: Sequence[str],
     clock: StartClock | None,
     ledger: GoodputLedger | None,
+    callbacks: Sequence[Callback],
 ) -> Iterator[Observers | None]:
     """On rank 0 what watches the run from ``progress`` on, told how it came there."""
     if run.rank.rank != 0:
@@ -89,7 +93,7 @@ def _observed(
         return
     config = run.config
     run_dir, tensorboard = Path(config.run.dir), config.observe.tensorboard
-    with Observers(run_dir, config.train.steps, progress.step, tensorboard, ledger) as observers:
+    with Observers(run_dir, config.train.steps, progress.step, tensorboard, ledger, callbacks) as observers:
         if clock is not None:
             clock.lap("observers")
         changes = resume_changes(run.former, config, progress.step) if run.former and clock else {}

@@ -202,7 +202,8 @@ class Trainer:
         """What this rank was asked for since the last step."""
         due = self._run.rank.rank == 0 and time.monotonic() >= self._compare_at
         to_compare = due and self._is_logged(self.progress.step + 1)  # the clock alone decides nothing that is logged
-        return ControlFlags(self._requests.signal is not None, self._is_save_asked(), to_compare)
+        by_callback = self._observers is not None and self._observers.is_stop_requested
+        return ControlFlags(self._requests.signal is not None or by_callback, self._is_save_asked(), to_compare)
 
     def _is_save_asked(self) -> bool:
         """Whether this rank was asked, by signal or by RUN/save-now, to save once and go on."""
@@ -279,7 +280,8 @@ class Trainer:
             )
         if stopping and not self._is_over:
             asked = self._run.groups.first_value(self._requests.signal)  # it may have come to another rank alone
-            message = f"stopped early on request ({asked.name if asked else '?'}), state saved: start it again to go on"
+            who = asked.name if asked else "a callback"
+            message = f"stopped early on request ({who}), state saved: start it again to go on"
             if self._observers:
                 self._observers.end("stop", step, message)
             raise Preempted(f"Step {step}: {message}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import megatrain
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.observe.metrics import StepMetrics
 from megatrain.train.convert import export_checkpoint
 from tests.runs import TinyData, tiny_config, write_config
 
@@ -107,6 +109,51 @@ def test_the_best_checkpoint_is_loaded(finished_run: Path, tmp_path: Path) -> No
     assert not torch.equal(best.logits([1, 2]), megatrain.load(run_dir).logits([1, 2]))
     with pytest.raises(CheckpointError, match="is one checkpoint"):
         megatrain.load(manifest.parent, best=True)
+
+
+class Recorder(megatrain.Callback):
+    """Keeps what it was called with; asks for the end after step 3."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def on_step(self, metrics: StepMetrics) -> bool:
+        self.calls.append(("step", metrics.step))
+        return metrics.step == 3
+
+    def on_validation(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
+        assert loss > 0
+        assert len(losses) == 1
+        self.calls.append(("validation", step))
+
+    def on_save(self, step: int, path: str) -> None:
+        assert path.endswith(f"step-{step:08}")
+        self.calls.append(("save", step))
+
+    def on_event(self, name: str, step: int, message: str) -> None:
+        self.calls.append((name, step))
+
+    def on_end(self, step: int, message: str) -> None:
+        self.calls.append(("end", step))
+
+
+def test_a_callback_sees_a_run_and_stops_it(tiny_data: TinyData, tmp_path: Path) -> None:
+    sections = {"train": {"steps": 6, "eval_every_steps": 2, "eval_batches": 1}, "checkpoint": {"every_steps": 2}}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", **sections))
+    script = f"""
+import signal, megatrain
+from tests.unit.test_api import Recorder
+recorder, former = Recorder(), signal.getsignal(signal.SIGINT)
+run = megatrain.train({str(config)!r}, ["optimizer.lr=0.002"], [recorder])
+assert signal.getsignal(signal.SIGINT) is former
+assert [call for call in recorder.calls if call[0] not in ("epochs", "save")] == [
+    ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("validation", 4), ("step", 4), ("end", 4)]
+assert [step for name, step in recorder.calls if name == "save"] == [2, 4]  # in the background: later than its step
+assert run.config.optimizer.lr == 0.002 and run.checkpoints[-1].step == 4
+assert megatrain.train({str(config)!r}, ["optimizer.lr=0.002"]).checkpoints[-1].step == 6
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
