@@ -17,8 +17,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2", "num_key_value_heads": None, "tie_word_embeddings": False},
     "gpt2_tied": {"family": "gpt2", "num_key_value_heads": None, "tie_word_embeddings": True},
 }
-# Proven on some layouts, by test_families.py: the layers are llama's but for one norm.
+# Proven on some layouts, by test_families.py: the layers are llama's but for one thing.
 FURTHER_MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {"family": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"family": "qwen3", "num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 24},
     "qwen3_mqa": {"family": "qwen3", "num_key_value_heads": 1, "tie_word_embeddings": False, "head_dim": 8},
     "mistral": {

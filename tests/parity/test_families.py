@@ -1,4 +1,4 @@
-"""Families beside llama and gpt2: qwen3, whose norms of queries and keys see a part of the heads, mistral's window."""
+"""Families beside llama and gpt2: qwen3, whose norms of queries and keys see a part of the heads, and others."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ NUM_STEPS = 5
 @pytest.mark.parametrize(
     ("model", "num_ranks", "parallel"),
     [
+        ("qwen2", 2, {"tensor": 2, "sequence": True}),
+        pytest.param("qwen2", 2, {"pipeline": 2}, marks=slow),
+        pytest.param("qwen2", 4, {"tensor": 4, "zero_stage": 3}, marks=slow),
+        pytest.param("qwen2", 4, {"tensor": 2, "pipeline": 2, "recompute": "full"}, marks=slow),
         ("qwen3", 2, {"tensor": 2}),
         ("qwen3", 2, {"pipeline": 2}),
         ("mistral", 2, {"tensor": 2, "sequence": True}),

@@ -24,6 +24,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-llama3-rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
     "mistral": {"family": "mistral", "num_key_value_heads": 2, "tie_word_embeddings": False},
     "mistral-window": {"family": "mistral", "num_key_value_heads": 2, "sliding_window": 37},
+    "qwen2-tied": {"family": "qwen2", "num_key_value_heads": 2},
+    "qwen2-untied": {"family": "qwen2", "head_dim": 24, "tie_word_embeddings": False},
     "qwen3-tied": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 24},
     "qwen3-untied": {"family": "qwen3", "head_dim": 32, "hidden_size": 60, "tie_word_embeddings": False},
     "gpt2-tied": {"family": "gpt2"},

@@ -72,6 +72,11 @@ def test_the_0_6b_qwen3_has_the_published_size():
     assert flops_per_token(config, 4096) == 6 * (28 * per_layer + 1024 * 151936) + 12 * 28 * 16 * 128 * 4096
 
 
+def test_the_half_billion_qwen2_has_the_published_size():
+    keys = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    assert num_parameters(ModelConfig(family="qwen2", **keys, num_key_value_heads=2, vocab_size=151936)) == 494_032_768
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("intermediate", [None, 200])
 def test_gpt2_has_as_many_parameters_as_in_transformers(tied, intermediate):

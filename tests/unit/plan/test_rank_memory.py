@@ -30,6 +30,7 @@ MODEL = {
     "vocab_size": 101,
 }
 GPT2 = {"family": "gpt2", "num_key_value_heads": None}
+QWEN2 = {"family": "qwen2"}
 QWEN3 = {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
 
 
@@ -74,6 +75,7 @@ CASES = [
     Case("bf16", 3, {"offload": "all"}),
     *(Case("bf16", stage, {"tensor": 2}, QWEN3) for stage in (0, 3)),
     Case("bf16", 1, {"tensor": 2}, GPT2),
+    Case("bf16", 1, {"tensor": 4}, QWEN2),
     Case("bf16", 2, {"tensor": 4, "recompute": "selective"}),
     Case("bf16", 1, {"tensor": 4, "sequence": True}),
     Case("bf16", 1, {"recompute": "full"}, {"tie_word_embeddings": False}),
@@ -143,7 +145,7 @@ def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
     assert activations(case.part, on_cpu=True) == pytest.approx(measured[case.name]["activations"], rel=0.02)
 
 
-@pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN3], ids=str)
+@pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN2, QWEN3], ids=str)
 def test_parameters_of_all_ranks_make_the_model(model):
     (whole,) = stage_models(RunConfig.model_validate(Case("bf16", 1, {}, model).config), 1)
     assert whole.num_parameters == num_parameters(whole.config.model)

@@ -24,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -57,6 +59,7 @@ DROPOUTS: dict[str, Any] = {"attn_pdrop": 0.1, "resid_pdrop": 0.2, "embd_pdrop":
 MODELS: dict[str, tuple[Any, type[torch.nn.Module]]] = {
     "llama": (LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, attention_dropout=0.1), LlamaForCausalLM),
     "mistral": (MistralConfig(**SIZES, sliding_window=9), MistralForCausalLM),
+    "qwen2": (Qwen2Config(**SIZES), Qwen2ForCausalLM),
     "qwen3": (Qwen3Config(**SIZES, head_dim=24), Qwen3ForCausalLM),
     "gpt2": (GPT2Config(vocab_size=131, n_embd=32, n_layer=2, n_head=4, n_positions=64, **DROPOUTS), GPT2LMHeadModel),
 }
@@ -300,6 +303,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: change_config(
             f, use_sliding_window=True, sliding_window=16, layer_types=["full_attention", "sliding_attention"]
         ),
+        "a window of 16 tokens",
+    ),
+    "window of qwen2": (
+        "qwen2",
+        lambda f: change_config(f, use_sliding_window=True, sliding_window=16, max_window_layers=1, layer_types=None),
         "a window of 16 tokens",
     ),
     "a window that is no number": ("mistral", lambda f: change_config(f, sliding_window="wide"), "sliding_window: "),
