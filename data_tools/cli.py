@@ -264,8 +264,8 @@ def dedup(
     from data_tools.clean.dedup import DedupOptions
     from data_tools.clean.dedup import dedup as run
 
-    asked = {"threshold": threshold, "num_permutations": num_permutations, "ngram": ngram}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    all_options = {"threshold": threshold, "num_permutations": num_permutations, "ngram": ngram}
+    given: dict[str, Any] = {name: value for name, value in all_options.items() if value is not None}
     if given and method != "minhash":
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{named} would do nothing: it is for near duplicates, --method minhash.")
@@ -317,9 +317,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What a dataset holds: counts, lengths, sources, and a document as text beside its tokens."""
-    from data_tools.inspect import describe, describe_json, show
+    from data_tools.inspect import count, describe, describe_json, describe_statistics, show
     from data_tools.progress import show_progress
-    from data_tools.stats import count, describe_statistics
     from megatrain.data import open_dataset
 
     opened = open_dataset(dataset)
@@ -340,10 +339,16 @@ def stats(
     as_json: JsonOption = False,
 ) -> None:
     """Lengths of documents, shares of sources, frequent tokens; as a picture too."""
-    from data_tools.inspect import OutputConsole, describe_json, show_statistics
+    from data_tools.inspect import (
+        OutputConsole,
+        check_picture,
+        count,
+        describe_json,
+        describe_statistics,
+        show_statistics,
+    )
+    from data_tools.inspect import plot as draw
     from data_tools.progress import show_progress
-    from data_tools.stats import check_picture, count, describe_statistics
-    from data_tools.stats import plot as draw
     from megatrain.data import open_dataset
 
     if plot is not None:

@@ -289,11 +289,11 @@ def _walk(folder: Path, passed_over: dict[str, tuple[str, str]]) -> Iterator[Pat
             "inputs without it."
         ) from None
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        links = (path for path in (Path(place, name) for name in folders) if path.is_symlink())
+        links = (path for path in (Path(parent, name) for name in folders) if path.is_symlink())
         passed_over |= {str(link): ("link to a folder", "name it to have it read") for link in links}
-        yield from (Path(place, name) for name in names if not name.startswith("."))
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def _match(pattern: str) -> list[Path]:

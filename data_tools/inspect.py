@@ -1,30 +1,180 @@
-"""What a dataset holds: counts, lengths of documents, and a document as text beside its tokens."""
+"""What a dataset holds: counted in a sample of its record batches or in all, shown, and drawn."""
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_tools.work import Progress
 from megatrain.data import Dataset
 from megatrain.data.format import shard_name
+from megatrain.data.shard import Views
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
 from megatrain.units import format_bytes
 
+SAMPLED_BATCHES = 64
+MAX_SOURCES = 1000
+TOTALS = ("documents", "tokens", "text_bytes")
+NUM_FREQUENT = 20
+PICTURES = (".png", ".svg", ".pdf")
+SHARES = {"min": 0.0, "p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
 BAR_WIDTH = 30
 MAX_SHOWN_ROWS = 10
 MAX_SHOWN_LINES = 40
 MAX_SHOWN_TOKENS = 4000
 
 
+@dataclass
+class Statistics:
+    """Exact counts of the record batches that were looked at."""
+
+    vocab_size: int
+    num_batches: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    """How many documents have how many tokens."""
+    sources: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    """Of each input file, or of each folder of them: documents, tokens, bytes of text."""
+    token_counts: npt.NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_counts = np.zeros(self.vocab_size, np.int64)
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        tokens, offsets = Views.of(batch)
+        lengths = np.diff(offsets)
+        self.num_batches += 1
+        self.num_documents += len(lengths)
+        self.num_tokens += len(tokens)
+        self.lengths.update(dict(zip(*(part.tolist() for part in np.unique(lengths, return_counts=True)), strict=True)))
+        counts = np.bincount(tokens, minlength=self.vocab_size)
+        if len(counts) == self.vocab_size:  # otherwise the batch is damaged: `verify` tells how
+            self.token_counts += counts
+        table = pa.table(
+            {"file": batch["source"].field("file"), "tokens": lengths, "text_bytes": batch["text_bytes"]}
+        ).group_by("file")
+        for row in table.aggregate([("file", "count"), ("tokens", "sum"), ("text_bytes", "sum")]).to_pylist():
+            self._add_source(row["file"], np.array([row["file_count"], row["tokens_sum"], row["text_bytes_sum"]]))
+        # By folder, so that a million small files do not fill the memory.
+        while len(self.sources) > MAX_SOURCES and any("/" in name for name in self.sources):
+            before, self.sources = self.sources, {}
+            for name, totals in before.items():
+                self._add_source(name if "/" not in name else name.rpartition("/")[0], totals)
+
+    def _add_source(self, name: str, totals: npt.NDArray[np.int64]) -> None:
+        self.sources[name] = self.sources.get(name, 0) + totals
+
+
+def count(dataset: Dataset, progress: Progress, *, everything: bool) -> Statistics:
+    """Look at all record batches, or at SAMPLED_BATCHES at even distances; a Statistics of constant size."""
+    total = int(dataset.table.batch_starts[-1])
+    num_batches = total if everything else min(SAMPLED_BATCHES, total)
+    statistics = Statistics(dataset.vocab_size)
+    num_bytes = int(dataset.table.rows["bytes"].to_numpy().sum()) * num_batches // total
+    with progress("count", num_bytes) as advance:
+        for chosen in range(num_batches):
+            shard, number = dataset.table.shard_of_batch(chosen * total // num_batches)
+            opened = dataset.shard(shard)
+            statistics.add(opened.record_batch(number))
+            advance(opened.batches[number].num_bytes)
+    return statistics
+
+
+def describe_statistics(dataset: Dataset, statistics: Statistics) -> dict[str, Any]:
+    """What was counted, and in how much of the dataset."""
+    num_tokens = statistics.num_tokens
+    ranked_sources = sorted(statistics.sources.items(), key=lambda item: (-item[1][1], item[0]))
+    sources = [(name, dict(zip(TOTALS, totals.tolist(), strict=True))) for name, totals in ranked_sources]
+    ranked_tokens = np.argsort(-statistics.token_counts, kind="stable")[:NUM_FREQUENT].tolist()
+    tokens = [(token, int(statistics.token_counts[token])) for token in ranked_tokens if statistics.token_counts[token]]
+    return {
+        "counted": {
+            "record_batches": statistics.num_batches,
+            "of_record_batches": int(dataset.table.batch_starts[-1]),
+            "documents": statistics.num_documents,
+            "tokens": num_tokens,
+        },
+        "tokens_per_document": _length_figures(statistics),
+        "length_histogram": _length_histogram(statistics),
+        "sources": [{"source": name, "share": totals["tokens"] / num_tokens, **totals} for name, totals in sources],
+        "frequent_tokens": [
+            {"id": token, "text": dataset.tokenizer.decode([token]), "count": number, "share": number / num_tokens}
+            for token, number in tokens
+        ],
+    }
+
+
+def _length_figures(statistics: Statistics) -> dict[str, float]:
+    """Mean and quantiles of the tokens of a document; a quantile is the length of a document that there is."""
+    lengths = np.array(sorted(statistics.lengths))
+    ends = np.cumsum([statistics.lengths[length] for length in lengths.tolist()])
+    at = {name: np.searchsorted(ends, max(share * ends[-1], 1)) for name, share in SHARES.items()}
+    mean = statistics.num_tokens / statistics.num_documents
+    return {"mean": mean, **{name: float(lengths[min(index, len(lengths) - 1)]) for name, index in at.items()}}
+
+
+def _length_histogram(statistics: Statistics) -> list[dict[str, int]]:
+    """Documents and tokens by length, in bins of powers of two: from <= tokens of a document < to."""
+    documents: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    for length, number in statistics.lengths.items():
+        documents[length.bit_length()] += number
+        tokens[length.bit_length()] += number * length
+    return [
+        {"from": 1 << (bits - 1), "to": 1 << bits, "documents": documents[bits], "tokens": tokens[bits]}
+        for bits in sorted(documents)
+    ]
+
+
+def check_picture(path: Path) -> None:
+    """Raise ConfigError where the name of the file is not that of a picture we draw."""
+    if path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot {path}: its name should end in {', '.join(PICTURES)}, which says how it is drawn.")
+
+
+def plot(statistics: Statistics, described: dict[str, Any], title: str, path: Path) -> None:
+    """Draw lengths, sources, and tokens by frequency. Raises ConfigError where the file cannot be written so."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    lengths, sources, tokens = figure.subplots(1, 3)
+    bins = described["length_histogram"]
+    lengths.bar(range(len(bins)), [entry["documents"] for entry in bins], color="tab:blue")
+    lengths.set_xticks(range(len(bins)), [f"{entry['from']}" for entry in bins], rotation=60)
+    lengths.set(title="Documents by length", xlabel="tokens, from", ylabel="documents")
+    shown = described["sources"][:NUM_FREQUENT][::-1]
+    names = [PurePosixPath(entry["source"]).name[:40].replace("$", r"\$") for entry in shown]
+    sources.barh(range(len(shown)), [100 * entry["share"] for entry in shown], color="tab:green")
+    sources.set_yticks(range(len(shown)), names)
+    sources.set(title="Sources", xlabel="% of the tokens")
+    counts = np.sort(statistics.token_counts[statistics.token_counts > 0])[::-1]
+    tokens.loglog(np.arange(1, len(counts) + 1), counts, color="tab:red")
+    tokens.set(title=f"Tokens by frequency ({len(counts)} of {statistics.vocab_size})", xlabel="rank", ylabel="count")
+    figure.suptitle(title.replace("$", r"\$"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of signs in names that the font has not: boxes stand for them
+            figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path} cannot be written: {error}") from None
+
+
 class OutputConsole(Console):
-    """Standard output; leaves a reader that has gone to whoever runs the command."""
+    """Standard output; raises BrokenPipeError where nothing reads it, which `Commands` handles."""
 
     def on_broken_pipe(self) -> None:
         raise  # rich calls this where it handles the error, and would exit with 1

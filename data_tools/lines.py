@@ -117,34 +117,34 @@ def _values_in_lines(file: InputFile, blocks: Iterator[bytes]) -> Iterator[bytes
     """The values of a JSON array, or values one after another, each on a line of its own."""
     # One character a byte: what is found is cut out of the bytes as it stands, whatever its encoding.
     decoder = json.JSONDecoder(strict=False, parse_int=str, parse_float=str)
-    text, place, wanted, in_array = "", 0, 0, False
+    text, position, wanted, in_array = "", 0, 0, False
     for number, block in enumerate(chain(blocks, [b""])):
-        text, place = text[place:] + block.decode("latin-1"), 0
+        text, position = text[position:] + block.decode("latin-1"), 0
         if number == 0:
             text = text.removeprefix(BYTE_ORDER_MARK.decode("latin-1")).lstrip()
-            place = in_array = text.startswith("[")
+            position = in_array = text.startswith("[")
         if block and len(text) < wanted:
             continue
         wanted = 0
-        while not wanted and (place := _skip_between(text, place)) < len(text) and text[place] != "]":
+        while not wanted and (position := _skip_between(text, position)) < len(text) and text[position] != "]":
             try:
-                _, end = decoder.raw_decode(text, place)
+                _, end = decoder.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
-                if not block or len(text) - place > MAX_DOCUMENT_BYTES:
+                if not block or len(text) - position > MAX_DOCUMENT_BYTES:
                     raise BadInput(f"{file.name} is cut off, or no JSON: {_in_line(error)}.") from None
-                wanted = 2 * (len(text) - place)  # twice as much, so that a long value is not parsed again and again
+                wanted = 2 * (len(text) - position)  # twice as much, so that a long value is not parsed again and again
             else:
-                yield text[place:end].translate(_NO_LINE_ENDS).encode("latin-1") + b"\n"
-                place = end
-    if in_array and text[place : place + 1] != "]":
+                yield text[position:end].translate(_NO_LINE_ENDS).encode("latin-1") + b"\n"
+                position = end
+    if in_array and text[position : position + 1] != "]":
         raise BadInput(f"{file.name} is cut off: its array does not end. Download or write it again.")
-    if text[place + in_array :].strip():
+    if text[position + in_array :].strip():
         raise BadInput(f"{file.name} is no JSON: something follows its array.")
 
 
-def _skip_between(text: str, place: int) -> int:
-    found = _BETWEEN.match(text, place)
-    return found.end() if found else place
+def _skip_between(text: str, position: int) -> int:
+    found = _BETWEEN.match(text, position)
+    return found.end() if found else position
 
 
 _NO_LINE_ENDS = {ord("\n"): " ", ord("\r"): " "}

@@ -58,7 +58,7 @@ def _ranges(file: InputFile, part_bytes: int, errors: str) -> Iterator[tuple[int
         except BadInput:
             if errors != "skip":
                 raise
-            yield 0, None, file.num_bytes  # whoever reads it finds the same
+            yield 0, None, file.num_bytes  # its reader finds the same
     elif file.is_streamed or file.kind is Kind.ARROW:
         yield 0, None, file.num_bytes
     else:

@@ -1,4 +1,4 @@
-"""Files at an address, by way of fsspec: found, told apart from what was there before, and opened."""
+"""Files at an address, through fsspec: listed, with a version of each, and opened."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def list_url(address: str) -> Iterator[tuple[str, bool, int | None, str]]:
     """What an address, folder or pattern names: address, whether it was named itself (and is not just one of a folder),
     bytes (None where the store does not say), and a version. Hidden files are left out.
 
-    Raises DataError where the store cannot be asked.
+    Raises DataError where the store does not answer.
     """
     given = set(address.split("/"))
     try:

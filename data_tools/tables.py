@@ -352,7 +352,7 @@ def _csv_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordBat
         return
     if magic_name(header):
         raise pa.ArrowInvalid("no text")  # which names what it is
-    # Not `open_csv`: threads of a reader that is let go have been seen to abort the process at its exit.
+    # Not `open_csv`: threads of an abandoned reader have been seen to abort the process at exit.
     in_order = pyarrow.csv.ReadOptions(use_threads=False)
     names = pyarrow.csv.read_csv(io.BytesIO(header + b"\n"), in_order, parse).schema.names
     columns = _columns(names, options, file)

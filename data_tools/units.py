@@ -1,9 +1,9 @@
-"""Into which pieces the input is cut, whoever reads them.
+"""How the input is cut into units and parts.
 
 A `Unit` is what one worker takes at a time: a byte range of a plain JSON-lines file, row groups of a parquet file, a
 whole compressed or Arrow file, or many small files. It comes apart into numbered `Part`s of about PART_BYTES, by where
-in the unit a document begins. So the same files give the same parts, whoever reads them, and however often. Several
-workers may read the same unit, and each do some of its parts.
+in the unit a document begins. So the same files give the same parts in every process and every run. Several workers may
+read the same unit, and each process some of its parts.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Record(NamedTuple):
     id: str | None
     file: int
     """Index in the unit's files."""
-    extra: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
-    """The record's other keys, if they were asked for."""
+    extra: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+    """The record's other keys, with `whole_records`."""
 
 
 class BadRow(NamedTuple):
@@ -81,9 +81,9 @@ Row = Record | BadRow | None
 
 
 class Part(NamedTuple):
-    """Part number `number` of a unit. Its rows are to be read before the next part is asked for, or not at all.
+    """Part number `number` of a unit. Read its rows before the next part, or not at all.
 
-    Rows that nobody asks for are not parsed, and in a plain JSON-lines file not even read.
+    Rows that are not iterated over are not parsed, and in a plain JSON-lines file not even read.
     """
 
     number: int

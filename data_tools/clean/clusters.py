@@ -90,7 +90,7 @@ def _unite(parents: Documents, first: Documents, second: Documents) -> None:
 
 
 def _roots(parents: Documents, documents: Documents) -> Documents:
-    """The root of each document; on the way, each is hung directly under it."""
+    """The root of each document, with path compression."""
     roots = parents[documents]
     while True:
         above = parents[roots]

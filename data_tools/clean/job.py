@@ -1,6 +1,6 @@
 """One command and the folder that it writes: begun once, gone on with after a kill, finished once.
 
-Any number of processes may be at it, on one machine or on many that share the folder: each does what nobody has done or
+Any number of processes may run it, on one machine or on many that share the folder: each does what no other has done or
 is doing, and waits for the rest.
 """
 
@@ -64,7 +64,7 @@ class Task(Generic[T]):
 
 
 class Job:
-    """The work of one command, shared with whoever else runs it."""
+    """The work of one command, shared by all processes that run it."""
 
     def __init__(self, work: Path, effort: Effort) -> None:
         self.work = work
@@ -72,7 +72,7 @@ class Job:
         self.claims = Claims(work / "claims")
 
     def run(self, name: str, function: Callable[[T, Advance], None], tasks: Sequence[Task[T]]) -> None:
-        """Call the function for the work of every task; return when all are done, by us or by others."""
+        """Call the function for the work of every task; return when all are done, here or in other processes."""
         claimed = partial(_run_claimed, function, self.claims)
         ranks, poll_seconds = self.effort.ranks, MIN_POLL_SECONDS
         while pending := _pending(tasks):
@@ -89,16 +89,16 @@ class Job:
                 poll_seconds = min(2 * poll_seconds, MAX_POLL_SECONDS)
 
     def run_in_one(self, name: str, function: Callable[[], None], done: Path) -> None:
-        """Have the function called by one of those at work."""
+        """Have one of the processes call the function."""
         while not done.exists():
-            with self.claims.claim(name) as is_ours:
-                if is_ours and not done.exists():
+            with self.claims.claim(name) as acquired:
+                if acquired and not done.exists():
                     function()
             if not done.exists():
                 time.sleep(MIN_POLL_SECONDS)
 
     def share(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, as plain data, made once and stored for all who are at work."""
+        """What `make` gives, as plain data, made once and stored for all processes."""
         path = self.work / f"{name}.json"
         self.run_in_one(name, lambda: commit_bytes(path, orjson.dumps(make())), path)
         return orjson.loads(path.read_bytes())
@@ -113,8 +113,8 @@ def _pending(tasks: Sequence[Task[T]]) -> list[Task[T]]:
 
 def _run_claimed(function: Callable[[T, Advance], None], claims: Claims, task: Task[T], advance: Advance) -> None:
     """Do a task unless it is done, or another process is doing it."""
-    with claims.claim(str(task.done)) as is_ours:
-        if is_ours and not task.done.exists():
+    with claims.claim(str(task.done)) as acquired:
+        if acquired and not task.done.exists():
             function(task.work, advance)
 
 
@@ -128,7 +128,7 @@ def run_once(
 ) -> dict[str, Any]:
     """Have `make` called, unless this very command is done; gives its report, in both cases.
 
-    `make` is to leave in the job's folder what it wants to find again after a kill. It returns the report, and when
+    `make` keeps in the job's folder what it needs again after a kill. It returns the report, and when
     that is stored the command is done. Raises ConfigError where `out` holds anything else.
     """
     origin = Origin(command, files)

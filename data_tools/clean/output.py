@@ -74,7 +74,7 @@ class OutputWriter:
     corpus: Corpus
     decide: Decide
     examples: set[int]
-    """Documents of which the report wants to see the text."""
+    """Documents whose text the report shows."""
 
     def list_path(self, number: int) -> Path:
         return self.out / REPORT_FOLDER / f"dropped-{number:06d}.arrow"

@@ -68,7 +68,7 @@ _WHOLE = frozenset(_NOT_SPLIT.split())
 _SENTENCE_ENDS = frozenset("!.?։؟۔܀܁܂߹।॥၊။።፧፨‼‽⁇⁈⁉⸮﹒﹖﹗！．？｡。")
 MAX_CACHED_CHARACTERS = 64
 """Characters; longer ones rarely come twice."""
-MAX_SPECIAL, MAX_SUFFIX, MAX_URL = 14, 8, 2048
+MAX_SPECIAL_CASE, MAX_SUFFIX, MAX_URL = 14, 8, 2048
 
 
 def split_words(text: str) -> list[str]:
@@ -104,13 +104,13 @@ def _split_chunk(chunk: str) -> Iterable[str]:
     before: list[str] = []
     behind: list[str] = []
     begin, end = 0, len(chunk)
-    # By places, not by shorter and shorter strings: a chunk may be a million brackets.
-    while begin < end and not (whole := _special(chunk, begin, end)):
+    # By positions, not by shorter and shorter strings: a chunk may be a million brackets.
+    while begin < end and not (whole := _special_case(chunk, begin, end)):
         prefix, suffix = _PREFIX.match(chunk, begin, end), _suffix_start(chunk, begin, end)
         after_prefix = prefix.end() if prefix else begin
-        if prefix and _special(chunk, after_prefix, end):
+        if prefix and _special_case(chunk, after_prefix, end):
             suffix = end
-        elif suffix < end and _special(chunk, begin, suffix):
+        elif suffix < end and _special_case(chunk, begin, suffix):
             after_prefix = begin
         elif after_prefix > suffix:
             suffix = end
@@ -147,9 +147,9 @@ def _suffix_start(chunk: str, begin: int, end: int) -> int:
     return found.start() if found else end
 
 
-def _special(chunk: str, begin: int, end: int) -> list[str]:
-    """The words of a chunk that is split by heart, or not at all; nothing for all others."""
-    if end - begin > MAX_SPECIAL:
+def _special_case(chunk: str, begin: int, end: int) -> list[str]:
+    """The words of a special case, such as a contraction or an abbreviation; nothing for other chunks."""
+    if end - begin > MAX_SPECIAL_CASE:
         return []
     chunk = chunk[begin:end]
     if chunk in _WHOLE or (len(chunk) == 2 and chunk[1] == "." and chunk[0] in "abcdefghijklmnopqrstuvwxyzäöü"):

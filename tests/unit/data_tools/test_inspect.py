@@ -12,7 +12,7 @@ import pytest
 from data_samples import WRITERS, Document, RunCommand
 from PIL import Image
 
-from data_tools import stats
+from data_tools import inspect
 from megatrain.data import Dataset, open_dataset
 
 
@@ -63,7 +63,7 @@ def test_counts_are_those_of_the_documents(dataset_path: Path, run_command: RunC
 def test_a_sample_says_that_it_is_one(
     dataset_path: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stats, "SAMPLED_BATCHES", 3)
+    monkeypatch.setattr(inspect, "SAMPLED_BATCHES", 3)
     counted = orjson.loads(run_command("stats", dataset_path, "--json")[1])["counted"]
     assert counted["record_batches"] == 3 < counted["of_record_batches"]
     assert counted["tokens"] < open_dataset(dataset_path).num_tokens
@@ -72,9 +72,9 @@ def test_a_sample_says_that_it_is_one(
 
 
 def test_a_million_small_files_are_counted_by_folder(dataset_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "MAX_SOURCES", 1)
+    monkeypatch.setattr(inspect, "MAX_SOURCES", 1)
     dataset = open_dataset(dataset_path)
-    counted = stats.count(dataset, lambda *_: nullcontext(lambda _: None), everything=True)
+    counted = inspect.count(dataset, lambda *_: nullcontext(lambda _: None), everything=True)
     assert len(counted.sources) == 1
     [(name, totals)] = counted.sources.items()
     assert dataset.document_info(0).source_file.startswith(name)
