@@ -229,7 +229,6 @@ def status(
 
 
 def _given(**options: str | None) -> list[str]:
-    """Options of sbatch by name; those that are None are left out."""
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
@@ -352,7 +351,6 @@ def end_chain() -> None:
 
 
 def main() -> None:
-    """The console command."""
     try:
         app(prog_name="megatrain-launch")
     except MegatrainError as error:

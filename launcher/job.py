@@ -42,13 +42,11 @@ class Restarts:
     was_asked: bool = False
 
     def next(self, newest_step: int | None) -> Restarts:
-        """At the beginning of the next start."""
         fruitful = self.was_asked or newest_step != self.newest_step
         return Restarts(newest_step, 0 if fruitful else self.num_fruitless + 1)
 
     @classmethod
     def read(cls, run_dir: Path) -> Restarts | None:
-        """What the start before wrote; None without one."""
         try:
             return cls(**orjson.loads((run_dir / "logs" / _FILE).read_bytes()))
         except (OSError, orjson.JSONDecodeError, TypeError):
@@ -111,7 +109,6 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
 
 
 def cancel_rest() -> None:
-    """Cancel the jobs of a chain that wait for this one to fail, and tell which."""
     if rest := cancel_chain(os.environ.get("SLURM_JOB_ID", "")):
         sys.stderr.write(f"The rest of the chain is cancelled: {' '.join(reversed(rest))}.\n")
 
@@ -144,7 +141,6 @@ def outlive_the_job() -> None:
 
 
 def _ranks() -> list[psutil.Process]:
-    """The ranks of this start of the job that run on this node."""
     ours = _start_of(os.environ)
     return local_ranks.find_ranks(lambda process: _start_of(process.environ()) == ours)
 

@@ -44,7 +44,6 @@ def job_slots() -> dict[str, int]:
 
 
 def legal_counts(config: RunConfig, ranks_per_node: int, most: int) -> list[int]:
-    """Numbers of nodes, up to ``most``, on which the layout is legal."""
     return [nodes for nodes in range(1, most + 1) if rules.is_legal(config, nodes * ranks_per_node)]
 
 

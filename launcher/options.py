@@ -53,12 +53,10 @@ def subject(option: str) -> str:
 
 
 def value_of(options: Iterable[str], name: str) -> str | None:
-    """What an option is set to; None where it is not there."""
     return next((option.partition("=")[2] for option in options if option.partition("=")[0] == name), None)
 
 
 def check_passed(options: Iterable[str], source: str) -> None:
-    """Raise ConfigError for options, passed on to sbatch, that are none, or that the script depends on."""
     for option in options:
         name = option.partition("=")[0]
         if not _OPTION.fullmatch(option):
@@ -70,7 +68,6 @@ def check_passed(options: Iterable[str], source: str) -> None:
 
 
 def read_gpus(text: str) -> int:
-    """How many GPUs ``8`` or ``h100:8`` stand for. Raises ConfigError."""
     match = _GPUS.fullmatch(text)
     if match is None:
         raise ConfigError(f"--gpus-per-node {text}: give a number, or a type and a number, such as h100:8.")
@@ -78,7 +75,6 @@ def read_gpus(text: str) -> int:
 
 
 def check_gpus(options: Iterable[str], ranks_per_node: int, nodes: int) -> None:
-    """Raise ConfigError where the options ask for another number of GPUs on a node than there are ranks."""
     per_node = {"--gres": 1.0, "--gpus-per-node": 1.0, "--gpus-per-task": float(ranks_per_node), "--gpus": 1 / nodes}
     for option in options:
         name, _, value = option.partition("=")

@@ -52,12 +52,10 @@ class Job:
 
     @property
     def node_counts(self) -> str:
-        """On how many nodes, as sbatch reads it."""
         return f"{self.min_nodes}-{self.nodes}" if self.is_elastic else str(self.nodes)
 
     @property
     def logs(self) -> Path:
-        """Where the job's output and its files go."""
         return self.run_dir / "logs"
 
 
@@ -161,7 +159,6 @@ def _template(name: str) -> Template:
 
 
 def _options(job: Job, site: Site) -> list[str]:
-    """sbatch's options, in the order that a person would look for them."""
     asked = [f"--job-name={job.name}", f"--nodes={job.node_counts}"]
     if job.is_elastic:  # SLURM gives no more nodes than tasks, and would count the tasks of the fewest: ask for cores
         asked += [f"--mincpus={job.ranks_per_node * (job.cpus_per_task or 1)}"]

@@ -50,7 +50,6 @@ class Status(NamedTuple):
     problems: list[str]
 
     def lines(self) -> Iterator[str]:
-        """For a person, a line for each thing."""
         yield f"run        {self.run}"
         yield f"job        {self.state}: {self.job}"
         of = f" of {self.num_steps:,} ({self.step / self.num_steps:.0%})" if self.num_steps else ""
@@ -182,7 +181,6 @@ def _problems(
 
 
 def _logged_every(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds between two lines of steps, as a rule."""
     times = [line["time"] for line in steps[-_NUM_STEPS:]]
     return statistics.median(after - before for before, after in pairwise(times)) if times[1:] else 0
 

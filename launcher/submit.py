@@ -45,7 +45,6 @@ def submit_script(text: str, num_jobs: int = 1) -> Iterator[str]:
 
 
 def try_script(text: str) -> str:
-    """Whether sbatch would take a script, and when it would start, in its own words. Raises ConfigError."""
     return _sbatch(["--test-only"], text).stderr.strip()
 
 

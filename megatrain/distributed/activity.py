@@ -30,7 +30,6 @@ class Activity:
 
     @property
     def count(self) -> int:
-        """All that this rank itself got done."""
         return self.num_batches + self.num_transfers
 
     @property
@@ -48,11 +47,9 @@ class Activity:
         return self.step + (self.part != "save")
 
     def enter(self, step: int, part: str) -> None:
-        """The rank is in ``part`` of ``step`` from here on."""
         self.step, self.part = step, part
 
     def batch(self) -> None:
-        """A micro-batch is through, or a sample of one is read."""
         self.num_batches += 1
 
     def begin_transfer(self, total_bytes: int) -> None:
@@ -81,12 +78,10 @@ class Position(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, bool]:
-        """How far it has come, to be compared with other ranks'."""
         is_through = self.part not in TRANSFERS or self.done_bytes >= self.total_bytes
         return self.step, PARTS.index(self.part) if self.part in PARTS else len(PARTS), is_through
 
     def doing(self) -> str:
-        """What it is at, in words."""
         if self.part not in TRANSFERS:
             return f"in {self.part} of step {self.step + 1}"
         doing, done = TRANSFERS[self.part]

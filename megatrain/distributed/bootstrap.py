@@ -261,7 +261,6 @@ def export_device(index: int) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this host at this moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]

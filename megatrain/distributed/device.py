@@ -57,14 +57,12 @@ def local_device(local_rank: int) -> torch.device:
 
 
 def memory_bytes(local_world_size: int) -> float:
-    """All memory of this rank's GPU, or its share of the machine's."""
     if has_gpu():
         return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return float(psutil.virtual_memory().total / local_world_size)
 
 
 def assigned_device() -> DeviceAssignment:
-    """This rank's, once local_device has chosen it."""
     host, requested_by = socket.gethostname(), gpu_request() or ""
     if not has_gpu():
         return DeviceAssignment(host, "", _why_no_gpu(), requested_by)

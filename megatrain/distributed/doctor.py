@@ -37,7 +37,6 @@ _NUM_IMPORTS = 2.0
 
 
 def main(arguments: list[str]) -> int:
-    """Examine as this rank; the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hosts", default="")

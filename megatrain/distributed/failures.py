@@ -47,12 +47,10 @@ def claim(run_dir: Path, start: str, failure: Failure) -> bool:
 
 
 def read(run_dir: Path, start: str) -> Failure | None:
-    """The first failure of a start of the run."""
     return _read(_path(run_dir, start))
 
 
 def last(run_dir: Path) -> Failure | None:
-    """The first failure of the last start that had one, whichever start that was."""
     found = list((run_dir / "logs").glob(f"{_FILE}-*.json"))
     return _read(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 

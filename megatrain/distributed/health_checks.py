@@ -52,8 +52,8 @@ class Reading:
     """What a rank finds at itself.
 
     ``problems``: what is bad there whatever the others have. ``seconds``: of each measure: "arithmetic" unless ranks
-    share cores, "write" on one rank of each host, "latency" and "exchange" of the link to the next rank of the ring,
-    which ``is_far`` on another host. ``clock``: in seconds since 1970, on all ranks at the same moment.
+    share cores, "write" on one rank of each host, "latency" and "exchange" of the link to the next rank of the ring.
+    ``clock``: in seconds since 1970, on all ranks at the same moment.
     """
 
     rank: int
@@ -63,7 +63,6 @@ class Reading:
     problems: tuple[str, ...]
     clock: float
     seconds: Mapping[str, float]
-    is_far: bool = False
 
 
 class Finding(NamedTuple):
@@ -85,9 +84,12 @@ class Link(NamedTuple):
         """Of the two ends, sorted; one where both are on it."""
         return tuple(sorted({self.left.host, self.right.host}))
 
+    @property
+    def is_far(self) -> bool:
+        return self.left.host != self.right.host
+
 
 def diagnose(readings: Sequence[Reading], effort: Effort) -> list[Finding]:
-    """What is bad among the ranks of a run; ``readings`` in the order of ranks."""
     return [*_different(readings), *_problems(readings), *_wrong_clocks(readings), *_slow(readings, effort)]
 
 
@@ -97,7 +99,6 @@ def _is_slow(seconds: float, usual: float, slow: float, only_beside_others: bool
 
 
 def _different(readings: Sequence[Reading]) -> Iterator[Finding]:
-    """Ranks with other software or devices than most."""
     for what in [*dict.fromkeys(name for reading in readings for name in reading.software), "device"]:
         values = [_value(reading, what) for reading in readings]
         usual, num_usual = Counter(values).most_common(1)[0]
@@ -151,9 +152,9 @@ def _slow_links(readings: Sequence[Reading], effort: Effort) -> Iterator[Finding
     nexts = [*readings[1:], *readings[:1]]
     links = [Link(left, right) for left, right in zip(readings, nexts, strict=True) if "latency" in left.seconds]
     for is_far in (True, False):
-        alike = [link for link in links if link.left.is_far is is_far]
+        alike = [link for link in links if link.is_far is is_far]
         usual = {name: _median([link.left for link in alike], name) for name in ("exchange", "latency")}
-        why = {link.left.rank: text for link in alike if (text := _why_slow(link.left, usual, effort))}
+        why = {link.left.rank: text for link in alike if (text := _why_slow(link, usual, effort))}
         slow = [link for link in alike if link.left.rank in why]
         nodes = _slow_nodes(alike, set(why)) if is_far else {}
         for node, rank in nodes.items():
@@ -165,11 +166,11 @@ def _slow_links(readings: Sequence[Reading], effort: Effort) -> Iterator[Finding
             yield Finding(f"{len(rest)} of {len(alike)} links are slow in all", ())
 
 
-def _why_slow(reading: Reading, usual: Mapping[str, float], effort: Effort) -> str:
-    """How much its link differs from the ``usual`` one of its kind; empty where it does not."""
+def _why_slow(link: Link, usual: Mapping[str, float], effort: Effort) -> str:
+    """How much it differs from the ``usual`` one of its kind; empty where it does not."""
     for name in usual:
-        seconds = reading.seconds[name]
-        if _is_slow(seconds, usual[name], effort.slow[name], only_beside_others=not reading.is_far):
+        seconds = link.left.seconds[name]
+        if _is_slow(seconds, usual[name], effort.slow[name], only_beside_others=not link.is_far):
             what = format_bytes(effort.sent_bytes) if name == "exchange" else "a few bytes"
             return f"{seconds * 1e3:.3g} ms for {what}, {usual[name] * 1e3:.3g} ms on the median link"
     return ""

@@ -45,7 +45,6 @@ def kill_stopped(ranks: list[psutil.Process]) -> None:
 
 
 def kill(ranks: list[psutil.Process]) -> None:
-    """KILL ranks, of those that are still there."""
     for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -62,7 +61,6 @@ def end(ranks: list[psutil.Process]) -> None:
 
 
 def process_began() -> float:
-    """When this process was started, in seconds since 1970."""
     began: float = psutil.Process().create_time()
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return began

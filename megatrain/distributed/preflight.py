@@ -13,7 +13,6 @@ import platform
 import shutil
 import socket
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -86,14 +85,11 @@ def _measure(groups: Groups, rank: RankInfo, folders: Folders, effort: Effort) -
     share_cores = device.type == "cpu" and rank.local_world_size > (os.cpu_count() or 1)
     if not share_cores:  # those that do differ by chance
         seconds["arithmetic"] = arithmetic_seconds(device, effort.arithmetic_share)
-    name = zlib.crc32(host.encode())
-    link = next_link(rank.rank, rank.world_size, name, effort.sent_bytes, device)
-    if link is not None:
+    if (link := next_link(rank.rank, rank.world_size, effort.sent_bytes, device)) is not None:
         seconds |= {"latency": link.latency_seconds, "exchange": link.exchange_seconds}
     software = {"Python": platform.python_version(), "megatrain": __version__}
     software |= {package: version(package) for package in _PACKAGES}
-    is_far = link is not None and link.peer != name
-    return Reading(rank.rank, host, software, _device_name(device), tuple(problems), clock, seconds, is_far)
+    return Reading(rank.rank, host, software, _device_name(device), tuple(problems), clock, seconds)
 
 
 @contextlib.contextmanager
@@ -121,7 +117,6 @@ def _no_space(folders: Folders) -> Iterator[str]:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 

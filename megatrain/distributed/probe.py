@@ -22,9 +22,8 @@ _LONG_WRITE_SECONDS, _LONG_EXCHANGE_SECONDS = 3.0, 0.1
 
 
 class LinkTime(NamedTuple):
-    """Seconds of an all-reduce of two ranks, of a few bytes and of many. ``peer``: what the other called itself."""
+    """Seconds of an all-reduce of two ranks, of a few bytes and of many."""
 
-    peer: int
     latency_seconds: float
     exchange_seconds: float
 
@@ -62,17 +61,16 @@ def write_seconds(folder: Path, num_bytes: int) -> float:
         path.unlink(missing_ok=True)
 
 
-def next_link(rank: int, world_size: int, name: int, num_bytes: int, device: torch.device) -> LinkTime | None:
+def next_link(rank: int, world_size: int, num_bytes: int, device: torch.device) -> LinkTime | None:
     """The link of this rank to the next one in the ring of all; None on the last of two, and where there is one rank.
 
-    ``name``: what this rank calls itself, told to both neighbours. Collective over the default process group. Each
-    rank talks to one neighbour at a time, so the time does not grow with the ranks. Raises LostPeer for a silent one,
-    and what else goes wrong as it is.
+    Collective over the default process group. Each rank talks to one neighbour at a time, so the time does not grow
+    with the ranks. Raises LostPeer for a silent one, and what else goes wrong as it is.
     """
     found = None
     for peer in neighbours(rank, world_size):
         try:
-            link = _link(peer, name, num_bytes, device)
+            link = _link(peer, num_bytes, device)
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
@@ -97,16 +95,16 @@ def neighbours(rank: int, world_size: int) -> list[int]:
     return [peer for _, peer in sorted([(turn(rank), after), (turn(before), before)])]
 
 
-def _link(peer: int, name: int, num_bytes: int, device: torch.device) -> LinkTime:
-    word = torch.tensor([name], dtype=torch.int64, device=device)
-    answer = _sum_of_two(word, peer, device) - word
+def _link(peer: int, num_bytes: int, device: torch.device) -> LinkTime:
+    word = torch.zeros(1, dtype=torch.int64, device=device)
+    _sum_of_two(word, peer, device)  # the first one connects
     latency = _best_of(10, word, peer, device)
     seconds = size = 0.0
     for size in (num_bytes // 256, num_bytes // 16, num_bytes):
         seconds = _best_of(3, torch.zeros(size // 4, dtype=torch.float32, device=device), peer, device)
         if seconds > _LONG_EXCHANGE_SECONDS:
             break
-    return LinkTime(int(answer), latency, seconds * num_bytes / size)
+    return LinkTime(latency, seconds * num_bytes / size)
 
 
 def _best_of(num: int, x: torch.Tensor, peer: int, device: torch.device) -> float:

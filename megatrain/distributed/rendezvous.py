@@ -205,7 +205,6 @@ def _leave(rank: RankInfo, store: Store, round_number: int) -> None:
 
 
 def _is_closed(store: Store, round_number: int) -> bool:
-    """Whether the round is closed within a moment."""
     try:
         store.wait([_CLOSED.format(round_number)], timedelta(seconds=_LOOK_SECONDS))
     except dist.DistStoreError:
@@ -214,7 +213,6 @@ def _is_closed(store: Store, round_number: int) -> bool:
 
 
 def _missing(rank: RankInfo, store: Store, round_number: int) -> list[int]:
-    """The ranks that have not joined the round; none where the store has gone."""
     try:
         return [peer for peer in range(rank.world_size) if not store.check([_JOINED.format(round_number, peer)])]
     except RuntimeError:

@@ -29,7 +29,6 @@ class Requests:
         signal.signal(SAVE_SIGNAL, self._note_save)
 
     def take_save(self) -> bool:
-        """Whether a save was asked for since this was last called."""
         asked, self._saves = self._saves, 0
         return asked > 0
 

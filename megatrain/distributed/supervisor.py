@@ -28,7 +28,6 @@ _END_SECONDS = 12.0
 
 
 def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path, *, has_gpu: bool) -> int:
-    """Run the trainer on ``num_ranks`` local ranks until it ends; the exit code of the first cause."""
     failures.forget(run_dir)
     env = child_environment(num_ranks, has_gpu=has_gpu, launched_at=local_ranks.process_began())
     # What `deepspeed` itself starts on each node: it would load torch once more, only to find that there is one.
@@ -75,7 +74,6 @@ def _ranks(launcher: int) -> list[psutil.Process]:
 
 
 def _end_orphans(launcher: int) -> int:
-    """End the ranks that outlived their launcher; how many there were."""
     ranks = _ranks(launcher)
     local_ranks.end(ranks)
     return len(ranks)

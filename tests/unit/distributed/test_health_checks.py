@@ -21,9 +21,7 @@ def ring(num_nodes: int, per_node: int = 2, **seconds: float) -> list[Reading]:
         own = {"arithmetic": 0.15 + 0.01 * (rank % 3)}
         own |= {"latency": 1e-4, "exchange": 4e-3} if is_far else {"latency": 1e-5, "exchange": 1e-4}
         own |= {"write": 0.1 + 0.02 * (rank % 4)} if rank % per_node == 0 else {}
-        readings.append(
-            Reading(rank, f"node{rank // per_node}", SOFTWARE, "H100, 85.9 GB", (), 1e9 + 1e-3 * rank, own, is_far)
-        )
+        readings.append(Reading(rank, f"node{rank // per_node}", SOFTWARE, "H100, 85.9 GB", (), 1e9 + 1e-3 * rank, own))
     return readings
 
 
