@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatrain.distributed.slurm_step import find_step, whole
+from megatrain.distributed.slurm_step import find_step, read_int
 from megatrain.errors import ConfigError
 
 T = TypeVar("T")
@@ -87,9 +87,9 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
         ("PMI_RANK", "PMI_SIZE", "the launcher"),
         ("PMIX_RANK", "SLURM_STEP_NUM_TASKS", "srun"),
     ):
-        size = whole(env, size_key, 1)
+        size = read_int(env, size_key, 1)
         if rank_key in env and size > 1:
-            rank = whole(env, rank_key)
+            rank = read_int(env, rank_key)
             try:
                 return _speak_mpi(launcher, rank, size)
             except ConfigError:
@@ -98,9 +98,9 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
                 break  # tasks of srun, which SLURM told who they are
     rank, size, num_local = (step.rank, step.size, step.local_size or 1) if step else (0, 1, 1)
     if "SLURM_ARRAY_TASK_ID" in env:
-        task = whole(env, "SLURM_ARRAY_TASK_ID", 0) - whole(env, "SLURM_ARRAY_TASK_MIN", 0)
-        num_tasks = max(whole(env, "SLURM_ARRAY_TASK_COUNT", 1), 1)
-        task = task // max(whole(env, "SLURM_ARRAY_TASK_STEP", 1), 1) % num_tasks
+        task = read_int(env, "SLURM_ARRAY_TASK_ID", 0) - read_int(env, "SLURM_ARRAY_TASK_MIN", 0)
+        num_tasks = max(read_int(env, "SLURM_ARRAY_TASK_COUNT", 1), 1)
+        task = task // max(read_int(env, "SLURM_ARRAY_TASK_STEP", 1), 1) % num_tasks
         rank, size = task * size + rank, num_tasks * size
     return Ranks(rank, size, num_local)
 

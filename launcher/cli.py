@@ -222,9 +222,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
 ) -> None:
     """Tell how a run is doing: its job, step, rate, last save, and what is wrong."""
-    from launcher.status import look
+    from launcher.status import read_status
 
-    found = look(run)
+    found = read_status(run)
     typer.echo(json.dumps(found._asdict()) if as_json else "\n".join(found.lines()))
 
 
@@ -318,9 +318,9 @@ def relay(
     script: Annotated[int, typer.Option(help="The batch script's process: when it has ended, nobody waits any more.")],
 ) -> None:
     """Send a signal to one of this job's ranks on this node, as soon as there is one: it tells the others."""
-    from launcher.job import outlive_the_job, relay_signal
+    from launcher.job import ignore_termination, relay_signal
 
-    outlive_the_job()
+    ignore_termination()
     relay_signal(signal_name, script)
 
 
@@ -332,10 +332,10 @@ def end(
     tries: Tries = 3,
 ) -> None:
     """After the ranks: end those that are left; prints "requeue" or "stop", and exits with the first cause's code."""
-    from launcher.job import end_job, outlive_the_job
+    from launcher.job import end_job, ignore_termination
     from megatrain.checkpoint.origin import load
 
-    outlive_the_job()
+    ignore_termination()
     answer, cause = end_job(load(config, overrides or ()), code, tries)
     typer.echo(answer)
     raise typer.Exit(cause)
@@ -344,9 +344,9 @@ def end(
 @job_app.command()
 def end_chain() -> None:
     """Cancel the jobs that wait for this one to fail: they would end as it does, or have nothing to do."""
-    from launcher.job import cancel_rest, outlive_the_job
+    from launcher.job import cancel_rest, ignore_termination
 
-    outlive_the_job()
+    ignore_termination()
     cancel_rest()
 
 

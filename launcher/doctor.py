@@ -22,7 +22,7 @@ import orjson
 from launcher.nodes import job_slots
 from megatrain.distributed.binding import ASSIGNED_DEVICES
 from megatrain.distributed.bootstrap import extensions_dir, free_port, visible_gpus
-from megatrain.distributed.health_checks import ANSWER, HERE
+from megatrain.distributed.health_checks import RESULT, STARTED
 from megatrain.distributed.node_list import expand
 from megatrain.errors import ConfigError
 
@@ -96,7 +96,7 @@ def _through_srun(hosts: Mapping[str, int], folder: Path) -> Diagnosis:
             order.write_text("".join(f"{host}\n" * slots for host, slots in hosts.items()))
             starter += ["--distribution=arbitrary"]
             environment["SLURM_HOSTFILE"] = str(order)
-        return _ask([*starter, sys.executable, "-m", RANK_MODULE, *_arguments(hosts, folder)], hosts, environment)
+        return _run_ranks([*starter, sys.executable, "-m", RANK_MODULE, *_arguments(hosts, folder)], hosts, environment)
 
 
 def _through_deepspeed(hosts: Mapping[str, int], folder: Path) -> Diagnosis:
@@ -117,7 +117,7 @@ def _through_deepspeed(hosts: Mapping[str, int], folder: Path) -> Diagnosis:
         environment = dict(os.environ)
         if is_here and "CUDA_VISIBLE_DEVICES" in environment:  # DeepSpeed's launcher would take the first ones
             environment[ASSIGNED_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
-        more = _ask([*starter, "--module", RANK_MODULE, *_arguments(there, folder)], there, environment)
+        more = _run_ranks([*starter, "--module", RANK_MODULE, *_arguments(there, folder)], there, environment)
     return Diagnosis(found.findings + more.findings, found.exclude + more.exclude, more.readings)
 
 
@@ -143,7 +143,7 @@ def _unreachable(hosts: Sequence[str]) -> dict[str, str]:
         return {host: why for host, why in zip(hosts, pool.map(ask, hosts), strict=True) if why}
 
 
-def _ask(command: Sequence[str], hosts: Mapping[str, int], environment: Mapping[str, str]) -> Diagnosis:
+def _run_ranks(command: Sequence[str], hosts: Mapping[str, int], environment: Mapping[str, str]) -> Diagnosis:
     """Start the ranks; what rank 0 says, or that it says nothing. Raises ConfigError where none could be started."""
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         try:
@@ -153,25 +153,25 @@ def _ask(command: Sequence[str], hosts: Mapping[str, int], environment: Mapping[
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started: {error.strerror}.") from None
         assert launcher.stdout is not None
-        heard, answer = _listen(launcher.stdout, sum(hosts.values()))
-        was_silent = answer is None and launcher.poll() is None and not _has_ended(launcher)
+        has_started, result = _read_result(launcher.stdout, sum(hosts.values()))
+        is_silent = result is None and launcher.poll() is None and not _has_ended(launcher)
         _end(launcher)
         errors.seek(0)
-        said = errors.read().strip().splitlines()
-    if answer is not None:
-        found = orjson.loads(answer)
+        last_words = errors.read().strip().splitlines()
+    if result is not None:
+        found = orjson.loads(result)
         bad = [host for _, names, _ in found["findings"] for host in names]
         return Diagnosis([text for text, _, _ in found["findings"]], list(dict.fromkeys(bad)), found["readings"])
     first = next(iter(hosts))
-    blamed = [first] if was_silent else _blamed(said, hosts)
-    if not heard and not blamed and command[0] == "srun":
-        raise ConfigError(f"srun starts no ranks in job {environment['SLURM_JOB_ID']}: {' '.join(said[-10:])}")
+    blamed = [first] if is_silent else _hosts_in(last_words, hosts)
+    if not has_started and not blamed and command[0] == "srun":
+        raise ConfigError(f"srun starts no ranks in job {environment['SLURM_JOB_ID']}: {' '.join(last_words[-10:])}")
     silence = f"rank 0 on {first} gave no answer; its launcher's last words:"
-    return Diagnosis(["\n".join([silence, *said[-10:]])], blamed, [])
+    return Diagnosis(["\n".join([silence, *last_words[-10:]])], blamed, [])
 
 
-def _listen(output: Iterable[str], num_ranks: int) -> tuple[bool, str | None]:
-    """Whether a rank was heard of before the output ended, or patience did; and rank 0's answer."""
+def _read_result(output: Iterable[str], num_ranks: int) -> tuple[bool, str | None]:
+    """Whether a rank was heard of before the output ended, or patience did; and rank 0's result."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -180,19 +180,19 @@ def _listen(output: Iterable[str], num_ranks: int) -> tuple[bool, str | None]:
         lines.put(None)
 
     threading.Thread(target=read, name="doctor", daemon=True).start()
-    heard, deadline = False, time.monotonic() + _START_SECONDS + _SECONDS_A_RANK * num_ranks
+    has_started, deadline = False, time.monotonic() + _START_SECONDS + _SECONDS_A_RANK * num_ranks
     while True:
         try:
             line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            return heard, None
+            return has_started, None
         if line is None:
-            return heard, None
-        if ANSWER in line:
-            return True, line.partition(ANSWER)[2]
-        if HERE in line:  # it waits so long for the others, and then looks at them
-            heard = True
-            deadline = max(deadline, time.monotonic() + float(line.partition(HERE)[2]) + _EXAMINE_SECONDS)
+            return has_started, None
+        if RESULT in line:
+            return True, line.partition(RESULT)[2]
+        if STARTED in line:  # it waits so long for the others, and then looks at them
+            has_started = True
+            deadline = max(deadline, time.monotonic() + float(line.partition(STARTED)[2]) + _EXAMINE_SECONDS)
 
 
 def _has_ended(launcher: subprocess.Popen[str]) -> bool:
@@ -210,11 +210,11 @@ def _end(launcher: subprocess.Popen[str]) -> None:
     launcher.wait()
 
 
-def _blamed(said: Iterable[str], hosts: Mapping[str, int]) -> list[str]:
+def _hosts_in(lines: Iterable[str], hosts: Mapping[str, int]) -> list[str]:
     """The hosts that a launcher names in its last words; none, where it names all of several."""
-    words = {word.strip(".-") for line in said for word in re.findall(r"[\w.-]+", line)}
+    words = {word.strip(".-") for line in lines for word in re.findall(r"[\w.-]+", line)}
     words |= {
-        name for line in said for group in re.findall(r"[\w.-]+\[[\d,-]+\][\w.-]*", line) for name in expand(group)
+        name for line in lines for group in re.findall(r"[\w.-]+\[[\d,-]+\][\w.-]*", line) for name in expand(group)
     }
     named = [host for host in hosts if host in words]
     return named if len(named) < len(hosts) or len(hosts) == 1 else []

@@ -24,7 +24,7 @@ from megatrain.checkpoint.origin import find_origin
 from megatrain.config import RunConfig
 from megatrain.distributed import failures, local_ranks
 from megatrain.distributed.bootstrap import job_identity, job_port, start_name
-from megatrain.distributed.supervisor import verdict
+from megatrain.distributed.supervisor import resolve_exit_code
 from megatrain.errors import EXIT_PREEMPTED, EXIT_RANK, ConfigError, RankError
 
 _FILE = "restarts.json"
@@ -99,7 +99,7 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
         # A rank says so only when the state of all is saved, whatever its launcher made of it.
         replace(restarts, was_asked=True).write(run_dir)
         return "requeue", EXIT_PREEMPTED
-    code = verdict(status, len(orphans), first)
+    code = resolve_exit_code(status, len(orphans), first)
     if code != EXIT_RANK:
         return "stop", code
     is_left = restarts.next(newest_step(run_dir, config.checkpoint.dir)).num_fruitless < tries
@@ -122,7 +122,7 @@ def relay_signal(name: str, script: int) -> None:
         number = signal.Signals[f"SIG{name.removeprefix('SIG')}"]
     except KeyError:
         raise ConfigError(f"{name} is no signal; give one such as USR1 or TERM.") from None
-    while psutil.pid_exists(script) and not any(local_ranks.tell(process, number) for process in _ranks()):
+    while psutil.pid_exists(script) and not any(local_ranks.send_signal(process, number) for process in _ranks()):
         time.sleep(_LOOK_SECONDS)
 
 
@@ -134,8 +134,8 @@ def end_leftovers() -> None:
             process.kill()
 
 
-def outlive_the_job() -> None:
-    """SLURM ends all processes of a job by TERM; what asks the ranks, or tells of them, has still to do so."""
+def ignore_termination() -> None:
+    """SLURM sends TERM to all processes of a job; what still has to reach the ranks, or report of them, goes on."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

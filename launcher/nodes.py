@@ -28,18 +28,18 @@ def job_slots() -> dict[str, int]:
     Of a shell that `salloc` has started this node says nothing: it may be one where people log in.
     """
     nodes = job_nodes()
-    asked = subprocess.run(
+    described = subprocess.run(
         ["scontrol", "show", "job", "-d", "-o", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
     )
     gpus = {
         node: sum(int(count or 1) for count in _GPUS.findall(gres))
-        for names, gres in _SHARE.findall(asked.stdout)
+        for names, gres in _SHARE.findall(described.stdout)
         for node in hostnames(names)
     }
     tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
     if "SLURM_STEP_ID" in os.environ or len(tasks) != len(nodes):  # in a step these are the step's
-        total = int(found[1]) if (found := _NUM_TASKS.search(asked.stdout)) else len(nodes)
-        tasks = [max(1, (total + place) // len(nodes)) for place in reversed(range(len(nodes)))]
+        total = int(found[1]) if (found := _NUM_TASKS.search(described.stdout)) else len(nodes)
+        tasks = [max(1, (total + number) // len(nodes)) for number in reversed(range(len(nodes)))]
     return {node: gpus.get(node) or num for node, num in zip(nodes, tasks, strict=True)}
 
 

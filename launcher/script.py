@@ -21,7 +21,7 @@ _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, on what, and how it is asked for."""
+    """What to run, on what, and what sbatch is asked for."""
 
     config: str
     overrides: tuple[str, ...]
@@ -100,10 +100,10 @@ def render_array(job: Array, site: Site) -> str:
     if job.command[0] not in ARRAY_COMMANDS:
         raise ConfigError(f"{job.command[0]}: an array of tasks can do {', '.join(ARRAY_COMMANDS)}.")
     most = f"%{job.max_running}" if job.max_running else ""
-    asked = [f"--job-name={job.name}", f"--array=0-{job.num_tasks - 1}{most}"]
-    asked += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+    requested = [f"--job-name={job.name}", f"--array=0-{job.num_tasks - 1}{most}"]
+    requested += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
     options = [
-        *_merged([], asked, job.options, site, _output(job.logs, job.working_dir, "%A_%a")),
+        *_merged([], requested, job.options, site, _output(job.logs, job.working_dir, "%A_%a")),
         f"--chdir={job.working_dir}",
         "--open-mode=append",
         "--requeue",
@@ -159,17 +159,17 @@ def _template(name: str) -> Template:
 
 
 def _options(job: Job, site: Site) -> list[str]:
-    asked = [f"--job-name={job.name}", f"--nodes={job.node_counts}"]
+    requested = [f"--job-name={job.name}", f"--nodes={job.node_counts}"]
     if job.is_elastic:  # SLURM gives no more nodes than tasks, and would count the tasks of the fewest: ask for cores
-        asked += [f"--mincpus={job.ranks_per_node * (job.cpus_per_task or 1)}"]
+        requested += [f"--mincpus={job.ranks_per_node * (job.cpus_per_task or 1)}"]
     else:
-        asked += [f"--ntasks-per-node={job.ranks_per_node}"]
-        asked += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+        requested += [f"--ntasks-per-node={job.ranks_per_node}"]
+        requested += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
     usual = [f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []
     if job.gpus_per_node and not job.is_shared:  # else SLURM gives a core and a core's share of the memory with each
         usual += ["--exclusive", "--mem=0"]
     return [
-        *_merged(usual, asked, job.options, site, _output(job.logs, job.working_dir, "%j")),
+        *_merged(usual, requested, job.options, site, _output(job.logs, job.working_dir, "%j")),
         f"--chdir={job.working_dir}",
         "--open-mode=append",
         "--no-requeue" if job.chain else "--requeue",
@@ -177,11 +177,13 @@ def _options(job: Job, site: Site) -> list[str]:
     ]
 
 
-def _merged(usual: Iterable[str], asked: Iterable[str], passed: Iterable[str], site: Site, output: str) -> list[str]:
+def _merged(
+    usual: Iterable[str], requested: Iterable[str], passed: Iterable[str], site: Site, output: str
+) -> list[str]:
     """What this cluster does not refuse of the usual, the site's, what was asked for; an output, unless it has one."""
     check_passed(passed, "--sbatch")
     left = [option for option in usual if option.partition("=")[0] not in site.without]
-    options = merged(left, site.sbatch, asked, passed, site.sbatch_always)
+    options = merged(left, site.sbatch, requested, passed, site.sbatch_always)
     return options if value_of(options, "--output") is not None else [*options, output]
 
 

@@ -70,7 +70,7 @@ class Status(NamedTuple):
             yield f"{'wrong' if number == 0 else '':<11}{problem}"
 
 
-def look(run_dir: Path, now: float | None = None) -> Status:
+def read_status(run_dir: Path, now: float | None = None) -> Status:
     """The status of a run at a moment, in seconds since 1970. Raises ConfigError for a folder that is no run's."""
     now = time.time() if now is None else now
     lines = tail(run_dir)
@@ -108,10 +108,10 @@ def look(run_dir: Path, now: float | None = None) -> Status:
 
 def _saved_step(run_dir: Path, config: RunConfig | None, saves: Sequence[Mapping[str, Any]]) -> int | None:
     """Of the newest checkpoint; of one in an object store, which may not be at hand here, as it was logged."""
-    place = config.checkpoint.dir if config else None
-    if place and "://" in place:
+    folder = config.checkpoint.dir if config else None
+    if folder and "://" in folder:
         return saves[-1]["step"] if saves else None
-    return newest_step(run_dir, place)
+    return newest_step(run_dir, folder)
 
 
 def _config(run_dir: Path) -> RunConfig | None:
@@ -187,7 +187,7 @@ def _logged_every(steps: Sequence[Mapping[str, Any]]) -> float:
 
 def _events(events: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What was unusual since the run was last started: of each kind how often, and the last one."""
-    begun = max((place for place, line in enumerate(events) if line["event"] in _BEGINS), default=0)
+    begun = max((index for index, line in enumerate(events) if line["event"] in _BEGINS), default=0)
     last = {line["event"]: line for line in events[begun:] if line["event"] not in _USUAL}
     for name, line in last.items():
         count = sum(other["event"] == name for other in events[begun:])

@@ -59,7 +59,7 @@ def make_logs(logs: Path) -> None:
 
 def check_array(num_tasks: int) -> None:
     """Raise ConfigError where this cluster, if there is one, takes no array of so many tasks."""
-    limit = _ARRAY_LIMIT.search(_ask("scontrol", "show", "config"))
+    limit = _ARRAY_LIMIT.search(_output_of("scontrol", "show", "config"))
     if limit and num_tasks > int(limit[1]):
         raise ConfigError(
             f"--tasks {num_tasks}: an array of this cluster has {limit[1]} tasks at the most (MaxArraySize). Give "
@@ -69,7 +69,7 @@ def check_array(num_tasks: int) -> None:
 
 def job_state(job: str) -> str | None:
     """What squeue says of a job, in words; None where it knows of none."""
-    known = _ask("squeue", "-h", "-j", job, "-o", "%T|%M|%N|%r|%S").strip().splitlines()
+    known = _output_of("squeue", "-h", "-j", job, "-o", "%T|%M|%N|%r|%S").strip().splitlines()
     if not known:
         return None
     state, since, nodes, reason, begin = known[0].split("|")
@@ -82,7 +82,7 @@ def cancel_chain(job: str) -> list[str]:
     """Cancel the jobs that wait for a job to fail, and those that wait for these; which, the last one first."""
     waits = [
         line.split()
-        for line in _ask("squeue", f"--user={os.getuid()}", "-h", "-t", "PENDING", "-o", "%i %E").splitlines()
+        for line in _output_of("squeue", f"--user={os.getuid()}", "-h", "-t", "PENDING", "-o", "%i %E").splitlines()
     ]
     chain = [job]
     for before in chain:
@@ -90,7 +90,7 @@ def cancel_chain(job: str) -> list[str]:
         chain += [number for number in after if number not in chain]
     rest = chain[:0:-1]
     if rest:
-        _ask("scancel", *rest)
+        _output_of("scancel", *rest)
     return rest
 
 
@@ -110,7 +110,7 @@ def _find(program: str, option: str) -> str:
     return found
 
 
-def _ask(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """What one of SLURM's programs prints; nothing where it is not there, or does not answer."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)

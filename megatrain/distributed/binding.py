@@ -40,7 +40,7 @@ def bind(rank: RankInfo) -> None:
 
 def _assigned_devices(env: Mapping[str, str]) -> str | None:
     """The GPUs that the job was given, where DeepSpeed's launcher has replaced them by as many from 0 up."""
-    if ASSIGNED_DEVICES in env or "LOCAL_SIZE" not in env:  # DeepSpeed's word
+    if ASSIGNED_DEVICES in env or "LOCAL_SIZE" not in env:  # DeepSpeed sets it
         return env.get(ASSIGNED_DEVICES)
     slurm = env.get("GPU_DEVICE_ORDINAL", "") if "SLURM_JOB_ID" in env else ""  # mostly set beside CUDA_VISIBLE_DEVICES
     from_0_up = ",".join(map(str, range(slurm.count(",") + 1)))
@@ -54,13 +54,13 @@ def share_of_cores(cores: Sequence[Cpus], near: Sequence[Cpus], local_rank: int)
     that should be in the same place get equally many cores there, in the order of ranks; where there are fewer cores
     than ranks, equally many threads; where there are fewer of these too, all share all.
     """
-    place = near[local_rank]
-    peers = [rank for rank, cpus in enumerate(near) if cpus == place]
-    there = [core & place for core in cores if core & place]
+    nearby = near[local_rank]
+    peers = [rank for rank, cpus in enumerate(near) if cpus == nearby]
+    there = [core & nearby for core in cores if core & nearby]
     if len(there) < len(peers):
         there = [frozenset({cpu}) for core in there for cpu in sorted(core)]
     if (num := len(there) // len(peers)) == 0:
-        return place
+        return nearby
     first = peers.index(local_rank) * num
     return frozenset().union(*there[first : first + num])
 
@@ -104,9 +104,9 @@ def _gpus(root: Path) -> list[tuple[str, str]]:
     def found() -> Iterator[tuple[str, str]]:
         for folder in sorted((root / "proc/driver/nvidia/gpus").glob("*")):
             lines = (_word(folder / "information") or "").splitlines()
-            told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-            if os.access(root / f"dev/nvidia{told.get('Device Minor', '')}", os.R_OK | os.W_OK):
-                yield folder.name.lower(), told.get("GPU UUID", "")
+            fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+            if os.access(root / f"dev/nvidia{fields.get('Device Minor', '')}", os.R_OK | os.W_OK):
+                yield folder.name.lower(), fields.get("GPU UUID", "")
 
     return list(found())
 

@@ -1,6 +1,6 @@
-"""Which rank am I? The only reader of the environment; imports no torch, so that it can be asked before anything costs.
+"""Which rank am I? The only reader of the environment; imports no torch, so that it costs nothing to ask.
 
-Each launcher says it in its own words. They are read in the order of who wraps whom: `deepspeed` and `torchrun` set
+Each launcher sets variables of its own. They are read in the order of who wraps whom: `deepspeed` and `torchrun` set
 RANK; `mpirun` (Open MPI, or PMI's for MPICH) and `srun` set theirs for each task they start.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatrain.distributed.node_list import hostnames
-from megatrain.distributed.slurm_step import SlurmStep, find_step, whole
+from megatrain.distributed.slurm_step import SlurmStep, find_step, read_int
 from megatrain.errors import ConfigError
 
 DEFAULT_MASTER_PORT = 29500
@@ -58,8 +58,8 @@ class RankInfo:
     master_port: int
 
 
-class _Dialect(NamedTuple):
-    """How a launcher tells a rank who it is. Of ``local_rank`` and ``local_size`` the first that is set counts."""
+class _Variables(NamedTuple):
+    """Those by which a launcher tells a rank who it is. Of ``local_rank`` and ``local_size`` the first set counts."""
 
     rank: str
     size: str
@@ -68,16 +68,16 @@ class _Dialect(NamedTuple):
     launcher: str
 
 
-_DIALECTS = (
-    _Dialect("RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), "deepspeed or torchrun"),
-    _Dialect(
+_LAUNCHERS = (
+    _Variables("RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), "deepspeed or torchrun"),
+    _Variables(
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         ("OMPI_COMM_WORLD_LOCAL_RANK",),
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
         "mpirun",
     ),
-    _Dialect(  # MPICH, Intel MPI, PALS, and srun --mpi=pmi2, which leaves the local rank to SLURM's own variables
+    _Variables(  # MPICH, Intel MPI, PALS, and srun --mpi=pmi2, which leaves the local rank to SLURM's own variables
         "PMI_RANK",
         "PMI_SIZE",
         ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
@@ -95,12 +95,12 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
     """
     env = os.environ if environ is None else environ
     step = find_step(env)
-    for words in _DIALECTS:
-        if words.rank in env and words.size in env:
-            return _consistent(_as_told(env, words, step))
+    for names in _LAUNCHERS:
+        if names.rank in env and names.size in env:
+            return _checked(_from_launcher(env, names, step))
     if step is not None:
-        return _consistent(_as_task(env, step))
-    if half := next((words for words in _DIALECTS if env.get(words.rank)), None):
+        return _checked(_from_step(env, step))
+    if half := next((names for names in _LAUNCHERS if env.get(names.rank)), None):
         raise ConfigError(
             f"{half.rank}={env[half.rank]} is set, but {half.size} is not: of how many ranks this is one is not known. "
             f"Export both, or unset {half.rank} for a process that is alone."
@@ -108,30 +108,30 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
     return RankInfo(0, 1, 0, 1, "none", env.get("MASTER_ADDR", _THIS_HOST), _master_port(env))
 
 
-def _as_told(env: Mapping[str, str], words: _Dialect, step: SlurmStep | None) -> RankInfo:
-    rank, size = whole(env, words.rank), whole(env, words.size)
+def _from_launcher(env: Mapping[str, str], names: _Variables, step: SlurmStep | None) -> RankInfo:
+    rank, size = read_int(env, names.rank), read_int(env, names.size)
     if not 0 <= rank < size:
         raise ConfigError(
-            f"{words.rank}={rank} is outside of {words.size}={size}: the launcher's variables are broken."
+            f"{names.rank}={rank} is outside of {names.size}={size}: the launcher's variables are broken."
         )
     if step is not None and size > 1 and (step.rank, step.size) == (rank, size):
-        return _as_task(env, step)  # the ranks are the step's tasks, whoever else speaks of them
-    local_keys = tuple(dict.fromkeys((*words.local_rank, "LOCAL_RANK")))
+        return _from_step(env, step)  # the ranks are the step's tasks, whoever else speaks of them
+    local_keys = tuple(dict.fromkeys((*names.local_rank, "LOCAL_RANK")))
     local = next((key for key in local_keys if key in env), None)
     if local is None and size > 1:
         raise ConfigError(
-            f"{words.launcher} started {size} ranks ({words.rank}, {words.size}), but none of {', '.join(local_keys)} "
+            f"{names.launcher} started {size} ranks ({names.rank}, {names.size}), but none of {', '.join(local_keys)} "
             "says which of its node's ranks this one is, and so which GPU is its own: export LOCAL_RANK, 0 where each "
             "rank has a node to itself."
         )
-    local_size = next((whole(env, key) for key in (*words.local_size, "LOCAL_WORLD_SIZE") if env.get(key)), 0)
+    local_size = next((read_int(env, key) for key in (*names.local_size, "LOCAL_WORLD_SIZE") if env.get(key)), 0)
     local_size = local_size if local_size > 0 else size
-    master = _master_addr(env, words.launcher, size, local_size)
-    local_rank = whole(env, local) if local else 0
-    return RankInfo(rank, size, local_rank, local_size, words.launcher, master, _master_port(env))
+    master = _master_addr(env, names.launcher, size, local_size)
+    local_rank = read_int(env, local) if local else 0
+    return RankInfo(rank, size, local_rank, local_size, names.launcher, master, _master_port(env))
 
 
-def _consistent(info: RankInfo) -> RankInfo:
+def _checked(info: RankInfo) -> RankInfo:
     if 0 <= info.rank < info.world_size and 0 <= info.local_rank < info.local_world_size:
         return info
     raise ConfigError(
@@ -141,14 +141,14 @@ def _consistent(info: RankInfo) -> RankInfo:
     )
 
 
-def _as_task(env: Mapping[str, str], step: SlurmStep) -> RankInfo:
-    local_rank, local_size = whole(env, "SLURM_LOCALID"), step.local_size or step.size
+def _from_step(env: Mapping[str, str], step: SlurmStep) -> RankInfo:
+    local_rank, local_size = read_int(env, "SLURM_LOCALID"), step.local_size or step.size
     master = env.get("MASTER_ADDR") or (step.first_host() if step.size > 1 else _THIS_HOST)
     return RankInfo(step.rank, step.size, local_rank, local_size, "srun", master, _master_port(env))
 
 
 def export_rank(info: RankInfo) -> None:
-    """Say it again in the words that torch.distributed and DeepSpeed read, before they are loaded."""
+    """Set the variables that torch.distributed and DeepSpeed read, before they are loaded."""
     os.environ.update(
         RANK=str(info.rank),
         WORLD_SIZE=str(info.world_size),
@@ -217,7 +217,7 @@ def extensions_dir() -> Path:
 
 
 def wants_cpu(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether somebody asked for CPUs, whatever GPUs there are: in DeepSpeed's word, DS_ACCELERATOR=cpu."""
+    """Whether somebody asked for CPUs, whatever GPUs there are: DS_ACCELERATOR=cpu, as DeepSpeed reads it."""
     return (os.environ if environ is None else environ).get("DS_ACCELERATOR") == "cpu"
 
 
@@ -227,8 +227,8 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> list[str]:
     if wants_cpu(env):
         return []
     if "CUDA_VISIBLE_DEVICES" in env:
-        words = map(str.strip, env["CUDA_VISIBLE_DEVICES"].split(","))
-        return [*itertools.takewhile(lambda word: word not in _NO_GPUS, words)]  # CUDA reads no further
+        devices = map(str.strip, env["CUDA_VISIBLE_DEVICES"].split(","))
+        return [*itertools.takewhile(lambda device: device not in _NO_GPUS, devices)]  # CUDA reads no further
     return _driver_gpus()
 
 
@@ -240,7 +240,7 @@ def gpu_request(environ: Mapping[str, str] | None = None) -> str | None:
     if wants_cpu(env):
         return None
     for key in _GPU_COUNTS:
-        if any(_COUNT.search(word) for word in env.get(key, "").split(",")):
+        if any(_COUNT.search(count) for count in env.get(key, "").split(",")):
             return f"{key}={env[key]}"
     for key in _GPU_LISTS:
         is_deepspeeds = key == "CUDA_VISIBLE_DEVICES" and "LOCAL_SIZE" in env  # its launcher sets it without GPUs too
@@ -334,10 +334,10 @@ def _master_addr(env: Mapping[str, str], launcher: str, size: int, local_size: i
 
 def _master_port(env: Mapping[str, str]) -> int:
     if "MASTER_PORT" in env:
-        port = whole(env, "MASTER_PORT")
+        port = read_int(env, "MASTER_PORT")
         if not 0 < port < 1 << 16:
             raise ConfigError(f"MASTER_PORT is {port}; a TCP port is from 1 to 65535.")
         return port
     if "SLURM_JOB_ID" in env:  # the same for every task of a job, rarely for two jobs on a node
-        return _FIRST_JOB_PORT + whole(env, "SLURM_JOB_ID") % _NUM_JOB_PORTS
+        return _FIRST_JOB_PORT + read_int(env, "SLURM_JOB_ID") % _NUM_JOB_PORTS
     return DEFAULT_MASTER_PORT

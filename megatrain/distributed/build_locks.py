@@ -1,6 +1,6 @@
 """Locks of builds that no longer run: torch takes one to compile an operator, and waits for another's without end.
 
-Nothing of megatrain's own is compiled at a start; what stands under ``deepspeed`` in a config may ask for it.
+Nothing of megatrain's own is compiled at a start; the key ``deepspeed`` of a config may ask for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def clear_stale_locks(folder: Path) -> list[str]:
     A lock that a process of this machine holds is that of a live build. Others may be another machine's, where the
     folder is shared: such a lock goes once nothing is written beside it any more.
     """
-    told = []
+    messages = []
     for lock in _locks(folder):
         try:
             if _is_held(lock):
@@ -29,17 +29,17 @@ def clear_stale_locks(folder: Path) -> list[str]:
             silent_seconds = time.time() - max(path.stat().st_mtime for path in (lock, *lock.parent.rglob("*")))
             if silent_seconds > LONGEST_SILENCE_SECONDS:
                 lock.unlink()
-                told.append(
+                messages.append(
                     f"{lock} was removed: a build that was killed had left it, and this start would have waited"
                 )
             else:
-                told.append(
+                messages.append(
                     f"{lock} is the lock of a build that no process of this machine makes. If it does not run on "
                     "another, remove that file: whoever needs the operator waits for it without end"
                 )
         except OSError:  # it has just gone, or is not ours
             continue
-    return told
+    return messages
 
 
 def _locks(folder: Path) -> Iterator[Path]:

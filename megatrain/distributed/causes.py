@@ -1,4 +1,4 @@
-"""What an error of torch, NCCL or gloo means: each says it in its own words, and a dead peer is one cause of many.
+"""What an error of torch, NCCL or gloo means: each has texts of its own, and a dead peer is one cause of many.
 
 The texts are the libraries' own; tests/unit/distributed/test_causes.py has some as they were reported.
 """
@@ -36,16 +36,16 @@ class _Meaning(NamedTuple):
     """How one cause is recognised, what it is worth, and what to do. ``exit_code`` 5: another start may go well."""
 
     cause: Cause
-    words: re.Pattern[str]
+    pattern: re.Pattern[str]
     exit_code: int
     advice: str
 
 
-def _means(cause: Cause, words: str, exit_code: int, advice: str) -> _Meaning:
-    return _Meaning(cause, re.compile(words, re.IGNORECASE), exit_code, advice)
+def _means(cause: Cause, pattern: str, exit_code: int, advice: str) -> _Meaning:
+    return _Meaning(cause, re.compile(pattern, re.IGNORECASE), exit_code, advice)
 
 
-# The first whose words are found counts: what NCCL reports after it (a closed connection) is not the cause.
+# The first whose pattern is found counts: what NCCL reports after it (a closed connection) is not the cause.
 _MEANINGS = (
     _means(
         Cause.LIMIT,
@@ -161,9 +161,9 @@ def explain(error: BaseException, who: str) -> tuple[int, str] | None:
 def last_words(error: BaseException) -> str:
     """What the library said at last, on one line: NCCL's last error, where there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = lines[lines.index("Last error:") + 1 :] if "Last error:" in lines else []
+    details = lines[lines.index("Last error:") + 1 :] if "Last error:" in lines else []
     results = [line for line in lines if line.startswith("nccl")]
-    return (told or results or lines)[0][:_MOST_SHOWN].rstrip(".")
+    return (details or results or lines)[0][:_MOST_SHOWN].rstrip(".")
 
 
 def _meaning(error: BaseException) -> _Meaning | None:
@@ -174,4 +174,4 @@ def _meaning(error: BaseException) -> _Meaning | None:
     if not isinstance(error, RuntimeError):
         return None
     text = str(error)
-    return next((meaning for meaning in _MEANINGS if meaning.words.search(text)), None)
+    return next((meaning for meaning in _MEANINGS if meaning.pattern.search(text)), None)

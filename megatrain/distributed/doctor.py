@@ -1,4 +1,4 @@
-"""What `megatrain-launch doctor` starts once a rank: examines all ranks, and tells its launcher what is bad.
+"""What `megatrain-launch doctor` starts once a rank: examines all ranks, and prints for its launcher what is bad.
 
 python -m megatrain.distributed.doctor FOLDER --hosts node1:8,node2:8
 """
@@ -21,7 +21,7 @@ from megatrain.distributed.bootstrap import RankInfo, export_rank, extensions_di
 from megatrain.distributed.causes import explain, last_words
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import make_groups
-from megatrain.distributed.health_checks import ANSWER, HERE, Effort, Finding, Reading
+from megatrain.distributed.health_checks import RESULT, STARTED, Effort, Finding, Reading
 from megatrain.distributed.local_ranks import process_began
 from megatrain.distributed.naming import name_ranks
 from megatrain.distributed.preflight import Folders, examine, existing
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     export_rank(rank)
     patience = patience_seconds(rank.world_size, time.time() - process_began())
     if rank.local_rank == 0:
-        sys.stdout.write(f"{HERE}{patience:.0f}\n")
+        sys.stdout.write(f"{STARTED}{patience:.0f}\n")
         sys.stdout.flush()
     try:
         findings, readings = _examine(rank, options.folder, options.scratch, patience)
@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> int:
     except MegatrainError as error:
         findings, readings = [Finding(str(error), ())], []
     if rank.rank == 0:
-        answer = {"findings": list(map(list, findings)), "readings": list(map(dataclasses.asdict, readings))}
-        sys.stdout.write(f"{ANSWER}{orjson.dumps(answer).decode()}\n")
+        result = {"findings": list(map(list, findings)), "readings": list(map(dataclasses.asdict, readings))}
+        sys.stdout.write(f"{RESULT}{orjson.dumps(result).decode()}\n")
         sys.stdout.flush()
     return EXIT_RANK if findings else EXIT_OK
 
@@ -82,8 +82,8 @@ def _examine(rank: RankInfo, folder: Path, scratch: Path, patience: float) -> tu
         return examine(groups, rank, Folders(folder, existing(scratch)), EFFORT)
     except RuntimeError as error:
         who = f"rank {rank.rank} on {socket.gethostname()}"
-        _, told = explain(error, who) or (EXIT_RANK, f"{who}: {last_words(error)}")
-        raise RankError(told) from None
+        _, text = explain(error, who) or (EXIT_RANK, f"{who}: {last_words(error)}")
+        raise RankError(text) from None
 
 
 def _name_missing(error: RanksMissing, hosts: str, patience: float) -> list[Finding]:

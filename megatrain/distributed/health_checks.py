@@ -12,9 +12,9 @@ from typing import NamedTuple
 from megatrain.distributed.naming import name_ranks
 from megatrain.units import format_bytes
 
-ANSWER = "megatrain-doctor-says "
+RESULT = "megatrain-doctor-result "
 """What the doctor's one line begins with, wherever a launcher puts a name before it."""
-HERE = "megatrain-doctor-is-here "
+STARTED = "megatrain-doctor-started "
 """What a node's first rank says before: it has started, and waits for the others for so many seconds."""
 _SLOW = 2.0
 """A disk or link is slow that takes more than so many times what the median one takes."""

@@ -1,4 +1,4 @@
-"""The ranks on this machine, as processes: found, told of a request, ended. Whoever starts ranks uses this."""
+"""The ranks on this machine, as processes: found, sent a signal, ended. Whoever starts ranks uses this."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ TRAINER = "megatrain.train"
 _GRACE_SECONDS = 60.0
 
 
-def find_ranks(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+def find_ranks(is_ours: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     """The processes that are `python -m megatrain.train` themselves (not a launcher of it) and belong to the run."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if _is_trainer(process.info["cmdline"] or []):
             with contextlib.suppress(psutil.Error, OSError):
-                if belongs(process):
+                if is_ours(process):
                     found.append(process)
     return found
 
 
-def tell(process: psutil.Process, number: int) -> bool:
+def send_signal(process: psutil.Process, number: int) -> bool:
     """Send a signal to a rank that listens for it already; whether it did. One that does not would die of it."""
     # Python itself catches SIGINT from the start, and would end with a traceback.
     if not _listens(process.pid, signal.SIGTERM if number == signal.SIGINT else number):
@@ -37,7 +37,7 @@ def tell(process: psutil.Process, number: int) -> bool:
 
 
 def kill_stopped(ranks: list[psutil.Process]) -> None:
-    """KILL those that stand still by SIGSTOP, of a run that has failed: they answer nobody, and all would wait."""
+    """KILL those stopped by SIGSTOP, of a run that has failed: they answer nobody, and all would wait."""
     for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
@@ -64,7 +64,7 @@ def process_began() -> float:
     began: float = psutil.Process().create_time()
     if not hasattr(time, "CLOCK_BOOTTIME"):
         return began
-    # psutil adds the time since the boot to that of the boot, which Linux tells in whole seconds.
+    # psutil adds the time since the boot to that of the boot, which Linux gives in whole seconds.
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time()))
 
 

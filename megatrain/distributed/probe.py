@@ -74,8 +74,8 @@ def next_link(rank: int, world_size: int, num_bytes: int, device: torch.device) 
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
-            told = f"rank {rank} on {socket.gethostname()} hears nothing from rank {peer} ({last_words(error)})"
-            raise LostPeer(told) from None
+            text = f"rank {rank} on {socket.gethostname()} hears nothing from rank {peer} ({last_words(error)})"
+            raise LostPeer(text) from None
         if peer == (rank + 1) % world_size and (rank == 0 or world_size > 2):
             found = link
     return found

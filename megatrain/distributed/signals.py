@@ -21,7 +21,7 @@ class Requests:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The first that asked for an end."""
-        self.is_told_to_end = False
+        self.must_end = False
         """Whether TERM or Ctrl-C has come: launchers send TERM to the ranks that are left when one has died."""
         self._saves = 0
         for number in STOP_SIGNALS:
@@ -29,8 +29,8 @@ class Requests:
         signal.signal(SAVE_SIGNAL, self._note_save)
 
     def take_save(self) -> bool:
-        asked, self._saves = self._saves, 0
-        return asked > 0
+        num_saves, self._saves = self._saves, 0
+        return num_saves > 0
 
     def follow(self, supervisor: int) -> None:
         """From here on the death of process ``supervisor`` is a request to stop too: it can pass none on any more."""
@@ -46,7 +46,7 @@ class Requests:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
-        self.is_told_to_end = self.is_told_to_end or number != signal.SIGUSR1
+        self.must_end = self.must_end or number != signal.SIGUSR1
 
 
 def _signal_after(pid: int) -> None:

@@ -49,11 +49,11 @@ def find_step(env: Mapping[str, str]) -> SlurmStep | None:
     """The step whose task has this environment; None outside of one. Raises ConfigError for broken variables."""
     if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_ID") in _NO_TASKS:
         return None
-    size = whole(env, "SLURM_STEP_NUM_TASKS")
+    size = read_int(env, "SLURM_STEP_NUM_TASKS")
     counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
-    here = tasks_per_node(counts)[whole(env, "SLURM_NODEID", 0) :] if counts else []
+    here = tasks_per_node(counts)[read_int(env, "SLURM_NODEID", 0) :] if counts else []
     return SlurmStep(
-        rank=whole(env, "SLURM_PROCID"),
+        rank=read_int(env, "SLURM_PROCID"),
         size=size,
         local_size=min(here[0], size) if here else None,
         nodes=env.get("SLURM_STEP_NODELIST", ""),
@@ -62,7 +62,7 @@ def find_step(env: Mapping[str, str]) -> SlurmStep | None:
     )
 
 
-def whole(env: Mapping[str, str], key: str, default: int | None = None) -> int:
+def read_int(env: Mapping[str, str], key: str, default: int | None = None) -> int:
     """A variable that holds a whole number. Raises ConfigError where it holds another text, or nothing by default."""
     text = env.get(key, "" if default is None else str(default))
     try:

@@ -1,6 +1,6 @@
 """Starts the local `deepspeed` launcher for `megatrain train`, passes signals on to the ranks, keeps the first cause.
 
-The launcher alone would leave orphans when it is told to stop, and answer with whichever code it saw first.
+The launcher alone would leave orphans when it is sent a signal, and answer with whichever code it saw first.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
         signal.signal(number, lambda got, _frame: requested.append(got))
     # A session of its own: Ctrl-C reaches the ranks through us alone, once.
     launcher = subprocess.Popen(command, env=env, start_new_session=True)
-    told: set[tuple[int, int]] = set()
+    delivered: set[tuple[int, int]] = set()
     failed_at: float | None = None
     try:
         while launcher.poll() is None:
-            _pass_on(launcher.pid, requested, told)
+            _forward_signals(launcher.pid, requested, delivered)
             if (first := failures.read(run_dir, start_name(env))) is not None:
                 local_ranks.kill_stopped(_ranks(launcher.pid))
                 failed_at = failed_at or time.monotonic()
@@ -54,18 +54,18 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
             time.sleep(_POLL_SECONDS)
     finally:
         num_orphans = _end_orphans(launcher.pid)
-    return verdict(launcher.returncode, num_orphans, failures.read(run_dir, start_name(env)))
+    return resolve_exit_code(launcher.returncode, num_orphans, failures.read(run_dir, start_name(env)))
 
 
-def _pass_on(launcher: int, requested: Sequence[int], told: set[tuple[int, int]]) -> None:
+def _forward_signals(launcher: int, requested: Sequence[int], delivered: set[tuple[int, int]]) -> None:
     """Requests go to the ranks alone, to each as soon as it listens: one that comes while they start is kept.
 
     The launcher would answer a signal by killing the ranks in the middle of their save.
     """
-    for index, asked in enumerate(requested):
+    for index, number in enumerate(requested):
         for process in _ranks(launcher):
-            if (process.pid, index) not in told and local_ranks.tell(process, asked):
-                told.add((process.pid, index))
+            if (process.pid, index) not in delivered and local_ranks.send_signal(process, number):
+                delivered.add((process.pid, index))
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:
@@ -79,7 +79,7 @@ def _end_orphans(launcher: int) -> int:
     return len(ranks)
 
 
-def verdict(status: int, num_orphans: int, first: failures.Failure | None) -> int:
+def resolve_exit_code(status: int, num_orphans: int, first: failures.Failure | None) -> int:
     """A launcher's status in our codes: the first cause counts, not what followed it. Standard error tells why."""
     if status == 0 and not num_orphans and first is None:
         return 0

@@ -126,7 +126,7 @@ def _end_rank(rank: RankInfo, run_dir: Path, report: str) -> None:
 
 def _must_end(stop: Requests, rank: RankInfo, run_dir: Path) -> bool:
     """By a signal; or because this start has failed, for which one rank of each node looks."""
-    if stop.is_told_to_end:
+    if stop.must_end:
         return True
     return rank.local_rank == 0 and is_start_named() and failures.read(run_dir, start_name()) is not None
 

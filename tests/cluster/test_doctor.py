@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatrain.distributed.health_checks import ANSWER
+from megatrain.distributed.health_checks import RESULT
 from tests.cluster.conftest import ROOT
 from tests.cluster.lab import Lab
 from tests.faults.test_stragglers import throttle
@@ -44,7 +44,7 @@ class Clinic:
             self.lab.inside(1, *command), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         assert time.monotonic() - began < 60
-        assert ANSWER not in ended.stdout
+        assert RESULT not in ended.stdout
         return ended.returncode, ended.stdout + ended.stderr
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatrain.distributed.bootstrap import free_port
-from megatrain.distributed.health_checks import ANSWER
+from megatrain.distributed.health_checks import RESULT
 from tests.runs import TinyData, tiny_config, write_config
 
 
@@ -44,6 +44,6 @@ def test_the_doctor_of_one_rank_names_unwritable_folders() -> None:
         command, env={**os.environ, "MASTER_PORT": str(free_port())}, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 5, ended.stderr
-    answer = json.loads(ended.stdout.partition(ANSWER)[2])
+    answer = json.loads(ended.stdout.partition(RESULT)[2])
     assert [text for text, _, _ in answer["findings"] if "/proc cannot be written" in text]
     assert answer["readings"][0]["seconds"].keys() == {"arithmetic"}

@@ -12,7 +12,7 @@ from launcher import doctor
 from launcher.doctor import read_hostfile
 from launcher.nodes import job_slots
 from megatrain.distributed.doctor import patience_seconds
-from megatrain.distributed.health_checks import ANSWER, HERE
+from megatrain.distributed.health_checks import RESULT, STARTED
 from megatrain.errors import ConfigError
 
 
@@ -75,7 +75,7 @@ def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return write
 
 
-ANSWERS = f"""print('{ANSWER}{{"findings": [], "readings": []}}', flush=True)"""
+ANSWERS = f"""print('{RESULT}{{"findings": [], "readings": []}}', flush=True)"""
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_srun_refuses_is_said_in_its_words(allocation: Callable[..., None])
 def test_only_nodes_that_srun_names_are_excluded(
     said: str, excluded: list[str], allocation: Callable[..., None]
 ) -> None:
-    allocation(f"print('{HERE}30', flush=True)\nsys.exit({said!r})")
+    allocation(f"print('{STARTED}30', flush=True)\nsys.exit({said!r})")
     found = doctor.examine(None, None, Path())
     assert found.exclude == excluded
     assert said in found.findings[0]
@@ -143,7 +143,7 @@ def test_patience_is_that_of_the_first_ranks(allocation: Callable[..., None], mo
     """Without their word it would have ended here; a rank 0 that stays silent is named then."""
     monkeypatch.setattr(doctor, "_START_SECONDS", 0.8)
     monkeypatch.setattr(doctor, "_EXAMINE_SECONDS", 0.5)
-    allocation(f"print('node2: {HERE}4', flush=True)\ntime.sleep(1.5)\n{ANSWERS}")
+    allocation(f"print('node2: {STARTED}4', flush=True)\ntime.sleep(1.5)\n{ANSWERS}")
     assert doctor.examine(None, None, Path()).findings == []
     allocation("time.sleep(60)")
     assert doctor.examine(None, None, Path()).exclude == ["node1"]

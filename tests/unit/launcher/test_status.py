@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.status import look
+from launcher.status import read_status
 from megatrain.checkpoint import lock
 from megatrain.distributed import failures
 from tests.unit.launcher.conftest import CONFIG, Launch
@@ -59,7 +59,7 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
 @pytest.mark.usefixtures("held")
 def test_a_run_under_way_tells_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squeue(tmp_path, monkeypatch, "RUNNING|1:02:03|node[7-8]|None|2026-11-28T00:00:00")
-    assert list(look(run, NOW).lines()) == [
+    assert list(read_status(run, NOW).lines()) == [
         f"run        {run}",
         "job        running: host node7, slurm job 12 (RUNNING for 1:02:03 on node[7-8])",
         "step       20 of 40 (50%), loss 2.8000, logged 10s ago",
@@ -73,15 +73,15 @@ def test_a_run_under_way_tells_all(run: Path, tmp_path: Path, monkeypatch: pytes
 def test_looking_changes_nothing(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     run.chmod(0o555)
-    assert look(run, NOW).state == "stopped"
+    assert read_status(run, NOW).state == "stopped"
     run.chmod(0o755)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 @pytest.mark.usefixtures("held")
 def test_a_silent_run_may_hang(run: Path) -> None:
-    assert look(run, NOW + 40).problems == []
-    (problem,) = look(run, NOW + 600).problems
+    assert read_status(run, NOW + 40).problems == []
+    (problem,) = read_status(run, NOW + 600).problems
     assert problem.startswith("nothing was logged for 10m 10s: ")
 
 
@@ -92,7 +92,7 @@ def test_events_of_this_start_are_told_once_each(run: Path) -> None:
     for step in (21, 22):
         write(run, {"event": "skipped", "step": step, "message": f"no update in step {step}", "time": NOW})
     write(run, {"step": 22, "loss": None, "step_seconds": 1.0, "time": NOW})
-    problems = look(run, NOW).problems
+    problems = read_status(run, NOW).problems
     assert problems == ["the loss is not finite", "skipped, 2 times, the last at step 22: no update in step 22"]
 
 
@@ -101,7 +101,7 @@ def test_events_of_this_start_are_told_once_each(run: Path) -> None:
 )
 def test_a_run_that_failed_says_why(code: int, advice: str, run: Path) -> None:
     failures.claim(run, "1", failures.Failure(3, code, "because"))
-    assert look(run, NOW).problems == [
+    assert read_status(run, NOW).problems == [
         f"no job trains it, it stands at step 20: {advice}",
         f"the last start ended with code {code}, rank 3 first: because",
     ]
@@ -111,7 +111,7 @@ def test_a_holder_that_died_has_nothing(run: Path) -> None:
     with lock.locked(run, {"host": "node7", "pid": "1"}):
         lease = (run / ".lease.json").read_bytes()
     (run / ".lease.json").write_bytes(lease)
-    found = look(run, NOW)
+    found = read_status(run, NOW)
     assert (found.state, found.job) == ("stopped", "no job holds it, the last one was host node7, pid 1")
 
 
@@ -120,7 +120,7 @@ def test_a_run_in_the_queue_says_what_for(run: Path, tmp_path: Path, monkeypatch
     for number in (9, 12):
         (run / f"logs/slurm-{number}.out").touch()
     squeue(tmp_path, monkeypatch, "PENDING|0:00||Resources|2026-11-29T00:00:00")
-    found = look(run, NOW)
+    found = read_status(run, NOW)
     assert (found.state, found.job) == ("queued", "slurm job 12 (PENDING, Resources, starts at 2026-11-29T00:00:00)")
     assert found.problems == []
 
@@ -130,9 +130,9 @@ def test_saves_that_do_not_come_are_noticed(run: Path) -> None:
     (run / "logs/restarts.json").write_text('{"newest_step": null, "num_fruitless": 2, "was_asked": false}')
     shutil.rmtree(run / "checkpoints")
     write(run, {"event": "finish", "step": 20, "time": NOW})
-    assert look(run, NOW).problems == []
+    assert read_status(run, NOW).problems == []
     write(run, {"event": "resume", "step": 20, "time": NOW})
-    assert look(run, NOW).problems[1:] == [
+    assert read_status(run, NOW).problems[1:] == [
         "no checkpoint yet, though one is due every 5 steps",
         "2 start(s) in a row left no new checkpoint",
     ]
@@ -142,7 +142,7 @@ def test_an_object_store_is_not_asked(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["checkpoint"]["dir"] = "s3://nowhere/run"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    assert look(run, NOW).saved_step == 15
+    assert read_status(run, NOW).saved_step == 15
 
 
 def test_a_folder_of_no_run_is_refused(tmp_path: Path, launch: Launch) -> None:
