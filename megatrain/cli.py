@@ -89,7 +89,7 @@ def check(
         raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
-    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model), *_check_data(loaded)]
+    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model), *_check_data(config, loaded)]
     data = rules.data_degree(loaded, world_size)
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
@@ -223,7 +223,7 @@ def train(
     num_ranks = procs or max(gpus, 1)
     _refuse_shared_gpus(num_ranks, gpus)
     rules.check(loaded, num_ranks)
-    for note in _check_data(loaded, must_exist=True):
+    for note in _check_data(config, loaded, must_exist=True):
         typer.echo(f"warning: {note}", err=True)
     _check_origin(_with_vocabulary(loaded), must_exist=True)
     run_dir = Path(loaded.run.dir)
@@ -543,27 +543,44 @@ def _refuse_shared_gpus(num_ranks: int, gpus: int) -> None:
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
 
 
-def _check_data(config: RunConfig, must_exist: bool = False) -> list[str]:
+def _check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[str]:
     """Refuse datasets that are missing or broken (if they must exist), not alike, or with more ids than the vocabulary,
-    as far as they are here; what there is to ask of it."""
-    paths = [*(entry.path for entry in config.data.train), *(entry.path for entry in config.data.validation)]
-    paths = [path for path in paths if must_exist or Path(path).is_dir()]
+    as far as they are here; what there is to ask of them. ``name``: the config's, or a recipe's."""
+    every = [*(entry.path for entry in config.data.train), *(entry.path for entry in config.data.validation)]
+    missing = [path for path in dict.fromkeys(every) if "://" not in path and not Path(path).exists()]
+    notes = []
+    if missing and not must_exist:
+        text = f"{', '.join(missing)}: not on this machine, so whether the data fits is not known."
+        notes.append(f"{text}{_elsewhere(missing[0], name)}")
+    paths = [path for path in every if must_exist or Path(path).is_dir()]
     if not paths:
-        return []
+        return notes
     from megatrain.data import open_dataset
     from megatrain.data.dataset import require_same_tokenizer
     from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
 
-    try:
-        datasets = [open_dataset(path) for path in paths]
-    except DataError:  # which a start says; a config can be right without its data
-        if must_exist:
-            raise
-        return []
+    datasets = []
+    for path in paths:
+        try:
+            datasets.append(open_dataset(path))
+        except DataError as error:  # which a start says; a config can be right without its data
+            if must_exist:
+                raise DataError(f"{error}{_elsewhere(path, name)}") from None
+            return [*notes, str(error)]
     require_same_tokenizer(datasets)
     resolve_vocabulary(config, datasets[0])
     question = unused_vocabulary(config, datasets[0])
-    return [] if question is None else [question]
+    return notes if question is None else [*notes, question]
+
+
+def _elsewhere(path: str, name: str) -> str:
+    """Where a relative path that is not found would be, if it were meant from the config's folder."""
+    from megatrain.config import recipes
+
+    other = recipes.find(name).resolve().parent / path
+    if Path(path).is_absolute() or Path(path).exists() or not other.exists():
+        return ""
+    return f" {other} is there: relative paths are taken from the working directory, {Path.cwd()}."
 
 
 def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:

@@ -50,8 +50,7 @@ def generate_text(
         reader, saved_config(reader.manifest, reader.folder), rank, 1 if rank is None else rank.world_size
     )
     assets = Assets.of_checkpoint(reader.folder, reader.manifest)
-    yield prompt
-    yield from stream_text(
+    texts = stream_text(
         model,
         tokenizer,
         assets,
@@ -62,6 +61,8 @@ def generate_text(
         warn=warn,
         agree=None if groups is None else groups.broadcast_number,
     )
+    yield prompt
+    yield from texts
     if groups is not None:
         dist.destroy_process_group()
 
@@ -69,7 +70,7 @@ def generate_text(
 def encode_prompt(tokenizer: Tokenizer, prompt: str, warn: Callable[[str], None]) -> list[int]:
     """A prompt's token ids. Raises ConfigError where it has bytes that are not text."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes that are none
-        raise ConfigError("The prompt has bytes that are not UTF-8: give it as text.")
+        raise ConfigError("The prompt (--prompt) has bytes that are not UTF-8: give it as text.")
     ids = tokenizer.encode(prompt)
     unknown = UnknownText(tokenizer).count([prompt], np.array(ids), np.array([0, len(ids)]), ["the prompt"])
     if unknown.characters:
@@ -89,7 +90,10 @@ def stream_text(
     warn: Callable[[str], None],
     agree: Callable[[int], int] | None = None,
 ) -> Iterator[str]:
-    """Yield what the model generates after a prompt, each character as soon as it is whole; see `generate_text`."""
+    """What the model generates after a prompt, each character as soon as it is whole; see `generate_text`.
+
+    Raises ConfigError at once, as `generate` does.
+    """
     ids = [*assets.prompt_ids, *prompt_ids]
     room = model.config.max_position_embeddings - len(ids)
     tokens = generate(
@@ -102,13 +106,18 @@ def stream_text(
         tokenizer.vocab_size,
         agree=agree,
     )
-    new_ids: list[int] = []
-    yield from _decode_stream(tokenizer, ids, _collected(tokens, new_ids))
-    if len(new_ids) == room < max_new_tokens:
-        warn(
-            f"The text stops here because the model's context is full: {len(ids)} tokens of prompt and {room} new ones "
-            f"are all of its {model.config.max_position_embeddings} positions (model.max_position_embeddings)."
-        )
+
+    def stream() -> Iterator[str]:
+        new_ids: list[int] = []
+        yield from _decode_stream(tokenizer, ids, _collected(tokens, new_ids))
+        if len(new_ids) == room < max_new_tokens:
+            warn(
+                f"The text stops here because the model's context is full: {len(ids)} tokens of prompt and {room} new "
+                f"ones are all of its {model.config.max_position_embeddings} positions "
+                "(model.max_position_embeddings)."
+            )
+
+    return stream()
 
 
 def _collected(tokens: Iterator[int], into: list[int]) -> Iterator[int]:

@@ -152,3 +152,17 @@ def test_a_plain_launcher_reports_a_problem_once(tiny_data: TinyData, two_ranks:
     ended = two_ranks.train(config, "train.steps=x")
     assert ended.codes == [2, 2]
     assert ["train.steps" in output for output in ended.output] == [True, False]
+
+
+def test_a_relative_path_names_the_other_place(tmp_path: Path, megatrain: Megatrain, tiny_data: TinyData) -> None:
+    folder = tmp_path / "project"
+    config = tiny_config(tiny_data, tmp_path / "run")
+    config["data"] |= {"train": [{"path": "data/prose"}], "validation": []}
+    path = write_config(folder / "run.yaml", config)
+    ended = megatrain("check", path)
+    assert (ended.code, "data/prose: not on this machine" in ended.out) == (0, True)
+    shutil.copytree(tiny_data.prose, folder / "data" / "prose")
+    hint = f"{folder / 'data' / 'prose'} is there: relative paths are taken from the working directory, {Path.cwd()}."
+    assert hint in megatrain("check", path).out
+    ended = megatrain("train", path)
+    assert (ended.code, hint in ended.err) == (3, True)
