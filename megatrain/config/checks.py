@@ -74,7 +74,7 @@ def _of_other_families(config: schema.ModelConfig) -> list[Problem]:
     """A problem for each key that was set though only other families read it."""
     problems = []
     for key in type(config).model_fields:
-        readers = [name for name, family in FAMILIES.items() if key in family.some_keys]
+        readers = [name for name, each in FAMILIES.items() if key in each.some_keys]
         if readers and config.family not in readers:
             only = f"family {readers[0]} only" if len(readers) == 1 else f"{', '.join(readers)}, not by {config.family}"
             problems += unused(config, (key,), f"read by {only}")

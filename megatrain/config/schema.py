@@ -112,9 +112,7 @@ class SharedModelKeys(Section):
 
     family: FamilyName = Field(
         default="llama",
-        description="Which decoder: "
-        + "; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items())
-        + ".",
+        description="Which decoder: " + "; ".join(f"{name}: {each.summary}" for name, each in FAMILIES.items()) + ".",
     )
     hidden_size: Size = Field(description="Width of the residual stream.")
     intermediate_size: Size | None = Field(
@@ -223,7 +221,7 @@ else:  # with the keys that families have of their own
         __base__=SharedModelKeys,
         __doc__=SharedModelKeys.__doc__,
         __module__=__name__,
-        **{key: declared for family in FAMILIES.values() for key, declared in family.own_keys.items()},
+        **{key: declared for each in FAMILIES.values() for key, declared in each.own_keys.items()},
     )
 
 

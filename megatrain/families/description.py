@@ -19,7 +19,7 @@ Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "vocab"
 the MLP's inside, of one head, of the positions and of the vocabulary. `ModelConfig.sizes` has the numbers."""
 
 HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {"queries": "query", "keys": "key_value"}
-CUT_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
+SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
 """What tensor-parallel ranks share out; every rank has the other widths whole."""
 
 
@@ -40,9 +40,9 @@ class Weight(NamedTuple):
         return len(self.dims) > 1
 
     @property
-    def cut(self) -> Width | None:
+    def sharded_width(self) -> Width | None:
         """The width that tensor-parallel ranks share out, if any."""
-        return next((width for dim in self.dims for width in dim if width in CUT_WIDTHS), None)
+        return next((width for dim in self.dims for width in dim if width in SHARDED_WIDTHS), None)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Linear:
     @property
     def split(self) -> Split:
         out_dim = 1 if self.is_conv1d else 0
-        if self.inputs in CUT_WIDTHS:
+        if self.inputs in SHARDED_WIDTHS:
             return Split("row", 1 - out_dim, by_heads=HEAD_WIDTHS.get(self.inputs))
         if "vocab" in self.outputs:
             return Split("vocab", out_dim)
@@ -233,15 +233,6 @@ class Block:
         return tuple(f"{module.name}.{module.output.name}" for module in (self.attention, self.mlp))
 
 
-def accepts(theirs: Mapping[str, Any]) -> None:
-    """Every config.json that has what is required describes a model of the family."""
-
-
-def warns_of_nothing(theirs: Mapping[str, Any]) -> list[str]:
-    """Transformers loads whatever is exported."""
-    return []
-
-
 @dataclass(frozen=True)
 class HuggingFace:
     """The family in transformers. Keys of its config.json are "theirs", the model's keys in our config "ours".
@@ -261,8 +252,8 @@ class HuggingFace:
     aliases: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
-    refuse: Callable[[Mapping[str, Any]], str | None] = accepts
-    warnings: Callable[[Mapping[str, Any]], list[str]] = warns_of_nothing
+    refuse: Callable[[Mapping[str, Any]], str | None] = lambda theirs: None
+    warnings: Callable[[Mapping[str, Any]], list[str]] = lambda theirs: []
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,15 @@ class Activation(nn.Module):
 class SelfAttention(nn.Module):
     """Attention with its projections."""
 
-    def __init__(self, config: ModelConfig, made_of: description.Attention, layer: int, seed: int, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, spec: description.Attention, layer: int, seed: int, prefix: str) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_size
-        self.rotates = made_of.rotates
-        self.input_names = [linear.name for linear in made_of.inputs]
-        self.output_name = made_of.output.name
-        self.head_norm_names = [norm.name for norm in made_of.head_norms]
-        _attach(self, made_of.modules, config)
+        self.rotates = spec.rotates
+        self.input_names = [linear.name for linear in spec.inputs]
+        self.output_name = spec.output.name
+        self.head_norm_names = [norm.name for norm in spec.head_norms]
+        _attach(self, spec.modules, config)
         dropout = Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3)
         self.core = CoreAttention(dropout, config.attention_window)
 
@@ -90,12 +90,12 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """The MLP, plain or gated."""
 
-    def __init__(self, config: ModelConfig, made_of: description.Mlp) -> None:
+    def __init__(self, config: ModelConfig, spec: description.Mlp) -> None:
         super().__init__()
-        self.input_names = [linear.name for linear in made_of.inputs]
-        self.output_name = made_of.output.name
-        _attach(self, made_of.modules, config)
-        self.activation = Activation(made_of.activation)
+        self.input_names = [linear.name for linear in spec.inputs]
+        self.output_name = spec.output.name
+        _attach(self, spec.modules, config)
+        self.activation = Activation(spec.activation)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         y_BTF = self.activation(*(getattr(self, name)(x_BTC) for name in self.input_names))
@@ -107,7 +107,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
         super().__init__()
-        self.made_of = block = config.description.block
+        self.spec = block = config.description.block
         prefix = f"{block.prefix}.{layer}"
         for module in block.modules:
             if isinstance(module, description.Attention):
@@ -121,7 +121,7 @@ class DecoderLayer(nn.Module):
         self.mlp_dropout = Dropout(config.hidden_dropout, seed, f"{prefix}.mlp_dropout")
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        block = self.made_of
+        block = self.spec
         normed_BTC = getattr(self, block.attention_norm.name)(x_BTC)
         y_BTC = getattr(self, block.attention.name)(normed_BTC, context)
         x_BTC = x_BTC + self.attention_dropout(y_BTC, context.sample_ids_B)

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig, RunConfig
-from megatrain.families.description import CUT_WIDTHS, Weight, Width
+from megatrain.families.description import SHARDED_WIDTHS, Weight, Width
 from megatrain.plan import rules
 from megatrain.plan.stages import decoder_stages
 
@@ -65,7 +65,7 @@ class StageModel:
     def sizes(self) -> Mapping[Width, int]:
         """The model's widths on one of the tensor ranks, padding of the vocabulary included."""
         model, tensor = self.config.model, self.config.parallel.tensor
-        mine = {width: share(size, tensor) if width in CUT_WIDTHS else size for width, size in model.sizes.items()}
+        mine = {width: share(size, tensor) if width in SHARDED_WIDTHS else size for width, size in model.sizes.items()}
         return {**mine, "keys": max(model.kv_heads // tensor, 1) * model.head_size}
 
     @cached_property
@@ -98,7 +98,7 @@ class StageModel:
         tensor = self.config.parallel.tensor
         replicas = {None: tensor, "keys": max(tensor // self.config.model.kv_heads, 1)}
         for weight in weights:
-            yield Parameter(weight.numel(self.sizes), weight.is_matrix, copies, replicas.get(weight.cut, 1))
+            yield Parameter(weight.numel(self.sizes), weight.is_matrix, copies, replicas.get(weight.sharded_width, 1))
 
 
 def stage_models(config: RunConfig, world_size: int) -> list[StageModel]:

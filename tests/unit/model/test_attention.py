@@ -51,12 +51,12 @@ def masked(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: Dropout | None
 
 
 @pytest.mark.parametrize("way", ["blockwise", "dense mask", "dropping"])
-@pytest.mark.parametrize("window", [1, 5, BLOCK_ROWS, BLOCK_ROWS + 70, 388, 1000])
+@pytest.mark.parametrize("window", [1, 5, BLOCK_ROWS + 70, 1000])
 def test_windowed_output_and_gradients_follow_the_definition(
     window: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CoreAttention, "max_blockwise_tokens", 0 if way == "dense mask" else 2048)
-    inputs = random_heads(3 * BLOCK_ROWS + 5, 4, 2, torch.float64)
+    inputs = random_heads(2 * BLOCK_ROWS + 5, 4, 2, torch.float64)
     grad = torch.randn_like(inputs[0])
     dropout = Dropout(0.3 if way == "dropping" else 0.0, 0, "core", 3)
     context = Context(torch.zeros(2, inputs[0].shape[1]), sample_ids_B=torch.arange(2))
