@@ -13,54 +13,35 @@ from typing import Any
 
 from megatrain.config.problem import Problem
 
-# What megatrain derives, and the key to use instead. A name stands for all below it too.
-DERIVED = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size, train.micro_batch_size",
-    "gradient_clipping": "train.gradient_clipping",
-    "gradient_allreduce_op": "train.global_batch_size",
-    "steps_per_print": "observe.log_every_steps",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "fp16": "train.precision, train.initial_loss_scale_power, train.loss_scale_window",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "communication_data_type": "train.precision",
-    "seq_parallel_communication_data_type": "train.precision",
-    "optimizer": "optimizer.type",
-    "zero_allow_untested_optimizer": "optimizer.type",
-    "zero_force_ds_cpu_optimizer": "parallel.offload",
-    "scheduler": "schedule.type",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "zero_optimization.cpu_offload": "parallel.offload",
-    "zero_optimization.cpu_offload_param": "parallel.offload",
-    "zero_optimization.cpu_offload_use_pin_memory": "parallel.offload",
-    "zero_optimization.offload_optimizer": "parallel.offload",
-    "zero_optimization.offload_param": "parallel.offload",
+_OWN_KEYS = {
+    "train.global_batch_size": "train_batch_size gradient_allreduce_op elasticity",
+    "train.micro_batch_size": "train_micro_batch_size_per_gpu",
+    "train.global_batch_size, train.micro_batch_size": "gradient_accumulation_steps",
+    "train.gradient_clipping": "gradient_clipping",
+    "train.precision": "bf16 bfloat16 amp torch_autocast data_types communication_data_type "
+    "seq_parallel_communication_data_type",
+    "train.precision, train.initial_loss_scale_power, train.loss_scale_window": "fp16",
+    "optimizer.type": "optimizer zero_allow_untested_optimizer",
+    "schedule.type": "scheduler",
+    "parallel.zero_stage": "zero_optimization.stage "
     # Weights that stay whole would be counted once a tensor rank in the gradient's norm.
-    "zero_optimization.stage3_param_persistence_threshold": "parallel.zero_stage",
-    "zero_optimization.stage3_model_persistence_threshold": "parallel.zero_stage",
-    "activation_checkpointing": "parallel.recompute",
-    "tensor_parallel": "parallel.tensor",
-    "sequence_parallel_size": "parallel.sequence",
-    "pipeline": "parallel.pipeline",
-    "elasticity": "train.global_batch_size",
-    "data_efficiency": "data.train",
-    "checkpoint": "checkpoint.every_steps",
-    "tensorboard": "observe.tensorboard",
-    "csv_monitor": "observe.tensorboard",
-    "wandb": "observe.tensorboard",
-    "comet": "observe.tensorboard",
-    "timers": "observe.log_every_steps",
-    "wall_clock_breakdown": "observe.log_every_steps",
-    "memory_breakdown": "observe.log_every_steps",
-    "flops_profiler": "observe.log_every_steps",
-    "comms_logger": "observe.straggler_report_seconds",
+    "zero_optimization.stage3_param_persistence_threshold zero_optimization.stage3_model_persistence_threshold",
+    "parallel.offload": "zero_force_ds_cpu_optimizer zero_optimization.cpu_offload zero_optimization.cpu_offload_param "
+    "zero_optimization.cpu_offload_use_pin_memory zero_optimization.offload_optimizer zero_optimization.offload_param",
+    "parallel.recompute": "activation_checkpointing",
+    "parallel.tensor": "tensor_parallel",
+    "parallel.sequence": "sequence_parallel_size",
+    "parallel.pipeline": "pipeline",
+    "data.train": "data_efficiency",
+    "checkpoint.every_steps": "checkpoint",
+    "observe.tensorboard": "tensorboard csv_monitor wandb comet",
+    "observe.log_every_steps": "steps_per_print timers wall_clock_breakdown memory_breakdown flops_profiler",
+    "observe.straggler_report_seconds": "comms_logger",
 }
+DERIVED = {name: key for key, names in _OWN_KEYS.items() for name in names.split()}
+"""DeepSpeed's keys that megatrain derives, and the key to use instead. A name stands for all below it too."""
 
-# What does not pass, and why. A name stands for all below it too.
+# What is refused, and why. A name stands for all below it too.
 REFUSED = {
     "aio": "it is read for offload to NVMe, which megatrain does not have",
     "disable_allgather": "DeepSpeed ignores it",

@@ -5,18 +5,13 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from megatrain.config.keys import is_section, nearest_key, record_at, record_of
 from megatrain.config.problem import NOT_GIVEN, Problem, shown
 from megatrain.config.renamed import RENAMED
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
-
-_WORDS = {
-    **dict.fromkeys(("true", "yes", "on", "y", "1"), "true"),
-    **dict.fromkeys(("false", "no", "off", "n", "0"), "false"),
-}
 
 
 def explain(error: ValidationError) -> list[Problem]:
@@ -54,57 +49,42 @@ def _problem(key: str, details: ErrorDetails) -> Problem:
         close = difflib.get_close_matches(str(given).lower(), allowed, n=1, cutoff=0.5)
         return Problem(key, given, f"must be one of {', '.join(allowed)}", next(iter(close), None))
     if kind in _BOUNDS:
-        name, words, closed = _BOUNDS[kind]
-        bound = context[name]
-        return Problem(key, given, f"must be {words} {shown(bound)}", shown(bound) if closed else None)
+        name, words = _BOUNDS[kind]
+        bound = shown(context[name])
+        return Problem(key, given, f"must be {words} {bound}", bound if name in ("ge", "le") else None)
     if (key, given) == ("model", FROM_CHECKPOINT):
         return Problem(key, given, "there is no checkpoint yet to take it from: name one in run.init_from")
-    reason, nearest = _TYPES.get(kind, (details["msg"][:1].lower() + details["msg"][1:], None))
-    return Problem(key, given, reason, nearest(given) if nearest else None)
+    return Problem(key, given, _REASONS.get(kind) or details["msg"], _converted(kind, given))
 
 
-def _nearest_integer(given: object) -> str | None:
+def _converted(kind: str, given: Any) -> str | None:
+    """The value as the type that it should have, where it can be taken for one."""
     try:
-        return str(round(float(given)))  # type: ignore[arg-type]
+        if kind in ("int_type", "int_from_float"):
+            return str(round(float(given)))
+        if kind == "float_type":
+            return shown(float(given))
+        if kind == "bool_type":
+            return shown(TypeAdapter(bool).validate_python(given))
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def _nearest_number(given: object) -> str | None:
-    try:
-        return shown(float(given))  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _nearest_boolean(given: object) -> str | None:
-    if isinstance(given, (int, float)) and given in (0, 1):
-        return shown(bool(given))
-    return _WORDS.get(str(given).lower())
-
-
-def _nearest_text(given: object) -> str | None:
-    return f'"{shown(given)}"' if isinstance(given, (bool, int, float)) else None
+    return f'"{shown(given)}"' if kind == "string_type" and isinstance(given, (bool, int, float)) else None
 
 
 _BOUNDS = {
-    "greater_than_equal": ("ge", "at least", True),
-    "less_than_equal": ("le", "at most", True),
-    "greater_than": ("gt", "more than", False),
-    "less_than": ("lt", "less than", False),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than_equal": ("le", "at most"),
+    "greater_than": ("gt", "more than"),
+    "less_than": ("lt", "less than"),
 }
-
-_TYPES: dict[str, tuple[str, Any]] = {
-    "int_type": ("must be an integer", _nearest_integer),
-    "int_from_float": ("must be an integer", _nearest_integer),
-    "float_type": ("must be a number", _nearest_number),
-    "finite_number": ("must be finite", None),
-    "bool_type": ("must be true or false", _nearest_boolean),
-    "string_type": ("must be text", _nearest_text),
-    "string_too_short": ("must not be empty", None),
-    "too_short": ("must have at least one entry", None),
-    "tuple_type": ("must be a list, such as [a, b]", None),
-    "mapping_type": ("must be a mapping of keys to values", None),
-    "model_type": ("must be a mapping of keys to values", None),
-    "model_attributes_type": ("must be a mapping of keys to values", None),
+_REASONS = {
+    **dict.fromkeys(("int_type", "int_from_float"), "must be an integer"),
+    "float_type": "must be a number",
+    "finite_number": "must be finite",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "too_short": "must have at least one entry",
+    "tuple_type": "must be a list, such as [a, b]",
+    **dict.fromkeys(("mapping_type", "model_type", "model_attributes_type"), "must be a mapping of keys to values"),
 }
