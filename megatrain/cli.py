@@ -13,11 +13,11 @@ import socket
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, DataError, MegatrainError
+from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, MegatrainError
 
 if TYPE_CHECKING:
     from megatrain.checkpoint.location import Location
@@ -67,6 +67,10 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
+def _number(help: str, min: float = 0.001, max: float | None = None) -> Any:
+    return typer.Option(help=help, min=min, max=max, callback=_finite)
+
+
 @app.command()
 def check(
     config: Config,
@@ -83,13 +87,14 @@ def check(
     from megatrain.plan import rules
     from megatrain.plan.cluster import find_nodes
     from megatrain.plan.this_machine import CPU, cpu_computes_bf16, device_here
+    from megatrain.train import preview
 
     loaded = _load(config, overrides)
     if procs is not None and (nodes is not None or gpus_per_node is not None):
         raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
-    notes = [*_check_origin(loaded), *not_in_transformers(loaded.model), *_check_data(config, loaded)]
+    notes = [*preview.check_origin(loaded), *not_in_transformers(loaded.model), *preview.check_data(config, loaded)]
     data = rules.data_degree(loaded, world_size)
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
@@ -97,7 +102,7 @@ def check(
     )
     for note in notes:
         typer.echo(note)
-    _show_epochs(loaded)
+    _show_epochs(preview.epochs(loaded))
     is_here = nodes is None and gpus_per_node is None and device_here() == CPU
     if is_here and loaded.train.precision == "bf16" and not cpu_computes_bf16():
         typer.echo(
@@ -142,41 +147,23 @@ def plan(
             "what is here, or with --nodes or --gpus-per-node h100."
         ),
     ] = None,
-    network_gbits: Annotated[
-        float, typer.Option(min=0.001, callback=_finite, help="Network of each GPU to other nodes, Gbit/s one way.")
-    ] = 400.0,
+    network_gbits: Annotated[float, _number("Network of each GPU to other nodes, Gbit/s one way.")] = 400.0,
     efficiency: Annotated[
-        float,
-        typer.Option(
-            min=0.001,
-            max=1.0,
-            callback=_finite,
-            help="Share of its peak at which a GPU computes: assumed, better measured.",
-        ),
+        float, _number("Share of its peak at which a GPU computes: assumed, better measured.", max=1.0)
     ] = 0.5,
-    mtbf_hours_per_node: Annotated[
-        float, typer.Option(min=0.001, callback=_finite, help="Mean hours between failures of one node.")
-    ] = 6300.0,
+    mtbf_hours_per_node: Annotated[float, _number("Mean hours between failures of one node.")] = 6300.0,
     checkpoint_seconds: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            callback=_finite,
-            help="Training stands still for a save; left out: for the copy to CPU memory, and for the writing where "
+        _number(
+            "Training stands still for a save; left out: for the copy to CPU memory, and for the writing where "
             "checkpoint.background is false.",
+            min=0.0,
         ),
     ] = None,
     write_gbytes: Annotated[
-        float,
-        typer.Option(
-            min=0.001,
-            callback=_finite,
-            help="Gigabytes a second that a node writes of a save: assumed, better measured.",
-        ),
+        float, _number("Gigabytes a second that a node writes of a save: assumed, better measured.")
     ] = 2.0,
-    restart_seconds: Annotated[
-        float, typer.Option(min=0.0, callback=_finite, help="From a failure until training goes on.")
-    ] = 600.0,
+    restart_seconds: Annotated[float, _number("From a failure until training goes on.", min=0.0)] = 600.0,
     as_json: AsJson = False,
 ) -> None:
     """What will this run need: memory of each rank, time, saves. Needs no torch, and no data if vocab_size is set."""
@@ -184,19 +171,21 @@ def plan(
     from megatrain.plan.run_plan import Interruptions, make_plan
     from megatrain.plan.table import show
     from megatrain.plan.this_machine import device_here
+    from megatrain.train import preview
 
-    loaded = _with_vocabulary(_load(config, overrides))
+    loaded = preview.with_vocabulary(_load(config, overrides))
     if device is None:
         device = device_here() if nodes is None and gpus_per_node is None else "h100"
     nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node)
     cluster = Cluster.of(nodes, gpus_per_node, device, network_gbits, efficiency)
     interruptions = Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds, write_gbytes * 1e9)
     planned = make_plan(loaded, cluster, interruptions)
+    epochs = preview.epochs(loaded)
     if as_json:
-        _print_json({**planned.to_json(), "epochs": [each._asdict() for each in _epochs(loaded)]})
+        _print_json({**planned.to_json(), "epochs": [each._asdict() for each in epochs]})
     else:
         show(planned)
-        _show_epochs(loaded)
+        _show_epochs(epochs)
 
 
 @app.command()
@@ -212,6 +201,7 @@ def train(
     from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
+    from megatrain.train import preview
 
     loaded = _load(config, overrides)
     gpus = len(visible_gpus())
@@ -223,9 +213,9 @@ def train(
     num_ranks = procs or max(gpus, 1)
     _refuse_shared_gpus(num_ranks, gpus)
     rules.check(loaded, num_ranks)
-    for note in _check_data(config, loaded, must_exist=True):
+    for note in preview.check_data(config, loaded, must_exist=True):
         typer.echo(f"warning: {note}", err=True)
-    _check_origin(_with_vocabulary(loaded), must_exist=True)
+    preview.check_origin(preview.with_vocabulary(loaded), must_exist=True)
     run_dir = Path(loaded.run.dir)
     for folder in folders_of(run_dir, loaded.checkpoint.dir):
         refuse_if_locked(folder, job_identity())
@@ -431,9 +421,8 @@ def runs(
 def list_checkpoints(run: RunPlace, as_json: AsJson = False) -> None:
     """The checkpoints of a run, oldest first: tokens trained on, validation loss, whether they look whole."""
     from megatrain.checkpoint.inspection import list_checkpoints
-    from megatrain.checkpoint.location import locate
 
-    rows = list_checkpoints(locate(run))
+    rows = list_checkpoints(_place(run))
     if as_json:
         _print_json([row.to_json() for row in rows])
         return
@@ -450,9 +439,8 @@ def list_checkpoints(run: RunPlace, as_json: AsJson = False) -> None:
 def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
     """What a checkpoint holds: step, tokens, layout, files."""
     from megatrain.checkpoint.inspection import describe
-    from megatrain.checkpoint.location import locate
 
-    figures = describe(locate(path))
+    figures = describe(_place(path))
     if as_json:
         _print_json(figures)
         return
@@ -469,9 +457,8 @@ def verify_checkpoint(
 ) -> None:
     """Read every byte and compare checksums; exit code 4 where anything differs."""
     from megatrain.checkpoint.inspection import verify
-    from megatrain.checkpoint.location import locate
 
-    problems, num_files, num_bytes = verify(locate(path))
+    problems, num_files, num_bytes = verify(_place(path))
     if as_json:
         _print_json(
             {"path": str(path), "good": not problems, "files": num_files, "bytes": num_bytes, "problems": problems}
@@ -491,10 +478,9 @@ def rewind_checkpoints(
 ) -> None:
     """Go back on purpose: the next start resumes from STEP. What came after it is set aside, not deleted."""
     from megatrain.checkpoint.inspection import rewind
-    from megatrain.checkpoint.location import locate
     from megatrain.distributed.bootstrap import job_identity
 
-    for taken in rewind(locate(run), step, job_identity()):
+    for taken in rewind(_place(run), step, job_identity()):
         typer.echo(f"step {taken.step:>8}  set aside: {taken.path}")
     typer.echo(f"The next start of {run} goes on from step {step}.")
 
@@ -519,7 +505,7 @@ def _load(config: str, overrides: list[str] | None) -> RunConfig:
     return load(config, overrides or (), note=lambda text: typer.echo(f"note: {text}", err=True))
 
 
-def _place(checkpoint: str, best: bool) -> Location:
+def _place(checkpoint: str, best: bool = False) -> Location:
     """The checkpoint or run folder that the command line names."""
     from megatrain.checkpoint.location import locate
     from megatrain.checkpoint.store import resolve_best
@@ -543,99 +529,12 @@ def _refuse_shared_gpus(num_ranks: int, gpus: int) -> None:
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
 
 
-def _check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[str]:
-    """Refuse datasets that are missing or broken (if they must exist), not alike, or with more ids than the vocabulary,
-    as far as they are here; what there is to ask of them. ``name``: the config's, or a recipe's."""
-    every = [*(entry.path for entry in config.data.train), *(entry.path for entry in config.data.validation)]
-    missing = [path for path in dict.fromkeys(every) if "://" not in path and not Path(path).exists()]
-    notes = []
-    if missing and not must_exist:
-        text = f"{', '.join(missing)}: not on this machine, so whether the data fits is not known."
-        notes.append(f"{text}{_elsewhere(missing[0], name)}")
-    paths = [path for path in every if must_exist or Path(path).is_dir()]
-    if not paths:
-        return notes
-    from megatrain.data import open_dataset
-    from megatrain.data.dataset import require_same_tokenizer
-    from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
-
-    datasets = []
-    for path in paths:
-        try:
-            datasets.append(open_dataset(path))
-        except DataError as error:  # which a start says; a config can be right without its data
-            if must_exist:
-                raise DataError(f"{error}{_elsewhere(path, name)}") from None
-            return [*notes, str(error)]
-    require_same_tokenizer(datasets)
-    resolve_vocabulary(config, datasets[0])
-    question = unused_vocabulary(config, datasets[0])
-    return notes if question is None else [*notes, question]
-
-
-def _elsewhere(path: str, name: str) -> str:
-    """Where a relative path that is not found would be, if it were meant from the config's folder."""
-    from megatrain.config import recipes
-
-    other = recipes.find(name).resolve().parent / path
-    if Path(path).is_absolute() or Path(path).exists() or not other.exists():
-        return ""
-    return f" {other} is there: relative paths are taken from the working directory, {Path.cwd()}."
-
-
-def _check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
-    """Refuse a checkpoint in run.init_from that is of another model or tokenizer, as far as it and the data are here;
-    what there is to say of it."""
-    from megatrain.checkpoint.origin import find_origin
-
-    place = config.run.init_from
-    if place is None:
-        return []
-    if not must_exist and "://" not in place and not Path(place).exists():
-        return [f"run.init_from: {place} is not here, so whether it fits is not known."]
-    if (origin := find_origin(config)) is None:
-        return ["run.init_from: not used any more, the run has checkpoints of its own."]
-    from megatrain.data import open_dataset
-
-    origin.refuse_other_model(config.model)
-    for entry in config.data.train:
-        if must_exist or Path(entry.path).exists():
-            origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)
-    return [f"run.init_from: weights of {origin.folder}, the same model."]
-
-
-def _epochs(config: RunConfig) -> list[Epochs]:
-    """How often the run sees each dataset; where one is not here none, and without loading what reads them."""
-    if not all(Path(entry.path).is_dir() for entry in config.data.train):
-        return []
-    from megatrain.data.epochs import planned_epochs
-
-    return planned_epochs(config)
-
-
-def _show_epochs(config: RunConfig) -> None:
-    """How often the run sees each dataset, where they are here."""
-    found = _epochs(config)
-    if found:
-        typer.echo(f"epochs   {', '.join(each.text() for each in found)}")
-    for each in found:
+def _show_epochs(epochs: list[Epochs]) -> None:
+    if epochs:
+        typer.echo(f"epochs   {', '.join(each.text() for each in epochs)}")
+    for each in epochs:
         if each.warning:
             typer.echo(f"warning: {each.warning}", err=True)
-
-
-def _with_vocabulary(config: RunConfig) -> RunConfig:
-    """The config with the vocabulary that the first dataset's tokenizer decides, where it leaves that open."""
-    if config.model.vocab_size is not None:
-        return config
-    from megatrain.data import open_dataset
-    from megatrain.data.vocabulary import resolve_vocabulary
-
-    try:
-        return resolve_vocabulary(config, open_dataset(config.data.train[0].path))
-    except DataError as error:
-        raise DataError(
-            f"model.vocab_size is null, so the dataset decides it; set it to plan without data. {error}"
-        ) from error
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain import config
 from megatrain.config import ModelConfig, RunConfig
 from megatrain.config.keys import differences
-from megatrain.config.problem import shown
+from megatrain.config.problem import as_yaml
 from megatrain.errors import CheckpointError, Unreachable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Origin:
         """Raise CheckpointError, naming each key with both values, where the weights would compute something else in
         ``model``. A vocabulary that is not known yet is passed over."""
         found = [
-            f"model.{key} is {shown(theirs)} there and {shown(ours)} here"
+            f"model.{key} is {as_yaml(theirs)} there and {as_yaml(ours)} here"
             for key, theirs, ours in differences(_whole(self.model), _whole(model))
             if not _may_differ(key, theirs, ours, model) and (key, ours) != ("vocab_size", None)
         ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatrain.config.arithmetic import divisors_around, multiples_around
 from megatrain.config.deepspeed_keys import deepspeed
-from megatrain.config.problem import Problem, either
+from megatrain.config.problem import Problem, alternatives
 from megatrain.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     heads, hidden = config.num_attention_heads, config.hidden_size
     if config.head_dim is None and hidden % heads:
         reason = f"must be divisible by num_attention_heads ({heads}) where head_dim is null"
-        problems.append(Problem("hidden_size", hidden, reason, either(multiples_around(hidden, heads))))
+        problems.append(Problem("hidden_size", hidden, reason, alternatives(multiples_around(hidden, heads))))
     names = config.description.hugging_face.names
     if "num_key_value_heads" not in names and config.kv_heads != heads:
         reason = f"family {config.family} has as many as num_attention_heads ({heads})"
@@ -59,7 +59,9 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     elif heads % config.kv_heads:
         reason = f"must divide num_attention_heads ({heads})"
         problems.append(
-            Problem("num_key_value_heads", config.kv_heads, reason, either(divisors_around(config.kv_heads, heads)))
+            Problem(
+                "num_key_value_heads", config.kv_heads, reason, alternatives(divisors_around(config.kv_heads, heads))
+            )
         )
     if "head_dim" not in names and config.head_dim is not None and config.head_dim * heads != hidden:
         reason = f"family {config.family} has hidden_size / num_attention_heads ({hidden} / {heads})"

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from megatrain.config.keys import is_section, nearest_key, record_at, record_of
-from megatrain.config.problem import NOT_GIVEN, Problem, shown
+from megatrain.config.problem import NOT_GIVEN, Problem, as_yaml
 from megatrain.config.renamed import RENAMED
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
 
@@ -50,7 +50,7 @@ def _problem(key: str, details: ErrorDetails) -> Problem:
         return Problem(key, given, f"must be one of {', '.join(allowed)}", next(iter(close), None))
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        bound = shown(context[name])
+        bound = as_yaml(context[name])
         return Problem(key, given, f"must be {words} {bound}", bound if name in ("ge", "le") else None)
     if (key, given) == ("model", FROM_CHECKPOINT):
         return Problem(key, given, "there is no checkpoint yet to take it from: name one in run.init_from")
@@ -63,12 +63,12 @@ def _converted(kind: str, given: Any) -> str | None:
         if kind in ("int_type", "int_from_float"):
             return str(round(float(given)))
         if kind == "float_type":
-            return shown(float(given))
+            return as_yaml(float(given))
         if kind == "bool_type":
-            return shown(TypeAdapter(bool).validate_python(given))
+            return as_yaml(TypeAdapter(bool).validate_python(given))
     except (TypeError, ValueError, OverflowError):
         return None
-    return f'"{shown(given)}"' if kind == "string_type" and isinstance(given, (bool, int, float)) else None
+    return f'"{as_yaml(given)}"' if kind == "string_type" and isinstance(given, (bool, int, float)) else None
 
 
 _BOUNDS = {

@@ -14,7 +14,7 @@ from megatrain.config import document, recipes
 from megatrain.config.document import Path
 from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
-from megatrain.config.problem import SEPARATOR, Problem, refusal
+from megatrain.config.problem import SEPARATOR, Problem, config_error
 from megatrain.config.renamed import RENAMED, with_new_names
 from megatrain.config.scalar import scalar
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig, in_home
@@ -28,7 +28,7 @@ SavedModel = Callable[[str | None, str | None, str | None], Mapping[str, Any] | 
 def load(
     path: str | FilePath,
     overrides: Sequence[str] = (),
-    saved_model: SavedModel = lambda *places: None,
+    saved_model: SavedModel = lambda *paths: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> RunConfig:
     """The config in the YAML file `path`, or the recipe of that name, with "section.key=value" overrides put over it.
@@ -45,11 +45,11 @@ def load(
             f"{path} {content}; a config is a YAML mapping with the sections {', '.join(RunConfig.model_fields)}"
         )
     problems = list(read.problems)
-    places = {key: f"line {line}" for key, line in read.lines.items()}
+    sources = {key: f"line {line}" for key, line in read.lines.items()}
     for old, new in RENAMED.items():
-        if place := places.get(tuple(old.split("."))):
-            places.setdefault(tuple(new.split(".")), place)
-        if place or any(override.partition("=")[0].strip() == old for override in overrides):
+        if source := sources.get(tuple(old.split("."))):
+            sources.setdefault(tuple(new.split(".")), source)
+        if source or any(override.partition("=")[0].strip() == old for override in overrides):
             note(f"{old} is called {new} now; the old name still works.")
     tree, in_order = with_new_names(read.tree), sorted(overrides, key=_is_of_the_model)
     for override in in_order:
@@ -58,14 +58,14 @@ def load(
         tree, changed, found = apply_override(tree, override)
         problems += found
         for changed_path in changed:
-            places[changed_path] = COMMAND_LINE
+            sources[changed_path] = COMMAND_LINE
             for end in range(1, len(changed_path)):  # sections that the file leaves out
-                places.setdefault(changed_path[:end], COMMAND_LINE)
+                sources.setdefault(changed_path[:end], COMMAND_LINE)
     tree = _with_saved_model(tree, saved_model)
     config, found = _validated(tree)
     problems += [_with_legal_hint(problem, tree) for problem in found]
     if config is None or problems:
-        raise refusal(str(path), problems, lambda key: _place(key, places))
+        raise config_error(str(path), problems, lambda key: _source(key, sources))
     return config
 
 
@@ -127,9 +127,9 @@ def _text(path: FilePath) -> str:
         raise ConfigError(f"{path}: the config cannot be read: {error}") from None
 
 
-def _place(key: str, places: dict[Path, str]) -> str:
-    """Where the key stands; for one that is missing, where the innermost section around it does."""
-    by_key = {".".join(map(str, path)): place for path, place in places.items() if path}
+def _source(key: str, sources: dict[Path, str]) -> str:
+    """Where the key comes from; of one that is missing, the innermost section around it."""
+    by_key = {".".join(map(str, path)): source for path, source in sources.items() if path}
     if key in by_key:
         return by_key[key]
     while "." in key:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatrain.config.deepspeed_keys import DERIVED, REFUSED, ZERO_PASSED_THROUGH
 from megatrain.config.keys import is_list, is_section, record_of
-from megatrain.config.problem import shown
+from megatrain.config.problem import as_yaml
 from megatrain.config.renamed import RENAMED
 from megatrain.config.schema import RunConfig, Section
 from megatrain.families.description import LARGEST_SIZE
@@ -69,7 +69,7 @@ def _tables(path: str, record: type[Section]) -> list[str]:
     head = f"## {path}\n\n{text}\n\n| key | allowed | default | meaning |\n|---|---|---|---|\n"
     rows, inner_tables = [], []
     for name, field in record.model_fields.items():
-        default = "required" if field.is_required() else f"`{shown(field.default)}`".replace("|", "\\|")
+        default = "required" if field.is_required() else f"`{as_yaml(field.default)}`".replace("|", "\\|")
         inner = record_of(field.annotation)
         if inner is not None and not is_section(field):
             below = f"{path}.{name}.N" if is_list(field) else f"{path}.{name}"

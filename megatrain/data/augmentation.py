@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from megatrain.config import RunConfig, TrainingDataset
-from megatrain.config.problem import shown
+from megatrain.config.problem import as_yaml
 from megatrain.data.dataset import Dataset
 from megatrain.data.transforms import SHORTEST, FillInTheMiddle, SpanCorruption, TokenMasking, Tokens, Transform
 from megatrain.errors import ConfigError, DataError
@@ -131,7 +131,7 @@ class _Sentinels:
         if token in self.ids:
             return self.ids[token]
         raise ConfigError(
-            f"{key}: {shown(token)} given; it must be an added token of the tokenizer of {self._path} that no text "
+            f"{key}: {as_yaml(token)} given; it must be an added token of the tokenizer of {self._path} that no text "
             f"becomes, other than those that begin and end documents (it has: {', '.join(self.ids) or 'none'}). "
             "Tokenize the text with a tokenizer that has it, or name another."
         )

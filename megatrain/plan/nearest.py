@@ -9,7 +9,7 @@ from itertools import count
 
 from megatrain.config import RunConfig
 from megatrain.config.arithmetic import divisors, multiples_around
-from megatrain.config.problem import shown
+from megatrain.config.problem import as_yaml
 
 Value = int | str | bool
 Change = tuple[str, Value]
@@ -32,7 +32,7 @@ def with_changes(config: RunConfig, *changes: Change) -> RunConfig:
 
 
 def as_overrides(changes: tuple[Change, ...]) -> str:
-    return " ".join(f"{key}={shown(value)}" for key, value in changes)
+    return " ".join(f"{key}={as_yaml(value)}" for key, value in changes)
 
 
 def value_of(config: RunConfig, key: str) -> Value:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatrain.config import Problem, RunConfig
 from megatrain.config.arithmetic import multiples_around
-from megatrain.config.problem import either, refusal, shown
+from megatrain.config.problem import alternatives, as_yaml, config_error
 from megatrain.plan.nearest import as_overrides, candidates, find_nearest, value_of, with_changes
 
 
@@ -35,7 +35,7 @@ def check(config: RunConfig, world_size: int) -> None:
     found = problems(config, world_size)
     if not found:
         return
-    error = refusal(f"the layout on {world_size} ranks", found)
+    error = config_error(f"the layout on {world_size} ranks", found)
     if len(found) > 1 or found[0].nearest is None:
         legal = nearest_layout(config, world_size)
         nearest = f"nearest legal layout: {legal}" if legal else "no layout near this one is legal on so many ranks"
@@ -90,7 +90,7 @@ def _ranks_divide(config: RunConfig, world_size: int) -> Violation | None:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     if world_size % (tensor * pipeline) == 0:
         return None
-    would_do = either(multiples_around(world_size, tensor * pipeline))
+    would_do = alternatives(multiples_around(world_size, tensor * pipeline))
     reason = f"tensor x pipeline ({tensor} x {pipeline}) must divide the {world_size} ranks ({would_do} would do)"
     keys = ("parallel.tensor", "parallel.pipeline")
     keys = keys if world_size % tensor else keys[::-1]
@@ -203,5 +203,5 @@ def _legal_values(config: RunConfig, world_size: int, rule: Rule, now: dict[Rule
             if rule not in left and left.keys() <= now.keys():
                 legal.append(value)
         if legal:
-            return f"{key}={either(map(shown, legal[:2]))}"
+            return f"{key}={alternatives(map(as_yaml, legal[:2]))}"
     return None

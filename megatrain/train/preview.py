@@ -1,0 +1,100 @@
+"""What can be said of a run before it starts, without torch: whether its data and the checkpoint it begins from fit.
+
+What reads them is imported where they are here: a config is checked without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatrain.config import RunConfig
+from megatrain.errors import DataError
+
+if TYPE_CHECKING:
+    from megatrain.data.epochs import Epochs
+
+
+def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[str]:
+    """Refuse datasets that are missing or broken (if they must exist), not alike, or with more ids than the vocabulary,
+    as far as they are here; what there is to say of them. ``name``: the config's, or a recipe's."""
+    every = [*(entry.path for entry in config.data.train), *(entry.path for entry in config.data.validation)]
+    missing = [path for path in dict.fromkeys(every) if "://" not in path and not Path(path).exists()]
+    notes = []
+    if missing and not must_exist:
+        text = f"{', '.join(missing)}: not on this machine, so whether the data fits is not known."
+        notes.append(f"{text}{_elsewhere(missing[0], name)}")
+    paths = [path for path in every if must_exist or Path(path).is_dir()]
+    if not paths:
+        return notes
+    from megatrain.data import open_dataset
+    from megatrain.data.dataset import require_same_tokenizer
+    from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
+
+    datasets = []
+    for path in paths:
+        try:
+            datasets.append(open_dataset(path))
+        except DataError as error:  # which a start says; a config can be right without its data
+            if must_exist:
+                raise DataError(f"{error}{_elsewhere(path, name)}") from None
+            return [*notes, str(error)]
+    require_same_tokenizer(datasets)
+    resolve_vocabulary(config, datasets[0])
+    note = unused_vocabulary(config, datasets[0])
+    return notes if note is None else [*notes, note]
+
+
+def _elsewhere(path: str, name: str) -> str:
+    """Where a relative path that is not found would be, if it were meant from the config's folder."""
+    from megatrain.config import recipes
+
+    other = recipes.find(name).resolve().parent / path
+    if Path(path).is_absolute() or Path(path).exists() or not other.exists():
+        return ""
+    return f" {other} is there: relative paths are taken from the working directory, {Path.cwd()}."
+
+
+def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
+    """Refuse a checkpoint in run.init_from that is of another model or tokenizer, as far as it and the data are here;
+    what there is to say of it."""
+    from megatrain.checkpoint.origin import find_origin
+
+    given = config.run.init_from
+    if given is None:
+        return []
+    if not must_exist and "://" not in given and not Path(given).exists():
+        return [f"run.init_from: {given} is not here, so whether it fits is not known."]
+    if (origin := find_origin(config)) is None:
+        return ["run.init_from: not used any more, the run has checkpoints of its own."]
+    from megatrain.data import open_dataset
+
+    origin.refuse_other_model(config.model)
+    for entry in config.data.train:
+        if must_exist or Path(entry.path).exists():
+            origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)
+    return [f"run.init_from: weights of {origin.folder}, the same model."]
+
+
+def epochs(config: RunConfig) -> list[Epochs]:
+    """How often the run sees each dataset; where one is not here none, and without loading what reads them."""
+    if not all(Path(entry.path).is_dir() for entry in config.data.train):
+        return []
+    from megatrain.data.epochs import planned_epochs
+
+    return planned_epochs(config)
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary that the first dataset's tokenizer decides, where it leaves that open."""
+    if config.model.vocab_size is not None:
+        return config
+    from megatrain.data import open_dataset
+    from megatrain.data.vocabulary import resolve_vocabulary
+
+    try:
+        return resolve_vocabulary(config, open_dataset(config.data.train[0].path))
+    except DataError as error:
+        raise DataError(
+            f"model.vocab_size is null, so the dataset decides it; set it to plan without data. {error}"
+        ) from error
