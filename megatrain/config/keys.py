@@ -10,51 +10,46 @@ from pydantic.fields import FieldInfo
 
 from megatrain.config.schema import RunConfig, Section
 
-_NAMES_ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("n_head", "n_heads", "num_heads"), "model.num_attention_heads"),
-    **dict.fromkeys(("n_kv_head", "n_kv_heads", "num_kv_heads", "num_query_groups"), "model.num_key_value_heads"),
-    **dict.fromkeys(("n_embd", "n_embed", "d_model", "dim", "hidden_dim", "embed_dim"), "model.hidden_size"),
-    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "depth"), "model.num_hidden_layers"),
-    **dict.fromkeys(("ffn_hidden_size", "ffn_dim", "d_ff", "n_inner"), "model.intermediate_size"),
-    **dict.fromkeys(("n_positions", "n_ctx", "max_sequence_length"), "model.max_position_embeddings"),
-    **dict.fromkeys(("model_type", "architecture"), "model.family"),
-    **dict.fromkeys(("rotary_base", "rope_base"), "model.rope_theta"),
-    **dict.fromkeys(("dropout", "resid_pdrop", "resid_dropout"), "model.hidden_dropout"),
-    **dict.fromkeys(("attn_pdrop", "attn_dropout"), "model.attention_dropout"),
-    **dict.fromkeys(("norm_eps", "layernorm_epsilon"), "model.rms_norm_eps"),
-    **dict.fromkeys(
-        ("block_size", "seq_length", "sequence_length", "context_length", "max_seq_len", "max_seq_length"),
-        "data.seq_len",
-    ),
-    **dict.fromkeys(("learning_rate", "max_lr", "base_lr", "peak_lr"), "optimizer.lr"),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "beta1", "beta2"), "optimizer.betas"),
-    **dict.fromkeys(("adam_epsilon", "adam_eps"), "optimizer.eps"),
-    **dict.fromkeys(("optim", "optimizer_name"), "optimizer.type"),
-    **dict.fromkeys(("batch_size", "train_batch_size", "total_batch_size"), "train.global_batch_size"),
-    **dict.fromkeys(
-        ("local_batch_size", "per_device_train_batch_size", "train_micro_batch_size_per_gpu", "device_batch_size"),
-        "train.micro_batch_size",
-    ),
-    **dict.fromkeys(("max_steps", "max_iters", "train_iters", "num_steps", "num_iterations"), "train.steps"),
-    **dict.fromkeys(("grad_clip", "clip_grad", "max_norm", "max_grad_norm"), "train.gradient_clipping"),
-    **dict.fromkeys(("dtype", "mixed_precision", "torch_dtype"), "train.precision"),
-    **dict.fromkeys(("eval_interval", "eval_steps"), "train.eval_every_steps"),
-    **dict.fromkeys(("eval_iters", "max_eval_batches"), "train.eval_batches"),
-    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_iters", "num_warmup_steps"), "schedule.warmup_steps"),
-    **dict.fromkeys(("lr_scheduler_type", "lr_decay_style", "lr_schedule"), "schedule.type"),
-    **dict.fromkeys(("min_lr", "min_lr_factor"), "schedule.min_lr_ratio"),
-    **dict.fromkeys(("save_interval", "save_steps", "save_every"), "checkpoint.every_steps"),
-    **dict.fromkeys(("save_total_limit", "keep_latest_k"), "checkpoint.keep"),
-    **dict.fromkeys(("logging_steps", "log_interval"), "observe.log_every_steps"),
-    **dict.fromkeys(("output_dir", "out_dir", "save_folder", "run_dir"), "run.dir"),
-    **dict.fromkeys(("tensor_model_parallel_size", "tensor_parallel_degree", "tp_size", "tp"), "parallel.tensor"),
-    **dict.fromkeys(("pipeline_model_parallel_size", "pipeline_parallel_degree", "pp_size", "pp"), "parallel.pipeline"),
-    **dict.fromkeys(("sequence_parallel", "sequence_parallelism"), "parallel.sequence"),
-    **dict.fromkeys(
-        ("activation_checkpointing", "gradient_checkpointing", "recompute_granularity"), "parallel.recompute"
-    ),
+_NAMES_ELSEWHERE = {
+    "model.num_attention_heads": "n_head n_heads num_heads",
+    "model.num_key_value_heads": "n_kv_head n_kv_heads num_kv_heads num_query_groups",
+    "model.hidden_size": "n_embd n_embed d_model dim hidden_dim embed_dim",
+    "model.num_hidden_layers": "n_layer n_layers num_layers depth",
+    "model.intermediate_size": "ffn_hidden_size ffn_dim d_ff n_inner",
+    "model.max_position_embeddings": "n_positions n_ctx max_sequence_length",
+    "model.family": "model_type architecture",
+    "model.rope_theta": "rotary_base rope_base",
+    "model.hidden_dropout": "dropout resid_pdrop resid_dropout",
+    "model.attention_dropout": "attn_pdrop attn_dropout",
+    "model.rms_norm_eps": "norm_eps layernorm_epsilon",
+    "data.seq_len": "block_size seq_length sequence_length context_length max_seq_len max_seq_length",
+    "optimizer.lr": "learning_rate max_lr base_lr peak_lr",
+    "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
+    "optimizer.eps": "adam_epsilon adam_eps",
+    "optimizer.type": "optim optimizer_name",
+    "train.global_batch_size": "batch_size train_batch_size total_batch_size",
+    "train.micro_batch_size": "local_batch_size per_device_train_batch_size train_micro_batch_size_per_gpu "
+    "device_batch_size",
+    "train.steps": "max_steps max_iters train_iters num_steps num_iterations",
+    "train.gradient_clipping": "grad_clip clip_grad max_norm max_grad_norm",
+    "train.precision": "dtype mixed_precision torch_dtype",
+    "train.eval_every_steps": "eval_interval eval_steps",
+    "train.eval_batches": "eval_iters max_eval_batches",
+    "train.check_replica_hash_interval": "check_weight_hash_across_dp_replicas_interval",
+    "schedule.warmup_steps": "warmup warmup_iters lr_warmup_iters num_warmup_steps",
+    "schedule.type": "lr_scheduler_type lr_decay_style lr_schedule",
+    "schedule.min_lr_ratio": "min_lr min_lr_factor",
+    "checkpoint.every_steps": "save_interval save_steps save_every",
+    "checkpoint.keep": "save_total_limit keep_latest_k",
+    "observe.log_every_steps": "logging_steps log_interval",
+    "run.dir": "output_dir out_dir save_folder run_dir",
+    "parallel.tensor": "tensor_model_parallel_size tensor_parallel_degree tp_size tp",
+    "parallel.pipeline": "pipeline_model_parallel_size pipeline_parallel_degree pp_size pp",
+    "parallel.sequence": "sequence_parallel sequence_parallelism",
+    "parallel.recompute": "activation_checkpointing gradient_checkpointing recompute_granularity",
 }
-"""What other projects (nanoGPT, Megatron-LM, torchtitan, Hugging Face's Trainer, ...) call keys of ours."""
+"""Our keys, and what other projects (nanoGPT, Megatron-LM, torchtitan, Hugging Face's Trainer, ...) call them."""
+_KEY_OF = {name: key for key, names in _NAMES_ELSEWHERE.items() for name in names.split()}
 
 
 def record_of(annotation: Any) -> type[Section] | None:
@@ -99,7 +94,7 @@ def leaves(record: type[Section] = RunConfig, prefix: str = "") -> Iterator[tupl
 def nearest_key(unknown: str, record: type[Section] | None) -> str | None:
     """The key that was probably meant by the full path `unknown`, which stands in `record`."""
     section, _, name = unknown.rpartition(".")
-    elsewhere = _NAMES_ELSEWHERE.get(name.lower().replace("-", "_"))
+    elsewhere = _KEY_OF.get(name.lower().replace("-", "_"))
     if elsewhere is not None:
         return elsewhere
     beside = difflib.get_close_matches(name, record.model_fields if record else (), n=1, cutoff=0.7)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os.path
 import pathlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -56,12 +56,21 @@ class Section(BaseModel):
     """A part of the config: frozen, strict, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    _check: ClassVar[Callable[[Any], list[Problem]]] = staticmethod(lambda section: [])
 
-    def _refuse(self, problems: list[Problem]) -> None:
-        """Hand the problems to pydantic with their own keys, so that `load` can list them beside all others."""
-        if problems:
+    def __init_subclass__(cls, check: Callable[[Any], list[Problem]] | None = None, **settings: Any) -> None:
+        """``check``: gives what is wrong with a section whose keys are right one by one."""
+        super().__init_subclass__(**settings)
+        if check is not None:
+            cls._check = staticmethod(check)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Section:
+        """Hands the problems to pydantic with their own keys, so that `load` can list them beside all others."""
+        if problems := type(self)._check(self):
             text = "\n".join(problem.text() for problem in problems)
             raise PydanticCustomError("inconsistent", "{text}", {"text": text, "problems": problems})
+        return self
 
 
 class RunSection(Section):
@@ -78,7 +87,7 @@ class RunSection(Section):
     )
 
 
-class RopeScaling(Section):
+class RopeScaling(Section, check=checks.rope_scaling):
     """How rotary frequencies are stretched for longer contexts, under Hugging Face's names."""
 
     rope_type: Literal["linear", "llama3"] = Field(
@@ -97,13 +106,8 @@ class RopeScaling(Section):
         default=None, description="llama3: the context, in tokens, before it was stretched."
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> RopeScaling:
-        self._refuse(checks.rope_scaling(self))
-        return self
 
-
-class SharedModelKeys(Section):
+class SharedModelKeys(Section, check=checks.model):
     """The decoder's shape, under Hugging Face's names, which are the same here for every family.
 
     `model: from_checkpoint` in place of the keys takes all of them from the run's own newest checkpoint, or, where it
@@ -207,11 +211,6 @@ class SharedModelKeys(Section):
             "vocab": self.vocab_size or 0,
         }
 
-    @model_validator(mode="after")
-    def _consistent(self) -> SharedModelKeys:
-        self._refuse(checks.model(self))
-        return self
-
 
 if TYPE_CHECKING:
     ModelConfig = SharedModelKeys
@@ -225,7 +224,7 @@ else:  # with the keys that families have of their own
     )
 
 
-class FillInTheMiddle(Section):
+class FillInTheMiddle(Section, check=checks.fill_in_the_middle):
     """The middle of a document moved to its end (Bavarian et al. 2022), so that a model learns to fill gaps."""
 
     rate: Share = Field(default=0.5, description="Share of the documents.")
@@ -236,13 +235,8 @@ class FillInTheMiddle(Section):
     middle_token: Text = Field(default="<|fim_middle|>", description="A control token of the tokenizer.")
     suffix_token: Text = Field(default="<|fim_suffix|>", description="A control token of the tokenizer.")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> FillInTheMiddle:
-        self._refuse(checks.fill_in_the_middle(self))
-        return self
 
-
-class SpanCorruption(Section):
+class SpanCorruption(Section, check=checks.span_corruption):
     """Spans of a document moved to its end behind sentinels, as in T5 and UL2."""
 
     rate: Share = Field(default=0.5, description="Share of the documents.")
@@ -254,11 +248,6 @@ class SpanCorruption(Section):
         default="<extra_id_{}>", description="Control tokens of the tokenizer, with 0, 1, ... for the braces."
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> SpanCorruption:
-        self._refuse(checks.span_corruption(self))
-        return self
-
 
 class TokenMasking(Section):
     """Tokens hidden from the model's inputs; what it has to predict stays as it is."""
@@ -267,7 +256,7 @@ class TokenMasking(Section):
     mask_token: Text = Field(default="<mask>", description="A control token of the tokenizer.")
 
 
-class TrainingDataset(Section):
+class TrainingDataset(Section, check=checks.training_dataset):
     """One dataset of the mixture, and what is done to its documents in training (never in evaluation)."""
 
     path: Path = Field(
@@ -287,11 +276,6 @@ class TrainingDataset(Section):
         "Generator and returns as many tokens; applied before all others.",
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainingDataset:
-        self._refuse(checks.training_dataset(self))
-        return self
-
 
 class ValidationDataset(Section):
     """One dataset to evaluate on."""
@@ -305,7 +289,7 @@ _Dataset = TypeVar("_Dataset", TrainingDataset, ValidationDataset)
 _ByPath = Annotated[_Dataset, BeforeValidator(lambda given: {"path": given} if isinstance(given, str) else given)]
 
 
-class DataConfig(Section):
+class DataConfig(Section, check=checks.data):
     """What is read, and how it is cut into samples."""
 
     train: Annotated[tuple[_ByPath[TrainingDataset], ...], Field(strict=False, min_length=1, max_length=65_536)] = (
@@ -346,13 +330,8 @@ class DataConfig(Section):
         """Whether targets that begin a document count, derived from the packing where score_after_eod is null."""
         return self.packing == "concat" if self.score_after_eod is None else self.score_after_eod
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        self._refuse(checks.data(self))
-        return self
 
-
-class ParallelConfig(Section):
+class ParallelConfig(Section, check=checks.parallel):
     """How the model is laid out. The data degree is derived: world size / (tensor x pipeline)."""
 
     tensor: Size = Field(default=1, description="Ranks that share each layer's matrices.")
@@ -376,11 +355,6 @@ class ParallelConfig(Section):
         "too (zero_stage 3).",
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ParallelConfig:
-        self._refuse(checks.parallel(self))
-        return self
-
 
 class EarlyStopping(Section):
     """When a run ends because its validation loss does not get better."""
@@ -391,7 +365,7 @@ class EarlyStopping(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, check=checks.train):
     """How long, how much at once, and how precisely."""
 
     steps: Count = Field(description="Optimizer steps of the whole run.")
@@ -429,13 +403,8 @@ class TrainConfig(Section):
         default=1000, description="fp16: steps without overflow after which the loss scale doubles."
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
-        self._refuse(checks.train(self))
-        return self
 
-
-class SpikesConfig(Section):
+class SpikesConfig(Section, check=checks.spikes):
     """What is done about a step whose loss or gradient norm leaps out, and about updates that are left out."""
 
     action: Literal["none", "skip", "rewind"] = Field(
@@ -463,11 +432,6 @@ class SpikesConfig(Section):
         "many returns to one checkpoint, end the run.",
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> SpikesConfig:
-        self._refuse(checks.spikes(self))
-        return self
-
 
 class OptimizerConfig(Section):
     """What updates the weights."""
@@ -483,7 +447,7 @@ class OptimizerConfig(Section):
     )
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(Section, check=checks.schedule):
     """The learning rate over the steps."""
 
     type: Literal["cosine", "wsd", "linear", "constant"] = Field(
@@ -500,11 +464,6 @@ class ScheduleConfig(Section):
     decay_steps: Count | None = Field(
         default=None, description="wsd: steps of the decay; null: a fifth of train.steps."
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ScheduleConfig:
-        self._refuse(checks.schedule(self))
-        return self
 
 
 class CheckpointConfig(Section):
@@ -551,7 +510,7 @@ class ObserveConfig(Section):
     )
 
 
-class RunConfig(Section):
+class RunConfig(Section, check=checks.across_sections):
     """The whole config of a run."""
 
     run: RunSection
@@ -574,8 +533,3 @@ class RunConfig(Section):
     @classmethod
     def _short_run_warms_up_no_longer_than_it_is(cls, given: Any) -> Any:
         return checks.with_default_warmup(given)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
-        self._refuse(checks.across_sections(self))
-        return self
