@@ -93,7 +93,6 @@ def fill_in_the_middle(config: schema.FillInTheMiddle) -> list[Problem]:
 
 
 def span_corruption(config: schema.SpanCorruption) -> list[Problem]:
-    """Sentinels are numbered."""
     if config.sentinel_token.count("{}") == 1:
         return []
     reason = "must have {} where the number of the sentinel stands"

@@ -68,7 +68,6 @@ class _Unfolding:
         self.document, self.what, self.num_values = document, what, 0
 
     def value(self, node: yaml.Node, path: Path) -> Any:
-        """The plain data of a node that stands at `path`."""
         self._count(node, len(path))
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         if node.tag not in _PLAIN_TAGS:

@@ -77,7 +77,6 @@ def is_section(field: FieldInfo) -> bool:
 
 
 def is_list(field: FieldInfo) -> bool:
-    """Whether the field holds a list."""
     return get_origin(field.annotation) is tuple
 
 

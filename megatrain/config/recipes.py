@@ -12,7 +12,6 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 
 
 def names() -> list[str]:
-    """All recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 

@@ -48,7 +48,6 @@ Refused for other reasons, with all that is below them:
 
 
 def reference() -> str:
-    """The whole page, as Markdown."""
     parts = [_INTRODUCTION]
     for name, field in RunConfig.model_fields.items():
         record = record_of(field.annotation)

@@ -13,7 +13,6 @@ RENAMED: Mapping[str, str] = {
 
 
 def new_name(key: str) -> str:
-    """The key as it is called today."""
     return RENAMED.get(key, key)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from rich.table import Table
 from megatrain.checkpoint.lock import is_alive
 from megatrain.config import RunConfig, load
 from megatrain.errors import ConfigError, DataError
-from megatrain.observe.metrics import METRICS_FILE, parse_line
+from megatrain.observe.metrics import METRICS_FILE, read_lines
 from megatrain.observe.record import CONFIG_FILE
 
 _ENDS = {"finish": "finished", "stop": "stopped", "diverged": "diverged"}
@@ -65,7 +66,7 @@ def summarize(folder: Path, sort: str = "validation_loss") -> list[RunSummary]:
     differing = _differing([each for each in values if each])
     runs = []
     for path, is_running, config, own in zip(found, alive, configs, values, strict=True):
-        logged = _read(path / METRICS_FILE)
+        logged = _read(path)
         runs.append(
             RunSummary(
                 run=str(path.relative_to(folder)),
@@ -131,26 +132,19 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
 
 
-def _read(path: Path) -> _Logged:
+def _read(run_dir: Path) -> _Logged:
     step, loss, event = 0, None, None
     validations: dict[int, float] = {}
-    for line in _lines(path):
-        if "event" in line:
-            event = line["event"]
-        elif "validation_loss" in line:
-            validations[line["step"]] = line["validation_loss"]
-        elif "loss" in line:
-            step, loss, event = line["step"], line["loss"], None
+    with contextlib.suppress(OSError):
+        for line in read_lines(run_dir):
+            if "event" in line:
+                event = line["event"]
+            elif "validation_loss" in line:
+                validations[line["step"]] = line["validation_loss"]
+            elif "loss" in line:
+                step, loss, event = line["step"], line["loss"], None
     finite = [(value, at) for at, value in validations.items() if value is not None]
     return _Logged(step, loss, min(finite, default=None), event)
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            yield from (line for text in file if (line := parse_line(text)) is not None)
-    except OSError:
-        return
 
 
 def _figure(value: float | None, style: str = ",.4f") -> str:

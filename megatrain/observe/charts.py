@@ -34,7 +34,6 @@ PART_COLORS = {
 
 
 def draw_loss(axes: Axes, run: RunRecord) -> None:
-    """Training and validation loss by step."""
     _plot(axes, run, "loss", "nats a token", label="training")
     if len(run.validation_steps):
         axes.plot(run.validation_steps, run.validation_losses, "o-", color=RED, markersize=3.5, label="validation")
@@ -42,7 +41,6 @@ def draw_loss(axes: Axes, run: RunRecord) -> None:
 
 
 def draw_throughput(axes: Axes, run: RunRecord) -> None:
-    """Tokens a second of the whole job, by step."""
     _plot(axes, run, "tokens_per_second", "tokens a second")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -60,7 +58,6 @@ def draw_grad_norm(axes: Axes, run: RunRecord) -> None:
 
 
 def draw_learning_rate(axes: Axes, run: RunRecord) -> None:
-    """Learning rate by step."""
     _plot(axes, run, "lr")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -112,7 +109,6 @@ CHARTS: Mapping[str, Callable[[Axes, RunRecord], None]] = {
 
 
 def draw_chart(title: str, run: RunRecord) -> Figure:
-    """One chart, as a figure of its own."""
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=CHART_INCHES, layout="constrained")
         CHARTS[title](figure.add_subplot(title=title), run)
@@ -120,7 +116,6 @@ def draw_chart(title: str, run: RunRecord) -> Figure:
 
 
 def draw_all(run: RunRecord, headline: str) -> Figure:
-    """All charts in one picture under ``headline``."""
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(12.4, 10.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         text = headline.replace("$", r"\$")  # or matplotlib reads it as a formula

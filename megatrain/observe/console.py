@@ -51,7 +51,6 @@ class ProgressConsole:
         self._progress.start()
 
     def step(self, metrics: StepMetrics) -> None:
-        """Show a step's figures and the time left."""
         self._pace.append((metrics.step, time.monotonic()))
         figures = f"loss {metrics.loss:.4f} | {format_count(metrics.tokens_per_second)} tokens/s"
         if metrics.mfu is not None:
@@ -71,12 +70,10 @@ class ProgressConsole:
         return (self._num_steps - last_step) * (ended - started) / (last_step - first_step)
 
     def line(self, text: str) -> None:
-        """Print one line, above the live one where there is one."""
         try:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         except OSError:  # a full disk behind a redirection
             self._console.on_broken_pipe()
 
     def close(self) -> None:
-        """Leave the live line as it is and show no more."""
         self._progress.stop()

@@ -34,7 +34,6 @@ class Goodput(NamedTuple):
 
     @property
     def wall_seconds(self) -> float:
-        """All time since the first start."""
         return sum(self)
 
     @property
@@ -44,7 +43,6 @@ class Goodput(NamedTuple):
         return {part: seconds / wall for part, seconds in self._asdict().items()}
 
     def text(self) -> str:
-        """In one line, for a person."""
         training, *lost = self.shares.items()
         parts = ", ".join(f"{SHOWN.get(part, part)} {share:.1%}" for part, share in lost)
         return f"goodput {training[1]:.1%} of {format_duration(self.wall_seconds)} since the first start ({parts})"

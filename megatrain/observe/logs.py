@@ -19,11 +19,9 @@ class RankLogHandler(logging.Handler):
         self._file = AppendFile(path)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record as one line (or several, with a traceback)."""
         self._file.append(self.format(record).encode(errors="backslashreplace") + b"\n")
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
         super().close()
 
@@ -59,7 +57,6 @@ def setup_logging(run_dir: Path, rank: int, console: bool) -> None:
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
-    """The log file of a rank."""
     return run_dir / "logs" / f"rank-{rank:05d}.log"
 
 

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,6 @@ class MetricsWriter:
         self._file = AppendFile(self._path, prepare=self._drop_superseded)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Append the line of a step."""
         self.trend.add(metrics.loss)
         line = {**vars(metrics), "ranks": {part: spread._asdict() for part, spread in metrics.ranks.items()}}
         self._append({name: value for name, value in line.items() if value != {} or name == "parts"})
@@ -126,7 +125,6 @@ class MetricsWriter:
         self._append({"event": name, "step": step, **(facts or {})})
 
     def close(self) -> None:
-        """Write what was held back, if that can be done now, and close the file."""
         self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -143,7 +141,7 @@ class MetricsWriter:
             unfinished.open("wb") as kept,
         ):
             for text in lines:
-                line = parse_line(text)
+                line = _parse_line(text)
                 if line is None or ("event" not in line and line["step"] > self._resume_step):
                     num_dropped += line is not None and "loss" in line
                 else:
@@ -153,17 +151,23 @@ class MetricsWriter:
         self.num_dropped_steps, self.trend = num_dropped, trend
 
 
+def read_lines(run_dir: Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl, or those with ``having`` in their text. Raises OSError."""
+    with (run_dir / METRICS_FILE).open("rb") as file:
+        yield from (line for text in file if having in text and (line := _parse_line(text)) is not None)
+
+
 def tail(run_dir: Path) -> list[dict[str, Any]]:
     """The last lines of RUN/metrics.jsonl, those within 1 MiB; none where there is no such file."""
     try:
         with (run_dir / METRICS_FILE).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
-            return [line for text in file if (line := parse_line(text)) is not None]
+            return [line for text in file if (line := _parse_line(text)) is not None]
     except OSError:
         return []
 
 
-def parse_line(text: bytes) -> dict[str, Any] | None:
+def _parse_line(text: bytes) -> dict[str, Any] | None:
     """The object on one line of the file; None for a line that a crash left torn."""
     try:
         line = orjson.loads(text)

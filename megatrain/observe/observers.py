@@ -77,7 +77,6 @@ class Observers:
         )
 
     def step(self, metrics: StepMetrics) -> None:
-        """Record and show one step."""
         metrics = replace(metrics, goodput=self._goodput())
         self._metrics.step(metrics)
         if self._tensorboard:
@@ -128,7 +127,6 @@ class Observers:
         return {part: round(seconds, 3) for part, seconds in self.ledger.figures._asdict().items()}
 
     def close(self) -> None:
-        """Write what was held back, if that can be done now, and close all files."""
         self._console.close()
         self._metrics.close()
         if self._tensorboard:

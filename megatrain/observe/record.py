@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatrain.errors import DataError
 from megatrain.observe.goodput import Goodput, goodput_of
-from megatrain.observe.metrics import METRICS_FILE, LossTrend, parse_line
+from megatrain.observe.metrics import METRICS_FILE, LossTrend, StepMetrics, read_lines
 
 CONFIG_FILE = "config.yaml"
 _START_CONFIG = re.compile(r"config-step-(\d+)\.yaml")
@@ -41,7 +41,6 @@ class RunRecord:
 
     @property
     def steps(self) -> Column:
-        """The logged steps, in order."""
         return self.columns["step"]
 
     def divergence(self) -> str | None:
@@ -53,23 +52,10 @@ class RunRecord:
 
     @property
     def resumed_at(self) -> list[int]:
-        """The steps after which the run was resumed."""
         return [event["step"] for event in self.events if event["event"] == "resume"]
 
 
-COLUMNS = (
-    "step",
-    "time",
-    "tokens",
-    "loss",
-    "grad_norm",
-    "lr",
-    "step_seconds",
-    "tokens_per_second",
-    "mfu",
-    "skipped",
-    "memory_bytes",
-)
+COLUMNS = ("time", *(each.name for each in fields(StepMetrics) if each.name not in ("parts", "ranks", "goodput")))
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -110,8 +96,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def _read_lines(run_dir: Path) -> list[dict[str, Any]]:
     try:
-        with (run_dir / METRICS_FILE).open("rb") as file:
-            return [line for text in file if (line := parse_line(text)) is not None]
+        return list(read_lines(run_dir))
     except OSError as error:
         raise DataError(
             f"{run_dir / METRICS_FILE}: {error.strerror}. Give the folder of a run (run.dir of its config), which "
@@ -133,11 +118,9 @@ def start_configs(run_dir: Path) -> dict[int, Path]:
 def last_saved_step(run_dir: Path) -> int | None:
     """The last step of which a run's records say that its state was saved; None where they tell of none."""
     try:
-        with (run_dir / METRICS_FILE).open("rb") as file:
-            lines = [line for text in file if b'"event"' in text and (line := parse_line(text)) is not None]
+        saved = [line["step"] for line in read_lines(run_dir, having=b'"event"') if line.get("event") == "save"]
     except OSError:
-        lines = []
-    saved = [line["step"] for line in lines if line.get("event") == "save"]
+        saved = []
     return max([*saved, *(step for step in start_configs(run_dir) if step > 0)], default=None)
 
 

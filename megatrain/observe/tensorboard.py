@@ -33,7 +33,6 @@ class TensorBoardWriter:
         self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write all figures of a step, as one event."""
         figures = {
             "train/loss": metrics.loss,
             "train/grad_norm": metrics.grad_norm,
@@ -62,7 +61,6 @@ class TensorBoardWriter:
         self._scalars(step, figures | {f"validation_loss/{name}": of_set for name, of_set in (each or {}).items()})
 
     def close(self) -> None:
-        """Write what was held back, if that can be done now, and close the file."""
         self._file.close()
 
     def _scalars(self, step: int, figures: Mapping[str, float]) -> None:

@@ -41,7 +41,6 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.nodes * self.gpus_per_node
 
     def bandwidth(self, size: int, stride: int) -> float:

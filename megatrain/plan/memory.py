@@ -45,7 +45,6 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, gradients, optimizer and activations, on the device."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
     @property
@@ -55,7 +54,6 @@ class RankMemory:
         return resident + max(self.activations_bytes + sum(self.passes.values()), sum(self.update.values()))
 
     def to_json(self) -> dict[str, Any]:
-        """As `megatrain plan --json` prints it."""
         shown = {key: value for key, value in vars(self).items() if key not in ("passes", "update", "cpu")}
         return {
             **shown,
@@ -67,7 +65,6 @@ class RankMemory:
 
 
 def rank_memory(part: StageModel) -> RankMemory:
-    """The memory of a rank that computes ``part``."""
     offload, stage = part.config.parallel.offload, part.config.parallel.zero_stage
     weights, gradients, optimizer = _weights(part), _gradients(part), _optimizer(part)
     cpu = {"checkpoint copy": _STATE_BYTES * _owned(part)}

@@ -44,7 +44,6 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def is_legal(config: RunConfig, world_size: int) -> bool:
-    """Whether no rule is violated."""
     return not _violations(config, world_size)
 
 
@@ -189,7 +188,6 @@ RULES: tuple[Rule, ...] = (
 
 
 def _violations(config: RunConfig, world_size: int) -> dict[Rule, Violation]:
-    """The rules that are violated, in order."""
     return {rule: found for rule in RULES if (found := rule(config, world_size)) is not None}
 
 

@@ -45,7 +45,6 @@ class RunPlan:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.cluster.world_size
 
     @property
@@ -123,7 +122,6 @@ class RunPlan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As `megatrain plan --json` prints it."""
         parallel = self.config.parallel
         return {
             "parameters": num_parameters(self.config.model),

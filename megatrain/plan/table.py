@@ -23,7 +23,6 @@ _SMALLEST_SHARE = 0.0005
 
 
 def show(plan: RunPlan) -> None:
-    """Print the plan on standard output."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for line in _head(plan):
         console.print(line)

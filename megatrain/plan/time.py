@@ -43,12 +43,10 @@ class StepTime:
 
     @property
     def step(self) -> float:
-        """The whole step."""
         return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
 
 
 def step_time(parts: list[StageModel], cluster: Cluster) -> StepTime:
-    """Estimate a step of the stages' ``parts``."""
     count = parts[0].num_micro_batches
     passes = [_Pass.of(part, cluster) for part in parts]
     slowest = max(passes, key=lambda each: each.seconds)
