@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 
-def divisors(whole: int) -> list[int]:
-    """All divisors of `whole`, ascending."""
-    small = [divisor for divisor in range(1, math.isqrt(whole) + 1) if whole % divisor == 0]
-    return sorted({*small, *(whole // divisor for divisor in small)})
+def divisors(number: int) -> list[int]:
+    """All divisors of `number`, ascending."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def multiples_around(value: int, unit: int) -> list[int]:
@@ -19,9 +19,9 @@ def multiples_around(value: int, unit: int) -> list[int]:
     return [below, below + unit] if below else [unit]
 
 
-def divisors_around(value: int, whole: int) -> list[int]:
-    """The divisors of `whole` on both sides of `value`, or `value` alone where it is one."""
-    all_divisors = divisors(whole)
+def divisors_around(value: int, number: int) -> list[int]:
+    """The divisors of `number` on both sides of `value`, or `value` alone where it is one."""
+    all_divisors = divisors(number)
     below = [divisor for divisor in all_divisors if divisor <= value][-1:]
     above = [divisor for divisor in all_divisors if divisor >= value][:1]
     return sorted({*below, *above})

@@ -95,7 +95,7 @@ def fill_in_the_middle(config: schema.FillInTheMiddle) -> list[Problem]:
 def span_corruption(config: schema.SpanCorruption) -> list[Problem]:
     if config.sentinel_token.count("{}") == 1:
         return []
-    reason = "must have {} where the number of the sentinel stands"
+    reason = "must have {} for the number of the sentinel"
     return [Problem("sentinel_token", config.sentinel_token, reason, "<extra_id_{}>")]
 
 
@@ -190,7 +190,7 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
 
 
 def retention(config: schema.RunConfig) -> list[Problem]:
-    """What asks for checkpoints to be kept must be able to find one."""
+    """`keep_every_steps` and `keep_best` must be able to find a checkpoint."""
     problems = []
     kept, steps = config.checkpoint, config.train.steps
     nth, every, evaluated = kept.keep_every_steps, kept.every_steps, config.train.eval_every_steps

@@ -39,9 +39,9 @@ _OWN_KEYS = {
     "observe.straggler_report_seconds": "comms_logger",
 }
 DERIVED = {name: key for key, names in _OWN_KEYS.items() for name in names.split()}
-"""DeepSpeed's keys that megatrain derives, and the key to use instead. A name stands for all below it too."""
+"""DeepSpeed's keys that megatrain derives, and the key to use instead. A name includes all below it."""
 
-# What is refused, and why. A name stands for all below it too.
+# What is refused, and why. A name includes all below it.
 REFUSED = {
     "aio": "it is read for offload to NVMe, which megatrain does not have",
     "disable_allgather": "DeepSpeed ignores it",

@@ -1,9 +1,9 @@
-"""YAML text into plain data, by the rules of YAML 1.2, remembering on which line each value stands.
+"""YAML text into plain data, by the rules of YAML 1.2, with the line of each value.
 
 PyYAML follows YAML 1.1, where `3e-4` is text, `no` is false, `010` is eight and a repeated key silently wins. Here
 PyYAML only parses; scalars are read by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2), and a
 repeated key, a tag or a document that unfolds without bound is a problem with its line. Of YAML 1.1 the merge key
-(`<<: *base`) is kept, as most tools do; keys that begin with `x-` are left out: a place for anchors.
+(`<<: *base`) is kept, as most tools do; keys that begin with `x-` are left out: for anchors.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Unfolding:
                 continue
             key = key_node.value
             if key in first_lines:
-                reason = f"line {line}: the key stands twice, first on line {first_lines[key]}; keep one"
+                reason = f"line {line}: duplicate key, first on line {first_lines[key]}; keep one"
                 self.document.problems.append(Problem(_dotted((*path, key)), scalar_of(child), reason))
                 continue
             first_lines[key] = line

@@ -1,4 +1,4 @@
-"""The tree of keys behind the records: what stands where, and which key was probably meant."""
+"""The tree of keys of the schema, and which key was probably meant."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def record_of(annotation: Any) -> type[Section] | None:
 
 
 def record_at(path: Sequence[str | int]) -> type[Section] | None:
-    """The record whose keys stand below `path`, if any; list indices in it count as steps into the list's record."""
+    """The record whose keys are below `path`, if any; list indices in it count as steps into the list's record."""
     record: type[Section] | None = RunConfig
     for name in path:
         if isinstance(name, int) or record is None:
@@ -81,7 +81,7 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def leaves(record: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key with its full path, in the order of the schema; keys of a list's entries stand under `*`."""
+    """Every key with its full path, in the order of the schema; keys of a list's entries are under `*`."""
     for name, field in record.model_fields.items():
         inner = record_of(field.annotation)
         if not is_section(field):
@@ -91,7 +91,7 @@ def leaves(record: type[Section] = RunConfig, prefix: str = "") -> Iterator[tupl
 
 
 def nearest_key(unknown: str, record: type[Section] | None) -> str | None:
-    """The key that was probably meant by the full path `unknown`, which stands in `record`."""
+    """The key that was probably meant by the full path `unknown`, a key of `record`."""
     section, _, name = unknown.rpartition(".")
     elsewhere = _KEY_OF.get(name.lower().replace("-", "_"))
     if elsewhere is not None:

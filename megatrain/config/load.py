@@ -36,7 +36,7 @@ def load(
     A list entry is reached by its index (`data.train.0.weight=2`); values are read as YAML; the last override of a
     key wins. Raises ConfigError with every problem found, each with its key, its line and what would be legal.
     ``saved_model``: finds what `model: from_checkpoint` stands for; overrides of the model's keys are put over that.
-    ``note``: is told of keys that are given under a former name.
+    ``note``: called for each key that is given under a former name.
     """
     read = document.read(_text(recipes.find(path)), str(path))
     if not isinstance(read.tree, dict):

@@ -18,7 +18,7 @@ from megatrain.errors import ConfigError
 def apply_override(tree: Any, override: str) -> tuple[Any, list[Path], list[Problem]]:
     """The tree with one "section.key=value" set, the paths that now come from it, and what is wrong with it.
 
-    Whether the key exists and the value is legal is left to the check of the whole; here only the way there counts.
+    Whether the key exists and the value is legal is checked later, with the whole config.
     """
     key, equals, text = override.partition("=")
     key = new_name(key.strip())
@@ -36,14 +36,14 @@ def apply_override(tree: Any, override: str) -> tuple[Any, list[Path], list[Prob
         )
     try:
         read = document.read(text, "the value")
-        changed = _with(tree, parts, 0, read.tree)
+        changed = _set(tree, parts, 0, read.tree)
     except (ConfigError, LookupError) as error:
         return tree, [path], [Problem(key, scalar(text), str(error.args[0]))]
     return changed, [path, *((*path, *below) for below in read.lines)], read.problems
 
 
-def _with(node: Any, parts: Sequence[str], depth: int, value: Any) -> Any:
-    """A copy of `node`, which stands at parts[:depth], with `value` at parts; LookupError where nothing can be."""
+def _set(node: Any, parts: Sequence[str], depth: int, value: Any) -> Any:
+    """A copy of `node`, which is at parts[:depth], with `value` at parts; LookupError where nothing can be."""
     if depth == len(parts):
         return value
     if isinstance(node, list):
@@ -53,14 +53,14 @@ def _with(node: Any, parts: Sequence[str], depth: int, value: Any) -> Any:
             raise LookupError(
                 f"{'.'.join(parts[:depth])} is {entries}; a whole list is set by {'.'.join(parts[:depth])}=[...]"
             )
-        return [*node[:index], _with(node[index], parts, depth + 1, value), *node[index + 1 :]]
+        return [*node[:index], _set(node[index], parts, depth + 1, value), *node[index + 1 :]]
     if node is None:
         node = _default(".".join(parts[:depth]))
         if not isinstance(node, dict):
-            return _with(node, parts, depth, value)
+            return _set(node, parts, depth, value)
     if not isinstance(node, dict):
         raise LookupError(f"{'.'.join(parts[:depth])} has no keys below it")
-    return {**node, parts[depth]: _with(node.get(parts[depth]), parts, depth + 1, value)}
+    return {**node, parts[depth]: _set(node.get(parts[depth]), parts, depth + 1, value)}
 
 
 def _default(key: str) -> list[Any] | dict[str, Any]:

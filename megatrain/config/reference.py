@@ -22,10 +22,10 @@ path, the line, what was given, what is allowed and the nearest legal value.
 
 - `KEY=VALUE` on the command line sets any key over the file: `parallel.tensor=2`, `data.train.0.weight=0.5`,
   `optimizer.betas.1=0.98`. The value is read as YAML; of several for one key the last holds.
-- Text is read by the rules of YAML 1.2: `3e-4` is a number, `no` is text, a key that stands twice is an error. Merge
-  keys (`<<: *base`) work, and keys that begin with `x-` are left alone: a place for what several sections share.
+- Text is read by the rules of YAML 1.2: `3e-4` is a number, `no` is text, a duplicate key is an error. Merge
+  keys (`<<: *base`) work, and keys that begin with `x-` are ignored: they are for what several sections share.
 - Types are strict: `1` is a number where one is asked for, but `1.0` is no integer and `true` is no 1.
-- A path that begins with `~/` lies in the home folder.
+- A path that begins with `~/` is in the home folder.
 - Batch sizes count sequences. A batch size that the layout does not divide is refused, not rounded.
 - The resolved config, every default written out, is in the run folder: `RUN/config.yaml`.
 

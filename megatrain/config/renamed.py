@@ -17,7 +17,7 @@ def new_name(key: str) -> str:
 
 
 def with_new_names(tree: Any) -> Any:
-    """A config's plain data under today's names. An old name that stands beside its new one stays, to be refused."""
+    """A config's plain data under today's names. An old name beside its new one stays, to be refused."""
     if not isinstance(tree, Mapping):
         return tree
     for old, new in RENAMED.items():

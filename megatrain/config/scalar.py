@@ -1,4 +1,4 @@
-"""What a plain word means in YAML 1.2: the core schema (yaml.org/spec/1.2.2, section 10.3.2)."""
+"""The value of a plain scalar in YAML 1.2: the core schema (yaml.org/spec/1.2.2, section 10.3.2)."""
 
 from __future__ import annotations
 

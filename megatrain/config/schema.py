@@ -405,7 +405,7 @@ class TrainConfig(Section, check=checks.train):
 
 
 class SpikesConfig(Section, check=checks.spikes):
-    """What is done about a step whose loss or gradient norm leaps out, and about updates that are left out."""
+    """What is done about a step whose loss or gradient norm is a spike, and about updates that are left out."""
 
     action: Literal["none", "skip", "rewind"] = Field(
         default="none",
@@ -488,7 +488,7 @@ class CheckpointConfig(Section):
 
     @field_validator("dir")
     @classmethod
-    def _wherever_it_is_read_from(cls, place: str | None) -> str | None:
+    def _absolute(cls, place: str | None) -> str | None:
         """A path as an absolute one: a run that is started from another folder must find its checkpoints."""
         return str(pathlib.Path(in_home(place)).absolute()) if place and "://" not in place else place
 

@@ -152,11 +152,11 @@ def _set_step_axis(axes: Axes, run: RunRecord) -> None:
     axes.set_xlim(min(0.0, first), max(last, first + 1) * 1.01)
 
 
-def _mark_resumes(axes: Axes, places: Sequence[float]) -> None:
+def _mark_resumes(axes: Axes, positions: Sequence[float]) -> None:
     """A dashed line where the run was resumed, labelled as long as the labels do not run into one another."""
     left, right = axes.get_xlim()
     labelled = -np.inf
-    for x in sorted(places):
+    for x in sorted(positions):
         axes.axvline(x, color=RED, linewidth=0.8, linestyle=(0, (3, 3)), alpha=0.8)
         if x - labelled > 0.1 * (right - left):
             labelled = x

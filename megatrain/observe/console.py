@@ -17,7 +17,7 @@ NUM_STEPS_OF_PACE = 50
 
 
 class LastingConsole(Console):
-    """Standard output that nobody may read any more: the run goes on in silence instead of ending."""
+    """Standard output whose reader may be gone: the run goes on without output instead of ending."""
 
     def on_broken_pipe(self) -> None:
         """Send all further output nowhere, as rich does, but do not exit."""

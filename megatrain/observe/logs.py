@@ -27,7 +27,7 @@ class RankLogHandler(logging.Handler):
 
 
 class StderrHandler(logging.Handler):
-    """Writes to what ``sys.stderr`` is at the time: a live progress line puts itself in its place and stays below."""
+    """Writes to what ``sys.stderr`` is at the time: a live progress line replaces it and stays below."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class StderrHandler(logging.Handler):
         self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; where nobody reads standard error any more, the log file still has it."""
+        """Write one record; where standard error is closed, the log file still has it."""
         with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
@@ -51,7 +51,7 @@ def setup_logging(run_dir: Path, rank: int, console: bool) -> None:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(logging.INFO)
-    # First, so that it can tell of a log file that cannot be written. Without any handler Python itself would print.
+    # First, so that it can warn of a log file that cannot be written. Without any handler Python itself would print.
     root.addHandler(StderrHandler() if console else logging.NullHandler())
     root.addHandler(RankLogHandler(log_path(run_dir, rank)))
 

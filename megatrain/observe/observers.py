@@ -1,4 +1,4 @@
-"""Everything that watches a run, as the one thing the trainer speaks to. Lives on rank 0 alone."""
+"""All outputs of a run behind one interface for the trainer; on rank 0 only."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def start_configs(run_dir: Path) -> dict[int, Path]:
 
 
 def last_saved_step(run_dir: Path) -> int | None:
-    """The last step of which a run's records say that its state was saved; None where they tell of none."""
+    """The last step of which a run's records say that its state was saved; None where there is none."""
     try:
         saved = [line["step"] for line in read_lines(run_dir, having=b'"event"') if line.get("event") == "save"]
     except OSError:

@@ -38,7 +38,7 @@ def write_report(run_dir: Path, out: Path) -> None:
     try:
         commit_bytes(out, content)
     except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}. Give a place that can be written.") from None
+        raise ConfigError(f"--out {out}: {error.strerror}. Name a file that can be written.") from None
 
 
 def _picture(run: RunRecord, kind: str) -> bytes:
@@ -47,7 +47,7 @@ def _picture(run: RunRecord, kind: str) -> bytes:
 
 def _page(run: RunRecord) -> str:
     saves = [event for event in run.events if event["event"] == "save"]
-    # Always escaped: names, paths and the config are somebody else's text.
+    # Always escaped: names, paths and the config are text of others.
     environment = Environment(
         loader=PackageLoader("megatrain.observe", "."), autoescape=True, undefined=StrictUndefined
     )

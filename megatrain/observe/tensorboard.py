@@ -21,7 +21,7 @@ from megatrain.observe.metrics import StepMetrics
 class TensorBoardWriter:
     """Appends to an event file of its own in RUN/tensorboard; never raises for what cannot be written.
 
-    Where a run resumes at ``resume_step``, TensorBoard is told to forget the later steps that an earlier start showed.
+    Where a run resumes at ``resume_step``, TensorBoard drops the later steps that an earlier start wrote.
     """
 
     def __init__(self, run_dir: Path, resume_step: int = 0) -> None:

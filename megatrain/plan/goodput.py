@@ -1,6 +1,6 @@
 """How often to save where things fail, and how much of the time is then left for training.
 
-Failures come at random, independently of each other, M seconds apart in the mean for the whole job; they may strike
+Failures come at random, independently of each other, M seconds apart in the mean for the whole job; they may happen
 during a save or a restart too. After tau seconds of training come C seconds of saving; a failure costs what was done
 since the last save, and R seconds of restarting. Then s seconds of training take in the mean
 

@@ -22,7 +22,7 @@ def device_here(root: Path = Path("/")) -> str:
 
 
 def cpu_computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this machine's CPU has units for bf16, as Linux tells; where nobody tells, it is taken to have some."""
+    """Whether this machine's CPU has units for bf16, as Linux reports them; assumed where it does not."""
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:

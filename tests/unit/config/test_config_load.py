@@ -138,7 +138,7 @@ def test_a_wrong_value_is_refused_with_the_nearest(refused, override, expected):
         ),
         (
             ["data.train.0.span_corruption.sentinel_token=<extra>"],
-            "must have {} where the number of the sentinel stands; nearest: ",
+            "must have {} for the number of the sentinel; nearest: ",
         ),
         (["data.train.0.transform=my/code.py:f"], "must be module:function, such as my_package.code:mask"),
         (["model.family=gpt2", "model.num_key_value_heads=2"], "family gpt2 has as many as num_attention_heads (4)"),

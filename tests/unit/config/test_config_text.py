@@ -54,13 +54,13 @@ def test_quoted_text_stays_text():
 
 def test_a_repeated_key_is_refused_with_both_lines(refused, with_line):
     message = refused(text=with_line("optimizer:", "  lr: 1", "  eps: 1e-8", "  lr: 2"))
-    assert "optimizer.lr (line 6): 2 given; line 8: the key stands twice, first on line 6; keep one" in message
+    assert "optimizer.lr (line 6): 2 given; line 8: duplicate key, first on line 6; keep one" in message
     message = refused(text=with_line("observe: {log_every_steps: 1}", "observe: {log_every_steps: 2}"))
-    assert "observe (line 6): a mapping given; line 7: the key stands twice, first on line 6" in message
+    assert "observe (line 6): a mapping given; line 7: duplicate key, first on line 6" in message
 
 
 def test_a_repeated_key_in_an_override_is_refused(refused):
-    assert "the key stands twice" in refused("data.train=[{path: a, path: b}]")
+    assert "duplicate key" in refused("data.train=[{path: a, path: b}]")
 
 
 def test_a_broken_file_is_refused_by_place(refused, with_line):
