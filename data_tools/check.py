@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from data_tools.inputs import find_inputs
-from data_tools.readers import plan_units, read_parts_with_bad_rows
+from data_tools.readers import plan_units, read_parts
 from data_tools.units import BadRow, ReadOptions, Record, Unit
 from data_tools.work import Advance, Progress, run_tasks
 from megatrain.errors import DataError
@@ -26,7 +26,7 @@ class Checked(NamedTuple):
 def check_unit(options: ReadOptions, unit: Unit, advance: Advance) -> Checked:
     num_documents = 0
     problems: dict[str, list[str]] = {}
-    for _, row in (row for part in read_parts_with_bad_rows(unit, options) for row in part.rows):
+    for _, row in (row for part in read_parts(unit, options, keep_bad_rows=True) for row in part.rows):
         num_documents += isinstance(row, Record)
         if isinstance(row, BadRow):
             found = problems.setdefault(unit.files[row.file].name, [])

@@ -110,7 +110,12 @@ def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         read = _read_options(**{name: given.pop(name) for name in options})
         if given.pop("check"):
-            _check(given["inputs"], read, given.get("workers"))
+            from data_tools.check import check_inputs
+            from data_tools.progress import show_progress
+            from data_tools.ranks import Ranks
+
+            num_workers = given.get("workers") or Ranks().num_cores()
+            check_inputs(given["inputs"], read, num_workers, show_progress, typer.echo)
         else:
             command(**given, read=read)
 
@@ -118,14 +123,6 @@ def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     run.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
     return run
-
-
-def _check(inputs: list[str], read: Any, workers: int | None) -> None:
-    from data_tools.check import check_inputs
-    from data_tools.progress import show_progress
-    from data_tools.ranks import Ranks
-
-    check_inputs(inputs, read, workers or Ranks().num_cores(), show_progress, typer.echo)
 
 
 def _tell(text: str) -> None:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import orjson
 import xxhash
 
-from data_tools.kinds import STREAMED, Compression, Kind, kind_of, suffix_of
+from data_tools.kinds import STREAMED, Compression, Kind, kind_of, magic_name, suffix_of
 from data_tools.stores import list_url, open_url
 from megatrain.errors import ConfigError, DataError
 from megatrain.units import format_bytes
@@ -114,6 +114,15 @@ def open_input(name: str) -> IO[bytes]:
         return path.open("rb")
     except OSError as error:
         raise DataError(f"{name} cannot be opened: {error.strerror or error}.") from None
+
+
+def misnamed(file: InputFile, expected: str) -> str | None:
+    """What to say of a file whose first bytes are those of something else than its name says."""
+    with file.open() as raw:
+        name = magic_name(raw.read(512))
+    if name is None or name.lower() == expected:
+        return None
+    return f"{file.name} is {name}, not {expected} as its name says. Rename it, or get it again."
 
 
 def local_part(argument: str) -> Path | None:

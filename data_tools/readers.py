@@ -79,23 +79,22 @@ def _group_files(files: list[InputFile], part_bytes: int) -> Iterator[Unit]:
             group, size = [], 0
 
 
-def read_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None) -> Iterator[Part]:
+def read_parts(
+    unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None, *, keep_bad_rows: bool = False
+) -> Iterator[Part]:
     """The parts of a unit in order; `advance` is called with the number of bytes read.
 
-    Raises DataError with file and place where something cannot be read. With `--errors skip` such a row is a BadRow,
-    and so is, in the last row, what is left of a damaged file; but a disk or store that fails is always an error.
+    Raises DataError with file and place where something cannot be read. With `--errors skip` or `keep_bad_rows` such a
+    row is a BadRow, and so is, in the last row, what is left of a damaged file; but a disk or store that fails is
+    always an error.
     """
-    for part in read_parts_with_bad_rows(unit, options, advance):
-        yield part if options.errors == "skip" else Part(part.number, _without_bad_rows(part.rows))
-
-
-def read_parts_with_bad_rows(
-    unit: Unit, options: ReadOptions, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[Part]:
-    """The same, each row that cannot be read being a BadRow, whatever the options say of errors."""
     if len(unit.files) == 1:
-        return READERS[unit.files[0].kind](unit, options, advance)
-    return iter([Part(0, _rows_of_files(unit, options, advance))])
+        parts = READERS[unit.files[0].kind](unit, options, advance)
+    else:
+        parts = iter([Part(0, _rows_of_files(unit, options, advance))])
+    if keep_bad_rows or options.errors == "skip":
+        return parts
+    return (Part(part.number, _without_bad_rows(part.rows)) for part in parts)
 
 
 def _rows_of_files(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[tuple[int, Row]]:

@@ -10,8 +10,8 @@ from typing import IO, Any, NamedTuple
 
 import zstandard
 
-from data_tools.inputs import InputFile
-from data_tools.kinds import Compression, magic_name
+from data_tools.inputs import InputFile, misnamed
+from data_tools.kinds import Compression
 from data_tools.units import BadInput
 from megatrain.errors import DataError
 
@@ -104,13 +104,10 @@ def _next_member(file: InputFile, piece: bytes, pieces: Iterator[bytes], magic: 
 
 def _damage(file: InputFile, problem: object) -> str:
     assert file.compression is not None
-    with file.open() as raw:
-        name = magic_name(raw.read(512))
     if "too much memory" in str(problem) or "Memory usage limit" in str(problem):
         return (
             f"{file.name} was compressed with a window of more than 128 MiB (zstd --long, xz), which takes as much "
             "memory to read. Compress it again without."
         )
-    if name not in (None, file.compression.value):
-        return f"{file.name} is {name}, not {file.compression.value} as its name says. Rename it, or get it again."
-    return f"{file.name} is damaged or is not {file.compression.value}: {problem}. Download or compress it again."
+    damaged = f"{file.name} is damaged or is not {file.compression.value}: {problem}. Download or compress it again."
+    return misnamed(file, file.compression.value) or damaged

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data_tools.inputs import InputFile, pop_key
+from data_tools.inputs import InputFile, misnamed, pop_key
 from data_tools.kinds import Kind, magic_name
 from data_tools.stores import StoreError
 from data_tools.streams import BLOCK_BYTES, read_blocks
@@ -64,10 +64,8 @@ def _damage(file: InputFile, error: Exception) -> DataError:
         return error
     if isinstance(error, StoreError) or (isinstance(error, OSError) and error.errno is not None):
         return DataError(f"{file.name} cannot be read: {getattr(error, 'strerror', None) or error}.")
-    with file.open() as raw:
-        name = magic_name(raw.read(512))
-    if name is not None and name.lower() != file.kind.value:
-        return BadInput(f"{file.name} is {name}, not {file.kind.value} as its name says. Rename it, or get it again.")
+    if problem := misnamed(file, file.kind.value):
+        return BadInput(problem)
     if "straddling" in str(error):
         return BadInput(f"{file.name} has a row of more than {CSV_BLOCK_BYTES} bytes, or a quote that does not end.")
     whole = "is no whole parquet file" if file.kind is Kind.PARQUET else "is cut off or damaged"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import xxhash
 
 from data_tools.work import Advance, Progress, run_tasks
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.format import SKIPPED_FILE, content_digest, is_content, map_file, shard_name
+from megatrain.data.format import SKIPPED_FILE, TOKENIZER_FILE, content_digest, is_content, shard_name
 from megatrain.data.shard import Views
 from megatrain.data.shard_table import BatchMetadata
 from megatrain.errors import DataError
@@ -43,13 +42,9 @@ def verify_dataset(path: str, extent: Extent, progress: Progress) -> tuple[Datas
     """
     dataset = open_dataset(path)
     chosen = _chosen_batches(dataset, extent)
-    problems = []
-    try:
-        if not is_content(map_file(dataset.tokenizer_path), dataset.manifest.tokenizer_sha256):
-            problems.append(f"{dataset.tokenizer_path}: its SHA-256 is not the one in the manifest")
-    except OSError as error:
-        problems.append(f"{dataset.tokenizer_path} cannot be read: {os.strerror(error.errno or 0)}")
-    problems += _check_skipped(dataset)
+    problems = _check_whole_file(dataset, TOKENIZER_FILE, dataset.manifest.tokenizer_sha256)
+    if dataset.manifest.skipped_checksum is not None:
+        problems += _check_whole_file(dataset, SKIPPED_FILE, dataset.manifest.skipped_checksum)
     num_bytes = _num_bytes(dataset, chosen)
     num_workers = min(extent.num_workers, 1 + num_bytes // BYTES_PER_WORKER)
     with progress("verify", num_bytes) as advance:
@@ -67,15 +62,12 @@ def verify_dataset(path: str, extent: Extent, progress: Progress) -> tuple[Datas
     return dataset, num_bytes
 
 
-def _check_skipped(dataset: Dataset) -> list[str]:
-    checksum = dataset.manifest.skipped_checksum
-    if checksum is None:
-        return []
+def _check_whole_file(dataset: Dataset, name: str, checksum: str) -> list[str]:
     try:
-        is_whole = is_content(dataset.storage.content(SKIPPED_FILE, checksum), checksum)
+        is_whole = is_content(dataset.storage.content(name, checksum), checksum)
     except DataError as error:
         return [_problem(error)]
-    return [] if is_whole else [f"{dataset.path}/{SKIPPED_FILE}: its checksum is not the one in the manifest"]
+    return [] if is_whole else [f"{dataset.path}/{name}: its checksum is not the one in the manifest"]
 
 
 def _chosen_batches(dataset: Dataset, extent: Extent) -> dict[int, list[int]] | None:
