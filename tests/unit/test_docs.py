@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from megatrain import cli
 from megatrain.checkpoint.rank_file import write_rank_file
+from megatrain.config.keys import leaves
 from megatrain.distributed.fragment import FlatShard, Fragment, TensorSlice
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,6 +51,8 @@ def used_commands() -> dict[tuple[str, ...], set[str]]:
     """Each command that a page uses, with its subcommands, and the options it is used with."""
     used: dict[tuple[str, ...], set[str]] = {}
     for page in PAGES:
+        if page.name == "commands.md":  # generated from the commands
+            continue
         for command, *line in command_lines(page.read_text(encoding="utf-8")):
             words = line[: line.index("--")] if "--" in line else line  # beyond it are another command's
             depth = 2 if words[0] in ("checkpoint", "job") else 1
@@ -64,13 +68,17 @@ def test_a_documented_command_exists_with_its_options(command, options):
     assert options - {"--help"} <= names_in(help_of(*command))
 
 
-SHOWN = re.findall(
-    r"^ {4}\$ (megatrain (?:check|plan|recipes).*)\n((?: {4}.+\n|\n(?= {4}[^$]))+)", PAGES[0].read_text(), re.M
-)
+SHOWN = [
+    shown
+    for page in PAGES
+    for shown in re.findall(
+        r"^ {4}\$ (megatrain (?:check|plan|recipes).*)\n((?: {4}.+\n|\n(?= {4}[^$]))+)", page.read_text(), re.M
+    )
+]
 
 
 @pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command for command, _ in SHOWN])
-def test_a_command_prints_what_the_readme_shows(command, output, monkeypatch, capsys):
+def test_a_command_prints_what_a_page_shows(command, output, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
@@ -91,6 +99,43 @@ def test_the_tour_is_among_the_commands():
 def test_files_that_pages_link_to_exist(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    settings = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = set(re.findall(r"[\w-]+\.md", str(settings["nav"])))
+    assert listed == {page.name for page in PAGES[1:]}
+
+
+WHERE = [
+    (page.name, row.rpartition(" | ")[2])
+    for page in PAGES
+    for row in re.findall(r"^\| (.*) \|$", page.read_text(encoding="utf-8"), re.M)
+    if page.name in ("architecture.md", "glossary.md") and re.search(r"`[\w/]+/[\w/]+\.py`", row.rpartition(" | ")[2])
+]
+
+
+@pytest.mark.parametrize(("page", "where"), WHERE)
+def test_the_named_code_is_in_the_named_file(page, where):
+    """`path.py` or `path.py`: `name`, `name`; the names before the next path are those of that file."""
+    named: dict[Path, list[str]] = {}
+    for token in re.findall(r"`([^`]+)`", where):
+        if token.endswith(".py"):
+            path = REPOSITORY / token
+            named[path] = []
+        else:
+            named[path].append(token.rpartition(".")[2])
+    for path, names in named.items():
+        text = path.read_text(encoding="utf-8")
+        assert [name for name in names if not re.search(rf"\b(def|class) {name}\b", text)] == [], path
+
+
+def test_keys_named_for_other_trainers_exist():
+    page = (REPOSITORY / "docs" / "migrating.md").read_text(encoding="utf-8")
+    ours = " ".join(row.split("|")[2] for row in page.splitlines() if row.startswith("| "))
+    named = set(re.findall(r"`([a-z]+\.[a-z_]+)\b", ours))
+    assert len(named) > 40
+    assert named <= {path for path, _ in leaves()} | {"data.train"}
 
 
 def test_every_module_has_its_line_in_the_architecture():
