@@ -380,14 +380,22 @@ def import_command(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path, typer.Option(help="The file to write: .html, or .png for a picture.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .html; of one run also .png, .svg or .pdf.")] = Path(
+        "report.html"
+    ),
 ) -> None:
-    """One page about a run: loss, throughput, gradient norm, where time went, what was resumed when."""
-    from megatrain.observe.report import write_report
+    """One page about a run: loss, throughput, gradient norm, where time went, what was resumed when; or about several:
+    their curves laid over one another, what differs in their configs, the best of each."""
+    if len(runs) == 1:
+        from megatrain.observe.report import write_report
 
-    write_report(run, out)
-    typer.echo(f"{out} shows {run}.")
+        write_report(runs[0], out)
+    else:
+        from megatrain.experiments.comparison import write_comparison
+
+        write_comparison(runs, out)
+    typer.echo(f"{out} shows {', '.join(map(str, runs))}.")
 
 
 class RunOrder(str, Enum):

@@ -59,17 +59,24 @@ def summarize(folder: Path, sort: str = "validation_loss") -> list[RunSummary]:
     found = list(_find(folder))
     if not found:
         raise DataError(f"{folder} has no run in it: a run's folder has {CONFIG_FILE} and {METRICS_FILE} or logs.")
+    runs = summaries({str(path.relative_to(folder)): path for path in found})
+    return sorted(runs, key=lambda run: (SORTS[sort](run), run.run))
+
+
+def summaries(folders: Mapping[str, Path]) -> list[RunSummary]:
+    """Of each of these runs, by the names that they are shown under."""
+    found = list(folders.values())
     with ThreadPoolExecutor(_MAX_THREADS) as pool:
         alive = list(pool.map(is_alive, found))
     configs = [_config(path) for path in found]
     values = [dict(_flat(config.model_dump(mode="json"))) if config else {} for config in configs]
     differing = _differing([each for each in values if each])
     runs = []
-    for path, is_running, config, own in zip(found, alive, configs, values, strict=True):
+    for (name, path), is_running, config, own in zip(folders.items(), alive, configs, values, strict=True):
         logged = _read(path)
         runs.append(
             RunSummary(
-                run=str(path.relative_to(folder)),
+                run=name,
                 state="running" if is_running else _ENDS.get(logged.last_event or "", "ended"),
                 step=logged.step,
                 num_steps=config.train.steps if config else None,
@@ -80,7 +87,7 @@ def summarize(folder: Path, sort: str = "validation_loss") -> list[RunSummary]:
                 differs={key: own[key] for key in differing if key in own},
             )
         )
-    return sorted(runs, key=lambda run: (SORTS[sort](run), run.run))
+    return runs
 
 
 def as_table(runs: Sequence[RunSummary]) -> Table:

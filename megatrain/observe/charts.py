@@ -115,6 +115,18 @@ def draw_chart(title: str, run: RunRecord) -> Figure:
         return figure
 
 
+def draw_curves(title: str, curves: Mapping[str, tuple[Column, Column]], colors: Mapping[str, str]) -> Figure:
+    """Several runs' curves, steps and values by the run's name, laid over one another; of long ones means."""
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=CHART_INCHES, layout="constrained")
+        axes = figure.add_subplot(title=title, xlabel="step", ylabel="nats a token")
+        for name, (steps, values) in curves.items():
+            x, y = _binned(steps)[0], _binned(values)[0]
+            axes.plot(x, y, color=colors[name], marker="o" if len(x) < 20 else None, markersize=3)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        return figure
+
+
 def draw_all(run: RunRecord, headline: str) -> Figure:
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(12.4, 10.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))

@@ -26,6 +26,7 @@ class RunRecord:
     """A run as recorded. Each column has one figure a logged step, NaN where it was not finite or not known.
 
     ``parts``: seconds of each part of a step. ``validation_steps`` and ``validation_losses``: one entry a validation.
+    ``validation_sets``: the same two of each dataset, by its name.
     ``events``: the lines of events, in the order they happened. ``configs``: what was trained with, by the step after
     which it began, where it changed. ``goodput``: up to the last line, where it is known.
     """
@@ -35,6 +36,7 @@ class RunRecord:
     parts: Mapping[str, Column]
     validation_steps: Column
     validation_losses: Column
+    validation_sets: Mapping[str, tuple[Column, Column]]
     events: Sequence[Mapping[str, Any]]
     configs: Mapping[int, str]
     goodput: Goodput | None
@@ -65,6 +67,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """
     steps: dict[int, Mapping[str, Any]] = {}  # by step: where lines of one step are found twice, the later one counts
     validations: dict[int, float] = {}
+    of_sets: dict[str, dict[int, float]] = {}
     events: list[Mapping[str, Any]] = []
     goodput = None
     for line in _read_lines(run_dir):
@@ -73,6 +76,8 @@ def read_run(run_dir: Path) -> RunRecord:
             events.append(line)
         elif "validation_loss" in line:
             validations[line["step"]] = _number(line["validation_loss"])
+            for name, loss in (line.get("validation_losses") or {}).items():
+                of_sets.setdefault(name, {})[line["step"]] = _number(loss)
         elif "loss" in line:
             steps[line["step"]] = line
     if not steps:
@@ -81,13 +86,15 @@ def read_run(run_dir: Path) -> RunRecord:
         )
     lines = [steps[step] for step in sorted(steps)]
     parts = [line["parts"] if isinstance(line.get("parts"), dict) else {} for line in lines]
+    steps_of_validations, losses_of_validations = _by_step(validations)
     part_names = dict.fromkeys(name for part in parts for name in part)
     return RunRecord(
         name=run_dir.resolve().name,
         columns={name: _column(lines, name) for name in COLUMNS},
         parts={name: np.nan_to_num(_column(parts, name)) for name in part_names},
-        validation_steps=np.array(sorted(validations), dtype=np.float64),
-        validation_losses=np.array([validations[step] for step in sorted(validations)], dtype=np.float64),
+        validation_steps=steps_of_validations,
+        validation_losses=losses_of_validations,
+        validation_sets={name: _by_step(losses) for name, losses in of_sets.items()},
         events=events,
         configs=_read_configs(run_dir),
         goodput=goodput,
@@ -140,6 +147,11 @@ def _read_configs(run_dir: Path) -> dict[int, str]:
 
 def _column(lines: Sequence[Mapping[str, Any]], name: str) -> Column:
     return np.array([_number(line.get(name)) for line in lines], dtype=np.float64)
+
+
+def _by_step(values: Mapping[int, float]) -> tuple[Column, Column]:
+    steps = sorted(values)
+    return np.array(steps, dtype=np.float64), np.array([values[step] for step in steps], dtype=np.float64)
 
 
 def _number(value: object) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from megatrain.atomic import commit_bytes
@@ -34,11 +34,25 @@ def write_report(run_dir: Path, out: Path) -> None:
     if kind not in PAGES + PICTURES:
         raise ConfigError(f"--out {out}: the report is written as one of {', '.join(PAGES + PICTURES)}.")
     run = read_run(run_dir)
-    content = _picture(run, kind) if kind in PICTURES else _page(run).encode()
+    write_file(out, _picture(run, kind) if kind in PICTURES else _page(run).encode())
+
+
+def write_file(out: Path, content: bytes) -> None:
+    """Write a report. Raises ConfigError where ``out`` cannot be written."""
     try:
         commit_bytes(out, content)
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}. Name a file that can be written.") from None
+
+
+def template(name: str) -> Template:
+    """A page's template. What is put in is always escaped: names, paths and configs are text of others."""
+    environment = Environment(
+        loader=PackageLoader("megatrain.observe", "."), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"duration": format_duration, "percent": "{:.1%}".format, "when": _when, "words": _in_words}
+    environment.filters["figure"] = lambda value: "" if value is None else _figure(value, ".4f")
+    return environment.get_template(name)
 
 
 def _picture(run: RunRecord, kind: str) -> bytes:
@@ -47,16 +61,11 @@ def _picture(run: RunRecord, kind: str) -> bytes:
 
 def _page(run: RunRecord) -> str:
     saves = [event for event in run.events if event["event"] == "save"]
-    # Always escaped: names, paths and the config are text of others.
-    environment = Environment(
-        loader=PackageLoader("megatrain.observe", "."), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"duration": format_duration, "percent": "{:.1%}".format, "when": _when, "words": _in_words}
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         run=run,
         status=_status(run),
         summary=_summary(run),
-        charts={title: _data_uri(draw_chart(title, run)) for title in CHARTS},
+        charts={title: data_uri(draw_chart(title, run)) for title in CHARTS},
         part_seconds={name: float(seconds.mean()) for name, seconds in run.parts.items()},
         goodput_names=SHOWN,
         num_saves=len(saves),
@@ -118,7 +127,7 @@ def _figure(value: float, form: str) -> str:
     return format(value, form) if np.isfinite(value) else "not finite"
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
     """The chart as an image within the page: scripts and names inside an image reach nothing outside it."""
     return "data:image/svg+xml;base64," + base64.b64encode(_render(figure, ".svg")).decode()
 

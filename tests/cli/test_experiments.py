@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -124,3 +125,22 @@ def test_best_exports_the_lowest_validation_loss(finished_run: Path, tmp_path: P
     ended = megatrain("eval", run_dir, "--data", tmp_path, "--best")
     assert ended.code == 4
     assert "no good checkpoint with a validation loss" in ended.err
+
+
+def test_several_runs_are_reported_on_one_page(finished_run: Path, tmp_path: Path, megatrain: Megatrain) -> None:
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for run_dir, lr in zip(runs, ("0.001", "0.003"), strict=True):
+        shutil.copytree(finished_run, run_dir, ignore=shutil.ignore_patterns("checkpoints"))
+        (run_dir / "config.yaml").write_text((run_dir / "config.yaml").read_text().replace("lr: 0.001", f"lr: {lr}"))
+    with (runs[1] / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": 6, "validation_loss": 0.5, "validation_losses": {"x": 0.4, "<y>": 0.6}}) + "\n")
+    ended = megatrain("report", *runs, "--out", tmp_path / "page.html")
+    assert ended.code == 0, ended.err
+    page = (tmp_path / "page.html").read_text()
+    rows = re.findall(r"&#9632;</span> (\S+?)</td>", page)
+    assert rows == ["b/run", "a/run"]  # the best validation loss first
+    assert "<th>optimizer.lr</th>" in page and "<td>0.003</td>" in page
+    assert "Chart: Validation loss, &lt;y&gt;" in page and "<y>" not in page
+    assert re.search(r"<td>Validation loss</td><td>b/run</td><td class=\"number\">0.5000</td>", page)
+    assert megatrain("report", *runs, "--out", tmp_path / "page.png").code == 2
+    assert megatrain("report", runs[0], runs[0]).code == 2
