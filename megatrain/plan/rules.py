@@ -6,7 +6,7 @@ inside the config alone, on any number of ranks, is refused earlier, by megatrai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatrain.config import Problem, RunConfig
@@ -75,123 +75,85 @@ def nearest_layout(config: RunConfig, world_size: int) -> str | None:
 
 @dataclass(frozen=True)
 class Violation:
-    """Why a layout is illegal: the key it is about, the reason, and the keys to change, the best first."""
+    """What makes a layout illegal: the rule, the key it is about, the reason, and the keys to change, best first."""
 
+    rule: str
     key: str
     reason: str
     fixes: tuple[str, ...]
 
 
-Rule = Callable[[RunConfig, int], Violation | None]
+def _violations(config: RunConfig, world_size: int) -> dict[str, Violation]:
+    """By rule, in order."""
+    checks = (_check_ranks, _check_tensor, _check_sequence, _check_zero, _check_batch)
+    return {found.rule: found for check in checks for found in check(config, world_size)}
 
 
-def _ranks_divide(config: RunConfig, world_size: int) -> Violation | None:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    if world_size % (tensor * pipeline) == 0:
-        return None
-    would_do = alternatives(multiples_around(world_size, tensor * pipeline))
-    reason = f"tensor x pipeline ({tensor} x {pipeline}) must divide the {world_size} ranks ({would_do} would do)"
-    keys = ("parallel.tensor", "parallel.pipeline")
-    keys = keys if world_size % tensor else keys[::-1]
-    return Violation(keys[0], reason, keys)
+def _check_ranks(config: RunConfig, world_size: int) -> Iterator[Violation]:
+    tensor, pipeline, layers = config.parallel.tensor, config.parallel.pipeline, config.model.num_hidden_layers
+    if world_size % (tensor * pipeline):
+        would_do = alternatives(multiples_around(world_size, tensor * pipeline))
+        reason = f"tensor x pipeline ({tensor} x {pipeline}) must divide the {world_size} ranks ({would_do} would do)"
+        keys = ("parallel.tensor", "parallel.pipeline")
+        keys = keys if world_size % tensor else keys[::-1]
+        yield Violation("ranks", keys[0], reason, keys)
+    if pipeline > layers:
+        reason = f"must be at most model.num_hidden_layers ({layers})"
+        yield Violation("stages", "parallel.pipeline", reason, ("parallel.pipeline",))
 
 
-def _heads_divide(config: RunConfig, world_size: int) -> Violation | None:
-    heads = config.model.num_attention_heads
-    if heads % config.parallel.tensor == 0:
-        return None
-    return Violation("parallel.tensor", f"must divide model.num_attention_heads ({heads})", ("parallel.tensor",))
+def _check_tensor(config: RunConfig, world_size: int) -> Iterator[Violation]:
+    """Fewer key and value heads than ranks are replicated, each on equally many ranks; more are divided evenly."""
+    tensor, model, key = config.parallel.tensor, config.model, "parallel.tensor"
+    if model.num_attention_heads % tensor:
+        reason = f"must divide model.num_attention_heads ({model.num_attention_heads})"
+        yield Violation("heads", key, reason, (key,))
+    if max(tensor, model.kv_heads) % min(tensor, model.kv_heads):
+        reason = f"must divide model.num_key_value_heads ({model.kv_heads}), or be a multiple of it"
+        yield Violation("key-value heads", key, reason, (key,))
+    if model.ffn_size % tensor:
+        yield Violation("MLP", key, f"must divide the width of the MLP ({model.ffn_size})", (key,))
 
 
-def _key_value_heads_divide(config: RunConfig, world_size: int) -> Violation | None:
-    """Fewer heads than ranks are replicated, each on equally many ranks; more are divided evenly."""
-    tensor, heads = config.parallel.tensor, config.model.kv_heads
-    if max(tensor, heads) % min(tensor, heads) == 0:
-        return None
-    reason = f"must divide model.num_key_value_heads ({heads}), or be a multiple of it"
-    return Violation("parallel.tensor", reason, ("parallel.tensor",))
-
-
-def _mlp_divides(config: RunConfig, world_size: int) -> Violation | None:
-    width = config.model.ffn_size
-    if width % config.parallel.tensor == 0:
-        return None
-    return Violation("parallel.tensor", f"must divide the width of the MLP ({width})", ("parallel.tensor",))
-
-
-def _every_stage_has_a_layer(config: RunConfig, world_size: int) -> Violation | None:
-    layers = config.model.num_hidden_layers
-    if config.parallel.pipeline <= layers:
-        return None
-    return Violation("parallel.pipeline", f"must be at most model.num_hidden_layers ({layers})", ("parallel.pipeline",))
-
-
-def _zero_fits_pipeline(config: RunConfig, world_size: int) -> Violation | None:
-    stages = config.parallel.pipeline
-    if config.parallel.zero_stage < 2 or stages == 1:
-        return None
-    reason = (
-        "ZeRO 2 and 3 give gradients away after each micro-batch, where a pipeline accumulates them "
-        f"(parallel.pipeline is {stages})"
-    )
-    return Violation("parallel.zero_stage", reason, ("parallel.zero_stage", "parallel.pipeline"))
-
-
-def _sequence_needs_tensor(config: RunConfig, world_size: int) -> Violation | None:
-    if not config.parallel.sequence or config.parallel.tensor > 1:
-        return None
-    reason = "tokens are divided over the ranks of parallel.tensor, which is 1"
-    return Violation("parallel.sequence", reason, ("parallel.sequence", "parallel.tensor"))
-
-
-def _sequence_divides(config: RunConfig, world_size: int) -> Violation | None:
+def _check_sequence(config: RunConfig, world_size: int) -> Iterator[Violation]:
     tensor = config.parallel.tensor
-    if not config.parallel.sequence or config.data.seq_len % tensor == 0:
-        return None
-    reason = f"must be divisible by parallel.tensor ({tensor}) where parallel.sequence is true"
-    return Violation("data.seq_len", reason, ("data.seq_len", "parallel.tensor", "parallel.sequence"))
+    if not config.parallel.sequence:
+        return
+    if tensor == 1:
+        reason = "tokens are divided over the ranks of parallel.tensor, which is 1"
+        yield Violation("sequence", "parallel.sequence", reason, ("parallel.sequence", "parallel.tensor"))
+    if config.data.seq_len % tensor:
+        reason = f"must be divisible by parallel.tensor ({tensor}) where parallel.sequence is true"
+        yield Violation("seq_len", "data.seq_len", reason, ("data.seq_len", "parallel.tensor", "parallel.sequence"))
 
 
-def _offload_needs_zero(config: RunConfig, world_size: int) -> Violation | None:
-    stage, needed = config.parallel.zero_stage, {"none": 0, "optimizer": 1, "all": 3}[config.parallel.offload]
-    if stage >= needed:
-        return None
-    reason = f"needs parallel.zero_stage {needed}{'' if needed == 3 else ' or more'} (it is {stage})"
-    return Violation("parallel.offload", reason, ("parallel.zero_stage", "parallel.offload"))
+def _check_zero(config: RunConfig, world_size: int) -> Iterator[Violation]:
+    stage, pipeline, offload = config.parallel.zero_stage, config.parallel.pipeline, config.parallel.offload
+    if stage >= 2 and pipeline > 1:
+        reason = (
+            "ZeRO 2 and 3 give gradients away after each micro-batch, where a pipeline accumulates them "
+            f"(parallel.pipeline is {pipeline})"
+        )
+        yield Violation("ZeRO", "parallel.zero_stage", reason, ("parallel.zero_stage", "parallel.pipeline"))
+    needed = {"none": 0, "optimizer": 1, "all": 3}[offload]
+    if stage < needed:
+        reason = f"needs parallel.zero_stage {needed}{'' if needed == 3 else ' or more'} (it is {stage})"
+        yield Violation("offload", "parallel.offload", reason, ("parallel.zero_stage", "parallel.offload"))
 
 
-def _batch_divides(config: RunConfig, world_size: int) -> Violation | None:
-    ranks = model_ranks(config)
+def _check_batch(config: RunConfig, world_size: int) -> Iterator[Violation]:
+    ranks, micro_batch = model_ranks(config), config.train.micro_batch_size
     degree = 1 if world_size % ranks else world_size // ranks  # a batch that no degree could divide is wrong anyway
-    unit = config.train.micro_batch_size * degree
-    if config.train.global_batch_size % unit == 0:
-        return None
-    reason = (
-        f"must be divisible by micro_batch_size x data degree ({config.train.micro_batch_size} x {degree} = {unit})"
-    )
-    # The micro-batch first: the batch of an update is part of the experiment, how it is cut is not.
-    return Violation("train.global_batch_size", reason, ("train.micro_batch_size", "train.global_batch_size"))
+    if config.train.global_batch_size % (micro_batch * degree):
+        reason = (
+            f"must be divisible by micro_batch_size x data degree ({micro_batch} x {degree} = {micro_batch * degree})"
+        )
+        # The micro-batch first: the batch of an update is part of the experiment, how it is cut is not.
+        keys = ("train.micro_batch_size", "train.global_batch_size")
+        yield Violation("batch", "train.global_batch_size", reason, keys)
 
 
-RULES: tuple[Rule, ...] = (
-    _ranks_divide,
-    _heads_divide,
-    _key_value_heads_divide,
-    _mlp_divides,
-    _every_stage_has_a_layer,
-    _zero_fits_pipeline,
-    _sequence_needs_tensor,
-    _sequence_divides,
-    _offload_needs_zero,
-    _batch_divides,
-)
-
-
-def _violations(config: RunConfig, world_size: int) -> dict[Rule, Violation]:
-    return {rule: found for rule in RULES if (found := rule(config, world_size)) is not None}
-
-
-def _legal_values(config: RunConfig, world_size: int, rule: Rule, now: dict[Rule, Violation]) -> str | None:
+def _legal_values(config: RunConfig, world_size: int, rule: str, now: dict[str, Violation]) -> str | None:
     """The nearest values of the first key of ``rule``'s fixes that has any with which it holds, and no other is newly
     violated."""
     for key in now[rule].fixes:
