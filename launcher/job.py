@@ -122,7 +122,7 @@ def relay_signal(name: str, script: int) -> None:
         number = signal.Signals[f"SIG{name.removeprefix('SIG')}"]
     except KeyError:
         raise ConfigError(f"{name} is no signal; give one such as USR1 or TERM.") from None
-    while psutil.pid_exists(script) and not any(local_ranks.send_signal(process, number) for process in _ranks()):
+    while psutil.pid_exists(script) and not local_ranks.signal_one(_ranks(), number):
         time.sleep(_LOOK_SECONDS)
 
 

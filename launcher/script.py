@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from launcher.options import as_comment, check_gpus, check_limit, check_passed, merged, value_of
 from launcher.site import Site
@@ -82,17 +82,9 @@ def render(job: Job, site: Site) -> str:
     options = _options(job, site)
     _check(job, site, options)
     words = [job.config, *job.overrides]
-    return _template("slurm.sh.j2").render(
-        job=job,
-        options=[as_comment(option) for option in options],
-        python=shlex.join(site.python),
-        words=shlex.join(words),
-        remote_words=" ".join(shlex.quote(_for_remote_shell(word)) for word in words),
-        bindings=shlex.join([*_bindings(job), *site.srun]),
-        logs=shlex.quote(str(job.logs)),
-        has_logs=job.logs.is_dir(),
-        prologue=site.prologue.strip("\n"),
-    )
+    remote_words = " ".join(shlex.quote(_for_remote_shell(word)) for word in words)
+    bindings = shlex.join([*_bindings(job), *site.srun])
+    return _fill("slurm.sh.j2", job, site, options, words, remote_words=remote_words, bindings=bindings)
 
 
 def render_array(job: Array, site: Site) -> str:
@@ -110,15 +102,7 @@ def render_array(job: Array, site: Site) -> str:
     ]
     _check_words([*job.command, str(job.working_dir), job.name, *options], job.logs)
     check_limit(options)
-    return _template("array.sh.j2").render(
-        job=job,
-        options=[as_comment(option) for option in options],
-        python=shlex.join(site.python),
-        words=shlex.join(job.command),
-        logs=shlex.quote(str(job.logs)),
-        has_logs=job.logs.is_dir(),
-        prologue=site.prologue.strip("\n"),
-    )
+    return _fill("array.sh.j2", job, site, options, job.command)
 
 
 def why_not_ssh(job: Job, site: Site) -> str | None:
@@ -147,7 +131,9 @@ def _ssh_cannot(job: Job, site: Site) -> str | None:
     return None
 
 
-def _template(name: str) -> Template:
+def _fill(
+    template: str, job: Job | Array, site: Site, options: Sequence[str], words: Iterable[str], **more: str
+) -> str:
     environment = Environment(
         loader=PackageLoader("launcher", "."),
         undefined=StrictUndefined,
@@ -155,7 +141,16 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(name)
+    return environment.get_template(template).render(
+        job=job,
+        options=[as_comment(option) for option in options],
+        python=shlex.join(site.python),
+        words=shlex.join(words),
+        logs=shlex.quote(str(job.logs)),
+        has_logs=job.logs.is_dir(),
+        prologue=site.prologue.strip("\n"),
+        **more,
+    )
 
 
 def _options(job: Job, site: Site) -> list[str]:

@@ -26,14 +26,18 @@ def find_ranks(is_ours: Callable[[psutil.Process], bool]) -> list[psutil.Process
     return found
 
 
-def send_signal(process: psutil.Process, number: int) -> bool:
-    """Send a signal to a rank that listens for it already; whether it did. One that does not would die of it."""
-    # Python itself catches SIGINT from the start, and would end with a traceback.
-    if not _listens(process.pid, signal.SIGTERM if number == signal.SIGINT else number):
-        return False
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
-    return True
+def signal_one(ranks: list[psutil.Process], number: int) -> bool:
+    """Send a signal to the first rank that listens for it, which tells the others; whether there is one yet.
+
+    One that does not listen would die of it. Python itself catches SIGINT from the start, and would end with a
+    traceback: who listens for TERM listens for all.
+    """
+    for process in ranks:
+        if _listens(process.pid, signal.SIGTERM if number == signal.SIGINT else number):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+                return True
+    return False
 
 
 def kill_stopped(ranks: list[psutil.Process]) -> None:

@@ -41,11 +41,12 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
         signal.signal(number, lambda got, _frame: requested.append(got))
     # A session of its own: Ctrl-C reaches the ranks through us alone, once.
     launcher = subprocess.Popen(command, env=env, start_new_session=True)
-    delivered: set[tuple[int, int]] = set()
     failed_at: float | None = None
     try:
         while launcher.poll() is None:
-            _forward_signals(launcher.pid, requested, delivered)
+            # To a rank: the launcher would answer a signal by killing the ranks in the middle of their save.
+            if requested and local_ranks.signal_one(_ranks(launcher.pid), requested[0]):
+                requested.pop(0)
             if (first := failures.read(run_dir, start_name(env))) is not None:
                 local_ranks.kill_stopped(_ranks(launcher.pid))
                 failed_at = failed_at or time.monotonic()
@@ -53,30 +54,14 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
                     local_ranks.kill(_ranks(launcher.pid))
             time.sleep(_POLL_SECONDS)
     finally:
-        num_orphans = _end_orphans(launcher.pid)
-    return resolve_exit_code(launcher.returncode, num_orphans, failures.read(run_dir, start_name(env)))
-
-
-def _forward_signals(launcher: int, requested: Sequence[int], delivered: set[tuple[int, int]]) -> None:
-    """Requests go to the ranks alone, to each as soon as it listens: one that comes while they start is kept.
-
-    The launcher would answer a signal by killing the ranks in the middle of their save.
-    """
-    for index, number in enumerate(requested):
-        for process in _ranks(launcher):
-            if (process.pid, index) not in delivered and local_ranks.send_signal(process, number):
-                delivered.add((process.pid, index))
+        orphans = _ranks(launcher.pid)
+        local_ranks.end(orphans)
+    return resolve_exit_code(launcher.returncode, len(orphans), failures.read(run_dir, start_name(env)))
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:
     """The trainers of the launcher's session (it may have ended before them)."""
     return local_ranks.find_ranks(lambda process: os.getsid(process.pid) == launcher)
-
-
-def _end_orphans(launcher: int) -> int:
-    ranks = _ranks(launcher)
-    local_ranks.end(ranks)
-    return len(ranks)
 
 
 def resolve_exit_code(status: int, num_orphans: int, first: failures.Failure | None) -> int:
