@@ -374,10 +374,10 @@ def verify(
     """Check every byte of a dataset: checksums, structure, and the digest computed anew."""
     from data_tools.progress import show_progress
     from data_tools.ranks import Ranks
-    from data_tools.verify import Extent, verify_dataset
+    from data_tools.verify import verify_dataset
 
-    extent = Extent(sample, seed, workers or Ranks().num_cores())
-    opened, num_bytes = verify_dataset(dataset, extent, show_progress)
+    num_workers = workers or Ranks().num_cores()
+    opened, num_bytes = verify_dataset(dataset, show_progress, sample=sample, seed=seed, num_workers=num_workers)
     whole = f"{opened.num_documents} documents, {opened.num_tokens} tokens"
     if sample is None:
         typer.echo(f"{dataset} is whole: {whole}.")

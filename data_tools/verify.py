@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -25,28 +24,21 @@ BYTES_PER_WORKER = 64 << 20
 """Less is checked sooner than a process is started."""
 
 
-@dataclass(frozen=True)
-class Extent:
-    """How much of a dataset to check, and by how many. ``sample``: record batches, chosen by ``seed``; None: all."""
-
-    sample: int | None = None
-    seed: int = 0
-    num_workers: int = 1
-
-
-def verify_dataset(path: str, extent: Extent, progress: Progress) -> tuple[Dataset, int]:
+def verify_dataset(
+    path: str, progress: Progress, *, sample: int | None = None, seed: int = 0, num_workers: int = 1
+) -> tuple[Dataset, int]:
     """Check a dataset, or a sample of its record batches, with its manifest, table and tokenizer; bytes looked at.
 
     Checked are checksums, structure, each document's hash, and, if all is read, the digest computed anew. Raises
     DataError that names each damaged file; in a shard also record batch, document and range of bytes.
     """
     dataset = open_dataset(path)
-    chosen = _chosen_batches(dataset, extent)
+    chosen = _chosen_batches(dataset, sample, seed)
     problems = _check_whole_file(dataset, TOKENIZER_FILE, dataset.manifest.tokenizer_sha256)
     if dataset.manifest.skipped_checksum is not None:
         problems += _check_whole_file(dataset, SKIPPED_FILE, dataset.manifest.skipped_checksum)
     num_bytes = _num_bytes(dataset, chosen)
-    num_workers = min(extent.num_workers, 1 + num_bytes // BYTES_PER_WORKER)
+    num_workers = min(num_workers, 1 + num_bytes // BYTES_PER_WORKER)
     with progress("verify", num_bytes) as advance:
         shards = range(dataset.num_shards) if chosen is None else chosen
         found = run_tasks(partial(check, dataset, chosen), shards, num_workers, advance)
@@ -70,14 +62,14 @@ def _check_whole_file(dataset: Dataset, name: str, checksum: str) -> list[str]:
     return [] if is_whole else [f"{dataset.path}/{name}: its checksum is not the one in the manifest"]
 
 
-def _chosen_batches(dataset: Dataset, extent: Extent) -> dict[int, list[int]] | None:
+def _chosen_batches(dataset: Dataset, sample: int | None, seed: int) -> dict[int, list[int]] | None:
     """The record batches of each shard that are to be checked; None: all bytes of all shards."""
     num_batches = int(dataset.table.batch_starts[-1])
-    if extent.sample is None or extent.sample >= num_batches:
+    if sample is None or sample >= num_batches:
         return None
     chosen: dict[int, list[int]] = {}
-    sample = np.random.default_rng(extent.seed).choice(num_batches, extent.sample, replace=False)
-    for batch in np.sort(sample).tolist():
+    drawn = np.random.default_rng(seed).choice(num_batches, sample, replace=False)
+    for batch in np.sort(drawn).tolist():
         shard, number = dataset.table.shard_of_batch(batch)
         chosen.setdefault(shard, []).append(number)
     return chosen

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
-from data_tools.verify import Extent, verify_dataset
+from data_tools.verify import verify_dataset
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import shard_name
 from megatrain.data.remote import Cache
@@ -121,7 +121,7 @@ def test_remote_tokens_equal_local_ones(kind: str, folder: Path, server: Server,
     assert remote.window_bytes(5, 9000) == local.window_bytes(5, 9000)
     assert remote.tokenizer_path.read_bytes() == local.tokenizer_path.read_bytes()
     assert np.array_equal(pickle.loads(pickle.dumps(remote)).window(7, 99), local.window(7, 99))
-    opened, num_bytes = verify_dataset(url, Extent(), lambda *_: nullcontext(lambda _: None))
+    opened, num_bytes = verify_dataset(url, lambda *_: nullcontext(lambda _: None))
     assert num_bytes == sum(row["bytes"] for row in opened.shard_rows())
 
 
@@ -136,7 +136,7 @@ def test_remote_shards_of_many_batches_are_verified(
     url = f"{server.url}/data" if kind == "http" else f"{bucket}/many"
     if kind == "s3":
         fsspec.filesystem("s3").put(str(tmp_path / "data"), url, recursive=True)
-    opened, num_bytes = verify_dataset(url, Extent(), lambda *_: nullcontext(lambda _: None))
+    opened, num_bytes = verify_dataset(url, lambda *_: nullcontext(lambda _: None))
     server.stop()
     assert num_bytes == sum(row["bytes"] for row in opened.shard_rows())
     assert len(opened.table.batches(0)) > 10
@@ -213,7 +213,7 @@ def test_an_object_that_was_changed_is_named(folder: Path, tmp_path: Path, cache
     with pytest.raises(DataError, match=r"shard-000003\.arrow, bytes \d+ to \d+, is not what the dataset says"):
         dataset.window(0, dataset.num_tokens)
     with pytest.raises(DataError, match=r"shard-000003\.arrow, record batch 0: document \d+ of the shard"):
-        verify_dataset(f"{server.url}/data", Extent(), lambda *_: nullcontext(lambda _: None))
+        verify_dataset(f"{server.url}/data", lambda *_: nullcontext(lambda _: None))
     (copied / "shards.arrow").write_bytes(b"other")
     with pytest.raises(DataError, match=r"shards\.arrow is not what the dataset says"):
         open_dataset(f"{server.url}/data", Cache(tmp_path / "other")).window(0, 1)

@@ -14,7 +14,7 @@ import pytest
 from data_samples import WRITERS, Document, MakeDataset, RunCommand
 
 from data_tools import verify
-from data_tools.verify import Extent, verify_dataset
+from data_tools.verify import verify_dataset
 from data_tools.work import Advance
 from megatrain.data import open_dataset
 from megatrain.data.format import shard_name
@@ -52,14 +52,14 @@ def test_every_flipped_bit_is_found(num_flips: int, dataset_path: Path) -> None:
         position, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
         flip(path, position, bit)
         try:
-            verify_dataset(str(dataset_path), Extent(), silent)
+            verify_dataset(str(dataset_path), silent)
             missed.append((path.name, position, bit))
         except DataError as error:
             if path.name not in str(error):
                 missed.append((path.name, position, str(error)))
         flip(path, position, bit)
     assert not missed
-    verify_dataset(str(dataset_path), Extent(), silent)
+    verify_dataset(str(dataset_path), silent)
 
 
 def test_damage_in_a_shard_is_located_by_bytes(dataset_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_damage_in_a_shard_is_located_by_bytes(dataset_path: Path) -> None:
     for position in range(3, path.stat().st_size, path.stat().st_size // 15):
         flip(path, position, 5)
         with pytest.raises(DataError, match=r"bytes \d+ to \d+") as caught:
-            verify_dataset(str(dataset_path), Extent(), silent)
+            verify_dataset(str(dataset_path), silent)
         bounds = [tuple(map(int, span)) for span in re.findall(r"bytes (\d+) to (\d+)", str(caught.value))]
         assert any(first <= position < last for first, last in bounds), (position, str(caught.value))
         flip(path, position, 5)
@@ -75,14 +75,14 @@ def test_damage_in_a_shard_is_located_by_bytes(dataset_path: Path) -> None:
 
 def test_workers_find_what_one_finds(dataset_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "BYTES_PER_WORKER", 1)
-    opened, num_bytes = verify_dataset(str(dataset_path), Extent(num_workers=2), silent)
+    opened, num_bytes = verify_dataset(str(dataset_path), silent, num_workers=2)
     assert num_bytes == sum(row["bytes"] for row in opened.shard_rows())
     for index in (0, 3):
         flip(dataset_path / shard_name(index), 1500, 0)
     messages = []
     for num_workers in (1, 2):
         with pytest.raises(DataError, match=r"(?s)shard-000000.*shard-000003") as caught:
-            verify_dataset(str(dataset_path), Extent(num_workers=num_workers), silent)
+            verify_dataset(str(dataset_path), silent, num_workers=num_workers)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
@@ -110,13 +110,13 @@ def test_a_resized_or_missing_shard_is_named(dataset_path: Path) -> None:
     for broken in (data + b"\0", data[:-1], data[: len(data) // 2], b""):
         path.write_bytes(broken)
         with pytest.raises(DataError, match=shard_name(1)):
-            verify_dataset(str(dataset_path), Extent(), silent)
+            verify_dataset(str(dataset_path), silent)
     path.unlink()
     with pytest.raises(DataError, match=shard_name(1)):
-        verify_dataset(str(dataset_path), Extent(), silent)
+        verify_dataset(str(dataset_path), silent)
     shutil.copy(dataset_path / shard_name(0), path)
     with pytest.raises(DataError, match=shard_name(1)):
-        verify_dataset(str(dataset_path), Extent(), silent)
+        verify_dataset(str(dataset_path), silent)
     os.truncate(path, 0)
     with pytest.raises(DataError, match=shard_name(1)):
-        verify_dataset(str(dataset_path), Extent(sample=1000), lambda *_: nullcontext(lambda _: None))
+        verify_dataset(str(dataset_path), lambda *_: nullcontext(lambda _: None), sample=1000)
