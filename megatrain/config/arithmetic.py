@@ -1,8 +1,10 @@
-"""Divisors and multiples, for messages that name the nearest legal number."""
+"""Divisors, multiples and limits, for messages that name the nearest legal number."""
 
 from __future__ import annotations
 
 import math
+
+LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
 
 
 def divisors(number: int) -> list[int]:

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from megatrain.config.arithmetic import LARGEST_COUNT
 from megatrain.config.problem import Problem
 
 _OWN_KEYS = {
@@ -84,7 +85,6 @@ ZERO_SWITCHES = {
     "use_multi_rank_bucket_allreduce",
 }
 ZERO_PASSED_THROUGH = {*ZERO_COUNTS, *ZERO_SWITCHES}
-LARGEST_COUNT = 2**53
 
 
 def deepspeed(given: Mapping[str, Any]) -> list[Problem]:

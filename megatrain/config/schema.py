@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megatrain.config import checks
+from megatrain.config.arithmetic import LARGEST_COUNT
 from megatrain.config.problem import Problem
 from megatrain.families import FAMILIES
 from megatrain.families.description import LARGEST_SIZE, Family, Width
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 else:  # the names are those of files
     FamilyName = Literal[tuple(FAMILIES)]
 
-LARGEST_COUNT = 2**53  # beyond it an integer is no longer exact as a double
 FROM_CHECKPOINT = "from_checkpoint"  # in place of the model's keys: see ModelConfig
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from megatrain.observe.metrics import tail
 from megatrain.units import format_duration
 
-SHOWN = {"restarting": "starting"}
+PART_NAMES = {"restarting": "starting"}
 """A part in words, where its key says less: the first start is none again."""
 
 
@@ -44,7 +44,7 @@ class Goodput(NamedTuple):
 
     def text(self) -> str:
         training, *lost = self.shares.items()
-        parts = ", ".join(f"{SHOWN.get(part, part)} {share:.1%}" for part, share in lost)
+        parts = ", ".join(f"{PART_NAMES.get(part, part)} {share:.1%}" for part, share in lost)
         return f"goodput {training[1]:.1%} of {format_duration(self.wall_seconds)} since the first start ({parts})"
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from megatrain.atomic import commit_bytes
 from megatrain.errors import ConfigError
 from megatrain.observe.charts import CHARTS, draw_all, draw_chart
-from megatrain.observe.goodput import SHOWN
+from megatrain.observe.goodput import PART_NAMES
 from megatrain.observe.record import Column, RunRecord, read_run
 from megatrain.units import format_bytes, format_count, format_duration
 
@@ -67,7 +67,7 @@ def _page(run: RunRecord) -> str:
         summary=_summary(run),
         charts={title: data_uri(draw_chart(title, run)) for title in CHARTS},
         part_seconds={name: float(seconds.mean()) for name, seconds in run.parts.items()},
-        goodput_names=SHOWN,
+        goodput_names=PART_NAMES,
         num_saves=len(saves),
         last_saves=saves[-MAX_SAVES_LISTED:],
     )
