@@ -1,13 +1,16 @@
 """One job a run folder. Imports no torch.
 
-On one machine a file lock decides, which its holder's death releases. Across machines such a lock may not reach, or may
-outlive its holder; there the lease decides: the holder says who it is, and moves a counter as long as it lives. No
-two clocks are compared: whoever wants the folder watches whether the counter moves.
+``RUN/.lock`` says who holds the folder. Its holder locks it, which ends with the holder: on one machine that decides.
+Across machines such a lock may not reach, or may outlive its holder; there the file's time decides, which the holder
+moves as long as it lives. No two clocks are compared: whoever wants the folder watches whether the time moves. Each
+holder makes a file of its own and renames it there, so one that was superseded moves the time of a file nobody sees.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import secrets
 import threading
 import time
@@ -16,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from megatrain.errors import CheckpointError, Superseded
 
 LEASE_SECONDS = 15.0  # a holder on another machine that has not moved for so long is dead
 _BEAT_SECONDS = 2.0
-_LOCK, _LEASE, _BEAT = ".lock", ".lease.json", ".beat-"
-_PATIENCE_SECONDS = 0.3  # another start may be looking, for a moment, whether the folder is free
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,16 @@ class _Holder:
 class Lease:
     """The run folder is this job's, until another start of the run takes it over."""
 
-    def __init__(self, run_dir: Path, holder: _Holder) -> None:
-        self._run_dir, self._holder = run_dir, holder
+    def __init__(self, run_dir: Path, job: Mapping[str, str]) -> None:
+        self._run_dir, self._token = run_dir, secrets.token_hex(8)
+        holder = _Holder(job, _machine(), self._token)
+        unfinished = run_dir / f"{_LOCK}.{self._token}"
+        self._file = unfinished.open("xb", buffering=0)
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # on a full disk nobody says who it is, and the lock alone decides
+            self._file.write(orjson.dumps(holder))
+            os.fsync(self._file.fileno())
+        unfinished.replace(run_dir / _LOCK)
         self._ended = threading.Event()
         self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -53,29 +63,24 @@ class Lease:
         if time.monotonic() - self._looked < 1.0:
             return
         self._looked = time.monotonic()
-        now = _read_holder(self._run_dir)
-        if now is not None and now.token != self._holder.token:
-            raise Superseded(f"This run has been taken over by {now} ({self._run_dir}): this start of it ends.")
+        holder = _read_holder(self._run_dir)
+        if holder is not None and holder.token != self._token:
+            raise Superseded(f"This run has been taken over by {holder} ({self._run_dir}): this start of it ends.")
 
     def end(self) -> None:
         """Give the folder back."""
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
-            (self._run_dir / f"{_BEAT}{self._holder.token}").unlink(missing_ok=True)
-            now = _read_holder(self._run_dir)
-            if now is not None and now.token == self._holder.token:
-                (self._run_dir / _LEASE).unlink()
+        holder = _read_holder(self._run_dir)
+        if holder is not None and holder.token == self._token:
+            with contextlib.suppress(OSError):
+                (self._run_dir / _LOCK).unlink()
+        self._file.close()
 
     def _beat(self) -> None:
-        """Move the counter. A file of its own: a holder that has been superseded must not write over its successor."""
-        count = 0
-        while True:
-            with contextlib.suppress(OSError):  # a full or distant disk must not end the run
-                (self._run_dir / f"{_BEAT}{self._holder.token}").write_text(str(count))
-            count += 1
-            if self._ended.wait(_BEAT_SECONDS):
-                return
+        while not self._ended.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a distant disk must not end the run
+                os.utime(self._file.fileno())
 
 
 @contextlib.contextmanager
@@ -86,15 +91,12 @@ def locked(run_dir: Path, job: Mapping[str, str]) -> Iterator[Lease]:
     Taken over from its holder: at once by a later start of the same SLURM job, and where the holder is dead.
     """
     with _looking(run_dir):
-        lock = _acquire(run_dir, job)
-        holder = _Holder(job, _machine(), secrets.token_hex(8))
-        _write_holder(run_dir, holder)
-    lease = Lease(run_dir, holder)
+        _refuse_if_held(run_dir, job)
+        lease = Lease(run_dir, job)
     try:
         yield lease
     finally:
         lease.end()
-        lock.release()
 
 
 def folders_of(run_dir: Path, checkpoint_dir: str | None) -> list[Path]:
@@ -120,9 +122,10 @@ def holder_of(run_dir: Path) -> Mapping[str, str] | None:
 
 
 def is_alive(run_dir: Path) -> bool:
-    """Whether the holder gives a sign of life; where it gives none, it takes LEASE_SECONDS to know. Changes nothing."""
-    holder = _read_holder(run_dir)
-    return holder is not None and _is_moving(run_dir, holder)
+    """Whether a holder lives; of one on another machine it takes LEASE_SECONDS to know that not. Changes nothing."""
+    with contextlib.suppress(OSError):
+        return _lives(run_dir, _read_holder(run_dir))
+    return False
 
 
 @contextlib.contextmanager
@@ -141,40 +144,24 @@ def _looking(run_dir: Path) -> Iterator[None]:
         ) from None
 
 
-def _acquire(run_dir: Path, job: Mapping[str, str]) -> BaseFileLock:
-    """The file lock, a new one where the holder of the old has been superseded and may still have it."""
-    if _refuse_if_held(run_dir, job):
-        (run_dir / _LOCK).unlink(missing_ok=True)
-    for path in run_dir.glob(f"{_BEAT}*"):
-        path.unlink(missing_ok=True)
-    lock = FileLock(run_dir / _LOCK)
-    lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.05)
-    return lock
-
-
-def _refuse_if_held(run_dir: Path, job: Mapping[str, str]) -> bool:
-    """Whether the file lock is still held, by a job that may be taken over. Raises CheckpointError where it may not."""
+def _refuse_if_held(run_dir: Path, job: Mapping[str, str]) -> None:
     holder = _read_holder(run_dir)
-    is_locked = _is_locked(run_dir)
-    if holder is None:
-        if is_locked:
-            raise _in_use(run_dir, "another job")
-        return False
-    if _is_restart(job, holder.job):
-        return is_locked
-    is_alive = is_locked if holder.machine == _machine() else _is_moving(run_dir, holder)
-    if is_alive:
-        raise _in_use(run_dir, str(holder))
-    return is_locked
+    if (holder is None or not _is_restart(job, holder.job)) and _lives(run_dir, holder):
+        raise _in_use(run_dir, str(holder or "another job"))
+
+
+def _lives(run_dir: Path, holder: _Holder | None) -> bool:
+    return _is_locked(run_dir) if holder is None or holder.machine == _machine() else _is_moving(run_dir)
 
 
 def _is_locked(run_dir: Path) -> bool:
-    lock = FileLock(run_dir / _LOCK)
     try:
-        lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.05)
-    except Timeout:
+        with (run_dir / _LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    except FileNotFoundError:
+        pass
     return False
 
 
@@ -185,21 +172,21 @@ def _is_restart(job: Mapping[str, str], holder: Mapping[str, str]) -> bool:
     return int(job.get("slurm_restarts", "0")) > int(holder.get("slurm_restarts", "0"))
 
 
-def _is_moving(run_dir: Path, holder: _Holder) -> bool:
-    """Whether the holder's counter moves; known as soon as it does, or after LEASE_SECONDS."""
-    path = run_dir / f"{_BEAT}{holder.token}"
+def _is_moving(run_dir: Path) -> bool:
+    """Whether the holder moves the file's time; known as soon as it does, or after LEASE_SECONDS."""
 
-    def look() -> bytes | None:
-        try:
-            return path.read_bytes()
-        except OSError:
-            return None
+    def look() -> int:
+        with (run_dir / _LOCK).open("rb") as file:  # on NFS only what is opened is sure to be up to date
+            return os.fstat(file.fileno()).st_mtime_ns
 
-    first, deadline = look(), time.monotonic() + LEASE_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(0.2)
-        if look() != first:
-            return True
+    try:
+        first, deadline = look(), time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            if look() != first:
+                return True
+    except FileNotFoundError:  # it has been given back
+        pass
     return False
 
 
@@ -210,20 +197,9 @@ def _machine() -> str:
         return ""
 
 
-def _write_holder(run_dir: Path, holder: _Holder) -> None:
-    """Say who holds the folder; on a full disk nobody says it, and the file lock alone decides."""
-    aside = run_dir / f"{_LEASE}.{holder.token}"
-    try:
-        aside.write_bytes(orjson.dumps({"job": dict(holder.job), "machine": holder.machine, "token": holder.token}))
-        aside.replace(run_dir / _LEASE)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        (run_dir / _LEASE).unlink(missing_ok=True)
-
-
 def _read_holder(run_dir: Path) -> _Holder | None:
     try:
-        record = orjson.loads((run_dir / _LEASE).read_bytes())
+        record = orjson.loads((run_dir / _LOCK).read_bytes())
         return _Holder(dict(record["job"]), record["machine"], record["token"])
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
         return None

@@ -109,8 +109,8 @@ def test_a_run_that_failed_says_why(code: int, advice: str, run: Path) -> None:
 
 def test_a_holder_that_died_has_nothing(run: Path) -> None:
     with lock.locked(run, {"host": "node7", "pid": "1"}):
-        lease = (run / ".lease.json").read_bytes()
-    (run / ".lease.json").write_bytes(lease)
+        lease = (run / ".lock").read_bytes()
+    (run / ".lock").write_bytes(lease)
     found = read_status(run, NOW)
     assert (found.state, found.job) == ("stopped", "no job holds it, the last one was host node7, pid 1")
 
