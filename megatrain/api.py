@@ -23,8 +23,10 @@ from torch import Tensor
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.lock import folders_of, locked
+from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.origin import load as load_config
-from megatrain.checkpoint.store import TOKENIZER, CheckpointFolder, find_store, is_checkpoint, resolve_best
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.store import CheckpointFolder, find_store, is_checkpoint, resolve, resolve_best
 from megatrain.config import ModelConfig, RunConfig, recipes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.bootstrap import export_rank, job_identity, read_rank
@@ -157,9 +159,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, *, best: bool = Fal
             return _initial(load_config(config), dtype)
         if (place / huggingface.CONFIG).is_file() and not is_checkpoint(place):
             return _from_huggingface(place, dtype)
-    loaded = load_decoder(resolve_best(place) if best else place, dtype)
-    assets = Assets.of_checkpoint(loaded.reader.folder, loaded.reader.manifest)
-    return Model(loaded.saved.model, loaded.model, _tokenizer(assets, loaded.reader.folder), assets)
+    reader = CheckpointReader((resolve_best if best else resolve)(place))
+    assets = Assets.of_checkpoint(reader)
+    return Model(reader.saved.model, load_decoder(reader, dtype), _tokenizer(assets, reader.folder), assets)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[Checkpo
     """Set aside what a run saved after ``step``; what was, newest first. Raises CheckpointError where that step has no
     good checkpoint, or the run is going on."""
     store = find_store(run)
-    if (problem := find_problem(store.finished(step))) is not None:
+    if (problem := find_problem(store.find(step))) is not None:
         raise CheckpointError(f"The checkpoint of step {step} is not good: {problem}")
     with _held(run, store, job), telling(store.folder):
         return store.set_aside(step)

@@ -15,6 +15,7 @@ from megatrain.errors import CheckpointError
 from megatrain.units import format_bytes
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"  # of the data, beside the rank files
 NAME = re.compile(r"step-(\d{8,})(?:\.g\d+-[0-9a-f]+)?")  # of a checkpoint's folder; in a store with its generation
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 << 20
@@ -93,9 +94,17 @@ class Manifest(BaseModel):
             raise ValueError("a file is listed twice")
         return files
 
+    def file(self, name: str) -> FileEntry | None:
+        """The entry of the file called ``name``; None where the checkpoint has none."""
+        return next((entry for entry in self.files if entry.file == name), None)
+
     def encode(self) -> bytes:
         """The bytes of manifest.json; its last key is the checksum of what comes before."""
         return _signed(self.model_dump(mode="json"))
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _signed(body: dict[str, Any]) -> bytes:

@@ -22,7 +22,7 @@ import orjson
 from upath import UPath
 
 from megatrain.checkpoint.location import Location, exists, list_folder, telling, write_if_absent
-from megatrain.checkpoint.manifest import MANIFEST, NAME, Manifest
+from megatrain.checkpoint.manifest import MANIFEST, NAME, Manifest, folder_name
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore
 from megatrain.distributed.activity import Activity
 from megatrain.errors import CheckpointError
@@ -56,7 +56,6 @@ class ObjectStore(CheckpointStore):
         self.activity = Activity()
 
     def names(self) -> Iterator[tuple[int, UPath]]:
-        """Step and URL of every checkpoint that exists."""
         newest = self._newest()
         for name in self._children():
             match = NAME.fullmatch(name)
@@ -65,7 +64,6 @@ class ObjectStore(CheckpointStore):
                 yield int(match[1]), self.folder / name
 
     def open_generation(self) -> str:
-        """Fence all earlier starts of the run, remove what they left unfinished, and begin to write."""
         self.generation = self._put_generation(self._existing).name
         kept = {path.name for _, path in self.names()} | self._newest().aside
         for name in self._children():
@@ -74,12 +72,10 @@ class ObjectStore(CheckpointStore):
         return self.generation
 
     def begin(self, step: int) -> UPath:
-        """The prefix that the ranks write their files under; there is nothing to make."""
-        return self.place(step)
+        return self.path_of(step)  # a prefix: there is nothing to make
 
     def commit(self, manifest: Manifest) -> UPath:
-        """Let the checkpoint appear: the manifest, by one conditional put."""
-        folder = self.place(manifest.step)
+        folder = self.path_of(manifest.step)
         self.refuse_if_superseded()
         try:
             write_if_absent(folder / MANIFEST, manifest.encode())
@@ -89,11 +85,9 @@ class ObjectStore(CheckpointStore):
         return folder
 
     def abandon(self, step: int) -> None:
-        """Remove what a failed save left."""
-        self._delete(self.place(step).name)
+        self._delete(self.path_of(step).name)
 
     def remove(self, path: Location) -> None:
-        """Delete a checkpoint: its manifest first."""
         self._delete(path.name)
 
     def set_aside(self, after: int) -> Sequence[CheckpointFolder]:
@@ -107,10 +101,9 @@ class ObjectStore(CheckpointStore):
                 self.generation = generation.name
         return sorted(taken, key=lambda checkpoint: checkpoint.step, reverse=True)
 
-    def place(self, step: int) -> UPath:
-        """Where what this start saves at ``step`` appears."""
+    def path_of(self, step: int) -> UPath:
         assert self.generation, "a generation is opened or joined before anything is written"
-        return self.folder / f"step-{step:08d}.{self.generation}"
+        return self.folder / f"{folder_name(step)}.{self.generation}"
 
     def refuse_if_superseded(self, unless_listed: str | None = None) -> None:
         """Raise Superseded if a later start has put its generation (and does not list this checkpoint)."""

@@ -74,9 +74,10 @@ class Origin:
     def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str) -> None:
         """Raise CheckpointError where ``dataset`` is of another tokenizer. One that the checkpoint lacks is passed
         over: nothing can be compared."""
-        from megatrain.checkpoint.store import TOKENIZER, read_small_file
+        from megatrain.checkpoint.manifest import TOKENIZER
+        from megatrain.checkpoint.store import read_small_file
 
-        entry = next((entry for entry in self.manifest.files if entry.file == TOKENIZER), None)
+        entry = self.manifest.file(TOKENIZER)
         if entry and hashlib.sha256(read_small_file(self.folder, entry)).hexdigest() != tokenizer_sha256:
             raise CheckpointError(
                 f"run.init_from: {dataset} was tokenized with another tokenizer than that of {self.folder}: its token "

@@ -27,6 +27,7 @@ from megatrain.distributed.fragment import FlatShard, Fragment, TensorSlice, cop
 from megatrain.errors import CheckpointError
 
 BLOCK_BYTES = 16 << 20
+_SUFFIX = ".safetensors"
 BLOCKS_KEY = "__blocks__"
 FORMAT = "megatrain-pieces-1"
 _DIGEST_BYTES = 16
@@ -42,6 +43,14 @@ DTYPE_CODES = {  # of safetensors
     torch.int64: "I64",
 }
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank-{rank:05d}{_SUFFIX}"
+
+
+def is_rank_file(name: str) -> bool:
+    return name.endswith(_SUFFIX)
 
 
 @dataclass(frozen=True)

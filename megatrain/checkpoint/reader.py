@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from torch import Tensor
 from megatrain.checkpoint.coverage import Coverage
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
-from megatrain.checkpoint.rank_file import RankFile, StoredShard, copy_into
+from megatrain.checkpoint.rank_file import RankFile, StoredShard, copy_into, is_rank_file
+from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import read_small_file
 from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import FlatShard, ShardSpec, shard_views
 from megatrain.errors import CheckpointError
 
-RANK_FILE_SUFFIX = ".safetensors"
 _FILES_IN_USE = 16
 _STILL_OPEN_ELSEWHERE = ".nfs"
 """How NFS calls a file that was deleted while somebody has it open."""
@@ -36,11 +37,16 @@ class CheckpointReader:
         self.folder = folder
         self._activity = activity
         self.manifest: Manifest = read_manifest(folder)
-        entries = [entry for entry in self.manifest.files if entry.file.endswith(RANK_FILE_SUFFIX)]
+        entries = [entry for entry in self.manifest.files if is_rank_file(entry.file)]
         self._unopened = _nearest_last(entries, near)
         self._found: dict[tuple[str, str], list[tuple[RankFile, StoredShard]]] = defaultdict(list)
         self._coverage = Coverage()
         self._in_use: dict[RankFile, None] = {}  # the last few that were read from, oldest first
+
+    @cached_property
+    def saved(self) -> SavedConfig:
+        """What the checkpoint says of its model. Raises CheckpointError where this version cannot read it."""
+        return saved_config(self.manifest, self.folder)
 
     def read(self, wanted: FlatShard, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The elements of a piece as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
@@ -77,8 +83,7 @@ class CheckpointReader:
 
     def read_file(self, name: str) -> bytes:
         """A small file that stands beside the pieces, checked. Raises CheckpointError naming it."""
-        entry = next((entry for entry in self.manifest.files if entry.file == name), None)
-        if entry is None:
+        if (entry := self.manifest.file(name)) is None:
             raise CheckpointError(f"{self.folder} holds no {name}.")
         return read_small_file(self.folder, entry)
 
@@ -133,7 +138,7 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
     for entry in manifest.files:
         problem = None
         try:
-            if entry.file.endswith(RANK_FILE_SUFFIX):
+            if is_rank_file(entry.file):
                 file = RankFile(folder, entry)
                 file.check()
                 _cover(coverage, file)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
-from megatrain.checkpoint.rank_file import read_written, write_rank_file
+from megatrain.checkpoint.rank_file import rank_file_name, read_written, write_rank_file
 from megatrain.checkpoint.store import CheckpointStore, Retention, add_file
 from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import FlatShard, Fragment
@@ -157,7 +157,7 @@ class CheckpointSaver:
         elif self._state == "committing" and total.failed:
             return self._end(None)
         elif self._state == "committing" and total.committed:
-            return self._end(self._store.place(self._step))
+            return self._end(self._store.path_of(self._step))
         return None
 
     def prune(self) -> None:
@@ -243,8 +243,3 @@ def _key(fragment: Fragment) -> tuple[FlatShard, str]:
 
 def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
     return torch.empty(shape, dtype=dtype, pin_memory=pinned)
-
-
-def rank_file_name(rank: int) -> str:
-    """The name of the file that a rank writes."""
-    return f"rank-{rank:05d}.safetensors"

@@ -22,11 +22,10 @@ import yaml
 
 from megatrain.atomic import sync_folder
 from megatrain.checkpoint.location import Location, exists, list_folder, locate, telling, write_file
-from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, read_manifest
+from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, folder_name, read_manifest
 from megatrain.distributed.activity import Activity
 from megatrain.errors import CheckpointError, Superseded, Unreachable
 
-TOKENIZER = "tokenizer.json"  # of the data, beside the pieces
 _GENERATION = re.compile(r"\.generation-(\d+)-[0-9a-f]+")
 _DELETED = ".deleted-"
 _ASIDE = "set-aside-"
@@ -114,14 +113,14 @@ class CheckpointStore(ABC):
         """Take the checkpoints after a step out of the run, newest first; what was taken and where it is now."""
 
     @abstractmethod
-    def place(self, step: int) -> Location:
+    def path_of(self, step: int) -> Location:
         """Where what this start saves at ``step`` appears."""
 
     @abstractmethod
     def refuse_if_superseded(self) -> None:
         """Raise Superseded if a later start has fenced this one."""
 
-    def finished(self, step: int) -> Location:
+    def find(self, step: int) -> Location:
         """Where the checkpoint of ``step`` is. Raises CheckpointError where there is none."""
         found = [path for number, path in self.names() if number == step]
         if not found:
@@ -194,7 +193,6 @@ class PosixStore(CheckpointStore):
         self.activity = Activity()
 
     def names(self) -> Iterator[tuple[int, Path]]:
-        """Step and folder of every checkpoint that has appeared."""
         with telling(self.folder):
             found = [*self.folder.iterdir()] if self.folder.is_dir() else []
         for path in found:
@@ -202,7 +200,6 @@ class PosixStore(CheckpointStore):
                 yield int(match[1]), path
 
     def open_generation(self) -> str:
-        """Fence all earlier starts of the run, remove what they left unfinished, and begin to write."""
         self.folder.mkdir(parents=True, exist_ok=True)
         last = 0
         for path in list(self.folder.iterdir()):
@@ -218,7 +215,6 @@ class PosixStore(CheckpointStore):
         return self.generation
 
     def begin(self, step: int) -> Path:
-        """Make the hidden folder that the ranks write their files into; the first of them makes it."""
         path = self._unfinished(step)
         try:
             path.mkdir(exist_ok=True)
@@ -228,8 +224,7 @@ class PosixStore(CheckpointStore):
         return path
 
     def commit(self, manifest: Manifest) -> Path:
-        """Let the checkpoint appear: manifest last, every folder synced, one rename."""
-        source, target = self._unfinished(manifest.step), self.place(manifest.step)
+        source, target = self._unfinished(manifest.step), self.path_of(manifest.step)
         write_file(source / MANIFEST, manifest.encode())
         sync_folder(source)
         source.rename(target)
@@ -238,11 +233,9 @@ class PosixStore(CheckpointStore):
         return target
 
     def abandon(self, step: int) -> None:
-        """Remove what a failed save left."""
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
 
     def remove(self, path: Location) -> None:
-        """Delete a checkpoint: renamed to a hidden name first."""
         assert isinstance(path, Path)
         hidden = path.with_name(f"{_DELETED}{path.name}-{secrets.token_hex(4)}")
         path.rename(hidden)
@@ -260,18 +253,16 @@ class PosixStore(CheckpointStore):
         sync_folder(self.folder)
         return taken
 
-    def place(self, step: int) -> Path:
-        """Where what this start saves at ``step`` appears."""
-        return self.folder / f"step-{step:08d}"
+    def path_of(self, step: int) -> Path:
+        return self.folder / folder_name(step)
 
     def refuse_if_superseded(self) -> None:
-        """Raise Superseded if a later start has renamed this one's generation away."""
         if self.generation and not (self.folder / self.generation).is_dir():
             raise self._superseded()
 
     def _unfinished(self, step: int) -> Path:
         assert self.generation, "a generation is opened or joined before anything is written"
-        return self.folder / self.generation / f"step-{step:08d}"
+        return self.folder / self.generation / folder_name(step)
 
 
 def open_store(run_dir: Path, place: str | None) -> CheckpointStore:

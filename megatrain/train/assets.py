@@ -11,9 +11,8 @@ from typing import Any
 
 import orjson
 
-from megatrain.checkpoint.location import Location
-from megatrain.checkpoint.manifest import Manifest, SpecialTokens, Token
-from megatrain.checkpoint.store import TOKENIZER, read_small_file
+from megatrain.checkpoint.manifest import TOKENIZER, SpecialTokens, Token
+from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import laid_over, to_transformers
 from megatrain.config import ModelConfig
 from megatrain.data.tokenizer import Tokenizer
@@ -58,9 +57,10 @@ class Assets:
         return cls(_read_special_tokens(files), files)
 
     @classmethod
-    def of_checkpoint(cls, folder: Location, manifest: Manifest) -> Assets:
+    def of_checkpoint(cls, reader: CheckpointReader) -> Assets:
         """Those of a checkpoint. Raises CheckpointError where a file is not what was written."""
-        files = {e.file: read_small_file(folder, e) for e in manifest.files if e.file in CARRIED}
+        manifest = reader.manifest
+        files = {entry.file: reader.read_file(entry.file) for entry in manifest.files if entry.file in CARRIED}
         if manifest.special_tokens is not None:
             return cls(manifest.special_tokens, files)
         special_tokens = _read_special_tokens(files)  # an older version wrote it, which kept none

@@ -14,9 +14,8 @@ from megatrain import __version__
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import Location, new_folder, refuse_existing, write_file
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
-from megatrain.checkpoint.rank_file import write_rank_file
+from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import add_file, resolve
 from megatrain.checkpoint.transformers_config import not_in_transformers
 from megatrain.config import ModelConfig
@@ -37,14 +36,13 @@ class Converted(NamedTuple):
 
 def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> Converted:
     """Write a checkpoint (or the newest good one of a run) as a Hugging Face folder."""
-    folder = resolve(path)
-    reader = CheckpointReader(folder)
-    saved = saved_config(reader.manifest, folder)
+    reader = CheckpointReader(resolve(path))
+    saved = reader.saved
     dtype = huggingface.DTYPES[saved.train.precision]
-    assets = Assets.of_checkpoint(folder, reader.manifest)
+    assets = Assets.of_checkpoint(reader)
     files = exported_files(assets, saved.model, str(dtype).removeprefix("torch."))
     huggingface.export_folder(reader, parameter_shapes(saved.model), dtype, files, out, shard_bytes)
-    return Converted(folder, reader.manifest.parameters, [*not_in_transformers(saved.model), *assets.notes])
+    return Converted(reader.folder, reader.manifest.parameters, [*not_in_transformers(saved.model), *assets.notes])
 
 
 def import_folder(folder: Path, out: Path) -> Converted:
@@ -68,7 +66,7 @@ def _write_checkpoint(
 ) -> None:
     entries = []
     for number, tensors in enumerate(weights.batches()):
-        entries.append(write_rank_file(folder / f"rank-{number:05d}.safetensors", _fragments(tensors)))
+        entries.append(write_rank_file(folder / rank_file_name(number), _fragments(tensors)))
     entries += [add_file(folder, name, content) for name, content in assets.files.items()]
     seq_len = min(config.max_position_embeddings, _EVALUATION_TOKENS)
     manifest = Manifest(

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from rich.progress import track
 
 from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import resolve
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
@@ -20,7 +20,6 @@ from megatrain.data.dataset import document_markers
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
-from megatrain.train.inference import TOKENIZER
 from megatrain.train.loading import load_on_rank
 
 _TOKENS_AT_ONCE = 8192
@@ -43,7 +42,7 @@ def evaluate_checkpoint(
     """
     dataset = open_dataset(data)
     reader = CheckpointReader(resolve(path))
-    saved = saved_config(reader.manifest, reader.folder)
+    saved = reader.saved
     _check_tokenizer(dataset, reader)
     seq_len = seq_len or saved.data.seq_len
     if seq_len > saved.model.max_position_embeddings:
@@ -51,7 +50,7 @@ def evaluate_checkpoint(
             f"--seq-len {seq_len} is more than the model's context: {saved.model.max_position_embeddings} tokens "
             "(model.max_position_embeddings)."
         )
-    model, groups = load_on_rank(reader, saved, rank, tensor)
+    model, groups = load_on_rank(reader, rank, tensor)
     source = ConcatSource(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else (groups.coordinate.data, groups.topology.data)
@@ -84,7 +83,7 @@ def _sum(total: float, groups: Groups | None) -> float:
 
 
 def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
-    if not any(entry.file == TOKENIZER for entry in reader.manifest.files):
+    if reader.manifest.file(TOKENIZER) is None:
         return
     if reader.read_file(TOKENIZER) != dataset.tokenizer_path.read_bytes():
         raise DataError(

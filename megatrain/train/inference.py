@@ -8,8 +8,8 @@ import numpy as np
 import torch.distributed as dist
 
 from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.store import resolve
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
@@ -20,7 +20,6 @@ from megatrain.model.generate import Sampling, generate
 from megatrain.train.assets import Assets
 from megatrain.train.loading import load_on_rank
 
-TOKENIZER = "tokenizer.json"
 _DECODED_AT_ONCE, _KEPT = 256, 16
 
 
@@ -46,10 +45,8 @@ def generate_text(
     reader = CheckpointReader(resolve(path))
     tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
     ids = encode_prompt(tokenizer, prompt, warn)
-    model, groups = load_on_rank(
-        reader, saved_config(reader.manifest, reader.folder), rank, 1 if rank is None else rank.world_size
-    )
-    assets = Assets.of_checkpoint(reader.folder, reader.manifest)
+    model, groups = load_on_rank(reader, rank, 1 if rank is None else rank.world_size)
+    assets = Assets.of_checkpoint(reader)
     texts = stream_text(
         model,
         tokenizer,

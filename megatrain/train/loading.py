@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saved_config import SavedConfig, saved_config
-from megatrain.checkpoint.store import resolve
+from megatrain.checkpoint.saved_config import SavedConfig
 from megatrain.config import ModelConfig, RunConfig
 from megatrain.distributed.bootstrap import RankInfo, export_rank
 from megatrain.distributed.device import has_gpu, local_device
@@ -27,26 +23,16 @@ _LONGEST_SECONDS = 86400.0
 """For them to end: no rank waits before it has done its share, and whoever started them ends all where one fails."""
 
 
-class Loaded(NamedTuple):
-    """A checkpoint in use."""
-
-    model: Decoder
-    saved: SavedConfig
-    reader: CheckpointReader
-
-
-def load_decoder(path: Location, dtype: torch.dtype | None = None) -> Loaded:
+def load_decoder(reader: CheckpointReader, dtype: torch.dtype | None = None) -> Decoder:
     """The whole model of a checkpoint on this process's device, in evaluation mode.
 
     ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
     """
-    reader = CheckpointReader(resolve(path))
-    saved = saved_config(reader.manifest, reader.folder)
-    model = empty_decoder(saved.model, dtype)
+    model = empty_decoder(reader.saved.model, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_parameter(ShardSpec.whole(name, parameter.shape), "weight"))
-    return Loaded(model, saved, reader)
+    return model
 
 
 def empty_decoder(config: ModelConfig, dtype: torch.dtype | None = None) -> Decoder:
@@ -59,23 +45,21 @@ def empty_decoder(config: ModelConfig, dtype: torch.dtype | None = None) -> Deco
     return model.eval()
 
 
-def load_on_rank(
-    reader: CheckpointReader, saved: SavedConfig, rank: RankInfo | None, tensor: int
-) -> tuple[Decoder, Groups | None]:
+def load_on_rank(reader: CheckpointReader, rank: RankInfo | None, tensor: int) -> tuple[Decoder, Groups | None]:
     """This rank's part of the model, in evaluation mode, and its groups: None where there are no other ranks.
 
     ``tensor`` ranks share each of the model's matrices. Collective over the ranks that ``rank`` is one of. Raises
     ConfigError where the model or the ranks cannot be cut so, CheckpointError where the checkpoint is damaged.
     """
     if rank is None or rank.world_size == 1 == tensor:
-        return load_decoder(reader.folder).model, None
-    config = _as_run(saved, rank.world_size, tensor)
+        return load_decoder(reader), None
+    config = _as_run(reader.saved, rank.world_size, tensor)
     export_rank(rank)
     device = local_device(rank.local_rank)
     init_process_group(rank, _WAIT_SECONDS, _LONGEST_SECONDS)
     topology = Topology.of(rank.world_size, tensor, 1)
     groups = make_groups(topology, rank.rank, device, _LONGEST_SECONDS, config.model.kv_heads)
-    model = load_decoder(reader.folder).model if tensor == 1 else _load_part(reader, config, groups)
+    model = load_decoder(reader) if tensor == 1 else _load_part(reader, config, groups)
     return model, groups
 
 

@@ -275,7 +275,7 @@ def _fill(run: Run, reader: CheckpointReader, num_updates: int) -> None:
     """Take a checkpoint's state into the engine, and on rank 0 the files beside it into the run."""
     run.engine.load_fragments(reader, num_updates)
     if run.rank.rank == 0:
-        run.assets = Assets.of_checkpoint(reader.folder, reader.manifest)
+        run.assets = Assets.of_checkpoint(reader)
 
 
 def _assets(run: Run) -> Assets:

@@ -74,7 +74,7 @@ def train(
                     clock = None  # what comes now is no start
                     run.groups.activity.enter(spike.step, "start")
                     progress, complaints = go_back(run, trainer.progress, spike)
-                    resumed_from = str(run.store.place(progress.step))
+                    resumed_from = str(run.store.path_of(progress.step))
 
 
 @contextlib.contextmanager

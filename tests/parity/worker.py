@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.rank_file import write_rank_file
+from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import rank_file_name
 from megatrain.config import RunConfig
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches

@@ -12,8 +12,7 @@ import torch
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
-from megatrain.checkpoint.rank_file import write_rank_file
-from megatrain.checkpoint.saver import rank_file_name
+from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from megatrain.checkpoint.store import CheckpointStore, PosixStore, add_file
 from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
 

@@ -14,9 +14,8 @@ from checkpoint_samples import SHAPES, fragments, manifest, whole, write_checkpo
 
 from megatrain.checkpoint.inspection import verify
 from megatrain.checkpoint.manifest import FileEntry
-from megatrain.checkpoint.rank_file import write_rank_file
+from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.saver import rank_file_name
 from megatrain.checkpoint.store import PosixStore
 from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, TensorSlice
 from megatrain.errors import CheckpointError

@@ -29,7 +29,7 @@ from tests.faults.small_disk import small_disk
 
 
 @pytest.fixture(params=["posix", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+def path_of(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """Where a run's checkpoints lie."""
     if request.param == "posix":
         return tmp_path / "checkpoints"
@@ -135,12 +135,12 @@ def test_the_newest_good_one_skips_damaged_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step)
     store = PosixStore(tmp_path / "checkpoints")
-    (store.finished(4) / "rank-00001.safetensors").unlink()
-    (store.finished(3) / "tokenizer.json").write_bytes(b"")
+    (store.find(4) / "rank-00001.safetensors").unlink()
+    (store.find(3) / "tokenizer.json").write_bytes(b"")
     newest = store.newest_good()
     assert newest is not None
     assert newest.step == 2
-    again = store.newest_good({store.finished(2): "found damaged"})
+    again = store.newest_good({store.find(2): "found damaged"})
     assert again is not None
     assert again.step == 1
 
@@ -154,16 +154,16 @@ def test_without_a_good_checkpoint_the_newest_is_explained(tmp_path: Path) -> No
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     store = PosixStore(tmp_path / "checkpoints")
-    (store.finished(1) / "manifest.json").unlink()
+    (store.find(1) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"2 checkpoint\(s\), and none is good; the newest: bytes 1 to 2 of x"):
-        store.newest_good({store.finished(2): "bytes 1 to 2 of x"})
+        store.newest_good({store.find(2): "bytes 1 to 2 of x"})
 
 
 def test_pruning_keeps_what_is_damaged(tmp_path: Path) -> None:
     for step in range(1, 7):
         write_checkpoint(tmp_path, step)
     store = PosixStore(tmp_path / "checkpoints")
-    (store.finished(4) / "tokenizer.json").write_bytes(b"")
+    (store.find(4) / "tokenizer.json").write_bytes(b"")
     store.prune(Retention(last=2))
     assert _steps(store) == [4, 5, 6]
 
@@ -173,7 +173,7 @@ def test_pruning_never_deletes_the_last_good_one(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, step)
     store = PosixStore(tmp_path / "checkpoints")
     for step in (2, 3):
-        (store.finished(step) / "tokenizer.json").write_bytes(b"")
+        (store.find(step) / "tokenizer.json").write_bytes(b"")
     store.prune(Retention(last=1))
     assert _steps(store) == [1, 2, 3]
 
@@ -181,7 +181,7 @@ def test_pruning_never_deletes_the_last_good_one(tmp_path: Path) -> None:
 def test_a_start_leaves_foreign_files_alone(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 1)
     store = PosixStore(tmp_path / "checkpoints")
-    shutil.copytree(store.finished(1), store.folder / ".deleted-step-00000000")
+    shutil.copytree(store.find(1), store.folder / ".deleted-step-00000000")
     (store.folder / "notes").mkdir()
     generation = store.open_generation()
     assert sorted(path.name for path in store.folder.iterdir()) == [generation, "notes", "step-00000001"]

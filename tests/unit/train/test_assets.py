@@ -16,6 +16,7 @@ from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.checkpoint.manifest import MANIFEST, SpecialTokens, Token, read_manifest
+from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.config import ModelConfig
 from megatrain.data import open_dataset
 from megatrain.data.dataset import require_same_tokenizer
@@ -248,4 +249,4 @@ def test_a_checkpoint_of_an_older_version_still_ends(finished_run: Path, tmp_pat
     manifest = read_manifest(folder)
     assert manifest.special_tokens == SpecialTokens(eod=Token(id=0, token="<|endoftext|>"))
     (folder / MANIFEST).write_bytes(manifest.model_copy(update={"special_tokens": None}).encode())
-    assert Assets.of_checkpoint(folder, read_manifest(folder)).stop_ids == [0]
+    assert Assets.of_checkpoint(CheckpointReader(folder)).stop_ids == [0]

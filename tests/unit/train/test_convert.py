@@ -30,7 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatrain.checkpoint.reader import check_files
+from megatrain.checkpoint.reader import CheckpointReader, check_files
 from megatrain.checkpoint.transformers_config import from_transformers, not_in_transformers, to_transformers
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
@@ -97,7 +97,7 @@ def test_imported_model_has_the_logits_of_transformers(family: str, tied: bool, 
     theirs = model_of(family, tied=tied)
     import_folder(save(theirs, tmp_path / "hf"), tmp_path / "checkpoint")
     assert {problem for _, problem in check_files(tmp_path / "checkpoint")} == {None}
-    ours, _, _ = load_decoder(tmp_path / "checkpoint")
+    ours = load_decoder(CheckpointReader(tmp_path / "checkpoint"))
     tokens = torch.randint(0, 131, (2, 60))
     positions = torch.arange(60).expand(2, 60)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_a_head_of_its_own_is_imported_untied(tmp_path: Path) -> None:
     hf = save(model_of("gpt2", tied=True), tmp_path / "hf")
     change_weights(hf, lambda tensors: tensors.update({"lm_head.weight": torch.ones(131, 32)}))
     assert "they are not tied" in import_folder(hf, tmp_path / "checkpoint").notes[0]
-    model = load_decoder(tmp_path / "checkpoint").saved.model
+    model = CheckpointReader(tmp_path / "checkpoint").saved.model
     assert (model.attention_dropout, model.hidden_dropout) == (0.1, 0.2)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
     assert torch.equal(stored(tmp_path / "back")["lm_head.weight"], torch.ones(131, 32))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.errors import CheckpointError
 from megatrain.families import FAMILIES
 from megatrain.train.convert import export_checkpoint, import_folder
@@ -156,7 +157,7 @@ def test_every_imported_config_has_the_logits_of_transformers(case: tuple[dict[s
             import_folder(folder, Path(name) / "checkpoint")
         except CheckpointError:
             return
-        ours = load_decoder(Path(name) / "checkpoint").model
+        ours = load_decoder(CheckpointReader(Path(name) / "checkpoint"))
         with torch.no_grad():
             context = ours.make_context(torch.arange(40).view(1, 40), None, None, torch.float32)
             torch.testing.assert_close(ours.logits(TOKENS, context), expected, atol=1e-4, rtol=1e-4)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.errors import CheckpointError
 from megatrain.model.generate import Sampling, generate
 from megatrain.train import inference
@@ -54,7 +55,9 @@ def test_generated_text_is_decoded_with_its_prompt(
     library, prompt = make(), "to be"
     path = checkpoint(library, tmp_path)
     ids = library.encode(prompt, add_special_tokens=False).ids
-    new = list(generate(load_decoder(path).model, ids, num_new, Sampling(1.0), 5, (), library.get_vocab_size()))
+    new = list(
+        generate(load_decoder(CheckpointReader(path)), ids, num_new, Sampling(1.0), 5, (), library.get_vocab_size())
+    )
     assert len(new) == num_new
     begin = library.decode(ids, skip_special_tokens=False)
     whole = library.decode(ids + new, skip_special_tokens=False)
