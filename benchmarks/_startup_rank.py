@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatrain.config import load
 from megatrain.distributed.bootstrap import RankInfo, export_rank, free_port
 from megatrain.train.assemble import assemble
-from megatrain.train.saving import restore
+from megatrain.train.checkpointing import restore
 from megatrain.train.start_clock import StartClock
 
 

@@ -5,7 +5,7 @@ turns, whose order alternates, each of these saves the same state, and then load
 
 - plain: every rank writes the bytes of its pieces from where they are into one file, and syncs file and folder; reads
   them into memory that it has. Nothing can be faster on this disk, and nothing is checked.
-- megatrain: the trainer's own `Saving` and `restore`.
+- megatrain: the trainer's own `CheckpointManager` and `restore`.
 - DeepSpeed's save_checkpoint and load_checkpoint, of the very same engine.
 - torch.distributed.checkpoint (DCP) of the same pieces, and its async_save.
 
@@ -48,7 +48,7 @@ from benchmarks._machine import cpu_name, make_dataset
 from megatrain.config import load
 from megatrain.distributed.bootstrap import child_environment, export_rank, free_port, read_rank
 from megatrain.train.assemble import assemble
-from megatrain.train.saving import Saving, restore
+from megatrain.train.checkpointing import CheckpointManager, restore
 
 # 38 million parameters: 454 MB of fp32 weights and moments.
 CONFIG = """
@@ -95,7 +95,7 @@ class Rank:
             result = self.run.engine.train_batch(batches.micro_batches(step), count, 1e-3)
             progress = progress.after_step(count, result.skipped, progress.recent)
         batches.close()
-        self.progress, self.saving = progress, Saving(self.run, progress.updates)
+        self.progress, self.saving = progress, CheckpointManager(self.run, progress.updates)
         self.saving.prepare()
         pieces = [(f"{f.shard.name}.{f.shard.start}.{f.kind}", f.data) for f in self.run.engine.state_fragments()]
         self.state = {f"rank{self.rank}.{name}": data for name, data in pieces}

@@ -39,7 +39,7 @@ from megatrain.distributed.signals import Requests
 from megatrain.observe.metrics import StepMetrics
 from megatrain.observe.observers import Observers
 from megatrain.train.assemble import assemble
-from megatrain.train.saving import restore
+from megatrain.train.checkpointing import restore
 from megatrain.train.trainer import Trainer
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, VOCAB = 512, 1376, 8, 8, 4, 8192

@@ -1,7 +1,7 @@
 """One rank's part in saving: copy in memory, write in the background, and agree with the others before it counts.
 
-All ranks go through the same states at the same steps, because each change follows from votes that were summed over all
-of them: idle, writing (until every rank has written or failed), committing (rank 0 lets the checkpoint appear), idle.
+All ranks go through the same states at the same steps: idle, writing (until every rank has written or failed),
+committing (rank 0 lets the checkpoint appear), idle. Each change follows from statuses that were summed over all ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _READERS = 16  # of the ranks' files, as a checkpoint is committed
 
 
 class SaveStatus(NamedTuple):
-    """What a rank has to say of the save under way, or the sums of that over all ranks."""
+    """How far a rank is with the current save, or the sums of that over all ranks."""
 
     written: float = 0.0
     failed: float = 0.0
@@ -76,13 +76,8 @@ class CheckpointSaver:
         """Why this rank's part of the last save failed; None where it did not."""
 
     @property
-    def problem(self) -> str | None:
-        """The same in words."""
-        return None if self.error is None else str(self.error)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a save is under way: the same on all ranks."""
+    def is_saving(self) -> bool:
+        """The same on all ranks."""
         return self._state != "idle"
 
     def prepare(self, fragments: Iterable[Fragment]) -> None:
@@ -107,9 +102,9 @@ class CheckpointSaver:
     ) -> None:
         """Copy the fragments in memory and start to write. ``manifest`` and the small ``files`` are rank 0's part.
 
-        Where ``fragments`` raises CheckpointError, this rank votes that it has failed.
+        Where ``fragments`` raises CheckpointError, this rank's part has failed.
         """
-        assert not self.is_busy
+        assert not self.is_saving
         self._began = time.perf_counter()
         if self._preparation is not None:
             self._preparation.result()
@@ -121,22 +116,17 @@ class CheckpointSaver:
         except CheckpointError as error:
             copied.set_exception(error)
         self._stall = time.perf_counter() - self._began
-        self._step, self._manifest, self._files, self._state, self.error = (
-            step,
-            manifest,
-            tuple(files),
-            "writing",
-            None,
-        )
+        self._step, self._manifest, self._files = step, manifest, tuple(files)
+        self._state, self.error = "writing", None
         self._future = self._thread.submit(self._write, copied)
 
     @property
-    def under_way(self) -> Future[Any] | None:
+    def pending(self) -> Future[Any] | None:
         """This rank's part of what the ranks do now; None where it has none."""
         return self._future
 
-    def votes(self, wait: bool = False) -> SaveStatus:
-        """What this rank has to say now; with ``wait``, once its part is done."""
+    def status(self, wait: bool = False) -> SaveStatus:
+        """This rank's status now; with ``wait``, once its part is done."""
         if self._future is None or not (wait or self._future.done()):
             return SaveStatus()
         error = self._future.exception()
@@ -147,8 +137,8 @@ class CheckpointSaver:
             return SaveStatus(failed=1.0)
         return SaveStatus(written=1.0) if self._state == "writing" else SaveStatus(committed=1.0)
 
-    def settle(self, total: SaveStatus) -> SaveResult | None:
-        """Act on the votes of all ranks; how the save ended, once it has."""
+    def advance(self, total: SaveStatus) -> SaveResult | None:
+        """Go on by the sum of all ranks' statuses; how the save ended, once it has."""
         if self._state == "writing" and total.written + total.failed == self._world_size:
             if total.failed:
                 return self._end(None)
@@ -164,7 +154,7 @@ class CheckpointSaver:
         """Remove the checkpoints that are not kept, in the background, if one has appeared since this was last done."""
         if self._is_prune_due:
             self._is_prune_due = False
-            self._thread.submit(self._tidy, self._store.prune, self._retention)
+            self._thread.submit(self._clean_up, self._store.prune, self._retention)
 
     def close(self, *, prune: bool = True) -> None:
         """Stop the thread, once it has written what it is writing, and removed what is not kept."""
@@ -175,7 +165,7 @@ class CheckpointSaver:
     def _end(self, path: Location | None) -> SaveResult:
         self._state, self._future = "idle", None
         if path is None and self._rank == 0:
-            self._thread.submit(self._tidy, self._store.abandon, self._step)
+            self._thread.submit(self._clean_up, self._store.abandon, self._step)
         return SaveResult(self._step, path, self._stall, time.perf_counter() - self._began)
 
     def _copy(self, fragment: Fragment) -> Fragment:
@@ -187,7 +177,7 @@ class CheckpointSaver:
     def _write(self, copied: Future[list[Fragment]]) -> None:
         fragments = copied.result()
         for fragment in fragments:
-            _refuse_what_is_not_finite(fragment)
+            _refuse_non_finite(fragment)
         path = self._begin_folder() / rank_file_name(self._rank)
         with self._naming(path):
             write_rank_file(path, fragments, self._activity)
@@ -211,7 +201,7 @@ class CheckpointSaver:
         with self._naming(self._store.folder):
             return self._store.begin(self._step)
 
-    def _tidy(self, action: Callable[[T], None], what: T) -> None:
+    def _clean_up(self, action: Callable[[T], None], what: T) -> None:
         """Remove what is of no more use; the run goes on whether that succeeds or not."""
         try:
             action(what)
@@ -219,8 +209,8 @@ class CheckpointSaver:
             logger.warning("checkpoints that are not kept cannot be removed: %s", error)
 
     @contextmanager
-    def _naming(self, place: Location) -> Iterator[None]:
-        """Turn an OSError into a CheckpointError that names its file, or ``place`` where it knows none (a write).
+    def _naming(self, path: Location) -> Iterator[None]:
+        """Turn an OSError into a CheckpointError that names its file, or ``path`` where it knows none (a write).
 
         Raises Superseded where that is the cause.
         """
@@ -228,10 +218,10 @@ class CheckpointSaver:
             yield
         except OSError as error:
             self._store.refuse_if_superseded()
-            raise CheckpointError(f"{error.filename or place}: {error.strerror or error}") from error
+            raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
-def _refuse_what_is_not_finite(fragment: Fragment) -> None:
+def _refuse_non_finite(fragment: Fragment) -> None:
     """Raise NotFinite, naming the parameter. A single pass: the least and the greatest of NaN are NaN."""
     if fragment.data.numel() and not torch.stack(torch.aminmax(fragment.data)).isfinite().all():
         raise NotFinite(f"{fragment.shard.name} ({fragment.kind}) has NaN or infinity in it")

@@ -1,6 +1,6 @@
-"""A step whose loss or gradient norm leaps out: how it is found, and what a run remembers of it.
+"""Loss spikes: a step whose loss or gradient norm stands out is found before its update, and skipped or rewound.
 
-The median and the median absolute deviation of the steps before are hardly moved by earlier spikes. A batch is judged
+The median and the median absolute deviation of the steps before are hardly moved by earlier spikes. A batch is checked
 before its update is made, by figures that are the same on every rank.
 """
 
@@ -31,15 +31,14 @@ class Recent:
     norms: tuple[float, ...] = ()
 
     def after_step(self, loss: float, norm: float, num_steps: int) -> Recent:
-        """One step on, of which the last ``num_steps`` are remembered."""
         return Recent((*self.losses, loss)[-num_steps:], (*self.norms, norm)[-num_steps:])
 
     def spike(self, loss: float, norm: float, rule: SpikesConfig) -> str | None:
-        """What leaps out of a step with this loss and norm, in words; None: nothing, or too little is known yet."""
+        """What spikes in a step with this loss and norm, in words; None: nothing, or too little is known yet."""
         if len(self.losses) < rule.window_steps:
             return None
         figures = {"loss": (loss, self.losses), "gradient norm": (norm, self.norms)}
-        found = [text for name, (value, before) in figures.items() if (text := _leap(name, value, before, rule))]
+        found = [text for name, (value, before) in figures.items() if (text := _deviation(name, value, before, rule))]
         return " and ".join(found) or None
 
 
@@ -57,35 +56,34 @@ class Rewind:
     reason: str
 
     def text(self) -> str:
-        """What happened, for the log."""
         return (
             f"{self.reason}: went back from step {self.from_step} to {self.to_step}; what the steps "
             f"{self.to_step + 1} to {self.until_step} would have read is left out"
         )
 
 
-class SpikeWatch:
-    """Judges each step before its update is made. ``recent``: of the steps before the first."""
+class SpikeDetector:
+    """Checks each step before its update is made. ``recent``: of the steps before the first."""
 
     def __init__(self, rule: SpikesConfig, groups: Groups, recent: Recent) -> None:
         self._rule, self._groups = rule, groups
         self.recent = recent
-        self.found: str | None = None
-        """What leapt out of the last step; None: nothing."""
+        self.spike: str | None = None
+        """What spiked in the last step; None: nothing."""
 
-    def admit(self, num_targets: int) -> Admit | None:
+    def guard(self, num_targets: int) -> Admit | None:
         """What the engine asks before the update of a batch with so many target tokens; None where there is no rule."""
-        self.found = None
-        return None if self._rule.action == "none" else partial(self._judge, num_targets)
+        self.spike = None
+        return None if self._rule.action == "none" else partial(self._is_normal, num_targets)
 
-    def _judge(self, num_targets: int, loss_sum: float, norm: float) -> bool:
+    def _is_normal(self, num_targets: int, loss_sum: float, norm: float) -> bool:
         # Rank 0's norm is everybody's: one that differs in its last bit must not lead to another answer there.
         total, norm = self._groups.all_reduce_sum([loss_sum, norm if self._groups.rank == 0 else 0.0])
         loss = total / num_targets
-        self.found = self.recent.spike(loss, norm, self._rule)
-        if self.found is None:
+        self.spike = self.recent.spike(loss, norm, self._rule)
+        if self.spike is None:
             self.recent = self.recent.after_step(loss, norm, self._rule.window_steps)
-        return self.found is None
+        return self.spike is None
 
 
 class SpikeError(Exception):
@@ -104,7 +102,7 @@ def num_in_a_row(rewinds: Sequence[Rewind]) -> int:
     return count
 
 
-def _leap(name: str, value: float, before: Sequence[float], rule: SpikesConfig) -> str | None:
+def _deviation(name: str, value: float, before: Sequence[float], rule: SpikesConfig) -> str | None:
     known = [each for each in before[-rule.window_steps :] if math.isfinite(each)]
     if not known:
         return None

@@ -22,9 +22,9 @@ from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run, assemble, computes_bf16
+from megatrain.train.checkpointing import restore, rewind
 from megatrain.train.config_record import record_new_run
 from megatrain.train.progress import Progress, begun_segment, resume_changes
-from megatrain.train.saving import go_back, restore
 from megatrain.train.spikes import SpikeError
 from megatrain.train.start_clock import StartClock
 from megatrain.train.trainer import Trainer
@@ -73,7 +73,7 @@ def train(
                 except SpikeError as spike:
                     clock = None  # what comes now is no start
                     run.groups.activity.enter(spike.step, "start")
-                    progress, complaints = go_back(run, trainer.progress, spike)
+                    progress, complaints = rewind(run, trainer.progress, spike)
                     resumed_from = str(run.store.path_of(progress.step))
 
 

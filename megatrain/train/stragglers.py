@@ -38,7 +38,7 @@ class Straggler(NamedTuple):
     part: str
 
 
-class RankComparison:
+class StragglerDetector:
     """Compares the ranks of a run with each other. Every rank has one."""
 
     def __init__(self, groups: Groups) -> None:
@@ -63,9 +63,9 @@ class RankComparison:
         dist.all_gather_into_tensor(gathered, seconds)
         columns = gathered.view(-1, len(seconds)).T.tolist()
         spreads = {part: spread_of(column) for part, column in zip((*PARTS, ARITHMETIC), columns, strict=True)}
-        return spreads, self._tell(spreads)
+        return spreads, self._describe(spreads)
 
-    def _tell(self, spreads: Mapping[str, Spread]) -> list[str]:
+    def _describe(self, spreads: Mapping[str, Spread]) -> list[str]:
         """Of each rank that has become a straggler, or is one no more, what there is to say; the same on all ranks."""
         slow = find_slow(spreads)
         before, self._in_a_row = self._in_a_row, {each: self._in_a_row.get(each, 0) + 1 for each in slow}

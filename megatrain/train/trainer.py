@@ -23,12 +23,12 @@ from megatrain.observe.observers import Observers
 from megatrain.parallel.engine import StepResult
 from megatrain.plan.flops import flops_per_token
 from megatrain.train.assemble import Run
+from megatrain.train.checkpointing import CheckpointManager
 from megatrain.train.config_record import record_start
 from megatrain.train.progress import Progress
-from megatrain.train.saving import Saving
 from megatrain.train.schedule import learning_rate
-from megatrain.train.spikes import SpikeError, SpikeWatch
-from megatrain.train.stragglers import RankComparison
+from megatrain.train.spikes import SpikeDetector, SpikeError
+from megatrain.train.stragglers import StragglerDetector
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,21 @@ SAVE_NOW = "save-now"  # a file in the run folder that asks for a checkpoint
 
 
 class ControlFlags(NamedTuple):
-    """What a run was asked for: to end early, to save and go on, to compare how fast its ranks are."""
+    """What a step is to be followed by, on request or by the clock: the end, a save, a comparison of the ranks."""
 
-    to_stop: bool
-    to_save: bool
-    to_compare: bool
+    stop: bool
+    save: bool
+    compare: bool
+
+
+class _Step(NamedTuple):
+    """What a step did, the same on all ranks."""
+
+    num_targets: int
+    loss: float
+    grad_norm: float
+    lr: float
+    flags: ControlFlags
 
 
 @dataclass
@@ -53,7 +63,6 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Count the time inside to ``part``."""
         self.on_enter(part)
         began = time.perf_counter()
         try:
@@ -62,7 +71,6 @@ class Stopwatch:
             self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - began
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Count ``seconds`` of ``source`` to ``target``."""
         self.parts[source] -= seconds
         self.parts[target] = self.parts.get(target, 0.0) + seconds
 
@@ -91,14 +99,13 @@ class Trainer:
         self._requests, self._observers, self._lease = requests, observers, lease
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
-        self._saving = Saving(run, progress.updates)
-        self._spikes = SpikeWatch(run.config.spikes, run.groups, progress.recent)
+        self._checkpoints = CheckpointManager(run, progress.updates)
+        self._spikes = SpikeDetector(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
         self._peak = peak_flops(run.groups.device, run.config.observe.peak_flops) if observers else None
         self._first_step = progress.step
-        self._tokens_before = progress.tokens
-        self._comparison = RankComparison(run.groups)
+        self._stragglers = StragglerDetector(run.groups)
         self._compare_at = time.monotonic() + run.config.observe.straggler_report_seconds
 
     def _note_part(self, part: str) -> None:
@@ -115,69 +122,56 @@ class Trainer:
         try:
             stopping = False
             while not self._is_over and not stopping:
-                metrics, asked = self._step(batches)
-                stopping = asked.to_stop
+                step = self._step(batches)
+                stopping = step.flags.stop
                 if self.progress.step == self._first_step + 1:
-                    self._saving.prepare()
+                    self._checkpoints.prepare()
                     if self._observers:
                         record_start(self._config, self._first_step)
                 self._evaluate_if_due()
                 # Before the save: a step that a checkpoint holds is one that was logged.
-                self._report(metrics, asked.to_compare)
+                self._report(step)
                 self._refuse_to_go_on_without_updates()
-                self._save_if_due(stopping, asked.to_save)
+                self._save_if_due(stopping, step.flags.save)
         except SpikeError:
-            self._tell(self._saving.finish())
-            self._saving.close(prune=False)
+            self._report_saves(self._checkpoints.finish())
+            self._checkpoints.close(prune=False)
             raise
         finally:
             batches.close()
         self._end(stopping)
         return self.progress
 
-    def _step(self, batches: TrainingBatches) -> tuple[StepMetrics, ControlFlags]:
-        """One step: its figures, and what any rank was asked for."""
+    def _step(self, batches: TrainingBatches) -> _Step:
         run, step, watch = self._run, self.progress.step, self._watch
-        self._tokens_before = self.progress.tokens
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
         with watch.measure("data"):
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
         with watch.measure("forward_backward"):
-            result = run.engine.train_batch(micro_batches, count, lr, self._spikes.admit(count))
+            result = run.engine.train_batch(micro_batches, count, lr, self._spikes.guard(count))
         with watch.measure("exchange"):
-            # One exchange a step: the loss, who was asked for what, and how the save under way is doing.
-            loss_sum, *sums = run.groups.all_reduce_sum([result.loss_sum, *self._asked(), *self._saving.votes()])
-            asked, votes = ControlFlags(*(count > 0 for count in sums[:3])), SaveStatus(*sums[3:])
+            # One exchange a step: the loss, what is requested, and how far the current save is.
+            shared = [result.loss_sum, *self._own_flags(), *self._checkpoints.status()]
+            loss_sum, *sums = run.groups.all_reduce_sum(shared)
+            flags, status = ControlFlags(*(count > 0 for count in sums[:3])), SaveStatus(*sums[3:])
         if self._lease is not None:
             self._lease.check()  # a start left behind writes nothing more, not even metrics
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
-        self._tell(self._saving.settle(votes))
-        loss, spike = loss_sum / count, self._spikes.found
+        self._report_saves(self._checkpoints.advance(status))
+        loss, spike = loss_sum / count, self._spikes.spike
         if spike is not None and self._config.spikes.action == "rewind":
             raise SpikeError(self.progress.step, spike)
         self.progress = self.progress.after_step(count, result.skipped, self._spikes.recent)
-        self._saving.note_step(self.progress)
-        self._note_skip(loss, result)
-        metrics = StepMetrics(
-            step=self.progress.step,
-            tokens=self.progress.tokens,
-            loss=loss,
-            grad_norm=result.grad_norm,
-            lr=lr,
-            step_seconds=math.nan,
-            tokens_per_second=math.nan,
-            mfu=None,
-            skipped=self.progress.skipped,
-            memory_bytes=0,
-        )
-        return metrics, asked
+        self._checkpoints.prune_if_sound(self.progress)
+        self._report_skip(loss, result)
+        return _Step(count, loss, result.grad_norm, lr, flags)
 
-    def _note_skip(self, loss: float, result: StepResult) -> None:
+    def _report_skip(self, loss: float, result: StepResult) -> None:
         if not result.skipped or self._observers is None:
             return
         scale = self._run.engine.loss_scale
         lowered = f"; the loss scale is {scale['cur_scale']:g} now" if scale else ""
-        reason = self._spikes.found or f"the gradient is not finite (loss {loss:.4g}){lowered}"
+        reason = self._spikes.spike or f"the gradient is not finite (loss {loss:.4g}){lowered}"
         self._observers.event("skipped", self.progress.step, f"no update in step {self.progress.step}: {reason}")
 
     def _refuse_to_go_on_without_updates(self) -> None:
@@ -185,7 +179,7 @@ class Trainer:
         if self.progress.skipped_in_a_row >= most:
             raise Diverged(
                 f"No update could be made in the last {most} steps, up to step {self.progress.step} "
-                f"({self._spikes.found or 'gradients that are not finite'}); the events in {METRICS_FILE} say why. "
+                f"({self._spikes.spike or 'gradients that are not finite'}); the events in {METRICS_FILE} say why. "
                 "Look at the data and the learning rate, go back with `megatrain checkpoint rewind`, or raise "
                 "spikes.max_in_a_row."
             )
@@ -195,18 +189,18 @@ class Trainer:
         if (difference := self._run.engine.find_differences()) is not None:
             raise RankError(
                 f"After step {self.progress.step} weights differ that must be the same: {difference}. A device there "
-                "computes or remembers wrongly. Nothing was saved since; start the run again without that node."
+                "corrupts data silently. Nothing was saved since; start the run again without that node."
             )
 
-    def _asked(self) -> ControlFlags:
-        """What this rank was asked for since the last step."""
+    def _own_flags(self) -> ControlFlags:
+        """What was requested of this rank since the last step."""
         due = self._run.rank.rank == 0 and time.monotonic() >= self._compare_at
-        to_compare = due and self._is_logged(self.progress.step + 1)  # the clock alone decides nothing that is logged
+        compare = due and self._is_logged(self.progress.step + 1)  # the clock alone decides nothing that is logged
         by_callback = self._observers is not None and self._observers.is_stop_requested
-        return ControlFlags(self._requests.signal is not None or by_callback, self._is_save_asked(), to_compare)
+        return ControlFlags(self._requests.signal is not None or by_callback, self._is_save_requested(), compare)
 
-    def _is_save_asked(self) -> bool:
-        """Whether this rank was asked, by signal or by RUN/save-now, to save once and go on."""
+    def _is_save_requested(self) -> bool:
+        """Whether this rank is to save once and go on: by signal, or by RUN/save-now."""
         by_file = self._run.rank.rank == 0 and self._save_now.exists()
         if by_file:
             with contextlib.suppress(OSError):
@@ -252,7 +246,7 @@ class Trainer:
     def _save_if_due(self, stopping: bool, on_request: bool) -> None:
         step = self.progress.step
         last = stopping or self._is_over
-        in_turn = step % self._config.checkpoint.every_steps == 0 and self._saving.is_new(self.progress)
+        in_turn = step % self._config.checkpoint.every_steps == 0 and self._checkpoints.has_updates(self.progress)
         due = last or on_request or in_turn
         every = self._config.train.check_replica_hash_interval
         if every is not None and (due or step % every == 0):
@@ -262,25 +256,25 @@ class Trainer:
         with self._watch.measure("save"):
             seconds = self._observers.ledger.training_seconds if self._observers else 0.0
             progress = replace(self.progress, loss_scale=self._run.engine.loss_scale, training_seconds=seconds)
-            self._tell(self._saving.begin(progress, self._validation_loss, on_request))
+            self._report_saves(self._checkpoints.begin(progress, self._validation_loss, on_request))
             if last:
-                self._tell(self._saving.finish())
+                self._report_saves(self._checkpoints.finish())
 
     def _end(self, stopping: bool) -> None:
         is_sound = self.progress.skipped_in_a_row == 0 and math.isfinite(self._validation_loss or 0.0)
-        self._saving.close(prune=is_sound)
+        self._checkpoints.close(prune=is_sound)
         self._requests.ignore_further()
         self._count_time(self._watch.lap()[1])
-        step, saved = self.progress.step, self._saving.last_saved
+        step, saved = self.progress.step, self._checkpoints.last_saved
         if saved != step and step != self._first_step:
             raise CheckpointError(
                 f"The run ended after step {step}, but that state could not be saved in {self._run.store.folder}: "
-                f"{self._saving.problem}. Make room or mend the cause, then start it again: it goes on from the newest "
-                "checkpoint."
+                f"{self._checkpoints.problem}. Make room or mend the cause, then start it again: it goes on from the "
+                "newest checkpoint."
             )
         if stopping and not self._is_over:
-            asked = self._run.groups.first_value(self._requests.signal)  # it may have come to another rank alone
-            who = asked.name if asked else "a callback"
+            signal = self._run.groups.first_value(self._requests.signal)  # it may have come to another rank alone
+            who = signal.name if signal else "a callback"
             message = f"stopped early on request ({who}), state saved: start it again to go on"
             if self._observers:
                 self._observers.end("stop", step, message)
@@ -289,18 +283,23 @@ class Trainer:
             before = f": all {step} steps were made before, nothing was trained" if step == self._first_step else ""
             self._observers.end("finish", step, f"training {self._why_over()}{before}")
 
-    def _report(self, metrics: StepMetrics, to_compare: bool) -> None:
+    def _report(self, step: _Step) -> None:
         seconds, parts = self._watch.lap()
         observers = self._observers
         self._count_time(parts)
-        ranks = self._compare_ranks(parts, to_compare)
-        if observers is None or not self._is_logged(metrics.step):
+        ranks = self._compare_ranks(parts, step.flags.compare)
+        progress = self.progress
+        if observers is None or not self._is_logged(progress.step):
             return
-        computing = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
-        speed = (metrics.tokens - self._tokens_before) / computing
+        speed = step.num_targets / (seconds - parts.get("eval", 0.0) - parts.get("save", 0.0))
         observers.step(
-            replace(
-                metrics,
+            StepMetrics(
+                step=progress.step,
+                tokens=progress.tokens,
+                loss=step.loss,
+                grad_norm=step.grad_norm,
+                lr=step.lr,
+                skipped=progress.skipped,
                 step_seconds=seconds,
                 tokens_per_second=speed,
                 mfu=mfu(speed, self._flops_per_token, self._peak, self._run.rank.world_size),
@@ -316,21 +315,21 @@ class Trainer:
 
     def _compare_ranks(self, parts: Mapping[str, float], now: bool) -> dict[str, Spread]:
         """Of all ranks the seconds of each part, where they are compared ``now``; a straggler is named."""
-        self._comparison.add(parts)
+        self._stragglers.add(parts)
         if not now:
             return {}
         self._compare_at = time.monotonic() + self._config.observe.straggler_report_seconds
-        spreads, texts = self._comparison.compare()
+        spreads, texts = self._stragglers.compare()
         if self._observers:
             for text in texts:
                 self._observers.event("straggler", self.progress.step, text)
         return spreads
 
-    def _tell(self, outcomes: list[SaveResult]) -> None:
-        for outcome in outcomes:
-            if outcome.path is not None and self._observers:
-                self._observers.saved(outcome.step, outcome.path, outcome.seconds)
-            elif outcome.path is None and self._observers:
-                cause = self._saving.problem
+    def _report_saves(self, results: list[SaveResult]) -> None:
+        for result in results:
+            if result.path is not None and self._observers:
+                self._observers.saved(result.step, result.path, result.seconds)
+            elif self._observers:
+                cause = self._checkpoints.problem
                 text = f"the checkpoint could not be saved ({cause}); training goes on, the one before stays"
-                self._observers.event("save failed", outcome.step, text)
+                self._observers.event("save failed", result.step, text)

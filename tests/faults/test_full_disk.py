@@ -29,9 +29,8 @@ def test_a_full_disk_during_saving_loses_nothing(level: int, tmp_path: Path) -> 
         saver = begin_save(store, 2)
         outcome = end_save(saver)
         assert outcome.path is None
-        assert saver.problem is not None
-        assert "No space left on device" in saver.problem
-        assert str(disk / "checkpoints") in saver.problem
+        assert "No space left on device" in str(saver.error)
+        assert str(disk / "checkpoints") in str(saver.error)
         assert [found.step for found in store.list()] == [1]
         assert verify(disk / "checkpoints")[0] == []
         assert list((disk / "checkpoints" / store.generation).iterdir()) == []

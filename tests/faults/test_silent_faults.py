@@ -1,4 +1,4 @@
-"""A device that computes or remembers wrongly: a flipped bit in a weight ends the run before it is saved, and who."""
+"""Silent data corruption: a flipped bit in a weight ends the run before it is saved, and who."""
 
 from __future__ import annotations
 

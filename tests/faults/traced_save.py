@@ -56,8 +56,8 @@ def begin_save(store: PosixStore, step: int) -> CheckpointSaver:
 def end_save(saver: CheckpointSaver) -> SaveResult:
     """How the save ended."""
     outcome = None
-    while saver.is_busy:
-        outcome = saver.settle(saver.votes(wait=True))
+    while saver.is_saving:
+        outcome = saver.advance(saver.status(wait=True))
     saver.close()
     assert outcome is not None
     return outcome

@@ -25,8 +25,8 @@ from megatrain.errors import CheckpointError, Unreachable
 def _save(saver: CheckpointSaver, step: int, pieces: Iterable[Fragment]) -> SaveResult:
     saver.begin(step, pieces, partial(manifest, step))
     outcome = None
-    while saver.is_busy:
-        outcome = saver.settle(saver.votes(wait=True))
+    while saver.is_saving:
+        outcome = saver.advance(saver.status(wait=True))
     assert outcome is not None
     return outcome
 
@@ -37,7 +37,7 @@ def test_an_uncreatable_folder_fails_only_that_save(tmp_path: Path) -> None:
     in_the_way.touch()
     saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
     assert _save(saver, 1, fragments(0, 1)).path is None
-    assert saver.problem == f"{in_the_way}: File exists"
+    assert str(saver.error) == f"{in_the_way}: File exists"
     assert _save(saver, 2, fragments(0, 1)).path == tmp_path / "step-00000002"
     saver.close()
 
@@ -51,7 +51,7 @@ def test_state_refused_during_copying_fails_only_that_save(tmp_path: Path) -> No
     store.open_generation()
     saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
     assert _save(saver, 1, refused()).path is None
-    assert saver.problem == "not that parameter"
+    assert str(saver.error) == "not that parameter"
     assert store.list() == []
     assert _save(saver, 2, fragments(0, 1)).path == tmp_path / "step-00000002"
     saver.close()
@@ -65,8 +65,8 @@ def test_an_unreachable_store_fails_only_that_save(tmp_path: Path) -> None:
     store.join("g00001-0badcafe")
     saver = CheckpointSaver(store, rank=0, world_size=1, retention=Retention())
     assert _save(saver, 1, fragments(0, 1)).path is None
-    assert saver.problem is not None
-    assert saver.problem.startswith("s3://bucket/run/step-00000001.g00001-0badcafe/rank-00000.safetensors: Could not")
+    path = "s3://bucket/run/step-00000001.g00001-0badcafe/rank-00000.safetensors"
+    assert str(saver.error).startswith(f"{path}: Could not")
     saver.close()
     with pytest.raises(Unreachable, match="s3://bucket/run/generations: Could not connect"):
         store.list()
@@ -107,7 +107,7 @@ def test_state_with_nan_or_infinity_is_never_saved(tmp_path: Path) -> None:
         ruined = fragments(0, 1)
         ruined[3].data[-1] = value
         assert _save(saver, step, ruined).path is None
-        assert saver.problem == f"{ruined[3].shard.name} (exp_avg) has NaN or infinity in it"
+        assert str(saver.error) == f"{ruined[3].shard.name} (exp_avg) has NaN or infinity in it"
     saver.close()
     assert [found.step for found in store.list()] == [1]
 

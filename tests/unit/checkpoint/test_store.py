@@ -29,7 +29,7 @@ from tests.faults.small_disk import small_disk
 
 
 @pytest.fixture(params=["posix", "s3"])
-def path_of(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """Where a run's checkpoints lie."""
     if request.param == "posix":
         return tmp_path / "checkpoints"

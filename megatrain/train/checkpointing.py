@@ -1,4 +1,4 @@
-"""When state is saved and what is said about it: the trainer's side of checkpoints."""
+"""When a run saves its state, and where it goes on from: the trainer's side of checkpoints."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ OVERRIDES = "overrides"  # what the command line gave, in a manifest's state
 _VERSIONS = ("torch", "deepspeed")
 
 
-class Saving:
-    """Saves a run's state at its pace; the same calls at the same steps on all ranks.
+class CheckpointManager:
+    """Saves a run's state in the background; the same calls at the same steps on all ranks.
 
     A checkpoint replaces none that is older before an update was made from its state: the update before it may have
     ruined the weights, and from ruined ones no gradient is finite. ``num_updates``: made by the state that the run goes
@@ -59,20 +59,14 @@ class Saving:
         self.problem: str | None = None
         """Why the last save failed, wherever it did; None where it did not."""
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a save is under way."""
-        return self._saver.is_busy
-
     def prepare(self) -> None:
         """Once the optimizer has its state: get ready for the first save. Not collective."""
         self._saver.prepare(self._run.engine.state_fragments())
 
     def begin(self, progress: Progress, validation_loss: float | None, on_request: bool) -> list[SaveResult]:
-        """Start to save; first wait for the save before, if it is still under way. What ended meanwhile.
+        """Start to save, once the save before has ended. The saves that ended meanwhile.
 
         Raises Diverged where the state of the save before, or this one's, turns out not to be finite.
-
         ``validation_loss``: of this very step, where it was evaluated. ``on_request``: kept until somebody deletes it.
         """
         ended = self.finish()
@@ -80,7 +74,7 @@ class Saving:
         assets = _assets(run) if run.rank.rank == 0 else run.assets
         self._saver.begin(
             progress.step,
-            _checked_state(run.engine),
+            _verified_state(run.engine),
             lambda files: _manifest(run, progress, files).model_copy(
                 update={
                     "validation_loss": validation_loss,
@@ -92,52 +86,51 @@ class Saving:
         )
         return ended if run.config.checkpoint.background else [*ended, *self.finish()]
 
-    def votes(self) -> SaveStatus:
-        """What this rank says of the save under way."""
-        return self._saver.votes()
+    def status(self) -> SaveStatus:
+        return self._saver.status()
 
-    def settle(self, total: SaveStatus) -> list[SaveResult]:
-        """Act on the sum of all ranks' votes."""
-        outcome = self._saver.settle(total)
-        return [self._note(outcome)] if outcome else []
+    def advance(self, total: SaveStatus) -> list[SaveResult]:
+        """Go on by the sum of all ranks' statuses. The saves that ended."""
+        result = self._saver.advance(total)
+        return [self._record(result)] if result else []
 
     def finish(self) -> list[SaveResult]:
-        """Wait until no save is under way. Collective."""
+        """Wait until the current save has ended. Collective."""
         ended: list[SaveResult] = []
-        while self.is_busy:
-            self._run.groups.wait_for_all_ranks(self._saver.under_way)
-            ended += self.settle(SaveStatus(*self._run.groups.all_reduce_sum(list(self._saver.votes()))))
+        while self._saver.is_saving:
+            self._run.groups.wait_for_all_ranks(self._saver.pending)
+            ended += self.advance(SaveStatus(*self._run.groups.all_reduce_sum(list(self._saver.status()))))
         return ended
 
-    def is_new(self, progress: Progress) -> bool:
+    def has_updates(self, progress: Progress) -> bool:
         """Whether an update was made since the last checkpoint."""
         return progress.updates > self._num_updates
 
-    def note_step(self, progress: Progress) -> None:
+    def prune_if_sound(self, progress: Progress) -> None:
         """Let the last checkpoint replace older ones, once it is there and an update was made from its state."""
-        if self.is_new(progress):
+        if self.has_updates(progress):
             self._saver.prune()
 
     def close(self, *, prune: bool = True) -> None:
         """End the thread that writes; ``prune``: once it has removed what is not kept. Collective."""
         self._run.groups.run_on_all_ranks(lambda: self._saver.close(prune=prune))
 
-    def _note(self, outcome: SaveResult) -> SaveResult:
-        """All ranks are here: a save ends for all at the same step."""
-        if outcome.path is not None:
-            self.last_saved, self.problem = outcome.step, None
-            return outcome
-        if self._saver.problem:
-            logger.error("checkpoint of step %d failed on this rank: %s", outcome.step, self._saver.problem)
+    def _record(self, result: SaveResult) -> SaveResult:
+        """Collective: a save ends for all ranks at the same step."""
+        if result.path is not None:
+            self.last_saved, self.problem = result.step, None
+            return result
+        if self._saver.error:
+            logger.error("checkpoint of step %d failed on this rank: %s", result.step, self._saver.error)
         first = self._run.groups.first_value(self._saver.error)
         self.problem = str(first)
         if isinstance(first, NotFinite):
             raise Diverged(
-                f"The state after step {outcome.step} was not saved, as it is ruined: {first}. The checkpoints before "
+                f"The state after step {result.step} was not saved, as it is ruined: {first}. The checkpoints before "
                 "it stay. Look at the data and the learning rate, and start again; go back further, if need be, with "
                 "`megatrain checkpoint rewind`."
             )
-        return outcome
+        return result
 
 
 def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
@@ -147,48 +140,58 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
     which and why (on rank 0). Raises CheckpointError where there are checkpoints but none is good, where those that the
     run has saved are gone, or where the config changes what a run cannot change.
     """
-    _on_first_rank(run, partial(_refuse_to_begin_again, run))
-    _on_first_rank(run, run.store.open_generation)
+    _on_rank0(run, partial(_refuse_to_begin_again, run))
+    _on_rank0(run, run.store.open_generation)
     damaged: dict[Location, str] = {}
-    while (found := _on_first_rank(run, lambda: run.store.newest_good(damaged))) is not None:
-        reader, problem = _on_all_ranks(run, partial(_open, run, found.path))
-        if reader is not None:
-            progress = _check_progress(run, reader.manifest)
-            _, problem = _on_all_ranks(run, partial(_fill, run, reader, progress.updates))
-        if problem is None:
-            if progress.loss_scale and run.engine.loss_scale:
-                run.engine.load_loss_scale(progress.loss_scale)
-            run.engine.sync_params_from_master()
-            aside = _on_first_rank(run, partial(_set_aside, run.store, found.step, damaged))
-            run.store.join(_on_first_rank(run, lambda: run.store.generation))
-            return progress, found, aside
-        logger.info("passing over %s: %s", found.path, problem)
-        damaged[found.path] = problem
-    run.store.join(_on_first_rank(run, lambda: run.store.generation))
-    return _begin(run), None, []
+    progress: Progress | None = None
+    complaints: list[str] = []
+    while progress is None and (found := _on_rank0(run, lambda: run.store.newest_good(damaged))) is not None:
+        progress, problem = _load(run, found.path)
+        if problem is not None:
+            logger.info("passing over %s: %s", found.path, problem)
+            damaged[found.path] = problem
+    if found is not None:
+        complaints = _on_rank0(run, partial(_set_aside, run.store, found.step, damaged))
+    run.store.join(_on_rank0(run, lambda: run.store.generation))
+    return progress or _begin(run), found, complaints
 
 
-def go_back(run: Run, former: Progress, spike: SpikeError) -> tuple[Progress, list[str]]:
-    """Restore the state well before a spike, and leave out the data from there to behind it. Collective.
+def _load(run: Run, folder: Location) -> tuple[Progress | None, str | None]:
+    """The progress of a checkpoint, once the engine has its state; or why it cannot be read, the same on all ranks."""
+    reader, problem = _on_all_ranks(run, partial(_open, run, folder))
+    if reader is None:
+        return None, problem
+    progress = _check_progress(run, reader.manifest)
+    _, problem = _on_all_ranks(run, partial(_fill, run, reader, progress.updates))
+    if problem is not None:
+        return None, problem
+    if progress.loss_scale and run.engine.loss_scale:
+        run.engine.load_loss_scale(progress.loss_scale)
+    run.engine.sync_params_from_master()
+    return progress, None
+
+
+def rewind(run: Run, former: Progress, spike: SpikeError) -> tuple[Progress, list[str]]:
+    """Restore the state well before a loss spike, and skip the data from there to behind it. Collective.
 
     ``former``: where the run stood. Raises Diverged where it has gone back to the same step too often.
     """
     rule, order = run.config.spikes, run.order
-    _on_first_rank(run, partial(_make_newest, run.store, spike.step - rule.rewind_steps))
+    _on_rank0(run, partial(_make_newest, run.store, spike.step - rule.rewind_steps))
     progress, _, complaints = restore(run)
-    rewind = Rewind(spike.step, progress.step, spike.step + 1 + rule.margin_batches, spike.reason)
-    rewinds = (*former.rewinds, rewind)
+    done = Rewind(spike.step, progress.step, spike.step + 1 + rule.margin_batches, spike.reason)
+    rewinds = (*former.rewinds, done)
     if num_in_a_row(rewinds) > rule.max_in_a_row:
         raise Diverged(
-            f"{rewind.text()}, and that {num_in_a_row(rewinds)} times in a row. Look at the data and the learning "
+            f"{done.text()}, and that {num_in_a_row(rewinds)} times in a row. Look at the data and the learning "
             "rate, go back further with `megatrain checkpoint rewind`, or raise spikes.max_in_a_row."
         )
-    run.order = order.leave_out(rewind.to_step, rewind.until_step)
+    run.order = order.leave_out(done.to_step, done.until_step)
     return replace(progress, segments=run.order.segments, rewinds=rewinds), complaints
 
 
-def _checked_state(engine: Engine) -> Iterator[Fragment]:
-    """What a rank saves. Raises CheckpointError where it is not what it is taken for."""
+def _verified_state(engine: Engine) -> Iterator[Fragment]:
+    """What a rank saves. Raises CheckpointError where it is not the weights that the module computes with."""
     engine.check_fragments()
     yield from engine.state_fragments()
 
@@ -222,16 +225,16 @@ def _refuse_to_begin_again(run: Run) -> None:
         )
 
 
-def _on_first_rank(run: Run, action: Callable[[], T]) -> T:
-    """Rank 0 does it, all go by what it saw: folders may not appear everywhere at once. A disk's error is ours."""
+def _on_rank0(run: Run, action: Callable[[], T]) -> T:
+    """All go by what rank 0 saw: folders may not appear everywhere at once. An OSError becomes a CheckpointError."""
 
-    def told() -> T:
+    def checked() -> T:
         try:
             return action()
         except OSError as error:
             raise CheckpointError(f"{error.filename or run.store.folder}: {error.strerror or error}") from None
 
-    return run.groups.run_on_rank0(told)
+    return run.groups.run_on_rank0(checked)
 
 
 def _set_aside(store: CheckpointStore, step: int, damaged: Mapping[Location, str]) -> list[str]:
@@ -279,7 +282,7 @@ def _fill(run: Run, reader: CheckpointReader, num_updates: int) -> None:
 
 
 def _assets(run: Run) -> Assets:
-    """What is saved beside the pieces."""
+    """What is saved beside the shards."""
     dataset = run.datasets[0]
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:
@@ -302,7 +305,7 @@ def _begin(run: Run) -> Progress:
     if config.run.init_from is None:
         run.groups.run_on_all_ranks(lambda: run.engine.load_fragments(run.initial_weights, num_updates=0))
     else:
-        run.origin = folder = _on_first_rank(run, partial(_fitting_origin, run))
+        run.origin = folder = _on_rank0(run, partial(_fitting_origin, run))
         _, problem = _on_all_ranks(run, lambda: _fill(run, _open(run, folder), num_updates=0))
         if problem is not None:
             raise CheckpointError(f"run.init_from cannot be used: {problem}")
