@@ -152,7 +152,11 @@ def slurm(
 @app.command()
 def array(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="tokenize, dedup or filter with its arguments.")
+        list[str],
+        typer.Argument(
+            metavar="-- COMMAND...",
+            help="tokenize, dedup or filter of `megatrain-data`, or `megatrain`'s sweep, with its arguments.",
+        ),
     ],
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks, which share the work.")],
     max_running: Annotated[int | None, typer.Option(min=1, help="At most so many tasks at the same time.")] = None,
@@ -170,7 +174,7 @@ def array(
     submit: Submit = False,
     test_only: TestOnly = False,
 ) -> None:
-    """Print or submit an array of SLURM tasks that do the work of one `megatrain-data` command together."""
+    """Print or submit an array of SLURM tasks that do the work of one command together."""
     from launcher.script import Array, render_array
     from launcher.site import read_site
     from launcher.submit import check_array

@@ -15,7 +15,8 @@ from launcher.options import as_comment, check_gpus, check_limit, check_passed, 
 from launcher.site import Site
 from megatrain.errors import ConfigError
 
-ARRAY_COMMANDS = ("tokenize", "dedup", "filter")
+ARRAY_COMMANDS = {"tokenize": "data_tools", "dedup": "data_tools", "filter": "data_tools", "sweep": "megatrain"}
+"""Commands that an array of tasks can do, and whose module has them."""
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
@@ -61,7 +62,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Array:
-    """A command of the data tools that the tasks of an array do together: each finds what is left to do by itself."""
+    """A command that the tasks of an array do together: of the data tools, where each finds what is left to do by
+    itself, or a sweep, where each trains one run."""
 
     command: tuple[str, ...]
     num_tasks: int
@@ -99,10 +101,11 @@ def render_array(job: Array, site: Site) -> str:
         f"--chdir={job.working_dir}",
         "--open-mode=append",
         "--requeue",
+        *(["--signal=B:TERM@180"] if job.command[0] == "sweep" else []),
     ]
     _check_words([*job.command, str(job.working_dir), job.name, *options], job.logs)
     check_limit(options)
-    return _fill("array.sh.j2", job, site, options, job.command)
+    return _fill("array.sh.j2", job, site, options, job.command, module=ARRAY_COMMANDS[job.command[0]])
 
 
 def why_not_ssh(job: Job, site: Site) -> str | None:

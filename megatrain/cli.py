@@ -227,8 +227,14 @@ def sweep(
     config: Config,
     overrides: Overrides = None,
     procs: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of each run on this machine; left out: one a GPU, or one.")
+        int | None, typer.Option(min=1, help="Ranks of each run on its machine; left out: one a GPU, or one.")
     ] = None,
+    point: Annotated[int | None, typer.Option(min=0, help="Train this run alone, counted from 0.")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print a batch script: an array with a task a run.")] = False,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="--KEY=VALUE", help="With --slurm, any option of sbatch; often.")
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="With --slurm, submit it instead.")] = False,
 ) -> None:
     """Train a run for each combination of values, KEY=A,B, one after the other; again, to go on where it stopped.
 
@@ -237,7 +243,13 @@ def sweep(
     from megatrain.experiments import sweep
 
     points = sweep.points(config, overrides or ())
-    raise typer.Exit(sweep.run(config, points, procs, typer.echo))
+    if slurm:
+        raise typer.Exit(sweep.array(config, overrides or (), len(points), procs, sbatch or (), submit=submit))
+    if sbatch or submit:
+        raise ConfigError("--sbatch and --submit are for --slurm.")
+    if point is not None and point >= len(points):
+        raise ConfigError(f"--point {point}: the sweep has {len(points)} runs, counted from 0.")
+    raise typer.Exit(sweep.run(config, points if point is None else [points[point]], procs, typer.echo))
 
 
 @app.command()

@@ -76,8 +76,27 @@ def run(config: str, sweep: Sequence[Point], num_ranks: int | None, tell: Callab
         first_failure = first_failure or code
         if code in (EXIT_USAGE, EXIT_PREEMPTED):
             return code
-    Console(soft_wrap=not sys.stdout.isatty()).print(as_table(summarize(sweep[0].run_dir.parent)))
+    if len(sweep) > 1:
+        Console(soft_wrap=not sys.stdout.isatty()).print(as_table(summarize(sweep[0].run_dir.parent)))
     return first_failure
+
+
+def array(
+    config: str,
+    overrides: Sequence[str],
+    num_points: int,
+    num_ranks: int | None,
+    options: Sequence[str],
+    *,
+    submit: bool,
+) -> int:
+    """Print, or submit, the batch script of a SLURM array with a task for each run; the exit code."""
+    words = ["sweep", config, *overrides, *([] if num_ranks is None else ["--procs", str(num_ranks)])]
+    # Cores are the launcher's own option: its script depends on them.
+    passed = [option if option.startswith("--cpus-per-task=") else f"--sbatch={option}" for option in options]
+    passed += ["--submit"] * submit
+    command = [sys.executable, "-m", "launcher", "array", "--tasks", str(num_points), *passed, "--", *words]
+    return subprocess.run(command, check=False).returncode
 
 
 def _short(override: str) -> str:

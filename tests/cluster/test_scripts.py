@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatrain.data import open_dataset
+from megatrain.experiments.runs import summarize
 from tests.cluster.conftest import ClusterRun
 from tests.cluster.lab import Lab
 from tests.cluster.test_jobs import Check, acceptance, both_ways, both_ways_and_sizes
-from tests.runs import Metrics, TinyData, wait_until
+from tests.runs import Metrics, TinyData, tiny_config, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900), acceptance]
 
@@ -66,6 +67,18 @@ def test_ranks_get_words_and_variables_unchanged(
     assert {rank.environ()["SLURM_JOB_ID"] for rank in ranks} == {cluster_run.number}
     check_same(cluster_run.finish())
     assert not (cluster_run.run_dir / "logs" / "environment.sh").exists()
+
+
+def test_the_tasks_of_an_array_train_a_sweep(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:
+    sections = {"train": {"steps": 2, "eval_batches": 1}, "checkpoint": {"every_steps": 2}}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "runs", **sections))
+    words = ["sweep", str(config), "optimizer.lr=1e-3,3e-3", "--procs", "1", "--slurm", "--submit"]
+    command = [sys.executable, "-m", "megatrain", *words, "--sbatch=--cpus-per-task=1"]
+    ended = subprocess.run(command, cwd=tmp_path, env=lab.environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    wait_until(lambda: lab.call("squeue", "-h", "-j", ended.stdout.strip()) == "")
+    found = {run.run: (run.state, run.step) for run in summarize(tmp_path / "runs")}
+    assert found == {"lr=1e-3": ("finished", 2), "lr=3e-3": ("finished", 2)}
 
 
 def test_the_tasks_of_an_array_tokenize_together(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -368,6 +369,16 @@ def test_an_array_runs_a_data_tools_command(launch: Launch, tmp_path: Path) -> N
     echoed = script.replace(shlex.quote(sys.executable), "printf '%s\\n'").replace("exec ", "")
     shown = subprocess.run(["bash", "-c", echoed], capture_output=True, text=True)
     assert shown.stdout.splitlines() == ["-m", "data_tools", *words]
+
+
+def test_an_array_trains_a_run_of_a_sweep_a_task(launch: Launch) -> None:
+    words = ["sweep", "run.yaml", "optimizer.lr=1e-3,3e-3"]
+    script = checked(launch("array", "--tasks", "2", "--", *words).out)
+    assert sbatch_options(script)["--signal"] == "B:TERM@180"  # in time to save
+    echoed = script.replace(shlex.quote(sys.executable), "printf '%s\\n'").replace("exec ", "")
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
+    shown = subprocess.run(["bash", "-c", echoed], capture_output=True, text=True, env=environment)
+    assert shown.stdout.splitlines()[-6:] == ["-m", "megatrain", *words, "--point", "1"][-6:]
 
 
 def test_an_array_of_unshareable_work_is_refused(launch: Launch) -> None:
