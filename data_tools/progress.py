@@ -20,49 +20,37 @@ from data_tools.work import Advance
 from megatrain.units import format_bytes, format_duration
 
 LOG_SECONDS = 10.0
+RATE_SECONDS = 600.0
+"""The rate is the mean over so long."""
 
 
 @contextmanager
 def show_progress(name: str, total_bytes: int) -> Iterator[Advance]:
-    """Show bytes done, rate and time left of the work called `name`; give the function that hears of bytes done."""
+    """Show bytes done, rate and time left of the work called `name`; yield the function that is given bytes done.
+
+    A log gets a line every LOG_SECONDS, none for work that is done before the first is due.
+    """
     console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(name, total=total_bytes)
-            yield lambda num_bytes: bar.update(task, advance=num_bytes)
-        return
-    log = _Log(console, name, total_bytes)
-    yield log.advance
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    is_log, last = not console.is_terminal, time.monotonic()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=is_log, speed_estimate_period=RATE_SECONDS
+    ) as bar:
+        work = bar.add_task(name, total=total_bytes)
+
+        def advance(num_bytes: int) -> None:
+            nonlocal last
+            bar.update(work, advance=num_bytes)
+            rate, left = bar.tasks[0].speed, bar.tasks[0].time_remaining
+            if is_log and rate and left is not None and time.monotonic() - last >= LOG_SECONDS:
+                last = time.monotonic()
+                done = f"{name}: {bar.tasks[0].percentage:.0f}% of {format_bytes(total_bytes)}"
+                console.print(f"{done}, {format_bytes(rate)}/s, {format_duration(left)} left", highlight=False)
+
+        yield advance
 
 
 @contextmanager
 def no_progress(name: str, total_bytes: int) -> Iterator[Advance]:
     """Show nothing: another rank does."""
     yield lambda num_bytes: None
-
-
-class _Log:
-    """A line every LOG_SECONDS, none for work that is done before the first is due."""
-
-    def __init__(self, console: Console, name: str, total_bytes: int) -> None:
-        self._console = console
-        self._name = name
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._start = self._last = time.monotonic()
-
-    def advance(self, num_bytes: int) -> None:
-        self._done_bytes += num_bytes
-        now = time.monotonic()
-        if now - self._last < LOG_SECONDS or not self._done_bytes:
-            return
-        self._last = now
-        rate = self._done_bytes / (now - self._start)
-        left = max(self._total_bytes - self._done_bytes, 0) / rate
-        share = min(self._done_bytes / max(self._total_bytes, 1), 1.0)
-        self._console.print(
-            f"{self._name}: {share:.0%} of {format_bytes(self._total_bytes)}, {format_bytes(rate)}/s, "
-            f"{format_duration(left)} left",
-            highlight=False,
-        )
