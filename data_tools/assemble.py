@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data_tools.claims import Claims
+from data_tools.locks import WorkLocks
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit, no_text_error
 from data_tools.work import Advance, PartFile, PartStore, write_batches
@@ -196,20 +196,20 @@ def finish_dataset(out: Path, work: Path, plan: Plan, recipe: Recipe, job: str) 
 
 
 class ShardWriter:
-    """Writes shards that nobody has written or is writing."""
+    """Writes shards that no process has written or is writing."""
 
-    def __init__(self, out: Path, work: Path, claims: Claims, recipe: Recipe) -> None:
+    def __init__(self, out: Path, work: Path, locks: WorkLocks, recipe: Recipe) -> None:
         self._out = out
         self._work = work
-        self._claims = claims
+        self._locks = locks
         self._recipe = recipe
 
     def __call__(self, plan: ShardPlan, advance: Advance) -> None:
         """Write the shard, then delete the parts that are in it alone."""
-        # Every process comes to every shard in the end: of those that are written, one look is all that it costs.
+        # Every process comes to every shard in the end; one that is written costs a look.
         if self.is_written(plan):
             return
-        with self._claims.claim(shard_name(plan.index)) as is_ours:
+        with self._locks.try_lock(shard_name(plan.index)) as is_ours:
             if is_ours and not self.is_written(plan):
                 write_shard(self._out, self._work, self._recipe, plan, advance)
                 for part in plan.own_parts:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from data_tools.claims import Claims
 from data_tools.engines import Engine
+from data_tools.locks import WorkLocks
 from data_tools.readers import read_parts
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Record, Unit
@@ -61,19 +61,19 @@ class UnitEncoder:
     """Encodes units with the chosen engine."""
 
     def __init__(
-        self, store: PartStore, claims: Claims, tokenizer: TokenizerFile, options: ReadOptions, engine: Engine
+        self, store: PartStore, locks: WorkLocks, tokenizer: TokenizerFile, options: ReadOptions, engine: Engine
     ) -> None:
         self._store = store
-        self._claims = claims
+        self._locks = locks
         self._tokenizer = tokenizer
         self._options = options
         self._engine = engine
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, task: Assignment, advance: Advance) -> None:
-        """Commit the parts of the unit that nobody has done or is doing; record it as finished if all are there."""
+        """Commit the parts of the unit that no process has done or is doing; record it as finished if all are there."""
         unit = task.unit
-        with self._claims.claim(unit.key, task.num_readers) as is_wanted:
+        with self._locks.try_lock(unit.key, task.num_readers) as is_wanted:
             if not is_wanted:
                 return
             paths = {}
@@ -81,7 +81,7 @@ class UnitEncoder:
                 path = paths[part.number] = self._store.part_path(unit, part.number)
                 if path.exists() or self._store.plan_path.exists():
                     continue
-                with self._claims.claim(path.name) as is_ours:
+                with self._locks.try_lock(path.name) as is_ours:
                     if is_ours and not path.exists():
                         self._commit(unit, part)
             if all(path.exists() for path in paths.values()):

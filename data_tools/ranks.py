@@ -1,8 +1,8 @@
-"""This process among those that do the same work, as its launcher tells it.
+"""The rank of this process among those that do the same work, from its launcher.
 
-Under `mpirun`, and `srun` with an MPI, they speak MPI: one looks, all know; one waits for all. Tasks of a SLURM array,
-and of `srun` without an MPI that works, do not speak: each sees on disk what the others have done. The only reader of
-the environment in data_tools.
+Under `mpirun`, and `srun` with an MPI, ranks use MPI: rank 0 looks and broadcasts what it found, and ranks wait for
+each other. Tasks of a SLURM array, and of `srun` without a working MPI, see on disk what the others have done. The only
+reader of the environment in data_tools.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatrain.errors import ConfigError
 
 T = TypeVar("T")
 
-LONGEST_PAUSE_SECONDS = 0.25
+MAX_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank `rank` of `size`; alone unless a launcher says otherwise."""
+    """Rank `rank` of `size`."""
 
     rank: int = 0
     size: int = 1
@@ -36,16 +36,16 @@ class Ranks:
 
     @property
     def uses_mpi(self) -> bool:
-        """Whether the ranks know of each other, and not only see what is on disk."""
+        """Whether ranks communicate, and not only see what is on disk."""
         return self.comm is not None
 
     @property
     def reports(self) -> bool:
-        """Whether this process is the one to tell of what all of them have done."""
+        """Whether this process reports what all ranks have done."""
         return self.comm is None or self.rank == 0
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, for all; without MPI everybody makes it for himself."""
+        """What `make` returns on rank 0, for all; without MPI each process calls it."""
         if self.comm is None:
             return make()
         value = make() if self.rank == 0 else None
@@ -54,14 +54,14 @@ class Ranks:
         return shared
 
     def wait(self) -> None:
-        """Wait for all ranks, asleep: MPI's own barrier would keep a core busy. Does nothing without MPI."""
+        """Wait for all ranks, sleeping: MPI's own barrier would keep a core busy. Does nothing without MPI."""
         if self.comm is None:
             return
         request = self.comm.Ibarrier()
-        pause_seconds = 0.001
+        poll_seconds = 0.001
         while not request.Test():
-            time.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+            time.sleep(poll_seconds)
+            poll_seconds = min(2 * poll_seconds, MAX_POLL_SECONDS)
 
     def abort(self, exit_code: int) -> None:
         sys.stdout.flush()
@@ -95,7 +95,7 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
             except ConfigError:
                 if step is None or (step.rank, step.size) != (rank, size):
                     raise
-                break  # tasks of srun, which SLURM told who they are
+                break  # tasks of srun, which SLURM gave their ranks
     rank, size, num_local = (step.rank, step.size, step.local_size or 1) if step else (0, 1, 1)
     if "SLURM_ARRAY_TASK_ID" in env:
         task = read_int(env, "SLURM_ARRAY_TASK_ID", 0) - read_int(env, "SLURM_ARRAY_TASK_MIN", 0)

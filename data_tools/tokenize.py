@@ -1,8 +1,8 @@
 """From text to a dataset: every part of the input encoded and committed, then the shards put together.
 
-Any number of processes that run the same command over a shared folder do this together: each takes units that nobody is
-at, then helps with those that somebody is, then the shards in the same way. What is done lies on disk; who does what is
-said by claims. MPI, where there is one, saves looking: rank 0 finds and checks the input, and all wait for each other.
+Any number of processes that run the same command over a shared folder divide this work: each takes units that no other
+works on, then helps with units that others work on, then takes shards in the same way. What is done is on disk; locks
+show who does what. With MPI, rank 0 finds and checks the input for all, and ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_plan, make_plan
-from data_tools.claims import Claims, join_command
 from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
+from data_tools.locks import WorkLocks, join_command
 from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart, refuse_occupied
 from data_tools.ranks import Ranks
@@ -47,7 +47,7 @@ than encoding."""
 SEEKING_READERS = 1 << 10
 """Workers in a unit of which each reads only its own parts."""
 WORK_FOLDER = ".work"
-CLAIMS_FILE = "claims"
+LOCKS_FILE = "claims"
 """Begins the names of these files."""
 COMMAND_FILE = "command.json"
 
@@ -77,7 +77,7 @@ class Effort:
     worker_seconds: float = 1.0
     """How long a worker process should have to do: for less, to start it costs more than it brings."""
     say: Callable[[str], None] = field(default=lambda _: None, kw_only=True)
-    """Is told which inputs there are."""
+    """Shows which inputs there are."""
 
 
 BYTES_A_SECOND = {"fastokens": 60e6, "tokenizers": 2e6}
@@ -111,8 +111,8 @@ def tokenize(
 ) -> Manifest | None:
     """Make the dataset `out`, or go on where an earlier run of the same command was stopped.
 
-    Returns at once where the dataset is there already; None where other processes, not joined by MPI, are still at work
-    on it: the last of them finishes it. Raises ConfigError where something else is in the way.
+    Returns at once where the dataset is there already; None where other processes, not joined by MPI, still work on
+    it: the last of them finishes it. Raises ConfigError where something else is in the way.
     """
     ranks = ranks or Ranks()
     if restart and ranks.comm is None and ranks.size > 1:
@@ -120,11 +120,11 @@ def tokenize(
             "--restart by several tasks at once would remove what the first of them have done. "
             "Delete the folder before they start, or let one task do it alone."
         )
-    claims = Claims(out / WORK_FOLDER / CLAIMS_FILE)
+    locks = WorkLocks(out / WORK_FOLDER / LOCKS_FILE)
     try:
-        return _Tokenization(inputs, tokenizer_path, out, options, effort, ranks, restart, claims).run()
+        return _Tokenization(inputs, tokenizer_path, out, options, effort, ranks, restart, locks).run()
     finally:
-        claims.close()
+        locks.close()
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class _Tokenization:
     effort: Effort
     ranks: Ranks
     restart: bool
-    claims: Claims
+    locks: WorkLocks
 
     @cached_property
     def work(self) -> Path:
@@ -152,11 +152,11 @@ class _Tokenization:
         job = self.ranks.share(self.prepare)
         manifest = job.finished
         if manifest is None:
-            if not self.claims.is_member:
-                self.claims.join()
+            if not self.locks.is_member:
+                self.locks.join()
             manifest = self.make(job)
         self.ranks.wait()
-        if self.claims.is_member and self.claims.leave() and manifest is not None:
+        if self.locks.is_member and self.locks.leave() and manifest is not None:
             shutil.rmtree(self.work)
         return manifest
 
@@ -170,7 +170,7 @@ class _Tokenization:
             return _Job(origin, self.finished_before(origin), tokenizer)
         self.refuse_other_things(origin)
         self.join_folder()
-        with self.claims.hold("command"):
+        with self.locks.lock("command"):
             if (self.out / MANIFEST_FILE).exists() and not self.restart:
                 return _Job(origin, self.finished_before(origin), tokenizer)
             join_command(self.out, self.work / COMMAND_FILE, command, "delete the folder to start over")
@@ -179,7 +179,7 @@ class _Tokenization:
             if not (self.out / TOKENIZER_FILE).exists():
                 commit_bytes(self.out / TOKENIZER_FILE, tokenizer.json, scratch=self.work)
         units = list(plan_units(files, self.effort.part_bytes, self.options.read.errors))
-        with self.claims.hold("plan"):
+        with self.locks.lock("plan"):
             if load_plan(self.store, units):
                 return _Job(origin, None, tokenizer, units)
         pending = self.unfinished(list({unit.key: unit for unit in units}.values()))
@@ -200,9 +200,9 @@ class _Tokenization:
         return engine
 
     def make(self, job: _Job) -> Manifest | None:
-        """Everything that is not there yet; None where others, not joined by MPI, are still at some of it."""
+        """Make what is missing; None where others, not joined by MPI, still work on some of it."""
         engine = job.engine or Engine("tokenizers", job.tokenizer.text_json)
-        encoder = UnitEncoder(self.store, self.claims, job.tokenizer, self.options.read, engine)
+        encoder = UnitEncoder(self.store, self.locks, job.tokenizer, self.options.read, engine)
         if job.pending:
             self.encode(job.pending, engine, encoder)
         self.ranks.wait()
@@ -211,7 +211,7 @@ class _Tokenization:
             return None
         bos_token = {"bos_token": self.options.bos_token} if self.options.bos_token else {}
         recipe = Recipe(job.tokenizer, {"errors": self.options.read.errors, **bos_token}, self.options.shard_tokens)
-        writer = ShardWriter(self.out, self.work, self.claims, recipe)
+        writer = ShardWriter(self.out, self.work, self.locks, recipe)
         num_bytes = len(plan.shards) * self.options.shard_tokens * token_dtype(job.tokenizer.vocab_size).itemsize
         with self.effort.progress("write shards", num_bytes // self.ranks.size) as advance:
             mine, others = _split(plan.shards, self.ranks)
@@ -220,7 +220,7 @@ class _Tokenization:
         return self.ranks.share(partial(self.finish, job.origin, plan, recipe, writer))
 
     def encode(self, units: list[Unit], engine: Engine, encoder: UnitEncoder) -> None:
-        """Encode these units, until it is done or others are at the rest of it."""
+        """Encode these units, until they are done or others work on the rest."""
         seconds = sum(unit.text_bytes for unit in units) / self.ranks.size / BYTES_A_SECOND[engine.name]
         worker_seconds, num_workers = self.effort.worker_seconds, self.effort.num_workers
         if worker_seconds:
@@ -229,7 +229,7 @@ class _Tokenization:
             run_tasks(encoder, self.assignments(units, num_workers), num_workers, advance)
 
     def assignments(self, units: list[Unit], num_workers: int) -> Iterator[Assignment]:
-        """This rank's share; then what nobody has begun; then, as a helper, what somebody is at."""
+        """This rank's share; then what no process has begun; then, as a helper, what others work on."""
         mine, others = _split(units, self.ranks)
         yield from (Assignment(unit, 1) for unit in mine)
         left, num_before = self.unfinished(others + mine), None
@@ -246,7 +246,7 @@ class _Tokenization:
 
     def plan(self, job: _Job, encoder: UnitEncoder) -> Plan | None:
         """The plan of shards, once all units are finished; None before that."""
-        with self.claims.hold("plan"):
+        with self.locks.lock("plan"):
             plan = load_plan(self.store, job.units)
             if plan is None:
                 # Where a network's file system was slow to show one rank what another had done, a unit may be left.
@@ -260,7 +260,7 @@ class _Tokenization:
 
     def finish(self, origin: Origin, plan: Plan, recipe: Recipe, writer: ShardWriter) -> Manifest | None:
         """The manifest, once all shards are written; None before that."""
-        with self.claims.hold("manifest"):
+        with self.locks.lock("manifest"):
             if (self.out / MANIFEST_FILE).exists():
                 return Manifest.load(self.out)
             if not all(writer.is_written(shard) for shard in plan.shards):
@@ -287,15 +287,15 @@ class _Tokenization:
             )
 
     def join_folder(self) -> None:
-        """Make the folder, and be at work in it; again, if the last one to leave removed it at this moment."""
-        while not self.claims.is_member:
+        """Make the folder and join it; again, if the last one to leave removed it at this moment."""
+        while not self.locks.is_member:
             self.work.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
-                self.claims.join()
+                self.locks.join()
 
     def start_over(self) -> None:
         """Remove what this command has made, by the names that it gives, and nothing else."""
-        if not self.claims.is_alone():
+        if not self.locks.is_only_member():
             raise ConfigError(f"Another process is at work on {self.out} just now: stop it before --restart.")
         made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE}
         # The manifest goes first: what is left without it is an unfinished dataset.
@@ -303,9 +303,9 @@ class _Tokenization:
             if path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name):
                 path.unlink()
         for path in self.work.iterdir():
-            if path.name != COMMAND_FILE and not path.name.startswith(CLAIMS_FILE):
+            if path.name != COMMAND_FILE and not path.name.startswith(LOCKS_FILE):
                 path.unlink()
-        self.claims.join()
+        self.locks.join()
 
 
 def _split(items: list[T], ranks: Ranks) -> tuple[list[T], list[T]]:

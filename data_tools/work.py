@@ -1,7 +1,7 @@
 """Work that survives: parts committed one by one into a folder, by any number of worker processes.
 
-A part's file name depends on its unit alone (its input files, their versions, the range), never on who made it or when.
-So whoever runs the same command again finds what is there, and does the rest.
+A part's file name depends on its unit alone (its input files, their versions, the range), never on which process made
+it or when. So the same command, run again, finds what is there, and does the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""Opens a display for work of a name and a size; gives the function that hears of what was done."""
+"""Opens a display for work of a name and a size; yields the function that is given what was done."""
 
 PROGRESS_SECONDS = 0.25
 """How often what worker processes have done is shown."""

@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from data_tools.claims import Claims, join_command
 from data_tools.inputs import InputFile
+from data_tools.locks import WorkLocks, join_command
 from data_tools.origin import Origin
 from data_tools.outputs import refuse_occupied
 from data_tools.ranks import Ranks
@@ -69,11 +69,11 @@ class Job:
     def __init__(self, work: Path, effort: Effort) -> None:
         self.work = work
         self.effort = effort
-        self.claims = Claims(work / "claims")
+        self.locks = WorkLocks(work / "claims")
 
     def run(self, name: str, function: Callable[[T, Advance], None], tasks: Sequence[Task[T]]) -> None:
         """Call the function for the work of every task; return when all are done, here or in other processes."""
-        claimed = partial(_run_claimed, function, self.claims)
+        run_locked = partial(_run_locked, function, self.locks)
         ranks, poll_seconds = self.effort.ranks, MIN_POLL_SECONDS
         while pending := _pending(tasks):
             # A share at a time, from another place on each rank; then a look at what is left.
@@ -81,7 +81,7 @@ class Job:
             begin = size * ranks.rank % len(pending)
             share = (pending + pending)[begin : begin + size]
             with self.effort.progress(name, sum(task.num_bytes for task in share)) as advance:
-                run_tasks(claimed, share, self.effort.num_workers, advance)
+                run_tasks(run_locked, share, self.effort.num_workers, advance)
             if any(task.done.exists() for task in share):
                 poll_seconds = MIN_POLL_SECONDS
             else:
@@ -91,7 +91,7 @@ class Job:
     def run_in_one(self, name: str, function: Callable[[], None], done: Path) -> None:
         """Have one of the processes call the function."""
         while not done.exists():
-            with self.claims.claim(name) as acquired:
+            with self.locks.try_lock(name) as acquired:
                 if acquired and not done.exists():
                     function()
             if not done.exists():
@@ -111,9 +111,9 @@ def _pending(tasks: Sequence[Task[T]]) -> list[Task[T]]:
     return [task for task in tasks if str(task.done) not in there]
 
 
-def _run_claimed(function: Callable[[T, Advance], None], claims: Claims, task: Task[T], advance: Advance) -> None:
+def _run_locked(function: Callable[[T, Advance], None], locks: WorkLocks, task: Task[T], advance: Advance) -> None:
     """Do a task unless it is done, or another process is doing it."""
-    with claims.claim(str(task.done)) as acquired:
+    with locks.try_lock(str(task.done)) as acquired:
         if acquired and not task.done.exists():
             function(task.work, advance)
 
@@ -140,7 +140,7 @@ def run_once(
         return _finished(out, report_path, origin)
     job = Job(work, effort)
     try:
-        while not job.claims.join():
+        while not job.locks.join():
             _begin(out, work, False, report_path, origin)
         if not report_path.exists():
             if (work / INPUTS_FILE).read_text() != origin.versions:
@@ -149,10 +149,10 @@ def run_once(
             job.run_in_one("report", lambda: commit_bytes(report_path, report, work), report_path)
         result = _finished(out, report_path, origin)
         effort.ranks.wait()
-        if job.claims.leave():
+        if job.locks.leave():
             shutil.rmtree(work, ignore_errors=True)
     finally:
-        job.claims.close()
+        job.locks.close()
     return result
 
 
@@ -184,12 +184,12 @@ def _clear(out: Path, kept: Collection[str] = ()) -> None:
     """Remove what a command of this kind has written to the folder, and nothing else; `kept`: of the work folder."""
     if not (out / WORK_FOLDER).is_dir() and not (out / REPORT_FOLDER / REPORT_FILE).is_file():
         return
-    claims = Claims(out / WORK_FOLDER / "claims")
+    locks = WorkLocks(out / WORK_FOLDER / "claims")
     try:
-        if (out / WORK_FOLDER).is_dir() and not claims.is_alone():
+        if (out / WORK_FOLDER).is_dir() and not locks.is_only_member():
             raise ConfigError(f"Another process is writing {out} just now. Stop it first.")
     finally:
-        claims.close()
+        locks.close()
     # The report goes last: a kill in between leaves a folder that is still known as ours.
     if kept:
         for path in (out / WORK_FOLDER).iterdir():

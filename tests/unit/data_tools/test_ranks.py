@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.claims import Claims
+from data_tools.locks import WorkLocks
 from data_tools.ranks import Ranks, find_ranks
 from megatrain.errors import ConfigError
 
@@ -51,52 +51,52 @@ def test_ranks_on_one_machine_share_its_cores() -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from data_tools.claims import Claims
-claims = Claims(Path(sys.argv[1]))
-claims.join()
-with claims.claim("a") as is_ours, claims.claim("s", 2) as is_free:
+from data_tools.locks import WorkLocks
+locks = WorkLocks(Path(sys.argv[1]))
+locks.join()
+with locks.try_lock("a") as is_ours, locks.try_lock("s", 2) as is_free:
     print(is_ours, is_free, flush=True)
     sys.stdin.read()
 """
 
 
-def test_a_claim_has_one_holder_until_its_death(tmp_path: Path) -> None:
+def test_a_lock_has_one_holder_until_its_death(tmp_path: Path) -> None:
     path = tmp_path / "claims"
     command = [sys.executable, "-c", HOLDER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline().split() == ["True", "True"]
-        claims = Claims(path)
-        assert claims.join()
-        with claims.claim("a") as is_ours, claims.claim("b") as other:
+        locks = WorkLocks(path)
+        assert locks.join()
+        with locks.try_lock("a") as is_ours, locks.try_lock("b") as other:
             assert (is_ours, other) == (False, True)
-        with claims.claim("s", 1) as first, claims.claim("s", 2) as second:
+        with locks.try_lock("s", 1) as first, locks.try_lock("s", 2) as second:
             assert (first, second) == (False, True)
-        assert not claims.is_alone()
+        assert not locks.is_only_member()
         holder.kill()
         holder.wait()
-        with claims.claim("a") as is_ours:
+        with locks.try_lock("a") as is_ours:
             assert is_ours
-        assert claims.is_alone()
-        assert claims.leave()
-        claims.close()
+        assert locks.is_only_member()
+        assert locks.leave()
+        locks.close()
 
 
 def test_a_folder_that_was_removed_cannot_be_joined(tmp_path: Path) -> None:
-    claims = Claims(tmp_path / "claims")
-    assert claims.join()
+    locks = WorkLocks(tmp_path / "claims")
+    assert locks.join()
     (tmp_path / "claims-000").unlink()
-    assert not claims.join()
-    assert claims.join()
+    assert not locks.join()
+    assert locks.join()
 
 
-def test_thousands_of_claims_are_spread_over_many_files(tmp_path: Path) -> None:
-    claims = Claims(tmp_path / "claims")
+def test_thousands_of_locks_are_spread_over_many_files(tmp_path: Path) -> None:
+    locks = WorkLocks(tmp_path / "claims")
     with ExitStack() as stack:
-        assert all(stack.enter_context(claims.claim(f"part {number}")) for number in range(1280))
+        assert all(stack.enter_context(locks.try_lock(f"part {number}")) for number in range(1280))
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
         held = Counter(line[5] for line in locks if line[1] == "POSIX" and line[4] == str(os.getpid()))
-    claims.close()
+    locks.close()
     inodes = {path.stat().st_ino for path in tmp_path.iterdir()}
     counts = [count for place, count in held.items() if int(place.rpartition(":")[2]) in inodes]
     assert sum(counts) == 1280

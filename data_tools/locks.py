@@ -1,9 +1,9 @@
-"""Who does what: claims on pieces of work, by processes on any number of machines that share a folder.
+"""Which process does what: locks by processes on any number of machines that share a folder.
 
-A claim is a lock on one byte of a file. When its holder ends, however it does, the kernel frees it, or on NFS, Lustre
-and the like the lock manager of the file system: no claim is ever left behind. Claims save work, no more: results
-are whole files that appear by one rename, and whoever makes one makes the same bytes. So on a file system that knows no
-locks everybody gets every claim, and some work is done twice.
+A lock is one on a byte of a file. When the process that holds it ends, for whatever reason, the kernel releases it, or
+on NFS, Lustre and the like the file system's lock manager does: none is ever left behind. Locks only save work: results
+are whole files that appear by one rename, and all processes make the same bytes. So on a file system without locks each
+process gets every lock, and some work is done twice.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from megatrain.data.format import canonical_json
 from megatrain.errors import ConfigError
 
 MEMBERS_BYTE = 0
-"""Locked by every process that is at work in the folder; lies in the first file."""
+"""Locked, in the first file, by every process that works in the folder."""
 NUM_FILES = 128
-"""Over which claims are spread: to take a lock, the kernel goes through all that are held on that file."""
+"""Locks are spread over so many files: to take one, the kernel goes through all that are held on its file."""
 
 _TAKEN = {errno.EACCES, errno.EAGAIN}
 
 
-class Claims:
-    """The claims of this process, in files `path`-NNN. POSIX locks belong to processes: have one object in each."""
+class WorkLocks:
+    """The locks of this process, in files `path`-NNN. POSIX locks belong to processes: have one object in each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files: dict[int, BinaryIO] = {}
         self.is_member = False
-        """Whether this process is at work in the folder."""
+        """Whether this process works in the folder."""
 
-    def __reduce__(self) -> tuple[type[Claims], tuple[Path]]:
-        return Claims, (self._path,)
+    def __reduce__(self) -> tuple[type[WorkLocks], tuple[Path]]:
+        return WorkLocks, (self._path,)
 
     @contextmanager
-    def claim(self, name: str, num_slots: int = 1) -> Iterator[bool]:
-        """Hold one of the `num_slots` claims `name` for a while: whether one was free."""
+    def try_lock(self, name: str, num_slots: int = 1) -> Iterator[bool]:
+        """Hold one of the `num_slots` locks called `name`; whether one was free."""
         slots = (_byte(f"{name} {number}") for number in range(num_slots))
         byte = next((byte for byte in slots if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, byte)), None)
         try:
@@ -55,8 +55,8 @@ class Claims:
                 self._lock(fcntl.LOCK_UN, byte)
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[None]:
-        """Hold the claim `name` for a while, and wait for it first."""
+    def lock(self, name: str) -> Iterator[None]:
+        """Wait for the lock called `name`, and hold it."""
         byte = _byte(name)
         self._lock(fcntl.LOCK_EX, byte)
         try:
@@ -65,7 +65,7 @@ class Claims:
             self._lock(fcntl.LOCK_UN, byte)
 
     def join(self) -> bool:
-        """Be at work in the folder, until `leave`. False where the folder was removed just now: make it again."""
+        """Become a member until `leave`. False where the folder was removed at this moment: make it again."""
         self._lock(fcntl.LOCK_SH, MEMBERS_BYTE)
         try:
             self.is_member = os.path.samestat(os.fstat(self._files[0].fileno()), self._file_path(0).stat())
@@ -75,16 +75,16 @@ class Claims:
             self.close()
         return self.is_member
 
-    def is_alone(self) -> bool:
-        """Whether nobody else is at work in the folder; if so, nobody can join before this process does again."""
+    def is_only_member(self) -> bool:
+        """Whether there is no other member; if so, none can join before this process joins again."""
         return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, MEMBERS_BYTE)
 
     def leave(self) -> bool:
-        """Be at work no longer. True for the last one, who alone may then remove the folder, and close."""
-        # Two that asked for the exclusive lock while both hold the shared one would both be refused.
+        """End the membership. True for the last member, which alone may then remove the folder, and close."""
+        # Two members that try for the exclusive lock while both hold the shared one would both be refused.
         self._lock(fcntl.LOCK_UN, MEMBERS_BYTE)
         self.is_member = False
-        return self.is_alone()
+        return self.is_only_member()
 
     def close(self) -> None:
         while self._files:
@@ -105,7 +105,6 @@ class Claims:
 
 
 def _byte(name: str) -> int:
-    """A byte behind MEMBERS_BYTE for a claim's name."""
     return 1 + (xxhash.xxh3_64_intdigest(name.encode()) >> 2)
 
 
