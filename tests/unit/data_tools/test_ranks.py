@@ -94,8 +94,8 @@ def test_thousands_of_locks_are_spread_over_many_files(tmp_path: Path) -> None:
     locks = WorkLocks(tmp_path / "claims")
     with ExitStack() as stack:
         assert all(stack.enter_context(locks.try_lock(f"part {number}")) for number in range(1280))
-        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        held = Counter(line[5] for line in locks if line[1] == "POSIX" and line[4] == str(os.getpid()))
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        held = Counter(line[5] for line in lines if line[1] == "POSIX" and line[4] == str(os.getpid()))
     locks.close()
     inodes = {path.stat().st_ino for path in tmp_path.iterdir()}
     counts = [count for place, count in held.items() if int(place.rpartition(":")[2]) in inodes]
