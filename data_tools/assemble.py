@@ -209,8 +209,8 @@ class ShardWriter:
         # Every process comes to every shard in the end; one that is written costs a look.
         if self.is_written(plan):
             return
-        with self._locks.try_lock(shard_name(plan.index)) as is_ours:
-            if is_ours and not self.is_written(plan):
+        with self._locks.try_lock(shard_name(plan.index)) as acquired:
+            if acquired and not self.is_written(plan):
                 write_shard(self._out, self._work, self._recipe, plan, advance)
                 for part in plan.own_parts:
                     (self._work / part).unlink(missing_ok=True)

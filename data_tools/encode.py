@@ -73,16 +73,16 @@ class UnitEncoder:
     def __call__(self, task: Assignment, advance: Advance) -> None:
         """Commit the parts of the unit that no process has done or is doing; record it as finished if all are there."""
         unit = task.unit
-        with self._locks.try_lock(unit.key, task.num_readers) as is_wanted:
-            if not is_wanted:
+        with self._locks.try_lock(unit.key, task.num_readers) as acquired:
+            if not acquired:
                 return
             paths = {}
             for part in read_parts(unit, self._options, advance):
                 path = paths[part.number] = self._store.part_path(unit, part.number)
                 if path.exists() or self._store.plan_path.exists():
                     continue
-                with self._locks.try_lock(path.name) as is_ours:
-                    if is_ours and not path.exists():
+                with self._locks.try_lock(path.name) as acquired:
+                    if acquired and not path.exists():
                         self._commit(unit, part)
             if all(path.exists() for path in paths.values()):
                 self._store.finish_unit(unit, list(paths))

@@ -54,8 +54,8 @@ from pathlib import Path
 from data_tools.locks import WorkLocks
 locks = WorkLocks(Path(sys.argv[1]))
 locks.join()
-with locks.try_lock("a") as is_ours, locks.try_lock("s", 2) as is_free:
-    print(is_ours, is_free, flush=True)
+with locks.try_lock("a") as acquired, locks.try_lock("s", 2) as is_free:
+    print(acquired, is_free, flush=True)
     sys.stdin.read()
 """
 
@@ -68,15 +68,15 @@ def test_a_lock_has_one_holder_until_its_death(tmp_path: Path) -> None:
         assert holder.stdout.readline().split() == ["True", "True"]
         locks = WorkLocks(path)
         assert locks.join()
-        with locks.try_lock("a") as is_ours, locks.try_lock("b") as other:
-            assert (is_ours, other) == (False, True)
+        with locks.try_lock("a") as acquired, locks.try_lock("b") as other:
+            assert (acquired, other) == (False, True)
         with locks.try_lock("s", 1) as first, locks.try_lock("s", 2) as second:
             assert (first, second) == (False, True)
         assert not locks.is_only_member()
         holder.kill()
         holder.wait()
-        with locks.try_lock("a") as is_ours:
-            assert is_ours
+        with locks.try_lock("a") as acquired:
+            assert acquired
         assert locks.is_only_member()
         assert locks.leave()
         locks.close()
