@@ -29,6 +29,8 @@ from data_tools.units import (
 from megatrain.errors import DataError
 
 HEAD_BYTES = 1 << 9
+LINE_BYTES = 1 << 16
+"""Read behind a part at once, which most often holds the end of its last line."""
 TOO_LONG = f"the line is longer than {MAX_DOCUMENT_BYTES} bytes"
 _ESCAPES = re.compile(
     r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
@@ -59,16 +61,17 @@ def _plain_rows(
     try:
         with file.open() as raw:
             raw.seek(first)
-            data = raw.read(stop - first)
-            begin = data.find(b"\n") + 1 if start > 0 else 0
-            if start > 0 and (begin == 0 or begin == len(data)):
+            data = raw.read(stop - first + LINE_BYTES)
+            begin = data.find(b"\n", 0, stop - first) + 1 if start > 0 else 0
+            if start > 0 and (begin == 0 or first + begin >= stop):
                 return
-            if not data.endswith(b"\n"):
+            end = data.find(b"\n", stop - first - 1) + 1
+            if not end:
                 data += raw.readline(MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise DataError(f"{file.name} cannot be read: {error.strerror or error}.") from None
     advance(stop - start)
-    yield from _rows(file, first, data, options, begin)
+    yield from _rows(file, first, data, options, begin, end or len(data))
 
 
 def _streamed_parts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
@@ -150,13 +153,16 @@ def _skip_between(text: str, position: int) -> int:
 _NO_LINE_ENDS = {ord("\n"): " ", ord("\r"): " "}
 
 
-def _rows(file: InputFile, offset: int, data: bytes, options: ReadOptions, begin: int = 0) -> Iterator[Row]:
-    """The lines of data[begin:]; `offset` is where the data begin in the (decompressed) file."""
+def _rows(
+    file: InputFile, offset: int, data: bytes, options: ReadOptions, begin: int = 0, end: int | None = None
+) -> Iterator[Row]:
+    """The lines of data[begin:end]; `offset` is where the data begin in the (decompressed) file."""
     view = memoryview(data)
-    while begin < len(data):
-        line_end = data.find(b"\n", begin)
+    end = len(data) if end is None else end
+    while begin < end:
+        line_end = data.find(b"\n", begin, end)
         if line_end < 0:
-            line_end = len(data)
+            line_end = end
         try:
             if line_end - begin > MAX_DOCUMENT_BYTES:
                 raise BadInput(TOO_LONG)
