@@ -55,7 +55,7 @@ class GoodputLedger:
     """
 
     def __init__(self, run_dir: Path, began: float, now: Callable[[], float] = time.time) -> None:
-        before, until = _last_figures(run_dir) or (Goodput(), began)
+        before, until = last_goodput(run_dir) or (Goodput(), began)
         self._figures = before._replace(waiting=before.waiting + max(began - until, 0.0))
         self._now, self._last = now, max(began, until)
 
@@ -95,12 +95,6 @@ class GoodputLedger:
         return seconds
 
 
-def read_goodput(run_dir: Path) -> Goodput | None:
-    """Where a run's time went up to the last line of its metrics.jsonl; None where nothing was written yet."""
-    found = _last_figures(run_dir)
-    return found[0] if found else None
-
-
 def goodput_of(line: Mapping[str, Any]) -> Goodput | None:
     """What a line of metrics.jsonl says of it; None where it says nothing."""
     figures = line.get("goodput")
@@ -110,7 +104,7 @@ def goodput_of(line: Mapping[str, Any]) -> Goodput | None:
         return None
 
 
-def _last_figures(run_dir: Path) -> tuple[Goodput, float] | None:
-    """The last figures in metrics.jsonl, and when they were written."""
+def last_goodput(run_dir: Path) -> tuple[Goodput, float] | None:
+    """The last in metrics.jsonl, and when it was written; None where there is none."""
     found = [(figures, line["time"]) for line in tail(run_dir) if (figures := goodput_of(line)) and "time" in line]
     return found[-1] if found else None

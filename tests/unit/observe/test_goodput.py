@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.observe.goodput import Goodput, GoodputLedger, read_goodput
+from megatrain.observe.goodput import Goodput, GoodputLedger, last_goodput
 from megatrain.observe.metrics import METRICS_FILE
 
 WHOLE = st.integers(0, 50)
@@ -72,7 +72,7 @@ def test_the_parts_are_all_the_time(starts):
                 expected["saving"] += saving
             last_line, gap = run.time, dying
             run.time += dying
-        found = read_goodput(run.folder)
+        found, _ = last_goodput(run.folder) or (None, None)
         assert found is not None
         assert found.wall_seconds == pytest.approx(last_line - began)
         assert found._asdict() == pytest.approx(expected, abs=1e-6)
@@ -114,7 +114,7 @@ def test_the_step_under_way_counts_as_training(tmp_path):
 )
 def test_metrics_without_figures_tell_nothing(tmp_path, line):
     (tmp_path / METRICS_FILE).write_text(line + "\n")
-    assert read_goodput(tmp_path) is None
+    assert last_goodput(tmp_path) is None
 
 
 def test_in_words():
