@@ -96,9 +96,10 @@ def check(
     rules.check(loaded, world_size)
     notes = [*preview.check_origin(loaded), *not_in_transformers(loaded.model), *preview.check_data(config, loaded)]
     data = rules.data_degree(loaded, world_size)
+    at_most = "" if isinstance(loaded.train.global_batch_size, int) else "up to "
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
-        f"{loaded.parallel.pipeline}, {rules.num_micro_batches(loaded, world_size)} micro-batch(es) a step."
+        f"{loaded.parallel.pipeline}, {at_most}{rules.num_micro_batches(loaded, world_size)} micro-batch(es) a step."
     )
     for note in notes:
         typer.echo(note)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from megatrain.config.arithmetic import divisors_around, multiples_around
+from megatrain.config.batch_size import BatchSize
 from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.problem import Problem, alternatives
 from megatrain.families import FAMILIES
@@ -131,11 +133,20 @@ def parallel(config: schema.ParallelConfig) -> list[Problem]:
 
 
 def train(config: schema.TrainConfig) -> list[Problem]:
-    """Loss scaling belongs to fp16."""
-    if config.precision == "fp16":
-        return []
-    keys = ("initial_loss_scale_power", "loss_scale_window")
-    return unused(config, keys, f"used with precision: fp16 only (it is {config.precision})")
+    """A ramp begins with the run, and its tokens rise. Loss scaling belongs to fp16."""
+    problems = _batch_size_ramp(config.global_batch_size)
+    if config.precision != "fp16":
+        keys = ("initial_loss_scale_power", "loss_scale_window")
+        problems += unused(config, keys, f"used with precision: fp16 only (it is {config.precision})")
+    return problems
+
+
+def _batch_size_ramp(given: BatchSize) -> list[Problem]:
+    starts = (0,) if isinstance(given, int) else tuple(tokens for tokens, _ in given)
+    if starts[0] != 0:
+        return [Problem("global_batch_size", given, f"the first entry must begin at 0 tokens, not at {starts[0]}")]
+    falls = (f"{after} follows {before}" for before, after in pairwise(starts) if after <= before)
+    return [Problem("global_batch_size", given, f"the tokens of its entries must rise: {text}") for text in falls]
 
 
 def spikes(config: schema.SpikesConfig) -> list[Problem]:

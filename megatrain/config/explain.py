@@ -11,14 +11,14 @@ from pydantic_core import ErrorDetails
 from megatrain.config.keys import is_section, nearest_key, record_at, record_of
 from megatrain.config.problem import NOT_GIVEN, Problem, as_yaml
 from megatrain.config.renamed import RENAMED
-from megatrain.config.schema import FROM_CHECKPOINT, RunConfig
+from megatrain.config.schema import FROM_CHECKPOINT, RAMP_TAG, SIZE_TAG, RunConfig
 
 
 def explain(error: ValidationError) -> list[Problem]:
     """One problem for each value that is wrong, in the order of the schema."""
     found: list[Problem] = []
     for details in error.errors(include_url=False):
-        key = ".".join(map(str, details["loc"]))
+        key = ".".join(str(part) for part in details["loc"] if part not in (SIZE_TAG, RAMP_TAG))
         if details["type"] == "inconsistent":
             prefix = f"{key}." if key else ""
             found += [problem.below(prefix) for problem in details["ctx"]["problems"]]
@@ -85,6 +85,7 @@ _REASONS = {
     "string_type": "must be text",
     "string_too_short": "must not be empty",
     "too_short": "must have at least one entry",
+    "too_long": "has more entries than it may have",
     "tuple_type": "must be a list, such as [a, b]",
     **dict.fromkeys(("mapping_type", "model_type", "model_attributes_type"), "must be a mapping of keys to values"),
 }

@@ -94,10 +94,12 @@ def _anchor(heading: str) -> str:
 
 def _allowed(schema: dict[str, Any]) -> str:
     """What a JSON schema allows, in words."""
-    if "anyOf" in schema:
-        return ", ".join(_allowed(option) for option in schema["anyOf"])
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        return ", ".join(_allowed(option) for option in options)
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if "items" in schema:
+        return f"a list of [{', '.join('integer ' + _bounds(item) for item in schema['items']['prefixItems'])}]"
     if schema["type"] == "array":
         items = schema["prefixItems"]
         return f"[{', '.join('number' for _ in items)}], each {_bounds(items[0])}"

@@ -17,8 +17,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
+    Tag,
     create_model,
     field_validator,
     model_validator,
@@ -27,6 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from megatrain.config import checks
 from megatrain.config.arithmetic import LARGEST_COUNT
+from megatrain.config.batch_size import Phase, num_samples_until, phases, sizes_of
 from megatrain.config.problem import Problem
 from megatrain.families import FAMILIES
 from megatrain.families.description import LARGEST_SIZE, Family, Width
@@ -46,6 +49,13 @@ def in_home(path: str) -> str:
 
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+SIZE_TAG, RAMP_TAG = "one size", "a ramp"
+RampEntry = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST_COUNT)], Size], Field(strict=False)]
+Ramp = Annotated[tuple[RampEntry, ...], Field(strict=False, min_length=1)]
+SizeOrRamp = Annotated[
+    Annotated[Size, Tag(SIZE_TAG)] | Annotated[Ramp, Tag(RAMP_TAG)],
+    Discriminator(lambda given: RAMP_TAG if isinstance(given, list | tuple) else SIZE_TAG),
+]
 Path = Annotated[str, Field(min_length=1), AfterValidator(in_home)]
 Text = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -369,7 +379,10 @@ class TrainConfig(Section, check=checks.train):
     """How long, how much at once, and how precisely."""
 
     steps: Count = Field(description="Optimizer steps of the whole run.")
-    global_batch_size: Size = Field(description="Sequences of one optimizer step, over all ranks.")
+    global_batch_size: SizeOrRamp = Field(
+        description="Sequences of one optimizer step, over all ranks; or a ramp, a list of [tokens, "
+        "sequences]: the size of the steps that begin after so many trained tokens. Its first entry is at 0 tokens."
+    )
     micro_batch_size: Size = Field(default=2, description="Sequences that one rank computes at once.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto",
@@ -402,6 +415,11 @@ class TrainConfig(Section, check=checks.train):
     loss_scale_window: Count = Field(
         default=1000, description="fp16: steps without overflow after which the loss scale doubles."
     )
+
+    @property
+    def max_batch_size(self) -> int:
+        """The largest global_batch_size of any step."""
+        return max(sizes_of(self.global_batch_size))
 
 
 class SpikesConfig(Section, check=checks.spikes):
@@ -533,3 +551,14 @@ class RunConfig(Section, check=checks.across_sections):
     @classmethod
     def _short_run_warms_up_no_longer_than_it_is(cls, given: Any) -> Any:
         return checks.with_default_warmup(given)
+
+    @property
+    def batch_phases(self) -> list[Phase]:
+        """The run's steps by their batch size, as far as it reaches them."""
+        found = phases(self.train.global_batch_size, self.data.seq_len)
+        return [phase for phase in found if phase.first_step < self.train.steps]
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences of the whole run."""
+        return num_samples_until(self.batch_phases, self.train.steps)

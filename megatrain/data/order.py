@@ -12,7 +12,7 @@ those not yet seen are cut up and shuffled anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatrain.config.batch_size import BatchSize, Phase, num_samples_until, phase_at, phases
 from megatrain.data.mixture import Mixture
 from megatrain.data.permutation import shuffle, shuffle_keys
 
@@ -39,7 +40,7 @@ class SamplingSettings:
     has been told to leave the rest of its epochs and begin the next ones.
     """
 
-    global_batch_size: int
+    global_batch_size: BatchSize
     weights: tuple[float, ...]
     seq_len: int
     num_samples: tuple[int, ...]
@@ -105,13 +106,15 @@ class DatasetCursor:
 class Segment:
     """Steps from ``first_step`` on, until the next segment's: the settings that hold there, and where reading begins.
 
-    ``cursors``: of each dataset. ``samples_before``: how many samples the run had used of all.
+    ``cursors``: of each dataset. ``samples_before``: how many samples the run had used of all. ``tokens_before``: what
+    it had trained on, which says where on a ramp of the batch size it was; samples left out on purpose do not count.
     """
 
     first_step: int
     settings: SamplingSettings
     cursors: tuple[DatasetCursor, ...]
     samples_before: int = 0
+    tokens_before: int = 0
 
     def to_state(self) -> dict[str, Any]:
         state: dict[str, Any] = _renamed(asdict(self), SAVED_NAMES)
@@ -125,11 +128,19 @@ class Segment:
             DatasetCursor(cursor["epoch"], cursor["position"], tuple(EpochCut(**cut) for cut in cursor["cuts"]))
             for cursor in fields["cursors"]
         )
-        return cls(fields["first_step"], SamplingSettings(**fields["settings"]), cursors, fields["samples_before"])
+        settings, num_samples = SamplingSettings(**fields["settings"]), fields["samples_before"]
+        num_tokens = fields.get("tokens_before", num_samples * settings.seq_len)  # not in the first manifests
+        return cls(fields["first_step"], settings, cursors, num_samples, num_tokens)
 
     @property
     def mixture(self) -> Mixture:
         return _mixture(self.settings.weights)
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """Its steps by their batch size."""
+        settings = self.settings
+        return phases(settings.global_batch_size, settings.seq_len, self.first_step, self.tokens_before)
 
     @cached_property
     def num_samples(self) -> Indices:
@@ -201,18 +212,17 @@ class DataOrder:
             raise ValueError(f"within an epoch, {settings.seq_len} must divide {former.seq_len}")
         elif factor > 1:
             cursors = [cursor.cut(factor, count) for cursor, count in zip(cursors, former.num_samples, strict=True)]
-        return self._with_segment(Segment(step, settings, tuple(cursors), self.num_samples_before(step)))
+        return self._with_segment(step, settings, cursors, self.num_samples_before(step))
 
     def leave_out(self, step: int, until: int) -> DataOrder:
         """The same order up to ``step``, from where each dataset is read on as step ``until`` would have begun to."""
-        used = self.num_samples_before(until)
-        return self._with_segment(Segment(step, self.settings(until), tuple(self._cursors(until)), used))
+        return self._with_segment(step, self.settings(until), self._cursors(until), self.num_samples_before(until))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Samples:
         """Samples [start, stop) of the global batch of ``step`` (steps count from 0); all of it by default."""
         segment = self._segment(step)
-        stop = segment.settings.global_batch_size if stop is None else stop
-        offset = (step - segment.first_step) * segment.settings.global_batch_size
+        stop = self.batch_size(step) if stop is None else stop
+        offset = num_samples_until(segment.phases, step)
         numbers = np.arange(offset + start, offset + stop, dtype=np.int64)
         dataset, count = segment.mixture.lookup(numbers)
         beyond = count - segment.num_left[dataset]  # samples after the epoch that the segment began in; within it < 0
@@ -227,7 +237,11 @@ class DataOrder:
 
     def num_samples_before(self, step: int) -> int:
         segment = self._segment(step)
-        return segment.samples_before + (step - segment.first_step) * segment.settings.global_batch_size
+        return segment.samples_before + num_samples_until(segment.phases, step)
+
+    def batch_size(self, step: int) -> int:
+        """Samples of the global batch of ``step``."""
+        return phase_at(self._segment(step).phases, step).batch_size
 
     def num_epochs(self, step: int) -> list[float]:
         """How often each dataset has been seen before ``step``; what was left out on purpose counts as seen."""
@@ -263,14 +277,18 @@ class DataOrder:
 
     def _cursors(self, step: int) -> list[DatasetCursor]:
         last = self._segment(step)
-        counts = last.mixture.counts_before((step - last.first_step) * last.settings.global_batch_size).tolist()
+        counts = last.mixture.counts_before(num_samples_until(last.phases, step)).tolist()
         triples = zip(last.cursors, counts, last.settings.num_samples, strict=True)
         return [cursor.advanced(count, num_samples) for cursor, count, num_samples in triples]
 
-    def _with_segment(self, segment: Segment) -> DataOrder:
-        """With ``segment`` instead of all that was planned from its first step on."""
-        kept = tuple(former for former in self.segments if former.first_step < segment.first_step)
-        return replace(self, segments=(*kept, segment))
+    def _with_segment(
+        self, step: int, settings: SamplingSettings, cursors: Sequence[DatasetCursor], samples_before: int
+    ) -> DataOrder:
+        """With a segment from ``step`` on instead of all that was planned from there on."""
+        last = self._segment(step)
+        num_tokens = last.tokens_before + num_samples_until(last.phases, step) * last.settings.seq_len
+        kept = tuple(former for former in self.segments if former.first_step < step)
+        return replace(self, segments=(*kept, Segment(step, settings, tuple(cursors), samples_before, num_tokens)))
 
     def _segment(self, step: int) -> Segment:
         return next(segment for segment in reversed(self.segments) if segment.first_step <= step)

@@ -34,7 +34,7 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
         zero |= {"stage3_max_live_parameters": bucket, "stage3_max_reuse_distance": bucket}
     zero |= offload_settings(config)
     settings: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
+        "train_batch_size": train.max_batch_size,  # the engine sets that of each step
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": rules.num_micro_batches(config, world_size),
         "gradient_clipping": train.gradient_clipping,

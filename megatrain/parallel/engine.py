@@ -85,6 +85,7 @@ class Engine:
         """
         engine = self._deepspeed
         self._set_lr(lr)
+        self._set_num_micro_batches(len(micro_batches))
         skipped_before = engine.skipped_steps
         scale = self._scale(len(micro_batches), num_targets)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
@@ -245,6 +246,15 @@ class Engine:
     def _set_lr(self, lr: float) -> None:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
+
+    def _set_num_micro_batches(self, count: int) -> None:
+        """DeepSpeed ends a step where its count of all micro-batches is a multiple of a step's: it begins anew."""
+        engine = self._deepspeed
+        if count != engine.gradient_accumulation_steps():
+            engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * self.groups.topology.data)
+            engine.micro_steps = 0
+            if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+                engine.optimizer.gradient_accumulation_steps = count
 
     def _slices(self) -> Iterator[tuple[ShardSpec, MasterSlice]]:
         parameters = self._model.parameters

@@ -48,6 +48,7 @@ class PipelinedEngine(Engine):
         """See Engine. DeepSpeed's schedule interleaves the micro-batches' forward and backward passes."""
         engine = self._deepspeed
         self._set_lr(lr)
+        self._set_num_micro_batches(len(micro_batches))
         skipped_before = engine.skipped_steps
         scale = self._layers.loss_scale = self._scale(len(micro_batches), num_targets)
         engine.seconds_of_step = 0.0

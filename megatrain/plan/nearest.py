@@ -9,9 +9,10 @@ from itertools import count
 
 from megatrain.config import RunConfig
 from megatrain.config.arithmetic import divisors, multiples_around
+from megatrain.config.batch_size import BatchSize, sizes_of, with_sizes
 from megatrain.config.problem import as_yaml
 
-Value = int | str | bool
+Value = int | str | bool | BatchSize
 Change = tuple[str, Value]
 """A key with its section, and its new value."""
 
@@ -82,22 +83,27 @@ def candidates(config: RunConfig, world_size: int, key: str) -> list[Value]:
     elif key == "parallel.offload":
         values = [*OFFLOADS]
     elif key == "train.micro_batch_size":
-        values = [*divisors(train.global_batch_size)]
+        values = [*divisors(math.gcd(*sizes_of(train.global_batch_size)))]
     elif key == "data.seq_len":
         longest = model.max_position_embeddings
         values = [length for length in multiples_around(config.data.seq_len, parallel.tensor) if length <= longest]
     else:
         ranks = parallel.tensor * parallel.pipeline
         data = 1 if world_size % ranks else world_size // ranks
-        values = [*multiples_around(train.global_batch_size, train.micro_batch_size * data)]
+        unit = train.micro_batch_size * data
+        below = with_sizes(train.global_batch_size, lambda size: multiples_around(size, unit)[0])
+        above = with_sizes(train.global_batch_size, lambda size: multiples_around(size, unit)[-1])
+        values = [*dict.fromkeys((below, above))]
     now = value_of(config, key)
     return sorted((v for v in values if v != now), key=lambda value: _distance(key, now, value))[:MAX_CANDIDATES]
 
 
 def _distance(key: str, now: Value, value: Value) -> float:
     """Doublings of a size, steps of a stage, 1 for a switch."""
-    if isinstance(value, str) and isinstance(now, str):
-        return float(abs(OFFLOADS.index(value) - OFFLOADS.index(now)))
+    if isinstance(value, str) or isinstance(now, str):
+        return float(abs(OFFLOADS.index(str(value)) - OFFLOADS.index(str(now))))
+    if isinstance(value, tuple) or isinstance(now, tuple):
+        return max(abs(math.log2(new / old)) for new, old in zip(sizes_of(value), sizes_of(now), strict=True))
     if key in ("parallel.zero_stage", "parallel.sequence"):
         return float(abs(int(value) - int(now)))
-    return abs(math.log2(int(value) / int(now)))
+    return abs(math.log2(value / now))

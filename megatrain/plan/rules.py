@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatrain.config import Problem, RunConfig
 from megatrain.config.arithmetic import multiples_around
+from megatrain.config.batch_size import sizes_of
 from megatrain.config.problem import alternatives, as_yaml, config_error
 from megatrain.plan.nearest import as_overrides, candidates, find_nearest, value_of, with_changes
 
@@ -21,8 +22,8 @@ def data_degree(config: RunConfig, world_size: int) -> int:
 
 
 def num_micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches that each copy of the model computes in one optimizer step. The layout must be legal."""
-    return config.train.global_batch_size // (config.train.micro_batch_size * data_degree(config, world_size))
+    """Micro-batches of the largest optimizer step, on each copy of the model. The layout must be legal."""
+    return config.train.max_batch_size // (config.train.micro_batch_size * data_degree(config, world_size))
 
 
 def model_ranks(config: RunConfig) -> int:
@@ -144,10 +145,12 @@ def _check_zero(config: RunConfig, world_size: int) -> Iterator[Violation]:
 def _check_batch(config: RunConfig, world_size: int) -> Iterator[Violation]:
     ranks, micro_batch = model_ranks(config), config.train.micro_batch_size
     degree = 1 if world_size % ranks else world_size // ranks  # a batch that no degree could divide is wrong anyway
-    if config.train.global_batch_size % (micro_batch * degree):
-        reason = (
-            f"must be divisible by micro_batch_size x data degree ({micro_batch} x {degree} = {micro_batch * degree})"
-        )
+    unit, batch_size = micro_batch * degree, config.train.global_batch_size
+    wrong = [size for size in sizes_of(batch_size) if size % unit]
+    if wrong:
+        reason = f"must be divisible by micro_batch_size x data degree ({micro_batch} x {degree} = {unit})"
+        if not isinstance(batch_size, int):
+            reason = f"each size {reason}; not so: {', '.join(map(str, wrong))}"
         # The micro-batch first: the batch of an update is part of the experiment, how it is cut is not.
         keys = ("train.micro_batch_size", "train.global_batch_size")
         yield Violation("batch", "train.global_batch_size", reason, keys)

@@ -13,6 +13,7 @@ from megatrain.plan.flops import flops_per_token, num_parameters
 from megatrain.plan.goodput import Failures, best_interval, goodput
 from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.memory import RankMemory, rank_memory
+from megatrain.plan.nearest import with_changes
 from megatrain.plan.stage_model import stage_models
 from megatrain.plan.this_machine import CPU
 from megatrain.plan.time import HOST_BYTES_PER_SECOND, StepTime, pipeline_bubble, step_time
@@ -59,8 +60,13 @@ class RunPlan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of the whole job."""
-        return self.config.train.global_batch_size * self.config.data.seq_len
+        """Of the whole job; of the largest step, where the batch size has a ramp."""
+        return self.config.train.max_batch_size * self.config.data.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.config.num_samples * self.config.data.seq_len
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,7 +81,13 @@ class RunPlan:
     @property
     def days(self) -> float:
         """For all steps, without failures."""
-        return self.config.train.steps * self.time.step / 86400
+        phases = self.config.batch_phases
+        ends = [*(phase.first_step for phase in phases[1:]), self.config.train.steps]
+        seconds = (
+            (end - phase.first_step) * self._step_seconds(phase.batch_size)
+            for phase, end in zip(phases, ends, strict=True)
+        )
+        return sum(seconds) / 86400
 
     @property
     def interval_seconds(self) -> float:
@@ -110,6 +122,10 @@ class RunPlan:
             found.append(self._does_not_fit(fullest))
         return found
 
+    def _step_seconds(self, batch_size: int) -> float:
+        config = with_changes(self.config, ("train.global_batch_size", batch_size))
+        return step_time(stage_models(config, self.world_size), self.cluster).step
+
     def _does_not_fit(self, fullest: RankMemory) -> str:
         memory = self.cluster.device.memory_bytes
         changes = changes_that_fit(self.config, self.world_size, self.cluster.gpus_per_node, memory)
@@ -140,6 +156,7 @@ class RunPlan:
             "ranks": [rank.to_json() for rank in self.ranks],
             "efficiency": self.cluster.efficiency,
             "tokens_per_step": self.tokens_per_step,
+            "tokens": self.tokens,
             "step_seconds": self.time.step,
             "seconds": vars(self.time),
             "tokens_per_second": self.tokens_per_second,

@@ -158,7 +158,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
 def _num_samples_of_each(config: RunConfig, num_datasets: int) -> int | None:
     """Of how many samples of each dataset an evaluation takes; None: all."""
     batches = config.train.eval_batches
-    return None if batches is None else -(-batches * config.train.global_batch_size // max(num_datasets, 1))
+    return None if batches is None else -(-batches * config.train.max_batch_size // max(num_datasets, 1))
 
 
 def _names(datasets: Sequence[Dataset]) -> list[str]:
