@@ -27,7 +27,7 @@ _NAMES_ELSEWHERE = {
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "optimizer.eps": "adam_epsilon adam_eps",
     "optimizer.type": "optim optimizer_name",
-    "train.global_batch_size": "batch_size train_batch_size total_batch_size",
+    "train.global_batch_size": "batch_size train_batch_size total_batch_size rampup_batch_size",
     "train.micro_batch_size": "local_batch_size per_device_train_batch_size train_micro_batch_size_per_gpu "
     "device_batch_size",
     "train.steps": "max_steps max_iters train_iters num_steps num_iterations",

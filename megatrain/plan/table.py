@@ -48,12 +48,12 @@ def _head(plan: RunPlan) -> list[str]:
 
 
 def _ramp(plan: RunPlan) -> str:
-    """From which step on each size of a ramp holds."""
+    """From which step on each size of a ramp holds, and the tokens of the whole run."""
     phases, seq_len = plan.config.batch_phases, plan.config.data.seq_len
     if len(phases) == 1:
         return ""
     sizes = (f"{phase.batch_size * seq_len:,} from step {phase.first_step:,} on" for phase in phases)
-    return f", by a ramp: {', '.join(sizes)}"
+    return f", by a ramp: {', '.join(sizes)}; {plan.tokens:,} in all"
 
 
 def _memory(ranks: tuple[RankMemory, ...]) -> Table:
@@ -79,7 +79,7 @@ def _rest(plan: RunPlan) -> list[str]:
         f"CPU      {format_bytes(in_node)} of a node at the most: the copy that a save makes, and what is offloaded",
         f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.cluster.efficiency:.0%} of peak: {spent}",
         f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {plan.days:,.1f} days for "
-        f"{plan.config.train.steps:,} steps, {plan.tokens:,} tokens",
+        f"{plan.config.train.steps:,} steps",
         f"failures one in {failures.mtbf / 3600:,.1f} hours, {failures.restart:,.0f} s to restart, "
         f"{failures.checkpoint:,.2f} s a save",
         f"goodput  {plan.goodput:.2%} with a save every {plan.interval_seconds:,.0f} s ({plan.interval_steps:,} "

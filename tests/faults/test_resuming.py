@@ -12,7 +12,7 @@ import pytest
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.train.progress import Progress
 from tests.faults.conftest import Copy
-from tests.runs import Metrics, TinyData, tiny_config, write_config
+from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, write_config
 from tests.served import ServedRanks
 
 LAYOUTS = {"1 rank, ZeRO 0": (1, 0), "1 rank, ZeRO 3": (1, 3)} | {f"2 ranks, ZeRO {z}": (2, z) for z in range(4)}
@@ -155,6 +155,32 @@ def test_a_checkpoint_goes_on_under_every_layout(
 ) -> None:
     for number, second in enumerate(LAYOUTS):
         _check_continues(first, second, layouts, losses, tmp_path / str(number))
+
+
+def test_a_ramp_killed_on_the_way_goes_on_exactly(
+    tiny_data: TinyData, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    train = {"steps": 10, "global_batch_size": [[0, 4], [512, 8], [2000, 12]]}  # from steps 0, 2 and 5 on
+    sections = {"train": train, "checkpoint": {"every_steps": 1}}
+    straight = write_config(tmp_path / "straight.yaml", tiny_config(tiny_data, tmp_path / "straight", **sections))
+    two_ranks.finish(straight)
+    killed = write_config(tmp_path / "killed.yaml", tiny_config(tiny_data, tmp_path / "killed", **sections))
+    process = TrainProcess(killed, 2)
+    process.wait_for_step(4)
+    process.kill_all()
+    process.wait()
+    assert Metrics.read(tmp_path / "killed").steps[-1] < 10
+    shutil.copytree(tmp_path / "killed", tmp_path / "narrow")
+    two_ranks.finish(killed)
+    one_rank.finish(killed, f"run.dir={tmp_path / 'narrow'}", "parallel.zero_stage=3")
+    first, again, narrow = (Metrics.read(tmp_path / name) for name in ("straight", "killed", "narrow"))
+    assert (again.steps, again.losses, again.norms) == (first.steps, first.losses, first.norms)
+    assert narrow.losses == pytest.approx(first.losses, rel=1e-4)
+    assert narrow.norms == pytest.approx(first.norms, rel=1e-3)
+    for name in ("straight", "killed", "narrow"):
+        manifest = read_manifest(tmp_path / name / "checkpoints" / "step-00000010")
+        assert manifest.tokens == (2 * 4 + 3 * 8 + 5 * 12) * 64
+        assert len(manifest.state["segments"]) == 1
 
 
 def test_resuming_a_finished_run_trains_nothing(copy_run: Callable[[], Copy], two_ranks: ServedRanks) -> None:

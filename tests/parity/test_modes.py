@@ -118,6 +118,26 @@ def test_micro_batch_gradients_add_up(model, pool: Pool):
     small.assert_equals(pool.alone(model, train={"micro_batch_size": 4}), loss=1e-5, norm=1e-5)
 
 
+RAMP = [[0, 4], [100, 8], [500, 12], [1200, 8]]
+"""A step of 4 sequences of 32 tokens, two of 8, two of 12; then 8. With 4 at once: micro-batches 1, 2, 2, 3, 3, 2."""
+
+
+@layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline", "all axes", *OFFLOADED)
+def test_a_batch_size_ramp_trains_like_one_process(num_ranks, parallel, pool: Pool):
+    train = {"global_batch_size": RAMP, "micro_batch_size": 2}
+    config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)
+    pool.train(num_ranks, config, 7).assert_equals(pool.alone("llama_tied", 7, train=train))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_micro_batch_gradients_add_up_on_a_ramp(precision, pool: Pool):
+    train = {"global_batch_size": RAMP, "precision": precision}
+    whole = pool.alone("llama_tied", 7, train={**train, "micro_batch_size": 4})
+    loss, norm = (1e-5, 1e-5) if precision == "fp32" else (2e-3, 2e-2)
+    small = pool.alone("llama_tied", 7, train={**train, "micro_batch_size": 1})
+    small.assert_equals(whole, loss=loss, norm=norm, weight=None)
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 4, 8])
 def test_a_pipeline_takes_any_number_of_micro_batches(num_micro_batches, pool: Pool):
     """Fewer than its four stages, as many, and more."""

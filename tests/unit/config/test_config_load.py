@@ -97,6 +97,12 @@ paralel: {tensor: 2}
         ("model.n_layers=1", "model.n_layers (the command line): 1 given; no such key; nearest: model.num"),
         ("train.global_batchsize=1", "no such key; nearest: train.global_batch_size"),
         ("precision=bf16", "no such key; nearest: train.precision"),
+        ("train.global_batch_size=1.5", "must be an integer; nearest: 2"),
+        ("train.global_batch_size=[]", "must have at least one entry"),
+        ("train.global_batch_size=[[0, x]]", "train.global_batch_size.0.1 (the command line): x given; must be an int"),
+        ("train.global_batch_size=[[0, 4, 5]]", "train.global_batch_size.0 (the command line): [0, 4, 5] given"),
+        ("train.global_batch_size=[[1, 4]]", "the first entry must begin at 0 tokens, not at 1"),
+        ("train.global_batch_size=[[0, 4], [9, 8], [9, 6]]", "the tokens of its entries must rise: 9 follows 9"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_nearest(refused, override, expected):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.order import DataOrder, Samples, SamplingSettings
+from megatrain.config.batch_size import BatchSize
+from megatrain.data.order import DataOrder, Samples, SamplingSettings, Segment
 
 SEQ_LENS = (16, 8, 4, 2)  # each divides those before it
 
@@ -21,17 +24,28 @@ class Part(NamedTuple):
     """Some steps under the same settings."""
 
     num_steps: int
-    global_batch_size: int
+    global_batch_size: BatchSize
     weights: list[float]
     seq_len: int
     new_epoch: bool
+
+
+def ramp(entries: list[tuple[int, int]]) -> BatchSize:
+    """Of pairs (tokens more than at the entry before, sequences)."""
+    starts = itertools.accumulate((tokens for tokens, _ in entries[1:]), initial=0)
+    return tuple((start, size) for start, (_, size) in zip(starts, entries, strict=True))
+
+
+batch_sizes = st.integers(1, 12) | st.lists(
+    st.tuples(st.integers(1, 1000), st.integers(1, 12)), min_size=1, max_size=4
+).map(ramp)
 
 
 def parts_of(shrinks: bool, restarts: bool) -> st.SearchStrategy[list[Part]]:
     part = st.builds(
         Part,
         st.integers(1, 12),
-        st.integers(1, 12),
+        batch_sizes,
         st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3),
         st.sampled_from(SEQ_LENS) if shrinks else st.just(SEQ_LENS[0]),
         st.booleans() if restarts else st.just(False),
@@ -159,7 +173,7 @@ def test_random_access_equals_sequential_order(
     order, steps = run(seed, num_tokens, parts)
     batches = [order.batch(step) for step in range(steps[-1])]
     numbers = np.concatenate([batch.number for batch in batches])
-    assert np.array_equal(numbers, np.arange(sum(part.num_steps * part.global_batch_size for part in parts)))
+    assert np.array_equal(numbers, np.arange(sum(order.batch_size(step) for step in range(steps[-1]))))
     assert order.num_samples_before(steps[-1]) == len(numbers)
     again = DataOrder(seed, order.segments)
     shuffled = list(range(steps[-1]))
@@ -168,6 +182,46 @@ def test_random_access_equals_sequential_order(
         row = step % len(batches[step])
         assert_same(again.batch(step), batches[step])
         assert_same(again.batch(step, row, row + 1), batches[step].rows(slice(row, row + 1)))
+
+
+@settings(deadline=None)
+@given(seeds, tokens, batch_sizes, st.integers(0, 40), batch_sizes, st.integers(0, 40))
+def test_each_step_of_a_ramp_takes_the_next_samples(
+    seed: int, num_tokens: list[int], first: BatchSize, change_step: int, second: BatchSize, more_steps: int
+) -> None:
+    """As a loop over steps does that counts trained tokens, whatever is changed on the way."""
+    one = settings_of(Part(1, 1, [1.0, 2.0, 0.5], 16, False), num_tokens)
+    order = DataOrder.begin(seed, replace(one, global_batch_size=first))
+    order = order.change(change_step, replace(one, global_batch_size=second))
+    naive, num_samples = DataOrder.begin(seed, one), 0
+    for step in range(change_step + more_steps):
+        given = first if step < change_step else second
+        entries = ((0, given),) if isinstance(given, int) else given
+        size = [size for tokens, size in entries if tokens <= num_samples * 16][-1]
+        batch = order.batch(step)
+        assert len(batch) == order.batch_size(step) == size
+        if not change_step or change_step > step:  # a change begins the mixture's block anew
+            for row in range(size):
+                assert_same(batch.rows(slice(row, row + 1)), naive.batch(num_samples + row))
+        num_samples += size
+    assert order.num_samples_before(change_step + more_steps) == num_samples
+
+
+def test_batches_left_out_do_not_advance_a_ramp() -> None:
+    order = DataOrder.begin(1, replace(SETTINGS, global_batch_size=((0, 4), (640, 8))))
+    assert [order.batch_size(step) for step in (9, 10)] == [4, 8]
+    left_out = order.leave_out(4, 8)
+    assert [left_out.batch_size(step) for step in (9, 10)] == [4, 8]
+    assert left_out.num_samples_before(4) == order.num_samples_before(8)
+
+
+def test_a_ramp_of_a_segment_survives_a_manifest() -> None:
+    order = DataOrder.begin(1, replace(SETTINGS, global_batch_size=((0, 4), (640, 8))))
+    for segment in order.change(12, replace(SETTINGS, global_batch_size=((0, 4), (2000, 16)))).segments:
+        assert Segment.from_state(orjson.loads(orjson.dumps(segment.to_state()))) == segment
+    former = order.change(12, SETTINGS).segments[-1]
+    state = {key: value for key, value in former.to_state().items() if key != "tokens_before"}
+    assert Segment.from_state(state) == former  # of a manifest from before ramps
 
 
 def assert_same(one: Samples, other: Samples) -> None:

@@ -40,6 +40,7 @@ def layout(tmp_path: Path) -> Callable[..., RunConfig]:
         (["parallel.pipeline=3"], 3, 1, 8),
         (["parallel.zero_stage=3", "parallel.offload=all"], 4, 4, 2),
         (["parallel.zero_stage=0"], 4, 4, 2),
+        (["train.global_batch_size=[[0, 8], [100, 24], [200, 16]]"], 4, 4, 3),
         (["parallel.zero_stage=0", "parallel.pipeline=2"], 4, 2, 4),
         (["parallel.tensor=2", "parallel.sequence=true", "parallel.zero_stage=3"], 2, 1, 8),
     ],
@@ -57,6 +58,20 @@ def test_a_legal_layout_passes(layout, overrides, world_size, degree, num_micro_
     [
         ([], 3, "train.global_batch_size", "(2 x 3 = 6)", "train.global_batch_size=18 or 12"),
         (["train.micro_batch_size=3"], 1, "train.global_batch_size", "(3 x 1 = 3)", "train.micro_batch_size=4 or 2"),
+        (
+            ["train.global_batch_size=[[0, 8], [100, 10], [200, 12]]"],
+            4,
+            "train.global_batch_size",
+            "each size must be divisible by micro_batch_size x data degree (2 x 4 = 8); not so: 10, 12",
+            "train.global_batch_size=[[0, 8], [100, 8], [200, 8]] or [[0, 8], [100, 16], [200, 16]]",
+        ),
+        (
+            ["train.global_batch_size=[[0, 2], [100, 6]]"],
+            2,
+            "train.global_batch_size",
+            "not so: 2, 6",
+            "train.micro_batch_size=1",
+        ),
         (["train.global_batch_size=1"], 1, "train.global_batch_size", "(2 x 1 = 2)", "train.micro_batch_size=1"),
         (["parallel.tensor=4"], 2, "parallel.tensor", "(4 would do)", "parallel.tensor=2 or 1"),
         (["parallel.tensor=4"], 6, "parallel.tensor", "must divide the 6 ranks", None),

@@ -12,6 +12,7 @@ from megatrain.errors import EXIT_USAGE, ConfigError
 from megatrain.plan.cluster import Cluster, find_nodes
 from megatrain.plan.flops import flops_per_token
 from megatrain.plan.hardware import find_device
+from megatrain.plan.nearest import with_changes
 from megatrain.plan.run_plan import Interruptions, RunPlan, make_plan
 from megatrain.plan.stage_model import stage_models
 from megatrain.plan.time import StepTime, pipeline_bubble, step_time
@@ -183,3 +184,15 @@ def test_the_network_is_never_faster_than_links_within(device):
         update={"train": make_config().train.model_copy(update={"global_batch_size": 8})}
     )
     assert time_of(config, inside).data < time_of(config, outside).data
+
+
+def test_a_ramp_takes_each_steps_time_and_tokens() -> None:
+    config, one_gpu, never = make_config(), replace(NODE, gpus_per_node=1), Interruptions(1e9, 0.0)
+    sizes = {size: with_changes(config, ("train.global_batch_size", size)) for size in (4, 8, 12)}
+    ramp = ((0, 4), (100 * 4 * 256 - 1, 8), (100 * 4 * 256 + 50 * 8 * 256, 12))  # steps 0, 100 and 150
+    plan = make_plan(with_changes(config, ("train.global_batch_size", ramp)), one_gpu, never)
+    days = {size: make_plan(each, one_gpu, never).days / 1000 for size, each in sizes.items()}
+    assert plan.days == pytest.approx(100 * days[4] + 50 * days[8] + 850 * days[12])
+    assert plan.tokens == (100 * 4 + 50 * 8 + 850 * 12) * 256
+    assert plan.tokens_per_step == 12 * 256
+    assert plan.time == make_plan(sizes[12], one_gpu, never).time
