@@ -253,8 +253,6 @@ class Engine:
         if count != engine.gradient_accumulation_steps():
             engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * self.groups.topology.data)
             engine.micro_steps = 0
-            if hasattr(engine.optimizer, "gradient_accumulation_steps"):
-                engine.optimizer.gradient_accumulation_steps = count
 
     def _slices(self) -> Iterator[tuple[ShardSpec, MasterSlice]]:
         parameters = self._model.parameters
