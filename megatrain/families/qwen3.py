@@ -12,20 +12,14 @@ from megatrain.families.description import HuggingFace, Norm
 LLAMA = llama.FAMILY
 
 
-def window_refusal(window: int | None, longest: int) -> str | None:
-    """A window of attention at least as long as the context changes nothing; a shorter one is another model."""
-    if window is None or window >= longest:
-        return None
-    return (
-        f"attention is limited to a window of {window} tokens (sliding_window), where max_position_embeddings is "
-        f"{longest}; here each token sees all before it. Up to {window} tokens both are the same: set "
-        f"max_position_embeddings to {window} in config.json to import the model for that context."
-    )
-
-
 def refuse_window(theirs: Mapping[str, Any]) -> str | None:
-    """The window is that of the layers that ``layer_types`` says, else of those from ``max_window_layers`` on."""
-    window = theirs["sliding_window"] if theirs.get("use_sliding_window") else None
+    """The window is that of the layers that ``layer_types`` says, else of those from ``max_window_layers`` on.
+
+    One that is at least as long as the context changes nothing; a shorter one is another model.
+    """
+    window, longest = theirs["sliding_window"], theirs["max_position_embeddings"]
+    if not theirs.get("use_sliding_window"):
+        window = None
     kinds = theirs.get("layer_types")
     if kinds is None:
         slides = window is not None and theirs["max_window_layers"] < theirs["num_hidden_layers"]
@@ -33,7 +27,13 @@ def refuse_window(theirs: Mapping[str, Any]) -> str | None:
     others = set(kinds) - {"full_attention"}
     if others and (window is None or others != {"sliding_attention"}):
         return f"layer_types has {', '.join(map(repr, sorted(others)))}; full attention is done."
-    return window_refusal(window, theirs["max_position_embeddings"]) if others else None
+    if not others or window >= longest:
+        return None
+    return (
+        f"layers are limited to a window of {window} tokens (sliding_window), where max_position_embeddings is "
+        f"{longest}; here a family has a window in all layers (mistral) or in none. Up to {window} tokens both are the "
+        f"same: set max_position_embeddings to {window} in config.json to import the model for that context."
+    )
 
 
 FAMILY = replace(
