@@ -13,9 +13,28 @@ _INTRODUCTION = """\
 # Commands
 
 Each command has a folder of the repository: `megatrain/`, `data_tools/`, `launcher/`. `python -m FOLDER` runs it too.
-`--help` shows the same text as this page, in under half a second. The README lists the exit codes.
+`--help` shows the same text as this page, in under half a second. This page is generated from the commands; a test
+keeps the two equal.
 
-This page is generated from the commands; a test keeps the two equal.
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a bug |
+| 2 | usage or config |
+| 3 | data |
+| 4 | checkpoint, or the run folder is in use |
+| 5 | a rank failed or hung |
+| 75 | stopped early on request, state saved: start it again |
+
+A run leaves these files in its folder:
+
+| file | content |
+|---|---|
+| `config.yaml` | the resolved config, with every default |
+| `metrics.jsonl` | one line for each logged step, validation and event |
+| `tensorboard/` | the same figures as TensorBoard events |
+| `logs/` | one file for each rank |
+| `checkpoints/` | `step-00000320/`, ... |
 """
 
 
