@@ -1,1 +1,1 @@
-"""Checkpoints without a layout: named pieces of tensors in safetensors files, a manifest, one rename."""
+"""Checkpoints without a layout: named shards of tensors in safetensors files, a manifest, one rename."""

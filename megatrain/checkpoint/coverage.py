@@ -1,4 +1,4 @@
-"""Which elements of each tensor a checkpoint's pieces hold: every one exactly once."""
+"""Which elements of each tensor a checkpoint's shards hold: every one exactly once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from megatrain.distributed.fragment import FlatShard, TensorSlice, intersect
 
 
 class Coverage:
-    """What the pieces seen so far hold, by name and kind. Pieces of two boxes that overlap in part do not occur: one
-    layout wrote all of them."""
+    """What the shards seen so far hold, by name and kind. One layout wrote all of them, so their tensor slices are the
+    same or share nothing."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, str], _Tensor] = {}
 
-    def add(self, piece: FlatShard, kind: str) -> None:
-        """Count a piece in. Raises ValueError where another one holds some of it, or says the tensor has another
+    def add(self, shard: FlatShard, kind: str) -> None:
+        """Count a shard in. Raises ValueError where another one holds some of it, or says the tensor has another
         shape."""
-        tensor = self._tensors.setdefault((piece.name, kind), _Tensor(piece.global_shape))
-        if piece.global_shape != tensor.shape:
-            raise ValueError(f"{piece.name} ({kind}) has shape {piece.global_shape} there, elsewhere {tensor.shape}")
-        if not tensor.add(piece):
-            raise ValueError(f"it holds elements of {piece.name} ({kind}) that another piece holds too")
+        tensor = self._tensors.setdefault((shard.name, kind), _Tensor(shard.global_shape))
+        if shard.global_shape != tensor.shape:
+            raise ValueError(f"{shard.name} ({kind}) has shape {shard.global_shape} there, elsewhere {tensor.shape}")
+        if not tensor.add(shard):
+            raise ValueError(f"it holds elements of {shard.name} ({kind}) that another shard holds too")
 
     def incomplete(self) -> Iterator[str]:
         """The tensors of which elements are missing, in words."""
@@ -49,16 +49,16 @@ class _Tensor:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
-    def add(self, piece: FlatShard) -> bool:
-        """False where some of the piece is held already."""
-        if piece.tensor_slice not in self.held:
-            if any(intersect(piece.tensor_slice, other) for other in self.held):
+    def add(self, shard: FlatShard) -> bool:
+        """False where some of the shard is held already."""
+        if shard.tensor_slice not in self.held:
+            if any(intersect(shard.tensor_slice, other) for other in self.held):
                 return False
-            self.held[piece.tensor_slice] = []
-        ranges = self.held[piece.tensor_slice]
-        at = bisect(ranges, (piece.start, piece.stop))
-        if (at and ranges[at - 1][1] > piece.start) or (at < len(ranges) and ranges[at][0] < piece.stop):
+            self.held[shard.tensor_slice] = []
+        ranges = self.held[shard.tensor_slice]
+        at = bisect(ranges, (shard.start, shard.stop))
+        if (at and ranges[at - 1][1] > shard.start) or (at < len(ranges) and ranges[at][0] < shard.stop):
             return False
-        ranges.insert(at, (piece.start, piece.stop))
-        self.num_held += piece.length
+        ranges.insert(at, (shard.start, shard.stop))
+        self.num_held += shard.length
         return True

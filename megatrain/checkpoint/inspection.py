@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.location import Location, telling
+from megatrain.checkpoint.location import Location, store_errors
 from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.reader import check_files
@@ -37,11 +37,11 @@ def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[Checkpo
     store = find_store(run)
     if (problem := find_problem(store.find(step))) is not None:
         raise CheckpointError(f"The checkpoint of step {step} is not good: {problem}")
-    with _held(run, store, job), telling(store.folder):
+    with _locked(run, store, job), store_errors(store.folder):
         return store.set_aside(step)
 
 
-def _held(run: Location, store: CheckpointStore, job: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
+def _locked(run: Location, store: CheckpointStore, job: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
     """The lock of the run; there is none where only the URL of its checkpoints is known."""
     if not isinstance(run, Path):
         return contextlib.nullcontext()

@@ -30,15 +30,15 @@ _PART_BYTES = 32 << 20  # of an upload; S3 takes at most 10,000 of them
 
 
 def locate(text: str | Path) -> Location:
-    """The place that a user names: a path, or a URL such as ``s3://bucket/run``.
+    """What a user names: a path, or a URL such as ``s3://bucket/run``.
 
     Raises CheckpointError for a store that no installed package serves, or whose package cannot work here.
     """
     if "://" not in str(text):
         return Path(in_home(str(text)))
     try:
-        place = UPath(str(text))
-        _ = place.fs  # the store's package is imported here
+        path = UPath(str(text))
+        _ = path.fs  # the store's package is imported here
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"{text}: {error}. Install the fsspec package of that store.") from None
     except OSError as error:
@@ -46,26 +46,26 @@ def locate(text: str | Path) -> Location:
             f"{text}: this machine does not get to that store ({error}). hdfs:// needs Java and Hadoop's libraries, by "
             "JAVA_HOME, HADOOP_HOME and CLASSPATH."
         ) from None
-    return Path(place.path) if place.protocol in ("", "file", "local") else place
+    return Path(path.path) if path.protocol in ("", "file", "local") else path
 
 
 @contextmanager
-def telling(place: Location) -> Iterator[None]:
+def store_errors(path: Location) -> Iterator[None]:
     """Raise what goes wrong there as a CheckpointError that names it: Unreachable for a store, whose own package may
     raise anything (no connection, no credentials). FileNotFoundError and FileExistsError are answers, and pass.
     """
-    is_local = isinstance(place, Path)
+    is_local = isinstance(path, Path)
     try:
         yield
     except (CheckpointError, FileNotFoundError, FileExistsError):
         raise
     except OSError as error:
         kind = CheckpointError if is_local else Unreachable
-        raise kind(f"{error.filename or place}: {error.strerror or error}") from None
+        raise kind(f"{error.filename or path}: {error.strerror or error}") from None
     except Exception as error:
         if is_local:
             raise
-        raise Unreachable(f"{place}: {error}") from None
+        raise Unreachable(f"{path}: {error}") from None
 
 
 def list_folder(folder: Location) -> dict[str, int]:
@@ -73,7 +73,7 @@ def list_folder(folder: Location) -> dict[str, int]:
 
     Raises FileNotFoundError where there is none, CheckpointError where it cannot be read.
     """
-    with telling(folder):
+    with store_errors(folder):
         if isinstance(folder, Path):
             return {path.name: size for path in folder.iterdir() if (size := _size(path)) is not None}
         folder.fs.invalidate_cache()  # fsspec would remember an older listing
@@ -83,7 +83,7 @@ def list_folder(folder: Location) -> dict[str, int]:
 
 def exists(path: Location) -> bool:
     """Whether there is such a file or object, as it is now. Raises CheckpointError where that cannot be found out."""
-    with telling(path):
+    with store_errors(path):
         return bool(path.exists())
 
 
@@ -100,9 +100,7 @@ class ByteSource(Protocol):
     is_mapped: bool
 
     @property
-    def size(self) -> int:
-        """Length of the file."""
-        ...
+    def size(self) -> int: ...
 
     def read(self, begin: int, end: int) -> Bytes:
         """Bytes [begin, end)."""
@@ -112,7 +110,7 @@ class ByteSource(Protocol):
         """Bytes [begin, end), read there and then. Raises OSError where they cannot be."""
         ...
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of what holds the bytes that were read. Arrays stay good."""
         ...
 
@@ -132,7 +130,6 @@ class MappedFile:
 
     @property
     def size(self) -> int:
-        """Length of the file."""
         return self._size
 
     def read(self, begin: int, end: int) -> Bytes:
@@ -154,7 +151,7 @@ class MappedFile:
                 left = left[count:]
         return self._buffer[: end - begin]
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of the map, and of the memory that holds what was read, with the last view of it."""
         self._bytes, self._buffer = None, np.empty(0, dtype=np.uint8)
 
@@ -171,17 +168,16 @@ class RemoteFile:
     is_mapped = False
 
     def __init__(self, path: UPath) -> None:
-        with telling(path):
+        with store_errors(path):
             self._path, self._size = path, path.stat().st_size
 
     @property
     def size(self) -> int:
-        """Length of the object."""
         return int(self._size)
 
     def read(self, begin: int, end: int) -> Bytes:
         """Bytes [begin, end). Raises OSError where the store gives fewer."""
-        with telling(self._path):
+        with store_errors(self._path):
             data = self._path.fs.cat_file(self._path.path, start=begin, end=end)
         if len(data) != end - begin:
             raise OSError(None, f"the store gave {len(data):,} bytes instead of {end - begin:,}", str(self._path))
@@ -189,8 +185,8 @@ class RemoteFile:
 
     fetch = read
 
-    def forget(self) -> None:
-        """Nothing is held."""
+    def release(self) -> None:
+        pass
 
 
 def open_bytes(path: Location) -> ByteSource:
@@ -210,7 +206,7 @@ def create(path: Location) -> Iterator[IO[Any]]:
             yield local
             os.fsync(local.fileno())
         return
-    with telling(path):
+    with store_errors(path):
         remote = path.fs.open(path.path, "wb", block_size=_PART_BYTES, autocommit=False)
         try:
             yield remote
@@ -244,12 +240,12 @@ def write_file(path: Location, content: bytes) -> None:
 
 def write_if_absent(path: UPath, content: bytes) -> None:
     """Write an object if none of its name exists: one conditional put. Raises FileExistsError where one does."""
-    with telling(path):
+    with store_errors(path):
         path.fs.pipe_file(path.path, content, mode="create")
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise ConfigError where the place for a result is taken."""
+    """Raise ConfigError where ``out`` exists."""
     if out.exists():
         raise ConfigError(f"{out} exists already: give --out a folder that does not, or remove that one.")
 

@@ -68,7 +68,6 @@ class Lease:
             raise Superseded(f"This run has been taken over by {holder} ({self._run_dir}): this start of it ends.")
 
     def end(self) -> None:
-        """Give the folder back."""
         self._ended.set()
         self._thread.join()
         holder = _read_holder(self._run_dir)
@@ -90,7 +89,7 @@ def locked(run_dir: Path, job: Mapping[str, str]) -> Iterator[Lease]:
 
     Taken over from its holder: at once by a later start of the same SLURM job, and where the holder is dead.
     """
-    with _looking(run_dir):
+    with _exclusively(run_dir):
         _refuse_if_held(run_dir, job)
         lease = Lease(run_dir, job)
     try:
@@ -111,7 +110,7 @@ def folders_of(run_dir: Path, checkpoint_dir: str | None) -> list[Path]:
 
 def refuse_if_locked(run_dir: Path, job: Mapping[str, str]) -> None:
     """Raise CheckpointError if another job holds the run folder at this moment, and ``job`` may not take it over."""
-    with _looking(run_dir):
+    with _exclusively(run_dir):
         _refuse_if_held(run_dir, job)
 
 
@@ -129,7 +128,7 @@ def is_alive(run_dir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _looking(run_dir: Path) -> Iterator[None]:
+def _exclusively(run_dir: Path) -> Iterator[None]:
     """Of those that want the folder, one looks at a time."""
     lock = FileLock(run_dir / f"{_LOCK}-change")
     try:

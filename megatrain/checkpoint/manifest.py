@@ -10,7 +10,7 @@ import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, field_validator
 
-from megatrain.checkpoint.location import Location, telling
+from megatrain.checkpoint.location import Location, store_errors
 from megatrain.errors import CheckpointError
 from megatrain.units import format_bytes
 
@@ -116,7 +116,7 @@ def read_manifest(folder: Location) -> Manifest:
     """Read and check the manifest of a checkpoint folder. Raises CheckpointError naming it."""
     path = folder / MANIFEST
     try:
-        with telling(path), path.open("rb") as file:
+        with store_errors(path), path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None

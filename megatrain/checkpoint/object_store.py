@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import orjson
 from upath import UPath
 
-from megatrain.checkpoint.location import Location, exists, list_folder, telling, write_if_absent
+from megatrain.checkpoint.location import Location, exists, list_folder, store_errors, write_if_absent
 from megatrain.checkpoint.manifest import MANIFEST, NAME, Manifest, folder_name
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore
 from megatrain.distributed.activity import Activity
@@ -135,7 +135,7 @@ class ObjectStore(CheckpointStore):
             return _NONE
         path = self._record(max(numbers))
         try:
-            with telling(path):
+            with store_errors(path):
                 record = orjson.loads(path.read_bytes())
             aside = frozenset(record.get("aside", ()))  # older versions kept no such list
             return _Generation(max(numbers), record["token"], frozenset(record["before"]), aside)
@@ -160,5 +160,5 @@ class ObjectStore(CheckpointStore):
         fs, folder = self.folder.fs, self.folder / name
         for path in (folder / MANIFEST, folder):
             self.activity.transfer()
-            with contextlib.suppress(FileNotFoundError), telling(path):
+            with contextlib.suppress(FileNotFoundError), store_errors(path):
                 fs.rm(path.path, recursive=True)

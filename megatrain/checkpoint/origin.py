@@ -54,7 +54,7 @@ class Origin:
         ``model``. A vocabulary that is not known yet is passed over."""
         found = [
             f"model.{key} is {as_yaml(theirs)} there and {as_yaml(ours)} here"
-            for key, theirs, ours in differences(_whole(self.model), _whole(model))
+            for key, theirs, ours in differences(_resolved(self.model), _resolved(model))
             if not _may_differ(key, theirs, ours, model) and (key, ours) != ("vocab_size", None)
         ]
         if found:
@@ -107,7 +107,6 @@ def find_origin(config: RunConfig) -> Origin | None:
 
 
 def may_differ_table() -> str:
-    """MAY_DIFFER as a Markdown table."""
     rows = (f"| `model.{key}` | {why} |" for key, why in MAY_DIFFER.items())
     return "\n".join(["| key | why |", "|---|---|", *rows])
 
@@ -118,7 +117,7 @@ def _may_differ(key: str, theirs: Any, ours: Any, model: ModelConfig) -> bool:
     return key in MAY_DIFFER
 
 
-def _whole(model: ModelConfig) -> dict[str, Any]:
+def _resolved(model: ModelConfig) -> dict[str, Any]:
     """The model with what follows from its keys where they are null."""
     derived = {"intermediate_size": model.ffn_size, "num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
     return {**model.model_dump(mode="json"), **derived}
@@ -136,10 +135,10 @@ def _saved_model(run_dir: str | None, checkpoint_dir: str | None, init_from: str
     if own or init_from is None:
         return _newest_model(own)
     with _naming_the_key():
-        place = locate(init_from)
-        if is_checkpoint(place):
-            return _newest_model([(0, place)])
-        return _newest_model([*find_store(place).names()] or [(0, resolve(place))])
+        path = locate(init_from)
+        if is_checkpoint(path):
+            return _newest_model([(0, path)])
+        return _newest_model([*find_store(path).names()] or [(0, resolve(path))])
 
 
 @contextmanager

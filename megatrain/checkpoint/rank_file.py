@@ -1,6 +1,6 @@
-"""The file a rank writes: a plain safetensors file whose header also says where each piece lies in the whole.
+"""The file a rank writes: a plain safetensors file whose header also says where each shard lies in the whole.
 
-Bytes: [8: length of the header] [header, JSON] [data] [block table]. Each tensor of the file is one piece, flat. The
+Bytes: [8: length of the header] [header, JSON] [data] [block table]. Each tensor of the file is one shard, flat. The
 header's ``__metadata__`` holds ``pieces``, a JSON table ``{key: [name, kind, global shape, slice offset, slice
 extent, start]}``. The last tensor, ``__blocks__``, is the xxh3-128 digest of each 16 MiB block of the data before it,
 so that a range can be checked as it is read. The file's checksum (in the manifest) is the xxh3-128 of header and block
@@ -64,7 +64,6 @@ class StoredShard:
 
     @property
     def num_bytes(self) -> int:
-        """Length of the piece's data."""
         return self.shard.length * self.dtype.itemsize
 
 
@@ -105,7 +104,7 @@ def write_rank_file(path: Location, fragments: Sequence[Fragment], activity: Act
 
 def read_written(path: Location) -> FileEntry:
     """What ``write_rank_file`` returned for a file, from the file's header and block table alone. Raises OSError, or
-    CheckpointError where it is no file of pieces."""
+    CheckpointError where it is no rank file."""
     try:
         file = open_bytes(path)
         begin, end = _data_range(file.size, file.fetch(0, min(8, file.size)).tobytes())
@@ -116,7 +115,7 @@ def read_written(path: Location) -> FileEntry:
 
 
 class RankFile:
-    """A file of pieces, mapped into memory or read from a store by ranges; each block is checked when first read.
+    """A rank file, mapped into memory or read from a store by ranges; each block is checked when first read.
 
     Opening checks the header and the block table against ``written``. Nothing in the file is trusted further than it
     has been checked: lengths are compared with the file's before anything is allocated. Raises CheckpointError naming
@@ -129,15 +128,15 @@ class RankFile:
         self._file = self._open(written)
         head, self._table = self._read_header(written)
         try:
-            self.pieces = _decode_header(orjson.loads(head[8:]), self._data_end - self._data_begin)
+            self.shards = _decode_header(orjson.loads(head[8:]), self._data_end - self._data_begin)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from None
         self._checked = np.zeros(len(self._table) // _DIGEST_BYTES, dtype=bool)
         self._last: tuple[int, Bytes] | None = None
-        self.forget()  # most files of a checkpoint are opened for their tables alone
+        self.release()  # most files of a checkpoint are opened for their tables alone
 
     def read(self, stored: StoredShard, first: int = 0, last: int | None = None) -> NDArray[Any]:
-        """Elements [first, last) of one of ``pieces``, flat (bfloat16 as its uint16 bit patterns).
+        """Elements [first, last) of one of ``shards``, flat (bfloat16 as its uint16 bit patterns).
 
         A view of the map where the file is mapped. No other blocks are read than those that hold them.
         """
@@ -163,19 +162,19 @@ class RankFile:
             if not self._checked[block]:
                 self._block(block)
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of the memory that holds what was read, and of the open file. Views stay good; reading goes on."""
-        self._file.forget()
+        self._file.release()
         self._last, self._resident_bytes = None, 0
 
     def _make_room(self, num_bytes: int) -> None:
         """Before so much more is read: let go of what was, a checkpoint may be larger than memory."""
         if self._resident_bytes + num_bytes > _MAX_RESIDENT_BYTES:
-            self.forget()
+            self.release()
         self._resident_bytes += num_bytes
 
     def _block(self, block: int) -> Bytes:
-        """A block of the data, checked. The last one is kept: small pieces lie side by side in it."""
+        """A block of the data, checked. The last one is kept: small shards lie side by side in it."""
         if self._last is not None and self._last[0] == block:
             return self._last[1]
         first = block * BLOCK_BYTES
@@ -210,7 +209,7 @@ class RankFile:
         if file.size != written.bytes:
             raise self._damaged(f"it has {file.size:,} bytes instead of {written.bytes:,}")
         if file.size < 8:
-            raise self._damaged("it is too short to be one of pieces")
+            raise self._damaged("it is too short to be a rank file")
         return file
 
     def _read_header(self, written: FileEntry) -> tuple[bytes, bytes]:
@@ -251,14 +250,14 @@ def _encode_header(fragments: Sequence[Fragment]) -> bytes:
     table: dict[str, list[Any]] = {}
     tensors: dict[str, Any] = {}
     begin = 0
-    for number, (piece, kind, data) in enumerate(fragments):
-        if data.numel() != piece.length:
-            raise ValueError(f"{piece.name} {kind}: {data.numel()} elements for a piece of {piece.length}")
-        key = f"{piece.name}:{kind}:{number}"
-        part = piece.tensor_slice
-        table[key] = [piece.name, kind, piece.global_shape, part.offset, part.extent, piece.start]
+    for number, (shard, kind, data) in enumerate(fragments):
+        if data.numel() != shard.length:
+            raise ValueError(f"{shard.name} {kind}: {data.numel()} elements for a shard of {shard.length}")
+        key = f"{shard.name}:{kind}:{number}"
+        part = shard.tensor_slice
+        table[key] = [shard.name, kind, shard.global_shape, part.offset, part.extent, shard.start]
         end = begin + data.numel() * data.element_size()
-        tensors[key] = {"dtype": DTYPE_CODES[data.dtype], "shape": [piece.length], "data_offsets": [begin, end]}
+        tensors[key] = {"dtype": DTYPE_CODES[data.dtype], "shape": [shard.length], "data_offsets": [begin, end]}
         begin = end
     table_bytes = -(-begin // BLOCK_BYTES) * _DIGEST_BYTES
     tensors[BLOCKS_KEY] = {"dtype": "U8", "shape": [table_bytes], "data_offsets": [begin, begin + table_bytes]}
@@ -282,28 +281,28 @@ def _decode_header(header: dict[str, Any], data_bytes: int) -> list[StoredShard]
     metadata = header["__metadata__"]
     if metadata["format"] != FORMAT or metadata["block_bytes"] != str(BLOCK_BYTES):
         raise ValueError(f"format {metadata['format']!r} is not {FORMAT!r}")
-    pieces = []
+    shards = []
     expected = 0
     for key, (name, kind, shape, offset, extent, start) in orjson.loads(metadata["pieces"]).items():
         entry = header[key]
         dtype = _DTYPES[entry["dtype"]]
-        begin, end = _whole(entry["data_offsets"])
+        begin, end = _counts(entry["data_offsets"])
         length, rest = divmod(end - begin, dtype.itemsize)
-        part = TensorSlice(_whole(offset), _whole(extent))
+        part = TensorSlice(_counts(offset), _counts(extent))
         inside = all(
-            n > 0 and o + n <= size for o, n, size in zip(part.offset, part.extent, _whole(shape), strict=True)
+            n > 0 and o + n <= size for o, n, size in zip(part.offset, part.extent, _counts(shape), strict=True)
         )
-        (first,) = _whole([start])
+        (first,) = _counts([start])
         if begin != expected or rest or not inside or not first <= first + length <= part.numel:
-            raise ValueError(f"the piece {key!r} lies outside of its tensor or its file")
-        pieces.append(StoredShard(FlatShard(str(name), tuple(shape), part, first, length), str(kind), dtype, begin))
+            raise ValueError(f"the shard {key!r} lies outside of its tensor or its file")
+        shards.append(StoredShard(FlatShard(str(name), tuple(shape), part, first, length), str(kind), dtype, begin))
         expected = end
     if expected != data_bytes or header[BLOCKS_KEY]["data_offsets"][0] != expected:
         raise ValueError("the block table is not where the data ends")
-    return pieces
+    return shards
 
 
-def _whole(values: list[Any]) -> tuple[int, ...]:
+def _counts(values: list[Any]) -> tuple[int, ...]:
     if not all(type(value) is int and value >= 0 for value in values):
         raise ValueError(f"{values} are not whole numbers")
     return tuple(values)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint under any layout: ask for pieces, get their elements, whoever wrote them."""
+"""Reading a checkpoint under any layout: ask for shards, get their elements, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STILL_OPEN_ELSEWHERE = ".nfs"
 class CheckpointReader:
     """One checkpoint. ``near``: the number of the rank that reads, and of how many. ``activity``: told of each block.
 
-    Files are opened when a piece is not found in those already open, from the reader's own place among the ranks
+    Files are opened when a shard is not found in those already open, from the reader's own position among the ranks
     outwards: a rank's share lies about there under every layout. So under the layout that wrote it each rank opens its
     own file alone, and under another its neighbours', not those of thousands. What is read is checked block by block;
     damage raises CheckpointError naming file and bytes.
@@ -49,7 +49,7 @@ class CheckpointReader:
         return saved_config(self.manifest, self.folder)
 
     def read(self, wanted: FlatShard, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The elements of a piece as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
+        """The elements of a shard as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
         target = torch.empty(wanted.length, dtype=dtype)
         self.read_into(target, wanted, kind)
         return target
@@ -77,18 +77,18 @@ class CheckpointReader:
     def read_parameter(self, spec: ShardSpec, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A whole local parameter, in its shape; padding is zero."""
         flat = torch.zeros(spec.local_numel, dtype=dtype)
-        for piece, where in shard_views(spec, 0, flat.numel()):
-            flat[where if isinstance(where, slice) else torch.from_numpy(where)] = self.read(piece, kind, dtype)
+        for shard, where in shard_views(spec, 0, flat.numel()):
+            flat[where if isinstance(where, slice) else torch.from_numpy(where)] = self.read(shard, kind, dtype)
         return flat.view(spec.local_shape)
 
     def read_file(self, name: str) -> bytes:
-        """A small file that stands beside the pieces, checked. Raises CheckpointError naming it."""
+        """A small file that stands beside the rank files, checked. Raises CheckpointError naming it."""
         if (entry := self.manifest.file(name)) is None:
             raise CheckpointError(f"{self.folder} holds no {name}.")
         return read_small_file(self.folder, entry)
 
     def _candidates(self, name: str, kind: str) -> Iterator[tuple[RankFile, StoredShard]]:
-        """Every stored piece of a tensor: those of open files, then, as long as they are asked for, of further ones."""
+        """Every stored shard of a tensor: those of open files, then, as long as they are asked for, of further ones."""
         seen = 0
         while True:
             found = self._found.get((name, kind), [])
@@ -105,12 +105,12 @@ class CheckpointReader:
         if len(self._in_use) > _FILES_IN_USE:
             oldest = next(iter(self._in_use))
             del self._in_use[oldest]
-            oldest.forget()
+            oldest.release()
 
     def _open(self, entry: FileEntry) -> None:
         file = RankFile(self.folder, entry, self._activity)
         _cover(self._coverage, file)
-        for stored in file.pieces:
+        for stored in file.shards:
             self._found[stored.shard.name, stored.kind].append((file, stored))
 
 
@@ -160,9 +160,9 @@ def check_files(folder: Location) -> Iterator[tuple[FileEntry, str | None]]:
 
 
 def _cover(coverage: Coverage, file: RankFile) -> None:
-    """Count a file's pieces in. Raises CheckpointError where another file holds some of them too."""
+    """Count a file's shards in. Raises CheckpointError where another file holds some of them too."""
     try:
-        for stored in file.pieces:
+        for stored in file.shards:
             coverage.add(stored.shard, stored.kind)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: {error}.") from None

@@ -21,7 +21,7 @@ import xxhash
 import yaml
 
 from megatrain.atomic import sync_folder
-from megatrain.checkpoint.location import Location, exists, list_folder, locate, telling, write_file
+from megatrain.checkpoint.location import Location, exists, list_folder, locate, store_errors, write_file
 from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, folder_name, read_manifest
 from megatrain.distributed.activity import Activity
 from megatrain.errors import CheckpointError, Superseded, Unreachable
@@ -72,7 +72,7 @@ class Retention:
 
 
 class CheckpointStore(ABC):
-    """The checkpoints of one run in one place that all ranks see."""
+    """The checkpoints of one run, in a folder or a store that all ranks see."""
 
     folder: Location
     generation: str = ""
@@ -82,7 +82,7 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def names(self) -> Iterator[tuple[int, Location]]:
-        """Step and place of every checkpoint that has appeared, in no order."""
+        """Step and path of every checkpoint that has appeared, in no order."""
 
     @abstractmethod
     def open_generation(self) -> str:
@@ -193,7 +193,7 @@ class PosixStore(CheckpointStore):
         self.activity = Activity()
 
     def names(self) -> Iterator[tuple[int, Path]]:
-        with telling(self.folder):
+        with store_errors(self.folder):
             found = [*self.folder.iterdir()] if self.folder.is_dir() else []
         for path in found:
             if (match := NAME.fullmatch(path.name)) and path.is_dir():
@@ -265,10 +265,10 @@ class PosixStore(CheckpointStore):
         return self.folder / self.generation / folder_name(step)
 
 
-def open_store(run_dir: Path, place: str | None) -> CheckpointStore:
-    """The checkpoints of a run: under its folder, or at ``place`` (checkpoint.dir), a path or the URL of an object
+def open_store(run_dir: Path, checkpoint_dir: str | None) -> CheckpointStore:
+    """The checkpoints of a run: under its folder, or at checkpoint.dir, a path or the URL of an object
     store."""
-    return _store_at(locate(place) if place else run_dir / "checkpoints")
+    return _store_at(locate(checkpoint_dir) if checkpoint_dir else run_dir / "checkpoints")
 
 
 def find_store(path: Location) -> CheckpointStore:
@@ -279,8 +279,8 @@ def find_store(path: Location) -> CheckpointStore:
             return itself
         if any(True for _ in itself.names()):
             return itself
-        if (place := _configured_place(path)) is not None:
-            return _store_at(locate(place))
+        if (configured := _configured_dir(path)) is not None:
+            return _store_at(locate(configured))
         return PosixStore(path / "checkpoints")
     return _store_at(path)
 
@@ -331,21 +331,21 @@ def resolve_best(path: Location) -> Location:
 
 
 def add_file(folder: Location, name: str, content: bytes) -> FileEntry:
-    """Write a small file beside the pieces, synced; its entry for the manifest. Raises OSError."""
+    """Write a small file beside the rank files, synced; its entry for the manifest. Raises OSError."""
     write_file(folder / name, content)
     return FileEntry(file=name, bytes=len(content), checksum=xxhash.xxh3_128(content).hexdigest())
 
 
 def read_small_file(folder: Location, entry: FileEntry) -> bytes:
-    """The content of a file that holds no pieces, as its checksum says. Raises CheckpointError naming it."""
+    """The content of a file that holds no shards, as its checksum says. Raises CheckpointError naming it."""
     path = folder / entry.file
     try:
-        with telling(path):
+        with store_errors(path):
             size = path.stat().st_size
             if size != entry.bytes:
                 raise CheckpointError(f"{path}: it has {size:,} bytes instead of {entry.bytes:,}.")
             if size > _MAX_SMALL_BYTES:
-                raise CheckpointError(f"{path}: {size:,} bytes are too many for a file beside the pieces.")
+                raise CheckpointError(f"{path}: {size:,} bytes are too many for a file beside the rank files.")
             content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: it is missing.") from None
@@ -395,19 +395,19 @@ def _best(manifests: Mapping[Location, Manifest], count: int) -> set[Location]:
     return {path for _, _, path in sorted(losses, key=lambda entry: entry[:2])[:count]}
 
 
-def _store_at(place: Location) -> CheckpointStore:
-    if isinstance(place, Path):
-        return PosixStore(place)
+def _store_at(folder: Location) -> CheckpointStore:
+    if isinstance(folder, Path):
+        return PosixStore(folder)
     from megatrain.checkpoint.object_store import ObjectStore
 
-    return ObjectStore(place)
+    return ObjectStore(folder)
 
 
-def _configured_place(run_dir: Path) -> str | None:
+def _configured_dir(run_dir: Path) -> str | None:
     """What RUN/config.yaml says of checkpoint.dir; None without such a file."""
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_bytes())
-        place = config["checkpoint"]["dir"]
+        folder = config["checkpoint"]["dir"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
-    return place if isinstance(place, str) else None
+    return folder if isinstance(folder, str) else None

@@ -84,7 +84,6 @@ class Run:
     """The KEY=VALUE that its config was given on the command line."""
 
     def training_batches(self, order: DataOrder) -> TrainingBatches:
-        """This rank's micro-batches in ``order``."""
         return TrainingBatches(self.maker, order, self.groups.coordinate.data, self.groups.topology.data)
 
 
@@ -194,7 +193,6 @@ def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Gro
 
 
 def sampling_settings(config: RunConfig, sources: Sequence[SampleSource]) -> SamplingSettings:
-    """What the config and the data decide of the order of samples."""
     return SamplingSettings(
         global_batch_size=config.train.global_batch_size,
         weights=tuple(entry.weight for entry in config.data.train),

@@ -1,4 +1,4 @@
-"""The small files beside the pieces of a checkpoint: its tokenizer, and what an imported folder says of how to use it.
+"""The small files of a checkpoint: its tokenizer, and what an imported folder says of how to use it.
 
 They go along from an import through the runs that begin from it to an export. Needs no torch.
 """
@@ -82,13 +82,11 @@ class Assets:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What stands before every prompt."""
         tokens = self.special_tokens
         return [tokens.bos.id] if tokens.bos is not None and tokens.begins_with_bos else []
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of an export."""
         bos, tokenizer = self.special_tokens.bos, _tokenizer(self.files)
         if bos is None or not self.prompt_ids or tokenizer is None or _begins_with(bos, self.files, tokenizer):
             return []
@@ -184,7 +182,6 @@ def _begins_with(bos: Token, files: Mapping[str, bytes], tokenizer: Tokenizer | 
 
 
 def _folder_ids(files: Mapping[str, bytes], role: str) -> list[int]:
-    """The ids that transformers gives a role, of which eos may have several."""
     key, config = f"{role}_token_id", _json(files, CONFIG) or {}
     value = (_json(files, GENERATION) or {}).get(key)
     if value is None:
@@ -195,7 +192,6 @@ def _folder_ids(files: Mapping[str, bytes], role: str) -> list[int]:
 
 
 def _folder_text(files: Mapping[str, bytes], role: str) -> str | None:
-    """What the tokenizer's files call a role."""
     for name in (TOKENIZER_CONFIG, TOKENIZER_MAP):
         value = (_json(files, name) or {}).get(f"{role}_token")
         text = value.get("content") if isinstance(value, dict) else value

@@ -103,7 +103,6 @@ class CheckpointManager:
         return ended
 
     def has_updates(self, progress: Progress) -> bool:
-        """Whether an update was made since the last checkpoint."""
         return progress.updates > self._num_updates
 
     def prune_if_sound(self, progress: Progress) -> None:
@@ -282,7 +281,6 @@ def _fill(run: Run, reader: CheckpointReader, num_updates: int) -> None:
 
 
 def _assets(run: Run) -> Assets:
-    """What is saved beside the shards."""
     dataset = run.datasets[0]
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:

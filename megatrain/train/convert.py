@@ -35,7 +35,6 @@ class Converted(NamedTuple):
 
 
 def export_checkpoint(path: Location, out: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> Converted:
-    """Write a checkpoint (or the newest good one of a run) as a Hugging Face folder."""
     reader = CheckpointReader(resolve(path))
     saved = reader.saved
     dtype = huggingface.DTYPES[saved.train.precision]
@@ -90,7 +89,7 @@ def _write_checkpoint(
 
 def _fragments(tensors: Mapping[str, Tensor]) -> list[Fragment]:
     return [
-        Fragment(piece, "weight", tensor.flatten())
+        Fragment(shard, "weight", tensor.flatten())
         for name, tensor in tensors.items()
-        for piece, _ in shard_views(ShardSpec.whole(name, tensor.shape), 0, tensor.numel())
+        for shard, _ in shard_views(ShardSpec.whole(name, tensor.shape), 0, tensor.numel())
     ]

@@ -22,13 +22,13 @@ from megatrain.train.schedule import learning_rate
 from megatrain.train.spikes import NOTHING_YET, Recent, Rewind
 
 
-class May(Enum):
+class Change(Enum):
     """Whether a key of the config may change when a run goes on."""
 
     YES = "yes"
     RECORDED = "yes, recorded"
     NEW_EPOCH = "in a new epoch"
-    NEVER = "no"
+    NO = "no"
 
 
 _FROM_THAT_STEP_ON = "from that step on"
@@ -39,41 +39,45 @@ class Rule:
     """What holds for a key and all below it, where no longer key has a rule of its own; `*` stands for an index."""
 
     key: str
-    may: May
+    change: Change
     why: str
 
 
 RULES = (
-    Rule("run.dir", May.YES, "a run folder may be moved"),
-    Rule("run.seed", May.NEVER, "it decides the order of the data"),
-    Rule("run.init_from", May.YES, "it is read at step 0 alone"),
-    Rule("model", May.NEVER, "another model has no use for these weights"),
-    Rule("model.attention_dropout", May.YES, _FROM_THAT_STEP_ON),
-    Rule("model.hidden_dropout", May.YES, _FROM_THAT_STEP_ON),
-    Rule("data.train.*.path", May.YES, "a dataset may be moved; its number in the list and its digest may not change"),
-    Rule("data.train.*.weight", May.RECORDED, "every epoch goes on where it stood"),
-    Rule("data.train.*.fill_in_the_middle", May.YES, _FROM_THAT_STEP_ON),
-    Rule("data.train.*.span_corruption", May.YES, _FROM_THAT_STEP_ON),
-    Rule("data.train.*.token_masking", May.YES, _FROM_THAT_STEP_ON),
-    Rule("data.train.*.transform", May.YES, _FROM_THAT_STEP_ON),
-    Rule("data.validation", May.YES, "it does not touch the training"),
-    Rule("data.seq_len", May.NEW_EPOCH, "it decides where samples begin"),
-    Rule("data.document_mask", May.NEVER, "it decides what each token sees"),
-    Rule("data.score_after_eod", May.YES, "from that step on; losses before and after are not the same measure"),
-    Rule("data.packing", May.NEW_EPOCH, "it decides where samples begin"),
-    Rule("data.cache_dir", May.YES, "it does not touch the training"),
-    Rule("data.cache_bytes", May.YES, "it does not touch the training"),
-    Rule("data.num_new_epochs", May.RECORDED, "raised, it begins new epochs; it counts them, so it is never less"),
-    Rule("parallel", May.YES, "a checkpoint knows no layout"),
-    Rule("train", May.YES, _FROM_THAT_STEP_ON),
-    Rule("train.global_batch_size", May.RECORDED, "every epoch goes on where it stood"),
-    Rule("spikes", May.YES, _FROM_THAT_STEP_ON),
-    Rule("optimizer", May.YES, _FROM_THAT_STEP_ON),
-    Rule("optimizer.type", May.NEVER, "another optimizer has no use for this state"),
-    Rule("schedule", May.YES, _FROM_THAT_STEP_ON),
-    Rule("checkpoint", May.YES, "it does not touch the training"),
-    Rule("observe", May.YES, "it does not touch the training"),
-    Rule("deepspeed", May.YES, _FROM_THAT_STEP_ON),
+    Rule("run.dir", Change.YES, "a run folder may be moved"),
+    Rule("run.seed", Change.NO, "it decides the order of the data"),
+    Rule("run.init_from", Change.YES, "it is read at step 0 alone"),
+    Rule("model", Change.NO, "another model has no use for these weights"),
+    Rule("model.attention_dropout", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("model.hidden_dropout", Change.YES, _FROM_THAT_STEP_ON),
+    Rule(
+        "data.train.*.path",
+        Change.YES,
+        "a dataset may be moved; its number in the list and its digest may not change",
+    ),
+    Rule("data.train.*.weight", Change.RECORDED, "every epoch goes on where it stood"),
+    Rule("data.train.*.fill_in_the_middle", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("data.train.*.span_corruption", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("data.train.*.token_masking", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("data.train.*.transform", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("data.validation", Change.YES, "it does not touch the training"),
+    Rule("data.seq_len", Change.NEW_EPOCH, "it decides where samples begin"),
+    Rule("data.document_mask", Change.NO, "it decides what each token sees"),
+    Rule("data.score_after_eod", Change.YES, "from that step on; losses before and after are not the same measure"),
+    Rule("data.packing", Change.NEW_EPOCH, "it decides where samples begin"),
+    Rule("data.cache_dir", Change.YES, "it does not touch the training"),
+    Rule("data.cache_bytes", Change.YES, "it does not touch the training"),
+    Rule("data.num_new_epochs", Change.RECORDED, "raised, it begins new epochs; it counts them, so it is never less"),
+    Rule("parallel", Change.YES, "a checkpoint knows no layout"),
+    Rule("train", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("train.global_batch_size", Change.RECORDED, "every epoch goes on where it stood"),
+    Rule("spikes", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("optimizer", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("optimizer.type", Change.NO, "another optimizer has no use for this state"),
+    Rule("schedule", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("checkpoint", Change.YES, "it does not touch the training"),
+    Rule("observe", Change.YES, "it does not touch the training"),
+    Rule("deepspeed", Change.YES, _FROM_THAT_STEP_ON),
 )
 """What may change when a run goes on, for every key of the config. docs/resuming.md has this table."""
 
@@ -104,7 +108,6 @@ class Progress:
     training_seconds: float = field(default=0.0, compare=False)
 
     def after_step(self, num_tokens: int, skipped: bool, recent: Recent) -> Progress:
-        """One step on."""
         return replace(
             self,
             step=self.step + 1,
@@ -123,7 +126,6 @@ class Progress:
         return replace(self, num_worse=self.num_worse + 1)
 
     def to_state(self) -> dict[str, Any]:
-        """The manifest's ``state``."""
         state = asdict(self) | {"segments": [segment.to_state() for segment in self.segments]}
         del state["step"], state["tokens"]
         return state
@@ -159,8 +161,7 @@ def rule_of(key: str) -> Rule:
 
 
 def resume_table() -> str:
-    """The rules as a Markdown table."""
-    rows = (f"| `{rule.key}` | {rule.may.value} | {rule.why} |" for rule in RULES)
+    rows = (f"| `{rule.key}` | {rule.change.value} | {rule.why} |" for rule in RULES)
     return "\n".join(["| key, and all below it | may change | |", "|---|---|---|", *rows])
 
 
@@ -171,9 +172,13 @@ def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
     is_new_epoch = config.data.num_new_epochs > asked
     for path, before, after in differences(former.model_dump(mode="json"), config.model_dump(mode="json")):
         rule, text = rule_of(path), f"{path} was {before} and is now {after}"
-        if rule.may is May.NEVER or (rule.key == "data.num_new_epochs" and not is_new_epoch):
+        if rule.change is Change.NO or (rule.key == "data.num_new_epochs" and not is_new_epoch):
             problems.append(f"{text} ({rule.why})")
-        elif rule.may is May.NEW_EPOCH and not is_new_epoch and (reason := _within_epoch(config, path, before, after)):
+        elif (
+            rule.change is Change.NEW_EPOCH
+            and not is_new_epoch
+            and (reason := _within_epoch(config, path, before, after))
+        ):
             problems.append(f"{text} ({reason})")
             ways_out = [f"set data.num_new_epochs to {asked + 1} to give up the rest of the epochs and begin new ones"]
     if problems:
@@ -193,7 +198,7 @@ def refuse_what_is_left_out(
     forgotten = [
         (path, before, after)
         for path, before, after in differences(former.model_dump(mode="json"), config.model_dump(mode="json"))
-        if (rule_of(path).may is May.RECORDED or rule_of(path).why == _FROM_THAT_STEP_ON)
+        if (rule_of(path).change is Change.RECORDED or rule_of(path).why == _FROM_THAT_STEP_ON)
         and _gives(given_before, path)
         and not _gives(given_now, path)
         and path != "train.steps"

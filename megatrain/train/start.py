@@ -67,7 +67,7 @@ def train(
     while True:
         with _observed(run, progress, resumed_from, complaints, clock, ledger, callbacks) as observers:
             trainer = Trainer(run, progress, stop, observers, lease)
-            with _giving_up_told(observers, trainer):
+            with _divergence_reported(observers, trainer):
                 try:
                     return trainer.run()
                 except SpikeError as spike:
@@ -114,8 +114,7 @@ def _observed(
 
 
 @contextlib.contextmanager
-def _giving_up_told(observers: Observers | None, trainer: Trainer) -> Iterator[None]:
-    """That a run gives up is an event, as any other end."""
+def _divergence_reported(observers: Observers | None, trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Diverged as error:
@@ -155,5 +154,4 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
 
 
 def _epochs(run: Run) -> list[Epochs]:
-    """How often the whole run sees each of its datasets."""
     return epochs_of(run.order, run.config.train.steps, run.datasets)

@@ -22,7 +22,6 @@ class StartClock:
         self.lap("python")
 
     def lap(self, part: str) -> None:
-        """All time since the last lap was for ``part``."""
         now = time.time()
         self.parts[part] = self.parts.get(part, 0.0) + max(now - self._last, 0.0)
         self._last = now

@@ -48,7 +48,6 @@ class StragglerDetector:
         self._in_a_row: dict[Straggler, int] = {}
 
     def add(self, parts: Mapping[str, float]) -> None:
-        """Count the seconds of a step, by part."""
         self._num_steps += 1
         for part, seconds in parts.items():
             self._sums[part] += seconds

@@ -103,7 +103,7 @@ def gather_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     missing: dict[tuple[str, str], int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = RankFile(folder, read_written(path))
-        for stored in file.pieces:
+        for stored in file.shards:
             name, shape = stored.shard.name, stored.shard.global_shape
             key, count = (name, stored.kind), math.prod(shape)
             flat = state.setdefault(key, torch.full((count,), math.nan))

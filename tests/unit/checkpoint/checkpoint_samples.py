@@ -54,7 +54,7 @@ def manifest(step: int, files: Sequence[FileEntry]) -> Manifest:
 
 
 def write_checkpoint(run_dir: Path, step: int, num_ranks: int = 2, **facts: Any) -> Path:
-    """A whole checkpoint of the sample in a run folder, with a plain file beside the pieces."""
+    """A whole checkpoint of the sample in a run folder, with a plain file beside the rank files."""
     path = save(PosixStore(run_dir / "checkpoints"), step, num_ranks, **facts)
     assert isinstance(path, Path)
     return path

@@ -48,6 +48,7 @@ OTHERS: dict[str, Any] = {
     "layer_norm_epsilon": 1e-6,
     "rope_theta": 1e4,
     "rope_scaling": None,
+    "sliding_window": 16,
     "tie_word_embeddings": True,
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
@@ -89,10 +90,8 @@ def begin(tmp_path: Path, saved: dict[str, Any], model: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("key", ModelConfig.model_fields)
 def test_each_key_may_differ_or_is_refused(key: str, tmp_path: Path) -> None:
-    if key == "layer_norm_epsilon":
-        saved, other = GPT2, {**GPT2, key: 1e-6}
-    else:
-        saved, other = LLAMA, {**LLAMA, key: OTHERS[key]}
+    saved = {"layer_norm_epsilon": GPT2, "sliding_window": {**LLAMA, "family": "mistral"}}.get(key, LLAMA)
+    other = {**saved, key: OTHERS[key]}
     if key in MAY_DIFFER and key != "max_position_embeddings":
         return begin(tmp_path, saved, other)
     with pytest.raises(CheckpointError, match=rf"model\.{key} is .* there and .* here"):

@@ -64,7 +64,7 @@ def test_every_element_type_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path:
     values = torch.randn(1000).to(dtype)
     piece = FlatShard("x", (1000,), TensorSlice((0,), (1000,)), 0, 1000)
     file = RankFile(tmp_path, write_rank_file(tmp_path / "a.safetensors", [Fragment(piece, "weight", values)]))
-    read = torch.from_numpy(file.read(file.pieces[0]).copy()).view(dtype)
+    read = torch.from_numpy(file.read(file.shards[0]).copy()).view(dtype)
     assert torch.equal(read, values)
 
 
@@ -93,7 +93,7 @@ def test_two_boxes_of_one_tensor_are_two_pieces(tmp_path: Path) -> None:
     ]
     parts = [part._replace(data=part.data.float()) for part in parts]
     file = RankFile(tmp_path, write_rank_file(tmp_path / "a.safetensors", parts))
-    assert [file.read(stored)[0] for stored in file.pieces] == [0.0, 1.0, 2.0]
+    assert [file.read(stored)[0] for stored in file.shards] == [0.0, 1.0, 2.0]
 
 
 def _forge(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> FileEntry:

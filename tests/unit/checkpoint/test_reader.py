@@ -86,7 +86,7 @@ def test_elements_held_twice_hide_no_missing_ones(case: str, apart: bool, tmp_pa
         CheckpointError, match=r"safetensors: it holds elements of norm\.weight \(weight\) that another"
     ):
         CheckpointReader(folder).read(FlatShard("norm.weight", (16,), TensorSlice((0,), (16,)), 0, 16), "weight")
-    assert any("that another piece holds too" in problem for problem in verify(folder)[0])
+    assert any("that another shard holds too" in problem for problem in verify(folder)[0])
 
 
 def test_verify_finds_a_tensor_without_a_file(tmp_path: Path) -> None:

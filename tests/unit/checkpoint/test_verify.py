@@ -75,7 +75,10 @@ def test_an_oversized_file_beside_pieces_is_refused(tmp_path: Path, verify: Call
         entry.model_copy(update={"bytes": 1 << 40}) if entry.file == path.name else entry for entry in manifest.files
     ]
     (path.parent / "manifest.json").write_bytes(manifest.model_copy(update={"files": tuple(entries)}).encode())
-    assert verify(path.parent) == (4, f"{path}: 1,099,511,627,776 bytes are too many for a file beside the pieces.\n")
+    assert verify(path.parent) == (
+        4,
+        f"{path}: 1,099,511,627,776 bytes are too many for a file beside the rank files.\n",
+    )
 
 
 def test_of_a_run_every_checkpoint_is_verified(tmp_path: Path, verify: Callable[[Path], tuple[int, str]]) -> None:
