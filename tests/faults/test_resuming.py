@@ -157,7 +157,7 @@ def test_a_checkpoint_goes_on_under_every_layout(
         _check_continues(first, second, layouts, losses, tmp_path / str(number))
 
 
-def test_a_ramp_killed_on_the_way_goes_on_exactly(
+def test_a_ramp_that_is_killed_goes_on_exactly(
     tiny_data: TinyData, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     train = {"steps": 10, "global_batch_size": [[0, 4], [512, 8], [2000, 12]]}  # from steps 0, 2 and 5 on

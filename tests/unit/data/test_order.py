@@ -186,7 +186,7 @@ def test_random_access_equals_sequential_order(
 
 @settings(deadline=None)
 @given(seeds, tokens, batch_sizes, st.integers(0, 40), batch_sizes, st.integers(0, 40))
-def test_each_step_of_a_ramp_takes_the_next_samples(
+def test_a_ramp_takes_the_next_samples_each_step(
     seed: int, num_tokens: list[int], first: BatchSize, change_step: int, second: BatchSize, more_steps: int
 ) -> None:
     """As a loop over steps does that counts trained tokens, whatever is changed on the way."""

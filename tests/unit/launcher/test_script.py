@@ -371,7 +371,7 @@ def test_an_array_runs_a_data_tools_command(launch: Launch, tmp_path: Path) -> N
     assert shown.stdout.splitlines() == ["-m", "data_tools", *words]
 
 
-def test_an_array_trains_a_run_of_a_sweep_a_task(launch: Launch) -> None:
+def test_each_task_of_an_array_trains_one_run(launch: Launch) -> None:
     words = ["sweep", "run.yaml", "optimizer.lr=1e-3,3e-3"]
     script = checked(launch("array", "--tasks", "2", "--", *words).out)
     assert sbatch_options(script)["--signal"] == "B:TERM@180"  # in time to save
