@@ -3,10 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from megatrain.version import __version__
+
 if TYPE_CHECKING:
     from megatrain.api import Callback, Model, Run, load, open_run, train
 
-__version__ = "0.2.0"
+
 __all__ = ["Callback", "Model", "Run", "__version__", "load", "open_run", "train"]
 
 

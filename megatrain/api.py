@@ -26,7 +26,8 @@ from megatrain.checkpoint.lock import folders_of, locked
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.origin import load as load_config
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import CheckpointFolder, find_store, is_checkpoint, resolve, resolve_best
+from megatrain.checkpoint.store import CheckpointFolder, is_checkpoint
+from megatrain.checkpoint.stores import find_store, resolve, resolve_best
 from megatrain.config import ModelConfig, RunConfig, recipes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.bootstrap import export_rank, job_identity, read_rank

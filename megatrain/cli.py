@@ -529,7 +529,7 @@ def _load(config: str, overrides: list[str] | None) -> RunConfig:
 def _place(checkpoint: str, best: bool = False) -> Location:
     """The checkpoint or run folder that the command line names."""
     from megatrain.checkpoint.location import locate
-    from megatrain.checkpoint.store import resolve_best
+    from megatrain.checkpoint.stores import resolve_best
 
     place = locate(checkpoint)
     return resolve_best(place) if best else place

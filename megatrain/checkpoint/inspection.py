@@ -11,14 +11,8 @@ from megatrain.checkpoint.location import Location, store_errors
 from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.reader import check_files
-from megatrain.checkpoint.store import (
-    CheckpointFolder,
-    CheckpointStore,
-    find_problem,
-    find_store,
-    is_checkpoint,
-    resolve,
-)
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, find_problem, is_checkpoint
+from megatrain.checkpoint.stores import find_store, resolve
 from megatrain.errors import CheckpointError
 
 

@@ -94,7 +94,8 @@ def find_origin(config: RunConfig) -> Origin | None:
     from megatrain.checkpoint.location import locate
     from megatrain.checkpoint.manifest import read_manifest
     from megatrain.checkpoint.saved_config import saved_config
-    from megatrain.checkpoint.store import find_problem, open_store, resolve
+    from megatrain.checkpoint.store import find_problem
+    from megatrain.checkpoint.stores import open_store, resolve
 
     if any(True for _ in open_store(Path(config.run.dir), config.checkpoint.dir).names()):
         return None
@@ -129,7 +130,8 @@ def _saved_model(run_dir: str | None, checkpoint_dir: str | None, init_from: str
     Of each checkpoint only the manifest is read: all ranks of a run do it.
     """
     from megatrain.checkpoint.location import locate
-    from megatrain.checkpoint.store import find_store, is_checkpoint, open_store, resolve
+    from megatrain.checkpoint.store import is_checkpoint
+    from megatrain.checkpoint.stores import find_store, open_store, resolve
 
     own = [*open_store(Path(run_dir), checkpoint_dir).names()] if run_dir is not None else []
     if own or init_from is None:

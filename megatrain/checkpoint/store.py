@@ -18,10 +18,9 @@ from types import MappingProxyType
 from typing import Any
 
 import xxhash
-import yaml
 
 from megatrain.atomic import sync_folder
-from megatrain.checkpoint.location import Location, exists, list_folder, locate, store_errors, write_file
+from megatrain.checkpoint.location import Location, exists, list_folder, store_errors, write_file
 from megatrain.checkpoint.manifest import MANIFEST, NAME, FileEntry, Manifest, folder_name, read_manifest
 from megatrain.distributed.activity import Activity
 from megatrain.errors import CheckpointError, Superseded, Unreachable
@@ -168,7 +167,7 @@ class CheckpointStore(ABC):
                 old.append(path)
         read = [path for _, path in newest_first] if retention.best else old
         manifests = {path: manifest for path in read if (manifest := _readable(path))}
-        best = _best(manifests, retention.best)
+        best = best_of(manifests, retention.best)
         for path in old:
             manifest = manifests.get(path)
             if manifest and not manifest.on_request and path not in best and find_problem(path) is None:
@@ -265,69 +264,9 @@ class PosixStore(CheckpointStore):
         return self.folder / self.generation / folder_name(step)
 
 
-def open_store(run_dir: Path, checkpoint_dir: str | None) -> CheckpointStore:
-    """The checkpoints of a run: under its folder, or at checkpoint.dir, a path or the URL of an object
-    store."""
-    return _store_at(locate(checkpoint_dir) if checkpoint_dir else run_dir / "checkpoints")
-
-
-def find_store(path: Location) -> CheckpointStore:
-    """The checkpoints that a user means by a run folder, its checkpoints folder, a checkpoint.dir, or a URL."""
-    if isinstance(path, Path):
-        itself = PosixStore(path)
-        if path.name == "checkpoints" and (path.is_dir() or not (path / "checkpoints").is_dir()):
-            return itself
-        if any(True for _ in itself.names()):
-            return itself
-        if (configured := _configured_dir(path)) is not None:
-            return _store_at(locate(configured))
-        return PosixStore(path / "checkpoints")
-    return _store_at(path)
-
-
 def is_checkpoint(path: Location) -> bool:
     """Whether ``path`` is a checkpoint folder, by its manifest or by its name (a damaged one has no manifest)."""
     return (NAME.fullmatch(path.name) is not None and path.is_dir()) or exists(path / MANIFEST)
-
-
-def resolve(path: Location) -> Location:
-    """The checkpoint folder that a user means by ``path``: itself, or the newest good one of a run folder.
-
-    Raises CheckpointError where it is neither.
-    """
-    if is_checkpoint(path):
-        read_manifest(path)
-        return path
-    if isinstance(path, Path) and not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist: give a checkpoint folder (RUN/checkpoints/step-...) or a run folder."
-        )
-    newest = find_store(path).newest_good()
-    if newest is None:
-        hint = (
-            f" `megatrain import {path} --out ...` makes a checkpoint of it." if (path / "config.json").exists() else ""
-        )
-        raise CheckpointError(
-            f"{path} is neither a checkpoint (no {MANIFEST}) nor a run folder with checkpoints.{hint}"
-        )
-    return newest.path
-
-
-def resolve_best(path: Location) -> Location:
-    """The good checkpoint of a run folder with the lowest validation loss; of several, the earliest.
-
-    Raises CheckpointError where there is none.
-    """
-    if is_checkpoint(path):
-        raise CheckpointError(f"{path} is one checkpoint: the best is found among those of a run folder.")
-    manifests = {found.path: found.manifest for found in find_store(path).list() if found.good and found.manifest}
-    best = _best(manifests, 1)
-    if not best:
-        raise CheckpointError(
-            f"{path} has no good checkpoint with a validation loss. One has a loss where an evaluation on "
-            "data.validation is due at the same step (train.eval_every_steps, checkpoint.every_steps)."
-        )
-    return best.pop()
 
 
 def add_file(folder: Location, name: str, content: bytes) -> FileEntry:
@@ -389,25 +328,7 @@ def _readable(path: Location) -> Manifest | None:
         return None
 
 
-def _best(manifests: Mapping[Location, Manifest], count: int) -> set[Location]:
+def best_of(manifests: Mapping[Location, Manifest], count: int) -> set[Location]:
     """The ``count`` checkpoints with the lowest validation loss."""
     losses = [(m.validation_loss, str(path), path) for path, m in manifests.items() if m.validation_loss is not None]
     return {path for _, _, path in sorted(losses, key=lambda entry: entry[:2])[:count]}
-
-
-def _store_at(folder: Location) -> CheckpointStore:
-    if isinstance(folder, Path):
-        return PosixStore(folder)
-    from megatrain.checkpoint.object_store import ObjectStore
-
-    return ObjectStore(folder)
-
-
-def _configured_dir(run_dir: Path) -> str | None:
-    """What RUN/config.yaml says of checkpoint.dir; None without such a file."""
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_bytes())
-        folder = config["checkpoint"]["dir"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
-    return folder if isinstance(folder, str) else None

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from megatrain import __version__
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.distributed.health_checks import Effort, Finding, Reading, diagnose
 from megatrain.distributed.probe import arithmetic_seconds, next_link, write_seconds
 from megatrain.units import format_bytes
+from megatrain.version import __version__
 
 _PACKAGES = ("torch", "deepspeed", "numpy")
 _NUM_TRIES = 4

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from megatrain.checkpoint.location import Location
-from megatrain.checkpoint.store import CheckpointStore, open_store
+from megatrain.checkpoint.store import CheckpointStore
+from megatrain.checkpoint.stores import open_store
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations

@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from megatrain import __version__
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token
 from megatrain.checkpoint.origin import find_origin
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
-from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention, find_store
+from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention
+from megatrain.checkpoint.stores import find_store
 from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
 from megatrain.observe.metrics import METRICS_FILE
@@ -34,6 +34,7 @@ from megatrain.train.progress import (
     resume_order,
 )
 from megatrain.train.spikes import Rewind, SpikeError, num_in_a_row
+from megatrain.version import __version__
 
 logger = logging.getLogger(__name__)
 

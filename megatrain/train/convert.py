@@ -10,18 +10,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatrain import __version__
 from megatrain.checkpoint import huggingface
 from megatrain.checkpoint.location import Location, new_folder, refuse_existing, write_file
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
 from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import add_file, resolve
+from megatrain.checkpoint.store import add_file
+from megatrain.checkpoint.stores import resolve
 from megatrain.checkpoint.transformers_config import not_in_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
 from megatrain.plan.flops import num_parameters, parameter_shapes
 from megatrain.train.assets import CARRIED, Assets, exported_files
+from megatrain.version import __version__
 
 _EVALUATION_TOKENS = 1024
 

@@ -13,7 +13,7 @@ from rich.progress import track
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import resolve
+from megatrain.checkpoint.stores import resolve
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
 from megatrain.data.dataset import document_markers

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import resolve
+from megatrain.checkpoint.stores import resolve
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.bootstrap import RankInfo

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from megatrain.checkpoint.store import find_store
+from megatrain.checkpoint.stores import find_store
 from megatrain.observe.goodput import Goodput, last_goodput
 from tests.faults.small_disk import fill, small_disk
 from tests.runs import Metrics, TinyData, TrainProcess, last_step, tiny_config, wait_until, write_config

@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from megatrain.checkpoint.inspection import verify
-from megatrain.checkpoint.store import PosixStore, find_store
+from megatrain.checkpoint.store import PosixStore
+from megatrain.checkpoint.stores import find_store
 from tests.faults.small_disk import fill, small_disk
 from tests.faults.traced_save import begin_save, end_save, save
 from tests.runs import Metrics, TinyData, tiny_config, write_config

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from megatrain.checkpoint.store import find_store
+from megatrain.checkpoint.stores import find_store
 from tests.runs import ACCEPTANCE, Metrics, TinyData, TrainProcess, last_step, tiny_config, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

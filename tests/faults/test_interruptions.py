@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatrain.checkpoint.inspection import verify
-from megatrain.checkpoint.store import find_store
+from megatrain.checkpoint.stores import find_store
 from tests.runs import ACCEPTANCE, Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 
 NUM_STEPS = 20

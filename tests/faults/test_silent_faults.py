@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatrain.checkpoint.store import find_store
+from megatrain.checkpoint.stores import find_store
 from tests.runs import TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 

@@ -15,15 +15,8 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.lock import locked
 from megatrain.checkpoint.rank_file import write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.store import (
-    CheckpointStore,
-    PosixStore,
-    Retention,
-    find_problem,
-    find_store,
-    open_store,
-    resolve,
-)
+from megatrain.checkpoint.store import CheckpointStore, PosixStore, Retention, find_problem
+from megatrain.checkpoint.stores import find_store, open_store, resolve
 from megatrain.errors import CheckpointError, Superseded
 from tests.faults.small_disk import small_disk
 
