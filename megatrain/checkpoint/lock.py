@@ -25,6 +25,7 @@ from megatrain.errors import CheckpointError, Superseded
 
 LEASE_SECONDS = 15.0  # a holder on another machine that has not moved for so long is dead
 _BEAT_SECONDS = 2.0
+_DYING_SECONDS = 2.0  # a process that was killed holds its lock until its memory has been given back
 _LOCK = ".lock"
 
 
@@ -145,8 +146,13 @@ def _exclusively(run_dir: Path) -> Iterator[None]:
 
 def _refuse_if_held(run_dir: Path, job: Mapping[str, str]) -> None:
     holder = _read_holder(run_dir)
-    if (holder is None or not _is_restart(job, holder.job)) and _lives(run_dir, holder):
-        raise _in_use(run_dir, str(holder or "another job"))
+    if holder is not None and _is_restart(job, holder.job):
+        return
+    deadline = time.monotonic() + _DYING_SECONDS
+    while _lives(run_dir, holder):
+        if time.monotonic() > deadline:
+            raise _in_use(run_dir, str(holder or "another job"))
+        time.sleep(0.05)
 
 
 def _lives(run_dir: Path, holder: _Holder | None) -> bool:
