@@ -9,10 +9,11 @@ from pathlib import Path
 import orjson
 import pytest
 
+from megatrain.checkpoint.lock import is_alive
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.train.progress import Progress
 from tests.faults.conftest import Copy
-from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, write_config
+from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 from tests.served import ServedRanks
 
 LAYOUTS = {"1 rank, ZeRO 0": (1, 0), "1 rank, ZeRO 3": (1, 3)} | {f"2 ranks, ZeRO {z}": (2, z) for z in range(4)}
@@ -169,6 +170,7 @@ def test_a_ramp_that_is_killed_goes_on_exactly(
     process.wait_for_step(4)
     process.kill_all()
     process.wait()
+    wait_until(lambda: not is_alive(tmp_path / "killed"))  # a rank that is killed ends a moment later
     assert Metrics.read(tmp_path / "killed").steps[-1] < 10
     shutil.copytree(tmp_path / "killed", tmp_path / "narrow")
     two_ranks.finish(killed)
