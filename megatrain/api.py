@@ -69,10 +69,13 @@ class Model:
 
         Raises ConfigError for ids out of range, and for more tokens than the model has positions.
         """
-        tokens = torch.as_tensor(ids, device=self.module.device)
+        try:  # a copy: what is read from a dataset is read-only
+            tokens = torch.as_tensor(ids if isinstance(ids, Tensor) else np.array(ids), device=self.module.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ConfigError(f"ids are not token ids: {error}") from None
         if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.dim() not in (1, 2):
             raise ConfigError(f"ids are {tokens.dtype} {list(tokens.shape)}: give integers, [T] or [B, T].")
-        tokens_BT = tokens.long().reshape(-1, tokens.shape[-1])
+        tokens_BT = tokens.long() if tokens.dim() == 2 else tokens.long()[None]
         num_ids, longest = self.config.known_vocab_size, self.config.max_position_embeddings
         if tokens_BT.numel() == 0 or tokens_BT.min() < 0 or tokens_BT.max() >= num_ids:
             raise ConfigError(f"ids must be from 0 to {num_ids - 1}, and at least one.")
@@ -155,7 +158,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, *, best: bool = Fal
     """
     place = locate(path)
     if isinstance(place, Path) and not best:
-        config = recipes.find(path)
+        config = recipes.find(path).expanduser()
         if config.suffix in (".yaml", ".yml") and config.is_file() and not place.is_dir():
             return _initial(load_config(config), dtype)
         if (place / huggingface.CONFIG).is_file() and not is_checkpoint(place):
@@ -226,7 +229,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
     from megatrain.parallel.deepspeed_engine import forget_globals  # DeepSpeed, which takes seconds to import
     from megatrain.train import start
 
-    path, rank = recipes.find(config), read_rank()
+    path, rank = recipes.find(config).expanduser(), read_rank()
     if rank.world_size > 1:
         raise ConfigError("megatrain.train is one rank: several are started with the command, `megatrain train`.")
     loaded = load_config(path, overrides)

@@ -381,7 +381,7 @@ def import_command(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and safetensors.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to make; it must not exist yet.")],
 ) -> None:
-    """Make a checkpoint of a Hugging Face folder (llama, mistral, qwen3, gpt2) for run.init_from, eval and generate."""
+    """Make a checkpoint of a Hugging Face folder, of any family here, for run.init_from, eval and generate."""
     from megatrain.train.convert import import_folder
 
     imported = import_folder(folder, out)

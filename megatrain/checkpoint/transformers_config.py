@@ -55,7 +55,11 @@ def laid_over(theirs: Mapping[str, Any], config: ModelConfig, dtype: str) -> dic
     if "torch_dtype" in changed:
         changed[dtype_key] = changed.pop("torch_dtype")
     kept = {key: value for key, value in theirs.items() if key != "auto_map"}  # code of the folder's own is not carried
-    return {**kept, "architectures": [config.description.hugging_face.architecture], **changed}
+    known = config.description.hugging_face
+    merged = {**kept, "architectures": [known.architecture], **changed}
+    if known.refuse({**_ABSENT, **known.absent, **merged}):  # theirs say another model of a longer context
+        merged = {key: value for key, value in merged.items() if key != "layer_types"} | {**known.constants}
+    return merged
 
 
 def not_in_transformers(config: ModelConfig) -> list[str]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from megatrain.checkpoint.lock import is_alive
@@ -101,7 +102,7 @@ def as_table(runs: Sequence[RunSummary]) -> Table:
         of = f"{run.step:,}" if run.num_steps is None else f"{run.step:,}/{run.num_steps:,}"
         figures = (_figure(run.loss), _figure(run.validation_loss), _figure(run.best_step), _figure(run.lr, "g"))
         others = (_shown(run.differs.get(key)) for key in keys if key != "optimizer.lr")
-        table.add_row(run.run, run.state, of, *figures, *others)
+        table.add_row(*map(escape, (run.run, run.state, of, *figures, *others)))
     return table
 
 

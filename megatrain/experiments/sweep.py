@@ -20,7 +20,6 @@ from megatrain.errors import EXIT_PREEMPTED, EXIT_USAGE, ConfigError
 from megatrain.experiments.runs import as_table, summarize
 from megatrain.observe.metrics import tail
 
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # one outside of brackets
 _NOT_IN_NAMES = re.compile(r"[^\w.=+-]+")  # nor commas: they stand between keys
 
 
@@ -38,9 +37,7 @@ def points(config: str, overrides: Sequence[str]) -> list[Point]:
 
     Raises ConfigError where no key has several values, or a combination is no legal config.
     """
-    axes = [
-        [f"{key}={value}" for value in _COMMA.split(text)] for key, _, text in (o.partition("=") for o in overrides)
-    ]
+    axes = [[f"{key}={value}" for value in _values(text)] for key, _, text in (o.partition("=") for o in overrides)]
     varied = [number for number, axis in enumerate(axes) if len(axis) > 1]
     if not varied:
         raise ConfigError("A sweep needs a key with several values, such as optimizer.lr=1e-3,3e-3.")
@@ -58,6 +55,18 @@ def points(config: str, overrides: Sequence[str]) -> list[Point]:
     if len({point.name for point in found}) < len(found):
         raise ConfigError("Two combinations of the sweep are the same: is a value given twice?")
     return found
+
+
+def _values(text: str) -> list[str]:
+    """What stands between the commas of a value that are outside of its brackets."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
 
 
 def run(config: str, sweep: Sequence[Point], num_ranks: int | None, tell: Callable[[str], None]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pydantic import Field
 
@@ -11,6 +13,15 @@ from megatrain.families.description import LARGEST_SIZE, HuggingFace
 
 LLAMA = llama.FAMILY
 WINDOW = "sliding_window"
+
+
+def refuse_layer_types(theirs: Mapping[str, Any]) -> str | None:
+    """With ``layer_types``, transformers makes another model of a mistral: one with a window in some layers."""
+    others = set(theirs.get("layer_types") or ()) - {"sliding_attention"}
+    if not others or theirs[WINDOW] is None:
+        return None
+    return f"layer_types has {', '.join(sorted(map(repr, others)))}; here all layers of a mistral have the window."
+
 
 FAMILY = replace(
     LLAMA,
@@ -37,5 +48,6 @@ FAMILY = replace(
             "max_position_embeddings": 131072,
             WINDOW: 4096,
         },
+        refuse=refuse_layer_types,
     ),
 )

@@ -35,6 +35,8 @@ def test_a_sweep_is_every_combination_of_values(config: Path, tmp_path: Path) ->
     assert found[0].run_dir == tmp_path / "runs" / "lr=1e-3,hidden_size=16"
     assert found[0].num_steps == 3
     assert "optimizer.betas=[0.9,0.95]" in found[0].overrides
+    nested = sweep.points(str(config), ["optimizer.lr=1,2", "train.global_batch_size=[[0,8],[4096,16]]"])
+    assert [point.name for point in nested] == ["lr=1", "lr=2"]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ def test_a_config_gives_its_initial_weights(tiny_data: TinyData, tmp_path: Path)
         first.generate(PROMPT)
 
 
-@pytest.mark.parametrize("ids", [[[]], [-1], [10**6], [1.5], list(range(65)), [[[1]]]])
+@pytest.mark.parametrize(
+    "ids", [[[]], [-1], [10**6], [1.5], list(range(65)), [[[1]]], np.zeros((2, 0), int), [[1], [2, 3]], [2**70]]
+)
 def test_ids_that_are_none_are_refused(model: megatrain.Model, ids: list[int]) -> None:
     with pytest.raises(ConfigError, match="ids"):
         model.logits(ids)

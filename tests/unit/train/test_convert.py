@@ -31,7 +31,12 @@ from transformers import (
 )
 
 from megatrain.checkpoint.reader import CheckpointReader, check_files
-from megatrain.checkpoint.transformers_config import from_transformers, not_in_transformers, to_transformers
+from megatrain.checkpoint.transformers_config import (
+    from_transformers,
+    laid_over,
+    not_in_transformers,
+    to_transformers,
+)
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
 from megatrain.train.convert import export_checkpoint, import_folder
@@ -423,3 +428,21 @@ def test_exporting_takes_a_fraction_of_the_model_memory(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "hf")
     grown = peak("export", "checkpoint", "back")
     assert grown < model_bytes / 2, f"{grown / 1e6:.0f} MB for a model of {model_bytes / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config])
+def test_an_export_of_longer_context_has_no_window(kind: type[Qwen2Config | Qwen3Config]) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0, "max_position_embeddings": 32}
+    theirs = kind(**{**SIZES, **window}).to_dict()
+    config = from_transformers(theirs, Path("config.json"))  # the window is no shorter than the context
+    longer = config.model_copy(update={"max_position_embeddings": 256})
+    exported = laid_over(theirs, longer, "float32")
+    assert set(kind(**exported).layer_types) == {"full_attention"}
+    assert from_transformers(exported, Path("config.json")) == longer
+
+
+def test_a_mistral_with_full_attention_is_refused() -> None:
+    theirs = {**MistralConfig(**SIZES, sliding_window=7).to_dict(), "layer_types": ["full_attention"] * 2}
+    with pytest.raises(CheckpointError, match="layer_types has 'full_attention'"):
+        from_transformers(theirs, Path("config.json"))
+    assert from_transformers({**theirs, "sliding_window": None}, Path("config.json")).family == "mistral"
