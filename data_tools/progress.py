@@ -41,11 +41,14 @@ def show_progress(name: str, total_bytes: int) -> Iterator[Advance]:
         def advance(num_bytes: int) -> None:
             nonlocal last
             bar.update(work, advance=num_bytes)
-            rate, left = bar.tasks[0].speed, bar.tasks[0].time_remaining
-            if is_log and rate and left is not None and time.monotonic() - last >= LOG_SECONDS:
-                last = time.monotonic()
-                done = f"{name}: {bar.tasks[0].percentage:.0f}% of {format_bytes(total_bytes)}"
-                console.print(f"{done}, {format_bytes(rate)}/s, {format_duration(left)} left", highlight=False)
+            task = bar.tasks[0]
+            if not is_log or not task.completed or time.monotonic() - last < LOG_SECONDS:
+                return
+            last = time.monotonic()
+            rate = task.speed or task.completed / (task.elapsed or 1e-9)  # rich knows none from one sample
+            done = f"{name}: {task.percentage:.0f}% of {format_bytes(total_bytes)}"
+            left = format_duration((total_bytes - task.completed) / rate)
+            console.print(f"{done}, {format_bytes(rate)}/s, {left} left", highlight=False)
 
         yield advance
 
