@@ -6,7 +6,6 @@ B: sequences, T: tokens, V: vocabulary.
 from __future__ import annotations
 
 import contextlib
-import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from megatrain.checkpoint.stores import find_store, resolve, resolve_best
 from megatrain.config import ModelConfig, RunConfig, recipes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.bootstrap import export_rank, job_identity, read_rank
-from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS, Requests
+from megatrain.distributed.signals import Requests, handlers_restored
 from megatrain.errors import CheckpointError, ConfigError, DataError, Preempted
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Sampling, generate
@@ -240,17 +239,12 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
         lease, *_ = [
             held.enter_context(locked(folder, job_identity())) for folder in folders_of(run_dir, loaded.checkpoint.dir)
         ]
-        handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
+        held.enter_context(handlers_restored())
+        held.callback(forget_globals)
         export_rank(rank)
         setup_logging(run_dir, 0, console=True)
-        try:
+        with contextlib.suppress(Preempted):
             start.train(loaded, rank, Requests(), lease, overrides=overrides, callbacks=callbacks)
-        except Preempted:
-            pass
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            forget_globals()
     return open_run(run_dir)
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from megatrain.checkpoint.location import Location, locate
 from megatrain.checkpoint.manifest import MANIFEST, read_manifest
+from megatrain.checkpoint.object_store import ObjectStore
 from megatrain.checkpoint.store import CheckpointStore, PosixStore, best_of, is_checkpoint
 from megatrain.errors import CheckpointError
 
@@ -73,11 +74,7 @@ def resolve_best(path: Location) -> Location:
 
 
 def _store_at(folder: Location) -> CheckpointStore:
-    if isinstance(folder, Path):
-        return PosixStore(folder)
-    from megatrain.checkpoint.object_store import ObjectStore
-
-    return ObjectStore(folder)
+    return PosixStore(folder) if isinstance(folder, Path) else ObjectStore(folder)
 
 
 def _configured_dir(run_dir: Path) -> str | None:

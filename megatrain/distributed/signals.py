@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 import psutil
@@ -13,6 +15,17 @@ import psutil
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """TERM last: whoever sees that a rank listens for it knows that it does for all."""
 SAVE_SIGNAL = signal.SIGUSR2
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """What the process did about these signals before, it does again afterwards."""
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Requests:

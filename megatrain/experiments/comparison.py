@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from megatrain.errors import ConfigError
-from megatrain.experiments.runs import SORTS, summaries
+from megatrain.experiments.runs import SORTS, differing_keys, summaries
 from megatrain.observe.charts import draw_curves
 from megatrain.observe.record import Column, read_run
 from megatrain.observe.report import PAGES, data_uri, template, write_file
@@ -42,7 +42,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> None:
     runs = sorted(summaries(folders), key=SORTS["validation_loss"])
     page = template("comparison.html.j2").render(
         runs=runs,
-        keys=list(dict.fromkeys(key for run in runs for key in run.differs)),
+        keys=differing_keys(runs),
         colors=colors,
         charts={title: data_uri(draw_curves(title, of_runs, colors)) for title, of_runs in curves.items()},
         best={title: best for title, of_runs in curves.items() if (best := _best(of_runs)) is not None},

@@ -91,17 +91,22 @@ def summaries(folders: Mapping[str, Path]) -> list[RunSummary]:
     return runs
 
 
+def differing_keys(runs: Sequence[RunSummary]) -> list[str]:
+    """The keys of the config that are not the same in all of these runs."""
+    return list(dict.fromkeys(key for run in runs for key in run.differs))
+
+
 def as_table(runs: Sequence[RunSummary]) -> Table:
     """For a person: a row a run, a column a key that differs."""
     table = Table(box=None, pad_edge=False)
-    keys = list(dict.fromkeys(key for run in runs for key in run.differs))
+    keys = [key for key in differing_keys(runs) if key != "optimizer.lr"]  # which has a column anyway
     counts = dict.fromkeys(("step", "loss", "best validation", "at step", "lr"))
-    for name in ("run", "state", *counts, *(key for key in keys if key != "optimizer.lr")):
+    for name in ("run", "state", *counts, *keys):
         table.add_column(name, justify="right" if name in counts else "left", overflow="fold")
     for run in runs:
         of = f"{run.step:,}" if run.num_steps is None else f"{run.step:,}/{run.num_steps:,}"
         figures = (_figure(run.loss), _figure(run.validation_loss), _figure(run.best_step), _figure(run.lr, "g"))
-        others = (_shown(run.differs.get(key)) for key in keys if key != "optimizer.lr")
+        others = (_shown(run.differs.get(key)) for key in keys)
         table.add_row(*map(escape, (run.run, run.state, of, *figures, *others)))
     return table
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from megatrain.checkpoint.origin import load
-from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
+from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS, handlers_restored
 from megatrain.errors import EXIT_PREEMPTED, EXIT_USAGE, ConfigError
 from megatrain.experiments.runs import as_table, summarize
 from megatrain.observe.metrics import tail
@@ -128,9 +128,7 @@ def _train(config: str, point: Point, num_ranks: int | None) -> int:
     def pass_on(number: int, _: FrameType | None) -> None:
         training.send_signal(number)
 
-    former = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
-    try:
+    with handlers_restored():
+        for number in (*STOP_SIGNALS, SAVE_SIGNAL):
+            signal.signal(number, pass_on)
         return training.wait()
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

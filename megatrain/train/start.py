@@ -46,8 +46,7 @@ def train(
 
     ``lease``: of the run folder, on rank 0. ``clock``: began with this process. ``liveness_monitor``: ends the
     ranks where one is stuck. ``overrides``: the KEY=VALUE that the config was given on the command line.
-    ``callbacks``: called on rank 0. Raises
-    Preempted after a request to stop, once the state is saved.
+    ``callbacks``: called on rank 0. Raises Preempted after a request to stop, once the state is saved.
     """
     adopt_logger("DeepSpeed")
     clock = clock or StartClock()
