@@ -322,7 +322,17 @@ def generate(
 @app.command("eval")
 def evaluate(
     checkpoint: CheckpointPath,
-    data: Annotated[str, typer.Option(help="A dataset folder or address, tokenized with the checkpoint's tokenizer.")],
+    data: Annotated[
+        str | None, typer.Option(help="A dataset folder or address, tokenized with the checkpoint's tokenizer.")
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="A YAML file of tasks to be answered (docs/evaluation.md).")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Solved rows before each, in place of the tasks' own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of which solved rows are drawn.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A file for each example's answers, as JSON lines.")] = None,
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a window; left out: as many as the model was trained on.")
     ] = None,
@@ -335,30 +345,49 @@ def evaluate(
     best: Best = False,
     as_json: AsJson = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint on a dataset; every window once.
+    """Loss, perplexity and bits per byte of a checkpoint on a dataset, every window once; or its answers to tasks.
 
     Under srun, mpirun or torchrun, the ranks that these start share the work.
     """
     from megatrain.distributed.bootstrap import read_rank
 
+    if data is None and tasks is None:
+        raise ConfigError("Give --data DATASET, --tasks FILE, or both.")
+    if tasks is None and (shots is not None or out is not None):
+        raise ConfigError("--shots and --out belong to --tasks FILE.")
     rank = read_rank()
     if rank.world_size == 1 and (procs or tensor) > 1:
         raise typer.Exit(_run_on_ranks(procs or tensor))
     from megatrain.distributed.binding import bind
-    from megatrain.train.evaluation import evaluate_checkpoint
 
     bind(rank)
-    show_progress = sys.stderr.isatty() and rank.rank == 0
-    figures = evaluate_checkpoint(
-        _place(checkpoint, best), data, seq_len, show_progress=show_progress, rank=rank, tensor=tensor
-    )
-    if rank.rank != 0:
-        return
-    if as_json:
-        _print_json(figures)
-    else:
+    is_first, place = rank.rank == 0, _place(checkpoint, best)
+    show_progress = sys.stderr.isatty() and is_first
+    figures: dict[str, Any] = {}
+    if data is not None:
+        from megatrain.train.evaluation import evaluate_checkpoint
+
+        figures = evaluate_checkpoint(place, data, seq_len, show_progress=show_progress, rank=rank, tensor=tensor)
+    if is_first and not as_json:
         for name, value in figures.items():
             typer.echo(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value:,}")
+    if tasks is not None:
+        from megatrain.tasks.evaluation import evaluate_tasks
+        from megatrain.tasks.report import show_results
+
+        results = evaluate_tasks(
+            place, tasks, shots, seed=seed, out=out, show_progress=show_progress, rank=rank, tensor=tensor
+        )
+        by_name = {result.task.name: result for result in results}
+        figures["tasks"] = {
+            name: {metric: value._asdict() for metric, value in result.metrics.items()}
+            for name, result in by_name.items()
+        }
+        figures["left_out"] = {name: result.left_out for name, result in by_name.items()}
+        if is_first and not as_json:
+            show_results(results)
+    if is_first and as_json:
+        _print_json(figures)
 
 
 @app.command()

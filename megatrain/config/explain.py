@@ -11,11 +11,11 @@ from pydantic_core import ErrorDetails
 from megatrain.config.keys import is_section, nearest_key, record_at, record_of
 from megatrain.config.problem import NOT_GIVEN, Problem, as_yaml
 from megatrain.config.renamed import RENAMED
-from megatrain.config.schema import FROM_CHECKPOINT, RAMP_TAG, SIZE_TAG, RunConfig
+from megatrain.config.schema import FROM_CHECKPOINT, RAMP_TAG, SIZE_TAG, RunConfig, Section
 
 
-def explain(error: ValidationError) -> list[Problem]:
-    """One problem for each value that is wrong, in the order of the schema."""
+def explain(error: ValidationError, root: type[Section] = RunConfig) -> list[Problem]:
+    """One problem for each value that is wrong, in the order of the schema. ``root``: the record, or a list's."""
     found: list[Problem] = []
     for details in error.errors(include_url=False):
         key = ".".join(str(part) for part in details["loc"] if part not in (SIZE_TAG, RAMP_TAG))
@@ -25,7 +25,7 @@ def explain(error: ValidationError) -> list[Problem]:
         elif details["type"] == "missing":
             found += [Problem(each, NOT_GIVEN, "a required key") for each in _required(key)]
         elif details["type"] != "too_short" or not details["input"]:  # else its entries are wrong, and said to be
-            found.append(_problem(key, details))
+            found.append(_problem(key, details, root))
     return found
 
 
@@ -37,13 +37,13 @@ def _required(key: str) -> list[str]:
     return [f"{key}.{name}" for name, field in fields.items() if field.is_required()] or [key]
 
 
-def _problem(key: str, details: ErrorDetails) -> Problem:
+def _problem(key: str, details: ErrorDetails, root: type[Section]) -> Problem:
     given, kind, context = details["input"], details["type"], details.get("ctx", {})
     if kind == "extra_forbidden" and key in RENAMED:
         return Problem(key, given, f"a former name of {RENAMED[key]}, which is given too; keep one")
     if kind == "extra_forbidden":
-        record = record_at(details["loc"][:-1])
-        return Problem(key, given, "no such key", nearest_key(key, record), is_value=False)
+        record = record_at(details["loc"][:-1], root)
+        return Problem(key, given, "no such key", nearest_key(key, record, root), is_value=False)
     if kind == "literal_error":
         allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
         close = difflib.get_close_matches(str(given).lower(), allowed, n=1, cutoff=0.5)

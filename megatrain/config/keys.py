@@ -60,9 +60,9 @@ def record_of(annotation: Any) -> type[Section] | None:
     return next((record for record in inner if record is not None), None)
 
 
-def record_at(path: Sequence[str | int]) -> type[Section] | None:
+def record_at(path: Sequence[str | int], root: type[Section] = RunConfig) -> type[Section] | None:
     """The record whose keys are below `path`, if any; list indices in it count as steps into the list's record."""
-    record: type[Section] | None = RunConfig
+    record: type[Section] | None = root
     for name in path:
         if isinstance(name, int) or record is None:
             continue
@@ -90,16 +90,16 @@ def leaves(record: type[Section] = RunConfig, prefix: str = "") -> Iterator[tupl
             yield from leaves(inner, f"{prefix}{name}.*." if is_list(field) else f"{prefix}{name}.")
 
 
-def nearest_key(unknown: str, record: type[Section] | None) -> str | None:
-    """The key that was probably meant by the full path `unknown`, a key of `record`."""
+def nearest_key(unknown: str, record: type[Section] | None, root: type[Section] = RunConfig) -> str | None:
+    """The key that was probably meant by the full path `unknown`, a key of `record` somewhere below `root`."""
     section, _, name = unknown.rpartition(".")
     elsewhere = _KEY_OF.get(name.lower().replace("-", "_"))
-    if elsewhere is not None:
+    if elsewhere is not None and root is RunConfig:
         return elsewhere
     beside = difflib.get_close_matches(name, record.model_fields if record else (), n=1, cutoff=0.7)
     if beside:
         return f"{section}.{beside[0]}" if section else beside[0]
-    everywhere = [path for path, _ in leaves()]
+    everywhere = [path for path, _ in leaves(root)]
     same_name = [path for path in everywhere if path.rpartition(".")[2] == name]
     if same_name:
         return same_name[0]

@@ -1,0 +1,81 @@
+"""The file of `megatrain eval --tasks`: what is asked, of which rows, and how answers are scored."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Annotated, Literal
+
+from pydantic import Field, RootModel, ValidationError
+
+from megatrain.config import document
+from megatrain.config.explain import explain
+from megatrain.config.problem import Problem, config_error
+from megatrain.config.schema import Path, Section, Text
+from megatrain.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+def _check(task: Task) -> list[Problem]:
+    wants, has = task.kind == "choices", task.choices is not None
+    if wants == has:
+        return []
+    reason = "kind choices scores each of them" if wants else f"kind {task.kind} has none; leave it out"
+    return [Problem("choices", task.choices, reason)]
+
+
+class Task(Section, check=_check):
+    """One task. ``prompt``, ``answer`` and ``choices`` are Jinja templates over the keys of a row of ``path``."""
+
+    name: Text
+    kind: Literal["choices", "generate", "perplexity"]
+    path: Annotated[Path, Field(description="JSON lines: one object a row.")]
+    prompt: Annotated[str, Field(description="What comes before the answer; may be empty for perplexity.")]
+    answer: Annotated[
+        Text, Field(description="The right answer; for choices its text, or its index (from 0) among them.")
+    ]
+    choices: Annotated[
+        Text | Annotated[tuple[Text, ...], Field(strict=False, min_length=2)] | None,
+        Field(description="Templates of the choices, or one template that is a list: `{{ options }}`."),
+    ] = None
+    shots: Annotated[int, Field(ge=0, le=1 << 10, description="Solved rows before each prompt.")] = 0
+    shots_path: Annotated[Path | None, Field(description="Where they are drawn from; null: the other rows.")] = None
+    description: Annotated[str, Field(description="Before the first shot.")] = ""
+    delimiter: Annotated[str, Field(description="Between a prompt and its answer.")] = " "
+    shots_delimiter: Annotated[str, Field(description="Between solved rows.")] = "\n\n"
+    max_new_tokens: Annotated[Count, Field(description="Of kind generate.")] = 64
+    stop: Annotated[tuple[Text, ...], Field(strict=False, description="Texts that end an answer of kind generate.")] = (
+        "\n",
+    )
+    limit: Annotated[Count | None, Field(description="Only the first rows.")] = None
+
+
+class _TaskFile(RootModel[tuple[Task, ...]]):
+    root: Annotated[tuple[Task, ...], Field(strict=False, min_length=1)]
+
+
+def read_tasks(path: FilePath) -> tuple[Task, ...]:
+    """The tasks of a YAML file: a list of mappings. Raises ConfigError with all that is wrong, by key and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the tasks cannot be read: {error}") from None
+    read = document.read(text, str(path))
+    lines = {".".join(map(str, key)): f"line {line}" for key, line in read.lines.items()}
+    try:
+        tasks = _TaskFile.model_validate(read.tree).root
+    except ValidationError as error:
+        problems = [*read.problems, *explain(error, Task)]
+        raise config_error(str(path), problems, lambda key: _line(key, lines)) from None
+    if read.problems:
+        raise config_error(str(path), read.problems)
+    names = [task.name for task in tasks]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{path}: two tasks are called {repeated[0]}; give each a name of its own.")
+    return tasks
+
+
+def _line(key: str, lines: dict[str, str]) -> str:
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    return lines.get(key, "")

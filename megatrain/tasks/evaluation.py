@@ -1,0 +1,177 @@
+"""`megatrain eval --tasks`: a checkpoint's answers to tasks, by all ranks together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import torch.distributed as dist
+from rich.progress import Progress
+
+from megatrain.atomic import commit_bytes
+from megatrain.checkpoint.location import Location
+from megatrain.config.tasks import Task, read_tasks
+from megatrain.distributed.bootstrap import RankInfo
+from megatrain.distributed.groups import Groups
+from megatrain.errors import ConfigError
+from megatrain.tasks.answerer import Answerer, greedy_text, open_answerer
+from megatrain.tasks.metrics import Metric, Outcome, judge_choices, judge_generation, judge_text, summarize
+from megatrain.tasks.prompts import Example, encode_pair, make_examples
+from megatrain.tasks.scoring import Request, score
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task, answered. ``skipped``: examples that are longer than the model's context without any solved row: no
+    figure counts them. ``num_shots_dropped``: solved rows that prompts had no room for. ``prompts``: a digest."""
+
+    task: Task
+    metrics: Mapping[str, Metric]
+    outcomes: Sequence[Outcome]
+    skipped: Sequence[int]
+    num_shots_dropped: int
+    prompts: str
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Counts by what was left out."""
+        return {"examples": len(self.skipped), "shots": self.num_shots_dropped}
+
+
+def evaluate_tasks(
+    path: Location,
+    tasks: str | Path,
+    num_shots: int | None = None,
+    *,
+    seed: int = 0,
+    out: Path | None = None,
+    rank: RankInfo | None = None,
+    tensor: int = 1,
+    show_progress: bool = False,
+) -> list[TaskResult]:
+    """Each task of the file ``tasks``, answered by the model of a checkpoint; the same on all ranks.
+
+    ``num_shots``: in place of each task's own. ``out``: a file of JSON lines for each example's answers, written by
+    rank 0. Collective over the ranks that ``rank`` is one of. Raises ConfigError, DataError or CheckpointError, before
+    the model is loaded where that can be known.
+    """
+    read = read_tasks(Path(tasks))
+    asked = {task.name: make_examples(task, task.shots if num_shots is None else num_shots, seed) for task in read}
+    answerer, groups = open_answerer(path, rank, tensor)
+    results = []
+    with Progress(disable=not show_progress, transient=True) as progress:
+        for task in read:
+            results.append(_evaluate_task(task, asked[task.name], answerer, groups, progress))
+    if out is not None and (rank is None or rank.rank == 0):
+        lines = [{"task": r.task.name, **outcome.record} for r in results for outcome in r.outcomes]
+        commit_bytes(out, b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))
+    if groups is not None:
+        dist.destroy_process_group()
+    return results
+
+
+def _evaluate_task(
+    task: Task,
+    examples: Sequence[Example],
+    answerer: Answerer,
+    groups: Groups | None,
+    progress: Progress,
+) -> TaskResult:
+    first, step = (0, 1) if groups is None else (groups.coordinate.data, groups.topology.data)
+    mine = [_fitted(task, example, answerer) for example in examples[first::step]]
+    answered = [each for each in mine if each is not None]
+    bar = progress.add_task(task.name, total=sum(max(len(example.continuations), 1) for example in answered))
+    outcomes = _ANSWER[task.kind](task, answered, answerer, lambda count: progress.advance(bar, count))
+    if groups is not None:
+        given = groups.all_gather_object(outcomes if groups.coordinate.tensor == 0 else [])
+        outcomes = [outcome for of_rank in given for outcome in of_rank]
+    outcomes.sort(key=lambda outcome: outcome.example.row)
+    known = {outcome.example.row for outcome in outcomes}
+    asked = {example.row: len(example.shots) for example in examples}
+    return TaskResult(
+        task=task,
+        metrics=summarize(task, outcomes),
+        outcomes=outcomes,
+        skipped=[index for index in asked if index not in known],
+        num_shots_dropped=sum(asked[o.example.row] - len(o.example.shots) for o in outcomes),
+        prompts=hashlib.sha256("\0".join(o.example.prompt for o in outcomes).encode()).hexdigest(),
+    )
+
+
+def _fitted(task: Task, example: Example, answerer: Answerer) -> Example | None:
+    """The example with as many of its solved rows as the context has room for; None where it has none for itself."""
+    while _num_tokens(task, example, answerer) > answerer.model.config.max_position_embeddings:
+        if not example.shots:
+            return None
+        example = example.with_fewer_shots()
+    return example
+
+
+def _num_tokens(task: Task, example: Example, answerer: Answerer) -> int:
+    """The most that the model has to take in at once."""
+    if task.kind == "generate":
+        return len(_context(answerer, example.prompt)) + task.max_new_tokens
+    return max(len(r.context) + len(r.continuation) - 1 for r in _requests(example, answerer))
+
+
+def _context(answerer: Answerer, prompt: str) -> list[int]:
+    return [*answerer.assets.prompt_ids, *answerer.tokenizer.encode(prompt)]
+
+
+def _requests(example: Example, answerer: Answerer) -> list[Request]:
+    """A request a continuation. A context without tokens is what a document begins after: its end, or its beginning."""
+    begin, tokens = answerer.assets.prompt_ids, answerer.assets.special_tokens
+    found = []
+    for text in example.continuations:
+        context, continuation = encode_pair(answerer.tokenizer, example.prompt, text)
+        context = [*begin, *context]
+        if not context:
+            if tokens.eod is None:
+                raise ConfigError(
+                    "An example without a prompt needs a token to begin after, and the model's tokenizer names no "
+                    "beginning and no end of a document: give the task a prompt."
+                )
+            context = [tokens.eod.id]
+        found.append(Request(tuple(context), tuple(continuation)))
+    return found
+
+
+def _answer_choices(
+    task: Task, examples: Sequence[Example], answerer: Answerer, advance: Callable[[int], None]
+) -> list[Outcome]:
+    requests = [_requests(example, answerer) for example in examples]
+    scores = iter(score(answerer.model, [each for group in requests for each in group], advance))
+    outcomes = []
+    for example, group in zip(examples, requests, strict=True):
+        likelihoods = [next(scores).log_likelihood for _ in group]
+        outcomes.append(judge_choices(task, example, likelihoods, [len(each.continuation) for each in group]))
+    return outcomes
+
+
+def _answer_perplexity(
+    task: Task, examples: Sequence[Example], answerer: Answerer, advance: Callable[[int], None]
+) -> list[Outcome]:
+    requests = [request for example in examples for request in _requests(example, answerer)]
+    scores = score(answerer.model, requests, advance)
+    return [
+        judge_text(task, example, found.log_likelihood, len(request.continuation), found.is_greedy)
+        for example, request, found in zip(examples, requests, scores, strict=True)
+    ]
+
+
+def _answer_by_generation(
+    task: Task, examples: Sequence[Example], answerer: Answerer, advance: Callable[[int], None]
+) -> list[Outcome]:
+    outcomes = []
+    for example in examples:
+        outcomes.append(
+            judge_generation(example, greedy_text(answerer, example.prompt, task.stop, task.max_new_tokens))
+        )
+        advance(1)
+    return outcomes
+
+
+_ANSWER = {"choices": _answer_choices, "perplexity": _answer_perplexity, "generate": _answer_by_generation}

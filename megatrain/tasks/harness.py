@@ -1,0 +1,100 @@
+"""EleutherAI's lm-evaluation-harness on a checkpoint (extra ``megatrain[lm-eval]``), under the model name megatrain:
+
+    python -m megatrain.tasks.harness --model megatrain --model_args checkpoint=runs/tiny --tasks lambada_openai
+
+From Python, ``lm_eval.simple_evaluate(model=HarnessModel("runs/tiny"), ...)``. Requests get the token ids that the
+harness's own ``hf`` model gives them, from the checkpoint's tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.progress import Progress, track
+
+from megatrain.checkpoint.location import locate
+from megatrain.errors import ConfigError
+from megatrain.tasks.answerer import greedy_text, open_answerer
+from megatrain.tasks.scoring import Request, score
+
+LONGEST_ANSWER = 256
+
+
+@register_model("megatrain")
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """A checkpoint as the harness sees a model. ``checkpoint``: a checkpoint or run folder, or an address."""
+
+    def __init__(self, checkpoint: str, batch_size: int | str | None = None, **ignored: Any) -> None:
+        """``batch_size`` is ours to choose: batches are made by length."""
+        super().__init__()
+        self._answerer, _ = open_answerer(locate(checkpoint))
+        self._prefix = [*self._answerer.assets.prompt_ids]
+
+    @property
+    def eot_token_id(self) -> int:
+        eod = self._answerer.assets.special_tokens.eod
+        if eod is None:
+            raise ConfigError("The checkpoint names no token that ends a document, which the harness asks for.")
+        return eod.id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self._answerer.assets.special_tokens.bos
+        return self.eot_token_id if bos is None else bos.id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._answerer.tokenizer.sha256
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
+        ids = self._answerer.tokenizer.encode(string)
+        return ids if add_special_tokens is False else [*self._prefix, *ids]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
+    ) -> list[tuple[float, bool]]:
+        longest = self._answerer.model.config.max_position_embeddings + 1
+        asked = []
+        for _, context, continuation in requests:
+            whole = (context + continuation)[-longest:]
+            cut = max(len(whole) - len(continuation), 1)
+            asked.append(Request(tuple(whole[:cut]), tuple(whole[cut:])))
+        with Progress(disable=disable_tqdm, transient=True) as progress:
+            bar = progress.add_task("megatrain", total=len(asked))
+            found = score(self._answerer.model, asked, lambda count: progress.advance(bar, count))
+        return [(each.log_likelihood, each.is_greedy) for each in found]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        sums = []
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._answerer.model.config.max_position_embeddings,
+                context_len=1,
+            )
+            parts = [(None, *make_disjoint_window(window)) for window in windows]
+            sums.append(sum(likelihood for likelihood, _ in self._loglikelihood_tokens(parts, disable_tqdm=True)))
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        texts = []
+        for request in track(requests, "megatrain", disable=disable_tqdm, transient=True):
+            prompt, settings = request.args
+            if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
+                raise ConfigError("Under the harness megatrain generates the likeliest tokens: set do_sample to false.")
+            stops = settings.get("until") or []
+            stops = [stops] if isinstance(stops, str) else list(stops)
+            texts.append(greedy_text(self._answerer, prompt, stops, settings.get("max_gen_toks", LONGEST_ANSWER)))
+        return texts
+
+
+if __name__ == "__main__":
+    cli_evaluate()
