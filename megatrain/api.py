@@ -226,13 +226,14 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
     Raises what the command would print: ConfigError, DataError, CheckpointError, Diverged.
     """
     from megatrain.parallel.deepspeed_engine import forget_globals  # DeepSpeed, which takes seconds to import
-    from megatrain.train import start
+    from megatrain.train import preview, start
 
     path, rank = recipes.find(config).expanduser(), read_rank()
     if rank.world_size > 1:
         raise ConfigError("megatrain.train is one rank: several are started with the command, `megatrain train`.")
     loaded = load_config(path, overrides)
     rules.check(loaded, 1)
+    preview.check_trackers(loaded, must_exist=True)
     refuse_record_of_another_run(path, loaded, list(overrides))
     run_dir = Path(loaded.run.dir)
     with contextlib.ExitStack() as held:

@@ -95,6 +95,7 @@ def check(
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
     notes = [*preview.check_origin(loaded), *not_in_transformers(loaded.model), *preview.check_data(config, loaded)]
+    notes += preview.check_trackers(loaded)
     data = rules.data_degree(loaded, world_size)
     at_most = "" if isinstance(loaded.train.global_batch_size, int) else "up to "
     typer.echo(
@@ -214,6 +215,7 @@ def train(
     num_ranks = procs or max(gpus, 1)
     _refuse_shared_gpus(num_ranks, gpus)
     rules.check(loaded, num_ranks)
+    preview.check_trackers(loaded, must_exist=True)
     for note in preview.check_data(config, loaded, must_exist=True):
         typer.echo(f"warning: {note}", err=True)
     preview.check_origin(preview.with_vocabulary(loaded), must_exist=True)

@@ -33,7 +33,8 @@ A run leaves these files in its folder:
 | `config.yaml` | the resolved config, with every default |
 | `metrics.jsonl` | one line for each logged step, validation and event |
 | `tensorboard/` | the same figures as TensorBoard events |
-| `logs/` | one file for each rank |
+| `tracker-*.json`, `wandb/`, `mlruns/` | of `observe.trackers`: the run's id; what was recorded without a server |
+| `logs/` | one file for each rank and tracker |
 | `checkpoints/` | `step-00000320/`, ... |
 """
 

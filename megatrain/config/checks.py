@@ -177,6 +177,14 @@ def with_default_warmup(given: Any) -> Any:
     return given
 
 
+def observe(config: schema.ObserveConfig) -> list[Problem]:
+    """Each tracker gets a run once."""
+    named = list(dict.fromkeys(config.trackers))
+    if len(named) == len(config.trackers):
+        return []
+    return [Problem("trackers", list(config.trackers), "names a tracker twice", f"[{', '.join(named)}]")]
+
+
 def across_sections(config: schema.RunConfig) -> list[Problem]:
     """What one section says about another: context against samples, warm-up against steps, DeepSpeed's own keys."""
     problems = []

@@ -35,7 +35,8 @@ _OWN_KEYS = {
     "parallel.pipeline": "pipeline",
     "data.train": "data_efficiency",
     "checkpoint.every_steps": "checkpoint",
-    "observe.tensorboard": "tensorboard csv_monitor wandb comet",
+    "observe.tensorboard": "tensorboard csv_monitor",
+    "observe.trackers": "wandb comet",
     "observe.log_every_steps": "steps_per_print timers wall_clock_breakdown memory_breakdown flops_profiler",
     "observe.straggler_report_seconds": "comms_logger",
 }

@@ -64,6 +64,8 @@ def _converted(kind: str, given: Any) -> str | None:
             return str(round(float(given)))
         if kind == "float_type":
             return as_yaml(float(given))
+        if kind == "tuple_type":
+            return f"[{as_yaml(given)}]"
         if kind == "bool_type":
             return as_yaml(TypeAdapter(bool).validate_python(given))
     except (TypeError, ValueError, OverflowError):

@@ -117,3 +117,15 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, 
             yield from differences(one, other, f"{path}.*")
     elif before != after:
         yield path, before, after
+
+
+def flat(node: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a config's dump by its whole key; a list's entries by their numbers."""
+    if isinstance(node, Mapping) and node:
+        for key, below in node.items():
+            yield from flat(below, f"{path}.{key}" if path else key)
+    elif isinstance(node, list) and node and isinstance(node[0], Mapping):
+        for number, below in enumerate(node):
+            yield from flat(below, f"{path}.{number}")
+    else:
+        yield path, node

@@ -98,6 +98,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(_allowed(option) for option in options)
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if options := schema.get("items", {}).get("enum"):
+        return f"a list of {', '.join(f'`{value}`' for value in options)}"
     if "items" in schema:
         return f"a list of [{', '.join('integer ' + _bounds(item) for item in schema['items']['prefixItems'])}]"
     if schema["type"] == "array":

@@ -511,11 +511,16 @@ class CheckpointConfig(Section):
         return str(pathlib.Path(in_home(place)).absolute()) if place and "://" not in place else place
 
 
-class ObserveConfig(Section):
+class ObserveConfig(Section, check=checks.observe):
     """What is recorded."""
 
     log_every_steps: Count = Field(default=1, description="Steps between lines of metrics.jsonl and of the console.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events too.")
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], Field(strict=False)] = Field(
+        default=(),
+        description="Trackers that get the run's config, figures and evaluations: wandb (Weights & Biases), mlflow. "
+        "Each is an extra: `pip install 'megatrain[wandb]'`.",
+    )
     straggler_report_seconds: Annotated[float, Field(gt=0.0)] = Field(
         default=60.0,
         description="Seconds between comparisons of how long each part of a step takes on each rank, made at the next "

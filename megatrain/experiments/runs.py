@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatrain.checkpoint.lock import is_alive
 from megatrain.config import RunConfig, load
+from megatrain.config.keys import flat
 from megatrain.errors import ConfigError, DataError
 from megatrain.observe.metrics import METRICS_FILE, read_lines
 from megatrain.observe.record import CONFIG_FILE
@@ -70,7 +71,7 @@ def summaries(folders: Mapping[str, Path]) -> list[RunSummary]:
     with ThreadPoolExecutor(_MAX_THREADS) as pool:
         alive = list(pool.map(is_alive, found))
     configs = [_config(path) for path in found]
-    values = [dict(_flat(config.model_dump(mode="json"))) if config else {} for config in configs]
+    values = [dict(flat(config.model_dump(mode="json"))) if config else {} for config in configs]
     differing = _differing([each for each in values if each])
     runs = []
     for (name, path), is_running, config, own in zip(folders.items(), alive, configs, values, strict=True):
@@ -125,18 +126,6 @@ def _config(run_dir: Path) -> RunConfig | None:
         return load(run_dir / CONFIG_FILE)
     except ConfigError:
         return None
-
-
-def _flat(node: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a config by its whole key; a list's entries by their numbers."""
-    if isinstance(node, Mapping) and node:
-        for key, below in node.items():
-            yield from _flat(below, f"{path}.{key}" if path else key)
-    elif isinstance(node, list) and node and isinstance(node[0], Mapping):
-        for number, below in enumerate(node):
-            yield from _flat(below, f"{path}.{number}")
-    else:
-        yield path, node
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -66,6 +66,11 @@ class StepMetrics:
     ranks: Mapping[str, Spread] = field(default_factory=dict)
     goodput: Mapping[str, float] = field(default_factory=dict)
 
+    def line(self) -> dict[str, Any]:
+        """As metrics.jsonl has it; parts of a step that were not compared are left out."""
+        line = {**vars(self), "ranks": {part: spread._asdict() for part, spread in self.ranks.items()}}
+        return {name: value for name, value in line.items() if value != {} or name == "parts"}
+
 
 @dataclass
 class LossTrend:
@@ -112,8 +117,7 @@ class MetricsWriter:
 
     def step(self, metrics: StepMetrics) -> None:
         self.trend.add(metrics.loss)
-        line = {**vars(metrics), "ranks": {part: spread._asdict() for part, spread in metrics.ranks.items()}}
-        self._append({name: value for name, value in line.items() if value != {} or name == "parts"})
+        self._append(metrics.line())
 
     def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
         """Append the line of a validation after ``step`` steps that took ``seconds``; ``each``: losses by dataset."""
@@ -141,7 +145,7 @@ class MetricsWriter:
             unfinished.open("wb") as kept,
         ):
             for text in lines:
-                line = _parse_line(text)
+                line = parse_line(text)
                 if line is None or ("event" not in line and line["step"] > self._resume_step):
                     num_dropped += line is not None and "loss" in line
                 else:
@@ -154,7 +158,7 @@ class MetricsWriter:
 def read_lines(run_dir: Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
     """The lines of RUN/metrics.jsonl, or those with ``having`` in their text. Raises OSError."""
     with (run_dir / METRICS_FILE).open("rb") as file:
-        yield from (line for text in file if having in text and (line := _parse_line(text)) is not None)
+        yield from (line for text in file if having in text and (line := parse_line(text)) is not None)
 
 
 def tail(run_dir: Path) -> list[dict[str, Any]]:
@@ -162,12 +166,12 @@ def tail(run_dir: Path) -> list[dict[str, Any]]:
     try:
         with (run_dir / METRICS_FILE).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
-            return [line for text in file if (line := _parse_line(text)) is not None]
+            return [line for text in file if (line := parse_line(text)) is not None]
     except OSError:
         return []
 
 
-def _parse_line(text: bytes) -> dict[str, Any] | None:
+def parse_line(text: bytes) -> dict[str, Any] | None:
     """The object on one line of the file; None for a line that a crash left torn."""
     try:
         line = orjson.loads(text)

@@ -13,6 +13,7 @@ from megatrain.observe.callbacks import Callback
 from megatrain.observe.console import ProgressConsole
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.metrics import MetricsWriter, StepMetrics
+from megatrain.observe.trackers import TrackerProcess
 from megatrain.units import format_duration
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Observers:
-    """Console, metrics.jsonl and TensorBoard of one run, begun at ``resume_step`` (0: from the start).
+    """Console, metrics.jsonl, TensorBoard and trackers of one run, begun at ``resume_step`` (0: from the start).
 
     ``ledger``: counts where the time goes, from before these began; left out, from now on.
     No method raises for a disk that is full or cannot be written: the run goes on, with a warning in the log.
@@ -34,8 +35,9 @@ class Observers:
         tensorboard: bool = True,
         ledger: GoodputLedger | None = None,
         callbacks: Sequence[Callback] = (),
+        trackers: Sequence[str] = (),
     ) -> None:
-        self._resume_step = resume_step
+        self._run_dir, self._resume_step = run_dir, resume_step
         self._callbacks = callbacks
         self.is_stop_requested = False
         """Whether a callback has asked for an end."""
@@ -43,6 +45,7 @@ class Observers:
         self._console = ProgressConsole(num_steps, resume_step)
         self._metrics = MetricsWriter(run_dir, resume_step)
         self._tensorboard = _tensorboard_writer(run_dir, resume_step) if tensorboard else None
+        self._tracker_names, self._trackers = trackers, list[TrackerProcess]()
 
     def start(
         self,
@@ -75,6 +78,8 @@ class Observers:
                 "goodput": self._goodput(),
             },
         )
+        # They read metrics.jsonl, in which no line is now of a step that comes again.
+        self._trackers = [TrackerProcess(name, self._run_dir, self._resume_step) for name in self._tracker_names]
 
     def step(self, metrics: StepMetrics) -> None:
         metrics = replace(metrics, goodput=self._goodput())
@@ -82,6 +87,8 @@ class Observers:
         if self._tensorboard:
             self._tensorboard.step(metrics)
         self._console.step(metrics)
+        for tracker in self._trackers:
+            tracker.report()
         self._notify(callback.on_step(metrics) for callback in self._callbacks)
 
     def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
@@ -131,6 +138,8 @@ class Observers:
         self._metrics.close()
         if self._tensorboard:
             self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> Observers:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import socket
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatrain.observe.append import AppendFile
-from megatrain.observe.goodput import Goodput
+from megatrain.observe.figures import figures_of
 from megatrain.observe.metrics import StepMetrics
 
 
@@ -33,32 +32,11 @@ class TensorBoardWriter:
         self._write(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def step(self, metrics: StepMetrics) -> None:
-        figures = {
-            "train/loss": metrics.loss,
-            "train/grad_norm": metrics.grad_norm,
-            "train/learning_rate": metrics.lr,
-            "train/skipped_updates": metrics.skipped,
-            "throughput/tokens_per_second": metrics.tokens_per_second,
-            "throughput/step_seconds": metrics.step_seconds,
-            "memory/peak_GiB": metrics.memory_bytes / 2**30,
-            **{f"step_parts/{part}_seconds": seconds for part, seconds in metrics.parts.items()},
-            **{
-                f"ranks/{part}_{name}": value
-                for part, spread in metrics.ranks.items()
-                for name, value in spread._asdict().items()
-            },
-        }
-        if metrics.goodput:
-            shares = Goodput(**metrics.goodput).shares
-            figures |= {f"goodput/{part}": share for part, share in shares.items()}
-        if metrics.mfu is not None:
-            figures["throughput/mfu"] = metrics.mfu
-        self._scalars(metrics.step, figures)
+        self._scalars(metrics.step, figures_of(metrics.line()))
 
     def validation(self, step: int, loss: float, each: Mapping[str, float] | None = None) -> None:
         """Write the validation loss after ``step`` steps, and by its name that of ``each`` dataset."""
-        figures = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
-        self._scalars(step, figures | {f"validation_loss/{name}": of_set for name, of_set in (each or {}).items()})
+        self._scalars(step, figures_of({"validation_loss": loss, "validation_losses": each}))
 
     def close(self) -> None:
         self._file.close()

@@ -5,11 +5,12 @@ What reads them is imported where they are here: a config is checked without it.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatrain.config import RunConfig
-from megatrain.errors import DataError
+from megatrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatrain.data.epochs import Epochs
@@ -74,6 +75,15 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
         if must_exist or Path(entry.path).exists():
             origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)
     return [f"run.init_from: weights of {origin.folder}, the same model."]
+
+
+def check_trackers(config: RunConfig, must_exist: bool = False) -> list[str]:
+    """Refuse trackers whose package is not installed, if it must be; what there is to say of them."""
+    missing = [name for name in config.observe.trackers if find_spec(name) is None]
+    text = f"observe.trackers: {', '.join(missing)} not installed here: pip install 'megatrain[{','.join(missing)}]'."
+    if missing and must_exist:
+        raise ConfigError(text)
+    return [text] if missing else []
 
 
 def epochs(config: RunConfig) -> list[Epochs]:

@@ -91,8 +91,9 @@ def _observed(
         yield None
         return
     config = run.config
-    run_dir, tensorboard = Path(config.run.dir), config.observe.tensorboard
-    with Observers(run_dir, config.train.steps, progress.step, tensorboard, ledger, callbacks) as observers:
+    run_dir, observe = Path(config.run.dir), config.observe
+    places = (observe.tensorboard, ledger, callbacks, observe.trackers)
+    with Observers(run_dir, config.train.steps, progress.step, *places) as observers:
         if clock is not None:
             clock.lap("observers")
         changes = resume_changes(run.former, config, progress.step) if run.former and clock else {}

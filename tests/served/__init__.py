@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from megatrain.distributed.bootstrap import free_port
+
+GRACE_SECONDS = 60.0
 
 
 class Ended(NamedTuple):
@@ -36,16 +41,27 @@ class ServedRanks:
             assert process.stdin is not None
             process.stdin.write(json.dumps([str(config), *overrides]) + "\n")
             process.stdin.flush()
-        answers = [process.stdout.readline() for process in self._processes if process.stdout is not None]
+        answers = self._answers()
         if not all(answers):
             logs = [self._log(rank) for rank in range(self.num_ranks)]
             self.stop()
-            raise AssertionError("a rank died:\n" + "\n".join(logs))
+            raise AssertionError(f"ranks died or wait for one that failed: {answers}\n" + "\n".join(logs))
         read = [json.loads(answer) for answer in answers]
         ended = Ended([answer["code"] for answer in read], [answer["output"] for answer in read])
         if not set(ended.codes) <= {0, 2, 3, 4, 75}:  # what is left of torch's groups is of no more use
             self.stop()
         return ended
+
+    def _answers(self) -> list[str]:
+        """The line of each rank. Once one has failed, those that do not end soon wait for it: theirs are empty."""
+        answers, deadline = [""] * self.num_ranks, math.inf
+        waiting = {process.stdout: rank for rank, process in enumerate(self._processes) if process.stdout is not None}
+        while waiting and time.monotonic() < deadline:
+            for stream in select.select(list(waiting), [], [], 1.0)[0]:
+                line = answers[waiting.pop(stream)] = stream.readline()
+                if not line or json.loads(line)["code"] != 0:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return answers
 
     def finish(self, config: Path, *overrides: str) -> None:
         """Train to the end; a failure shows what the ranks said."""

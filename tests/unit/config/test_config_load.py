@@ -243,10 +243,28 @@ def test_what_megatrain_derives_cannot_be_passed_to_deepspeed(refused, override,
         ("gradient_predivide_factor=2.0", "not passed on to DeepSpeed: gradients are summed in fp32 and divided once"),
         ("wall_clock_breakdown=true", "nearest: observe.log_every_steps"),
         ("csv_monitor={enabled: true}", "nearest: observe.tensorboard"),
+        ("tensorboard={enabled: true}", "nearest: observe.tensorboard"),
+        ("wandb={enabled: true}", "nearest: observe.trackers"),
+        ("comet={enabled: true}", "nearest: observe.trackers"),
     ],
 )
 def test_a_refused_deepspeed_key_tells_the_reason(refused, override, expected):
     assert expected in refused(f"deepspeed.{override}")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("wandb", "wandb given; must be a list, such as [a, b]; nearest: [wandb]"),
+        ("[wandb, mlflow, wandb]", "names a tracker twice; nearest: [wandb, mlflow]"),
+        (
+            "[wandbd]",
+            "observe.trackers.0 (the command line): wandbd given; must be one of wandb, mlflow; nearest: wandb",
+        ),
+    ],
+)
+def test_a_wrong_list_of_trackers_is_refused(refused, given, expected):
+    assert expected in refused(f"observe.trackers={given}")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ spikes:     {action: none, window_steps: 128, num_deviations: 8.0, rewind_steps:
 optimizer:  {type: adamw, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
 schedule:   {type: cosine, warmup_steps: 20, min_lr_ratio: 0.1, decay_steps: null}
 checkpoint: {every_steps: 50, keep: 3, keep_every_steps: null, keep_best: 0, dir: null, background: true}
-observe:    {log_every_steps: 1, tensorboard: true, straggler_report_seconds: 60.0, peak_flops: null}
+observe:    {log_every_steps: 1, tensorboard: true, trackers: [], straggler_report_seconds: 60.0, peak_flops: null}
 deepspeed:  {}
 """)
 
