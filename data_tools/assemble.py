@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from data_tools.executors import Advance
 from data_tools.locks import WorkLocks
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit, no_text_error
-from data_tools.work import Advance, PartFile, PartStore, write_batches
+from data_tools.work import PartFile, PartStore, write_batches
 from megatrain.atomic import commit_bytes, committed
 from megatrain.data.format import (
     BATCH_TOKENS,

@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from data_tools.executors import Advance, Progress
 from data_tools.inputs import find_inputs
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import BadRow, ReadOptions, Record, Unit
-from data_tools.work import Advance, Progress, run_tasks
+from data_tools.work import run_tasks
 from megatrain.errors import DataError
 
 

@@ -201,11 +201,11 @@ def tokenize(
 
     Under mpirun or srun, as a SLURM array, or started several times over one file system, all share the work.
     """
+    from data_tools.executors import limit_threads
     from data_tools.progress import no_progress, show_progress
     from data_tools.ranks import find_ranks
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
-    from data_tools.work import limit_threads
 
     options = TokenizeOptions(read, eod_token, bos_token, shard_tokens)
     ranks = find_ranks()

@@ -18,11 +18,12 @@ import pyarrow as pa
 import xxhash
 
 from data_tools.engines import Engine
+from data_tools.executors import Advance
 from data_tools.locks import WorkLocks
 from data_tools.readers import read_parts
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Record, Unit
-from data_tools.work import Advance, PartStore, write_batches
+from data_tools.work import PartStore, write_batches
 from megatrain.data.format import Unknown, canonical_json, token_dtype
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText

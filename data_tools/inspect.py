@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_tools.work import Progress
+from data_tools.executors import Progress
 from megatrain.data import Dataset
 from megatrain.data.format import shard_name
 from megatrain.data.shard import Views

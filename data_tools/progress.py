@@ -16,7 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from data_tools.work import Advance
+from data_tools.executors import Advance
 from megatrain.units import format_bytes, format_duration
 
 LOG_SECONDS = 10.0

@@ -33,6 +33,8 @@ class Ranks:
     """Ranks on this machine."""
     comm: Any = None
     """mpi4py's communicator, where there is one."""
+    job: str = ""
+    """Names the tasks that were started together, where there is no MPI."""
 
     @property
     def uses_mpi(self) -> bool:
@@ -102,7 +104,13 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
         num_tasks = max(read_int(env, "SLURM_ARRAY_TASK_COUNT", 1), 1)
         task = task // max(read_int(env, "SLURM_ARRAY_TASK_STEP", 1), 1) % num_tasks
         rank, size = task * size + rank, num_tasks * size
-    return Ranks(rank, size, num_local)
+    job = env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID", "")
+    return Ranks(rank, size, num_local, job=f"{job}.{env.get('SLURM_STEP_ID', '')}" if job and size > 1 else "")
+
+
+def batch_job() -> str:
+    """SLURM's number of the job that this process is in; nothing outside of one."""
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def _speak_mpi(launcher: str, rank: int, size: int) -> Ranks:
@@ -112,6 +120,9 @@ def _speak_mpi(launcher: str, rank: int, size: int) -> Ranks:
         "Without MPI, use a SLURM array or srun --mpi=none."
     )
     try:
+        import mpi4py
+
+        mpi4py.rc.thread_level = "serialized"
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(

@@ -20,6 +20,7 @@ from typing import TypeVar
 from data_tools.assemble import Plan, Recipe, ShardWriter, finish_dataset, load_plan, make_plan
 from data_tools.encode import Assignment, UnitEncoder
 from data_tools.engines import Engine, choose_engine
+from data_tools.executors import Progress
 from data_tools.locks import WorkLocks, join_command
 from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart, refuse_occupied
@@ -27,7 +28,7 @@ from data_tools.ranks import Ranks
 from data_tools.readers import plan_units, read_parts
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Record, Unit
-from data_tools.work import PartStore, Progress, run_tasks
+from data_tools.work import PartStore, run_tasks
 from megatrain.atomic import commit_bytes
 from megatrain.data.format import MANIFEST_FILE, SHARD_TABLE_FILE, SKIPPED_FILE, TOKENIZER_FILE, Manifest, token_dtype
 from megatrain.data.tokenizer import Tokenizer

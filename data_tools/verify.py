@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_tools.work import Advance, Progress, run_tasks
+from data_tools.executors import Advance, Progress
+from data_tools.work import run_tasks
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.format import SKIPPED_FILE, TOKENIZER_FILE, content_digest, is_content, shard_name
 from megatrain.data.shard import Views

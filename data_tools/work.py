@@ -7,40 +7,23 @@ it or when. So the same command, run again, finds what is there, and does the re
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait as wait_for_connections
-from multiprocessing.process import BaseProcess
-from multiprocessing.sharedctypes import Synchronized
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import pyarrow as pa
 
+from data_tools.executors import Advance, LocalPool, run_all, worker_advance
 from data_tools.units import Unit
 from megatrain.atomic import commit_bytes, committed
-from megatrain.errors import RankError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Advance = Callable[[int], None]
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""Opens a display for work of a name and a size; yields the function that is given what was done."""
-
-PROGRESS_SECONDS = 0.25
-"""How often what worker processes have done is shown."""
-
-_worker_function: ContextVar[Callable[[Any], Any]] = ContextVar("worker_function")
-"""What a worker process calls for each task: it comes once, with the encoder that it builds."""
 
 
 class PartFile(NamedTuple):
@@ -114,75 +97,16 @@ def run_tasks(
 ) -> list[Result]:
     """Call `function(task, advance)` for every task, in this process, or in `num_workers` new ones if that is above 1.
 
-    A task is asked for when there is a worker for it. The first error ends all workers and is raised here. A worker
-    that dies raises RankError. Workers end by themselves when this process does, however it does.
+    The first error ends all workers and is raised here. A worker that dies raises RankError.
     """
     waiting = iter(tasks)
     first = list(islice(waiting, num_workers))
     if len(first) <= 1:
         return [function(task, advance) for task in chain(first, waiting)]
-    context = get_context("spawn")  # the encoders' threads do not survive a fork
-    num_done, num_shown = context.Value("q", 0), 0
-    others, workers = set(active_children()), set[BaseProcess]()
-    with ProcessPoolExecutor(len(first), context, _start_worker, (function, num_done)) as pool:
-        try:
-            futures = [pool.submit(_call, task) for task in first]
-            running = set(futures)
-            while running:
-                workers |= set(active_children()) - others
-                done, running = wait(running, PROGRESS_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                next_ones = [pool.submit(_call, task) for task in islice(waiting, len(done))]
-                futures += next_ones
-                running.update(next_ones)
-                advance(num_done.value - num_shown)
-                num_shown = num_done.value
-        except BrokenProcessPool:
-            raise _death(workers) from None
-        finally:
-            for worker in workers | (set(active_children()) - others):
-                worker.terminate()
-    return [future.result() for future in futures]
+    with LocalPool(len(first)) as pool:
+        done = run_all(pool, partial(_call, function), enumerate(chain(first, waiting)), len(first), advance)
+        return [result for _, result in sorted(((index, result) for (index, _), result in done), key=itemgetter(0))]
 
 
-def _death(workers: Iterable[BaseProcess]) -> RankError:
-    """What to say of the worker that died first; the pool ends all others with SIGTERM."""
-    for worker in workers:
-        worker.join()
-    codes = {worker.exitcode or 0 for worker in workers} - {0, -signal.SIGTERM} or {-signal.SIGTERM}
-    code = codes.pop()
-    cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return RankError(
-        f"A worker process {cause} in the middle of its work (out of memory?). Nothing half written was kept: "
-        "run the same command again to go on, with fewer --workers if memory was short."
-    )
-
-
-def limit_threads(num_threads: int) -> None:
-    """Bound the encoders' own thread pools, in a process that has not used them yet."""
-    os.environ.update(RAYON_NUM_THREADS=str(num_threads), TOKENIZERS_PARALLELISM="true" if num_threads > 1 else "false")
-
-
-def _start_worker(function: Callable[[Any, Advance], Any], num_done: Synchronized[int]) -> None:
-    """What a new worker process does before its first task."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    limit_threads(1)
-
-    def advance(amount: int) -> None:
-        with num_done.get_lock():
-            num_done.value += amount
-
-    _worker_function.set(lambda task: function(task, advance))
-
-
-def _call(task: Any) -> Any:
-    return _worker_function.get()(task)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        wait_for_connections([parent.sentinel])
-        os._exit(1)
+def _call(function: Callable[[Task, Advance], Result], task: tuple[int, Task]) -> Result:
+    return function(task[1], worker_advance.get())

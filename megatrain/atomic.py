@@ -37,6 +37,23 @@ def commit_bytes(path: Path, data: bytes, scratch: Path | None = None, *, single
         unfinished.write_bytes(data)
 
 
+def commit_first(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, unless another process has written something there first: whole in both cases."""
+    private = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with private.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            path.hardlink_to(private)
+        except FileExistsError:
+            return
+    finally:
+        private.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 @contextmanager
 def committed_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder, which becomes `path` in one rename. The body syncs the files that it writes into it.

@@ -14,10 +14,11 @@ import orjson
 import pyarrow as pa
 
 from data_tools.clean.job import ATTRIBUTES_FOLDER, REPORT_FOLDER, Job, Task
+from data_tools.executors import Advance
 from data_tools.inputs import InputFile
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import ReadOptions, Record, Unit
-from data_tools.work import Advance, PartStore, write_batches
+from data_tools.work import PartStore, write_batches
 from megatrain.atomic import committed
 from megatrain.data.format import SKIPPED_FILE, canonical_json
 

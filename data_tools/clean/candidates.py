@@ -19,7 +19,8 @@ import pyarrow as pa
 from data_tools.clean.attributes import Corpus, Documents, TaggedPart, by_file, read_columns
 from data_tools.clean.job import Job, Task
 from data_tools.clean.sketch import Bytes, Keys, Sketch
-from data_tools.work import Advance, write_batches
+from data_tools.executors import Advance
+from data_tools.work import write_batches
 
 RUN_DOCUMENTS = 1 << 18
 SLICE_DOCUMENTS = 1 << 21

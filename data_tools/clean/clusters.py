@@ -21,7 +21,7 @@ from data_tools.clean.candidates import COMPARED_AT_ONCE, Run, RunFiles, count_e
 from data_tools.clean.job import Job, Task
 from data_tools.clean.output import Decisions
 from data_tools.clean.sketch import Sketch
-from data_tools.work import Advance
+from data_tools.executors import Advance
 from megatrain.atomic import commit_bytes, committed
 
 BLOCK_DOCUMENTS = 1 << 20

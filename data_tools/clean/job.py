@@ -17,13 +17,14 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
+from data_tools.executors import Advance, Progress
 from data_tools.inputs import InputFile
 from data_tools.locks import WorkLocks, join_command
 from data_tools.origin import Origin
 from data_tools.outputs import refuse_occupied
 from data_tools.ranks import Ranks
 from data_tools.units import PART_BYTES
-from data_tools.work import Advance, Progress, run_tasks
+from data_tools.work import run_tasks
 from megatrain.atomic import commit_bytes
 from megatrain.data.format import canonical_json
 from megatrain.errors import ConfigError

@@ -19,9 +19,10 @@ import zstandard
 
 from data_tools.clean.attributes import Corpus, Documents, Location, TaggedPart
 from data_tools.clean.job import REPORT_FOLDER, Job, Task
+from data_tools.executors import Advance
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit, as_text
-from data_tools.work import Advance, write_batches
+from data_tools.work import write_batches
 from megatrain.atomic import commit_bytes, committed
 from megatrain.errors import DataError
 

@@ -14,8 +14,8 @@ import pytest
 from data_samples import WRITERS, Document, MakeDataset, RunCommand
 
 from data_tools import verify
+from data_tools.executors import Advance
 from data_tools.verify import verify_dataset
-from data_tools.work import Advance
 from megatrain.data import open_dataset
 from megatrain.data.format import shard_name
 from megatrain.errors import DataError
