@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +32,9 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.bootstrap import export_rank, job_identity, read_rank
 from megatrain.distributed.signals import Requests, handlers_restored
 from megatrain.errors import CheckpointError, ConfigError, DataError, Preempted
+from megatrain.model.beams import BeamSearch, beam_search
 from megatrain.model.decoder import Decoder
-from megatrain.model.generate import Sampling, generate
+from megatrain.model.generate import Limits, Sampling, generate
 from megatrain.model.init import init_model
 from megatrain.observe.callbacks import Callback
 from megatrain.observe.goodput import Goodput
@@ -43,11 +44,12 @@ from megatrain.plan import rules
 from megatrain.plan.flops import parameter_shapes
 from megatrain.train.assets import CARRIED, Assets
 from megatrain.train.config_record import refuse_record_of_another_run
-from megatrain.train.inference import encode_prompt, stream_text
+from megatrain.train.inference import TextSettings, Writer, encode_prompt
 from megatrain.train.loading import empty_decoder, load_decoder
 
 __all__ = ["Callback", "Model", "Run", "load", "open_run", "train"]
 
+Prompt = TypeVar("Prompt", str, list[str], list[int])
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]] | Tensor
 
 
@@ -89,62 +91,56 @@ class Model:
             logits_BTV = self.module.logits(tokens_BT, context).float()
         return logits_BTV if tokens.dim() == 2 else logits_BTV[0]
 
-    @overload
     def generate(
         self,
-        prompt: str,
-        max_new_tokens: int = ...,
-        *,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        seed: int = ...,
-    ) -> str: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Sequence[int],
-        max_new_tokens: int = ...,
-        *,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        seed: int = ...,
-    ) -> list[int]: ...
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         max_new_tokens: int = 50,
         *,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> str | list[int]:
-        """What the model goes on with after a prompt: text after text, token ids after token ids.
+    ) -> Prompt:
+        """What the model goes on with: a text after a text, token ids after token ids, a list of texts after several.
 
-        At temperature 0 each token is the likeliest. It ends with the model's end of a document, or where its context
-        is full. Characters that the tokenizer does not know give a UserWarning. Raises ConfigError.
+        At temperature 0 each token is the likeliest; ``num_beams`` above 1 searches for the likeliest text instead
+        (`BeamSearch`). A text ends with the model's end of a document, before the first of the texts ``stop``, or where
+        the context is full. A prompt of several gets what it would get by itself. Characters that the tokenizer does
+        not know give a UserWarning. Raises ConfigError.
         """
-        sampling = Sampling(temperature, top_k, top_p)
-        if not isinstance(prompt, str):
-            ids = [int(token) for token in prompt]
-            return list(generate(self.module, ids, max_new_tokens, sampling, seed, self._assets.stop_ids))
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+        beams = BeamSearch(num_beams, length_penalty, early_stopping) if num_beams > 1 else None
+        settings = TextSettings(max_new_tokens, sampling, seed, stop, beams)
+        generated: Any  # mypy checks the body once for each type of a prompt
+        if isinstance(prompt, str):
+            writer, tokenizer = self._writer()
+            generated = "".join(writer.stream(encode_prompt(tokenizer, prompt, _warn), settings, _warn))
+        elif len(prompt) and isinstance(prompt[0], str):
+            writer, tokenizer = self._writer()
+            found = writer.write([encode_prompt(tokenizer, str(each), _warn) for each in prompt], settings)
+            generated = [text.text for text in found]
+        else:
+            generated = self._ids_after([int(token) for token in prompt], settings)
+        result: Prompt = generated
+        return result
+
+    def _ids_after(self, ids: list[int], settings: TextSettings) -> list[int]:
+        limits = Limits(settings.max_new_tokens, self._assets.stop_ids)
+        if settings.beams is None:
+            return list(generate(self.module, ids, limits, settings.sampling, settings.seed))
+        penalty = settings.sampling.repetition_penalty
+        ((best, *_),) = beam_search(self.module, [ids], limits, settings.beams, penalty)
+        return list(best.tokens)
+
+    def _writer(self) -> tuple[Writer, Tokenizer]:
         if self.tokenizer is None:
             raise ConfigError("The model came without a tokenizer: give the prompt as token ids.")
-        stream = stream_text(
-            self.module,
-            self.tokenizer,
-            self._assets,
-            encode_prompt(self.tokenizer, prompt, _warn),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            warn=_warn,
-        )
-        return "".join(stream)
+        return Writer(self.module, self.tokenizer, self._assets), self.tokenizer
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, *, best: bool = False) -> Model:

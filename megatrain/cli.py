@@ -13,7 +13,7 @@ import socket
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -255,16 +255,47 @@ def sweep(
     raise typer.Exit(sweep.run(config, points if point is None else [points[point]], procs, typer.echo))
 
 
+class EarlyStopping(str, Enum):
+    """Of beam search."""
+
+    FALSE = "false"
+    TRUE = "true"
+    NEVER = "never"
+
+
+_EARLY_STOPPING: dict[EarlyStopping, bool | Literal["never"]] = {
+    EarlyStopping.FALSE: False,
+    EarlyStopping.TRUE: True,
+    EarlyStopping.NEVER: "never",
+}
+
+
 @app.command()
 def generate(
     checkpoint: CheckpointPath,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='A file with a prompt a line; where its name ends in .jsonl, with {"prompt": ...} a line.'),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: the file for what comes, as JSON lines.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that sum to this; above 0.")
     ] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many of the likeliest tokens.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that are in the text already become less likely.")
+    ] = 1.0,
+    num_beams: Annotated[
+        int, typer.Option(min=1, help="Above 1: beam search for the likeliest text, in place of sampling.")
+    ] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beam search: above 0, longer texts gain.")] = 1.0,
+    early_stopping: Annotated[
+        EarlyStopping, typer.Option(help="Of beam search: whether it ends with as many texts as beams.")
+    ] = EarlyStopping.FALSE,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends what is generated; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = 0,
     procs: Annotated[
         int | None,
@@ -273,12 +304,16 @@ def generate(
     tensor: Annotated[int | None, typer.Option(min=1, help="The same: all ranks are tensor ranks.")] = None,
     best: Best = False,
 ) -> None:
-    """Let a trained model go on from a prompt.
+    """Let a trained model go on from a prompt, or from each prompt of a file.
 
     Under srun, mpirun or torchrun, the model is cut among the ranks that these start.
     """
     from megatrain.distributed.bootstrap import read_rank
 
+    if (prompt is None) == (prompts is None):
+        raise ConfigError("Give --prompt TEXT, or --prompts FILE with --out FILE.")
+    if (prompts is None) != (out is None):
+        raise ConfigError("--prompts FILE and --out FILE belong together.")
     rank = read_rank()
     num_ranks = rank.world_size if rank.world_size > 1 else procs or tensor or 1
     if tensor not in (None, num_ranks):
@@ -288,28 +323,35 @@ def generate(
         )
     if rank.world_size < num_ranks:
         raise typer.Exit(_run_on_ranks(num_ranks))
+    from megatrain.atomic import commit_bytes
     from megatrain.distributed.binding import bind
-    from megatrain.train.inference import generate_text
+    from megatrain.model.beams import BeamSearch
+    from megatrain.model.generate import Sampling
+    from megatrain.train.inference import TextSettings, generate_file, generate_text
 
     bind(rank)
-    warnings: list[str] = []
+    settings = TextSettings(
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p if top_p != 1.0 else None, repetition_penalty),
+        seed=seed,
+        stops=stop or (),
+        beams=BeamSearch(num_beams, length_penalty, _EARLY_STOPPING[early_stopping]) if num_beams > 1 else None,
+    )
+    is_first, warnings, place = rank.rank == 0, list[str](), _place(checkpoint, best)
 
     def warn() -> None:
-        while warnings:
+        while warnings and is_first:
             typer.echo(f"Warning: {warnings.pop(0)}", err=True)
 
-    texts = generate_text(
-        _place(checkpoint, best),
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        warn=warnings.append,
-        rank=rank,
-    )
-    if rank.rank != 0:
+    if prompts is not None and out is not None:
+        show_progress = sys.stderr.isatty() and is_first
+        lines = generate_file(place, prompts, settings, warn=warnings.append, rank=rank, show_progress=show_progress)
+        warn()
+        if is_first:
+            commit_bytes(out, lines)
+        return
+    texts = generate_text(place, prompt or "", settings, warn=warnings.append, rank=rank)
+    if not is_first:
         collections.deque(texts, maxlen=0)  # its part of the work; rank 0 shows the text
         return
     for text in texts:

@@ -57,11 +57,6 @@ class Groups:
         greatest: list[float] = most.tolist()
         return greatest
 
-    def broadcast_number(self, number: int) -> int:
-        """Rank 0's ``number``, of 53 bits at most. Every rank must call it at the same point."""
-        (told,) = self.all_reduce_sum([float(number) if self.rank == 0 else 0.0])
-        return int(told)
-
     def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in rank order, for what happens once a run. Every rank must call it at the same point."""
         values: list[Any] = [None] * self.topology.world_size

@@ -35,6 +35,8 @@ class CoreAttention(nn.Module):
     def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, context: Context) -> Tensor:
         """Attend; [B, T, H, D]."""
         num_queries, window = q_BTHD.shape[1], self.window
+        if context.cache is not None and (visible := context.cache.visible(window, q_BTHD.device)) is not None:
+            return _fused(q_BTHD, k_BSGD, v_BSGD, visible)
         if window is not None and num_queries == 1:
             k_BSGD, v_BSGD = k_BSGD[:, -window:], v_BSGD[:, -window:]
         if window is not None and num_queries <= window:
@@ -44,7 +46,10 @@ class CoreAttention(nn.Module):
             return blockwise_attention(q_BTHD, k_BSGD, v_BSGD, context.document_ids_BT, window, self._drop(context))
         if context.document_starts is not None:
             return _variable_length(q_BTHD, k_BSGD, v_BSGD, context.document_starts, window)
-        return _fused(q_BTHD, k_BSGD, v_BSGD, context.document_ids_BT, window)
+        mask = None
+        if context.document_ids_BT is not None or window is not None:
+            mask = _visible(num_queries, q_BTHD.device, context.document_ids_BT, window)
+        return _fused(q_BTHD, k_BSGD, v_BSGD, mask)
 
     def _drop(self, context: Context) -> Drop | None:
         if not self.dropout.is_active:
@@ -52,13 +57,8 @@ class CoreAttention(nn.Module):
         return lambda weights_BHTS, *first: self.dropout.drop(weights_BHTS, context.sample_ids_B, *first)
 
 
-def _fused(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, document_ids_BT: Tensor | None, window: int | None
-) -> Tensor:
-    """PyTorch's own choice of kernel; documents and a window by a dense mask."""
-    mask = None
-    if document_ids_BT is not None or window is not None:
-        mask = _visible(q_BTHD.shape[1], q_BTHD.device, document_ids_BT, window)
+def _fused(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's own choice of kernel; causal, or where the mask is True."""
     q_BHTD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
     out_BHTD = functional.scaled_dot_product_attention(
         q_BHTD,

@@ -5,6 +5,7 @@ B: sequences, T: tokens, S: tokens seen so far, G: key-value heads, D: head dime
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,29 +21,71 @@ TORCH_VERSION = TorchVersion(torch.__version__)
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, for every layer: what generation need not compute again."""
+    """Keys and values of the tokens seen so far, for every layer: what generation need not compute again.
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    Rows may have seen different numbers of tokens. Prompts are given padded on the right, where no token before looks;
+    what follows them takes the places of the padding. ``lengths``: how many tokens of each row every layer has stored.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, num_rows: int = 1) -> None:
         self.capacity = capacity
-        self.length = 0  # tokens whose keys and values every layer has stored
+        self.lengths = [0] * num_rows
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self._ends_B: Tensor | None = None
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows have different lengths."""
+        return min(self.lengths) != max(self.lengths)
 
     def update(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values behind the old ones; return all of them, [B, S, G, D] each."""
-        if self.length and k_BTGD.shape[1] > 1:
+        num_new = k_BTGD.shape[1]
+        if max(self.lengths) and num_new > 1:
             raise ValueError("after the prompt a cache takes one token at a time")
         stored = self._layers[layer]
         if stored is None:
             shape = (k_BTGD.shape[0], self.capacity, *k_BTGD.shape[2:])
-            stored = self._layers[layer] = (k_BTGD.new_empty(shape), v_BTGD.new_empty(shape))
-        end = self.length + k_BTGD.shape[1]
+            stored = self._layers[layer] = (k_BTGD.new_zeros(shape), v_BTGD.new_zeros(shape))
+        end = max(self.lengths) + num_new
         for cache, new in zip(stored, (k_BTGD, v_BTGD), strict=True):
-            cache[:, self.length : end] = new
+            if self.is_ragged:
+                cache[torch.arange(len(new), device=new.device), self._ends(new.device)] = new[:, 0]
+            else:
+                cache[:, end - num_new : end] = new
         return stored[0][:, :end], stored[1][:, :end]
 
-    def advance(self, num_tokens: int) -> None:
-        """Count ``num_tokens`` as seen, once every layer has stored them."""
-        self.length += num_tokens
+    def visible(self, window: int | None, device: torch.device) -> Tensor | None:
+        """[B, 1, 1, S], True where the new token of a row sees a key; None where rows are alike, and it sees all."""
+        if not self.is_ragged:
+            return None
+        ends_B1 = self._ends(device).unsqueeze(1)
+        keys_S = torch.arange(max(self.lengths) + 1, device=device)
+        visible_BS = keys_S <= ends_B1
+        if window is not None:
+            visible_BS &= keys_S > ends_B1 - window
+        return visible_BS[:, None, None, :]
+
+    def advance(self, num_tokens: int | Sequence[int]) -> None:
+        """Count tokens as seen, so many of all rows or of each, once every layer has stored them."""
+        new = [num_tokens] * len(self.lengths) if isinstance(num_tokens, int) else num_tokens
+        self.lengths, self._ends_B = [a + b for a, b in zip(self.lengths, new, strict=True)], None
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; a row may be there several times."""
+        if list(rows) == list(range(len(self.lengths))):
+            return
+        self.lengths, self._ends_B = [self.lengths[row] for row in rows], None
+        for layer, stored in enumerate(self._layers):
+            if stored is not None:
+                index = torch.tensor(rows, device=stored[0].device)
+                self._layers[layer] = (stored[0].index_select(0, index), stored[1].index_select(0, index))
+
+    def _ends(self, device: torch.device) -> Tensor:
+        """Where each row's next token goes."""
+        if self._ends_B is None:
+            self._ends_B = torch.tensor(self.lengths, device=device)
+        return self._ends_B
 
 
 class Context(NamedTuple):

@@ -1,6 +1,6 @@
-"""Sampling from a decoder, token by token, with a cache of keys and values.
+"""Generation from a decoder, token by token, with a cache of keys and values; several prompts at once.
 
-B: sequences (one here), T: tokens, V: vocabulary.
+B: sequences, T: tokens, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -8,26 +8,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.context import KeyValueCache
 from megatrain.model.decoder import Decoder
+
+Agree = Callable[[list[int]], list[int]]
+"""From this rank's choices to those of all ranks that share a model."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen: the likeliest at ``temperature`` 0, else at random in the order the fields stand here.
 
-    ``top_k``: among the k likeliest; ``top_p``: among the likeliest whose probabilities just reach p (Holtzman et al.
-    2020). None: among all. Raises ConfigError where a field has no meaning.
+    ``repetition_penalty``: what the logits of tokens that are in the prompt or the output are divided by where they are
+    positive, and multiplied by where they are negative (Keskar et al. 2019). ``top_k``: among the k likeliest;
+    ``top_p``: among the likeliest whose probabilities just reach p (Holtzman et al. 2020). None: among all. Raises
+    ConfigError where a field has no meaning.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
@@ -38,16 +46,18 @@ class Sampling:
             raise ConfigError(
                 f"top_p is {self.top_p}: it must be above 0, and 1 at most. Temperature 0 takes the likeliest token."
             )
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}: it must be above 0 (1: none).")
 
-    def choose(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        """An id, for fp32 logits. Raises CheckpointError where they are no numbers."""
-        if not logits_V.max().isfinite():
-            raise CheckpointError(
-                "The model computes NaN or infinity: its weights are ruined, as by a run that diverged. Take an "
-                "earlier checkpoint; `megatrain checkpoint list` shows what a run has."
-            )
+    def choose(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """An id a row, for fp32 logits. Raises CheckpointError where they are no numbers."""
+        refuse_no_numbers(logits_BV)
         if self.temperature == 0.0:
-            return int(logits_V.argmax())
+            ids: list[int] = logits_BV.argmax(-1).tolist()
+            return ids
+        return [self._draw(logits_V, generator) for logits_V, generator in zip(logits_BV, generators, strict=True)]
+
+    def _draw(self, logits_V: Tensor, generator: torch.Generator) -> int:
         # In double, and from the largest down: a small temperature makes no infinity of the likeliest.
         sorted_V, ids_V = ((logits_V.double() - logits_V.max()) / self.temperature).sort(descending=True)
         if self.top_k is not None:
@@ -59,73 +69,148 @@ class Sampling:
         return int(ids_V[torch.multinomial(probabilities_V.cpu(), 1, generator=generator)])
 
 
+class Limits(NamedTuple):
+    """What ends a row: one of ``stop_ids``, which is left out, or ``max_new_tokens``. Ids from ``num_ids`` on (the
+    tokenizer's; None: the model's) are never chosen."""
+
+    max_new_tokens: int
+    stop_ids: Collection[int] = ()
+    num_ids: int | None = None
+
+    def of(self, model: Decoder, prompts: Sequence[Sequence[int]]) -> Limits:
+        """The same with the ids of the model. Raises ConfigError for an empty prompt, an id out of range, or more
+        tokens than the model has positions."""
+        limit, model_ids = model.config.max_position_embeddings, model.config.known_vocab_size
+        num_ids = model_ids if self.num_ids is None else min(self.num_ids, model_ids)
+        for tokens in prompts:
+            if not tokens:
+                raise ConfigError("The prompt is empty: give at least one token to go on from.")
+            if not all(0 <= token < num_ids for token in tokens):
+                raise ConfigError(
+                    f"The prompt has token ids outside of 0 to {num_ids - 1}: was it made by another tokenizer?"
+                )
+            if len(tokens) + self.max_new_tokens > limit:
+                room = limit - len(tokens)
+                advice = (
+                    f"ask for at most {room} new tokens, or shorten the prompt" if room > 0 else "shorten the prompt"
+                )
+                raise ConfigError(
+                    f"The prompt's {len(tokens)} tokens and {self.max_new_tokens} new ones are more than the model's "
+                    f"{limit} positions (model.max_position_embeddings): {advice}shorten the prompt."
+                )
+        return self._replace(num_ids=num_ids)
+
+
 def generate(
     model: Decoder,
     tokens: Sequence[int],
-    max_new_tokens: int,
+    limits: Limits,
     sampling: Sampling,
     seed: int = 0,
-    stop_ids: Collection[int] = (),
-    vocab_size: int | None = None,
-    agree: Callable[[int], int] | None = None,
+    agree: Agree | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens one by one, up to ``max_new_tokens``, or up to and without one of ``stop_ids``.
+    """`generate_batch` for one prompt: yield new tokens one by one."""
+    steps = generate_batch(model, [tokens], limits, sampling, seed, agree)
+    return (token for step in steps for token in step if token is not None)
 
-    The model is to be in evaluation mode. Ids from ``vocab_size`` on (the tokenizer's; None: the model's) are never
-    chosen. The same arguments give the same tokens. ``agree``: from this rank's choice to that of all ranks that share
-    the model; None: there are no others. Raises ConfigError, at once, for an empty prompt, an id or a seed out of
-    range, or more tokens than the model has positions.
+
+def generate_batch(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+    sampling: Sampling,
+    seed: int = 0,
+    agree: Agree | None = None,
+    ended: set[int] | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield each prompt's next token, step by step; None for those that have ended.
+
+    The model is to be in evaluation mode. The same arguments give the same tokens, and each prompt those that it would
+    get by itself. ``ended``: prompts that get no more tokens; the caller may add to it between steps. ``agree``: None
+    where no other ranks share the model. Raises ConfigError, at once, for a seed out of range and as `Limits.of` does.
     """
-    limit = model.config.max_position_embeddings
-    model_ids = model.config.known_vocab_size
-    num_ids = model_ids if vocab_size is None else min(vocab_size, model_ids)
     if not 0 <= seed < 1 << 64:
         raise ConfigError(f"The seed is {seed}: it must be from 0 to 2^64 - 1.")
-    if not tokens:
-        raise ConfigError("The prompt is empty: give at least one token to go on from.")
-    if not all(0 <= token < num_ids for token in tokens):
-        raise ConfigError(f"The prompt has token ids outside of 0 to {num_ids - 1}: was it made by another tokenizer?")
-    if len(tokens) + max_new_tokens > limit:
-        room = limit - len(tokens)
-        advice = f"ask for at most {room} new tokens, or shorten the prompt" if room > 0 else "shorten the prompt"
-        raise ConfigError(
-            f"The prompt's {len(tokens)} tokens and {max_new_tokens} new ones are more than the model's {limit} "
-            f"positions (model.max_position_embeddings): {advice}."
-        )
-    return _stream(model, tokens, max_new_tokens, sampling, seed, stop_ids, num_ids, agree)
+    return _steps(model, prompts, limits.of(model, prompts), sampling, seed, agree, set() if ended is None else ended)
 
 
-def _stream(
+def _steps(
     model: Decoder,
-    tokens: Sequence[int],
-    max_new_tokens: int,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
     sampling: Sampling,
     seed: int,
-    stop_ids: Collection[int],
-    num_ids: int,
-    agree: Callable[[int], int] | None,
-) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed)
-    cache = KeyValueCache(model.config.num_hidden_layers, len(tokens) + max_new_tokens)
-    new = list(tokens)
-    for _ in range(max_new_tokens):
-        token = sampling.choose(next_logits(model, new, cache)[:num_ids], generator)
-        if agree is not None:
-            token = agree(token)
-        if token in stop_ids:
+    agree: Agree | None,
+    ended: set[int],
+) -> Iterator[list[int | None]]:
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    capacity = max(map(len, prompts), default=0) + limits.max_new_tokens
+    cache = KeyValueCache(model.config.num_hidden_layers, capacity, len(prompts))
+    seen = SeenTokens(prompts, sampling.repetition_penalty)
+    active, new = list(range(len(prompts))), [list(tokens) for tokens in prompts]
+    for _ in range(limits.max_new_tokens):
+        going_on = [place for place, row in enumerate(active) if row not in ended]
+        active, new = [active[place] for place in going_on], [new[place] for place in going_on]
+        if not active:
             return
-        yield token
-        new = [token]
+        cache.select(going_on)
+        logits_BV = seen.penalize(next_logits(model, new, cache)[:, : limits.num_ids], active)
+        chosen = sampling.choose(logits_BV, [generators[row] for row in active])
+        chosen = chosen if agree is None else agree(chosen)
+        ended |= {row for row, token in zip(active, chosen, strict=True) if token in limits.stop_ids}
+        step: list[int | None] = [None] * len(prompts)
+        for row, token in zip(active, chosen, strict=True):
+            if row not in ended:
+                step[row] = token
+                seen.add(row, token)
+        if not ended.issuperset(active):
+            yield step
+        new = [[token] for token in chosen]
+
+
+class SeenTokens:
+    """The ids in each prompt and what follows it, for the repetition penalty."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], penalty: float) -> None:
+        self._penalty = penalty
+        self._ids = [dict.fromkeys(tokens) for tokens in prompts] if penalty != 1.0 else []
+
+    def add(self, row: int, token: int) -> None:
+        if self._ids:
+            self._ids[row][token] = None
+
+    def penalize(self, scores_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        """The scores of ``rows`` with the penalty on what each has seen."""
+        if not self._ids:
+            return scores_BV
+        scores_BV = scores_BV.clone()
+        for scores_V, row in zip(scores_BV, rows, strict=True):
+            ids = torch.tensor(list(self._ids[row]), device=scores_V.device)
+            found = scores_V[ids]
+            scores_V[ids] = torch.where(found < 0, found * self._penalty, found / self._penalty)
+        return scores_BV
 
 
 @torch.inference_mode()
-def next_logits(model: Decoder, tokens: Sequence[int], cache: KeyValueCache) -> Tensor:
-    """fp32 logits [V] of the token after ``tokens``, which follow those in the cache and join them there."""
+def next_logits(model: Decoder, tokens: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
+    """fp32 logits [B, V] of what comes after each row's ``tokens``, which follow those in the cache and join them."""
     device = model.device
-    tokens_BT = torch.tensor([list(tokens)], device=device)
-    positions_BT = torch.arange(cache.length, cache.length + len(tokens), device=device).unsqueeze(0)
+    sizes = [len(row) for row in tokens]
+    tokens_BT = pad_sequence([torch.tensor(row) for row in tokens], batch_first=True).to(device)
+    starts_B1 = torch.tensor(cache.lengths, device=device).unsqueeze(1)
+    positions_BT = starts_B1 + torch.arange(tokens_BT.shape[1], device=device)
     context = model.make_context(positions_BT, None, None, model.dtype, cache)
     x_BTC = model.hidden(tokens_BT, context)
-    cache.advance(len(tokens))
-    logits_V: Tensor = model.head(x_BTC[:, -1:])[0, 0].float()
-    return logits_V
+    cache.advance(sizes)
+    last_BC = x_BTC[torch.arange(len(sizes), device=device), torch.tensor(sizes, device=device) - 1]
+    logits_BV: Tensor = model.head(last_BC.unsqueeze(1))[:, 0].float()
+    return logits_BV
+
+
+def refuse_no_numbers(logits_BV: Tensor) -> None:
+    """Raise CheckpointError where a row of logits has NaN or infinity."""
+    if not logits_BV.amax(-1).isfinite().all():
+        raise CheckpointError(
+            "The model computes NaN or infinity: its weights are ruined, as by a run that diverged. Take an "
+            "earlier checkpoint; `megatrain checkpoint list` shows what a run has."
+        )

@@ -17,10 +17,10 @@ from megatrain.config.tasks import Task, read_tasks
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
-from megatrain.tasks.answerer import Answerer, greedy_text, open_answerer
 from megatrain.tasks.metrics import Metric, Outcome, judge_choices, judge_generation, judge_text, summarize
 from megatrain.tasks.prompts import Example, encode_pair, make_examples
 from megatrain.tasks.scoring import Request, score
+from megatrain.train.inference import TextSettings, Writer, open_writer
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def evaluate_tasks(
     """
     read = read_tasks(Path(tasks))
     asked = {task.name: make_examples(task, task.shots if num_shots is None else num_shots, seed) for task in read}
-    answerer, groups = open_answerer(path, rank, tensor)
+    writer, groups = open_writer(path, rank, tensor)
     results = []
     with Progress(disable=not show_progress, transient=True) as progress:
         for task in read:
-            results.append(_evaluate_task(task, asked[task.name], answerer, groups, progress))
+            results.append(_evaluate_task(task, asked[task.name], writer, groups, progress))
     if out is not None and (rank is None or rank.rank == 0):
         lines = [{"task": r.task.name, **outcome.record} for r in results for outcome in r.outcomes]
         commit_bytes(out, b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))
@@ -76,15 +76,15 @@ def evaluate_tasks(
 def _evaluate_task(
     task: Task,
     examples: Sequence[Example],
-    answerer: Answerer,
+    writer: Writer,
     groups: Groups | None,
     progress: Progress,
 ) -> TaskResult:
     first, step = (0, 1) if groups is None else (groups.coordinate.data, groups.topology.data)
-    mine = [_fitted(task, example, answerer) for example in examples[first::step]]
+    mine = [_fitted(task, example, writer) for example in examples[first::step]]
     answered = [each for each in mine if each is not None]
     bar = progress.add_task(task.name, total=sum(max(len(example.continuations), 1) for example in answered))
-    outcomes = _ANSWER[task.kind](task, answered, answerer, lambda count: progress.advance(bar, count))
+    outcomes = _ANSWER[task.kind](task, answered, writer, lambda count: progress.advance(bar, count))
     if groups is not None:
         given = groups.all_gather_object(outcomes if groups.coordinate.tensor == 0 else [])
         outcomes = [outcome for of_rank in given for outcome in of_rank]
@@ -101,32 +101,32 @@ def _evaluate_task(
     )
 
 
-def _fitted(task: Task, example: Example, answerer: Answerer) -> Example | None:
+def _fitted(task: Task, example: Example, writer: Writer) -> Example | None:
     """The example with as many of its solved rows as the context has room for; None where it has none for itself."""
-    while _num_tokens(task, example, answerer) > answerer.model.config.max_position_embeddings:
+    while _num_tokens(task, example, writer) > writer.model.config.max_position_embeddings:
         if not example.shots:
             return None
         example = example.with_fewer_shots()
     return example
 
 
-def _num_tokens(task: Task, example: Example, answerer: Answerer) -> int:
+def _num_tokens(task: Task, example: Example, writer: Writer) -> int:
     """The most that the model has to take in at once."""
     if task.kind == "generate":
-        return len(_context(answerer, example.prompt)) + task.max_new_tokens
-    return max(len(r.context) + len(r.continuation) - 1 for r in _requests(example, answerer))
+        return len(_context(writer, example.prompt)) + task.max_new_tokens
+    return max(len(r.context) + len(r.continuation) - 1 for r in _requests(example, writer))
 
 
-def _context(answerer: Answerer, prompt: str) -> list[int]:
-    return [*answerer.assets.prompt_ids, *answerer.tokenizer.encode(prompt)]
+def _context(writer: Writer, prompt: str) -> list[int]:
+    return [*writer.assets.prompt_ids, *writer.tokenizer.encode(prompt)]
 
 
-def _requests(example: Example, answerer: Answerer) -> list[Request]:
+def _requests(example: Example, writer: Writer) -> list[Request]:
     """A request a continuation. A context without tokens is what a document begins after: its end, or its beginning."""
-    begin, tokens = answerer.assets.prompt_ids, answerer.assets.special_tokens
+    begin, tokens = writer.assets.prompt_ids, writer.assets.special_tokens
     found = []
     for text in example.continuations:
-        context, continuation = encode_pair(answerer.tokenizer, example.prompt, text)
+        context, continuation = encode_pair(writer.tokenizer, example.prompt, text)
         context = [*begin, *context]
         if not context:
             if tokens.eod is None:
@@ -140,10 +140,10 @@ def _requests(example: Example, answerer: Answerer) -> list[Request]:
 
 
 def _answer_choices(
-    task: Task, examples: Sequence[Example], answerer: Answerer, advance: Callable[[int], None]
+    task: Task, examples: Sequence[Example], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
-    requests = [_requests(example, answerer) for example in examples]
-    scores = iter(score(answerer.model, [each for group in requests for each in group], advance))
+    requests = [_requests(example, writer) for example in examples]
+    scores = iter(score(writer.model, [each for group in requests for each in group], advance))
     outcomes = []
     for example, group in zip(examples, requests, strict=True):
         likelihoods = [next(scores).log_likelihood for _ in group]
@@ -152,10 +152,10 @@ def _answer_choices(
 
 
 def _answer_perplexity(
-    task: Task, examples: Sequence[Example], answerer: Answerer, advance: Callable[[int], None]
+    task: Task, examples: Sequence[Example], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
-    requests = [request for example in examples for request in _requests(example, answerer)]
-    scores = score(answerer.model, requests, advance)
+    requests = [request for example in examples for request in _requests(example, writer)]
+    scores = score(writer.model, requests, advance)
     return [
         judge_text(task, example, found.log_likelihood, len(request.continuation), found.is_greedy)
         for example, request, found in zip(examples, requests, scores, strict=True)
@@ -163,15 +163,11 @@ def _answer_perplexity(
 
 
 def _answer_by_generation(
-    task: Task, examples: Sequence[Example], answerer: Answerer, advance: Callable[[int], None]
+    task: Task, examples: Sequence[Example], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
-    outcomes = []
-    for example in examples:
-        outcomes.append(
-            judge_generation(example, greedy_text(answerer, example.prompt, task.stop, task.max_new_tokens))
-        )
-        advance(1)
-    return outcomes
+    settings = TextSettings(task.max_new_tokens, stops=task.stop)
+    texts = writer.write([writer.tokenizer.encode(example.prompt) for example in examples], settings, advance)
+    return [judge_generation(example, text.text) for example, text in zip(examples, texts, strict=True)]
 
 
 _ANSWER = {"choices": _answer_choices, "perplexity": _answer_perplexity, "generate": _answer_by_generation}

@@ -16,12 +16,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.progress import Progress, track
+from rich.progress import Progress
 
 from megatrain.checkpoint.location import locate
 from megatrain.errors import ConfigError
-from megatrain.tasks.answerer import greedy_text, open_answerer
 from megatrain.tasks.scoring import Request, score
+from megatrain.train.inference import TextSettings, open_writer
 
 LONGEST_ANSWER = 256
 
@@ -33,33 +33,33 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def __init__(self, checkpoint: str, batch_size: int | str | None = None, **ignored: Any) -> None:
         """``batch_size`` is ours to choose: batches are made by length."""
         super().__init__()
-        self._answerer, _ = open_answerer(locate(checkpoint))
-        self._prefix = [*self._answerer.assets.prompt_ids]
+        self._writer, _ = open_writer(locate(checkpoint))
+        self._prefix = [*self._writer.assets.prompt_ids]
 
     @property
     def eot_token_id(self) -> int:
-        eod = self._answerer.assets.special_tokens.eod
+        eod = self._writer.assets.special_tokens.eod
         if eod is None:
             raise ConfigError("The checkpoint names no token that ends a document, which the harness asks for.")
         return eod.id
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self._answerer.assets.special_tokens.bos
+        bos = self._writer.assets.special_tokens.bos
         return self.eot_token_id if bos is None else bos.id
 
     @property
     def tokenizer_name(self) -> str:
-        return self._answerer.tokenizer.sha256
+        return self._writer.tokenizer.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        ids = self._answerer.tokenizer.encode(string)
+        ids = self._writer.tokenizer.encode(string)
         return ids if add_special_tokens is False else [*self._prefix, *ids]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
     ) -> list[tuple[float, bool]]:
-        longest = self._answerer.model.config.max_position_embeddings + 1
+        longest = self._writer.model.config.max_position_embeddings + 1
         asked = []
         for _, context, continuation in requests:
             whole = (context + continuation)[-longest:]
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             asked.append(Request(tuple(whole[:cut]), tuple(whole[cut:])))
         with Progress(disable=disable_tqdm, transient=True) as progress:
             bar = progress.add_task("megatrain", total=len(asked))
-            found = score(self._answerer.model, asked, lambda count: progress.advance(bar, count))
+            found = score(self._writer.model, asked, lambda count: progress.advance(bar, count))
         return [(each.log_likelihood, each.is_greedy) for each in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -77,7 +77,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self._answerer.model.config.max_position_embeddings,
+                max_seq_len=self._writer.model.config.max_position_embeddings,
                 context_len=1,
             )
             parts = [(None, *make_disjoint_window(window)) for window in windows]
@@ -85,14 +85,23 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        texts = []
-        for request in track(requests, "megatrain", disable=disable_tqdm, transient=True):
-            prompt, settings = request.args
-            if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
+        grouped: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        for number, request in enumerate(requests):
+            asked = request.args[1]
+            if asked.get("do_sample") or asked.get("num_beams", 1) > 1:
                 raise ConfigError("Under the harness megatrain generates the likeliest tokens: set do_sample to false.")
-            stops = settings.get("until") or []
-            stops = [stops] if isinstance(stops, str) else list(stops)
-            texts.append(greedy_text(self._answerer, prompt, stops, settings.get("max_gen_toks", LONGEST_ANSWER)))
+            stops = asked.get("until") or []
+            stops = (stops,) if isinstance(stops, str) else tuple(stops)
+            grouped.setdefault((stops, asked.get("max_gen_toks", LONGEST_ANSWER)), []).append(number)
+        texts = [""] * len(requests)
+        with Progress(disable=disable_tqdm, transient=True) as progress:
+            bar = progress.add_task("megatrain", total=len(requests))
+            for (stops, most), numbers in grouped.items():
+                prompts = [self._writer.tokenizer.encode(requests[number].args[0]) for number in numbers]
+                settings = TextSettings(most, stops=stops)
+                found = self._writer.write(prompts, settings, lambda count: progress.advance(bar, count))
+                for number, text in zip(numbers, found, strict=True):
+                    texts[number] = text.text
         return texts
 
 

@@ -5,13 +5,14 @@ B: sequences in a batch, T: tokens, C: channels, V: vocabulary, N: scored tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatrain.model.decoder import Decoder
+from megatrain.train.inference import batches_by_length
 
 TOKENS_AT_ONCE = 8192
 
@@ -39,20 +40,12 @@ def score(
     A score does not depend on what is beside it: rows are padded on the right, where causal attention never looks.
     """
     scores: list[Score | None] = [None] * len(requests)
-    for numbers in batches_by_length([len(r.context) + len(r.continuation) - 1 for r in requests]):
+    lengths = [len(request.context) + len(request.continuation) - 1 for request in requests]
+    for numbers in batches_by_length(lengths, TOKENS_AT_ONCE):
         for number, found in zip(numbers, _score_batch(model, [requests[n] for n in numbers]), strict=True):
             scores[number] = found
         advance(len(numbers))
     return [found for found in scores if found is not None]
-
-
-def batches_by_length(lengths: Sequence[int], tokens_at_once: int = TOKENS_AT_ONCE) -> Iterator[list[int]]:
-    """Indices of ``lengths`` in batches, longest first: the first batch is the largest that will be."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    while order:
-        size = max(1, tokens_at_once // max(lengths[order[0]], 1))
-        yield order[:size]
-        order = order[size:]
 
 
 @torch.inference_mode()

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
+import torch
 import torch.distributed as dist
+from rich.progress import Progress
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
@@ -14,24 +20,176 @@ from megatrain.checkpoint.stores import resolve
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.bootstrap import RankInfo
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.distributed.groups import Groups
+from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.model.beams import BeamSearch, beam_search
 from megatrain.model.decoder import Decoder
-from megatrain.model.generate import Sampling, generate
+from megatrain.model.generate import Agree, Limits, Sampling, generate, generate_batch
 from megatrain.train.assets import Assets
 from megatrain.train.loading import load_on_rank
+from megatrain.train.text_stream import TextStream
 
-_DECODED_AT_ONCE, _KEPT = 256, 16
+_TOKENS_AT_ONCE = 16384
+"""Of the cache of a batch of prompts, their new tokens included."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How text is generated. ``stops``: texts that end it, and are left out; ``beams``: in place of ``sampling``."""
+
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    stops: Sequence[str] = ()
+    beams: BeamSearch | None = None
+
+
+class Generated(NamedTuple):
+    """``reason``: "stop" for the end of a document or a stop string, "length" for ``max_new_tokens``, "context" where
+    the model's positions are full. ``score``: of beam search."""
+
+    text: str
+    num_tokens: int
+    reason: str
+    score: float | None = None
+
+
+class Writer:
+    """A model with what turns texts into its token ids; ``agree``: on ranks that share the model."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, assets: Assets, agree: Agree | None = None) -> None:
+        self.model, self.tokenizer, self.assets, self._agree = model, tokenizer, assets, agree
+
+    def stream(self, prompt_ids: Sequence[int], settings: TextSettings, warn: Callable[[str], None]) -> Iterator[str]:
+        """What the model goes on with, each character as soon as it is whole. Raises ConfigError at once.
+
+        ``warn`` hears in the end of a context that was full before the text had come to its end.
+        """
+        ids = [*self.assets.prompt_ids, *prompt_ids]
+        if settings.beams is not None:
+            (found,) = self.write([prompt_ids], settings)
+            return iter((found.text,))
+        limits = self._limits(settings, ids)
+        tokens = generate(self.model, ids, limits, settings.sampling, settings.seed, self._agree)
+        return self._streamed(ids, tokens, limits, settings, warn)
+
+    def _streamed(
+        self,
+        ids: Sequence[int],
+        tokens: Iterator[int],
+        limits: Limits,
+        settings: TextSettings,
+        warn: Callable[[str], None],
+    ) -> Iterator[str]:
+        text, num_new = TextStream(self.tokenizer, ids, settings.stops), 0
+        for token in tokens:
+            num_new += 1
+            yield text.add(token)
+            if text.has_stopped:
+                return
+        yield text.end()
+        if num_new == limits.max_new_tokens < settings.max_new_tokens:
+            warn(
+                f"The text stops here because the model's context is full: {len(ids)} tokens of prompt and {num_new} "
+                f"new ones are all of its {self.model.config.max_position_embeddings} positions "
+                "(model.max_position_embeddings)."
+            )
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: TextSettings,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Generated]:
+        """What the model goes on with after each prompt, in batches of prompts of about the same length.
+
+        ``advance``: called with how many are done since the last call. Raises ConfigError for a prompt that is too
+        long, as `generate_batch` does.
+        """
+        whole = [[*self.assets.prompt_ids, *prompt] for prompt in prompts]
+        rows = settings.beams.num_beams if settings.beams else 1
+        lengths = [(len(ids) + settings.max_new_tokens) * rows for ids in whole]
+        found: list[Generated | None] = [None] * len(prompts)
+        for numbers in batches_by_length(lengths, _TOKENS_AT_ONCE):
+            batch = [whole[number] for number in numbers]
+            texts = self._searched(batch, settings) if settings.beams else self._sampled(batch, settings)
+            for number, text in zip(numbers, texts, strict=True):
+                found[number] = text
+            advance(len(numbers))
+        return [text for text in found if text is not None]
+
+    def _sampled(self, prompts: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
+        rooms = [self._limits(settings, ids).max_new_tokens for ids in prompts]
+        streams = [TextStream(self.tokenizer, ids, settings.stops) for ids in prompts]
+        texts, counts, ended = [""] * len(prompts), [0] * len(prompts), set[int]()
+        limits = self._limits(settings, max(prompts, key=len))._replace(max_new_tokens=max(rooms))
+        for step in generate_batch(self.model, prompts, limits, settings.sampling, settings.seed, self._agree, ended):
+            for row, token in enumerate(step):
+                if token is not None:
+                    counts[row] += 1
+                    texts[row] += streams[row].add(token)
+                    if streams[row].has_stopped or counts[row] == rooms[row]:
+                        ended.add(row)
+        return [
+            self._generated(text if stream.has_stopped else text + stream.end(), stream, count, room, settings)
+            for text, stream, count, room in zip(texts, streams, counts, rooms, strict=True)
+        ]
+
+    def _searched(self, prompts: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
+        assert settings.beams is not None
+        rooms = [self._limits(settings, ids).max_new_tokens for ids in prompts]
+        found = []
+        for room in sorted(set(rooms)):  # all of a search have the same room: it decides on lengths
+            rows = [row for row, own in enumerate(rooms) if own == room]
+            limits = self._limits(settings, prompts[rows[0]])
+            penalty = settings.sampling.repetition_penalty
+            batch = [prompts[row] for row in rows]
+            searched = beam_search(self.model, batch, limits, settings.beams, penalty, self._agree)
+            for row, (best, *_) in zip(rows, searched, strict=True):
+                stream = TextStream(self.tokenizer, prompts[row], settings.stops)
+                text = ""
+                for token in best.tokens:
+                    text += "" if stream.has_stopped else stream.add(token)
+                text += "" if stream.has_stopped else stream.end()
+                shown = self._generated(text, stream, len(best.tokens), room, settings)
+                found.append((row, shown._replace(score=best.score)))
+        return [shown for _, shown in sorted(found)]
+
+    def _generated(self, text: str, stream: TextStream, count: int, room: int, settings: TextSettings) -> Generated:
+        if stream.has_stopped or count < room:
+            return Generated(text, count, "stop")
+        return Generated(text, count, "length" if room == settings.max_new_tokens else "context")
+
+    def _limits(self, settings: TextSettings, ids: Sequence[int]) -> Limits:
+        """As many new tokens as there is room for; a prompt without room is refused later."""
+        room = self.model.config.max_position_embeddings - len(ids)
+        most = settings.max_new_tokens
+        return Limits(min(most, room) if room > 0 else most, self.assets.stop_ids, self.tokenizer.vocab_size)
+
+
+def batches_by_length(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
+    """Indices of ``lengths`` in batches, longest first: the first batch is the largest that will be."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        size = max(1, tokens_at_once // max(lengths[order[0]], 1))
+        yield order[:size]
+        order = order[size:]
+
+
+def open_writer(path: Location, rank: RankInfo | None = None, tensor: int = 1) -> tuple[Writer, Groups | None]:
+    """The model of a checkpoint on this rank; see `load_on_rank`."""
+    reader = CheckpointReader(resolve(path))
+    tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
+    model, groups = load_on_rank(reader, rank, tensor)
+    agree = None if groups is None or tensor == 1 else _agreement(groups)
+    return Writer(model, tokenizer, Assets.of_checkpoint(reader), agree), groups
 
 
 def generate_text(
     path: Location,
     prompt: str,
+    settings: TextSettings,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int,
     warn: Callable[[str], None],
     rank: RankInfo | None = None,
 ) -> Iterator[str]:
@@ -41,27 +199,60 @@ def generate_text(
     in the end of a context that was full before the text had come to its end. Collective over the ranks that ``rank``
     is one of, which share each of the model's matrices and all yield the same.
     """
-    sampling = Sampling(temperature, top_k, top_p if top_p != 1.0 else None)
-    reader = CheckpointReader(resolve(path))
-    tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
-    ids = encode_prompt(tokenizer, prompt, warn)
-    model, groups = load_on_rank(reader, rank, 1 if rank is None else rank.world_size)
-    assets = Assets.of_checkpoint(reader)
-    texts = stream_text(
-        model,
-        tokenizer,
-        assets,
-        ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        warn=warn,
-        agree=None if groups is None else groups.broadcast_number,
-    )
+    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
+    texts = writer.stream(encode_prompt(writer.tokenizer, prompt, warn), settings, warn)
     yield prompt
     yield from texts
     if groups is not None:
         dist.destroy_process_group()
+
+
+def generate_file(
+    path: Location,
+    prompts: Path,
+    settings: TextSettings,
+    *,
+    warn: Callable[[str], None],
+    rank: RankInfo | None = None,
+    show_progress: bool = False,
+) -> bytes:
+    """JSON lines: each prompt of a file with what the model goes on with. Collective, as `generate_text`.
+
+    The file has a prompt a line, or where its name ends in .jsonl an object with "prompt" a line, whose other keys go
+    along.
+    """
+    rows = _read_prompts(prompts)
+    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
+    ids = [encode_prompt(writer.tokenizer, row["prompt"], warn) for row in rows]
+    with Progress(disable=not show_progress, transient=True) as progress:
+        bar = progress.add_task("generating", total=len(rows))
+        found = writer.write(ids, settings, lambda count: progress.advance(bar, count))
+    if groups is not None:
+        dist.destroy_process_group()
+    lines = []
+    for row, text in zip(rows, found, strict=True):
+        shown = {key: value for key, value in text._asdict().items() if value is not None}
+        lines.append(orjson.dumps({**row, **shown}, option=orjson.OPT_APPEND_NEWLINE))
+    return b"".join(lines)
+
+
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The prompts {path} cannot be read: {error}") from None
+    if path.suffix != ".jsonl":
+        return [{"prompt": line} for line in lines if line]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = orjson.loads(line) if line.strip() else None
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not valid JSON: {error}.") from None
+        if row is not None and not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
+            raise DataError(f'{path}, line {number}: not an object with a text under "prompt".')
+        rows += [row] if row is not None else []
+    return rows
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, warn: Callable[[str], None]) -> list[int]:
@@ -75,69 +266,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, warn: Callable[[str], None]
     return ids
 
 
-def stream_text(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    assets: Assets,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    warn: Callable[[str], None],
-    agree: Callable[[int], int] | None = None,
-) -> Iterator[str]:
-    """What the model generates after a prompt, each character as soon as it is whole; see `generate_text`.
+def _agreement(groups: Groups) -> Agree:
+    """The choices of the first of the tensor ranks, on all of them."""
+    source = dist.get_global_rank(groups.tensor, 0)
 
-    Raises ConfigError at once, as `generate` does.
-    """
-    ids = [*assets.prompt_ids, *prompt_ids]
-    room = model.config.max_position_embeddings - len(ids)
-    tokens = generate(
-        model,
-        ids,
-        min(max_new_tokens, room) if room > 0 else max_new_tokens,
-        sampling,
-        seed,
-        assets.stop_ids,
-        tokenizer.vocab_size,
-        agree=agree,
-    )
+    def agree(choices: list[int]) -> list[int]:
+        chosen = torch.tensor(choices, device=groups.device)
+        dist.broadcast(chosen, source, group=groups.tensor)
+        agreed: list[int] = chosen.tolist()
+        return agreed
 
-    def stream() -> Iterator[str]:
-        new_ids: list[int] = []
-        yield from _decode_stream(tokenizer, ids, _collected(tokens, new_ids))
-        if len(new_ids) == room < max_new_tokens:
-            warn(
-                f"The text stops here because the model's context is full: {len(ids)} tokens of prompt and {room} new "
-                f"ones are all of its {model.config.max_position_embeddings} positions "
-                "(model.max_position_embeddings)."
-            )
-
-    return stream()
-
-
-def _collected(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
-    for token in tokens:
-        into.append(token)
-        yield token
-
-
-def _decode_stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
-    """What follows the prompt, as soon as it is whole: a character's bytes may be spread over several tokens.
-
-    Decoded with what is before it and cut, as a decoder may drop the space in front of a text.
-    """
-    ids, shown = prompt, tokenizer.decode(prompt)
-    text = shown
-    for token in tokens:
-        ids = [*ids, token]
-        text = tokenizer.decode(ids)
-        # Of a run of byte tokens a decoder makes nothing of what came before, if it is no text in the end.
-        if text.endswith("\ufffd") or tokenizer.is_byte(token):
-            continue
-        yield text[len(shown) :]
-        if len(ids) > _DECODED_AT_ONCE and "\ufffd" not in (end := tokenizer.decode(ids[-_KEPT:])):
-            ids, text = ids[-_KEPT:], end
-        shown = text
-    yield text[len(shown) :]
+    return agree

@@ -166,6 +166,19 @@ def test_generate_repeats_itself_for_the_same_seed(megatrain: Megatrain, finishe
     assert text("--top-k", 1) == text("--temperature", 0)
 
 
+def test_each_prompt_of_a_file_is_answered(megatrain: Megatrain, finished_run: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": "The statement", "id": 7}, {"prompt": "A class definition is"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--max-new-tokens", 6, "--temperature", 0)
+    assert megatrain("generate", finished_run, "--prompts", prompts, "--out", out, *options).code == 0
+    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [{key: row[key] for key in asked} for row, asked in zip(found, rows, strict=True)] == rows
+    for row in found:
+        alone = megatrain("generate", finished_run, "--prompt", row["prompt"], *options)
+        assert alone.out == row["prompt"] + row["text"] + "\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--temperature", 0), ("--temperature", 1, "--top-p", 0.9, "--seed", 5)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

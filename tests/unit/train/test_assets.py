@@ -21,10 +21,11 @@ from megatrain.config import ModelConfig
 from megatrain.data import open_dataset
 from megatrain.data.dataset import require_same_tokenizer
 from megatrain.errors import DataError
+from megatrain.model.generate import Sampling
 from megatrain.train.assets import CARRIED, Assets, exported_files
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
-from megatrain.train.inference import generate_text
+from megatrain.train.inference import TextSettings, generate_text
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 from tests.tiny_data import silent
@@ -169,9 +170,8 @@ def test_generation_stops_where_the_folder_says(folder: Path, tmp_path: Path) ->
         (hf / "config.json").write_text(json.dumps({**read(folder / "config.json"), "eos_token_id": None}))
         shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
         import_folder(hf, tmp_path / "checkpoint")
-        options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "top_k": None, "top_p": 1.0, "seed": 3}
-        options["warn"] = pytest.fail
-        return "".join(generate_text(tmp_path / "checkpoint", "The", **options))
+        settings = TextSettings(12, Sampling(2.0), seed=3)
+        return "".join(generate_text(tmp_path / "checkpoint", "The", settings, warn=pytest.fail))
 
     (hf / "tokenizer_config.json").unlink()
     (hf / "special_tokens_map.json").unlink()

@@ -12,12 +12,13 @@ from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError
-from megatrain.model.generate import Sampling, generate
-from megatrain.train import inference
+from megatrain.model.generate import Limits, Sampling, generate
 from megatrain.train.convert import import_folder
-from megatrain.train.inference import generate_text
+from megatrain.train.inference import TextSettings, generate_text
 from megatrain.train.loading import load_decoder
+from megatrain.train.text_stream import TextStream
 from tests.tokenizer_samples import bert, gemma, llama2, llama3, numbered, t5
 
 
@@ -43,20 +44,19 @@ def checkpoint(library: Library, folder: Path, ruin: float = 0.0) -> Path:
 
 
 def generated(path: Path, prompt: str, warnings: list[str], num_new: int = 5) -> str:
-    options = {"max_new_tokens": num_new, "temperature": 1.0, "top_k": None, "top_p": 1.0, "seed": 5}
-    return "".join(generate_text(path, prompt, warn=warnings.append, **options))
+    settings = TextSettings(num_new, Sampling(1.0), seed=5)
+    return "".join(generate_text(path, prompt, settings, warn=warnings.append))
 
 
 @pytest.mark.parametrize(("make", "num_new"), [(llama2, 60), (llama3, 60), (gemma, 20), (t5, 20), (bert, 20)])
-def test_generated_text_is_decoded_with_its_prompt(
-    make: Callable[[], Library], num_new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference, "_DECODED_AT_ONCE", 24)
+def test_generated_text_is_decoded_with_its_prompt(make: Callable[[], Library], num_new: int, tmp_path: Path) -> None:
     library, prompt = make(), "to be"
     path = checkpoint(library, tmp_path)
     ids = library.encode(prompt, add_special_tokens=False).ids
     new = list(
-        generate(load_decoder(CheckpointReader(path)), ids, num_new, Sampling(1.0), 5, (), library.get_vocab_size())
+        generate(
+            load_decoder(CheckpointReader(path)), ids, Limits(num_new, (), library.get_vocab_size()), Sampling(1.0), 5
+        )
     )
     assert len(new) == num_new
     begin = library.decode(ids, skip_special_tokens=False)
@@ -87,3 +87,48 @@ def test_characters_of_the_prompt_without_tokens_are_told(tmp_path: Path) -> Non
 def test_ruined_weights_are_named(ruin: float, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         generated(checkpoint(llama2(), tmp_path, ruin), "to be", [])
+
+
+TEXTS = [
+    "to be or not",
+    "caf\u00e9 \u4e2d\u6587 \U0001f600!",
+    "a true \ufffd, twice: \ufffd\ufffd",
+    "<0x41>",
+    "  the  end  ",
+]
+
+
+@pytest.mark.parametrize("make", [llama2, llama3, gemma, t5, bert])
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_join_to_the_decoded_whole(make: Callable[[], Library], text: str) -> None:
+    tokenizer = Tokenizer(make().to_str().encode(), "tokenizer")
+    ids, prompt = tokenizer.encode(text), tokenizer.encode("to be")
+    stream = TextStream(tokenizer, prompt)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join([*pieces, stream.end()]) == tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
+
+
+def test_a_true_replacement_character_stalls_nothing() -> None:
+    tokenizer = Tokenizer(llama3().to_str().encode(), "tokenizer")
+    stream = TextStream(tokenizer, [])
+    pieces = [stream.add(token) for token in tokenizer.encode("\ufffd\ufffd\ufffd then")]
+    assert "".join(pieces[:9]) == "\ufffd\ufffd"
+
+
+def test_text_ends_before_a_stop_string() -> None:
+    tokenizer = Tokenizer(llama3().to_str().encode(), "tokenizer")
+    stream = TextStream(tokenizer, [], ["END", "stop here"])
+    shown = ""
+    for token in tokenizer.encode("an EN is no END of it"):
+        shown += stream.add(token)
+        if stream.has_stopped:
+            break
+    assert stream.has_stopped
+    assert shown == "an EN is no "
+
+
+def test_what_only_begins_a_stop_is_shown() -> None:
+    tokenizer = Tokenizer(llama3().to_str().encode(), "tokenizer")
+    stream = TextStream(tokenizer, [], ["END"])
+    pieces = [stream.add(token) for token in tokenizer.encode("the EN")]
+    assert "".join([*pieces, stream.end()]) == "the EN"
