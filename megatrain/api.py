@@ -6,6 +6,7 @@ B: sequences, T: tokens, V: vocabulary.
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,13 +222,15 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
     SIGTERM end the run with its state saved, as for the command. Several ranks are for the command: `megatrain train`.
     Raises what the command would print: ConfigError, DataError, CheckpointError, Diverged.
     """
+    began = time.time()
     from megatrain.parallel.deepspeed_engine import forget_globals  # DeepSpeed, which takes seconds to import
     from megatrain.train import preview, start
+    from megatrain.train.start_clock import StartClock
 
     path, rank = recipes.find(config).expanduser(), read_rank()
     if rank.world_size > 1:
         raise ConfigError("megatrain.train is one rank: several are started with the command, `megatrain train`.")
-    loaded = load_config(path, overrides)
+    loaded = load_config(config, overrides)
     rules.check(loaded, 1)
     preview.check_trackers(loaded, must_exist=True)
     refuse_record_of_another_run(path, loaded, list(overrides))
@@ -241,7 +244,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
         export_rank(rank)
         setup_logging(run_dir, 0, console=True)
         with contextlib.suppress(Preempted):
-            start.train(loaded, rank, Requests(), lease, overrides=overrides, callbacks=callbacks)
+            start.train(loaded, rank, Requests(), lease, StartClock(began), overrides=overrides, callbacks=callbacks)
     return open_run(run_dir)
 
 
