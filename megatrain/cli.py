@@ -377,6 +377,10 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of which solved rows are drawn.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A file for each example's answers, as JSON lines.")] = None,
+    training_data: Annotated[
+        list[str] | None,
+        typer.Option(help="A dataset to look for the tasks' examples in, by runs of 13 words; may be repeated."),
+    ] = None,
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a window; left out: as many as the model was trained on.")
     ] = None,
@@ -397,8 +401,8 @@ def evaluate(
 
     if data is None and tasks is None:
         raise ConfigError("Give --data DATASET, --tasks FILE, or both.")
-    if tasks is None and (shots is not None or out is not None):
-        raise ConfigError("--shots and --out belong to --tasks FILE.")
+    if tasks is None and (shots is not None or out is not None or training_data):
+        raise ConfigError("--shots, --out and --training-data belong to --tasks FILE.")
     rank = read_rank()
     if rank.world_size == 1 and (procs or tensor) > 1:
         raise typer.Exit(_run_on_ranks(procs or tensor))
@@ -420,11 +424,19 @@ def evaluate(
         from megatrain.tasks.report import show_results
 
         results = evaluate_tasks(
-            place, tasks, shots, seed=seed, out=out, show_progress=show_progress, rank=rank, tensor=tensor
+            place,
+            tasks,
+            shots,
+            seed=seed,
+            out=out,
+            rank=rank,
+            tensor=tensor,
+            training_data=training_data or (),
+            show_progress=show_progress,
         )
         by_name = {result.task.name: result for result in results}
         figures["tasks"] = {
-            name: {metric: value._asdict() for metric, value in result.metrics.items()}
+            name: {metric: value._asdict() for metric, value in result.figures.items()}
             for name, result in by_name.items()
         }
         figures["left_out"] = {name: result.left_out for name, result in by_name.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
@@ -14,9 +14,11 @@ from rich.progress import Progress
 from megatrain.atomic import commit_bytes
 from megatrain.checkpoint.location import Location
 from megatrain.config.tasks import Task, read_tasks
+from megatrain.data import Dataset, open_dataset
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
+from megatrain.tasks.contamination import find_seen
 from megatrain.tasks.metrics import Metric, Outcome, judge_choices, judge_generation, judge_text, summarize
 from megatrain.tasks.prompts import Example, encode_pair, make_examples
 from megatrain.tasks.scoring import Request, score
@@ -26,7 +28,8 @@ from megatrain.train.inference import TextSettings, Writer, open_writer
 @dataclass(frozen=True)
 class TaskResult:
     """A task, answered. ``skipped``: examples that are longer than the model's context without any solved row: no
-    figure counts them. ``num_shots_dropped``: solved rows that prompts had no room for. ``prompts``: a digest."""
+    figure counts them. ``num_shots_dropped``: solved rows that prompts had no room for. ``prompts``: a digest.
+    ``seen``: rows of which a run of 13 words is in the training data; None: it was not looked for."""
 
     task: Task
     metrics: Mapping[str, Metric]
@@ -34,6 +37,15 @@ class TaskResult:
     skipped: Sequence[int]
     num_shots_dropped: int
     prompts: str
+    seen: frozenset[int] | None = None
+
+    @property
+    def figures(self) -> dict[str, Metric]:
+        """The metrics, and where it was looked for, the share of the rows that are in the training data."""
+        if self.seen is None:
+            return dict(self.metrics)
+        num_rows = len(self.outcomes) + len(self.skipped)
+        return {**self.metrics, "seen_in_training": Metric(len(self.seen) / num_rows, None, num_rows)}
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -50,27 +62,47 @@ def evaluate_tasks(
     out: Path | None = None,
     rank: RankInfo | None = None,
     tensor: int = 1,
+    training_data: Sequence[str] = (),
     show_progress: bool = False,
 ) -> list[TaskResult]:
     """Each task of the file ``tasks``, answered by the model of a checkpoint; the same on all ranks.
 
     ``num_shots``: in place of each task's own. ``out``: a file of JSON lines for each example's answers, written by
-    rank 0. Collective over the ranks that ``rank`` is one of. Raises ConfigError, DataError or CheckpointError, before
-    the model is loaded where that can be known.
+    rank 0. ``training_data``: datasets in which the examples are looked for. Collective over the ranks that ``rank`` is
+    one of. Raises ConfigError, DataError or CheckpointError, before the model is loaded where that can be known.
     """
-    read = read_tasks(Path(tasks))
+    read, datasets = read_tasks(Path(tasks)), [open_dataset(path) for path in training_data]
     asked = {task.name: make_examples(task, task.shots if num_shots is None else num_shots, seed) for task in read}
     writer, groups = open_writer(path, rank, tensor)
     results = []
     with Progress(disable=not show_progress, transient=True) as progress:
         for task in read:
             results.append(_evaluate_task(task, asked[task.name], writer, groups, progress))
+        seen = _find_seen(asked, datasets, groups, progress) if datasets else {}
+    results = [replace(result, seen=seen.get(result.task.name)) for result in results]
     if out is not None and (rank is None or rank.rank == 0):
-        lines = [{"task": r.task.name, **outcome.record} for r in results for outcome in r.outcomes]
-        commit_bytes(out, b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))
+        commit_bytes(out, b"".join(_line(result, outcome) for result in results for outcome in result.outcomes))
     if groups is not None:
         dist.destroy_process_group()
     return results
+
+
+def _line(result: TaskResult, outcome: Outcome) -> bytes:
+    """An example's JSON line."""
+    row = outcome.example.row
+    seen = {} if result.seen is None else {"seen_in_training": row in result.seen}
+    return orjson.dumps({"task": result.task.name, **outcome.record, **seen}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _find_seen(
+    examples: Mapping[str, Sequence[Example]], datasets: Sequence[Dataset], groups: Groups | None, progress: Progress
+) -> dict[str, frozenset[int]]:
+    """`find_seen`, shared out to all ranks."""
+    share = (0, 1) if groups is None else (groups.rank, groups.topology.world_size)
+    bar = progress.add_task("training data", total=sum(dataset.num_tokens for dataset in datasets) // share[1])
+    own = find_seen(examples, datasets, share, lambda count: progress.advance(bar, count))
+    every = [own] if groups is None else groups.all_gather_object(own)
+    return {task: frozenset().union(*(each[task] for each in every)) for task in examples}
 
 
 def _evaluate_task(

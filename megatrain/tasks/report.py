@@ -14,7 +14,7 @@ def show_results(results: Sequence[TaskResult]) -> None:
     """Print each metric of each task with its standard error, and what was left out."""
     table = Table("task", "metric", "value", "stderr", "examples", box=None)
     for result in results:
-        for name, metric in result.metrics.items():
+        for name, metric in result.figures.items():
             stderr = "" if metric.stderr is None else f"{metric.stderr:.4f}"
             table.add_row(result.task.name, name, f"{metric.value:.4f}", stderr, f"{metric.n:,}")
     console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatrain
 from megatrain.config.tasks import Task
+from megatrain.data import open_dataset
 from megatrain.tasks.evaluation import evaluate_tasks
 from megatrain.tasks.metrics import judge_choices, summarize
 from megatrain.tasks.prompts import Example
 from megatrain.tasks.scoring import Request, score
 from megatrain.train.convert import export_checkpoint
+from tests.runs import TinyData
 
 ROWS = [
     {"q": "The statement", "a": "is executed", "wrong": ["eats grass", "läuft über den Rhein"]},
@@ -133,3 +135,19 @@ def test_standard_errors_are_those_of_a_mean() -> None:
     assert metrics["acc"].value == 0.75
     assert metrics["acc"].stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     assert metrics["ties"].value == 0.25
+
+
+def test_examples_of_the_training_data_are_found(finished_run: Path, tiny_data: TinyData, tmp_path: Path) -> None:
+    dataset = open_dataset(tiny_data.prose)
+    words = dataset.tokenizer.decode(dataset.document(3).tolist()).split()
+    rows = [
+        {"q": " ".join(words[20:31]).upper(), "a": ", ".join(words[31:36])},
+        {"q": "nobody has ever written these words about thirteen large blue herons in this order", "a": "yet"},
+        {"q": words[20], "a": words[21]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = f"[{{name: t, kind: perplexity, path: {tmp_path}/rows.jsonl, prompt: '{{{{ q }}}}', answer: '{{{{ a }}}}'}}]"
+    (tmp_path / "tasks.yaml").write_text(text)
+    (result,) = evaluate_tasks(finished_run, tmp_path / "tasks.yaml", training_data=[str(tiny_data.prose)])
+    assert result.seen == {0}
+    assert result.figures["seen_in_training"].value == pytest.approx(1 / 3)
