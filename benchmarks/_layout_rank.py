@@ -25,8 +25,7 @@ from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.model.init import InitialWeights
-from megatrain.parallel.deepspeed_engine import start_deepspeed
-from megatrain.parallel.state import master_slices, torch_optimizer
+from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.train.assemble import build_engine
 
 TIMEOUT_SECONDS = 300.0
@@ -185,9 +184,10 @@ class Held:
 
     def __init__(self, engine: Any, others: list[Tensor]) -> None:
         self.bytes: Counter[str] = Counter()
-        self._module = engine._model.module
+        self._sharding = engine._sharding if hasattr(engine, "_sharding") else _Old(engine)
+        self._module = self._sharding._deepspeed.module
         self._parameters = list(self._module.parameters())
-        self._optimizer = engine._deepspeed.optimizer
+        self._optimizer = self._sharding._deepspeed.optimizer
         self._others = others
 
     @contextmanager
@@ -209,7 +209,7 @@ class Held:
 
     def _take(self) -> None:
         gc.collect()
-        states = torch_optimizer(self._optimizer).state
+        states = self._sharding._optimizer.state
         weights = [*self._parameters, *(p.ds_tensor for p in self._parameters if hasattr(p, "ds_tensor"))]
         state = [*self._masters(), *(x for values in states.values() for x in _tensors(values))]
         rest = _live_tensors()
@@ -227,7 +227,16 @@ class Held:
         self.bytes["gradients"] = max(self.bytes["gradients"], size)
 
     def _masters(self) -> list[Tensor]:
-        return [held.buffer for held in master_slices(self._optimizer, self._parameters)]
+        return [place.buffer for place in self._sharding._places()]
+
+
+class _Old:
+    def __init__(self, engine: Any) -> None:
+        from megatrain.parallel.old_state import master_slices, torch_optimizer
+
+        self._deepspeed = engine._deepspeed
+        self._optimizer = torch_optimizer(engine._deepspeed.optimizer)
+        self._places = lambda: master_slices(engine._deepspeed.optimizer, list(self._deepspeed.module.parameters()))
 
 
 def _live_tensors() -> list[Tensor]:

@@ -223,7 +223,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
     Raises what the command would print: ConfigError, DataError, CheckpointError, Diverged.
     """
     began = time.time()
-    from megatrain.parallel.deepspeed_engine import forget_globals  # DeepSpeed, which takes seconds to import
+    from megatrain.parallel.deepspeed import forget_globals  # DeepSpeed, which takes seconds to import
     from megatrain.train import preview, start
     from megatrain.train.start_clock import StartClock
 

@@ -76,6 +76,16 @@ class DecoderStage(nn.Module):
         self.embedding_names = [spec.prefix for spec in specs if spec.kind == "embedding"]
         self.decoder_names = [spec.prefix for spec in specs if spec.kind == "decoder"]
 
+    def forward(self, batch: Batch, x_BTC: Tensor | None = None) -> Tensor:
+        """Through this stage's layers. ``x_BTC``: what the stage before gave; None in the first one.
+
+        Gives [B, T, C]; in the last stage the sum of the cross-entropy (nats) over the batch's scored targets, an fp32
+        scalar.
+        """
+        context = self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
+        x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, context)
+        return x_BTC if self.head_name is None else self.head.loss_sum(x_BTC, batch.targets_BT, batch.loss_mask_BT)
+
     def hidden(self, x: Tensor, context: Context) -> Tensor:
         """Token ids (the first stage's input) or activations, through all layers but the head: [B, T, C]."""
         for name in self.body_names:
@@ -114,11 +124,6 @@ class Decoder(DecoderStage):
         """``seed`` is that of dropout."""
         super().__init__(config, build_layers(config, seed))
         self.tie_weights()
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropy (nats) over the batch's scored targets: an fp32 scalar."""
-        context = self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
-        return self.head.loss_sum(self.hidden(batch.tokens_BT, context), batch.targets_BT, batch.loss_mask_BT)
 
     def logits(self, tokens_BT: Tensor, context: Context) -> Tensor:
         """[B, T, V], in the type of the weights."""

@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatrain.config import RunConfig
-from megatrain.plan import rules
 from megatrain.plan.memory import bucket_elements
 
 
-def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
-    """DeepSpeed's settings for a run. ``num_parameters``: of this rank's part of the model, which bounds the buckets.
+def deepspeed_config(config: RunConfig, data_size: int, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a run. ``data_size``: the ranks that it sums gradients over. ``num_parameters``: of this
+    rank's part of the model, which bounds the buckets.
 
-    Gradients are accumulated and summed in fp32 whatever the model computes in. What the user put under ``deepspeed``
-    is laid over it, leaf by leaf (the config has refused the leaves that are derived here).
+    Gradients are accumulated and summed in fp32 whatever the model computes in, and a step ends where its ``step`` is
+    called, after any number of micro-batches. What the user put under ``deepspeed`` is laid over it, leaf by leaf (the
+    config has refused the leaves that are derived here).
     """
     train, parallel = config.train, config.parallel
+    is_half = train.precision != "fp32"
     bucket = bucket_elements(num_parameters)
     zero: dict[str, Any] = {
-        "stage": parallel.zero_stage,
+        "stage": max(parallel.zero_stage, 1) if is_half else parallel.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "use_multi_rank_bucket_allreduce": False,  # else gradients that one rank needs are sent to all
@@ -34,10 +36,12 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
         zero |= {"stage3_max_live_parameters": bucket, "stage3_max_reuse_distance": bucket}
     zero |= offload_settings(config)
     settings: dict[str, Any] = {
-        "train_batch_size": train.max_batch_size,  # the engine sets that of each step
+        "train_batch_size": train.micro_batch_size * data_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": rules.num_micro_batches(config, world_size),
-        "gradient_clipping": train.gradient_clipping,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Left out, it would be 1.0. Stage 0 in fp32 is clipped where its norm is taken, in DeepSpeedSharding.
+        "gradient_clipping": train.gradient_clipping if is_half or parallel.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -45,17 +49,10 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) ->
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
-    if parallel.sequence:  # else DeepSpeed sends 1/t of each activation, trusting that tensor ranks have the same
-        settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if train.precision == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
     elif train.precision == "fp16":
-        settings["fp16"] = {
-            "enabled": True,
-            "loss_scale": 0,
-            "initial_scale_power": train.initial_loss_scale_power,
-            "loss_scale_window": train.loss_scale_window,
-        }
+        settings["fp16"] = {"enabled": True, "loss_scale": 1.0}  # overridden before each step
     return _overlay(settings, config.deepspeed)
 
 

@@ -1,35 +1,119 @@
-"""The engine: one interface to a model on many ranks, whether DeepSpeed pipelines it or not."""
+"""The engine: one interface to a model on many ranks, whatever shards it and however it is laid out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatrain.batch import Batch
-from megatrain.config import OptimizerConfig, RunConfig
 from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard_views
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
-from megatrain.parallel.deepspeed_config import deepspeed_config
-from megatrain.parallel.deepspeed_engine import PlainDeepSpeedEngine, forget_globals, make_engine
-from megatrain.parallel.loss_scale import use_power_of_two
-from megatrain.parallel.mpu import DeepSpeedMPU
 from megatrain.parallel.replicas import Replicas, find_differences
 from megatrain.parallel.shard import ShardedModel
-from megatrain.parallel.state import MasterSlice, is_own, link_state, master_slices, sync_master_params, torch_optimizer
-from megatrain.parallel.update_guard import UpdateGuard
 
 WEIGHT = "weight"
-ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 Admit: TypeAlias = Callable[[float, float], bool]
 """Asked on every rank before an update, with this rank's share of the loss sum and the global gradient norm: whether to
 make it. The answer must be the same on all ranks; it may communicate. Not asked where the norm is not finite."""
+
+
+class MasterSlice(NamedTuple):
+    """A part of a parameter whose master weights and optimizer state this rank holds.
+
+    ``name``: of the parameter, as in ``ShardedModel.specs``. ``start``: its first element in the flattened local
+    (tensor-parallel) parameter. ``master``: fp32, 1-D. ``state``: the optimizer's state of the same elements by kind
+    ("exp_avg", ...), 1-D; empty before the first update. All are views of the memory that training works on.
+    """
+
+    name: str
+    start: int
+    master: Tensor
+    state: Mapping[str, Tensor]
+
+
+class Update(NamedTuple):
+    """``grad_norm``: the global gradient norm before clipping; not finite where gradients are not. ``skipped``: weights
+    and optimizer state are as they were before."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Sharding(Protocol):
+    """What keeps weights, gradients and optimizer state on the data ranks, and updates them: DeepSpeed or FSDP2.
+
+    A rank's part of the model is its chunks, one for each of its virtual pipeline stages. Gradients are summed over
+    micro-batches and data ranks, in fp32.
+    """
+
+    is_replicated: bool
+    """Whether each data rank holds all master weights and optimizer state (ZeRO 0), which ``slices`` then gives on
+    all of them."""
+
+    def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
+        """By what the loss sum of each micro-batch is to be multiplied before its backward pass, so that the gradient
+        is that of the mean over ``num_targets``."""
+        ...
+
+    def forward(self, chunk: int, x: Tensor | None, batch: Batch) -> Tensor:
+        """Run the chunk of that index. ``x``: [B, T, C], what the stage before gave; None in the first virtual stage.
+        Gives [B, T, C]; in the last virtual stage the sum of the cross-entropy, an fp32 scalar."""
+        ...
+
+    def backward(self, chunk: int, scalar: Tensor, *, is_last_of_chunk: bool, is_last: bool) -> None:
+        """``scalar``: the multiplied loss, or ``pipeline.seeded`` of the chunk's output and its gradient.
+        ``is_last_of_chunk``, ``is_last``: of this step, for the chunk, and for the rank."""
+        ...
+
+    def step(self, lr: float, approve: Callable[[float], bool] | None) -> Update:
+        """Sum the gradients, clip and update. A gradient that is not finite is skipped. ``approve``: asked on every
+        rank, with a finite norm, before anything changes. Collective over all ranks."""
+        ...
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """In this context ``forward`` learns nothing: no gradients, no dropout."""
+        ...
+
+    def slices(self) -> Iterator[MasterSlice]:
+        """This rank's master weights and optimizer state, without those of a tied weight's second copy."""
+        ...
+
+    def misplaced(self) -> str | None:
+        """The name of a parameter that has not the values of its slices; None where all have. Not collective."""
+        ...
+
+    def reset_optimizer_state(self, num_updates: int) -> None:
+        """Set the optimizer's state to zero, and its number of updates; for more than 0, make what is missing."""
+        ...
+
+    def sync_params_from_master(self) -> None:
+        """After master weights were written to: give each rank the weights that it computes with. Collective."""
+        ...
+
+    def replicas(self) -> Iterator[Replicas]:
+        """What ranks must hold alike."""
+        ...
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """The state of fp16's dynamic loss scale, with the same keys under every sharding; else None."""
+        ...
+
+    def load_loss_scale(self, state: Mapping[str, float]) -> None:
+        """Go on with a loss scale that was saved."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind that another engine in this process would meet."""
+        ...
 
 
 class StateReader(Protocol):
@@ -59,22 +143,10 @@ class StepResult:
 class Engine:
     """A model that trains: batches in, figures out; its state as shards that know nothing of the layout."""
 
-    def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
+    def __init__(self, model: ShardedModel, sharding: Sharding, groups: Groups) -> None:
         self.groups = groups
-        self._model = model
-        num_parameters = sum(spec.local_numel for spec in model.specs.values())
-        settings = deepspeed_config(config, groups.topology.world_size, num_parameters)
-        optimizer = make_optimizer(config.optimizer, model)
-        self._update_guard = UpdateGuard(optimizer)
-        self._deepspeed: Any = self._start(optimizer, settings)
-        self._is_half = config.train.precision != "fp32"
-        if config.train.precision == "fp16":  # at the least scale updates are left out, until the trainer gives up
-            self._deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
-
-    def _start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-        return make_engine(
-            PlainDeepSpeedEngine, self._model.module, DeepSpeedMPU(self.groups), optimizer, settings, self.groups
-        )
+        self._specs = model.specs
+        self._sharding = sharding
 
     def train_batch(
         self, micro_batches: Sequence[Batch], num_targets: int, lr: float, admit: Admit | None = None
@@ -83,47 +155,38 @@ class Engine:
 
         The gradient is that of the mean loss over all targets of the global batch, however they lie on the ranks.
         """
-        engine = self._deepspeed
-        self._set_lr(lr)
-        self._set_num_micro_batches(len(micro_batches))
-        skipped_before = engine.skipped_steps
-        scale = self._scale(len(micro_batches), num_targets)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        self._ask(admit, lambda: float(loss_sum))
-        for batch in self._counted(micro_batches):
-            loss = engine(batch.to(self.groups.device))
-            engine.backward(loss * scale)
-            loss_sum += loss.detach()
-            began = time.perf_counter()
-            engine.step()  # updates after the last micro-batch, counts before
-        skipped = self._update_guard.refused or engine.skipped_steps > skipped_before
+        sharding = self._sharding
+        factor = sharding.begin_step(len(micro_batches), num_targets)
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for number, batch in enumerate(self._counted(micro_batches), 1):
+            loss = sharding.forward(0, None, batch.to(self.groups.device))
+            is_last = number == len(micro_batches)
+            sharding.backward(0, loss * factor, is_last_of_chunk=is_last, is_last=is_last)
+            total += loss.detach()
+        began = time.perf_counter()
+        update = sharding.step(lr, admit and (lambda norm: admit(self._own_share(float(total)), norm)))
         seconds = time.perf_counter() - began
-        return StepResult(self._own_share(float(loss_sum)), self._norm(), skipped, seconds)
+        return StepResult(self._own_share(float(total)), update.grad_norm, update.skipped, seconds)
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> float:
         """This rank's share of the sum of the cross-entropy over the scored targets; nothing is learned."""
-        engine = self._deepspeed
-        engine.eval()
-        total = sum(float(engine(batch.to(self.groups.device))) for batch in self._counted(micro_batches))
-        engine.train()
-        return self._own_share(total)
+        with self._sharding.evaluation():
+            batches = (batch.to(self.groups.device) for batch in self._counted(micro_batches))
+            return self._own_share(sum(float(self._sharding.forward(0, None, batch)) for batch in batches))
 
     def state_fragments(self) -> Iterator[Fragment]:
         """The shards of weights and optimizer state that this rank is to save: over all ranks, each element once.
 
         The data are views of live memory where they can be: copy them before the next step.
         """
-        states = torch_optimizer(self._deepspeed.optimizer).state
-        for spec, held in self._slices():
-            for start, stop in self._saved_range(spec, held):
-                state = states.get(held.buffer, {})
-                buffers = {WEIGHT: held.buffer, **{key: state[key] for key in ADAM_STATES if key in state}}
-                for shard, where in shard_views(spec, start, stop):
-                    for kind, buffer in buffers.items():
-                        data = held.of(buffer)[start - held.start : stop - held.start]
-                        index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
-                        yield Fragment(shard, kind, data[index])
+        for held in self._sharding.slices():
+            spec = self._specs[held.name]
+            first, last = self._saved_range(spec, len(held.master))
+            for shard, where in shard_views(spec, held.start + first, held.start + last) if first < last else ():
+                for kind, buffer in {WEIGHT: held.master, **held.state}.items():
+                    data = buffer[first:last]
+                    index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
+                    yield Fragment(shard, kind, data[index])
 
     def check_fragments(self) -> None:
         """Raise CheckpointError where ``state_fragments`` would give out the weights of another parameter than it says.
@@ -131,13 +194,11 @@ class Engine:
         Some elements of each are compared with the module's own, which ``sync_params_from_master`` and each update
         made of them.
         """
-        own = dict(self._model.module.named_parameters())
-        for spec, held in self._slices():
-            if not spec.is_copy and not is_own(held, own[spec.name]):
-                raise CheckpointError(
-                    f"what would be saved as {spec.name} is not that parameter: this version of DeepSpeed, "
-                    "under these settings, keeps its state in another order than megatrain reads it in"
-                )
+        if (name := self._sharding.misplaced()) is not None:
+            raise CheckpointError(
+                f"what would be saved as {name} is not that parameter: this version of DeepSpeed, "
+                "under these settings, keeps its state in another order than megatrain reads it in"
+            )
 
     @torch.no_grad()
     def load_fragments(self, source: StateReader, num_updates: int) -> None:
@@ -146,19 +207,16 @@ class Engine:
 
         Not collective: where no rank's ``source`` has failed, ``sync_params_from_master`` completes it.
         """
-        optimizer, activity = self._deepspeed.optimizer, self.groups.activity
-        states = torch_optimizer(optimizer).state
-        num_kinds = 1 + (len(ADAM_STATES) if num_updates else 0)
-        activity.begin_transfer(sum(held.length for _, held in self._slices()) * num_kinds * torch.float32.itemsize)
-        for spec, held in self._slices():
-            kinds = {WEIGHT: held.buffer}
-            if num_updates:
-                kinds |= _adam_state(states, held.buffer, num_updates)
-            else:
-                _forget_adam_state(states, held.buffer)
-            for shard, where in shard_views(spec, held.start, held.start + held.length):
-                for kind, buffer in kinds.items():
-                    target = held.of(buffer)
+        activity = self.groups.activity
+        self._sharding.reset_optimizer_state(num_updates)
+        slices = [
+            (held, {WEIGHT: held.master, **(held.state if num_updates else {})}) for held in self._sharding.slices()
+        ]
+        activity.begin_transfer(sum(x.numel() for _, kinds in slices for x in kinds.values()) * torch.float32.itemsize)
+        for held, kinds in slices:
+            spec = self._specs[held.name]
+            for shard, where in shard_views(spec, held.start, held.start + len(held.master)):
+                for kind, target in kinds.items():
                     in_place = isinstance(where, slice) and target.is_cpu and target.dtype == torch.float32
                     if in_place and target.is_contiguous():
                         source.read_into(target[where], shard, kind)
@@ -166,50 +224,30 @@ class Engine:
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
                         target[index] = source.read(shard, kind).to(target)
                     activity.transfer(shard.length * torch.float32.itemsize)
-            for buffer in kinds.values():
-                _clear_padding(spec, held, held.of(buffer))
-        if num_updates:
-            link_state(optimizer)
+            for target in kinds.values():
+                _clear_padding(spec, held.start, target)
 
     @torch.no_grad()
     def sync_params_from_master(self) -> None:
         """After all ranks have loaded: give each the weights it computes with. Collective."""
-        sync_master_params(self._deepspeed.optimizer)
+        self._sharding.sync_params_from_master()
 
     def find_differences(self) -> str | None:
         """Which ranks hold weights that are not those of the others that must hold the same, in words. Collective."""
-        return find_differences(self._replicas(), self.groups)
-
-    def _replicas(self) -> Iterator[Replicas]:
-        """Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
-        stage = self._deepspeed.zero_optimization_stage()
-        if stage < 3:
-            yield Replicas(self.groups.data, dict(self._model.parameters))
-        if stage == 0:
-            masters = {f"master weights of {spec.name}": held.of(held.buffer) for spec, held in self._slices()}
-            yield Replicas(self.groups.data, masters)
-        whole: dict[str, Tensor] = {}  # on all tensor ranks
-        shared: dict[str, Tensor] = {}  # on those with the same key-value head
-        for name, parameter in self._model.parameters.items():
-            num_replicas = self._model.specs[name].num_replicas
-            if num_replicas > 1:
-                kind = whole if num_replicas == self.groups.topology.tensor else shared
-                kind[name] = getattr(parameter, "ds_tensor", parameter)
-        yield from (Replicas(self.groups.tensor, whole), Replicas(self.groups.kv_replica_group, shared))
+        return find_differences(self._sharding.replicas(), self.groups)
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
         """The state of fp16's dynamic loss scale; None under another precision."""
-        if not self._deepspeed.fp16_enabled():
-            return None
-        scaler = self._deepspeed.optimizer.loss_scaler
-        return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_STATE}
+        return self._sharding.loss_scale
 
     def load_loss_scale(self, state: Mapping[str, float]) -> None:
         """Go on with a loss scale that was saved."""
-        scaler = self._deepspeed.optimizer.loss_scaler
-        for key in state.keys() & set(_LOSS_SCALER_STATE):
-            setattr(scaler, key, state[key] if key == "cur_scale" else int(state[key]))
+        self._sharding.load_loss_scale(state)
+
+    def close(self) -> None:
+        """Let another engine be made in this process."""
+        self._sharding.close()
 
     def _counted(self, micro_batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same; with each that is asked for, another is through."""
@@ -217,90 +255,20 @@ class Engine:
             self.groups.activity.batch()
             yield batch
 
-    def close(self) -> None:
-        """Free DeepSpeed's hooks and globals, so that another engine can be made in this process."""
-        self._deepspeed.destroy()
-        forget_globals()
-
-    def _ask(self, admit: Admit | None, loss_sum: Callable[[], float]) -> None:
-        """Let ``admit`` decide on the next update; ``loss_sum``: what it is on this rank by then."""
-        self._update_guard.open_for(None if admit is None else lambda: admit(self._own_share(loss_sum()), self._norm()))
-
     def _own_share(self, loss_sum: float) -> float:
         """Tensor ranks compute the same loss: the first of them speaks for all."""
         return loss_sum if self.groups.coordinate.tensor == 0 else 0.0
 
-    def _scale(self, num_micro_batches: int, num_targets: int) -> float:
-        """By what a micro-batch's loss sum is multiplied: DeepSpeed averages over micro-batches and data ranks, ours is
-        one sum, divided once."""
-        per_target = self.groups.topology.data / num_targets
-        if self._is_half:
-            use_power_of_two(self._deepspeed.optimizer, per_target)
-        return num_micro_batches * per_target
-
-    def _norm(self) -> float:
-        """The gradient's norm of the step that is being made, or was made last."""
-        wrapped = getattr(self._deepspeed.optimizer, "_global_grad_norm", None)
-        return float(self._deepspeed.get_global_grad_norm() if wrapped is None else wrapped)
-
-    def _set_lr(self, lr: float) -> None:
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
-
-    def _set_num_micro_batches(self, count: int) -> None:
-        """DeepSpeed ends a step where its count of all micro-batches is a multiple of a step's: it begins anew."""
-        engine = self._deepspeed
-        if count != engine.gradient_accumulation_steps():
-            engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * self.groups.topology.data)
-            engine.micro_steps = 0
-
-    def _slices(self) -> Iterator[tuple[ShardSpec, MasterSlice]]:
-        parameters = self._model.parameters
-        specs = {id(parameter): self._model.specs[name] for name, parameter in parameters.items()}
-        for held in master_slices(self._deepspeed.optimizer, list(parameters.values())):
-            yield specs[id(held.parameter)], held
-
-    def _saved_range(self, spec: ShardSpec, held: MasterSlice) -> Iterator[tuple[int, int]]:
-        """The part of a slice that this rank saves, if any: what several ranks hold alike is shared out among them."""
-        replicas, index = spec.num_replicas, spec.replica
-        if self._deepspeed.zero_optimization_stage() == 0:
-            replicas, index = replicas * self.groups.topology.data, index + replicas * self.groups.coordinate.data
-        share = -(-held.length // replicas)
-        start, stop = index * share, min((index + 1) * share, held.length)
-        if start < stop and not spec.is_copy:
-            yield held.start + start, held.start + stop
+    def _saved_range(self, spec: ShardSpec, length: int) -> tuple[int, int]:
+        """The part of a slice that this rank saves: what several ranks hold alike is shared out among them."""
+        number, index = spec.num_replicas, spec.replica
+        if self._sharding.is_replicated:
+            number, index = number * self.groups.topology.data, index + number * self.groups.coordinate.data
+        share = -(-length // number)
+        return index * share, min((index + 1) * share, length)
 
 
-_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def make_optimizer(config: OptimizerConfig, model: ShardedModel) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices decay, vectors (norms and biases) do not. Torch's fused one, the fastest here."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for name, parameter in model.parameters.items():
-        (matrices if len(model.specs[name].global_shape) > 1 else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
-
-
-def _adam_state(states: Any, buffer: Tensor, num_updates: int) -> dict[str, Tensor]:
-    """The state of a buffer as it is after ``num_updates`` steps; made if there was none."""
-    if buffer not in states or not states[buffer]:
-        states[buffer] = {key: torch.zeros_like(buffer) for key in ADAM_STATES}
-    states[buffer]["step"] = torch.tensor(float(num_updates), dtype=torch.float32, device=buffer.device)
-    return {key: states[buffer][key] for key in ADAM_STATES}
-
-
-def _forget_adam_state(states: Any, buffer: Tensor) -> None:
-    """As before the first step, where there has been one."""
-    for value in states.get(buffer, {}).values():
-        value.zero_()
-
-
-def _clear_padding(spec: ShardSpec, held: MasterSlice, data: Tensor) -> None:
+def _clear_padding(spec: ShardSpec, start: int, data: Tensor) -> None:
     if spec.padding:
         first = spec.local_numel - spec.padding * (spec.local_numel // spec.local_shape[spec.dim])
-        data[max(first - held.start, 0) :] = 0.0
+        data[max(first - start, 0) :] = 0.0

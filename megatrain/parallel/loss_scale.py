@@ -3,51 +3,67 @@
 The gradient of a mean is that of the sum times 1 / targets. Rounded to bf16, that factor is wrong by up to 0.4%; and
 multiplied in fp32 into values of 8 bits, the products round to one side wherever it lies near half a step. Either way
 all gradients of the model are wrong by the same share. A power of two changes exponents alone: no bit is lost. What is
-left of the factor is taken off the fp32 gradients, where DeepSpeed's optimizers take off a loss scale.
+left of the factor is multiplied into the fp32 gradients.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler
+from megatrain.config import TrainConfig
 
-
-class ScaledOptimizer(BF16_Optimizer):  # type: ignore[misc]
-    """DeepSpeed's optimizer of ZeRO 0 and 1 that sums gradients in fp32, with a loss scale; for fp16 a dynamic one."""
-
-    loss_scaler: DynamicLossScaler | None = None
-
-    def use_dynamic_scale(self, settings: dict[str, Any]) -> None:
-        """Scale as DeepSpeed's fp16 ``settings`` say."""
-        self.loss_scaler = CreateLossScaler(
-            torch.float16, static_loss_scale=0, dynamic_scaling=True, dynamic_loss_args=settings
-        )
-
-    def override_loss_scale(self, loss_scale: float) -> None:
-        """Under the name that it has in DeepSpeed's other optimizers: multiply losses by it, divide gradients."""
-        self.custom_loss_scaler, self.external_loss_scale = True, loss_scale
-
-    def step(self, closure: Any = None) -> None:
-        """Update with the unscaled gradients; an overflow leaves the update out and lowers a dynamic scale."""
-        if self.external_loss_scale is not None:
-            for gradients in self.fp32_groups_gradients_flat:
-                gradients.div_(self.external_loss_scale)
-        super().step(closure)
-        if self.loss_scaler is not None:
-            self.loss_scaler.update_scale(self.overflow)
+_SMALLEST = 1.0
+_HYSTERESIS = 2  # overflows until the scale is halved
 
 
-def use_power_of_two(optimizer: Any, per_target: float) -> None:
-    """For the next step: a loss times ``per_target`` passes backward as the loss times a power of two.
+def power_of_two_below(factor: float) -> float:
+    """The largest power of two that is not above ``factor``; some power of two where that is not finite."""
+    return math.ldexp(0.5, math.frexp(factor)[1])
 
-    In fp16 it is the largest one that is not above ``per_target`` times the dynamic loss scale. DeepSpeed multiplies
-    by that when it scales the loss and divides by what it is after the step, twice as much where it has just grown; by
-    a scale that is overridden, as here, it does both.
-    """
-    dynamic = getattr(optimizer, "loss_scaler", None)
-    _, exponent = math.frexp(per_target * (1.0 if dynamic is None else dynamic.cur_scale))
-    optimizer.override_loss_scale(math.ldexp(0.5, exponent) / per_target)
+
+@dataclass
+class DynamicLossScale:
+    """fp16's loss scale, as in DeepSpeed: halved at each overflow from the second one on, doubled after ``window``
+    updates without one."""
+
+    window: int
+    cur_scale: float
+    cur_iter: int = 0
+    last_overflow_iter: int = -1
+    cur_hysteresis: int = _HYSTERESIS
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> DynamicLossScale | None:
+        """As a run begins with it; None under another precision than fp16."""
+        if train.precision != "fp16":
+            return None
+        return cls(train.loss_scale_window, 2.0**train.initial_loss_scale_power)
+
+    def update(self, *, overflow: bool) -> None:
+        """After each step."""
+        if overflow:
+            if self.cur_hysteresis == 1:
+                self.cur_scale = max(self.cur_scale / 2.0, _SMALLEST)
+            else:
+                self.cur_hysteresis -= 1
+            self.last_overflow_iter = self.cur_iter
+        else:
+            num_since = self.cur_iter - self.last_overflow_iter - 1
+            if num_since > 0 and num_since % self.window == 0:
+                self.cur_hysteresis = _HYSTERESIS
+                self.cur_scale *= 2.0
+        self.cur_iter += 1
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        return {key: float(getattr(self, key)) for key in _STATE}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on from a state that was saved."""
+        for key in state.keys() & set(_STATE):
+            setattr(self, key, state[key] if key == "cur_scale" else int(state[key]))
+
+
+_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -10,7 +10,7 @@ B: sequences, T: tokens, N: B * T, C: channels, V: vocabulary (this rank's part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,15 +64,15 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
     return specs
 
 
-def mark_parameters(model: Any, specs: Mapping[str, ShardSpec], config: RunConfig, groups: Groups) -> None:
+def mark_parameters(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], config: RunConfig, groups: Groups) -> None:
     """Mark whether this rank counts a parameter in the gradient norm, and sum gradients that are partial.
 
     Under sequence parallelism those of all whole parameters are, but for the embeddings: they are applied to this
     rank's tokens alone.
     """
     size = groups.topology.tensor
-    embeddings = {f"{name}.weight" for name in model.embedding_names}
-    for name, parameter in model.named_parameters():
+    embeddings = {f"{name}.weight" for model in chunks for name in model.embedding_names}
+    for name, parameter in ((name, p) for model in chunks for name, p in model.named_parameters()):
         spec = specs[name]
         # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
         parameter.model_parallel = spec.num_replicas < size and spec.replica == 0

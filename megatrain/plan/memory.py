@@ -100,11 +100,9 @@ def bucket_elements(num_parameters: int) -> int:
 
 
 def uses_bf16_optimizer(config: RunConfig) -> bool:
-    """Whether DeepSpeed's BF16_Optimizer is at work: it keeps half precision gradients and their fp32 sums."""
-    parallel, precision = config.parallel, config.train.precision
-    if parallel.zero_stage == 0:
-        return precision != "fp32"
-    return parallel.zero_stage == 1 and precision == "bf16" and parallel.offload == "none"
+    """Whether DeepSpeed's BF16_Optimizer is at work: it keeps whole fp32 sums of gradients, and no others."""
+    parallel = config.parallel
+    return parallel.zero_stage < 2 and config.train.precision == "bf16" and parallel.offload == "none"
 
 
 def _flat(part: StageModel) -> tuple[int, int]:
@@ -141,7 +139,7 @@ def _gradients(part: StageModel) -> int:
     """
     whole, mine = _flat(part)
     if uses_bf16_optimizer(part.config):
-        return 4 * whole + part.element_bytes * part.num_parameters
+        return 4 * whole
     return 4 * (mine if part.config.parallel.zero_stage >= 2 else part.num_parameters)
 
 
@@ -182,10 +180,13 @@ def _update_buffers(part: StageModel) -> dict[str, int]:
     whole, mine = _flat(part)
     matrices = sum(p.numel * p.copies for p in part.parameters if p.is_matrix)
     if uses_bf16_optimizer(part.config):  # two buffers, copied into one message if they are not too large
-        return {"gradients in a message": 4 * whole if data > 1 and matrices <= _ALL_REDUCE_ELEMENTS else 0}
-    if stage == 0:
+        is_copied = stage == 1 and data > 1 and matrices <= _ALL_REDUCE_ELEMENTS
+        return {"gradients in a message": 4 * whole if is_copied else 0}
+    if stage == 0 and part.element_bytes == 4:
         largest = _ALL_REDUCE_ELEMENTS + part.largest_parameter
         return {"gradients in a message": 4 * min(size, largest) if data > 1 else 0}
+    if stage == 0:
+        return {"gradients of the update": 4 * mine}
     if stage == 1 and part.element_bytes < 4:
         return {"bucket of gradients": 4 * bucket_setting(part, "reduce_bucket_size") + 4 * mine}
     return {"gradients of the update": 4 * min(mine, bucket_setting(part, "sub_group_size"))} if stage == 3 else {}

@@ -6,7 +6,7 @@ inside the config alone, on any number of ranks, is refused earlier, by megatrai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatrain.config import Problem, RunConfig
@@ -140,6 +140,10 @@ def _check_zero(config: RunConfig, world_size: int) -> Iterator[Violation]:
     if stage < needed:
         reason = f"needs parallel.zero_stage {needed}{'' if needed == 3 else ' or more'} (it is {stage})"
         yield Violation("offload", "parallel.offload", reason, ("parallel.zero_stage", "parallel.offload"))
+    zero = config.deepspeed.get("zero_optimization")
+    if stage < 2 and isinstance(zero, Mapping) and zero.get("overlap_comm"):
+        reason = f"overlap_comm needs parallel.zero_stage 2 or more (it is {stage}): below, a step has one message"
+        yield Violation("overlap", "deepspeed.zero_optimization", reason, ("parallel.zero_stage",))
 
 
 def _check_batch(config: RunConfig, world_size: int) -> Iterator[Violation]:

@@ -34,9 +34,9 @@ from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation
 from megatrain.model.decoder import Decoder, DecoderStage, LayerSpec, build_layers
 from megatrain.model.init import InitialWeights
-from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine
-from megatrain.parallel.pipeline import PipelinedEngine
+from megatrain.parallel.old_pipeline import PipelinedEngine
 from megatrain.parallel.shard import shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
@@ -212,12 +212,12 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
         specs = build_layers(config.model, config.run.seed)
         mine = _stage_layers(config, specs, groups.coordinate.pipeline, pipeline)
         stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
-    sharded = shard_model(stage, config, groups, RECOMPUTED)
+    sharded = shard_model([stage], config, groups, RECOMPUTED)
     if pipeline == 1:
-        return Engine(config, sharded, groups)
+        return Engine(sharded, DeepSpeedSharding(config, sharded, groups), groups)
     if config.model.tie_word_embeddings and stage.head_name is not None:
         sharded = tie_across_stages(sharded, stage.head_name, specs[0].prefix)
-    return PipelinedEngine(config, sharded, groups)
+    return PipelinedEngine(config, sharded, groups)  # type: ignore[return-value]
 
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:

@@ -91,12 +91,13 @@ def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
 
 def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> Decoder:
     """This rank's part of the model, filled: no rank ever has the whole."""
-    from megatrain.parallel.shard import shard_model  # DeepSpeed, which takes seconds to import
+    from megatrain.parallel.shard import DTYPES, allocate, shard_model
 
     with torch.device("meta"):
         model = Decoder(config.model)
-    sharded = shard_model(model, config, groups, recomputed=())
+    sharded = shard_model([model], config, groups, recomputed=())
+    allocate([model], DTYPES[config.train.precision], groups.device)
     with torch.no_grad():
-        for name, parameter in sharded.parameters.items():
+        for name, parameter in sharded.parameters().items():
             parameter.copy_(reader.read_parameter(sharded.specs[name], "weight"))
     return model.eval()

@@ -42,7 +42,7 @@ SLOW = """
 import os, time
 from megatrain.checkpoint import rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.parallel.pipeline import StageLayers
+from megatrain.parallel.old_pipeline import StageLayers
 
 def slow(function, seconds):
     def slowly(*arguments):

@@ -18,7 +18,7 @@ ROWS: list[tuple[str, Any, tuple[int, ...]]] = [  # key, another value than what
     ("allgather_partitions", False, (1, 2)),
     ("contiguous_gradients", False, (1, 2, 3)),
     ("memory_efficient_linear", False, (3,)),
-    ("overlap_comm", True, (1, 2)),
+    ("overlap_comm", True, (2,)),
     ("overlap_comm", False, (3,)),
     ("parameter_alignment", True, (1, 2)),
     ("reduce_bucket_size", 3000, (1, 2, 3)),

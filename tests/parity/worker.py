@@ -5,7 +5,6 @@ Starting ranks costs far more than building another engine on ranks that are up.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -30,7 +29,7 @@ from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.errors import CheckpointError
 from megatrain.model.init import InitialWeights
-from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.parallel.engine import Engine
 from megatrain.train.assemble import (
     build_engine,
@@ -165,18 +164,22 @@ def _admit(groups: Groups, judged: list[float], refused: bool, loss_sum: float, 
     return not refused
 
 
+def parameters_of(engine: Any) -> dict[str, Any]:
+    """What a rank holds, by name."""
+    return engine._sharding._parameters if hasattr(engine, "_sharding") else engine._model.parameters
+
+
 def flip_a_bit(engine: Engine, name: str) -> None:
     """The lowest bit of the first element that this rank holds of a parameter."""
-    parameter = engine._model.parameters[name]
+    parameter = parameters_of(engine)[name]
     held = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
     held[:1].view(torch.int16)[:1] ^= 1
 
 
 def swap_names(engine: Engine, one: str, other: str) -> None:
     """Take each of two parameters for the other, as where DeepSpeed kept its state in an order of its own."""
-    parameters = dict(engine._model.parameters)
+    parameters = parameters_of(engine)
     parameters[one], parameters[other] = parameters[other], parameters[one]
-    engine._model = dataclasses.replace(engine._model, parameters=parameters)
 
 
 def save(engine: Engine, case: Case, rank: int, num_updates: int) -> tuple[dict[str, Any], str | None]:

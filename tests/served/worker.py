@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from megatrain.parallel.deepspeed_engine import forget_globals
+from megatrain.parallel.deepspeed import forget_globals
 from megatrain.train.__main__ import main
 from tests.runs import die_with_parent
 

@@ -22,7 +22,7 @@ def settings(deepspeed: dict[str, Any] | None = None, parallel: dict[str, Any] |
             "deepspeed": deepspeed or {},
         }
     )
-    return deepspeed_config(config, world_size=4, num_parameters=100_000)
+    return deepspeed_config(config, data_size=4, num_parameters=100_000)
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.5, 1.0])
@@ -31,12 +31,12 @@ def test_clipping_is_always_written(clipping: float) -> None:
     assert settings(gradient_clipping=clipping)["gradient_clipping"] == clipping
 
 
-@pytest.mark.parametrize(("parallel", "num_micro_batches"), [({}, 3), ({"tensor": 2}, 6), ({"pipeline": 4}, 12)])
-def test_batch_sizes_multiply_to_the_global_one(parallel: dict[str, Any], num_micro_batches: int) -> None:
-    found = settings(parallel=parallel)
-    assert found["train_batch_size"] == 24
-    assert found["train_micro_batch_size_per_gpu"] == 2
-    assert found["gradient_accumulation_steps"] == num_micro_batches
+def test_a_step_ends_where_it_is_asked_for() -> None:
+    """After any number of micro-batches: DeepSpeed counts none."""
+    found = settings()
+    assert found["managed_gradient_accumulation"] is False
+    assert found["gradient_accumulation_steps"] == 1
+    assert found["train_batch_size"] == 4 * found["train_micro_batch_size_per_gpu"] == 8
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

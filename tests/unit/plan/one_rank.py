@@ -23,7 +23,7 @@ from megatrain.distributed.bootstrap import RankInfo, export_rank, free_port
 from megatrain.distributed.fragment import FlatShard
 from megatrain.distributed.groups import make_groups
 from megatrain.distributed.topology import Topology
-from megatrain.parallel.deepspeed_engine import start_deepspeed
+from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.train.assemble import build_engine
 
 

@@ -10,63 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import io
-import logging
-import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from deepspeed.utils.timer import NoopTimer
 from torch import nn
 from torch.nn import functional
 
-from megatrain.distributed.device import has_gpu
 from megatrain.distributed.groups import Groups
-from megatrain.parallel.loss_scale import ScaledOptimizer
-
-
-def start_deepspeed(timeout_seconds: float) -> None:
-    """Let DeepSpeed use the default process group; where there is none yet, join it as the environment says.
-
-    DeepSpeed's all-reduce through shared memory is left out: compiling it takes over a minute on first use, and a
-    build that is killed leaves a lock on which every later start waits for ever. It is the only user of the list of
-    what could be compiled here, for which DeepSpeed would call compilers and package managers on every rank.
-    """
-    deepspeed_logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch has given new ones; nothing a user could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    deepspeed.ops.__compatible_ops__ = {}
-    _import_muon()
-    if not has_gpu():  # torch computes fp16 on any CPU, only slowly; DeepSpeed asks for fast hardware
-        deepspeed.get_accelerator().is_fp16_supported = lambda: True
-    deepspeed.init_distributed(
-        dist_backend="nccl" if has_gpu() else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
-
-
-def _import_muon() -> None:
-    """Each optimizer is asked whether it is Muon. None is here; but Muon's import would load the whole of torch's
-    compiler, for a second on every rank, only to say which of its functions to compile."""
-    compile_later = compiler.compile
-    compiler.compile = lambda: lambda function: function
-    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    compiler.compile = compile_later
+from megatrain.parallel.old_loss_scale import ScaledOptimizer
 
 
 class StageZero:
