@@ -205,6 +205,10 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if config.spikes.action == "rewind" and config.spikes.rewind_steps > kept:
         reason = f"must be at most checkpoint.keep * checkpoint.every_steps ({kept}): older ones are deleted"
         problems.append(Problem("spikes.rewind_steps", config.spikes.rewind_steps, reason, str(kept)))
+    if config.parallel.engine != "deepspeed" and config.deepspeed:
+        reason = f"passed on with parallel.engine: deepspeed only (it is {config.parallel.engine})"
+        left_out = Problem("deepspeed", dict(config.deepspeed), reason, "deepspeed left out", is_value=False)
+        return [*problems, *retention(config), left_out]
     return [*problems, *retention(config), *deepspeed(config.deepspeed)]
 
 

@@ -45,6 +45,8 @@ _NAMES_ELSEWHERE = {
     "run.dir": "output_dir out_dir save_folder run_dir",
     "parallel.tensor": "tensor_model_parallel_size tensor_parallel_degree tp_size tp",
     "parallel.pipeline": "pipeline_model_parallel_size pipeline_parallel_degree pp_size pp",
+    "parallel.pipeline_chunks": "virtual_pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank",
+    "parallel.engine": "use_torch_fsdp2 fsdp strategy",
     "parallel.sequence": "sequence_parallel sequence_parallelism",
     "parallel.recompute": "activation_checkpointing gradient_checkpointing recompute_granularity",
 }

@@ -345,7 +345,16 @@ class ParallelConfig(Section, check=checks.parallel):
     """How the model is laid out. The data degree is derived: world size / (tensor x pipeline)."""
 
     tensor: Size = Field(default=1, description="Ranks that share each layer's matrices.")
-    pipeline: Size = Field(default=1, description="Stages that the layers are divided into.")
+    pipeline: Size = Field(default=1, description="Ranks that the layers are divided over, in stages.")
+    pipeline_chunks: Size = Field(
+        default=1,
+        description="Chunks of consecutive layers on each pipeline rank (virtual stages): 1: the 1F1B schedule; more: "
+        "the interleaved one, which idles less and sends more.",
+    )
+    engine: Literal["deepspeed", "fsdp2"] = Field(
+        default="deepspeed",
+        description="What shards the model and updates it: DeepSpeed's ZeRO, or torch's FSDP2 (fully_shard).",
+    )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=1,
         description="What data-parallel ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.",

@@ -20,7 +20,7 @@ MAX_CHANGES = 4
 MAX_CANDIDATES = 8
 LESS_PREFERRED = 100.0  # more than any distance
 ONE_CHANGE = 10_000.0  # more than the preferences and distances of all changes
-OFFLOADS = ("none", "optimizer", "all")
+CHOICES = {"parallel.engine": ("deepspeed", "fsdp2"), "parallel.offload": ("none", "optimizer", "all")}
 
 
 def with_changes(config: RunConfig, *changes: Change) -> RunConfig:
@@ -76,12 +76,14 @@ def candidates(config: RunConfig, world_size: int, key: str) -> list[Value]:
         values = [*divisors(model.num_attention_heads)]
     elif key == "parallel.pipeline":
         values = [stages for stages in divisors(world_size) if stages <= model.num_hidden_layers]
+    elif key == "parallel.pipeline_chunks":
+        values = [*range(1, model.num_hidden_layers // parallel.pipeline + 1)]
     elif key == "parallel.zero_stage":
         values = [0, 1, 2, 3]
     elif key == "parallel.sequence":
         values = [True, False]
-    elif key == "parallel.offload":
-        values = [*OFFLOADS]
+    elif key in CHOICES:
+        values = [*CHOICES[key]]
     elif key == "train.micro_batch_size":
         values = [*divisors(math.gcd(*sizes_of(train.global_batch_size)))]
     elif key == "data.seq_len":
@@ -101,7 +103,7 @@ def candidates(config: RunConfig, world_size: int, key: str) -> list[Value]:
 def _distance(key: str, now: Value, value: Value) -> float:
     """Doublings of a size, steps of a stage, 1 for a switch."""
     if isinstance(value, str) or isinstance(now, str):
-        return float(abs(OFFLOADS.index(str(value)) - OFFLOADS.index(str(now))))
+        return float(abs(CHOICES[key].index(str(value)) - CHOICES[key].index(str(now))))
     if isinstance(value, tuple) or isinstance(now, tuple):
         return max(abs(math.log2(new / old)) for new, old in zip(sizes_of(value), sizes_of(now), strict=True))
     if key in ("parallel.zero_stage", "parallel.sequence"):

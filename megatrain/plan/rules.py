@@ -86,7 +86,7 @@ class Violation:
 
 def _violations(config: RunConfig, world_size: int) -> dict[str, Violation]:
     """By rule, in order."""
-    checks = (_check_ranks, _check_tensor, _check_sequence, _check_zero, _check_batch)
+    checks = (_check_ranks, _check_chunks, _check_tensor, _check_sequence, _check_zero, _check_engine, _check_batch)
     return {found.rule: found for check in checks for found in check(config, world_size)}
 
 
@@ -101,6 +101,20 @@ def _check_ranks(config: RunConfig, world_size: int) -> Iterator[Violation]:
     if pipeline > layers:
         reason = f"must be at most model.num_hidden_layers ({layers})"
         yield Violation("stages", "parallel.pipeline", reason, ("parallel.pipeline",))
+
+
+def _check_chunks(config: RunConfig, world_size: int) -> Iterator[Violation]:
+    parallel, layers, key = config.parallel, config.model.num_hidden_layers, "parallel.pipeline_chunks"
+    if parallel.pipeline_chunks == 1:
+        return
+    if parallel.pipeline == 1:
+        reason = "chunks are the layers of a pipeline's ranks, and parallel.pipeline is 1"
+        yield Violation("chunks", key, reason, (key, "parallel.pipeline"))
+    elif parallel.pipeline * parallel.pipeline_chunks > max(layers, parallel.pipeline):
+        reason = f"pipeline x chunks must be at most model.num_hidden_layers ({layers}): each chunk has a layer"
+        yield Violation("chunks", key, reason, (key, "parallel.pipeline"))
+    else:
+        yield Violation("interleaving", key, "interleaving is not implemented yet", (key,))
 
 
 def _check_tensor(config: RunConfig, world_size: int) -> Iterator[Violation]:
@@ -144,6 +158,17 @@ def _check_zero(config: RunConfig, world_size: int) -> Iterator[Violation]:
     if stage < 2 and isinstance(zero, Mapping) and zero.get("overlap_comm"):
         reason = f"overlap_comm needs parallel.zero_stage 2 or more (it is {stage}): below, a step has one message"
         yield Violation("overlap", "deepspeed.zero_optimization", reason, ("parallel.zero_stage",))
+
+
+def _check_engine(config: RunConfig, world_size: int) -> Iterator[Violation]:
+    """What FSDP2 cannot do."""
+    parallel, key = config.parallel, "parallel.engine"
+    if parallel.engine == "deepspeed":
+        return
+    if parallel.offload != "none":
+        reason = "parallel.engine fsdp2 does not offload: torch's copies to and from CPU memory race with the passes"
+        yield Violation("engine's offload", "parallel.offload", reason, (key, "parallel.offload"))
+    yield Violation("engine", key, "fsdp2 is not implemented yet", (key,))
 
 
 def _check_batch(config: RunConfig, world_size: int) -> Iterator[Violation]:

@@ -172,6 +172,10 @@ def test_a_wrong_value_is_refused_with_the_nearest(refused, override, expected):
             "train.steps - schedule.warmup_steps (200 - 200)\n",
         ),
         (["parallel.recompute_every=2"], "used with recompute: full only (it is none)"),
+        (
+            ["parallel.engine=fsdp2", "deepspeed.zero_optimization.overlap_comm=true"],
+            "passed on with parallel.engine: deepspeed only (it is fsdp2); nearest: deepspeed left out",
+        ),
         (["train.loss_scale_window=5"], "used with precision: fp16 only (it is auto)"),
     ],
 )

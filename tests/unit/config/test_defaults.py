@@ -16,7 +16,8 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null}
 data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
              document_mask: false, packing: concat, score_after_eod: null, num_new_epochs: 0}
-parallel:   {tensor: 1, pipeline: 1, zero_stage: 1, sequence: false, recompute: none, recompute_every: 1, offload: none}
+parallel:   {tensor: 1, pipeline: 1, pipeline_chunks: 1, engine: deepspeed, zero_stage: 1, sequence: false,
+             recompute: none, recompute_every: 1, offload: none}
 train:      {micro_batch_size: 2, precision: auto, gradient_clipping: 1.0,
              eval_every_steps: 50, eval_batches: 16, hang_timeout_seconds: 600,
              check_replica_hash_interval: 100, early_stopping: null,

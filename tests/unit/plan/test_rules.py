@@ -127,6 +127,14 @@ def test_a_legal_layout_passes(layout, overrides, world_size, degree, num_micro_
             "needs parallel.zero_stage 3",
             "parallel.offload=optimizer or none",
         ),
+        (["parallel.pipeline_chunks=2"], 4, "parallel.pipeline_chunks", "is 1", "parallel.pipeline_chunks=1"),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_chunks=3"],
+            4,
+            "parallel.pipeline_chunks",
+            "at most model.num_hidden_layers (4)",
+            None,
+        ),
     ],
 )
 def test_an_illegal_layout_names_key_reason_and_alternative(layout, overrides, world_size, key, reason, nearest):
