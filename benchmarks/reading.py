@@ -4,7 +4,8 @@ A window is 2,048 tokens at a random place, copied into an int64 array as traini
 reader, in one process, several rounds in turn. Figures are windows per CPU-second, the median of the rounds. Then: the
 time to open a dataset, and the memory it takes, at 10^6 documents, and at 10^12 tokens in 10^5 sparse shards.
 
-    python benchmarks/reading.py [--tokens N] [--sparse-shards N] [--rounds N] [--folder DIR]
+    python benchmarks/reading.py [--tokens N] [--sparse-shards N] [--document-tokens N]
+                                [--rounds N] [--folder DIR]
 
 Megatron's and Hugging Face's readers are measured where they can be imported, otherwise left out, and it says so. To
 have them without what they would install beside this project:
@@ -42,26 +43,26 @@ from megatrain.data.shard_table import shard_row, write_shard_table
 
 WINDOW = 2048
 NUM_WINDOWS = 20_000
-DOCUMENT_TOKENS = 250
-BATCH_DOCUMENTS = 4000
+BATCH_TOKENS = 1_000_000
 EOD_ID = 0
 
 Fill = Callable[[np.ndarray, int], None]
 
 
-def write_dataset(folder: Path, num_tokens: int, num_shards: int) -> None:
-    """A dataset of random uint16 tokens, in documents of DOCUMENT_TOKENS tokens."""
+def write_dataset(folder: Path, num_tokens: int, document_tokens: int, num_shards: int) -> None:
+    """A dataset of random uint16 tokens, in documents of so many tokens."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     schema = document_schema(np.dtype(np.uint16))
     rows = []
-    per_batch = BATCH_DOCUMENTS * DOCUMENT_TOKENS
+    batch_documents = BATCH_TOKENS // document_tokens
+    per_batch = batch_documents * document_tokens
     for index in range(num_shards):
         num_batches = num_tokens // num_shards // per_batch
         with pa.ipc.new_file(str(folder / shard_name(index)), schema) as writer:
             for _ in range(num_batches):
-                writer.write_batch(_batch(rng, schema))
-        documents = num_batches * BATCH_DOCUMENTS
+                writer.write_batch(_batch(rng, schema, batch_documents, document_tokens))
+        documents = num_batches * batch_documents
         rows.append(shard_row(folder / shard_name(index), documents, num_batches * per_batch, num_batches * per_batch))
     with committed(folder / SHARD_TABLE_FILE) as path:
         write_shard_table(path, rows)
@@ -84,30 +85,31 @@ def write_dataset(folder: Path, num_tokens: int, num_shards: int) -> None:
     (folder / MANIFEST_FILE).write_bytes(manifest.dump())
 
 
-def _batch(rng: np.random.Generator, schema: pa.Schema) -> pa.RecordBatch:
-    count = BATCH_DOCUMENTS
-    tokens = rng.integers(1, 50_000, count * DOCUMENT_TOKENS, dtype=np.uint16)
-    tokens[DOCUMENT_TOKENS - 1 :: DOCUMENT_TOKENS] = EOD_ID
-    offsets = np.arange(count + 1) * DOCUMENT_TOKENS
+def _batch(rng: np.random.Generator, schema: pa.Schema, count: int, document_tokens: int) -> pa.RecordBatch:
+    tokens = rng.integers(1, 50_000, count * document_tokens, dtype=np.uint16)
+    tokens[document_tokens - 1 :: document_tokens] = EOD_ID
+    offsets = np.arange(count + 1) * document_tokens
     source = [pa.array(["a.jsonl"] * count), pa.array(np.arange(count), pa.uint64())]
     columns = [
         pa.LargeListArray.from_arrays(offsets, pa.array(tokens), type=schema.field("tokens").type),
         pa.array([f"document-{k}" for k in range(count)]),
         pa.array([bytes(16)] * count, pa.binary(16)),
         pa.StructArray.from_arrays(source, fields=list(schema.field("source").type)),
-        pa.array(np.full(count, DOCUMENT_TOKENS), pa.uint64()),
+        pa.array(np.full(count, document_tokens), pa.uint64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def raw_map(folder: Path, dataset: Dataset) -> Fill:
-    """The tokens in one file, and np.memmap."""
+def raw_map(folder: Path, dataset: Dataset) -> np.memmap:
+    """The tokens in one file, mapped."""
     path = folder / "raw.bin"
     with path.open("wb") as file:
         for start in range(0, dataset.num_tokens, 1 << 22):
             file.write(dataset.window(start, min(1 << 22, dataset.num_tokens - start)).tobytes())
-    tokens = np.memmap(path, np.uint16, "r")
+    return np.memmap(path, np.uint16, "r")
 
+
+def array_reader(tokens: np.ndarray) -> Fill:
     def fill(out: np.ndarray, start: int) -> None:
         out[:] = tokens[start : start + WINDOW]
 
@@ -199,6 +201,7 @@ print(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256_000_000)
+    parser.add_argument("--document-tokens", type=int, default=250)
     parser.add_argument("--sparse-shards", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to work (2 GB and more); a temporary folder unless given")
@@ -206,7 +209,7 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False)
     folder = Path(tempfile.mkdtemp(prefix="reading-", dir=options.folder))
     try:
-        write_dataset(folder / "data", options.tokens, num_shards=8)
+        write_dataset(folder / "data", options.tokens, options.document_tokens, num_shards=8)
         compare(folder, options.rounds, console)
         write_sparse_dataset(folder / "sparse", options.sparse_shards, 10_000_000)
         for name, count in (("data", 100_000), ("sparse", 100_000)):
@@ -219,7 +222,10 @@ def main() -> None:
 
 def compare(folder: Path, rounds: int, console: Console) -> None:
     dataset = open_dataset(folder / "data")
-    readers = {"np.memmap": raw_map(folder, dataset), "megatrain": megatrain_reader(dataset)}
+    mapped = raw_map(folder, dataset)
+    # np.memmap makes an object of its own class of each slice, which a plain array of the same map does not.
+    readers = {"np.memmap": array_reader(mapped), "ndarray of the same map": array_reader(np.asarray(mapped))}
+    readers["megatrain"] = megatrain_reader(dataset)
     peers = {"megatron": ("Megatron's IndexedDataset", megatron_reader), "datasets": ("datasets", datasets_reader)}
     for module, (name, reader) in peers.items():
         if find_spec(module) is None:

@@ -1,9 +1,10 @@
 """Reading a tokenised dataset: memory-mapped, opened in milliseconds whatever its size.
 
 Opening reads the manifest and maps the table of shards. A shard is mapped when it is first needed, and the NumPy views
-of a record batch are taken when that is first needed: a window is then two bisections and a slice. So many shards stay
-mapped and no more; a view that outlives its shard keeps its map alive. Nothing is locked, and what threads may do twice
-does no harm, so a dataset may be used from many threads, and after a fork.
+of a record batch are taken when that is first needed: a window is then two bisections and a slice, and a slice alone
+where a window near it was read before. So many shards stay mapped and no more; a view that outlives its shard keeps its
+map alive. Nothing is locked, and what threads may do twice does no harm, so a dataset may be used from many threads,
+and after a fork.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ from megatrain.data.shard_table import Ints, ShardTable
 from megatrain.data.storage import MAPPED_SHARDS, LocalFolder
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import DataError
+
+NEAR_BITS = 17
+"""Positions that differ only in so many low bits are near each other. A record batch has some 2^20 tokens."""
+MAX_NEAR = 1 << 15
+"""Some 8 MB, for 4 billion tokens; more are found by bisection."""
+NOTHING = 1, 0, np.empty(0, np.uint8)
+"""Holds no window."""
 
 
 def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards: int = MAPPED_SHARDS) -> Dataset:
@@ -92,6 +100,9 @@ class Dataset:
         """Columns of a record batch."""
         self.shard = lru_cache(storage.num_open_shards)(partial(_open_shard, weakref.ref(self)))
         """Shard number `index`; those that were not used for longest are let go."""
+        self._near: dict[int, tuple[int, int, Tokens]] = {}
+        """By position >> NEAR_BITS, the record batch that was read there last: its first position, the one behind its
+        last, and its tokens; MAX_NEAR of them. Emptied when a shard is opened, as another one may be let go."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.storage,)
@@ -190,19 +201,25 @@ class Dataset:
 
     def window(self, start: int, length: int) -> Tokens:
         """Tokens [start, start + length) of the documents laid end to end. IndexError where they do not exist."""
+        stop = start + length
+        first, end, tokens = self._near.get(start >> NEAR_BITS, NOTHING)
+        if first <= start <= stop <= end:
+            return tokens[start - first : stop - first]
         self._check_span(start, length)
         parts = []
         while True:
             index = self.table.shard_at(start)
-            shard, local = self.shard(index), start - self.table.token_starts[index]
-            batch = shard.batch_at(local)
-            local -= shard.token_starts[batch]
-            part = shard.views(batch).tokens[local : local + length]
-            if len(part) == length:
-                break
-            parts.append(part)
-            start, length = start + len(part), length - len(part)
-        return np.concatenate([*parts, part]) if parts else part
+            shard, base = self.shard(index), self.table.token_starts[index]
+            batch = shard.batch_at(start - base)
+            first, tokens = base + shard.token_starts[batch], shard.views(batch).tokens
+            if self.storage.num_open_batches is None:
+                if len(self._near) >= MAX_NEAR:
+                    self._near.clear()
+                self._near[start >> NEAR_BITS] = first, first + len(tokens), tokens
+            parts.append(tokens[start - first : stop - first])
+            start += len(parts[-1])
+            if start == stop:
+                return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def document_starts(self, start: int, length: int) -> Ints:
         """Where in the window [start, start + length) documents begin: offsets from `start`, ascending.
@@ -290,6 +307,7 @@ def _open_shard(reference: weakref.ref[Dataset], index: int) -> Shard:
     """Shard ``index`` of a dataset, which it does not refer to: maps go in the moment that nobody uses them."""
     dataset = reference()
     assert dataset is not None, "its own table of shards calls this"
+    dataset._near.clear()
     name, table, storage = shard_name(index), dataset.table, dataset.storage
     read = storage.shard(name, table.num_bytes(index))
     return Shard(f"{dataset.path}/{name}", table.batches(index), dataset.schema, read, storage.num_open_batches)
