@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from data_tools.kinds import Kind
 from data_tools.outputs import disk_full_as_data_error, local_path
 from megatrain.errors import EXIT_DATA, ConfigError, MegatrainError
+from megatrain.terminal import printable
 from megatrain.units import format_bytes
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
             from data_tools.ranks import Ranks
 
             num_workers = given.get("workers") or Ranks().num_cores()
-            check_inputs(given["inputs"], read, num_workers, show_progress, typer.echo)
+            check_inputs(given["inputs"], read, num_workers, show_progress, _show)
         else:
             command(**given, read=read)
 
@@ -125,8 +126,12 @@ def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _show(text: str, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
+
+
 def _tell(text: str) -> None:
-    typer.echo(text, err=True)
+    _show(text, err=True)
 
 
 @app.command()
@@ -139,7 +144,7 @@ def corpus(
     with disk_full_as_data_error(out):
         written = make_corpus(out)
     for name, num_documents, num_bytes in written:
-        typer.echo(f"{out / name}: {num_documents} documents, {format_bytes(num_bytes)} of text")
+        _show(f"{out / name}: {num_documents} documents, {format_bytes(num_bytes)} of text")
 
 
 @app.command("train-tokenizer")
@@ -171,8 +176,8 @@ def train_tokenizer_command(
             split_digits=split_digits,
         )
     if size < vocab_size:
-        typer.echo(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.", err=True)
-    typer.echo(f"{out}: {size} tokens")
+        _tell(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.")
+    _show(f"{out}: {size} tokens")
 
 
 @app.command()
@@ -225,9 +230,9 @@ def tokenize(
     if not ranks.reports:
         return
     if manifest is None:
-        typer.echo(f"{out}: others are still at work on it; the last of them to end finishes it.")
+        _show(f"{out}: others are still at work on it; the last of them to end finishes it.")
         return
-    typer.echo(
+    _show(
         f"{out}: {manifest.num_documents} documents, {manifest.num_tokens} tokens ({manifest.dtype}), "
         f"{format_bytes(manifest.text_bytes)} of text, {manifest.num_shards} shards, "
         f"{manifest.num_empty_documents} empty documents left out, digest {manifest.digest}"
@@ -284,7 +289,7 @@ def _clean(out: Path, workers: int | None, work: Callable[[Effort], dict[str, An
     with _ending_all(ranks), disk_full_as_data_error(out):
         report = work(effort)
     if ranks.reports:
-        typer.echo(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
+        _show(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
 
 
 @app.command("filter")
@@ -355,7 +360,7 @@ def stats(
     described = describe_statistics(opened, statistics)
     if plot is not None:
         draw(statistics, described, dataset, plot)
-        typer.echo(f"The picture: {plot}", err=as_json)
+        _show(f"The picture: {plot}", err=as_json)
     if as_json:
         sys.stdout.buffer.write(describe_json(described))
     else:
@@ -380,18 +385,18 @@ def verify(
     opened, num_bytes = verify_dataset(dataset, show_progress, sample=sample, seed=seed, num_workers=num_workers)
     whole = f"{opened.num_documents} documents, {opened.num_tokens} tokens"
     if sample is None:
-        typer.echo(f"{dataset} is whole: {whole}.")
+        _show(f"{dataset} is whole: {whole}.")
     else:
-        typer.echo(f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {whole}), are whole.")
+        _show(f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {whole}), are whole.")
 
 
 def _report(error: MegatrainError | OSError) -> int:
     """Say what is wrong, in one paragraph, and give the exit code for it."""
     if isinstance(error, MegatrainError):
-        typer.echo(f"megatrain-data: {error}", err=True)
+        _tell(f"megatrain-data: {error}")
         return error.exit_code
     what = os.strerror(error.errno) if error.errno else str(error)  # pyarrow's own text of it says the same thrice
-    typer.echo(f"megatrain-data: {error.filename or 'a file'}: {what.rstrip('.')}.", err=True)
+    _tell(f"megatrain-data: {error.filename or 'a file'}: {what.rstrip('.')}.")
     return EXIT_DATA
 
 

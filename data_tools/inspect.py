@@ -23,6 +23,7 @@ from megatrain.data.format import shard_name
 from megatrain.data.shard import Views
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
+from megatrain.terminal import printable
 from megatrain.units import format_bytes
 
 SAMPLED_BATCHES = 64
@@ -207,7 +208,8 @@ def describe(dataset: Dataset, document: int | None) -> dict[str, Any]:
 
 
 def describe_json(description: dict[str, Any]) -> bytes:
-    return orjson.dumps(description, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    text = orjson.dumps(description, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+    return printable(text).encode()
 
 
 def show(dataset: Dataset, document: int | None, counted: dict[str, Any]) -> None:
@@ -255,7 +257,7 @@ def show_statistics(console: Console, described: dict[str, Any]) -> None:
 
 
 def _show_figure(console: Console, name: str, value: str) -> None:
-    console.print(Text(f"{name.replace('_', ' '):<20} {value}"))
+    console.print(Text(_printable(f"{name.replace('_', ' '):<20} {value}")))
 
 
 def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
@@ -298,6 +300,4 @@ def _token_lines(tokenizer: Tokenizer, tokens: list[int]) -> Iterator[tuple[str,
 
 
 def _printable(text: str) -> str:
-    """The text with control characters spelled out: a dataset is no place from which to command a terminal."""
-    text = text.removesuffix("\n").replace("\t", "    ")
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return printable(text.removesuffix("\n").replace("\t", "    "))

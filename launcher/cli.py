@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from megatrain.errors import EXIT_OK, EXIT_RANK, ConfigError, MegatrainError
+from megatrain.terminal import printable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Start runs on a cluster."
@@ -358,7 +359,7 @@ def main() -> None:
     try:
         app(prog_name="megatrain-launch")
     except MegatrainError as error:
-        typer.echo(f"megatrain-launch: {error}", err=True)
+        typer.echo(printable(f"megatrain-launch: {error}"), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

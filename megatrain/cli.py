@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, MegatrainError
+from megatrain.terminal import printable
 
 if TYPE_CHECKING:
     from megatrain.checkpoint.location import Location
@@ -341,7 +342,7 @@ def generate(
 
     def warn() -> None:
         while warnings and is_first:
-            typer.echo(f"Warning: {warnings.pop(0)}", err=True)
+            typer.echo(printable(f"Warning: {warnings.pop(0)}"), err=True)
 
     if prompts is not None and out is not None:
         show_progress = sys.stderr.isatty() and is_first
@@ -356,7 +357,7 @@ def generate(
         return
     for text in texts:
         warn()
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
@@ -596,7 +597,7 @@ def main() -> None:
     try:
         app()
     except MegatrainError as error:
-        typer.echo(f"megatrain: {error}", err=True)
+        typer.echo(printable(f"megatrain: {error}"), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -656,7 +657,7 @@ def _write_new(path: Path, text: str) -> None:
 def _print_json(value: object) -> None:
     import orjson
 
-    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+    sys.stdout.write(printable(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from data_tools.clean.job import Job
 from data_tools.clean.output import Decide, write_kept
 from data_tools.units import ReadOptions
 from megatrain.data.format import SKIPPED_FILE
+from megatrain.terminal import printable
 from megatrain.units import format_bytes
 
 EXAMPLES = 5
@@ -109,7 +110,7 @@ def render(report: dict[str, Any]) -> str:
             if "kept" in example:
                 similarity = f"  (similarity {example['similarity']:.2f})" if "similarity" in example else ""
                 lines += [f"  kept     {_where(example['kept'])}{similarity}", *_quoted(example["kept"]["text"])]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def _chains(chains: dict[str, Any], num_dropped: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,20 @@ def test_ranks_that_cannot_generate_say_so_once(
     assert ended.err.count("megatrain: ") == 1
     assert words in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_control_characters_of_generated_text_are_escaped(
+    megatrain: Megatrain, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("generate", finished_run, "--prompt", "a\x1b[2J\x9b\u202eb\n", "--max-new-tokens", 1)
+    assert megatrain(*options).out.startswith("a\x1b[2J\x9b\u202eb\n")  # a pipe or a file gets the text as it is
+    own, terminal = os.openpty()
+    with open(terminal, "w", encoding="utf-8") as stdout:  # noqa: PTH123 (a descriptor)
+        monkeypatch.setattr("sys.stdout", stdout)
+        megatrain(*options)
+        shown = os.read(own, 1000)
+    os.close(own)
+    assert shown.startswith(rb"a\u001b[2J\u009b\u202eb")
 
 
 def test_generate_stops_where_the_context_is_full(megatrain: Megatrain, finished_run: Path) -> None:

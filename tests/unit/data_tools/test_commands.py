@@ -47,7 +47,7 @@ def test_inspect_shows_text_beside_tokens(
     k = next(k for k, text in enumerate(kept) if "\0" in text)
     code, out, _ = run_command("inspect", dataset_path, "--document", k)
     assert code == 0
-    assert "\\x00\\x01\\x7f\\x80" in out
+    assert "\\u0000\\u0001\\u007f\\u0080" in out
     assert "\0" not in out
     _, out, _ = run_command("inspect", dataset_path, "--document", k, "--json")
     assert orjson.loads(out)["document"]["text"] == kept[k]
