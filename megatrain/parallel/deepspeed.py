@@ -106,7 +106,9 @@ class DeepSpeedSharding:
         self._has_fp32_sums = precision == "bf16" and self._stage < 2 and config.parallel.offload == "none"
         self._dynamic_scale = DynamicLossScale.of(config.train)
         self._rest = 1.0  # by what fp32 gradients are still to be multiplied
-        self._mpu = _MPU(groups, groups.self_group if self.is_replicated and self._is_half else groups.data)
+        self._mpu = _MPU(
+            groups, groups.self_group if self.is_replicated and self._is_half else groups.gradient.get_group()
+        )
         _allocate(model, config, groups, self._mpu)
         mark_parameters(model.chunks, model.specs, config, groups)
         self._parameters = {name: p for name, p in model.parameters().items() if not model.specs[name].is_copy}
@@ -159,7 +161,7 @@ class DeepSpeedSharding:
         if self._has_fp32_sums:
             torch._foreach_mul_(optimizer.get_grads_for_reduction()[0], self._rest)
         for gradient in self._unsummed():
-            dist.all_reduce(gradient, group=self._groups.data)
+            dist.all_reduce(gradient, group=self._groups.gradient.get_group())
         self._guard.open_for(approve)
         engine.step()
         if self._tied is not None:
@@ -211,10 +213,10 @@ class DeepSpeedSharding:
     def replicas(self) -> Iterator[Replicas]:
         """See Sharding. Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
         if self._stage < 3:
-            yield Replicas(self._groups.data, dict(self._parameters))
+            yield Replicas(self._groups.gradient.get_group(), dict(self._parameters))
         if self.is_replicated:
             masters = {f"master weights of {held.name}": held.master for held in self.slices()}
-            yield Replicas(self._groups.data, masters)
+            yield Replicas(self._groups.gradient.get_group(), masters)
         whole: dict[str, Tensor] = {}  # on all tensor ranks
         shared: dict[str, Tensor] = {}  # on those with the same key-value head
         for name, parameter in self._parameters.items():
@@ -296,10 +298,10 @@ class DeepSpeedSharding:
         buffers, offset = iter(self._deepspeed.optimizer.fp32_partitioned_groups_flat), 0
         buffer = next(buffers)
         for parameter, size in members:
-            share = -(-size // self._groups.topology.data)
+            share = -(-size // self._groups.gradient.size())
             if offset == buffer.numel():
                 buffer, offset = next(buffers), 0
-            start = self._groups.coordinate.data * share
+            start = self._groups.gradient.get_local_rank() * share
             if start < size:
                 yield _Place(parameter, start, min(share, size - start), buffer, offset)
             offset += share
@@ -480,7 +482,11 @@ def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: _MPU)
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=groups.device, recurse=False)
             deepspeed.zero.Init(
-                module=module, data_parallel_group=groups.data, config_dict_or_path=settings, dtype=dtype, mpu=mpu
+                module=module,
+                data_parallel_group=groups.gradient.get_group(),
+                config_dict_or_path=settings,
+                dtype=dtype,
+                mpu=mpu,
             )
 
 

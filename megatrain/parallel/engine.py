@@ -263,7 +263,8 @@ class Engine:
         """The part of a slice that this rank saves: what several ranks hold alike is shared out among them."""
         number, index = spec.num_replicas, spec.replica
         if self._sharding.is_replicated:
-            number, index = number * self.groups.topology.data, index + number * self.groups.coordinate.data
+            gradient = self.groups.gradient
+            number, index = number * gradient.size(), index + number * gradient.get_local_rank()
         share = -(-length // number)
         return index * share, min((index + 1) * share, length)
 

@@ -174,10 +174,10 @@ class OldEngine:
         """Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
         stage = self._deepspeed.zero_optimization_stage()
         if stage < 3:
-            yield Replicas(self.groups.data, dict(self._model.parameters))
+            yield Replicas(self.groups.gradient.get_group(), dict(self._model.parameters))
         if stage == 0:
             masters = {f"master weights of {spec.name}": held.of(held.buffer) for spec, held in self._slices()}
-            yield Replicas(self.groups.data, masters)
+            yield Replicas(self.groups.gradient.get_group(), masters)
         whole: dict[str, Tensor] = {}  # on all tensor ranks
         shared: dict[str, Tensor] = {}  # on those with the same key-value head
         for name, parameter in self._model.parameters.items():

@@ -31,7 +31,10 @@ class DeepSpeedMPU(PipelineParallelGrid):  # type: ignore[misc]
         self.ds_model_proc_group = groups.model_parallel_group
         self.ds_model_world_size = dist.get_world_size(groups.model_parallel_group)
         self.ds_model_rank = dist.get_rank(groups.model_parallel_group)
-        self.dp_group, self.dp_proc_group = dist.get_process_group_ranks(groups.data), groups.data
+        self.dp_group, self.dp_proc_group = (
+            dist.get_process_group_ranks(groups.gradient.get_group()),
+            groups.gradient.get_group(),
+        )
         self.pp_group, self.pp_proc_group = dist.get_process_group_ranks(groups.pipeline), groups.pipeline
         self.slice_group, self.slice_proc_group = dist.get_process_group_ranks(groups.tensor), groups.tensor
 

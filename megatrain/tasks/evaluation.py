@@ -112,7 +112,7 @@ def _evaluate_task(
     groups: Groups | None,
     progress: Progress,
 ) -> TaskResult:
-    first, step = (0, 1) if groups is None else (groups.coordinate.data, groups.topology.data)
+    first, step = (0, 1) if groups is None else groups.batch_share
     mine = [_fitted(task, example, writer) for example in examples[first::step]]
     answered = [each for each in mine if each is not None]
     bar = progress.add_task(task.name, total=sum(max(len(example.continuations), 1) for example in answered))

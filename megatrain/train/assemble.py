@@ -85,7 +85,7 @@ class Run:
     """The KEY=VALUE that its config was given on the command line."""
 
     def training_batches(self, order: DataOrder) -> TrainingBatches:
-        return TrainingBatches(self.maker, order, self.groups.coordinate.data, self.groups.topology.data)
+        return TrainingBatches(self.maker, order, *self.groups.batch_share)
 
 
 def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
@@ -127,11 +127,11 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     findings = _preflight(config, rank, groups) if is_new_group else []
     lap("preflight")
     sources = training_sources(config, train, groups)
-    micro_batch_size, data_rank = config.train.micro_batch_size, groups.coordinate.data
+    micro_batch_size = config.train.micro_batch_size
     limit = _num_samples_of_each(config, len(held_out))
     evaluations = {
         name: EvaluationBatches(
-            BatchMaker([source], micro_batch_size, None, groups.activity), data_rank, topology.data, limit
+            BatchMaker([source], micro_batch_size, None, groups.activity), *groups.batch_share, limit
         )
         for name, source in zip(_names(validation), held_out, strict=True)
     }

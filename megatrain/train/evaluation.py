@@ -53,7 +53,7 @@ def evaluate_checkpoint(
     model, groups = load_on_rank(reader, rank, tensor)
     source = ConcatSource(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
-    share = (0, 1) if groups is None else (groups.coordinate.data, groups.topology.data)
+    share = (0, 1) if groups is None else groups.batch_share
     batches = EvaluationBatches(maker, *share)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     with torch.inference_mode():

@@ -97,7 +97,7 @@ def train(case: Case) -> dict[str, Any]:
     sources = training_sources(config, train_sets, groups)
     maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
     order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
-    batches = TrainingBatches(maker, order, groups.coordinate.data, topology.data)
+    batches = TrainingBatches(maker, order, *groups.batch_share)
     losses, norms, skipped, num_updates, saved = [], [], [], case.num_updates, {}
     problem = None
     save_step = case.first_step + (case.num_steps if case.save_after is None else case.save_after)
@@ -120,7 +120,7 @@ def train(case: Case) -> dict[str, Any]:
     again = take_first_steps_again(engine, config, batches) if case.twice else []
     batches.close()
     whole = BatchMaker(sources, config.train.micro_batch_size)
-    evaluation = EvaluationBatches(whole, groups.coordinate.data, topology.data, NUM_VALIDATION_WINDOWS)
+    evaluation = EvaluationBatches(whole, *groups.batch_share, NUM_VALIDATION_WINDOWS)
     (validation,) = groups.all_reduce_sum([engine.evaluate(evaluation)])
     if case.swapped:
         swap_names(engine, *case.swapped)
