@@ -120,10 +120,12 @@ class Model:
         generated: Any  # mypy checks the body once for each type of a prompt
         if isinstance(prompt, str):
             writer, tokenizer = self._writer()
-            generated = "".join(writer.stream(encode_prompt(tokenizer, prompt, _warn), settings, _warn))
+            ids = writer.begin(encode_prompt(tokenizer, prompt, _warn))
+            generated = "".join(writer.stream(ids, settings, _warn))
         elif len(prompt) and isinstance(prompt[0], str):
             writer, tokenizer = self._writer()
-            found = writer.write([encode_prompt(tokenizer, str(each), _warn) for each in prompt], settings)
+            begun = [writer.begin(encode_prompt(tokenizer, str(each), _warn)) for each in prompt]
+            found = writer.write(begun, settings)
             generated = [text.text for text in found]
         else:
             generated = self._ids_after([int(token) for token in prompt], settings)

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -280,6 +281,10 @@ def generate(
         typer.Option(help='A file with a prompt a line; where its name ends in .jsonl, with {"prompt": ...} a line.'),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="With --prompts: the file for what comes, as JSON lines.")] = None,
+    is_chat: Annotated[
+        bool, typer.Option("--chat", help="A conversation by the model's chat template; with --prompt, one turn of it.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[
@@ -311,8 +316,12 @@ def generate(
     """
     from megatrain.distributed.bootstrap import read_rank
 
-    if (prompt is None) == (prompts is None):
-        raise ConfigError("Give --prompt TEXT, or --prompts FILE with --out FILE.")
+    if (prompt is None) == (prompts is None) and not (is_chat and prompts is None):
+        raise ConfigError("Give --prompt TEXT, or --prompts FILE with --out FILE, or --chat.")
+    if is_chat and prompts is not None:
+        raise ConfigError("--chat asks for one turn after the other: leave out --prompts.")
+    if system is not None and not is_chat:
+        raise ConfigError("--system belongs to --chat.")
     if (prompts is None) != (out is None):
         raise ConfigError("--prompts FILE and --out FILE belong together.")
     rank = read_rank()
@@ -328,7 +337,7 @@ def generate(
     from megatrain.distributed.binding import bind
     from megatrain.model.beams import BeamSearch
     from megatrain.model.generate import Sampling
-    from megatrain.train.inference import TextSettings, generate_file, generate_text
+    from megatrain.train.inference import TextSettings, chat, generate_file, generate_text
 
     bind(rank)
     settings = TextSettings(
@@ -351,10 +360,23 @@ def generate(
         if is_first:
             commit_bytes(out, lines)
         return
+    if is_chat:
+        if num_ranks > 1 and prompt is None:
+            raise ConfigError("A conversation on several ranks needs its turn from --prompt.")
+        turns = _asked_turns() if prompt is None else [prompt]
+        for answer in chat(place, turns, settings, system=system, warn=warnings.append, rank=rank):
+            _show(answer if is_first else iter(collections.deque(answer, maxlen=0)), warn)
+        warn()
+        return
     texts = generate_text(place, prompt or "", settings, warn=warnings.append, rank=rank)
     if not is_first:
         collections.deque(texts, maxlen=0)  # its part of the work; rank 0 shows the text
         return
+    _show(texts, warn)
+
+
+def _show(texts: Iterator[str], warn: Callable[[], None]) -> None:
+    """Print pieces of a text as they come, and warnings before the next of them."""
     for text in texts:
         warn()
         sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
@@ -362,6 +384,18 @@ def generate(
     sys.stdout.write("\n")
     sys.stdout.flush()
     warn()
+
+
+def _asked_turns() -> Iterator[str]:
+    """What a user types, line by line, up to the end of the input."""
+    while True:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
 
 
 @app.command("eval")

@@ -150,16 +150,16 @@ def _num_tokens(task: Task, example: Example, writer: Writer) -> int:
 
 
 def _context(writer: Writer, prompt: str) -> list[int]:
-    return [*writer.assets.prompt_ids, *writer.tokenizer.encode(prompt)]
+    return writer.begin(writer.tokenizer.encode(prompt))
 
 
 def _requests(example: Example, writer: Writer) -> list[Request]:
     """A request a continuation. A context without tokens is what a document begins after: its end, or its beginning."""
-    begin, tokens = writer.assets.prompt_ids, writer.assets.special_tokens
+    tokens = writer.assets.special_tokens
     found = []
     for text in example.continuations:
         context, continuation = encode_pair(writer.tokenizer, example.prompt, text)
-        context = [*begin, *context]
+        context = writer.begin(context)
         if not context:
             if tokens.eod is None:
                 raise ConfigError(
@@ -198,7 +198,7 @@ def _answer_by_generation(
     task: Task, examples: Sequence[Example], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
     settings = TextSettings(task.max_new_tokens, stops=task.stop)
-    texts = writer.write([writer.tokenizer.encode(example.prompt) for example in examples], settings, advance)
+    texts = writer.write([_context(writer, example.prompt) for example in examples], settings, advance)
     return [judge_generation(example, text.text) for example, text in zip(examples, texts, strict=True)]
 
 

@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         with Progress(disable=disable_tqdm, transient=True) as progress:
             bar = progress.add_task("megatrain", total=len(requests))
             for (stops, most), numbers in grouped.items():
-                prompts = [self._writer.tokenizer.encode(requests[number].args[0]) for number in numbers]
+                prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
                 settings = TextSettings(most, stops=stops)
                 found = self._writer.write(prompts, settings, lambda count: progress.advance(bar, count))
                 for number, text in zip(numbers, found, strict=True):

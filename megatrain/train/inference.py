@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
+from megatrain.data.chat import ChatTemplate, Message, refuse_control_tokens
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.bootstrap import RankInfo
@@ -60,14 +61,30 @@ class Writer:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, assets: Assets, agree: Agree | None = None) -> None:
         self.model, self.tokenizer, self.assets, self._agree = model, tokenizer, assets, agree
 
-    def stream(self, prompt_ids: Sequence[int], settings: TextSettings, warn: Callable[[str], None]) -> Iterator[str]:
-        """What the model goes on with, each character as soon as it is whole. Raises ConfigError at once.
+    def begin(self, prompt_ids: Sequence[int]) -> list[int]:
+        """With the token before them that begins a document, where the model knows one."""
+        return [*self.assets.prompt_ids, *prompt_ids]
 
-        ``warn`` hears in the end of a context that was full before the text had come to its end.
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation up to where the model's answer begins; the template writes all special tokens itself.
+
+        Raises ConfigError where the model came without a chat template, DataError for a conversation that it refuses.
         """
-        ids = [*self.assets.prompt_ids, *prompt_ids]
+        template = ChatTemplate.of_files(self.assets.files)
+        if template is None:
+            raise ConfigError(
+                "The model came without a chat template (chat_template.jinja): give --prompt without --chat."
+            )
+        refuse_control_tokens(messages, self.tokenizer.control)
+        return self.tokenizer.encode(template.render(messages, add_generation_prompt=True))
+
+    def stream(self, ids: Sequence[int], settings: TextSettings, warn: Callable[[str], None]) -> Iterator[str]:
+        """What the model goes on with after token ids, each character as soon as it is whole.
+
+        Raises ConfigError at once. ``warn`` hears in the end of a context that was full before the text had ended.
+        """
         if settings.beams is not None:
-            (found,) = self.write([prompt_ids], settings)
+            (found,) = self.write([ids], settings)
             return iter((found.text,))
         limits = self._limits(settings, ids)
         tokens = generate(self.model, ids, limits, settings.sampling, settings.seed, self._agree)
@@ -101,12 +118,12 @@ class Writer:
         settings: TextSettings,
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[Generated]:
-        """What the model goes on with after each prompt, in batches of prompts of about the same length.
+        """What the model goes on with after token ids, in batches of about the same length.
 
         ``advance``: called with how many are done since the last call. Raises ConfigError for a prompt that is too
         long, as `generate_batch` does.
         """
-        whole = [[*self.assets.prompt_ids, *prompt] for prompt in prompts]
+        whole = [list(prompt) for prompt in prompts]
         rows = settings.beams.num_beams if settings.beams else 1
         lengths = [(len(ids) + settings.max_new_tokens) * rows for ids in whole]
         found: list[Generated | None] = [None] * len(prompts)
@@ -200,11 +217,46 @@ def generate_text(
     is one of, which share each of the model's matrices and all yield the same.
     """
     writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
-    texts = writer.stream(encode_prompt(writer.tokenizer, prompt, warn), settings, warn)
+    texts = writer.stream(writer.begin(encode_prompt(writer.tokenizer, prompt, warn)), settings, warn)
     yield prompt
     yield from texts
     if groups is not None:
         dist.destroy_process_group()
+
+
+def chat(
+    path: Location,
+    turns: Iterable[str],
+    settings: TextSettings,
+    *,
+    system: str | None = None,
+    warn: Callable[[str], None],
+    rank: RankInfo | None = None,
+) -> Iterator[Iterator[str]]:
+    """Yield the answer to each of a user's ``turns``, piece by piece; the next turn is asked for once it is read.
+
+    A turn that the template refuses is left out, and ``warn`` hears why. Collective, as `generate_text`.
+    """
+    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for turn in turns:
+        asked = [*messages, {"role": "user", "content": turn}]
+        try:
+            ids = writer.chat_ids(asked)
+        except DataError as error:
+            warn(str(error))
+            continue
+        pieces: list[str] = []
+        yield _collected(writer.stream(ids, settings, warn), pieces)
+        messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+    if groups is not None:
+        dist.destroy_process_group()
+
+
+def _collected(texts: Iterator[str], into: list[str]) -> Iterator[str]:
+    for text in texts:
+        into.append(text)
+        yield text
 
 
 def generate_file(
@@ -223,7 +275,7 @@ def generate_file(
     """
     rows = _read_prompts(prompts)
     writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
-    ids = [encode_prompt(writer.tokenizer, row["prompt"], warn) for row in rows]
+    ids = [writer.begin(encode_prompt(writer.tokenizer, row["prompt"], warn)) for row in rows]
     with Progress(disable=not show_progress, transient=True) as progress:
         bar = progress.add_task("generating", total=len(rows))
         found = writer.write(ids, settings, lambda count: progress.advance(bar, count))
