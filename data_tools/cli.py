@@ -164,9 +164,13 @@ def train_tokenizer_command(
     split_digits: Annotated[
         bool, typer.Option("--split-digits", help="Each digit by itself, with any pattern.")
     ] = False,
+    sample_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Train on about so much text, from all over the input; all unless given.")
+    ] = None,
     read: Any = None,
 ) -> None:
     """Train a byte-level BPE tokenizer; no text is ever unknown to it."""
+    from data_tools.progress import show_progress
     from data_tools.tokenizer import train_tokenizer
 
     with disk_full_as_data_error(out):
@@ -174,6 +178,8 @@ def train_tokenizer_command(
             *(inputs, vocab_size, out, read, special_token or [], _tell),
             words=pre_tokenizer,
             split_digits=split_digits,
+            sample_bytes=sample_bytes,
+            progress=show_progress,
         )
     if size < vocab_size:
         _tell(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_tools.machine import num_cores
 from megatrain.distributed.slurm_step import find_step, read_int
 from megatrain.errors import ConfigError
 
@@ -71,9 +72,8 @@ class Ranks:
         self.comm.Abort(exit_code)
 
     def num_cores(self) -> int:
-        """Cores for this process: those it is bound to, and no more than its share of the machine."""
-        bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(bound, (os.cpu_count() or 1) // self.num_local))
+        """Cores for this process, one of those on this machine."""
+        return num_cores(self.num_local)
 
 
 def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.inputs import InputFile
+from data_tools.executors import Progress
+from data_tools.machine import memory_bytes
 from data_tools.outputs import find_inputs_apart
+from data_tools.progress import no_progress
 from data_tools.readers import plan_units, read_parts
-from data_tools.units import BadRow, ReadOptions, Record, no_text_error
+from data_tools.units import PART_BYTES, BadRow, ReadOptions, Record, Unit, no_text_error
 from megatrain.atomic import commit_bytes
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
+from megatrain.units import format_bytes
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
 EOD_TOKEN = "<|endoftext|>"
 NUM_BYTE_TOKENS = 256
+MIN_SAMPLED_BYTES = 1 << 16
+"""Of a unit at least: a sample of many files does not open all of them."""
+MAX_UNITS_BITS = 18
+BASE_MEMORY, MEMORY_PER_BYTE = 200_000_000, 7
+"""What training takes of memory, and more for each byte of real text: 6.5 of 160 MB, as measured."""
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -109,13 +118,15 @@ def train_tokenizer(
     *,
     words: str = "gpt2",
     split_digits: bool = False,
+    sample_bytes: int | None = None,
+    progress: Progress = no_progress,
 ) -> int:
     """Train a byte-level BPE on the text of the inputs, write it to `out`, and return its true vocabulary size.
 
     Every byte has a token of its own, so no text is ever unknown. The same text gives the same file. The size is
     smaller than asked for where the text has not enough pairs to merge. ``special_tokens``: those that no text becomes,
     beside EOD_TOKEN, such as the sentinels of fill-in-the-middle. ``words``: of WORDS; ``split_digits``: each digit is
-    a word.
+    a word. ``sample_bytes``: about how much text to train on, from all over the input (None: all of it).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -143,8 +154,14 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = _TextIterator(files, options)
-    tokenizer.train_from_iterator(texts, trainer)
+    # Small units for a sample, and yet no more than a list holds.
+    size = PART_BYTES if sample_bytes is None else sum(file.num_bytes for file in files) >> MAX_UNITS_BITS
+    units = list(plan_units(files, min(max(size, PART_BYTES >> 10), PART_BYTES), options.errors))
+    sample = _sample_units(units, sample_bytes)
+    say(_memory_line(sum(unit.text_bytes for unit in units), sample_bytes))
+    with progress("read", sum(unit.num_bytes if quota is None else quota for unit, quota in sample)) as advance:
+        texts = _TextIterator(sample, options, advance, lambda: say("All text is read; the merges are being found."))
+        tokenizer.train_from_iterator(texts, trainer)
     if texts.error is not None:
         raise texts.error
     if not texts.num_characters:
@@ -167,23 +184,64 @@ def _word_splitter(words: str, split_digits: bool) -> PreTokenizer:
     return pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
 
 
-class _TextIterator:
-    """The texts of the inputs, streamed. Keeps what went wrong, which `tokenizers` would blur."""
+Sample = list[tuple[Unit, int | None]]
+"""Units, and how many bytes of the text at the beginning of each; None: all of it."""
 
-    def __init__(self, files: list[InputFile], options: ReadOptions) -> None:
+
+def _sample_units(units: list[Unit], sample_bytes: int | None) -> Sample:
+    """Units at even distances, each for its part of the sample."""
+    total = sum(unit.text_bytes for unit in units)
+    if sample_bytes is None or total <= sample_bytes:
+        return [(unit, None) for unit in units]
+    count = min(len(units), max(1, sample_bytes // MIN_SAMPLED_BYTES))
+    chosen = [units[index * len(units) // count] for index in range(count)]
+    total = sum(unit.text_bytes for unit in chosen)
+    return [(unit, -(-sample_bytes * unit.text_bytes // max(total, 1))) for unit in chosen]
+
+
+def _memory_line(text_bytes: int, sample_bytes: int | None) -> str:
+    """What is trained on, and about how much memory that takes, before it begins."""
+    trained = text_bytes if sample_bytes is None else min(sample_bytes, text_bytes)
+    needed, there = BASE_MEMORY + MEMORY_PER_BYTE * trained, memory_bytes()
+    of = f"a sample of {format_bytes(trained)} of some" if trained < text_bytes else "some"
+    line = f"Training on {of} {format_bytes(text_bytes)} of text takes some {format_bytes(needed)} of memory"
+    if needed <= there:
+        return f"{line}, of {format_bytes(there)} here."
+    fitting = there // 2 // MEMORY_PER_BYTE
+    return f"Warning: {line}, and there are {format_bytes(there)} here: give --sample-bytes {fitting}."
+
+
+class _TextIterator:
+    """The texts of a sample, streamed. Keeps what went wrong, which `tokenizers` would blur."""
+
+    def __init__(
+        self, sample: Sample, options: ReadOptions, advance: Callable[[int], None], ended: Callable[[], None]
+    ) -> None:
         self.error: DataError | None = None
         self.num_documents = self.num_skipped = self.num_characters = 0
-        self._files, self._options = files, options
+        self._sample, self._options, self._advance, self._ended = sample, options, advance, ended
 
     def __iter__(self) -> Iterator[str]:
         try:
-            units = plan_units(self._files, errors=self._options.errors)
-            parts = (part for unit in units for part in read_parts(unit, self._options))
-            for _, row in (row for part in parts for row in part.rows):
-                self.num_skipped += isinstance(row, BadRow)
-                if isinstance(row, Record):
-                    self.num_documents += 1
-                    self.num_characters += len(row.text)
-                    yield row.text
+            for unit, quota in self._sample:
+                yield from self._texts(unit, quota)
         except DataError as error:
             self.error = error
+        else:
+            self._ended()
+
+    def _texts(self, unit: Unit, quota: int | None) -> Iterator[str]:
+        """The first texts of a unit, until they have so many bytes."""
+        parts = read_parts(unit, self._options, self._advance if quota is None else lambda _: None)
+        left = sys.maxsize if quota is None else quota
+        for _, row in (row for part in parts for row in part.rows):
+            self.num_skipped += isinstance(row, BadRow)
+            if isinstance(row, Record):
+                self.num_documents += 1
+                self.num_characters += len(row.text)
+                yield row.text
+                left -= len(row.text) if row.text.isascii() else len(row.text.encode())
+                if left <= 0:
+                    break
+        if quota is not None:
+            self._advance(quota)

@@ -143,6 +143,33 @@ def test_trained_tokenizers_know_every_byte_and_are_reproducible(
     assert "tokens" in out
 
 
+def test_a_sample_is_of_all_the_input(tmp_path: Path, run_command: RunCommand) -> None:
+    """40 MB in two files, of which the compressed one is read from its start."""
+    texts = [f"{chr(97 + number // 1000) * 9} " * 220 for number in range(20_000)]
+    lines = [orjson.dumps({"text": text}) + b"\n" for text in texts]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:18_000]))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b"".join(lines[18_000:])))
+    made = []
+    for out in ("t1.json", "t2.json"):
+        options = ("--vocab-size", 400, "--out", tmp_path / out, "--sample-bytes", 2_000_000)
+        code, _, err = run_command("train-tokenizer", tmp_path / "a.jsonl", tmp_path / "b.jsonl.zst", *options)
+        assert code == 0
+        assert "Training on a sample of 2.00 MB of some 39." in err
+        assert "takes some 214 MB of memory, of " in err
+        made.append((tmp_path / out).read_bytes())
+    assert made[0] == made[1]
+    words = {word.strip("Ġ") for word in orjson.loads(made[0])["model"]["vocab"]}
+    assert {letter * 9 for letter in "acegikmoq"} <= words
+
+
+def test_training_says_how_much_memory_it_takes(tmp_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 1000)
+    options = ("--vocab-size", 260, "--out", tmp_path / "t.json")
+    _, _, err = run_command("train-tokenizer", tmp_path / "a.txt", *options)
+    assert "Training on some 11.0 kB of text takes some 200 MB of memory, of " in err
+    assert "All text is read; the merges are being found." in err
+
+
 def test_help_is_quick_without_torch_or_arrow() -> None:
     script = (
         "import sys\n"
