@@ -69,6 +69,7 @@ class DecoderStage(nn.Module):
     def __init__(self, config: ModelConfig, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
         self.config = config
+        self.compute_dtype: torch.dtype | None = None
         self.make_context = ContextBuilder(config)
         attach_layers(self, specs)
         self.body_names = [spec.prefix for spec in specs if spec.kind != "head"]
@@ -100,8 +101,8 @@ class DecoderStage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type the layers compute in: that of their weights."""
-        return next(self.parameters()).dtype
+        """The type the layers compute in: that of their weights, unless a layout keeps those in another one."""
+        return self.compute_dtype or next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:

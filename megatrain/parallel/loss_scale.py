@@ -19,8 +19,9 @@ _HYSTERESIS = 2  # overflows until the scale is halved
 
 
 def power_of_two_below(factor: float) -> float:
-    """The largest power of two that is not above ``factor``; some power of two where that is not finite."""
-    return math.ldexp(0.5, math.frexp(factor)[1])
+    """The largest power of two that is not above ``factor``; NaN where that is NaN."""
+    mantissa, _ = math.frexp(factor)
+    return factor / (2.0 * mantissa)
 
 
 @dataclass

@@ -64,22 +64,27 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
     return specs
 
 
-def mark_parameters(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], config: RunConfig, groups: Groups) -> None:
-    """Mark whether this rank counts a parameter in the gradient norm, and sum gradients that are partial.
+def partial_gradients(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], config: RunConfig) -> set[str]:
+    """The parameters that several tensor ranks hold alike while each computes a part of the gradient.
 
-    Under sequence parallelism those of all whole parameters are, but for the embeddings: they are applied to this
-    rank's tokens alone.
+    Under sequence parallelism those are all whole parameters but for the embeddings: they are applied to this rank's
+    tokens alone.
     """
-    size = groups.topology.tensor
     embeddings = {f"{name}.weight" for model in chunks for name in model.embedding_names}
+    on_tokens = {name for name, spec in specs.items() if spec.num_replicas > 1 and name not in embeddings}
+    partial = {name for name, spec in specs.items() if spec.is_partial_grad}
+    return partial | on_tokens if config.parallel.sequence else partial
+
+
+def mark_parameters(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], config: RunConfig, groups: Groups) -> None:
+    """Mark whether this rank counts a parameter in the gradient norm, and sum gradients that are partial."""
+    size, partial = groups.topology.tensor, partial_gradients(chunks, specs, config)
     for name, parameter in ((name, p) for model in chunks for name, p in model.named_parameters()):
-        spec = specs[name]
+        num_replicas = specs[name].num_replicas
         # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
-        parameter.model_parallel = spec.num_replicas < size and spec.replica == 0
-        if spec.is_partial_grad:
-            _sum_gradients(parameter, groups.tensor if spec.num_replicas == size else groups.kv_replica_group)
-        elif config.parallel.sequence and spec.num_replicas > 1 and name not in embeddings:
-            _sum_gradients(parameter, groups.tensor)
+        parameter.model_parallel = num_replicas < size and specs[name].replica == 0
+        if name in partial:
+            _sum_gradients(parameter, groups.tensor if num_replicas == size else groups.kv_replica_group)
 
 
 def _sum_gradients(parameter: Tensor, group: dist.ProcessGroup) -> None:

@@ -168,7 +168,9 @@ def _check_engine(config: RunConfig, world_size: int) -> Iterator[Violation]:
     if parallel.offload != "none":
         reason = "parallel.engine fsdp2 does not offload: torch's copies to and from CPU memory race with the passes"
         yield Violation("engine's offload", "parallel.offload", reason, (key, "parallel.offload"))
-    yield Violation("engine", key, "fsdp2 is not implemented yet", (key,))
+    if parallel.pipeline > 1:
+        reason = f"fsdp2 has no pipeline yet (parallel.pipeline is {parallel.pipeline})"
+        yield Violation("engine's pipeline", key, reason, (key, "parallel.pipeline"))
 
 
 def _check_batch(config: RunConfig, world_size: int) -> Iterator[Violation]:

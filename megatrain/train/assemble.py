@@ -36,6 +36,7 @@ from megatrain.model.decoder import Decoder, DecoderStage, LayerSpec, build_laye
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine
+from megatrain.parallel.fsdp2 import FSDP2Sharding
 from megatrain.parallel.old_pipeline import PipelinedEngine
 from megatrain.parallel.shard import shard_model, tie_across_stages
 from megatrain.plan import rules
@@ -214,7 +215,8 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
         stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
     sharded = shard_model([stage], config, groups, RECOMPUTED)
     if pipeline == 1:
-        return Engine(sharded, DeepSpeedSharding(config, sharded, groups), groups)
+        kind = FSDP2Sharding if config.parallel.engine == "fsdp2" else DeepSpeedSharding
+        return Engine(sharded, kind(config, sharded, groups), groups)
     if config.model.tie_word_embeddings and stage.head_name is not None:
         sharded = tie_across_stages(sharded, stage.head_name, specs[0].prefix)
     return PipelinedEngine(config, sharded, groups)  # type: ignore[return-value]

@@ -131,6 +131,21 @@ def test_requests_to_stop_change_no_loss_or_norm(stopped: list[Stretch], straigh
     _check_same(stopped[2].metrics, straight)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_kills_and_stops_change_no_bit_under_fsdp2(zero_stage: int, tiny_data: TinyData, tmp_path: Path) -> None:
+    """Rank 1 is killed; then the run is asked to save and end; then it goes on to its end."""
+    under = ("parallel.engine=fsdp2", f"parallel.zero_stage={zero_stage}")
+    undisturbed = Starts(tiny_data, tmp_path / "straight").start(lambda train: None, *under)
+    starts = Starts(tiny_data, tmp_path / "disturbed")
+    killed = starts.start(_signal_rank(1, signal.SIGKILL, 7), *under)
+    stopped = starts.start(_signal_command(signal.SIGUSR1, 12), *under)
+    again = starts.start(lambda train: None, *under)
+    assert [each.code for each in (undisturbed, killed, stopped, again)] == [0, 5, 75, 0], again.output
+    assert stopped.saved[-1] == stopped.metrics.steps[-1]
+    _check_same(again.metrics, undisturbed)
+
+
 def test_a_stop_request_during_start_is_kept(tiny_data: TinyData, tmp_path: Path) -> None:
     def interrupt(train: TrainProcess) -> None:
         wait_until(lambda: len(psutil.Process(train.process.pid).children(recursive=True)) > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -16,15 +17,22 @@ from tests.faults.conftest import Copy
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 from tests.served import ServedRanks
 
-LAYOUTS = {"1 rank, ZeRO 0": (1, 0), "1 rank, ZeRO 3": (1, 3)} | {f"2 ranks, ZeRO {z}": (2, z) for z in range(4)}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 rank, ZeRO 0": (1, {"zero_stage": 0}),
+    "1 rank, ZeRO 3": (1, {"zero_stage": 3}),
+    **{f"2 ranks, ZeRO {stage}": (2, {"zero_stage": stage}) for stage in range(4)},
+    **{f"2 ranks, FSDP2, ZeRO {stage}": (2, {"engine": "fsdp2", "zero_stage": stage}) for stage in (1, 3)},
+}
 # Each layout writes once and reads once here; the slow test has all pairs.
 PAIRS = [
     ("1 rank, ZeRO 0", "2 ranks, ZeRO 2"),
     ("2 ranks, ZeRO 2", "1 rank, ZeRO 3"),
     ("1 rank, ZeRO 3", "2 ranks, ZeRO 0"),
     ("2 ranks, ZeRO 0", "2 ranks, ZeRO 3"),
-    ("2 ranks, ZeRO 3", "2 ranks, ZeRO 1"),
-    ("2 ranks, ZeRO 1", "1 rank, ZeRO 0"),
+    ("2 ranks, ZeRO 3", "2 ranks, FSDP2, ZeRO 1"),
+    ("2 ranks, FSDP2, ZeRO 1", "2 ranks, ZeRO 1"),
+    ("2 ranks, ZeRO 1", "2 ranks, FSDP2, ZeRO 3"),
+    ("2 ranks, FSDP2, ZeRO 3", "1 rank, ZeRO 0"),
 ]
 
 
@@ -112,9 +120,9 @@ def layouts(
 
     def make(name: str) -> tuple[ServedRanks, Path, Path]:
         if name not in made:
-            num_ranks, stage = LAYOUTS[name]
+            num_ranks, parallel = LAYOUTS[name]
             folder = tmp_path_factory.mktemp("layout")
-            sections = {"train": {"steps": 3}, "parallel": {"zero_stage": stage}, "checkpoint": {"every_steps": 3}}
+            sections = {"train": {"steps": 3}, "parallel": parallel, "checkpoint": {"every_steps": 3}}
             config = write_config(folder / "run.yaml", tiny_config(tiny_data, folder / "run", **sections))
             ranks = one_rank if num_ranks == 1 else two_ranks
             ranks.finish(config)
@@ -194,15 +202,17 @@ def test_resuming_a_finished_run_trains_nothing(copy_run: Callable[[], Copy], tw
     assert orjson.loads(lines[-1])["event"] == "finish"
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_goes_on_to_the_last_bit(
-    precision: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+    precision: str, engine: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     figures = []
     for name, pauses in (("straight", [6]), ("paused", [3, 6])):
         config = write_config(tmp_path / f"{name}.yaml", tiny_config(tiny_data, tmp_path / name))
         for steps in pauses:
-            two_ranks.finish(config, f"train.steps={steps}", f"train.precision={precision}")
+            changes = (f"train.steps={steps}", f"train.precision={precision}", f"parallel.engine={engine}")
+            two_ranks.finish(config, *changes)
         figures.append(Metrics.read(tmp_path / name))
     straight, paused = figures
     assert (paused.steps, paused.losses, paused.norms) == (straight.steps, straight.losses, straight.norms)

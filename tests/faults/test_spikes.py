@@ -44,14 +44,16 @@ def told(run_dir: Path, name: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_a_spike_is_skipped_and_statistics_survive_resuming(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+    engine: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
+    under = f"parallel.engine={engine}"
     whole = config_of(tiny_data, tmp_path / "whole", 24, action="skip")
-    two_ranks.finish(whole)
+    two_ranks.finish(whole, under)
     halves = config_of(tiny_data, tmp_path / "halves", 14, action="skip")  # in the middle of what is judged
-    two_ranks.finish(halves)
-    two_ranks.finish(halves, "train.steps=24")
+    two_ranks.finish(halves, under)
+    two_ranks.finish(halves, under, "train.steps=24")
     runs = [tmp_path / name / "run" for name in ("whole", "halves")]
     one, other = map(Metrics.read, runs)
     assert one.losses == other.losses
@@ -74,9 +76,11 @@ def test_too_many_spikes_in_a_row_end_training(tiny_data: TinyData, two_ranks: S
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"zero_stage": 0}, {"zero_stage": 3}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [{"zero_stage": 0}, {"zero_stage": 3}, {"pipeline": 2}, {"engine": "fsdp2"}], ids=str
+)
 def test_fp16_that_diverges_ends_in_our_words(
-    parallel: dict[str, int], tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+    parallel: dict[str, Any], tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     """At the least loss scale, below which DeepSpeed raises an error of its own."""
     fp16 = {"precision": "fp16", "initial_loss_scale_power": 0}
@@ -101,17 +105,19 @@ def num_spikes(metrics: Metrics, rule: SpikesConfig) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_rewinding_skips_the_batches_around_a_spike(
-    tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+    engine: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
-    calm = "optimizer.lr=1.0e-6"  # what the steps before have learned does not matter: only the batches differ
-    two_ranks.finish(config_of(tiny_data, tmp_path / "none", 24, action="skip", num_deviations=1e9), calm)
+    # What the steps before have learned does not matter: only the batches differ.
+    calm = ("optimizer.lr=1.0e-6", f"parallel.engine={engine}")
+    two_ranks.finish(config_of(tiny_data, tmp_path / "none", 24, action="skip", num_deviations=1e9), *calm)
     undisturbed = Metrics.read(tmp_path / "none" / "run")
     rule: dict[str, Any] = {"action": "rewind", "rewind_steps": 3, "margin_batches": 2, "window_steps": 8}
     most = (tenths / 10 for tenths in range(80, 0, -1))
     rule["num_deviations"] = next(k for k in most if num_spikes(undisturbed, SpikesConfig(**rule, num_deviations=k)))
     run_dir = tmp_path / "whole" / "run"
-    two_ranks.finish(config_of(tiny_data, tmp_path / "whole", 24, **rule), calm)
+    two_ranks.finish(config_of(tiny_data, tmp_path / "whole", 24, **rule), *calm)
     last = progress_at(run_dir, 24)
     rewinds = last.rewinds
     assert [text for _, text in told(run_dir, "rewind")] == [rewind.text() for rewind in rewinds]
@@ -127,8 +133,8 @@ def test_rewinding_skips_the_batches_around_a_spike(
     assert metrics.losses[kept] != undisturbed.losses[kept]
     # The same again, stopped and started on the way.
     halves = config_of(tiny_data, tmp_path / "halves", 14, **rule)
-    two_ranks.finish(halves, calm)
-    two_ranks.finish(halves, calm, "train.steps=24")
+    two_ranks.finish(halves, *calm)
+    two_ranks.finish(halves, *calm, "train.steps=24")
     assert Metrics.read(tmp_path / "halves" / "run").losses == metrics.losses
     assert progress_at(tmp_path / "halves" / "run", 24).rewinds == rewinds
 

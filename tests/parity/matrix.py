@@ -32,6 +32,7 @@ FURTHER_MODELS: dict[str, dict[str, Any]] = {
 DEGREES = (1, 2, 4)
 WORLD_SIZES = (2, 4, 8)
 ZERO_STAGES = (0, 1, 2, 3)
+ENGINES = ("deepspeed", "fsdp2")
 RECOMPUTE = ("none", "selective", "full")
 SEQUENCES = 8  # of a step; enough for two micro-batches on each of four data ranks
 ODD_VOCABULARY = 517  # so that tensor ranks have padding, and the last has fewer ids
@@ -48,6 +49,7 @@ class Case:
     sequence: bool
     recompute: str
     model: str
+    engine: str = "deepspeed"
 
     @property
     def world_size(self) -> int:
@@ -62,16 +64,18 @@ class Case:
     @property
     def is_legal(self) -> bool:
         """As the project promises it, not as plan.rules computes it; the degrees divide the model in any case."""
-        return (self.zero_stage < 2 or self.pipeline == 1) and (self.tensor > 1 or not self.sequence)
+        can_pipeline = self.engine == "deepspeed" and self.zero_stage < 2
+        return (self.pipeline == 1 or can_pipeline) and (self.tensor > 1 or not self.sequence)
 
     def __str__(self) -> str:
         sequence = "-sequence" if self.sequence else ""
         degrees = f"{self.world_size}-d{self.data}-t{self.tensor}-p{self.pipeline}"
-        return f"{degrees}-zero{self.zero_stage}{sequence}-{self.recompute}-{self.model}"
+        return f"{degrees}-{self.engine}-zero{self.zero_stage}{sequence}-{self.recompute}-{self.model}"
 
     def config(self, data: TinyData) -> dict[str, Any]:
         """The config that a rank trains."""
         parallel = {
+            "engine": self.engine,
             "tensor": self.tensor,
             "pipeline": self.pipeline,
             "zero_stage": self.zero_stage,
@@ -98,7 +102,7 @@ def parity_config(data: TinyData, model: str, /, **sections: dict[str, Any]) -> 
 
 def all_cases() -> list[Case]:
     """Every legal case on 2, 4 and 8 ranks, ordered by the number of ranks."""
-    axes = (DEGREES, DEGREES, DEGREES, ZERO_STAGES, (False, True), RECOMPUTE, MODELS)
+    axes = (DEGREES, DEGREES, DEGREES, ZERO_STAGES, (False, True), RECOMPUTE, MODELS, ENGINES)
     cases = (Case(*values) for values in itertools.product(*axes))
     return by_world_size(case for case in cases if case.is_legal and case.world_size in WORLD_SIZES)
 
@@ -128,6 +132,9 @@ DANGEROUS = (
     Case(2, 2, 1, 2, True, "selective", "gpt2"),
     Case(2, 2, 1, 3, False, "none", "gpt2_tied"),
     Case(2, 1, 1, 3, False, "full", "llama"),
+    Case(2, 1, 1, 1, False, "none", "gpt2_tied", "fsdp2"),
+    Case(2, 2, 1, 3, True, "full", "llama_tied", "fsdp2"),
+    Case(1, 4, 1, 2, True, "selective", "llama_mqa", "fsdp2"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Any layout loads what any other saved: every bit of the state, and the training goes on as it would have.
+"""Any layout loads what any other saved, whatever the engines: every bit of the state, and goes on as it would have.
 
 The same layout gives the same losses to the last bit; another one within 1e-4 in fp32, as all layouts train alike, and
 within 1e-3 in bf16: an activation has 8 significant bits there, and each layout rounds other partial sums to them.
@@ -39,12 +39,21 @@ SAMPLE = (
     Layout("2-zero2", 2, {"zero_stage": 2}, "llama_mqa"),
     Layout("4-tensor4", 4, {"tensor": 4}, "llama_tied"),
     Layout("2-pipeline2-zero1", 2, {"pipeline": 2, "zero_stage": 1}, "gpt2_tied"),
+    Layout("2-fsdp2-zero1", 2, {"engine": "fsdp2", "zero_stage": 1}, "gpt2_tied"),
     Layout("2-zero2-optimizer-offloaded", 2, {"zero_stage": 2, "offload": "optimizer"}, "llama_tied"),
     Layout("2-tensor2", 2, {"tensor": 2}, "qwen3"),
     Layout("2-zero1", 2, {"zero_stage": 1}, "llama"),
+    Layout(
+        "4-fsdp2-tensor2-sequence-zero3",
+        4,
+        {"engine": "fsdp2", "tensor": 2, "sequence": True, "zero_stage": 3},
+        "llama_tied",
+    ),
     Layout("8-tensor2-pipeline2-zero1", 8, {"tensor": 2, "pipeline": 2, "zero_stage": 1}, "llama_tied"),
     Layout("2-zero3-offloaded", 2, {"zero_stage": 3, "offload": "all"}, "llama_mqa"),
+    Layout("4-fsdp2-zero2", 4, {"engine": "fsdp2", "zero_stage": 2}, "llama_mqa"),
     Layout("1-zero1", 1, {"zero_stage": 1}, "qwen3"),
+    Layout("2-fsdp2-tensor2", 2, {"engine": "fsdp2", "tensor": 2, "zero_stage": 0}, "qwen3"),
     Layout("4-pipeline2-zero1", 4, {"pipeline": 2, "zero_stage": 1}, "qwen3"),
     Layout("2-tensor2-sequence-zero2", 2, {"tensor": 2, "sequence": True, "zero_stage": 2}, "llama_tied"),
 )
@@ -60,6 +69,8 @@ QUICK = (
     ("2-zero3", "2-pipeline2-zero1", "fp32"),
     ("2-pipeline2-zero1", "2-pipeline2-zero1", "bf16"),
     ("4-tensor2-pipeline2-sequence", "2-zero3", "bf16"),
+    ("2-zero2", "2-fsdp2-zero1", "fp32"),
+    ("2-fsdp2-zero1", "2-zero3", "bf16"),
 )
 
 
@@ -120,7 +131,7 @@ def test_state_under_another_parameter_name_is_refused(
 
 
 @slow
-@pytest.mark.parametrize("name", ["4-tensor2-pipeline2-sequence", "2-zero3-offloaded", "2-zero2"])
+@pytest.mark.parametrize("name", ["4-tensor2-pipeline2-sequence", "2-zero3-offloaded", "2-zero2", "2-fsdp2-zero1"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_layout_resumes_bit_exactly(name: str, precision: str, saves: Saves) -> None:
     saved = saves.of(BY_NAME[name], precision=precision)
@@ -150,7 +161,7 @@ def test_precision_may_change_with_the_state_unchanged(
 
 
 @slow
-@pytest.mark.parametrize("target", ["2-zero2", "1", "2-zero3", "4-tensor2-pipeline2-sequence"])
+@pytest.mark.parametrize("target", ["2-zero2", "1", "2-zero3", "4-tensor2-pipeline2-sequence", "2-fsdp2-zero1"])
 def test_fp16_resumes_with_its_scale_and_update_count(target: str, saves: Saves) -> None:
     """The scale begins too high: updates are left out, and the scale falls, before the state is saved.
 

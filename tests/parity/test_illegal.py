@@ -11,17 +11,17 @@ import pytest
 
 from megatrain.config import RunConfig
 from megatrain.plan import rules
-from tests.parity.matrix import DEGREES, WORLD_SIZES, ZERO_STAGES, Case, parity_config
+from tests.parity.matrix import DEGREES, ENGINES, WORLD_SIZES, ZERO_STAGES, Case, parity_config
 from tests.runs import TinyData, write_config
 
 NO_DATA = TinyData(Path("none"), Path("none"), Path("none"), Path("none"))  # `check` reads none
 
 
 def test_exactly_the_illegal_layouts_are_refused():
-    axes = (WORLD_SIZES, DEGREES, DEGREES, ZERO_STAGES, (False, True))
-    for world_size, tensor, pipeline, zero_stage, sequence in itertools.product(*axes):
+    axes = (WORLD_SIZES, DEGREES, DEGREES, ZERO_STAGES, (False, True), ENGINES)
+    for world_size, tensor, pipeline, zero_stage, sequence, engine in itertools.product(*axes):
         data = max(world_size // (tensor * pipeline), 1)
-        case = Case(data, tensor, pipeline, zero_stage, sequence, "none", "llama_mqa")
+        case = Case(data, tensor, pipeline, zero_stage, sequence, "none", "llama_mqa", engine)
         is_legal = case.is_legal and case.world_size == world_size
         problems = rules.problems(RunConfig.model_validate(case.config(NO_DATA)), world_size)
         assert (problems == []) == is_legal, (world_size, str(case), problems)
@@ -39,6 +39,8 @@ def test_exactly_the_illegal_layouts_are_refused():
         ("parallel.pipeline=8", 8, "pipeline", "must be at most model.num_hidden_layers (4)", "pipeline=4"),
         ("parallel.tensor=8", 8, "tensor", "must divide model.num_attention_heads (4)", "tensor=4"),
         ("parallel.zero_stage=0 parallel.offload=optimizer", 2, "offload", "zero_stage 1 or more", "zero_stage=1"),
+        ("parallel.engine=fsdp2 parallel.offload=optimizer", 2, "offload", "to CPU memory race", "offload=none"),
+        ("parallel.engine=fsdp2 parallel.pipeline=2", 4, "engine", "has no pipeline", "engine=deepspeed"),
         ("parallel.zero_stage=1 parallel.offload=all", 2, "offload", "needs parallel.zero_stage 3", "zero_stage=3"),
     ],
 )

@@ -21,6 +21,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor": (2, {"tensor": 2}),
     "pipeline": (2, {"pipeline": 2}),
     "optimizer offloaded": (2, {"zero_stage": 2, "offload": "optimizer"}),
+    "fsdp2 zero 1": (2, {"engine": "fsdp2", "zero_stage": 1}),
+    "fsdp2 zero 3": (2, {"engine": "fsdp2", "zero_stage": 3}),
+    "fsdp2 tensor": (2, {"engine": "fsdp2", "tensor": 2}),
 }
 
 QUICK = ("one rank", "tensor", "zero 2")
@@ -58,7 +61,9 @@ def test_a_growing_loss_scale_leaves_gradients_alone(layout: str, pool: Pool, tm
     assert (moments[0] - moments[1]).norm() < 0.01 * moments[1].norm()
 
 
-@pytest.mark.parametrize("layout", ["one rank", "zero 2", *(pytest.param(n, marks=slow) for n in ("zero 1", "zero 3"))])
+@pytest.mark.parametrize(
+    "layout", ["one rank", "zero 2", *(pytest.param(n, marks=slow) for n in ("zero 1", "zero 3", "fsdp2 zero 1"))]
+)
 def test_fp16_at_its_least_scale_leaves_updates_out(layout: str, pool: Pool) -> None:
     train = {"precision": "fp16", "initial_loss_scale_power": 0}
     found = answer(pool, layout, train, num_steps=5, poisoned_step=0, num_poisoned=4)

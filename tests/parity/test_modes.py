@@ -22,6 +22,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sequence": (2, {"tensor": 2, "sequence": True}),
     "pipeline": (2, {"pipeline": 2}),
     "all axes": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "fsdp2 zero 1": (2, {"engine": "fsdp2", "zero_stage": 1}),
+    "fsdp2 zero 2": (2, {"engine": "fsdp2", "zero_stage": 2}),
+    "fsdp2 zero 3": (2, {"engine": "fsdp2", "zero_stage": 3}),
+    "fsdp2 sequence": (2, {"engine": "fsdp2", "tensor": 2, "sequence": True}),
+    "fsdp2 sequence, zero 3": (4, {"engine": "fsdp2", "tensor": 2, "sequence": True, "zero_stage": 3}),
     "zero 1, optimizer offloaded": (2, {"zero_stage": 1, "offload": "optimizer"}),
     "zero 2, optimizer offloaded": (2, {"zero_stage": 2, "offload": "optimizer"}),
     "zero 3, all offloaded": (2, {"zero_stage": 3, "offload": "all"}),
@@ -29,6 +34,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor, all offloaded": (2, {"tensor": 2, "zero_stage": 3, "offload": "all"}),
 }
 OFFLOADED = [name for name in LAYOUTS if name.endswith("offloaded")]
+FSDP2 = [name for name in LAYOUTS if name.startswith("fsdp2")]
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
 NUM_STEPS = 4
 
@@ -44,7 +50,7 @@ def test_what_lives_in_cpu_memory_trains_the_same(num_ranks, parallel, pool: Poo
 
 
 @pytest.mark.parametrize("model", ["llama_tied", "gpt2"])
-@layouts("data", "sequence", "pipeline", "all axes")
+@layouts("data", "sequence", "pipeline", "all axes", "fsdp2 sequence, zero 3")
 def test_every_layout_drops_what_one_process_drops(model, num_ranks, parallel, pool: Pool):
     config = parity_config(pool.data, model, model=DROPOUT, parallel=parallel)
     alone = pool.alone(model, NUM_STEPS, model=DROPOUT)
@@ -69,7 +75,7 @@ def test_dropout_repeats_between_runs_and_differs_between_steps(pool: Pool):
 
 
 @pytest.mark.parametrize("model", ["llama_tied", "gpt2", "mistral"])
-@layouts("zero 3", "tensor", "sequence", "pipeline", "all axes")
+@layouts("zero 3", "tensor", "sequence", "pipeline", "all axes", "fsdp2 zero 1", "fsdp2 sequence, zero 3")
 def test_documents_are_kept_apart_as_on_one_rank(model, num_ranks, parallel, pool: Pool, short_documents: Path):
     data: dict[str, Any] = {"train": [{"path": str(short_documents)}], "document_mask": True}
     alone = pool.alone(model, NUM_STEPS, data=data)
@@ -81,7 +87,14 @@ def test_documents_are_kept_apart_as_on_one_rank(model, num_ranks, parallel, poo
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [("llama_tied", "zero 3"), ("llama_mqa", "sequence"), ("gpt2_tied", "pipeline"), ("gpt2", "all axes")],
+    [
+        ("llama_tied", "zero 3"),
+        ("llama_mqa", "sequence"),
+        ("gpt2_tied", "pipeline"),
+        ("gpt2", "all axes"),
+        ("llama_tied", "fsdp2 zero 3"),
+        ("gpt2", "fsdp2 sequence, zero 3"),
+    ],
 )
 def test_recomputation_changes_no_bit(model, layout, pool: Pool):
     num_ranks, parallel = LAYOUTS[layout]
@@ -96,7 +109,7 @@ def test_recomputation_changes_no_bit(model, layout, pool: Pool):
     train(recompute="full", recompute_every=2).assert_is(kept)
 
 
-@layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline")
+@layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline", *FSDP2)
 def test_bf16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     train = {"precision": "bf16"}
     config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)
@@ -104,7 +117,7 @@ def test_bf16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     pool.train(num_ranks, config).assert_equals(alone, loss=2e-3, norm=2e-2, weight=None)
 
 
-@layouts("sequence", "pipeline")
+@layouts("sequence", "pipeline", "fsdp2 zero 1", "fsdp2 sequence, zero 3")
 def test_fp16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     train = {"precision": "fp16", "initial_loss_scale_power": 8}
     config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)
@@ -122,7 +135,7 @@ RAMP = [[0, 4], [100, 8], [500, 12], [1200, 8]]
 """A step of 4 sequences of 32 tokens, two of 8, two of 12; then 8. With 4 at once: micro-batches 1, 2, 2, 3, 3, 2."""
 
 
-@layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline", "all axes", *OFFLOADED)
+@layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline", "all axes", *OFFLOADED, *FSDP2)
 def test_a_batch_size_ramp_trains_like_one_process(num_ranks, parallel, pool: Pool):
     train = {"global_batch_size": RAMP, "micro_batch_size": 2}
     config = parity_config(pool.data, "llama_tied", train=train, parallel=parallel)

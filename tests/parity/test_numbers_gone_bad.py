@@ -16,6 +16,10 @@ from tests.runs import ACCEPTANCE
 POISONED, NUM_STEPS = 3, 6
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     **{f"ZeRO {stage} {p}": (2, {"zero_stage": stage}, p) for stage in range(4) for p in ("fp32", "bf16")},
+    **{
+        f"FSDP2 ZeRO {s} {p}": (2, {"engine": "fsdp2", "zero_stage": s}, p) for s in (1, 2, 3) for p in ("fp32", "bf16")
+    },
+    "FSDP2 tensor": (2, {"engine": "fsdp2", "tensor": 2, "zero_stage": 1}, "fp32"),
     "offloaded": (2, {"zero_stage": 2, "offload": "optimizer"}, "fp32"),
     "tensor": (2, {"tensor": 2, "zero_stage": 1}, "fp32"),
     "tensor under ZeRO 3": (2, {"tensor": 2, "zero_stage": 3}, "fp32"),
@@ -29,7 +33,15 @@ def _figures(pool: Pool, num_ranks: int, parallel: dict[str, Any], precision: st
     return pool.answer(num_ranks, {"config": config, "num_steps": NUM_STEPS, **case})
 
 
-SAMPLE = ("ZeRO 0 bf16", "ZeRO 2 fp32", "ZeRO 3 bf16", "tensor under ZeRO 3", "pipeline")
+SAMPLE = (
+    "ZeRO 0 bf16",
+    "ZeRO 2 fp32",
+    "ZeRO 3 bf16",
+    "tensor under ZeRO 3",
+    "pipeline",
+    "FSDP2 ZeRO 1 bf16",
+    "FSDP2 ZeRO 3 fp32",
+)
 
 
 @pytest.mark.slow
@@ -72,6 +84,7 @@ FLIPPED = {  # layout: the parameter, and who is told to differ
     "ZeRO 0 bf16": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "ZeRO 2 fp32": ("model.layers.0.mlp.up_proj.weight", "ranks 0 ({host}), 1 ({host}) differ in"),
     "tensor": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
+    "FSDP2 tensor": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "tensor under ZeRO 3": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in the tied embedding"),
 }

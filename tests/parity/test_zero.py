@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.parity.figures import Pool
-from tests.parity.matrix import parity_config
+from tests.parity.matrix import ENGINES, parity_config
 
 
 @pytest.mark.parametrize("zero_stage", range(4))
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_every_zero_stage_trains_the_same_in_fp32(num_ranks: int, zero_stage: int, pool: Pool) -> None:
-    config = parity_config(pool.data, "llama_tied", parallel={"zero_stage": zero_stage})
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_zero_stage_trains_the_same_in_fp32(engine: str, num_ranks: int, zero_stage: int, pool: Pool) -> None:
+    config = parity_config(pool.data, "llama_tied", parallel={"engine": engine, "zero_stage": zero_stage})
     found, expected = pool.train(num_ranks, config), pool.alone("llama_tied")
     for ours, theirs in zip(found.losses, expected.losses, strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-4)
@@ -24,19 +25,23 @@ def test_every_zero_stage_trains_the_same_in_fp32(num_ranks: int, zero_stage: in
 
 
 @pytest.mark.parametrize(
-    ("precision", "num_ranks", "zero_stage"),
+    ("engine", "precision", "num_ranks", "zero_stage"),
     [  # bf16 takes many times as long on a CPU without units for it: one of each of DeepSpeed's optimizers
-        *(("bf16", 2, stage) for stage in (1, 3)),
-        ("fp16", 2, 2),
-        *(pytest.param("bf16", *case, marks=pytest.mark.slow) for case in ((1, 0), (2, 0), (2, 2))),
-        pytest.param("fp16", 2, 0, marks=pytest.mark.slow),
+        *(("deepspeed", "bf16", 2, stage) for stage in (1, 3)),
+        ("deepspeed", "fp16", 2, 2),
+        ("fsdp2", "bf16", 2, 1),
+        *(pytest.param("deepspeed", "bf16", *case, marks=pytest.mark.slow) for case in ((1, 0), (2, 0), (2, 2))),
+        pytest.param("deepspeed", "fp16", 2, 0, marks=pytest.mark.slow),
+        *(pytest.param("fsdp2", "bf16", *case, marks=pytest.mark.slow) for case in ((1, 0), (2, 2), (2, 3))),
+        *(pytest.param("fsdp2", "fp16", 2, stage, marks=pytest.mark.slow) for stage in (1, 2, 3)),
     ],
 )
 def test_half_precision_stays_close_under_every_stage(
-    precision: str, num_ranks: int, zero_stage: int, pool: Pool
+    engine: str, precision: str, num_ranks: int, zero_stage: int, pool: Pool
 ) -> None:
     train = {"precision": precision, **({"initial_loss_scale_power": 8} if precision == "fp16" else {})}
-    config = parity_config(pool.data, "llama_tied", parallel={"zero_stage": zero_stage}, train=train)
+    parallel = {"engine": engine, "zero_stage": zero_stage}
+    config = parity_config(pool.data, "llama_tied", parallel=parallel, train=train)
     pool.train(num_ranks, config).assert_equals(pool.alone("llama_tied"), loss=0.02, norm=0.05, weight=None)
 
 

@@ -1,0 +1,260 @@
+"""Sharding by torch's own FSDP2 (``fully_shard``), through its public methods alone.
+
+Each rank keeps its rows of every parameter as an fp32 master, and their optimizer state; a layer's weights are gathered
+in the type that it computes in. ZeRO 0 and 1 are the same here: whole gradients are added up in fp32, and
+reduce-scattered during the step's last backward pass. Stage 2 does that in each micro-batch; stage 3 also frees weights
+after each pass.
+
+FSDP2 sums and does not average: the loss is divided by the global number of targets before its backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from megatrain.batch import Batch
+from megatrain.config import RunConfig
+from megatrain.distributed.groups import Groups
+from megatrain.parallel.engine import MasterSlice, Update
+from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
+from megatrain.parallel.optimizer import make_optimizer, reset_state
+from megatrain.parallel.replicas import Replicas
+from megatrain.parallel.shard import DTYPES, ShardedModel
+from megatrain.parallel.tensor import partial_gradients
+
+
+class FSDP2Sharding:
+    """See megatrain.parallel.engine.Sharding."""
+
+    is_replicated = False
+
+    def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
+        train = config.train
+        self._groups, self._specs, self._chunks = groups, model.specs, model.chunks
+        self._stage, self._clip = config.parallel.zero_stage, train.gradient_clipping
+        self._is_half = train.precision != "fp32"
+        self._dynamic_scale = DynamicLossScale.of(train)
+        self._gradient_scale = 1.0  # by which gradients are too large until the update
+        mesh = DeviceMesh.from_group(groups.data, groups.device.type, mesh_dim_names=("data",))
+        policy = MixedPrecisionPolicy(DTYPES[train.precision], torch.float32, cast_forward_inputs=False)
+        for chunk in self._chunks:  # on the meta device: memory is given to this rank's rows alone
+            chunk.compute_dtype = DTYPES[train.precision]
+            _shard_layers(chunk, functools.partial(fully_shard, mesh=mesh, mp_policy=policy), self._stage == 3)
+            chunk.to_empty(device=groups.device)
+            chunk.tie_weights()  # to_empty gave each module a weight of its own
+        self._modules = [m for chunk in self._chunks for m in chunk.modules() if isinstance(m, FSDPModule)]
+        for module in self._modules:
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+        self._parameters = model.parameters()
+        assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in self._parameters.values())
+        self._own = {name: p for name, p in self._parameters.items() if not self._specs[name].is_copy}
+        self._optimizer = make_optimizer(config.optimizer, self._own, self._specs)
+        self._partial = partial_gradients(model.chunks, model.specs, config)
+        self._tied = self._tied_weight(config)
+
+    def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
+        """See Sharding. In half precision a power of two (see megatrain.parallel.loss_scale)."""
+        per_target = 1.0 / num_targets
+        if not self._is_half:
+            return per_target
+        factor = power_of_two_below(per_target * (self._dynamic_scale.cur_scale if self._dynamic_scale else 1.0))
+        self._gradient_scale = factor / per_target
+        return factor
+
+    def forward(self, chunk: int, x: Tensor | None, batch: Batch) -> Tensor:
+        """See Sharding."""
+        output: Tensor = self._chunks[chunk](batch, x)
+        return output
+
+    def backward(self, chunk: int, scalar: Tensor, *, is_last_of_chunk: bool, is_last: bool) -> None:
+        """See Sharding."""
+        module = self._chunks[chunk]
+        module.set_is_last_backward(is_last_of_chunk)
+        module.set_requires_gradient_sync(is_last_of_chunk or self._stage >= 2)
+        module.set_reshard_after_backward(is_last_of_chunk or self._stage == 3)
+        scalar.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def step(self, lr: float, approve: Callable[[float], bool] | None) -> Update:
+        """See Sharding. Waits for the device once: for the norm, before the update where ``approve`` asks for it, and
+        after it else."""
+        self._sum_tied_gradients()
+        self._sum_replicated_gradients()
+        norm = self._gradient_norm()
+        refused = approve is not None and math.isfinite(float(norm)) and not approve(float(norm))
+        if not refused:
+            self._update(lr, norm)
+        self._optimizer.zero_grad()
+        self._copy_tied_weight()
+        is_finite = math.isfinite(float(norm))
+        if self._dynamic_scale:
+            self._dynamic_scale.update(overflow=not is_finite)
+        return Update(float(norm), skipped=refused or not is_finite)
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """See Sharding."""
+        for chunk in self._chunks:
+            chunk.eval()
+        with torch.no_grad():
+            yield
+        for chunk in self._chunks:
+            chunk.train()
+        self._reshard()
+
+    @torch.no_grad()
+    def slices(self) -> Iterator[MasterSlice]:
+        """See Sharding. A data rank holds consecutive rows; the last ones fewer, or none."""
+        index, size = self._groups.coordinate.data, self._groups.topology.data
+        for name, parameter in self._own.items():
+            master = _local(parameter).view(-1)
+            if master.numel():
+                num_rows, *row = parameter.shape
+                start = index * -(-num_rows // size) * math.prod(row)
+                state = self._optimizer.state.get(parameter, {})
+                yield MasterSlice(
+                    name, start, master, {kind: _local(x).view(-1) for kind, x in state.items() if kind != "step"}
+                )
+
+    def misplaced(self) -> str | None:
+        """See Sharding. The masters are the parameters themselves."""
+        return None
+
+    @torch.no_grad()
+    def reset_optimizer_state(self, num_updates: int) -> None:
+        """See Sharding."""
+        for parameter in self._own.values():
+            reset_state(self._optimizer.state[parameter], parameter, num_updates)
+
+    @torch.no_grad()
+    def sync_params_from_master(self) -> None:
+        """See Sharding. The next forward pass gathers what was written."""
+        self._reshard()
+        self._copy_tied_weight()
+
+    def replicas(self) -> Iterator[Replicas]:
+        """See Sharding. Nothing along the data axis, where each rank has other rows."""
+        for group, names in self._replicated():
+            yield Replicas(group, {name: _local(self._parameters[name]) for name in names})
+        if self._tied is not None:
+            yield Replicas(self._groups.embedding_group, {"the tied embedding": _local(self._tied)})
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """See Sharding."""
+        return None if self._dynamic_scale is None else self._dynamic_scale.state()
+
+    def load_loss_scale(self, state: Mapping[str, float]) -> None:
+        """See Sharding."""
+        if self._dynamic_scale is not None:
+            self._dynamic_scale.load(state)
+
+    def close(self) -> None:
+        """See Sharding. Nothing is kept outside."""
+
+    def _reshard(self) -> None:
+        """Free what the last forward passes gathered."""
+        for module in self._modules:
+            module.reshard()
+
+    def _update(self, lr: float, norm: Tensor) -> None:
+        """Unscale, clip and update in one pass, if the norm is finite: the device decides."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scale = torch.full_like(norm, self._gradient_scale)
+        if self._clip > 0.0:
+            scale *= ((norm + 1e-6) / self._clip).clamp(min=1.0)
+        optimizer: Any = self._optimizer  # torch's fused optimizers read these, as torch.amp.GradScaler sets them
+        optimizer.grad_scale, optimizer.found_inf = scale, (~norm.isfinite()).float()
+        optimizer.step()
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all ranks' gradients together, each distinct weight's once."""
+        counted = [_local(p.grad) for name, p in self._own.items() if self._specs[name].replica == 0]
+        square = torch.zeros((), device=self._groups.device)
+        if counted:
+            square += torch.nn.utils.get_total_norm(counted) ** 2
+        dist.all_reduce(square)
+        return square.sqrt() / self._gradient_scale
+
+    def _replicated(self) -> Iterator[tuple[dist.ProcessGroup, list[str]]]:
+        """The parameters that tensor ranks hold alike: on all of them, and on those with the same key-value heads."""
+        size = self._groups.topology.tensor
+        copies = {name: spec.num_replicas for name, spec in self._specs.items() if spec.num_replicas > 1}
+        yield self._groups.tensor, [name for name, number in copies.items() if number == size]
+        yield self._groups.kv_replica_group, [name for name, number in copies.items() if number < size]
+
+    def _sum_replicated_gradients(self) -> None:
+        """Give tensor ranks one gradient of what they hold alike: the sum of their parts; where each has the whole one,
+        the first rank's. Two ranks that computed or summed it by themselves might round otherwise, and drift apart."""
+        for group, names in self._replicated():
+            shares = [_local(self._parameters[name].grad).view(-1) for name in names]
+            for name, share in zip(names, shares, strict=True):
+                if name not in self._partial and self._specs[name].replica:
+                    share.zero_()
+            if sum(share.numel() for share in shares):
+                total = torch.cat(shares)
+                dist.all_reduce(total, group=group)
+                torch._foreach_copy_(shares, torch.split(total, [share.numel() for share in shares]))
+
+    def _first_stage(self) -> tuple[int, dist.ProcessGroup]:
+        """Its rank among the two ends of this rank's pipeline, and their group."""
+        group = self._groups.embedding_group
+        return dist.get_process_group_ranks(group)[0], group
+
+    def _tied_weight(self, config: RunConfig) -> nn.Parameter | None:
+        """The weight that the first and the last pipeline stage have in common, on a rank of one of them."""
+        if not config.model.tie_word_embeddings or self._groups.topology.pipeline == 1:
+            return None
+        embeddings = [f"{chunk.embedding_names[0]}.weight" for chunk in self._chunks if chunk.embedding_names]
+        copies = [name for name, spec in self._specs.items() if spec.is_copy]
+        return next((self._parameters[name] for name in (*embeddings, *copies)), None)
+
+    def _sum_tied_gradients(self) -> None:
+        """Add the last stage's gradient of the tied weight to the first stage's. Both are cut among the data ranks
+        alike, so that shares are sent, after their sum over the data ranks."""
+        if self._tied is not None:
+            first, group = self._first_stage()
+            dist.reduce(_local(self._tied.grad), first, group=group)
+
+    def _copy_tied_weight(self) -> None:
+        """Give the last stage the first one's weight; its own is out of the optimizer."""
+        if self._tied is not None:
+            first, group = self._first_stage()
+            self._tied.grad = None
+            dist.broadcast(_local(self._tied), first, group=group)
+
+
+def _local(tensor: Tensor | None) -> Tensor:
+    """This rank's rows of a parameter, its gradient or its state: a view of the memory that they are kept in."""
+    assert isinstance(tensor, DTensor)
+    with torch.no_grad():
+        rows: Tensor = tensor.to_local()
+        return rows
+
+
+def _shard_layers(chunk: Any, shard: Callable[..., Any], frees: bool) -> None:
+    """Make groups of messages: of each decoder layer, of the embeddings, of the last norm and the head; what is left
+    (tied weights, which torch asks to be in one group) goes with the chunk. ``frees``: weights after a forward pass,
+    but for those that the backward pass begins with."""
+    for name in chunk.decoder_names:
+        shard(chunk.get_submodule(name), reshard_after_forward=frees)
+    embeddings = [chunk.get_submodule(name) for name in chunk.embedding_names]
+    if chunk.head_name is None or not embeddings or not chunk.config.tie_word_embeddings:
+        if embeddings:
+            shard(embeddings, reshard_after_forward=frees)
+        if chunk.head_name is not None:
+            shard([chunk.get_submodule(chunk.body_names[-1]), chunk.head], reshard_after_forward=False)
+    shard(chunk, reshard_after_forward=False)
