@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -46,11 +45,10 @@ class FSDP2Sharding:
         self._is_half = train.precision != "fp32"
         self._dynamic_scale = DynamicLossScale.of(train)
         self._gradient_scale = 1.0  # by which gradients are too large until the update
-        mesh = DeviceMesh.from_group(groups.data, groups.device.type, mesh_dim_names=("data",))
         policy = MixedPrecisionPolicy(DTYPES[train.precision], torch.float32, cast_forward_inputs=False)
         for chunk in self._chunks:  # on the meta device: memory is given to this rank's rows alone
             chunk.compute_dtype = DTYPES[train.precision]
-            _shard_layers(chunk, functools.partial(fully_shard, mesh=mesh, mp_policy=policy), self._stage == 3)
+            _shard_layers(chunk, functools.partial(fully_shard, mesh=groups.gradient, mp_policy=policy), self._stage == 3)
             chunk.to_empty(device=groups.device)
             chunk.tie_weights()  # to_empty gave each module a weight of its own
         self._modules = [m for chunk in self._chunks for m in chunk.modules() if isinstance(m, FSDPModule)]
@@ -117,7 +115,7 @@ class FSDP2Sharding:
     @torch.no_grad()
     def slices(self) -> Iterator[MasterSlice]:
         """See Sharding. A data rank holds consecutive rows; the last ones fewer, or none."""
-        index, size = self._groups.coordinate.data, self._groups.topology.data
+        index, size = self._groups.gradient.get_local_rank(), self._groups.gradient.size()
         for name, parameter in self._own.items():
             master = _local(parameter).view(-1)
             if master.numel():
