@@ -46,9 +46,10 @@ class FSDP2Sharding:
         self._dynamic_scale = DynamicLossScale.of(train)
         self._gradient_scale = 1.0  # by which gradients are too large until the update
         policy = MixedPrecisionPolicy(DTYPES[train.precision], torch.float32, cast_forward_inputs=False)
+        shard = functools.partial(fully_shard, mesh=groups.gradient, mp_policy=policy)
         for chunk in self._chunks:  # on the meta device: memory is given to this rank's rows alone
             chunk.compute_dtype = DTYPES[train.precision]
-            _shard_layers(chunk, functools.partial(fully_shard, mesh=groups.gradient, mp_policy=policy), self._stage == 3)
+            _shard_layers(chunk, shard, frees=self._stage == 3)
             chunk.to_empty(device=groups.device)
             chunk.tie_weights()  # to_empty gave each module a weight of its own
         self._modules = [m for chunk in self._chunks for m in chunk.modules() if isinstance(m, FSDPModule)]
@@ -243,7 +244,7 @@ def _local(tensor: Tensor | None) -> Tensor:
         return rows
 
 
-def _shard_layers(chunk: Any, shard: Callable[..., Any], frees: bool) -> None:
+def _shard_layers(chunk: Any, shard: Callable[..., Any], *, frees: bool) -> None:
     """Make groups of messages: of each decoder layer, of the embeddings, of the last norm and the head; what is left
     (tied weights, which torch asks to be in one group) goes with the chunk. ``frees``: weights after a forward pass,
     but for those that the backward pass begins with."""
