@@ -18,3 +18,14 @@ def test_the_checkpoint_benchmark_saves_and_loads_every_way(tmp_path: Path) -> N
     assert ended.returncode == 0, ended.stderr
     for figure in ("save megatrain stall", "save megatrain whole", "save dcp async whole", "load cold deepspeed whole"):
         assert f"\n{figure} " in ended.stdout
+
+
+@pytest.mark.slow
+def test_pipelines_wait_no_longer_than_their_bubble() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "pipeline_bubble.py"
+    command = [sys.executable, str(script), "--ranks", "2", "--chunks", "1", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split(": ")[1].split() for line in ended.stdout.splitlines()[1:]]
+    assert [formula for _, formula, _ in rows] == ["0.125", "0.062"]
+    assert max(float(more) for _, _, more in rows) <= 0.03
