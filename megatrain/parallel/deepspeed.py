@@ -28,6 +28,7 @@ import importlib
 import io
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -45,6 +46,7 @@ from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.distributed.device import has_gpu
 from megatrain.distributed.groups import Groups
+from megatrain.errors import ConfigError
 from megatrain.parallel.deepspeed_config import deepspeed_config, offload_settings
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
@@ -54,17 +56,24 @@ from megatrain.parallel.replicas import Replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, allocate
 from megatrain.parallel.tensor import mark_parameters
 
+OLDEST = "0.19.8"
 _TORCH_LINEAR = functional.linear
 _EMBEDDING = -1  # in place of a chunk's index: the embedding's weight itself
 
 
 def start_deepspeed(timeout_seconds: float) -> None:
-    """Let DeepSpeed use the default process group; where there is none yet, join it as the environment says.
+    """Let DeepSpeed use the default process group; where there is none yet, join it as the environment says. Raises
+    ConfigError where it is too old.
 
     DeepSpeed's all-reduce through shared memory is left out: compiling it takes over a minute on first use, and a
     build that is killed leaves a lock on which every later start waits for ever. It is the only user of the list of
     what could be compiled here, for which DeepSpeed would call compilers and package managers on every rank.
     """
+    if _numbers(deepspeed.__version__) < _numbers(OLDEST):
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} is installed, and megatrain needs {OLDEST} or later: older ones train "
+            f"with wrong gradients, or stop. Install it, as with: pip install 'deepspeed>={OLDEST}'"
+        )
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has given new ones; nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -78,6 +87,10 @@ def start_deepspeed(timeout_seconds: float) -> None:
         verbose=False,
         timeout=timedelta(seconds=timeout_seconds),
     )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _import_muon() -> None:
@@ -280,7 +293,7 @@ class DeepSpeedSharding:
             return
         for group, members in zip(self._optimizer.param_groups, sizes, strict=True):
             if self._deepspeed.optimizer is self._optimizer:
-                yield from (_Place(parameter, 0, size, parameter, 0) for parameter, size in members)
+                yield from (_Place(parameter, 0, parameter.numel(), parameter, 0) for parameter, _ in members)
                 continue
             (buffer,) = group["params"]
             first = self._mpu.get_data_parallel_rank() * buffer.numel()
