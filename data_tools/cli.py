@@ -9,6 +9,7 @@ import inspect as inspect_module
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typer.core import TyperGroup
 
 from data_tools.kinds import Kind
 from data_tools.outputs import disk_full_as_data_error, local_path
-from megatrain.errors import EXIT_DATA, ConfigError, MegatrainError
+from megatrain.errors import EXIT_BUG, EXIT_DATA, ConfigError, MegatrainError
 from megatrain.terminal import printable
 from megatrain.units import format_bytes
 
@@ -68,6 +69,17 @@ CleanOut = Annotated[
     Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write to: .jsonl.zst, and .report in it.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Start over, whatever an earlier such command left there.")]
+ShareOption = Annotated[
+    str | None,
+    typer.Option(metavar="K/N", help="Do share K of N (K from 1) of the first stage that is not done."),
+]
+DaskOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS|FILE", help="Workers of a Dask cluster: tls://HOST:PORT, or a scheduler file."),
+]
+DaskPlainOption = Annotated[
+    bool, typer.Option("--dask-plain", help="Let the Dask cluster be without TLS: its network is closed.")
+]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
@@ -206,37 +218,33 @@ def tokenize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
     ] = False,
+    share: ShareOption = None,
+    stage: Annotated[
+        Literal["encode", "plan", "shards", "manifest"] | None,
+        typer.Option(help="Do this stage alone; code 75 where an earlier one is not done."),
+    ] = None,
+    dask: DaskOption = None,
+    dask_plain: DaskPlainOption = False,
     read: Any = None,
 ) -> None:
     """Turn text into a dataset. The same command again goes on where it was stopped.
 
-    Under mpirun or srun, as a SLURM array, or started several times over one file system, all share the work.
+    Under mpirun, or srun with an MPI, the ranks are the workers; a task of a SLURM array does its share.
     """
-    from data_tools.executors import limit_threads
-    from data_tools.progress import no_progress, show_progress
-    from data_tools.ranks import find_ranks
+    from data_tools.executors import find_place
+    from data_tools.progress import show_progress
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
 
     options = TokenizeOptions(read, eod_token, bos_token, shard_tokens)
-    ranks = find_ranks()
-    num_workers = workers or ranks.num_cores()
-    limit_threads(min(num_workers, ranks.num_cores()))
-    progress = show_progress if ranks.reports else no_progress
-    effort = Effort(
-        num_workers,
-        engine,
-        progress,
-        lambda text: _tell(f"Warning: {text}"),
-        max_unknown=max_unknown,
-        say=_tell,
-    )
-    with _ending_all(ranks), disk_full_as_data_error(out):
-        manifest = run(inputs, tokenizer.expanduser(), out, options, effort, ranks, restart=restart)
-    if not ranks.reports:
-        return
+    with find_place(_report, workers, share, dask, dask_plain) as place:
+        if place is None:
+            return
+        settings = (place.pool.count, engine, show_progress, lambda text: _tell(f"Warning: {text}"))
+        effort = Effort(*settings, max_unknown=max_unknown, say=_tell, place=place, stage=stage)
+        with disk_full_as_data_error(out):
+            manifest = run(inputs, tokenizer.expanduser(), out, options, effort, restart=restart)
     if manifest is None:
-        _show(f"{out}: others are still at work on it; the last of them to end finishes it.")
         return
     _show(
         f"{out}: {manifest.num_documents} documents, {manifest.num_tokens} tokens ({manifest.dtype}), "
@@ -396,11 +404,14 @@ def verify(
         _show(f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {whole}), are whole.")
 
 
-def _report(error: MegatrainError | OSError) -> int:
-    """Say what is wrong, in one paragraph, and give the exit code for it."""
+def _report(error: BaseException) -> int:
+    """Say what is wrong, in one paragraph, and give the exit code for it; show a bug in full."""
     if isinstance(error, MegatrainError):
         _tell(f"megatrain-data: {error}")
         return error.exit_code
+    if not isinstance(error, OSError):
+        traceback.print_exception(error)
+        return EXIT_BUG
     what = os.strerror(error.errno) if error.errno else str(error)  # pyarrow's own text of it says the same thrice
     _tell(f"megatrain-data: {error.filename or 'a file'}: {what.rstrip('.')}.")
     return EXIT_DATA

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,8 @@ import xxhash
 
 from data_tools.engines import Engine
 from data_tools.executors import Advance
-from data_tools.locks import WorkLocks
-from data_tools.readers import read_parts
+from data_tools.job import committed_names
+from data_tools.readers import read_commits
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Part, ReadOptions, Record, Unit
 from data_tools.work import PartStore, write_batches
@@ -51,42 +51,26 @@ def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Schema:
     return pa.schema(list(columns.items()), metadata={b"megatrain": canonical_json(metadata)})
 
 
-class Assignment(NamedTuple):
-    """A unit to work on, unless `num_readers` others already do."""
-
-    unit: Unit
-    num_readers: int
-
-
 class UnitEncoder:
     """Encodes units with the chosen engine."""
 
-    def __init__(
-        self, store: PartStore, locks: WorkLocks, tokenizer: TokenizerFile, options: ReadOptions, engine: Engine
-    ) -> None:
+    def __init__(self, store: PartStore, tokenizer: TokenizerFile, options: ReadOptions, engine: Engine) -> None:
         self._store = store
-        self._locks = locks
         self._tokenizer = tokenizer
         self._options = options
         self._engine = engine
         self._dtype = token_dtype(tokenizer.vocab_size)
 
-    def __call__(self, task: Assignment, advance: Advance) -> None:
-        """Commit the parts of the unit that no process has done or is doing; record it as finished if all are there."""
-        unit = task.unit
-        with self._locks.try_lock(unit.key, task.num_readers) as acquired:
-            if not acquired:
-                return
-            paths = {}
-            for part in read_parts(unit, self._options, advance):
-                path = paths[part.number] = self._store.part_path(unit, part.number)
-                if path.exists() or self._store.plan_path.exists():
-                    continue
-                with self._locks.try_lock(path.name) as acquired:
-                    if acquired and not path.exists():
-                        self._commit(unit, part)
-            if all(path.exists() for path in paths.values()):
-                self._store.finish_unit(unit, list(paths))
+    def __call__(self, unit: Unit, advance: Advance) -> None:
+        """Commit the parts of the unit that are not there, as it goes; record it as finished at the end."""
+        numbers = []
+        for part in read_commits(unit, self._options, advance):
+            numbers.append(part.number)
+            path = self._store.part_path(unit, part.number)
+            if path.name not in committed_names(path.parent):
+                self._commit(unit, part)
+        if not unit.is_one_part:
+            self._store.finish_unit(unit, numbers)
 
     def _commit(self, unit: Unit, part: Part) -> None:
         counts: dict[str, Any] = {"num_empty": 0}
@@ -98,6 +82,7 @@ class UnitEncoder:
         counts["unknown"] = asdict(unknown)
         counts["num_documents"] = sum(batch.num_rows for batch in batches)
         counts["num_tokens"] = sum(len(batch["tokens"].values) for batch in batches)
+        unit.refuse_changed()
         write_batches(self._store.part_path(unit, part.number), part_schema(self._dtype, counts), batches)
 
     @cached_property

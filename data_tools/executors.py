@@ -340,6 +340,7 @@ def find_place(
         raise ConfigError("--dask uses the workers of its cluster, from one process: leave out --workers and --share.")
     if dask_plain and dask is None:
         raise ConfigError("--dask-plain would do nothing without --dask.")
+    limit_threads(min(workers or ranks.num_cores(), ranks.num_cores()) if dask is None and not ranks.uses_mpi else 1)
     if ranks.uses_mpi:
         with mpi_pool(ranks, report) as mpi:
             yield None if mpi is None else Place(mpi)

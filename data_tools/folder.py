@@ -71,7 +71,7 @@ class OutputFolder:
             )
         if not (restart and self.is_finished):
             refuse_occupied(self.out, self.work)
-        self.sweep()
+        self._sweep()
         self.work.mkdir(parents=True, exist_ok=True)
         try:
             with nullcontext() if is_shared else coordinating(self.out, self.work):
@@ -92,8 +92,14 @@ class OutputFolder:
             # Another process, which ran the same units, has finished meanwhile.
         return True
 
-    def sweep(self) -> None:
-        """Remove what a kill left of a folder that was being removed."""
+    def close(self) -> None:
+        """Remove what a kill has left of the work on what is finished."""
+        self._sweep()
+        if self.work.exists():
+            with coordinating(self.out, self.work):
+                self._remove(self.work)
+
+    def _sweep(self) -> None:
         for path in self.out.glob(f"{REMOVED}*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -64,7 +64,7 @@ class InputFile:
     name: str
     num_bytes: int
     version: str
-    """Changes when the content does: inode and times of a file, the ETag or the like of a store's object."""
+    """Changes when the content does: a file's time, a link's target, an object's ETag or the like."""
     kind: Kind
 
     @property
@@ -93,8 +93,16 @@ class InputFile:
 
     @property
     def changed_ns(self) -> int:
-        """When it was written, or put in its place; 0 for an object of a store."""
-        return max(map(int, self.version.split()[1:])) if self.path is not None else 0
+        """When it was written; 0 for an object of a store."""
+        return int(self.version.partition(" ")[0]) if self.path is not None else 0
+
+    def refuse_changed(self) -> None:
+        """Raise DataError where a file of this machine is no longer what was found; stores are not asked."""
+        if self.path is not None and _status(self.path) != (self.num_bytes, self.version):
+            raise DataError(
+                f"{self.name} was changed or replaced after this command had begun. Start the same command again when "
+                "nothing writes it any more: what is made of it is done again."
+            )
 
     @property
     def path(self) -> Path | None:
@@ -271,8 +279,11 @@ def _find_local(argument: str, passed_over: dict[str, tuple[str, str]]) -> Itera
 
 def _status(path: Path) -> tuple[int, str]:
     """Bytes and version of a file. Raises DataError where it is none that can be read twice, or named in a dataset."""
+    target = ""
     try:
-        status = path.stat()
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            target, status = f" {path.readlink()}", path.stat()
     except OSError as error:
         raise DataError(f"Input {path} cannot be read: {error.strerror}.") from None
     if not stat.S_ISREG(status.st_mode):
@@ -283,7 +294,8 @@ def _status(path: Path) -> tuple[int, str]:
         raise DataError(
             f"Input {str(path)!a} has a name that is not UTF-8, which no dataset can store. Rename it."
         ) from None
-    return status.st_size, f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
+    # No inode, which a remount may change, and no time of that: a copy that keeps its times is the same file.
+    return status.st_size, f"{status.st_mtime_ns}{target}"
 
 
 def _walk(folder: Path, passed_over: dict[str, tuple[str, str]]) -> Iterator[Path]:

@@ -7,6 +7,7 @@ the stage's specification and the unit's number; the specification is a file, na
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import pyarrow as pa
@@ -34,7 +35,6 @@ from data_tools.executors import (
     worker_advance,
 )
 from data_tools.units import PART_BYTES
-from data_tools.work import write_batches
 from megatrain.atomic import commit_bytes, commit_first
 from megatrain.errors import DataError, RankError
 
@@ -42,6 +42,7 @@ LOOK_AGAIN_SECONDS = 30.0
 """How long a file that another node has committed may take to be seen over NFS."""
 SCHEMA = pa.schema({"record": pa.large_binary()})
 
+T = TypeVar("T")
 Run = Callable[[int, Advance], None]
 
 
@@ -59,10 +60,10 @@ class Stage:
     """More workers would cost more to start than they bring."""
 
     def missing(self) -> list[int]:
-        """The units whose commit is not there: one look at each folder."""
-        paths = [self.commit(number) for number in range(len(self.num_bytes))]
+        """The units whose commit is not there, one of those with the same: one look at each folder."""
+        paths = {self.commit(number): number for number in reversed(range(len(self.num_bytes)))}
         there = {folder: committed_names(folder) for folder in {path.parent for path in paths}}
-        return [number for number, path in enumerate(paths) if path.name not in there[path.parent]]
+        return sorted(number for path, number in paths.items() if path.name not in there[path.parent])
 
 
 def one_unit(name: str, path: Path, make: Callable[[], None]) -> Stage:
@@ -118,22 +119,36 @@ class Records:
 
     @staticmethod
     def write(path: Path, values: Iterable[object]) -> Records:
+        """Commit the values, unless another process has done that first."""
         array = pa.array([orjson.dumps(value) for value in values], pa.large_binary())
-        write_batches(path, SCHEMA, [pa.record_batch([array], schema=SCHEMA)])
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, SCHEMA) as writer:
+            writer.write_batch(pa.record_batch([array], schema=SCHEMA))
+        commit_first(path, sink.getvalue())
         return Records(path)
 
 
 @lru_cache(4)
 def _record_column(path: Path) -> pa.Array:
-    wait_for(path)
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)["record"]
+    return open_committed(path).get_batch(0)["record"]
 
 
-def wait_for(path: Path) -> None:
-    """Wait, for a bounded time, until this node sees a file that another one has committed."""
+def open_committed(path: Path) -> Any:
+    """A reader of a mapped Arrow file that another node may have committed."""
+    return when_seen(path, lambda: pa.ipc.open_file(pa.memory_map(str(path))))
+
+
+def when_seen(path: Path, read: Callable[[], T]) -> T:
+    """What `read` gives of a file that is committed: looked for again, for a bounded time, where NFS shows it late."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
     deadline = time.monotonic() + LOOK_AGAIN_SECONDS
-    while path.name not in committed_names(path.parent) and time.monotonic() < deadline:
+    while path.name not in committed_names(path.parent) and path.parent.is_dir() and time.monotonic() < deadline:
         time.sleep(0.25)
+    return read()
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,13 @@ class Effort:
     place: Place | None = field(default=None, kw_only=True)
     stage: str | None = field(default=None, kw_only=True)
     """The one to run alone; those before it must be done."""
+
+    @property
+    def max_workers(self) -> int:
+        """All that share the work, on all machines."""
+        if self.place is None:
+            return self.num_workers
+        return self.place.pool.count * (self.place.share.count if self.place.share else 1)
 
 
 def run_stages(stages: Iterable[Stage], folder: Path, effort: Effort) -> bool:
@@ -229,8 +251,7 @@ def write_stage(folder: Path, stage: Stage) -> Path:
 
 @lru_cache(4)
 def _load_stage(path: Path) -> tuple[str, Callable[[int], Path], Run]:
-    wait_for(path)
-    content = path.read_bytes()
+    content = when_seen(path, path.read_bytes)
     if path.name != f"stage-{hashlib.sha256(content).hexdigest()}":
         raise DataError(f"{path} is damaged: its name does not fit its content. Start the same command again.")
     limit_threads(1)
@@ -257,5 +278,10 @@ def run_unit(path: str, number: int) -> None:
     if str(Path.cwd()) != working_folder:
         os.chdir(working_folder)  # inputs have the names that the user gave them
     committed = commit(number)
-    if committed.name not in committed_names(committed.parent):
+    if committed.name in committed_names(committed.parent):
+        return
+    try:
         run(number, worker_advance.get())
+    except FileNotFoundError:  # of what it reads; removed, perhaps, as the same unit was done elsewhere
+        if committed.name not in committed_names(committed.parent):
+            raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Origin:
     """A command, and the files that it reads."""
 
     command: Mapping[str, object]
-    files: Sequence[InputFile]
+    files: list[InputFile]
 
     @property
     def command_name(self) -> str:

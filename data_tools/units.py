@@ -1,9 +1,9 @@
 """How the input is cut into units and parts.
 
 A `Unit` is what one worker takes at a time: a byte range of a plain JSON-lines file, row groups of a parquet file, a
-whole compressed or Arrow file, or many small files. It comes apart into numbered `Part`s of about PART_BYTES, by where
-in the unit a document begins. So the same files give the same parts in every process and every run. Several workers may
-read the same unit, and each process some of its parts.
+compressed or Arrow file, or many small files. It comes apart into numbered `Part`s of about PART_BYTES, by where
+in the unit a document begins. So the same files give the same parts in every process and every run. A large file that
+is read from its start is several units: each reader takes every n-th of its parts.
 """
 
 from __future__ import annotations
@@ -125,6 +125,29 @@ class Unit:
     num_bytes: int = 0
     """About how many bytes there are to be read; for showing progress."""
     part_bytes: int = PART_BYTES
+    parts_at_once: int = 1
+    """Parts that are committed as one file: at 10 TB each for itself would be too many."""
+    reader: int = 0
+    """Of `num_readers`, which take turns: so many parts at once."""
+    num_readers: int = 1
+
+    @classmethod
+    def load(cls, values: dict[str, Any]) -> Unit:
+        """What a record of a unit says."""
+        files = tuple(InputFile(**{**file, "kind": Kind(file["kind"])}) for file in values.pop("files"))
+        return cls(files, **values)
+
+    @property
+    def is_one_part(self) -> bool:
+        """Whether all of it is committed as one file."""
+        if len(self.files) > 1 or self.files[0].kind is Kind.TEXT:
+            return True
+        return self.is_seekable and self.num_bytes <= self.part_bytes * self.parts_at_once
+
+    def refuse_changed(self) -> None:
+        """Raise DataError where one of its files is no longer what was found as the command began."""
+        for file in self.files:
+            file.refuse_changed()
 
     @property
     def is_seekable(self) -> bool:
@@ -139,10 +162,9 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """Names the unit's content: the files, their versions, and the range."""
-        return xxhash.xxh3_128_hexdigest(
-            f"{[file.key for file in self.files]} {self.start} {self.stop} {self.part_bytes}".encode()
-        )
+        """Names the content, whichever reader's: the files, their versions, the range, and how it is cut."""
+        cut = (self.start, self.stop, self.part_bytes, self.parts_at_once)
+        return xxhash.xxh3_128_hexdigest(f"{[file.key for file in self.files]} {cut}".encode())
 
     def skipped_lines(self, first_row: int, skipped: Sequence[tuple[int, int, str]]) -> bytes:
         """What `batches` listed as skipped, as JSON lines, of a part that begins at row `first_row` of its file."""

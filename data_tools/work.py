@@ -6,7 +6,6 @@ it or when. So the same command, run again, finds what is there, and does the re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import pyarrow as pa
+import xxhash
 
 from data_tools.executors import Advance, LocalPool, run_all, worker_advance
+from data_tools.job import open_committed, when_seen
 from data_tools.units import Unit
 from megatrain.atomic import commit_bytes, committed
 
@@ -52,44 +53,54 @@ def write_batches(
 
 @dataclass(frozen=True)
 class PartStore:
-    """The parts that are done, in one folder."""
+    """The parts that are done, by their own names, in a folder or in `num_folders` below it."""
 
     folder: Path
+    num_folders: int = 1
 
-    @property
-    def plan_path(self) -> Path:
-        """Where the plan of shards is written down once all units are finished; parts may be deleted after that."""
-        return self.folder / "plan.json"
+    def path(self, name: str) -> Path:
+        if self.num_folders == 1:
+            return self.folder / name
+        return self.folder / f"{xxhash.xxh3_64_intdigest(name.encode()) % self.num_folders:03x}" / name
+
+    def make_folders(self) -> None:
+        for number in range(self.num_folders):
+            folder = self.folder if self.num_folders == 1 else self.folder / f"{number:03x}"
+            folder.mkdir(parents=True, exist_ok=True)
 
     def part_path(self, unit: Unit, number: int) -> Path:
-        return self.folder / f"{unit.key}-{number:06d}.arrow"
+        return self.path(f"{unit.key}-{number:06d}.arrow")
+
+    def marker(self, unit: Unit) -> Path:
+        """Where it is recorded which parts a unit has."""
+        readers = f"-{unit.reader}of{unit.num_readers}" if unit.num_readers > 1 else ""
+        return self.path(f"{unit.key}{readers}.json")
+
+    def commit(self, unit: Unit) -> Path:
+        """What is there when all of the unit is."""
+        return self.part_path(unit, 0) if unit.is_one_part else self.marker(unit)
 
     def finish_unit(self, unit: Unit, numbers: list[int]) -> None:
         """Record that the unit consists of these parts, all of which are committed, and what they hold."""
-        schemas = [pa.ipc.open_file(str(self.part_path(unit, number))).schema for number in numbers]
-        counts = [orjson.loads(schema.metadata[b"megatrain"]) for schema in schemas]
-        commit_bytes(self.marker(unit), orjson.dumps(list(zip(numbers, counts, strict=True))))
-
-    def names(self) -> set[str]:
-        """The files that are there now: one look at the folder instead of one for each file."""
-        return {entry.name for entry in os.scandir(self.folder)}
-
-    def is_finished(self, unit: Unit, names: set[str]) -> bool:
-        """Whether the unit is recorded as finished and its parts are among the files `names`."""
-        marker = self.marker(unit)
-        return marker.name in names and all(part.path.name in names for part in self.parts(unit))
+        counts = [[number, _counts(self.part_path(unit, number))] for number in numbers]
+        commit_bytes(self.marker(unit), orjson.dumps(counts))
 
     def parts(self, unit: Unit) -> list[PartFile]:
         return [PartFile(self.part_path(unit, number), **counts) for number, counts in self.listed(unit)]
 
     def listed(self, unit: Unit) -> list[tuple[int, dict[str, Any]]]:
         """The numbers of a finished unit's parts, and what was counted in each."""
-        parts: list[tuple[int, dict[str, Any]]] = orjson.loads(self.marker(unit).read_bytes())
+        if unit.is_one_part:
+            return [(0, _counts(self.part_path(unit, 0)))]
+        parts: list[tuple[int, dict[str, Any]]] = orjson.loads(
+            when_seen(self.marker(unit), self.marker(unit).read_bytes)
+        )
         return parts
 
-    def marker(self, unit: Unit) -> Path:
-        """Where it is recorded that the unit is finished."""
-        return self.folder / f"{unit.key}.json"
+
+def _counts(path: Path) -> dict[str, Any]:
+    counts: dict[str, Any] = orjson.loads(open_committed(path).schema.metadata[b"megatrain"])
+    return counts
 
 
 def run_tasks(

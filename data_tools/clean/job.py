@@ -122,7 +122,7 @@ def _run_locked(function: Callable[[T, Advance], None], locks: WorkLocks, task: 
 def run_once(
     out: Path,
     command: dict[str, Any],
-    files: Sequence[InputFile],
+    files: list[InputFile],
     restart: bool,
     effort: Effort,
     make: Callable[[Job], dict[str, Any]],

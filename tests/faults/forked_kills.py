@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 # Calls that open, rename, remove or make a file: the steps at which what is on disk can be torn.
-STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+STEPS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 def print_exit_codes(work: Callable[[], object], out: str, steps: Iterable[str]) -> None:

@@ -27,11 +27,12 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from data_tools.cli import main
-from data_tools import tokenize, units
+from data_tools import job, tokenize
 
 if __name__ == "__main__":
     # As the command does it, but in parts so small that there are many of them.
     tokenize.Effort.__init__.__defaults__ = (int(sys.argv.pop(1)), 0.01, 0.0)
+    job.LOOK_AGAIN_SECONDS = 2.0
     main()
 """
 

@@ -110,8 +110,8 @@ def test_killed_runs_resume_and_change_no_byte(
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        seen |= {path.name for path in work.glob("*.arrow")}
-    kept = {path: path.stat().st_mtime_ns for path in work.glob("*.arrow")}
+        seen |= {path.name for path in work.glob("parts-*/*.arrow")}
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("parts-*/*.arrow")}
     assert kept
     assert not (out / "manifest.json").exists()
     make_dataset(tmp_path / name, out, part_bytes=150_000, shard_tokens=100_000)
@@ -119,7 +119,7 @@ def test_killed_runs_resume_and_change_no_byte(
 
 
 def new_results(work: Path, seen: set[str]) -> bool:
-    return len({path.name for path in work.glob("*.arrow")} - seen) >= 2
+    return len({path.name for path in work.glob("parts-*/*.arrow")} - seen) >= 2
 
 
 def test_committed_parts_survive_an_error(tmp_path: Path, documents: list[Document], make_dataset: MakeDataset) -> None:
@@ -129,7 +129,7 @@ def test_committed_parts_survive_an_error(tmp_path: Path, documents: list[Docume
     (inputs / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": \n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 2: bad JSON"):
         make_dataset(inputs, tmp_path / "out")
-    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".work").glob("*.arrow")}
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".work").glob("parts-*/*.arrow")}
     assert len(parts) > 1
     (inputs / "b.jsonl").write_bytes(b'{"text": "fine"}\n')
     before = {path.name: path.stat().st_ino for path in parts}

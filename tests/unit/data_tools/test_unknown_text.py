@@ -114,7 +114,7 @@ def test_too_much_unknown_text_stops_and_keeps_parts(
     assert (code, f"no tokens for too much of {words}:" in err, f"such as {texts[0][1]!r} in" in err) == (3, True, True)
     assert "--max-unknown" in err
     assert not (tmp_path / "out" / "manifest.json").exists()
-    parts = {path.name: path.stat().st_ino for path in (tmp_path / "out" / ".work").glob("*.arrow")}
+    parts = {path.name: path.stat().st_ino for path in (tmp_path / "out" / ".work").glob("parts-*/*.arrow")}
     assert bool(parts) == bool(num_english)
     assert run_command(*command, "--max-unknown", 1)[0] == 0
     unknown = Manifest.load(tmp_path / "out").unknown
@@ -138,7 +138,7 @@ def test_counts_survive_an_interruption(tmp_path: Path) -> None:
     (inputs / "b.jsonl").write_bytes(json_lines(documents()) + b"broken")
     with pytest.raises(DataError, match="bad JSON"):
         run("interrupted")
-    assert len(list((tmp_path / "interrupted" / ".work").glob("*.arrow"))) > 3
+    assert len(list((tmp_path / "interrupted" / ".work").glob("parts-*/*.arrow"))) > 3
     (inputs / "b.jsonl").write_bytes(json_lines(documents()))
     assert run("interrupted").unknown == run("straight").unknown
     unknown = run("straight").unknown
