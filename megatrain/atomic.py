@@ -11,29 +11,36 @@ from pathlib import Path
 
 
 @contextmanager
-def committed(path: Path, scratch: Path | None = None, *, single_writer: bool = False) -> Iterator[Path]:
+def committed(
+    path: Path, scratch: Path | None = None, *, single_writer: bool = False, durable: bool = True
+) -> Iterator[Path]:
     """Yield a path to write to, which becomes `path` in one rename once it is whole and on disk.
 
     The unfinished file lies in `scratch` (on the same file system), or beside `path`. If the body fails, it is removed.
     `single_writer`: nobody else writes `path` meanwhile, so that what a kill leaves is overwritten by the next try.
+    `durable`: where false, nothing waits for the disk, and a power cut may leave less than the whole.
     """
     # Processes on other machines may have this one's number.
     writer = "" if single_writer else f".{os.getpid()}-{secrets.token_hex(4)}"
     unfinished = (scratch or path.parent) / f".{path.name}{writer}.tmp"
     try:
         yield unfinished
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
         unfinished.rename(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
-def commit_bytes(path: Path, data: bytes, scratch: Path | None = None, *, single_writer: bool = False) -> None:
-    """Write `data` to `path`: either all of it gets there, or nothing."""
-    with committed(path, scratch, single_writer=single_writer) as unfinished:
+def commit_bytes(
+    path: Path, data: bytes, scratch: Path | None = None, *, single_writer: bool = False, durable: bool = True
+) -> None:
+    """Write `data` to `path`: either all of it gets there, or nothing. See `committed`."""
+    with committed(path, scratch, single_writer=single_writer, durable=durable) as unfinished:
         unfinished.write_bytes(data)
 
 

@@ -27,38 +27,38 @@ if TYPE_CHECKING:
     from megatrain.data.epochs import Epochs
 
 app = typer.Typer(
-    help="Pretrain decoder language models; rehearse it on a laptop first.",
+    help="Train language models: check and plan a config, train it, compare runs, use checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="List, inspect, verify and rewind the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML config, or the name of a recipe: see `megatrain recipes`.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of single keys, such as train.steps=10.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set single keys, such as train.steps=10.")
 ]
 CheckpointPath = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A checkpoint folder, or a run folder: its newest good one. Or the URL of either.",
+        help="A checkpoint folder, or a run folder (its newest good checkpoint), or the URL of either.",
     ),
 ]
 Best = Annotated[bool, typer.Option("--best", help="Of a run folder, the checkpoint with the lowest validation loss.")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output, nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
 
 
 Nodes = Annotated[
-    int | None, typer.Option(min=1, help="Number of nodes; left out: 1, or as many as one copy of the model needs.")
+    int | None, typer.Option(min=1, help="Number of nodes. Default: 1, or as many as one copy of the model needs.")
 ]
 GpusPerNode = Annotated[
     int | None,
-    typer.Option(min=1, help="Ranks on each node, one a GPU; left out: 8, or without --nodes as few as are needed."),
+    typer.Option(min=1, help="Ranks on each node, one for each GPU. Default: 8, or without --nodes as few as needed."),
 ]
 
 
@@ -81,9 +81,9 @@ def check(
     gpus_per_node: GpusPerNode = None,
     procs: Annotated[int | None, typer.Option(min=1, help="Ranks in all, where there are no GPUs.")] = None,
 ) -> None:
-    """Is this config right? Lists all that is wrong with it and its layout. Needs no torch and no data.
+    """Check a config and its layout, and list everything that is wrong. Needs no torch and no data.
 
-    Where the checkpoint in run.init_from is there, it must fit too.
+    The datasets and the checkpoint in run.init_from are checked too, where they are on this machine.
     """
     from megatrain.checkpoint.transformers_config import not_in_transformers
     from megatrain.plan import rules
@@ -118,11 +118,11 @@ def check(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="The recipe to show; left out: all, with what they are for.")
+        str | None, typer.Argument(metavar="[NAME]", help="The recipe to print. Default: a list of all.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Copy it to this file, which must not exist yet.")] = None,
 ) -> None:
-    """The configs that come with megatrain. A recipe's name does for CONFIG everywhere."""
+    """List the configs that come with megatrain, or print one. Every command takes a recipe's name as CONFIG."""
     from megatrain.config import recipes
 
     if name is None:
@@ -147,30 +147,30 @@ def plan(
     device: Annotated[
         str | None,
         typer.Option(
-            help="What computes: a100, h100, h200, b200, mi300x, l40s, ...; cpu: this machine's, measured. Left out: "
-            "what is here, or with --nodes or --gpus-per-node h100."
+            help="a100, h100, h200, b200, mi300x, l40s, ..., or cpu: this machine's, measured. Default: what this "
+            "machine has; with --nodes or --gpus-per-node: h100."
         ),
     ] = None,
     network_gbits: Annotated[float, _number("Network of each GPU to other nodes, Gbit/s one way.")] = 400.0,
     efficiency: Annotated[
-        float, _number("Share of its peak at which a GPU computes: assumed, better measured.", max=1.0)
+        float, _number("Share of its peak FLOP/s that a GPU reaches: an assumption, better measured.", max=1.0)
     ] = 0.5,
     mtbf_hours_per_node: Annotated[float, _number("Mean hours between failures of one node.")] = 6300.0,
     checkpoint_seconds: Annotated[
         float | None,
         _number(
-            "Training stands still for a save; left out: for the copy to CPU memory, and for the writing where "
-            "checkpoint.background is false.",
+            "Seconds that a save stops training. Default: estimated from the copy to CPU memory, and from the "
+            "writing where checkpoint.background is false.",
             min=0.0,
         ),
     ] = None,
     write_gbytes: Annotated[
-        float, _number("Gigabytes a second that a node writes of a save: assumed, better measured.")
+        float, _number("GB/s that a node writes of a checkpoint: an assumption, better measured.")
     ] = 2.0,
-    restart_seconds: Annotated[float, _number("From a failure until training goes on.", min=0.0)] = 600.0,
+    restart_seconds: Annotated[float, _number("Seconds from a failure until training goes on.", min=0.0)] = 600.0,
     as_json: AsJson = False,
 ) -> None:
-    """What will this run need: memory of each rank, time, saves. Needs no torch, and no data if vocab_size is set."""
+    """Estimate what a run needs: memory of each rank, time, saves. Needs no torch, and no data if vocab_size is set."""
     from megatrain.plan.cluster import Cluster, find_nodes
     from megatrain.plan.run_plan import Interruptions, make_plan
     from megatrain.plan.table import show
@@ -197,10 +197,13 @@ def train(
     config: Config,
     overrides: Overrides = None,
     procs: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start on this machine; left out: one a GPU, or one.")
+        int | None, typer.Option(min=1, help="Ranks to start on this machine. Default: one for each GPU, or one.")
     ] = None,
 ) -> None:
-    """Train on this machine through the `deepspeed` launcher; again, to go on from the newest good checkpoint."""
+    """Train on this machine. The same command again resumes from the newest good checkpoint.
+
+    The ranks are started by the `deepspeed` launcher. For several machines, see `megatrain-launch`.
+    """
     from megatrain.checkpoint.lock import folders_of, refuse_if_locked
     from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
@@ -232,18 +235,19 @@ def sweep(
     config: Config,
     overrides: Overrides = None,
     procs: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of each run on its machine; left out: one a GPU, or one.")
+        int | None, typer.Option(min=1, help="Ranks of each run. Default: one for each GPU, or one.")
     ] = None,
-    point: Annotated[int | None, typer.Option(min=0, help="Train this run alone, counted from 0.")] = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Print a batch script: an array with a task a run.")] = False,
+    point: Annotated[int | None, typer.Option(min=0, help="Train only the run of this number, counted from 0.")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print a batch script: a SLURM array of all runs.")] = False,
     sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="--KEY=VALUE", help="With --slurm, any option of sbatch; often.")
+        list[str] | None, typer.Option(metavar="--KEY=VALUE", help="With --slurm: an option of sbatch. Repeatable.")
     ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="With --slurm, submit it instead.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="With --slurm: submit the script.")] = False,
 ) -> None:
-    """Train a run for each combination of values, KEY=A,B, one after the other; again, to go on where it stopped.
+    """Train a run for each combination of values, such as optimizer.lr=1e-3,3e-3, one after the other.
 
-    Each has a folder of its own in run.dir, named after its values. A run that has ended is not started again.
+    Each run has a folder of its own in run.dir, named after its values. The same command again goes on where it
+    stopped: a run that has ended is not started again.
     """
     from megatrain.experiments import sweep
 
@@ -305,14 +309,16 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = 0,
     procs: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks on this machine among which the model is cut, where it is too large for one."),
+        typer.Option(min=1, help="Ranks on this machine that share the model, where it is too large for one."),
     ] = None,
-    tensor: Annotated[int | None, typer.Option(min=1, help="The same: all ranks are tensor ranks.")] = None,
+    tensor: Annotated[
+        int | None, typer.Option(min=1, help="The same as --procs: all of these ranks are tensor ranks.")
+    ] = None,
     best: Best = False,
 ) -> None:
-    """Let a trained model go on from a prompt, or from each prompt of a file.
+    """Continue a prompt, or each prompt in a file, with a trained model.
 
-    Under srun, mpirun or torchrun, the model is cut among the ranks that these start.
+    Under srun, mpirun or torchrun, the ranks that these start share the model.
     """
     from megatrain.distributed.bootstrap import read_rank
 
@@ -404,31 +410,29 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="A dataset folder or address, tokenized with the checkpoint's tokenizer.")
     ] = None,
-    tasks: Annotated[
-        Path | None, typer.Option(help="A YAML file of tasks to be answered (docs/evaluation.md).")
-    ] = None,
+    tasks: Annotated[Path | None, typer.Option(help="A YAML file of few-shot tasks (docs/evaluation.md).")] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Solved rows before each, in place of the tasks' own.")
+        int | None, typer.Option(min=0, help="Solved examples before each question. Default: what each task says.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of which solved rows are drawn.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="A file for each example's answers, as JSON lines.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which solved examples are chosen.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="With --tasks: a file for each answer, as JSON lines.")] = None,
     training_data: Annotated[
         list[str] | None,
         typer.Option(help="A dataset to look for the tasks' examples in, by runs of 13 words; may be repeated."),
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a window; left out: as many as the model was trained on.")
+        int | None, typer.Option(min=1, help="Tokens in a window. Default: data.seq_len of the run.")
     ] = None,
     procs: Annotated[
         int | None, typer.Option(min=1, help="Ranks on this machine that share the work, each with a GPU or cores.")
     ] = None,
     tensor: Annotated[
-        int, typer.Option(min=1, help="So many ranks hold one copy of the model, where it is too large for one.")
+        int, typer.Option(min=1, help="Ranks that share one copy of the model, where it is too large for one.")
     ] = 1,
     best: Best = False,
     as_json: AsJson = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint on a dataset, every window once; or its answers to tasks.
+    """Evaluate a checkpoint: loss, perplexity and bits per byte on a dataset, or scores on tasks.
 
     Under srun, mpirun or torchrun, the ranks that these start share the work.
     """
@@ -501,7 +505,7 @@ def import_command(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and safetensors.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to make; it must not exist yet.")],
 ) -> None:
-    """Make a checkpoint of a Hugging Face folder, of any family here, for run.init_from, eval and generate."""
+    """Make a checkpoint from a Hugging Face folder, for run.init_from, eval and generate."""
     from megatrain.train.convert import import_folder
 
     imported = import_folder(folder, out)
@@ -518,8 +522,10 @@ def report(
         "report.html"
     ),
 ) -> None:
-    """One page about a run: loss, throughput, gradient norm, where time went, what was resumed when; or about several:
-    their curves laid over one another, what differs in their configs, the best of each."""
+    """Write a page about a run: loss, throughput, gradient norm, use of time, resumes.
+
+    About several runs: their curves in one chart, what differs in their configs, the best value of each.
+    """
     if len(runs) == 1:
         from megatrain.observe.report import write_report
 
@@ -542,25 +548,25 @@ class RunOrder(str, Enum):
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="A folder with run folders in it, at any depth.")],
-    sort: Annotated[RunOrder, typer.Option(help="Best first; by step: the farthest first.")] = RunOrder.VALIDATION,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with run folders in it, at any depth.")],
+    sort: Annotated[
+        RunOrder, typer.Option(help="Best first; step: the farthest first; run: by name.")
+    ] = RunOrder.VALIDATION,
     as_json: AsJson = False,
 ) -> None:
-    """The runs in a folder side by side: state, step, loss, best validation, and the keys of the config that differ."""
-    from megatrain.experiments.runs import as_table, summarize
+    """List the runs in a folder: state, step, loss, best validation loss, and the config keys that differ."""
+    from megatrain.experiments.runs import show, summarize
 
     found = summarize(folder, sort.value)
     if as_json:
         _print_json([run._asdict() for run in found])
     else:
-        from rich.console import Console
-
-        Console(soft_wrap=not sys.stdout.isatty()).print(as_table(found))
+        show(found)
 
 
 @checkpoint_app.command("list")
 def list_checkpoints(run: RunPlace, as_json: AsJson = False) -> None:
-    """The checkpoints of a run, oldest first: tokens trained on, validation loss, whether they look whole."""
+    """List the checkpoints of a run, oldest first: tokens trained on, validation loss, good or damaged."""
     from megatrain.checkpoint.inspection import list_checkpoints
 
     rows = list_checkpoints(_place(run))
@@ -578,7 +584,7 @@ def list_checkpoints(run: RunPlace, as_json: AsJson = False) -> None:
 
 @checkpoint_app.command("inspect")
 def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
-    """What a checkpoint holds: step, tokens, layout, files."""
+    """Show what a checkpoint holds: step, tokens, layout, files."""
     from megatrain.checkpoint.inspection import describe
 
     figures = describe(_place(path))
@@ -593,10 +599,10 @@ def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
 
 @checkpoint_app.command("verify")
 def verify_checkpoint(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a run folder: all of its checkpoints.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint folder, or a run folder: all of them.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte and compare checksums; exit code 4 where anything differs."""
+    """Read every byte of a checkpoint and compare checksums. Exit code 4 if anything differs."""
     from megatrain.checkpoint.inspection import verify
 
     problems, num_files, num_bytes = verify(_place(path))
@@ -617,7 +623,7 @@ def rewind_checkpoints(
     run: RunPlace,
     step: Annotated[int, typer.Option(min=0, help="The step to go back to; it must have a good checkpoint.")],
 ) -> None:
-    """Go back on purpose: the next start resumes from STEP. What came after it is set aside, not deleted."""
+    """Go back to an earlier step: the next start resumes from STEP. Later checkpoints are set aside, not deleted."""
     from megatrain.checkpoint.inspection import rewind
     from megatrain.distributed.bootstrap import job_identity
 

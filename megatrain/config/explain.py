@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from megatrain.config.keys import is_section, nearest_key, record_at, record_of
 from megatrain.config.problem import NOT_GIVEN, Problem, as_yaml
-from megatrain.config.renamed import RENAMED
+from megatrain.config.renamed import RENAMED, both_given
 from megatrain.config.schema import FROM_CHECKPOINT, RAMP_TAG, SIZE_TAG, RunConfig, Section
 
 
@@ -40,7 +40,7 @@ def _required(key: str) -> list[str]:
 def _problem(key: str, details: ErrorDetails, root: type[Section]) -> Problem:
     given, kind, context = details["input"], details["type"], details.get("ctx", {})
     if kind == "extra_forbidden" and key in RENAMED:
-        return Problem(key, given, f"a former name of {RENAMED[key]}, which is given too; keep one")
+        return both_given(key, given)
     if kind == "extra_forbidden":
         record = record_at(details["loc"][:-1], root)
         return Problem(key, given, "no such key", nearest_key(key, record, root), is_value=False)

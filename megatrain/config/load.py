@@ -15,7 +15,7 @@ from megatrain.config.document import Path
 from megatrain.config.explain import explain
 from megatrain.config.overrides import apply_override
 from megatrain.config.problem import SEPARATOR, Problem, config_error
-from megatrain.config.renamed import RENAMED, with_new_names
+from megatrain.config.renamed import RENAMED, both_given, with_new_names
 from megatrain.config.scalar import scalar
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig, in_home
 from megatrain.errors import ConfigError
@@ -46,10 +46,14 @@ def load(
         )
     problems = list(read.problems)
     sources = {key: f"line {line}" for key, line in read.lines.items()}
+    given = {key.strip(): value for key, _, value in (override.partition("=") for override in overrides)}
     for old, new in RENAMED.items():
         if source := sources.get(tuple(old.split("."))):
             sources.setdefault(tuple(new.split(".")), source)
-        if source or any(override.partition("=")[0].strip() == old for override in overrides):
+        if old in given and new in given:
+            problems.append(both_given(old, scalar(given[old])))
+            sources[tuple(old.split("."))] = COMMAND_LINE
+        if source or old in given:
             note(f"{old} is called {new} now; the old name still works.")
     tree, in_order = with_new_names(read.tree), sorted(overrides, key=_is_of_the_model)
     for override in in_order:

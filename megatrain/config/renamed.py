@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatrain.config.problem import Problem
+
 RENAMED: Mapping[str, str] = {
     "train.compare_weights_every_steps": "train.check_replica_hash_interval",
     "observe.compare_ranks_every_seconds": "observe.straggler_report_seconds",
 }
 """Old names to new ones, of the same section."""
+
+
+def both_given(old: str, value: object) -> Problem:
+    """A key that stands under its old name, with this value, and under its new one."""
+    return Problem(old, value, f"a former name of {RENAMED[old]}, which is given too; keep one")
 
 
 def new_name(key: str) -> str:

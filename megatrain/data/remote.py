@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 from filelock import FileLock
 
+from megatrain.atomic import commit_bytes
 from megatrain.data.format import MANIFEST_FILE, Manifest, is_content, map_file
 from megatrain.data.storage import BatchReader
 from megatrain.errors import ConfigError, DataError
@@ -84,14 +85,9 @@ class Cache:
 
     def _add(self, checksum_hex: str, data: bytes) -> None:
         path = self.path(checksum_hex)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._free_space(len(data))
-        try:
-            unfinished.write_bytes(data)
-            unfinished.rename(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        commit_bytes(path, data, durable=False)  # checked by its checksum when it is read
 
     def _free_space(self, num_new_bytes: int) -> None:
         """Evict each time that 1/16 of ``max_bytes`` was added; how much was added since is kept in a file."""

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import orjson
 
+from megatrain.atomic import commit_bytes
 from megatrain.distributed.activity import Activity, Position, find_stuck
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.causes import is_lost_peer
@@ -145,10 +146,8 @@ class LivenessMonitor:
     def _publish_address(self) -> None:
         assert self._listener is not None
         record = {"port": self._listener.getsockname()[1], "token": self._token, "all_joined": self._have_all_joined}
-        aside = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk: the run goes on without
-            aside.write_bytes(orjson.dumps(record))
-            aside.replace(self._path)
+            commit_bytes(self._path, orjson.dumps(record), durable=False)
 
     @property
     def _have_all_joined(self) -> bool:

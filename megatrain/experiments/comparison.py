@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from megatrain.errors import ConfigError
-from megatrain.experiments.runs import SORTS, differing_keys, summaries
+from megatrain.experiments.runs import SORTS, Logged, differing_keys, summaries
 from megatrain.observe.charts import draw_curves
-from megatrain.observe.record import Column, read_run
+from megatrain.observe.record import Column, RunRecord, read_run
 from megatrain.observe.report import PAGES, data_uri, template, write_file
 
 Curve = tuple[Column, Column]
@@ -39,7 +40,8 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> None:
             curves[f"Validation loss, {each}"] = of_set
     palette = colormaps["tab10" if len(folders) <= 10 else "turbo"].resampled(max(len(folders), 10))
     colors = {name: to_hex(palette(number)) for number, name in enumerate(folders)}
-    runs = sorted(summaries(folders), key=SORTS["validation_loss"])
+    logged = {folders[name]: _logged(record) for name, record in records.items()}
+    runs = sorted(summaries(folders, logged.__getitem__), key=SORTS["validation_loss"])
     page = template("comparison.html.j2").render(
         runs=runs,
         keys=differing_keys(runs),
@@ -48,6 +50,20 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> None:
         best={title: best for title, of_runs in curves.items() if (best := _best(of_runs)) is not None},
     )
     write_file(out, page.encode())
+
+
+def _logged(record: RunRecord) -> Logged:
+    """What `summaries` would read once more."""
+    values, last = record.columns, record.events[-1] if record.events else {}
+    is_last = last.get("time", 0.0) >= values["time"][-1]
+    loss = float(values["loss"][-1])
+    best = _best({record.name: (record.validation_steps, record.validation_losses)})
+    return Logged(
+        step=int(record.steps[-1]),
+        loss=loss if math.isfinite(loss) else None,
+        best=best and best[1:],
+        last_event=last.get("event") if is_last else None,
+    )
 
 
 def _best(curves: dict[str, Curve]) -> tuple[str, float, int] | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +24,7 @@ from megatrain.observe.record import CONFIG_FILE
 _ENDS = {"finish": "finished", "stop": "stopped", "diverged": "diverged"}
 _OF_EACH_RUN = ("run.dir", "checkpoint.dir")
 _IN_A_RUN = ("checkpoints", "logs", "tensorboard")
+_WIDEST = 100_000
 _MAX_THREADS = 32  # each waits for one holder's sign of life
 
 
@@ -41,7 +44,10 @@ class RunSummary(NamedTuple):
     differs: Mapping[str, Any]
 
 
-class _Logged(NamedTuple):
+class Logged(NamedTuple):
+    """What metrics.jsonl says of a run. ``best``: the lowest validation loss and its step. ``last_event``: None where
+    a step came after it."""
+
     step: int
     loss: float | None
     best: tuple[float, int] | None
@@ -65,8 +71,8 @@ def summarize(folder: Path, sort: str = "validation_loss") -> list[RunSummary]:
     return sorted(runs, key=lambda run: (SORTS[sort](run), run.run))
 
 
-def summaries(folders: Mapping[str, Path]) -> list[RunSummary]:
-    """Of each of these runs, by the names that they are shown under."""
+def summaries(folders: Mapping[str, Path], read: Callable[[Path], Logged] | None = None) -> list[RunSummary]:
+    """Of each of these runs, by the names that they are shown under. ``read``: of metrics known already."""
     found = list(folders.values())
     with ThreadPoolExecutor(_MAX_THREADS) as pool:
         alive = list(pool.map(is_alive, found))
@@ -75,7 +81,7 @@ def summaries(folders: Mapping[str, Path]) -> list[RunSummary]:
     differing = _differing([each for each in values if each])
     runs = []
     for (name, path), is_running, config, own in zip(folders.items(), alive, configs, values, strict=True):
-        logged = _read(path)
+        logged = (read or _read)(path)
         runs.append(
             RunSummary(
                 run=name,
@@ -97,10 +103,20 @@ def differing_keys(runs: Sequence[RunSummary]) -> list[str]:
     return list(dict.fromkeys(key for run in runs for key in run.differs))
 
 
-def as_table(runs: Sequence[RunSummary]) -> Table:
-    """For a person: a row a run, a column a key that differs."""
-    table = Table(box=None, pad_edge=False)
+def show(runs: Sequence[RunSummary], console: Console | None = None) -> None:
+    """Print them for a person: a row a run, a column a key that differs, or a table of its own for these where the
+    terminal is too narrow. What is no terminal gets whole lines."""
+    console = console or Console(width=None if sys.stdout.isatty() else _WIDEST)
     keys = [key for key in differing_keys(runs) if key != "optimizer.lr"]  # which has a column anyway
+    table = _table(runs, keys)
+    if console.measure(table, options=console.options.update(width=_WIDEST)).maximum <= console.width:
+        console.print(table)
+    else:
+        console.print(_table(runs, []), "", _table_of_differences(runs, keys), sep="\n")
+
+
+def _table(runs: Sequence[RunSummary], keys: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
     counts = dict.fromkeys(("step", "loss", "best validation", "at step", "lr"))
     for name in ("run", "state", *counts, *keys):
         table.add_column(name, justify="right" if name in counts else "left", overflow="fold")
@@ -109,6 +125,14 @@ def as_table(runs: Sequence[RunSummary]) -> Table:
         figures = (_figure(run.loss), _figure(run.validation_loss), _figure(run.best_step), _figure(run.lr, "g"))
         others = (_shown(run.differs.get(key)) for key in keys)
         table.add_row(*map(escape, (run.run, run.state, of, *figures, *others)))
+    return table
+
+
+def _table_of_differences(runs: Sequence[RunSummary], keys: Sequence[str]) -> Table:
+    table = Table("run", "what differs", box=None, pad_edge=False)
+    for run in runs:
+        pairs = (f"{key}={_shown(run.differs[key])}" for key in keys if key in run.differs)
+        table.add_row(escape(run.run), escape(" ".join(pairs)))
     return table
 
 
@@ -134,7 +158,7 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
 
 
-def _read(run_dir: Path) -> _Logged:
+def _read(run_dir: Path) -> Logged:
     step, loss, event = 0, None, None
     validations: dict[int, float] = {}
     with contextlib.suppress(OSError):
@@ -146,7 +170,7 @@ def _read(run_dir: Path) -> _Logged:
             elif "loss" in line:
                 step, loss, event = line["step"], line["loss"], None
     finite = [(value, at) for at, value in validations.items() if value is not None]
-    return _Logged(step, loss, min(finite, default=None), event)
+    return Logged(step, loss, min(finite, default=None), event)
 
 
 def _figure(value: float | None, style: str = ",.4f") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import signal
@@ -12,13 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from rich.console import Console
-
 from megatrain.checkpoint.origin import load
+from megatrain.config import RunConfig
 from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS, handlers_restored
 from megatrain.errors import EXIT_PREEMPTED, EXIT_USAGE, ConfigError
-from megatrain.experiments.runs import as_table, summarize
+from megatrain.experiments.runs import show, summarize
 from megatrain.observe.metrics import tail
+from megatrain.observe.record import CONFIG_FILE
 
 _NOT_IN_NAMES = re.compile(r"[^\w.=+-]+")  # nor commas: they stand between keys
 
@@ -28,7 +29,7 @@ class Point(NamedTuple):
 
     name: str
     run_dir: Path
-    num_steps: int
+    config: RunConfig
     overrides: tuple[str, ...]
 
 
@@ -51,9 +52,10 @@ def points(config: str, overrides: Sequence[str]) -> list[Point]:
         except ConfigError as error:
             raise ConfigError(f"{' '.join(chosen[number] for number in varied)}: {error}") from None
         run_dir = Path(loaded.run.dir) / name
-        found.append(Point(name, run_dir, loaded.train.steps, (*chosen, f"run.dir={run_dir}")))
-    if len({point.name for point in found}) < len(found):
-        raise ConfigError("Two combinations of the sweep are the same: is a value given twice?")
+        found.append(Point(name, run_dir, loaded, (*chosen, f"run.dir={run_dir}")))
+    for one, other in itertools.combinations(found, 2):
+        if one.config == other.config or one.name == other.name:
+            raise ConfigError(f"Two runs of the sweep are the same, {one.name} and {other.name}: give each value once.")
     return found
 
 
@@ -78,15 +80,15 @@ def run(config: str, sweep: Sequence[Point], num_ranks: int | None, tell: Callab
     first_failure = 0
     for number, point in enumerate(sweep):
         tell(f"[{number + 1}/{len(sweep)}] {point.run_dir}")
-        if _has_finished(point):
-            tell("all steps were made before")
+        if has_ended(point):
+            tell("has ended before")
             continue
         code = _train(config, point, num_ranks)
         first_failure = first_failure or code
         if code in (EXIT_USAGE, EXIT_PREEMPTED):
             return code
     if len(sweep) > 1:
-        Console(soft_wrap=not sys.stdout.isatty()).print(as_table(summarize(sweep[0].run_dir.parent)))
+        show(summarize(sweep[0].run_dir.parent))
     return first_failure
 
 
@@ -114,9 +116,17 @@ def _short(override: str) -> str:
     return _NOT_IN_NAMES.sub("_", f"{key.rpartition('.')[2]}={value}")
 
 
-def _has_finished(point: Point) -> bool:
-    lines = tail(point.run_dir)
-    return bool(lines) and lines[-1].get("event") == "finish" and lines[-1]["step"] >= point.num_steps
+def has_ended(point: Point) -> bool:
+    """After its last step, or early under the rule that it has now."""
+    lines, train = tail(point.run_dir), point.config.train
+    if not lines or lines[-1].get("event") != "finish":
+        return False
+    if lines[-1]["step"] >= train.steps:
+        return True
+    with contextlib.suppress(ConfigError):
+        former = load(point.run_dir / CONFIG_FILE).train
+        return (former.steps, former.early_stopping) == (train.steps, train.early_stopping)
+    return False
 
 
 def _train(config: str, point: Point, num_ranks: int | None) -> int:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 import orjson
@@ -25,6 +26,13 @@ from megatrain.observe.append import AppendFile
 METRICS_FILE = "metrics.jsonl"
 _NUM_LAST_LOSSES = 10
 _ABOVE_FIRST = 1.02
+_KINDS: Mapping[type | UnionType, str] = {
+    int
+    | float: "time tokens loss grad_norm lr step_seconds tokens_per_second mfu skipped memory_bytes validation_loss",
+    dict: "parts ranks goodput validation_losses",
+    str: "event message",
+}
+"""Of what kind the values of these keys are."""
 _TAIL_BYTES = 1 << 20
 """Weeks of the file need not be read for its last lines."""
 
@@ -172,11 +180,13 @@ def tail(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
-    """The object on one line of the file; None for a line that a crash left torn."""
+    """The object on one line of the file, null for values of the wrong kind; None for a line that a crash left torn."""
     try:
         line = orjson.loads(text)
     except orjson.JSONDecodeError:
         return None
-    if not (text.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("step"), int)):
+    if not (text.endswith(b"\n") and isinstance(line, dict) and type(line.get("step")) is int):
         return None
-    return line
+    for kind, names in _KINDS.items():
+        line |= {name: None for name in names.split() if name in line and not isinstance(line[name], kind)}
+    return line if line.get("event", "") is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -11,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatrain.checkpoint.manifest import read_manifest
+from megatrain.config import dump
 from megatrain.experiments import sweep
-from megatrain.experiments.runs import summarize
+from megatrain.experiments.runs import RunSummary, show, summarize
 from tests.cli.conftest import Megatrain
 from tests.runs import TinyData, tiny_config, wait_until, write_config
 
@@ -33,7 +36,7 @@ def test_a_sweep_is_every_combination_of_values(config: Path, tmp_path: Path) ->
         f"lr={lr},hidden_size={size}" for lr in ("1e-3", "3e-3") for size in (16, 32)
     ]
     assert found[0].run_dir == tmp_path / "runs" / "lr=1e-3,hidden_size=16"
-    assert found[0].num_steps == 3
+    assert found[0].config.train.steps == 3
     assert "optimizer.betas=[0.9,0.95]" in found[0].overrides
     nested = sweep.points(str(config), ["optimizer.lr=1,2", "train.global_batch_size=[[0,8],[4096,16]]"])
     assert [point.name for point in nested] == ["lr=1", "lr=2"]
@@ -45,6 +48,7 @@ def test_a_sweep_is_every_combination_of_values(config: Path, tmp_path: Path) ->
         (["train.steps=3"], "A sweep needs a key with several values"),
         (["optimizer.lr=1e-3,fast"], "optimizer.lr=fast"),
         (["optimizer.lr=1e-3,1e-3"], "the same"),
+        (["optimizer.lr=1e-3,3e-3,0.001"], "are the same, lr=1e-3 and lr=0.001"),
         (["run.dir=a,b", "optimizer.lr=1,2"], "run.dir is the folder of all runs"),
     ],
 )
@@ -69,7 +73,7 @@ def test_a_sweep_trains_and_compares_all(config: Path, tmp_path: Path) -> None:
     assert all(run.run in done.stdout.splitlines()[-1] + done.stdout.splitlines()[-2] for run in found)
     shutil.rmtree(tmp_path / "runs" / "lr=3e-3")
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
-    assert again.stdout.count("all steps were made before") == 1
+    assert again.stdout.count("has ended before") == 1
     assert len(summarize(tmp_path / "runs")) == 2
 
 
@@ -105,6 +109,55 @@ def test_runs_are_shown_side_by_side(finished_run: Path, tmp_path: Path, megatra
     shown = megatrain("runs", tmp_path).out.splitlines()
     assert "best validation" in shown[0]
     assert [line.split()[:3] for line in shown[1:]] == [["first", "ended", "6/6"], ["deep/second", "finished", "6/6"]]
+
+
+def test_damaged_metrics_are_shown_as_unknown(finished_run: Path, tmp_path: Path, megatrain: Megatrain) -> None:
+    for name in ("one", "other"):
+        shutil.copytree(finished_run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+    with (tmp_path / "one" / "metrics.jsonl").open("a") as lines:
+        lines.write(
+            '{"step": 6, "loss": "x", "time": []}\n{"step": 6, "validation_loss": {}, "validation_losses": 3}\n'
+        )
+        lines.write('{"step": 6, "event": 7}\n{"step": true, "loss": 1.0}\n')
+    one, other = json.loads(megatrain("runs", tmp_path, "--json", "--sort", "run").out)
+    assert (one["loss"], one["validation_loss"], one["state"]) == (None, None, "ended")
+    assert (other["step"], other["state"]) == (6, "finished")
+    assert megatrain("runs", tmp_path).code == 0
+    assert megatrain("report", tmp_path / "one", tmp_path / "other", "--out", tmp_path / "page.html").code == 0
+
+
+def test_many_differences_fit_a_narrow_terminal() -> None:
+    differs = {f"section.a_long_name_of_a_key_{k}": k for k in range(12)}
+    runs = [
+        RunSummary(f"sweep/run-{number}", "finished", 200, 200, 3.5, 3.25, 150, 1e-3, differs) for number in range(3)
+    ]
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=80, no_color=True)
+    show(runs, console)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["sweep/run-0", "finished", "200/200", "3.5000", "3.2500", "150", "0.001"]
+    assert lines[5].split() == ["run", "what", "differs"]
+    assert lines[6].startswith("sweep/run-0  section.a_long_name_of_a_key_0=0 ")
+
+
+def test_an_early_stopped_run_has_ended(config: Path, tmp_path: Path) -> None:
+    early = "train.early_stopping={patience: 2}"
+
+    def ended(*overrides: str) -> bool:
+        return sweep.has_ended(sweep.points(str(config), ["optimizer.lr=1,2", "train.steps=9", *overrides])[0])
+
+    point = sweep.points(str(config), ["optimizer.lr=1,2", "train.steps=9", early])[0]
+    point.run_dir.mkdir(parents=True)
+    (point.run_dir / "config.yaml").write_text(dump(point.config))
+    (point.run_dir / "metrics.jsonl").write_text('{"step": 4, "event": "finish"}\n')
+    assert ended(early)
+    assert not ended("train.early_stopping={patience: 3}")
+    assert not ended(early, "train.steps=10")
+    (point.run_dir / "metrics.jsonl").write_text('{"step": 9, "event": "finish"}\n')
+    assert ended()
+    (point.run_dir / "metrics.jsonl").write_text('{"step": 4, "event": "stop"}\n')
+    assert not ended(early)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path, megatrain: Megatrain) -> None:

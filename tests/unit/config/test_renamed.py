@@ -31,6 +31,12 @@ def test_both_names_in_a_file_are_refused(refused, with_line):
     assert message in refused(text=text)
 
 
+@pytest.mark.parametrize("order", [(OLD, NEW), (NEW, OLD)])
+def test_both_names_as_overrides_are_refused(refused, order):
+    message = refused(*(f"{key}={value}" for key, value in zip(order, (7, 9), strict=True)))
+    assert f"{OLD} (the command line): {7 if order[0] == OLD else 9} given; a former name of {NEW}" in message
+
+
 def test_a_wrong_value_keeps_its_line(refused, with_line):
     message = refused(text=with_line(TRAIN.replace("7", "0")))
     assert f"{NEW} (line 5): 0 given; must be at least 1" in message
