@@ -163,7 +163,7 @@ def save_megatrain(rank: Rank, target: Path, stalled: Callable[[], None]) -> Non
 
 def save_deepspeed(rank: Rank, target: Path, stalled: Callable[[], None]) -> None:
     with quiet():
-        rank.run.engine._deepspeed.save_checkpoint(str(target), tag="it")
+        rank.run.engine._sharding._deepspeed.save_checkpoint(str(target), tag="it")
     if rank.rank == 0:
         for path in [*target.rglob("*"), target]:
             sync(path)
@@ -193,7 +193,7 @@ def load_megatrain(rank: Rank, target: Path) -> None:
 
 def load_deepspeed(rank: Rank, target: Path) -> None:
     with quiet():
-        rank.run.engine._deepspeed.load_checkpoint(str(target), tag="it")
+        rank.run.engine._sharding._deepspeed.load_checkpoint(str(target), tag="it")
 
 
 def load_dcp(rank: Rank, target: Path) -> None:

@@ -156,8 +156,8 @@ def _check_zero(config: RunConfig, world_size: int) -> Iterator[Violation]:
         yield Violation("offload", "parallel.offload", reason, ("parallel.zero_stage", "parallel.offload"))
     zero = config.deepspeed.get("zero_optimization")
     if stage < 2 and isinstance(zero, Mapping) and zero.get("overlap_comm"):
-        reason = f"overlap_comm needs parallel.zero_stage 2 or more (it is {stage}): below, a step has one message"
-        yield Violation("overlap", "deepspeed.zero_optimization", reason, ("parallel.zero_stage",))
+        reason = "must be 2 or 3 with deepspeed.zero_optimization.overlap_comm: below, no message is hidden by a pass"
+        yield Violation("overlap", "parallel.zero_stage", reason, ("parallel.zero_stage",))
 
 
 def _check_engine(config: RunConfig, world_size: int) -> Iterator[Violation]:

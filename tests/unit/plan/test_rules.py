@@ -121,6 +121,13 @@ def test_a_legal_layout_passes(layout, overrides, world_size, degree, num_micro_
         ),
         (["parallel.offload=all"], 4, "parallel.offload", "needs parallel.zero_stage 3", "parallel.zero_stage=3"),
         (
+            ["deepspeed.zero_optimization={overlap_comm: true}"],
+            4,
+            "parallel.zero_stage",
+            "must be 2 or 3 with deepspeed.zero_optimization.overlap_comm",
+            "parallel.zero_stage=2 or 3",
+        ),
+        (
             ["parallel.offload=all", "parallel.pipeline=2"],
             4,
             "parallel.offload",
