@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.distributed.groups import Groups
+from megatrain.errors import ConfigError
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
 from megatrain.parallel.optimizer import make_optimizer, reset_state
@@ -33,12 +34,22 @@ from megatrain.parallel.shard import DTYPES, ShardedModel
 from megatrain.parallel.tensor import partial_gradients
 
 
+def check_torch() -> None:
+    """Raise ConfigError where torch's FSDP2 cannot be told to sum gradients, rather than to average them."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(
+            f"parallel.engine is fsdp2, for which torch {torch.__version__} is too old (its FSDPModule has no "
+            "set_force_sum_reduction_for_comms). Install a newer one, or set parallel.engine=deepspeed."
+        )
+
+
 class FSDP2Sharding:
     """See megatrain.parallel.engine.Sharding."""
 
     is_replicated = False
 
     def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
+        check_torch()
         train = config.train
         self._groups, self._specs, self._chunks = groups, model.specs, model.chunks
         self._stage, self._clip = config.parallel.zero_stage, train.gradient_clipping

@@ -35,10 +35,9 @@ from megatrain.model.block import Activation
 from megatrain.model.decoder import Decoder, DecoderStage, LayerSpec, build_layers
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
-from megatrain.parallel.engine import Engine
-from megatrain.parallel.fsdp2 import FSDP2Sharding
+from megatrain.parallel.engine import Engine, Sharding
 from megatrain.parallel.old_pipeline import PipelinedEngine
-from megatrain.parallel.shard import shard_model, tie_across_stages
+from megatrain.parallel.shard import ShardedModel, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.hardware import resolve_precision
@@ -215,11 +214,18 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
         stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
     sharded = shard_model([stage], config, groups, RECOMPUTED)
     if pipeline == 1:
-        kind = FSDP2Sharding if config.parallel.engine == "fsdp2" else DeepSpeedSharding
-        return Engine(sharded, kind(config, sharded, groups), groups)
+        return Engine(sharded, _sharding(config, sharded, groups), groups)
     if config.model.tie_word_embeddings and stage.head_name is not None:
         sharded = tie_across_stages(sharded, stage.head_name, specs[0].prefix)
     return PipelinedEngine(config, sharded, groups)  # type: ignore[return-value]
+
+
+def _sharding(config: RunConfig, model: ShardedModel, groups: Groups) -> Sharding:
+    if config.parallel.engine == "fsdp2":
+        from megatrain.parallel.fsdp2 import FSDP2Sharding  # half a second on each rank, for those who use it
+
+        return FSDP2Sharding(config, model, groups)
+    return DeepSpeedSharding(config, model, groups)
 
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:
