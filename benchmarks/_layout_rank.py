@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.batch import Batch
@@ -95,9 +97,9 @@ class Activations:
     What is freed in the meantime is no longer counted, so that in a pipeline it is the micro-batches in flight.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+    def __init__(self, weights: Callable[[], list[Tensor]]) -> None:
         self.now = self.peak = self.peak_parameters = 0
-        self._parameters = parameters
+        self._weights = weights
         self._num_uses: Counter[int] = Counter()
 
     def watch(self) -> AbstractContextManager[Any]:
@@ -107,7 +109,8 @@ class Activations:
     def kept(self, tensor: Tensor) -> bool:
         """Count a tensor; False if it is a parameter's."""
         place = tensor.untyped_storage().data_ptr()
-        whole = {storage.data_ptr(): storage.nbytes() for storage in (p.untyped_storage() for p in self._parameters)}
+        storages = (_local(x).untyped_storage() for x in self._weights())
+        whole = {storage.data_ptr(): storage.nbytes() for storage in storages}
         self.peak_parameters = max(self.peak_parameters, sum(whole.values()))  # under ZeRO 3 they come and go
         if place in whole:
             return False
@@ -178,56 +181,75 @@ def _measure(engine: Any, config: RunConfig, data: int, others: list[Tensor]) ->
 class Held:
     """What a rank holds in a step, in bytes, each storage in the first kind it belongs to.
 
-    Activations and whole parameters: the most at any time. Gradients: the most between passes. The others: between the
-    last backward pass and the update. What was there before the engine (``others``) is not counted.
+    Activations and whole parameters: the most at any time. Parameters and gradients: the most between passes. The
+    others: between the last backward pass and the update. What was there before the engine (``others``) is not counted.
     """
 
     def __init__(self, engine: Any, others: list[Tensor]) -> None:
         self.bytes: Counter[str] = Counter()
         self._sharding = engine._sharding if hasattr(engine, "_sharding") else _Old(engine)
-        self._module = self._sharding._deepspeed.module
-        self._parameters = list(self._module.parameters())
-        self._optimizer = self._sharding._deepspeed.optimizer
+        self._fsdp = [each for module in getattr(self._sharding, "_modules", ()) for each in _fsdp_parameters(module)]
+        deepspeed = getattr(self._sharding, "_deepspeed", None)
+        self._modules = self._sharding._chunks if deepspeed is None else [deepspeed.module]
+        self._parameters = [p for module in self._modules for p in module.parameters()]
+        self._optimizer = self._sharding._optimizer if deepspeed is None else deepspeed.optimizer
         self._others = others
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Fill ``bytes`` from the step that is made in this context."""
-        step, activations = self._optimizer.step, Activations(self._parameters)
+        step, activations = self._optimizer.step, Activations(self._weights)
 
         def measured_step(*args: Any, **kwargs: Any) -> Any:
             self._take()
             return step(*args, **kwargs)
 
-        hook = self._module.register_forward_pre_hook(lambda *_: self._take_gradients())
+        hooks = [
+            module.register_forward_pre_hook(lambda *_: self._take_between_passes(), prepend=True)
+            for module in self._modules
+        ]
         self._optimizer.step = measured_step
         with activations.watch():
             yield
         self._optimizer.step = step
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         self.bytes |= {"activations": activations.peak, "whole parameters": activations.peak_parameters}
 
     def _take(self) -> None:
         gc.collect()
         states = self._sharding._optimizer.state
-        weights = [*self._parameters, *(p.ds_tensor for p in self._parameters if hasattr(p, "ds_tensor"))]
         state = [*self._masters(), *(x for values in states.values() for x in _tensors(values))]
         rest = _live_tensors()
         seen: set[int] = set()
         _storage_bytes(self._others, seen)
-        self.bytes |= {"parameters": _storage_bytes(weights, seen), "optimizer": _storage_bytes(state, seen)}
-        self._take_gradients(seen)
+        self._take_between_passes(seen, state)
         self.bytes["buffers"] = _storage_bytes(rest, seen)
 
-    def _take_gradients(self, seen: set[int] | None = None) -> None:
-        owners = [*self._parameters, *self._masters()]
+    def _take_between_passes(self, seen: set[int] | None = None, state: Sequence[Tensor] = ()) -> None:
+        seen = set() if seen is None else seen
+        owners = [*self._parameters, *self._masters(), *(each._unsharded_param for each in self._unsharded())]
         gradients = [getattr(x, name, None) for x in owners for name in ("grad", "grad_accum")]
         gradients += [getattr(self._optimizer, name, None) for name in _GRADIENTS]
-        size = _storage_bytes(_tensors(gradients), set() if seen is None else seen)
-        self.bytes["gradients"] = max(self.bytes["gradients"], size)
+        gradients += [each.unsharded_accumulated_grad for each in self._fsdp]
+        for kind, tensors in {"parameters": self._weights(), "optimizer": state, "gradients": gradients}.items():
+            self.bytes[kind] = max(self.bytes[kind], _storage_bytes(_tensors(tensors), seen))
+
+    def _weights(self) -> list[Tensor]:
+        """This rank's parameters, and what there is of whole ones now."""
+        gathered = [x for each in self._fsdp for x in (each._sharded_param_data, *each.all_gather_outputs)]
+        return [*self._parameters, *(p.ds_tensor for p in self._parameters if hasattr(p, "ds_tensor")), *gathered]
+
+    def _unsharded(self) -> list[Any]:
+        return [each for each in self._fsdp if hasattr(each, "_unsharded_param")]
 
     def _masters(self) -> list[Tensor]:
-        return [place.buffer for place in self._sharding._places()]
+        return [] if self._fsdp else [place.buffer for place in self._sharding._places()]
+
+
+def _fsdp_parameters(module: Any) -> list[Any]:
+    """What FSDP2 knows of each parameter of a module's own group: there is no public way to see what it holds."""
+    return [each for group in fully_shard.state(module)._fsdp_param_groups for each in group.fsdp_params]  # type: ignore[attr-defined]
 
 
 class _Old:
@@ -239,6 +261,10 @@ class _Old:
         self._places = lambda: master_slices(engine._deepspeed.optimizer, list(self._deepspeed.module.parameters()))
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def _live_tensors() -> list[Tensor]:
     return [x for x in gc.get_objects() if type(x) is Tensor]
 
@@ -247,7 +273,7 @@ def _storage_bytes(tensors: list[Tensor], seen: set[int]) -> int:
     total = 0
     for tensor in tensors:
         try:
-            storage = tensor.untyped_storage()
+            storage = _local(tensor).untyped_storage()
         except NotImplementedError:  # an undefined one of torch's own, up to 2.8
             continue
         if storage.device.type == "cpu" and storage.data_ptr() not in seen:

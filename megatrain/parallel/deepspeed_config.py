@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatrain.config import RunConfig
-from megatrain.plan.memory import bucket_elements
+from megatrain.plan.deepspeed_memory import bucket_elements
 
 
 def deepspeed_config(config: RunConfig, data_size: int, num_parameters: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatrain.config import RunConfig
 from megatrain.plan import rules
-from megatrain.plan.memory import bucket_elements
+from megatrain.plan.deepspeed_memory import bucket_elements
 
 
 def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ al. 2022 (arXiv:2205.05198). benchmarks/layouts.py measures them on CPUs.
 from __future__ import annotations
 
 from megatrain.families.description import Attention, Mlp
-from megatrain.plan.stage_model import StageModel, share
+from megatrain.plan.stage_model import Chunk, StageModel, share
 
 _BLOCK_ROWS = 128  # of attention written out: megatrain.model.blockwise_attention
 _SOFTMAX_BYTES = 256 << 20  # fp32 work space of the loss on a GPU: megatrain.model.loss
@@ -16,21 +16,8 @@ _VOCAB_PARALLEL_SOFTMAX_BYTES = 16 << 20  # the same where the vocabulary is cut
 
 def activations(stage: StageModel, *, on_cpu: bool = False) -> int:
     """Kept at the most, for all micro-batches in flight. On a GPU attention is fused, on a CPU it is written out."""
-    parallel, tokens, bytes_ = stage.config.parallel, stage.tokens, stage.element_bytes
-    model, family = stage.config.model, stage.config.model.description
     fused = is_fused(stage) and not on_cpu
-    num_recomputed = share(stage.num_layers, parallel.recompute_every) if parallel.recompute == "full" else 0
-    kept = num_recomputed * _border_elements(stage) * bytes_
-    kept += (stage.num_layers - num_recomputed) * _layer(stage, fused, parallel.recompute == "selective")
-    if family.block.attention.rotates:
-        kept += tokens * model.head_size * bytes_  # cosines and sines
-    if stage.is_first:
-        kept += 8 * tokens * len(family.embeddings)  # ids of tokens and positions
-        kept += tokens * model.hidden_size if model.hidden_dropout else 0
-    if stage.is_last:  # the final norm's input, the head's, and the gradient of the logits
-        elements = _border_elements(stage) + tokens * (model.hidden_size + stage.sizes["vocab"])
-        kept += elements * bytes_ + family.norm.saved_bytes * _tokens_between_blocks(stage)
-    return stage.in_flight * kept
+    return stage.most_held([_chunk(stage, chunk, fused) for chunk in stage.chunks])
 
 
 def working_set(stage: StageModel) -> dict[str, int]:
@@ -54,6 +41,24 @@ def is_fused(stage: StageModel) -> bool:
     In fp32 it depends on the heads and the mask; they are counted then.
     """
     return stage.config.train.precision != "fp32" and stage.config.model.attention_dropout == 0.0
+
+
+def _chunk(stage: StageModel, chunk: Chunk, fused: bool) -> int:
+    """Bytes that a virtual stage keeps of one micro-batch."""
+    parallel, tokens, bytes_ = stage.config.parallel, stage.tokens, stage.element_bytes
+    model, family = stage.config.model, stage.config.model.description
+    num_recomputed = share(chunk.num_layers, parallel.recompute_every) if parallel.recompute == "full" else 0
+    kept = num_recomputed * _border_elements(stage) * bytes_
+    kept += (chunk.num_layers - num_recomputed) * _layer(stage, fused, parallel.recompute == "selective")
+    if family.block.attention.rotates:
+        kept += tokens * model.head_size * bytes_  # cosines and sines
+    if chunk.is_first:
+        kept += 8 * tokens * len(family.embeddings)  # ids of tokens and positions
+        kept += tokens * model.hidden_size if model.hidden_dropout else 0
+    if chunk.is_last:  # the final norm's input, the head's, and the gradient of the logits
+        elements = _border_elements(stage) + tokens * (model.hidden_size + stage.sizes["vocab"])
+        kept += elements * bytes_ + family.norm.saved_bytes * _tokens_between_blocks(stage)
+    return kept
 
 
 def _layer(stage: StageModel, fused: bool, selective: bool) -> int:

@@ -1,8 +1,8 @@
-"""The part of a model that the ranks of a pipeline stage compute, as sizes: their tensors, without making any."""
+"""The part of a model that each rank of a pipeline computes, as sizes: its tensors, without making any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -10,29 +10,42 @@ from typing import NamedTuple
 from megatrain.config import ModelConfig, RunConfig
 from megatrain.families.description import SHARDED_WIDTHS, Weight, Width
 from megatrain.plan import rules
+from megatrain.plan.pipeline_schedule import most_held
 from megatrain.plan.stages import decoder_stages
 
 
 class Parameter(NamedTuple):
-    """``copies`` tensors of ``numel`` elements each on this rank, padding of the vocabulary included.
+    """``copies`` tensors of ``num_rows`` rows each on this rank, padding of the vocabulary included.
 
     ``num_replicas``: so many tensor ranks hold the same elements. ``is_tied``: the first stage has and saves them too.
     """
 
     numel: int
+    num_rows: int
     is_matrix: bool
     copies: int = 1
     num_replicas: int = 1
     is_tied: bool = False
 
 
+class Chunk(NamedTuple):
+    """A virtual stage: ``is_first``: it has the embedding. ``is_last``: it has the final norm and the head."""
+
+    num_layers: int
+    is_first: bool
+    is_last: bool
+
+
 @dataclass(frozen=True)
 class StageModel:
-    """What each rank of pipeline stage ``stage`` computes, with its ``data`` - 1 likes. The layout must be legal."""
+    """What each rank of pipeline stage ``stage`` computes, with its ``data`` - 1 likes. The layout must be legal.
+
+    ``chunk_layers``: decoder layers of each of its virtual stages.
+    """
 
     config: RunConfig
     stage: int
-    num_layers: int
+    chunk_layers: tuple[int, ...]
     data: int
     num_micro_batches: int
 
@@ -47,6 +60,20 @@ class StageModel:
         return self.stage == self.config.parallel.pipeline - 1
 
     @property
+    def chunks(self) -> list[Chunk]:
+        """Its virtual stages: the embedding is in the first one of the first rank, the head in the last of the last."""
+        last = len(self.chunk_layers) - 1
+        return [
+            Chunk(count, self.is_first and index == 0, self.is_last and index == last)
+            for index, count in enumerate(self.chunk_layers)
+        ]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of all its chunks."""
+        return sum(self.chunk_layers)
+
+    @property
     def element_bytes(self) -> int:
         """Of weights and activations."""
         return 4 if self.config.train.precision == "fp32" else 2
@@ -57,9 +84,17 @@ class StageModel:
         return self.config.train.micro_batch_size * self.config.data.seq_len
 
     @property
-    def in_flight(self) -> int:
-        """Micro-batches between their forward and their backward pass, at the most (1F1B)."""
-        return min(self.config.parallel.pipeline - self.stage, self.num_micro_batches)
+    def border_bytes(self) -> int:
+        """Of what travels between stages, on each tensor rank: [B, T, hidden], with sequence parallelism its part."""
+        parallel = self.config.parallel
+        num_bytes = self.tokens * self.config.model.hidden_size * self.element_bytes
+        return num_bytes // parallel.tensor if parallel.sequence else num_bytes
+
+    def most_held(self, chunk_bytes: Sequence[float]) -> int:
+        """The most between forward and backward passes; ``chunk_bytes``: of a micro-batch in each chunk."""
+        parallel = self.config.parallel
+        shape = parallel.pipeline, parallel.pipeline_chunks, self.num_micro_batches
+        return round(most_held(*shape, self.stage, chunk_bytes))
 
     @cached_property
     def sizes(self) -> Mapping[Width, int]:
@@ -71,7 +106,28 @@ class StageModel:
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """All tensors that it holds."""
-        return tuple(self._parameters())
+        block = (p._replace(copies=self.num_layers) for p in self.layer_parameters)
+        return (*self.embedding_parameters, *block, *self.head_parameters)
+
+    @cached_property
+    def embedding_parameters(self) -> tuple[Parameter, ...]:
+        """Those of the embeddings, on the first rank."""
+        embeddings = self.config.model.description.embeddings if self.is_first else ()
+        return tuple(self._held(weight for embedding in embeddings for weight in embedding.weights))
+
+    @cached_property
+    def layer_parameters(self) -> tuple[Parameter, ...]:
+        """Those of one decoder layer."""
+        return tuple(self._held(self.config.model.description.block.weights))
+
+    @cached_property
+    def head_parameters(self) -> tuple[Parameter, ...]:
+        """Those of the final norm and the head, on the last rank; on an only one a tied head has none."""
+        if not self.is_last:
+            return ()
+        family, is_tied = self.config.model.description, self.config.model.tie_word_embeddings
+        head = [] if is_tied and self.is_first else self._held(family.head.weights)
+        return (*self._held(family.norm.weights), *(p._replace(is_tied=is_tied) for p in head))
 
     @cached_property
     def num_parameters(self) -> int:
@@ -83,30 +139,25 @@ class StageModel:
         """Elements of its largest tensor."""
         return max(p.numel for p in self.parameters)
 
-    def _parameters(self) -> Iterator[Parameter]:
-        model = self.config.model
-        family = model.description
-        if self.is_first:
-            yield from self._held(weight for embedding in family.embeddings for weight in embedding.weights)
-        yield from self._held(family.block.weights, self.num_layers)
-        if self.is_last:
-            yield from self._held(family.norm.weights)
-            if not (model.tie_word_embeddings and self.is_first):
-                yield from (p._replace(is_tied=model.tie_word_embeddings) for p in self._held(family.head.weights))
-
-    def _held(self, weights: Iterable[Weight], copies: int = 1) -> Iterator[Parameter]:
+    def _held(self, weights: Iterable[Weight]) -> Iterator[Parameter]:
         tensor = self.config.parallel.tensor
         replicas = {None: tensor, "keys": max(tensor // self.config.model.kv_heads, 1)}
         for weight in weights:
-            yield Parameter(weight.numel(self.sizes), weight.is_matrix, copies, replicas.get(weight.sharded_width, 1))
+            yield Parameter(
+                numel=weight.numel(self.sizes),
+                num_rows=weight.shape(self.sizes)[0],
+                is_matrix=weight.is_matrix,
+                num_replicas=replicas.get(weight.sharded_width, 1),
+            )
 
 
 def stage_models(config: RunConfig, world_size: int) -> list[StageModel]:
     """Each stage's: all that is different between ranks of a legal layout."""
-    counts = _stages(config.model, config.data.seq_len, config.parallel.pipeline)
+    num_ranks, num_chunks = config.parallel.pipeline, config.parallel.pipeline_chunks
+    counts = _stages(config.model, config.data.seq_len, num_ranks * num_chunks)
     data = rules.data_degree(config, world_size)
     num_micro_batches = rules.num_micro_batches(config, world_size)
-    return [StageModel(config, stage, count, data, num_micro_batches) for stage, count in enumerate(counts)]
+    return [StageModel(config, rank, counts[rank::num_ranks], data, num_micro_batches) for rank in range(num_ranks)]
 
 
 @lru_cache(maxsize=64)  # the search for a layout that fits asks for the same ones hundreds of times

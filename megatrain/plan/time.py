@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from megatrain.config import RunConfig
 from megatrain.plan.cluster import Cluster
+from megatrain.plan.deepspeed_memory import bucket_setting, uses_bf16_optimizer
 from megatrain.plan.flops import flops_per_token
-from megatrain.plan.memory import bucket_setting, uses_bf16_optimizer
 from megatrain.plan.stage_model import StageModel, share
 
 HOST_BYTES_PER_SECOND = 25e9

@@ -1,4 +1,4 @@
-"""The memory that a plan names is what DeepSpeed's engines allocate."""
+"""The memory that a plan names is what each engine allocates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 from megatrain.config import RunConfig
 from megatrain.plan.activations import activations
+from megatrain.plan.deepspeed_memory import bucket_elements
 from megatrain.plan.flops import num_parameters
-from megatrain.plan.memory import RankMemory, bucket_elements, rank_memory
+from megatrain.plan.memory import RankMemory, rank_memory
 from megatrain.plan.stage_model import StageModel, stage_models
 
 REPOSITORY = Path(__file__).parents[3]
@@ -31,6 +32,7 @@ MODEL = {
 }
 GPT2 = {"family": "gpt2", "num_key_value_heads": None}
 QWEN2 = {"family": "qwen2"}
+FSDP2 = {"engine": "fsdp2"}
 QWEN3 = {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
 
 
@@ -62,6 +64,10 @@ class Case:
         return ", ".join([self.precision, f"ZeRO {self.zero_stage}", *words, f"rank {self.rank}"])
 
     @property
+    def engine(self) -> str:
+        return self.parallel.get("engine", "deepspeed")
+
+    @property
     def part(self) -> StageModel:
         config = RunConfig.model_validate(self.config)
         return stage_models(config, NUM_RANKS)[self.rank * config.parallel.pipeline // NUM_RANKS]
@@ -81,6 +87,11 @@ CASES = [
     Case("bf16", 1, {"recompute": "full"}, {"tie_word_embeddings": False}),
     Case("bf16", 1, {"recompute": "selective"}, GPT2),
     Case("bf16", 1, {}, {"family": "mistral", "sliding_window": 40}, seq_len=300),  # of three blocks of rows
+    *(Case("bf16", stage, FSDP2) for stage in range(4)),
+    *(Case("fp32", stage, FSDP2) for stage in (1, 3)),
+    Case("fp16", 2, {**FSDP2, "tensor": 2}, QWEN3),
+    Case("bf16", 1, {**FSDP2, "tensor": 4, "sequence": True}, QWEN2),
+    Case("bf16", 3, {**FSDP2, "recompute": "full"}, {"tie_word_embeddings": False}),
 ]
 STAGED = [
     *(Case("bf16", stage, {"pipeline": 2}, rank=rank) for stage in (0, 1) for rank in (0, SECOND_STAGE)),
@@ -140,6 +151,13 @@ def test_gradients_are_what_the_engine_allocates(case, measured):
     assert on_device + memory.cpu.get("gradients", 0) == measured[case.name]["gradients"]
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.engine == "fsdp2"], ids=lambda case: case.name)
+def test_weights_come_and_go_as_planned(case, measured):
+    memory = rank_memory(case.part)
+    whole = memory.weights_bytes + memory.passes.get("gathered weights", 0)
+    assert whole == measured[case.name]["whole parameters"]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
     assert activations(case.part, on_cpu=True) == pytest.approx(measured[case.name]["activations"], rel=0.02)
@@ -156,7 +174,7 @@ def test_parameters_of_all_ranks_make_the_model(model):
 
 def test_earlier_stages_keep_more_activations():
     first, middle, last = stage_models(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}).config), NUM_RANKS)
-    assert (first.in_flight, middle.in_flight, last.in_flight) == (3, 2, 1)
+    assert [part.most_held([1.0]) for part in (first, middle, last)] == [3, 2, 1]
     assert activations(first) > 3 / 2 * activations(middle)
 
 

@@ -1,0 +1,135 @@
+"""What DeepSpeed holds on a rank, in bytes, as `megatrain.parallel.deepspeed` uses it.
+
+State is what it really allocates, to the byte but for the cases named at `_gradients`. It differs from "ZeRO"
+(Rajbhandari et al. 2020, arXiv:1910.02054) in that gradients are summed in fp32, and where docs/parallelism.md says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatrain.config import RunConfig
+from megatrain.plan.engine_memory import STATE_BYTES, STEP_BYTES, EngineMemory, saved_elements
+from megatrain.plan.stage_model import StageModel, share
+
+_SMALLEST_BUCKET = 1 << 20
+_LARGEST_BUCKET = 1 << 29
+_ALL_REDUCE_ELEMENTS = 500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: what it copies into one message
+
+
+def deepspeed_memory(part: StageModel) -> EngineMemory:
+    """What is there under ``parallel.engine: deepspeed``."""
+    offload, stage = part.config.parallel.offload, part.config.parallel.zero_stage
+    weights, gradients, optimizer = _weights(part), _gradients(part), _optimizer(part)
+    cpu = {}
+    if offload != "none":
+        _, mine = _flat(part)
+        cpu["optimizer"], optimizer = optimizer, 0
+        cpu["gradients"] = (8 if stage == 3 else 4) * mine  # ZeRO 3: the sums, and what the optimizer is given
+        if stage == 3:
+            gradients = 0
+        else:
+            cpu["weights"] = part.element_bytes * mine  # on their way from the masters to the device
+    if offload == "all":
+        cpu["weights"], weights = weights, 0
+    return EngineMemory(weights, gradients, optimizer, _owned(part), _pass_buffers(part), _update_buffers(part), cpu)
+
+
+def bucket_elements(num_parameters: int) -> int:
+    """Elements of DeepSpeed's buckets for a rank that computes with so many: all at once, within limits."""
+    return min(max(num_parameters, _SMALLEST_BUCKET), _LARGEST_BUCKET)
+
+
+def uses_bf16_optimizer(config: RunConfig) -> bool:
+    """Whether DeepSpeed's BF16_Optimizer is at work: it keeps whole fp32 sums of gradients, and no others."""
+    parallel = config.parallel
+    return parallel.zero_stage < 2 and config.train.precision == "bf16" and parallel.offload == "none"
+
+
+def _flat(part: StageModel) -> tuple[int, int]:
+    """Elements of the buffers that DeepSpeed lays the parameters into, matrices and vectors apart; a data rank's share.
+
+    ZeRO 3 cuts each parameter by itself; the others the buffers, whose length is a multiple of 2 for each rank.
+    """
+    stage, cut = part.config.parallel.zero_stage, part.data if part.config.parallel.zero_stage else 1
+    if stage == 3:
+        return part.num_parameters, sum(share(p.numel, cut) * p.copies for p in part.parameters)
+    if stage == 0 and part.config.train.precision == "fp32":  # torch's own optimizer, on the parameters themselves
+        return part.num_parameters, part.num_parameters
+    groups = [sum(p.numel * p.copies for p in part.parameters if p.is_matrix is kind) for kind in (True, False)]
+    whole = sum(share(size, 2 * cut) * 2 * cut for size in groups)
+    return whole, whole // cut
+
+
+def _weights(part: StageModel) -> int:
+    whole, mine = _flat(part)
+    return part.element_bytes * (mine if part.config.parallel.zero_stage == 3 else whole)
+
+
+def _optimizer(part: StageModel) -> int:
+    if part.config.parallel.zero_stage == 0 and part.config.train.precision == "fp32":  # the weights are the masters
+        return 8 * part.num_parameters + STEP_BYTES * sum(p.copies for p in part.parameters)
+    return STATE_BYTES * _flat(part)[1] + 2 * STEP_BYTES
+
+
+def _gradients(part: StageModel) -> int:
+    """What is there between two passes of a step.
+
+    In fp32, ZeRO 2 keeps whole the gradients of parameters of which a share has a part: up to two parameters more. ZeRO
+    3 steps through sub-groups of a bucket's size: a few bytes more for each.
+    """
+    whole, mine = _flat(part)
+    if uses_bf16_optimizer(part.config):
+        return 4 * whole
+    return 4 * (mine if part.config.parallel.zero_stage >= 2 else part.num_parameters)
+
+
+def _owned(part: StageModel) -> int:
+    """The most elements that a rank of this kind saves: what ranks hold alike is shared out among them."""
+    stage, data = part.config.parallel.zero_stage, part.data
+    if stage == 3:
+        return saved_elements(part, lambda p: share(p.numel, data))
+    if stage == 0:
+        return saved_elements(part, lambda p: p.numel, data)
+    return min(_flat(part)[1], saved_elements(part, lambda p: p.numel))
+
+
+def _pass_buffers(part: StageModel) -> dict[str, int]:
+    """What DeepSpeed holds while passes are made, beside the gradients."""
+    stage, bytes_, size = part.config.parallel.zero_stage, part.element_bytes, part.num_parameters
+    bucket = bucket_setting(part, "reduce_bucket_size")
+    is_half = bytes_ < 4
+    buffers = {"a weight's gradient": bytes_ * part.largest_parameter}
+    if stage in (1, 2) and part.config.parallel.offload != "none":
+        buffers["a gradient on its way"] = bytes_ * part.largest_parameter
+    if stage == 2:  # gradients in their own type, and in fp32 as they travel
+        buffers["bucket of gradients"] = (bytes_ + 4 * is_half) * bucket
+    if stage == 3:
+        live = max(min(size, bucket_setting(part, "stage3_max_live_parameters")), part.largest_parameter)
+        buffers |= {"bucket of gradients": 4 * bucket, "gathered weights": bytes_ * live}
+    return buffers
+
+
+def _update_buffers(part: StageModel) -> dict[str, int]:
+    """What DeepSpeed holds from the last backward pass to the next forward pass, beside the state."""
+    stage, data, size = part.config.parallel.zero_stage, part.data, part.num_parameters
+    whole, mine = _flat(part)
+    matrices = sum(p.numel * p.copies for p in part.parameters if p.is_matrix)
+    if uses_bf16_optimizer(part.config):  # two buffers, copied into one message if they are not too large
+        is_copied = stage == 1 and data > 1 and matrices <= _ALL_REDUCE_ELEMENTS
+        return {"gradients in a message": 4 * whole if is_copied else 0}
+    if stage == 0 and part.element_bytes == 4:
+        largest = _ALL_REDUCE_ELEMENTS + part.largest_parameter
+        return {"gradients in a message": 4 * min(size, largest) if data > 1 else 0}
+    if stage == 0:
+        return {"gradients of the update": 4 * mine}
+    if stage == 1 and part.element_bytes < 4:
+        return {"bucket of gradients": 4 * bucket_setting(part, "reduce_bucket_size") + 4 * mine}
+    return {"gradients of the update": 4 * min(mine, bucket_setting(part, "sub_group_size"))} if stage == 3 else {}
+
+
+def bucket_setting(part: StageModel, key: str) -> int:
+    """A bucket of DeepSpeed's: what the user put under ``deepspeed``, or what megatrain sets."""
+    given = part.config.deepspeed.get("zero_optimization", {})
+    value = given.get(key) if isinstance(given, Mapping) else None
+    return int(value) if isinstance(value, (int, float)) else bucket_elements(part.num_parameters)

@@ -1,0 +1,74 @@
+"""What FSDP2 holds on a rank, in bytes, as `megatrain.parallel.fsdp2` uses it.
+
+Read from torch 2.13 (`torch.distributed.fsdp._fully_shard`) and measured: tests/unit/plan/test_rank_memory.py. A rank
+has whole rows of each parameter in fp32, its master weights; rows that are not there are padded, so that all data ranks
+hold as much. Weights are gathered in the type that they compute in, and below ZeRO 3 stay so between the passes of a
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from megatrain.plan.engine_memory import STEP_BYTES, EngineMemory, saved_elements
+from megatrain.plan.stage_model import Parameter, StageModel, share
+
+
+def fsdp2_memory(part: StageModel) -> EngineMemory:
+    """What is there under ``parallel.engine: fsdp2``."""
+    stage, bytes_ = part.config.parallel.zero_stage, part.element_bytes
+    mine, gathered = _mine(part, part.parameters), _gathered(part, part.parameters)
+    own = [p for p in part.parameters if not p.is_tied]
+    largest = max(_gathered(part, group) for group in message_groups(part))
+    passes = {
+        "a layer's gradients": bytes_ * largest,
+        "gradients in a message": (4 * largest + 4 * share(largest, part.data)) if part.data > 1 else 4 * largest,
+        "weights in messages": 2 * bytes_ * largest if part.data > 1 else 0,  # of a layer and the one after it
+    }
+    if stage == 3:
+        passes["gathered weights"] = bytes_ * _whole_at_once(part)
+    return EngineMemory(
+        weights=4 * mine + (bytes_ * gathered if stage < 3 else 0),
+        gradients=4 * (part.num_parameters if stage < 2 else mine),
+        optimizer=8 * _mine(part, own) + STEP_BYTES * sum(p.copies for p in own),
+        owned=saved_elements(part, lambda p: _rows(part, p)),
+        passes=passes,
+        update={},
+        cpu={},
+    )
+
+
+def message_groups(part: StageModel) -> Iterator[tuple[Parameter, ...]]:
+    """The parameters that are gathered and reduced together, one of the alike decoder layers: a layer, the embeddings,
+    the last norm and the head; on an only stage with a tied head those two in one."""
+    yield part.layer_parameters
+    if _is_tied(part):
+        yield (*part.embedding_parameters, *part.head_parameters)
+        return
+    yield from (group for group in (part.embedding_parameters, part.head_parameters) if group)
+
+
+def _whole_at_once(part: StageModel) -> int:
+    """Elements of the weights that are whole at a time under ZeRO 3: a group's. The one with tied weights goes with the
+    whole model, and stays from the beginning of the forward pass to the end of the backward pass."""
+    layer, *others = (_gathered(part, group) for group in message_groups(part))
+    return layer + others[0] if _is_tied(part) else max((layer, *others))
+
+
+def _is_tied(part: StageModel) -> bool:
+    """Whether embedding and head are one weight, on an only stage."""
+    return part.is_first and part.is_last and part.config.model.tie_word_embeddings
+
+
+def _rows(part: StageModel, parameter: Parameter) -> int:
+    """Elements of this rank's rows, padding included."""
+    return share(parameter.num_rows, part.data) * (parameter.numel // parameter.num_rows)
+
+
+def _mine(part: StageModel, parameters: Iterable[Parameter]) -> int:
+    return sum(_rows(part, p) * p.copies for p in parameters)
+
+
+def _gathered(part: StageModel, parameters: Iterable[Parameter]) -> int:
+    """Elements of whole parameters, with the padding of all data ranks."""
+    return _mine(part, parameters) * part.data
