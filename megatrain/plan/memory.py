@@ -17,7 +17,7 @@ from megatrain.plan.fsdp2_memory import fsdp2_memory
 from megatrain.plan.stage_model import StageModel
 
 _RECORDS_IN_FLIGHT = 6
-"""Activations or gradients on their way between stages: four exchanges may be unfinished, a fifth is under way."""
+"""Between stages, of activations or gradients: two exchanges of two may be unfinished, and two have come in."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _memory(ranks: tuple[RankMemory, ...]) -> Table:
 
 def _rest(plan: RunPlan) -> list[str]:
     failures, time = plan.failures, plan.time
-    shares = {_NAMES[key]: seconds / time.step for key, seconds in vars(time).items()}
+    shares = {_NAMES[key]: seconds / time.step for key, seconds in time.parts.items()}
     spent = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= _SMALLEST_SHARE)
     in_node = max(sum(rank.cpu.values()) for rank in plan.ranks) * plan.cluster.gpus_per_node
     return [

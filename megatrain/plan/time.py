@@ -4,10 +4,10 @@ A rank computes at ``efficiency`` times the peak of its device; that share is as
 run on one device), everything else follows from the config:
 
 - Operations are those of `flops_per_token`, and what recomputation repeats, of this rank's part of each layer.
-- A message takes its bytes over the bandwidth of the link that its group's ring must pass, without latency. Those of
-  tensor parallelism, and the data ranks' (gradients, weights), are not hidden behind arithmetic. Bytes are those of
-  docs/parallelism.md, where they were measured: DeepSpeed's, not only the papers'.
-- 1F1B: the micro-batches go through the slowest stage one after the other, and once through all stages
+- A message takes its bytes over the bandwidth of the link that its group's ring must pass, without latency. Bytes are
+  those of docs/parallelism.md, where they were measured for each engine. Messages of tensor parallelism are not hidden
+  behind arithmetic; of those between data ranks, what the passes hide is in megatrain.plan.data_messages.
+- 1F1B and interleaved: the micro-batches go through the slowest rank one after the other, and a part of one through all
   (Narayanan et al. 2021, arXiv:2104.04473).
 - The update reads and writes this rank's share of the state once, at the memory's bandwidth.
 
@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 from megatrain.config import RunConfig
 from megatrain.plan.cluster import Cluster
-from megatrain.plan.deepspeed_memory import bucket_setting, uses_bf16_optimizer
+from megatrain.plan.data_messages import data_seconds
 from megatrain.plan.flops import flops_per_token
+from megatrain.plan.pipeline_schedule import bubble
 from megatrain.plan.stage_model import StageModel, share
 
 HOST_BYTES_PER_SECOND = 25e9
@@ -32,7 +33,8 @@ _UPDATE_BYTES = 30  # a parameter: gradient, master weight and both means read, 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they go into, of the slowest rank."""
+    """Seconds of a step by what they go into, of the slowest rank. ``hidden``: of messages between data ranks that are
+    sent while the rank computes, which are no part of the step."""
 
     compute: float
     tensor: float
@@ -40,31 +42,52 @@ class StepTime:
     bubble: float
     data: float
     update: float
+    hidden: float = 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name, what adds up to the step."""
+        return {name: seconds for name, seconds in vars(self).items() if name != "hidden"}
 
     @property
     def step(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
+        return sum(self.parts.values())
 
 
 def step_time(parts: list[StageModel], cluster: Cluster) -> StepTime:
     count = parts[0].num_micro_batches
     passes = [_Pass.of(part, cluster) for part in parts]
     slowest = max(passes, key=lambda each: each.seconds)
-    last = max(range(len(parts)), key=lambda k: _data(parts[k], cluster) + _update(parts[k], cluster))
+    data = [data_seconds(part, each.compute, cluster) for part, each in zip(parts, passes, strict=True)]
+    waited = [
+        each.waited + _tied(part, cluster) + _update(part, cluster) for part, each in zip(parts, data, strict=True)
+    ]
+    last = max(range(len(parts)), key=waited.__getitem__)
+    others = sum(each.seconds for each in passes) - slowest.seconds
     return StepTime(
         compute=count * slowest.compute,
         tensor=count * slowest.tensor,
         pipeline=count * slowest.pipeline,
-        bubble=sum(each.seconds for each in passes) - slowest.seconds,
-        data=_data(parts[last], cluster),
+        bubble=others * _rounds_waited(parts[0]),
+        data=data[last].waited + _tied(parts[last], cluster),
         update=_update(parts[last], cluster),
+        hidden=data[last].hidden,
     )
 
 
 def pipeline_bubble(config: RunConfig, num_micro_batches: int) -> float:
-    """The idle share of 1F1B's time where all stages are alike: (p - 1) / (m + p - 1)."""
-    stages = config.parallel.pipeline
-    return (stages - 1) / (num_micro_batches + stages - 1)
+    """The idle share of the time where all chunks are alike: (p - 1) / (m + p - 1) for 1F1B, and with v chunks a rank,
+    from p micro-batches on, (p - 1) / (v m + p - 1)."""
+    waited = bubble(config.parallel.pipeline, config.parallel.pipeline_chunks, num_micro_batches)
+    return waited / (1 + waited)
+
+
+def _rounds_waited(part: StageModel) -> float:
+    """How often a rank waits for a whole micro-batch's passes on the others: once in 1F1B, less with more chunks."""
+    num_ranks, count = part.config.parallel.pipeline, part.num_micro_batches
+    if num_ranks == 1:
+        return 0.0
+    return bubble(num_ranks, part.config.parallel.pipeline_chunks, count) * count / (num_ranks - 1)
 
 
 @dataclass(frozen=True)
@@ -115,46 +138,30 @@ def _tensor(part: StageModel, cluster: Cluster) -> float:
 
 
 def _pipeline(part: StageModel, cluster: Cluster) -> float:
-    """Activations on, gradients back; of each 1/tensor a rank, gathered on arrival and once more for what was sent."""
+    """Activations on, gradients back, of each chunk."""
     parallel = part.config.parallel
     if parallel.pipeline == 1:
         return 0.0
-    num_borders = (not part.is_first) + (not part.is_last)
+    num_borders = sum((not chunk.is_first) + (not chunk.is_last) for chunk in part.chunks)
     stride = parallel.tensor * part.data
-    sent = num_borders * _border(part) / parallel.tensor / cluster.border_bandwidth(parallel.pipeline, stride)
-    gathered = 0.0 if parallel.sequence else 2 * num_borders * _border(part) * (parallel.tensor - 1) / parallel.tensor
-    return sent + gathered / cluster.bandwidth(parallel.tensor, 1)
-
-
-def _data(part: StageModel, cluster: Cluster) -> float:
-    """What data ranks send in a step: gradients in fp32, weights in their own type."""
-    data, stage = part.data, part.config.parallel.zero_stage
-    gradients, weights = 4 * part.num_parameters, part.element_bytes * part.num_parameters
-    if stage == 0:
-        sent = 2 * gradients
-    elif stage == 1:  # DeepSpeed's BF16_Optimizer all-reduces gradients
-        sent = (2 if uses_bf16_optimizer(part.config) else 1) * gradients + weights
-    elif stage == 2:
-        sent = gradients * part.num_micro_batches + weights
-    else:  # weights that may stay whole until the backward pass are gathered once
-        stay = part.num_parameters <= bucket_setting(part, "stage3_max_live_parameters")
-        sent = (gradients + (1 if stay else 2) * weights) * part.num_micro_batches
-    between = sent * (data - 1) / data / cluster.bandwidth(data, part.config.parallel.tensor)
-    return between + _tied(part, cluster)
+    return num_borders * part.border_bytes / cluster.border_bandwidth(parallel.pipeline, stride)
 
 
 def _tied(part: StageModel, cluster: Cluster) -> float:
-    """First and last stage sum the gradients of the table that they share, and the first sends its weights."""
+    """The last stage sends its gradient of the table that it shares with the first one, and gets the weights back."""
     model, parallel = part.config.model, part.config.parallel
     if parallel.pipeline == 1 or not model.tie_word_embeddings or not (part.is_first or part.is_last):
         return 0.0
     table = part.sizes["vocab"] * model.hidden_size
     link = cluster.border_bandwidth(parallel.pipeline, parallel.tensor * part.data)
+    if parallel.engine == "fsdp2":  # of each data rank its rows, in fp32
+        return 8 * table / part.data / link
     return (4 + part.element_bytes) * table / link
 
 
 def _update(part: StageModel, cluster: Cluster) -> float:
-    mine = part.num_parameters / (part.data if part.config.parallel.zero_stage else 1)
+    is_shared = part.config.parallel.zero_stage > 0 or part.config.parallel.engine == "fsdp2"
+    mine = part.num_parameters / (part.data if is_shared else 1)
     if part.config.parallel.offload == "none":
         return _UPDATE_BYTES * mine / cluster.device.bytes_per_second
     moved = (4 + part.element_bytes) * mine  # gradients down, weights up
@@ -169,4 +176,6 @@ def _border(part: StageModel) -> int:
 def _num_recomputed(part: StageModel) -> int:
     """Layers whose forward pass is made twice."""
     parallel = part.config.parallel
-    return share(part.num_layers, parallel.recompute_every) if parallel.recompute == "full" else 0
+    if parallel.recompute != "full":
+        return 0
+    return sum(share(count, parallel.recompute_every) for count in part.chunk_layers)

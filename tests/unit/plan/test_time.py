@@ -55,7 +55,7 @@ def megabytes_sent(num_ranks: int, **parallel: Any) -> tuple[float, float, float
     """By tensor, pipeline and data: over links of a byte a second, seconds are bytes."""
     slow = replace(NODE, gpus_per_node=num_ranks, device=replace(NODE.device, link_bytes_per_second=1.0))
     time = time_of(make_config(**parallel), slow)
-    return time.tensor / 1e6, time.pipeline / 1e6, time.data / 1e6
+    return time.tensor / 1e6, time.pipeline / 1e6, (time.data + time.hidden) / 1e6
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,10 @@ def megabytes_sent(num_ranks: int, **parallel: Any) -> tuple[float, float, float
         (2, {"zero_stage": 0, "tensor": 2, "sequence": True}, (4.7 + 4.5 + 0.6, 0, 0)),
         (4, {"zero_stage": 0, "tensor": 4}, (14.2, 0, 0)),
         (4, {"zero_stage": 3, "tensor": 2}, (4.7, 0, 8.0 + 4.0)),
-        (2, {"zero_stage": 0, "pipeline": 2}, (0, 0.5, 4.2 + 2.1)),  # of the tied table: gradients both ways, weights
+        (2, {"zero_stage": 0, "pipeline": 2}, (0, 0.5, 4.2 + 2.1)),  # of the tied table: gradients, weights
+        (2, {"engine": "fsdp2", "zero_stage": 1}, (0, 0, 8.0 + 4.0)),
+        (2, {"engine": "fsdp2", "zero_stage": 2}, (0, 0, 16.0 + 4.0)),
+        (2, {"engine": "fsdp2", "zero_stage": 3}, (0, 0, 16.0 + 13.9)),  # weights but the tied table's twice
     ],
     ids=str,
 )
@@ -88,6 +91,33 @@ def test_arithmetic_is_at_the_assumed_share():
     assert time.update == pytest.approx(30 * stage_models(config, 1)[0].num_parameters / 3350e9)
     assert (time.tensor, time.pipeline, time.bubble, time.data) == (0, 0, 0, 0)
     assert time.step == time.compute + time.update
+
+
+def test_fsdp2_hides_messages_behind_its_passes():
+    """All but the first gather and the last reduction, of the embedding, where links are fast enough."""
+    config = make_config(engine="fsdp2", zero_stage=1)
+    table = 4096 * 256 + 256  # and the last norm
+    links = [replace(NODE.device, link_bytes_per_second=speed) for speed in (1e13, 1e3)]
+    near, far = (replace(NODE, gpus_per_node=2, device=device) for device in links)
+    fast, slow = time_of(config, near), time_of(config, far)
+    assert fast.data == pytest.approx((2 + 4) * table / 2 / 1e13)
+    assert fast.hidden == pytest.approx((8.0e6 + 4.0e6) / 1e13 - fast.data, rel=0.01)
+    assert slow.hidden == pytest.approx(fast.compute / 2)  # of one micro-batch of two: no more than it computes
+    deepspeed = time_of(make_config(zero_stage=1), near)
+    assert deepspeed.hidden == 0 < fast.step < deepspeed.step
+
+
+@pytest.mark.parametrize(("ranks", "chunks", "count"), [(2, 2, 4), (4, 1, 4), (2, 2, 1)])
+def test_the_bubble_shrinks_with_chunks(ranks, chunks, count):
+    config = make_config(pipeline=ranks, pipeline_chunks=chunks)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 1})})
+    config = with_changes(config, ("train.global_batch_size", count))
+    fast = replace(NODE, gpus_per_node=ranks, device=replace(NODE.device, link_bytes_per_second=1e30))
+    time = time_of(config, fast)
+    share = time.bubble / (time.bubble + time.compute)
+    assert share == pytest.approx(pipeline_bubble(config, count), rel=1e-3)
+    if count >= ranks:
+        assert pipeline_bubble(config, count) == pytest.approx((ranks - 1) / (chunks * count + ranks - 1))
 
 
 def test_full_recomputation_costs_a_third_more():
