@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -106,8 +107,29 @@ def _read_options(
 
 
 CheckOption = Annotated[
-    bool, typer.Option("--check", help="Only read all inputs, list every file that cannot be read, and write nothing.")
+    bool,
+    typer.Option("--check", help="Read all inputs, try the storage, list all that is wrong, and leave nothing."),
 ]
+
+
+def _check(given: dict[str, Any], read: Any) -> None:
+    """Look at all that the command with these options needs."""
+    from data_tools.check import Storage, check_command
+    from data_tools.clean.filter import choose_filters
+    from data_tools.progress import show_progress
+    from data_tools.ranks import Ranks
+    from data_tools.tokenizer import load_tokenizer
+
+    others: list[Callable[[], object]] = []
+    if "tokenizer" in given:
+        ends = given["eod_token"], given["bos_token"]
+        others.append(partial(load_tokenizer, given["tokenizer"].expanduser(), *ends))
+    if "filters" in given:
+        others.append(partial(choose_filters, given["filters"], given["config"] and given["config"].expanduser()))
+    is_folder = "vocab_size" not in given
+    storage = Storage(given["out"], is_folder, 1.0 if is_folder else 0.0)
+    num_workers = given.get("workers") or Ranks().num_cores()
+    check_command(given["inputs"], read, storage, others, num_workers, show_progress, _show)
 
 
 def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
@@ -123,12 +145,7 @@ def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         read = _read_options(**{name: given.pop(name) for name in options})
         if given.pop("check"):
-            from data_tools.check import check_inputs
-            from data_tools.progress import show_progress
-            from data_tools.ranks import Ranks
-
-            num_workers = given.get("workers") or Ranks().num_cores()
-            check_inputs(given["inputs"], read, num_workers, show_progress, _show)
+            _check(given, read)
         else:
             command(**given, read=read)
 

@@ -12,6 +12,8 @@ from data_tools.inputs import InputFile, find_inputs, local_part
 from data_tools.units import ReadOptions
 from megatrain.errors import ConfigError, DataError
 
+NFS_LEFT = ".nfs"
+"""So begin the names of files that an NFS client keeps while somebody has them open, and then removes by itself."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -29,11 +31,17 @@ def local_path(text: str) -> Path:
 def find_inputs_apart(
     out: Path, arguments: Sequence[str], options: ReadOptions, say: Callable[[str], None]
 ) -> list[InputFile]:
-    """What `find_inputs` gives. Raises ConfigError where `out` is, holds or lies in what is read.
+    """What `find_inputs` gives. Raises ConfigError where `out` is, holds or lies in what is read."""
+    files = find_inputs(arguments, options.selection, options.text_key, say)
+    refuse_overlap(out, arguments, files)
+    return files
+
+
+def refuse_overlap(out: Path, arguments: Sequence[str], files: Sequence[InputFile]) -> None:
+    """Raise ConfigError where `out` is, holds or lies in what is read.
 
     It would be overwritten; or the same command would find what it wrote, the next time, as its input.
     """
-    files = find_inputs(arguments, options.selection, options.text_key, say)
     place = Path(os.path.realpath(out))
     for argument in arguments:
         path = local_part(argument)
@@ -47,14 +55,13 @@ def find_inputs_apart(
             folders[folder] = Path(os.path.realpath(folder))
         if folders[folder].is_relative_to(place) or (is_file and out.samefile(path)):
             raise ConfigError(f"--out {out} is, or holds, the input {path}. Give another place to write to.")
-    return files
 
 
 def refuse_occupied(out: Path, work: Path) -> None:
     """Raise ConfigError where `out` is a file, or a folder with other things in it than a command's unfinished work."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give the name of a folder.")
-    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+    if out.is_dir() and not work.is_dir() and not all(path.name.startswith(NFS_LEFT) for path in out.iterdir()):
         raise ConfigError(f"--out {out} is a folder with other things in it; give a new or empty one.")
 
 

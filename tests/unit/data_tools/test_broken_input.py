@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_tools.readers import plan_units, read_parts
 from data_tools.units import ReadOptions
 from megatrain.data import open_dataset
 from megatrain.errors import DataError
+from tests.faults.small_disk import small_disk
 
 GOOD = b'{"text": "good", "id": 7}\n'
 INCOMPRESSIBLE = orjson.dumps({"text": bytes(range(32, 90)).decode() * 30_000, "id": "x"}) + b"\n"
@@ -261,6 +263,48 @@ def test_check_lists_every_bad_file_and_writes_nothing(workers: int, tmp_path: P
     (tmp_path / "good.jsonl").write_bytes(GOOD)
     code, shown, _ = run_command("dedup", tmp_path / "good.jsonl", *arguments[1:])
     assert (code, "All of it can be read: 1 documents." in shown) == (0, True)
+
+
+def test_check_reports_all_that_is_wrong(tmp_path: Path, run_command: RunCommand) -> None:
+    bad_folder(tmp_path / "in")
+    (tmp_path / "file").write_bytes(b"")
+    inputs = (tmp_path / "in", tmp_path / "missing1", tmp_path / "missing2")
+    options = ("--check", "--workers", 1, "--tokenizer", tmp_path / "none.json", "--out", tmp_path / "file" / "out")
+    before = sorted(tmp_path.rglob("*"))
+    code, shown, err = run_command("tokenize", *inputs, *options)
+    assert code == 3
+    for words in ("missing1", "missing2", "a.jsonl, line 2", f"{tmp_path / 'file'} is a file", "none.json"):
+        assert sum(words in line for line in shown.splitlines()) == 1, words
+    assert "7 of 7 files have something that cannot be read" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_tries_the_storage_and_its_room(
+    tmp_path: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what only some storage lacks, one call at a time fails."""
+    (tmp_path / "good.jsonl").write_bytes(GOOD)
+    arguments = ("dedup", tmp_path / "good.jsonl", "--check", "--workers", 1, "--out", tmp_path / "new" / "out")
+    with small_disk(tmp_path / "disk", 1 << 16) as disk:
+        (tmp_path / "long.jsonl").write_bytes(GOOD * 10_000)
+        code, _, err = run_command("dedup", tmp_path / "long.jsonl", *arguments[2:-1], disk / "out")
+        assert (code, "cannot reserve the" in err, "are free" in err) == (3, True, True), err
+        assert list(disk.iterdir()) == []
+
+    def fail(*given: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    for call, step in (
+        ("os.fsync", "write and fsync"),
+        ("pathlib.Path.rename", "rename"),
+        ("os.mkdir", "make a folder"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(call, fail)
+            code, _, err = run_command(*arguments)
+        assert (code, f"the storage at {tmp_path} cannot {step}: Function not implemented" in err) == (3, True), err
+    assert run_command(*arguments)[0] == 0
+    assert not list(tmp_path.glob(".megatrain*"))
 
 
 def test_a_failing_disk_or_store_is_not_skipped(tmp_path: Path) -> None:
