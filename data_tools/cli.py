@@ -254,7 +254,7 @@ def tokenize(
     from data_tools.tokenize import tokenize as run
 
     options = TokenizeOptions(read, eod_token, bos_token, shard_tokens)
-    with find_place(_report, workers, share, dask, dask_plain) as place:
+    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
         if place is None:
             return
         settings = (place.pool.count, engine, show_progress, lambda text: _tell(f"Warning: {text}"))

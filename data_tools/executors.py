@@ -25,6 +25,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+from data_tools.machine import cores_bound
 from data_tools.ranks import Ranks, find_ranks
 from megatrain.errors import ConfigError, MegatrainError, RankError
 
@@ -325,10 +326,12 @@ def find_place(
     share: str | None = None,
     dask: str | None = None,
     dask_plain: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Place | None]:
     """Where this process's units run, by its options or its launcher; None for a worker, once it has served.
 
-    `report` shows an error that ends all ranks of an MPI job, and gives the exit code. Raises ConfigError for options
+    `report` shows an error that ends all ranks of an MPI job, and gives the exit code; `say` is told how many workers
+    there may be. Raises ConfigError for options
     that do not go together.
     """
     ranks = find_ranks()
@@ -348,6 +351,8 @@ def find_place(
         with dask_pool(dask, dask_plain) as cluster:
             yield Place(cluster)
     else:
+        if workers is None:
+            say(f"Workers: up to {ranks.num_cores()}, one a core ({cores_bound(ranks.num_local)}).")
         found = Share(ranks.rank, ranks.size, ranks.job) if ranks.size > 1 else None
         with LocalPool(workers or ranks.num_cores()) as pool:
             yield Place(pool, found if share is None else Share.parse(share))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import io
 import os
 import stat
 from collections import Counter
@@ -119,9 +121,39 @@ def open_input(name: str) -> IO[bytes]:
     if path is None:
         return open_url(name)
     try:
-        return path.open("rb")
+        return io.BufferedReader(LocalFile(path), 1 << 16)
     except OSError as error:
         raise DataError(f"{name} cannot be opened: {error.strerror or error}.") from None
+
+
+class LocalFile(io.FileIO):
+    """A file of this machine, opened once more where NFS says that its handle is stale."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            super().__init__(path)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            super().__init__(path)
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return super().readinto(buffer) or 0
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        position = self.tell()
+        super().__init__(self.name)
+        self.seek(position)
+        return super().readinto(buffer) or 0
+
+    # Both by `readinto`, which the file's own do not call.
+    def read(self, size: int | None = -1) -> Any:
+        return io.RawIOBase.read(self, -1 if size is None else size)
+
+    def readall(self) -> bytes:
+        return io.RawIOBase.readall(self)
 
 
 def misnamed(file: InputFile, expected: str) -> str | None:

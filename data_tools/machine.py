@@ -14,10 +14,24 @@ MEMORY = Path("/proc/meminfo")
 
 def num_cores(num_processes: int = 1) -> int:
     """Cores for this process, which shares the machine with so many of the same kind."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = (line.split() for line in _limits("cpu.max"))
-    allowed = [math.ceil(int(quota) / int(period)) for quota, period in quotas if quota != "max"]
-    return max(1, min([bound, (os.cpu_count() or 1) // num_processes, *allowed]))
+    return _bounds(num_processes)[0][0]
+
+
+def cores_bound(num_processes: int = 1) -> str:
+    """What bounds these cores."""
+    return _bounds(num_processes)[0][1]
+
+
+def _bounds(num_processes: int) -> list[tuple[int, str]]:
+    """Each bound on the cores, and what it is, the least first."""
+    machine = os.cpu_count() or 1
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    share = f"a share of the machine's {machine}" if num_processes > 1 else f"the machine has {machine}"
+    bounds = [(max(machine // num_processes, 1), share), (bound, "those that it is bound to, its affinity")]
+    for quota, period in (line.split() for line in _limits("cpu.max")):
+        if quota != "max":
+            bounds.append((max(math.ceil(int(quota) / int(period)), 1), "cpu.max of a control group"))
+    return sorted(bounds, key=lambda each: each[0])
 
 
 def memory_bytes() -> int:

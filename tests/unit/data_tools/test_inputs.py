@@ -7,6 +7,8 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from data_tools.readers import plan_units, read_parts
 from data_tools.units import ReadOptions, Record
 from megatrain.data import open_dataset
 from megatrain.errors import ConfigError, DataError
+from tests.traced import needs_strace
 
 LINE = b'{"text": "hello world", "id": "a"}\n'
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256))
@@ -295,3 +298,27 @@ def test_a_file_address_is_kept_from_being_overwritten(tmp_path: Path, run_comma
 def test_an_input_file_knows_its_compression() -> None:
     names = {"a.JSONL.GZ": "gzip", "a.json.zst": "zstd", "a.csv.bz2": "bzip2", "a.txt.xz": "xz", "a.jsonl": None}
     assert {name: InputFile(name, 0, "", Kind.TEXT).compression for name in names} == names
+
+
+@needs_strace
+def test_a_stale_handle_is_opened_once_more(tmp_path: Path) -> None:
+    """strace answers ESTALE, as an NFS client does once the server has put another file in its place."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(b"%07d\n" % number for number in range(100_000)))
+    read = (
+        "import sys; from data_tools.inputs import open_input; sys.stdout.buffer.write(open_input(sys.argv[1]).read())"
+    )
+    for call, when, code in (("read", "5", 0), ("openat", "1", 0), ("read", "5..6", 1)):
+        strace = [
+            "strace",
+            "-o",
+            str(tmp_path / "trace"),
+            "-P",
+            str(path),
+            "-e",
+            f"inject={call}:error=ESTALE:when={when}",
+        ]
+        ended = subprocess.run([*strace, sys.executable, "-c", read, str(path)], capture_output=True)
+        assert ended.returncode == code, ended.stderr
+        assert ended.stdout == (b"" if code else path.read_bytes())
+        assert "ESTALE" in (tmp_path / "trace").read_text()

@@ -27,6 +27,7 @@ def test_the_quotas_of_all_groups_bound_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     assert machine.num_cores() == cores
+    assert machine.cores_bound().startswith("those" if cores == 8 else "cpu.max")
     assert machine.num_cores(num_processes=16) == 1
     assert machine.memory_bytes() == 123456789
 
