@@ -4,6 +4,8 @@ Sources, by row:
 
 - Parameters, gradients, optimizer state: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). Its mixed precision is
   2 + 2 + 12 bytes a parameter; here gradients are summed in fp32, so 2 + 4 + 12 in bf16, and 4 + 4 + 8 in fp32.
+  FSDP2's parameters are its master weights: 4 of the 12 bytes are counted there, stage 0 is as stage 1, and in stage 3
+  no weights in bf16 are kept.
 - Tensor-parallel messages: Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053). Four all-reduces of b s h a layer and
   micro-batch, one for the embedding, one for the head's gradient, and three fp32 numbers a token for the loss.
 - Sequence parallelism, activations: Korthikanti et al. 2022 (arXiv:2205.05198), whose layer keeps
@@ -44,6 +46,11 @@ class StageModel:
     config: RunConfig
     mesh: Topology
     stage: int
+
+    @property
+    def zero_stage(self) -> int:
+        """What data ranks share; FSDP2 has no stage that shares nothing."""
+        return max(self.config.parallel.zero_stage, 1 if self.config.parallel.engine == "fsdp2" else 0)
 
     @property
     def num_layers(self) -> int:
@@ -109,17 +116,20 @@ class StageModel:
 
 def memory(part: StageModel) -> dict[str, float]:
     """Bytes of each kind that a rank holds."""
-    size, stage, data = part.num_parameters, part.config.parallel.zero_stage, part.mesh.data
-    optimizer = 8 if part.config.train.precision == "fp32" else 12
+    size, stage, data = part.num_parameters, part.zero_stage, part.mesh.data
+    is_fsdp2 = part.config.parallel.engine == "fsdp2"
+    optimizer = 8 if is_fsdp2 or part.config.train.precision == "fp32" else 12
+    masters = 4 * size / data if is_fsdp2 else 0.0
+    kept = 0.0 if is_fsdp2 and stage >= 3 else part.element_bytes * size / (data if stage >= 3 else 1)
     held = {
-        "parameters": part.element_bytes * size / (data if stage >= 3 else 1),
+        "parameters": masters + kept,
         "gradients": 4 * size / (data if stage >= 2 else 1),
         "optimizer": optimizer * size / (data if stage >= 1 else 1),
         "buffers": 0.0,
         "activations": _activations(part),
     }
     if stage == 3:  # what the passes have gathered at one time: a layer
-        held["whole parameters"] = part.element_bytes * part.largest_layer
+        held["whole parameters"] = masters + part.element_bytes * part.largest_layer
     return held
 
 
@@ -155,7 +165,7 @@ def _activations(part: StageModel) -> float:
 
 def _data(part: StageModel) -> dict[str, float]:
     """ZeRO, section 7: 2 psi elements for stages 0 to 2, 3 psi for stage 3; gradients in fp32."""
-    data, stage = part.mesh.data, part.config.parallel.zero_stage
+    data, stage = part.mesh.data, part.zero_stage
     gradients, weights = 4 * part.num_parameters, part.element_bytes * part.num_parameters
     times = part.num_micro_batches if stage >= 2 else 1  # partitioned gradients cannot wait for the last one
     if stage == 0:

@@ -14,8 +14,14 @@ UNEXPLAINED = "unexplained"
 def why(kind: str, part: StageModel) -> str:
     """The reason for a row that is off by more than the tolerance; UNEXPLAINED where none is known."""
     stage, is_fp32 = part.config.parallel.zero_stage, part.config.train.precision == "fp32"
-    if kind == "gradients" and stage <= 1 and not is_fp32:
-        return "DeepSpeed's BF16_Optimizer keeps the bf16 gradients beside their fp32 sum: 2 bytes a parameter more"
+    if part.config.parallel.engine == "fsdp2":
+        if kind == "whole parameters":
+            return (
+                "the tied embedding is in a group with the whole model: whole from the forward pass on, beside a layer"
+            )
+        if kind == "sent: all-gather" and stage == 3:
+            return "the tied embedding is gathered once a micro-batch, not twice"
+        return UNEXPLAINED
     if kind == "optimizer" and stage >= 1 and is_fp32:
         return "DeepSpeed's ZeRO keeps fp32 master weights beside fp32 weights: 12 bytes a parameter in place of 8"
     if kind == "buffers" and stage == 3:

@@ -59,7 +59,11 @@ class Layout:
     @property
     def name(self) -> str:
         """As a user would say it."""
-        degrees = [f"{key} {value}" for key, value in self.parallel.items() if value is not True]
+        degrees = [
+            f"{value}" if key == "engine" else f"{key} {value}"
+            for key, value in self.parallel.items()
+            if value is not True
+        ]
         switches = [key for key, value in self.parallel.items() if value is True]
         return ", ".join([f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}", self.precision, *degrees, *switches])
 
@@ -100,6 +104,9 @@ def layouts(quick: bool) -> list[Layout]:
         {"zero_stage": 0, "pipeline": 2, "tensor": 2, "sequence": True},
     ]
     fp32: list[dict[str, Any]] = [*({"zero_stage": stage} for stage in range(4)), {"zero_stage": 0, "tensor": 2}]
+    fsdp2: list[dict[str, Any]] = [{"engine": "fsdp2", "zero_stage": stage} for stage in range(4)]
+    two, fp32 = [*two, *fsdp2], [*fp32, *fsdp2[1::2]]
+    four += [{"engine": "fsdp2", "zero_stage": 2}, {"engine": "fsdp2", "zero_stage": 1, "tensor": 2}]
     return [
         *(Layout(2, "bf16", parallel) for parallel in two),
         *(Layout(2, "fp32", parallel) for parallel in fp32),

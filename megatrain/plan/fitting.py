@@ -57,6 +57,9 @@ def _options(config: RunConfig, gpus_per_node: int) -> Iterator[Change]:
     yield from (("parallel.tensor", size) for size in _doubles(parallel.tensor, gpus_per_node))
     yield from (("parallel.zero_stage", stage) for stage in range(max(parallel.zero_stage + 1, 2), 4))
     yield from (("parallel.pipeline", size) for size in _doubles(parallel.pipeline, config.model.num_hidden_layers))
+    if parallel.engine != "fsdp2":
+        yield "parallel.engine", "fsdp2"
+    yield from (("parallel.pipeline_chunks", count) for count in _halves(parallel.pipeline_chunks))
     if parallel.offload == "none":
         yield "parallel.offload", "optimizer"
 

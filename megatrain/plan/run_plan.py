@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatrain.config import RunConfig
 from megatrain.plan import rules
+from megatrain.plan.choice import Choice, fastest
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.fitting import changes_that_fit
 from megatrain.plan.flops import flops_per_token, num_parameters
@@ -109,6 +111,11 @@ class RunPlan:
         """The same, saving as often as the config says."""
         return goodput(self.failures, self.config.checkpoint.every_steps * self.time.step)
 
+    @cached_property
+    def fastest(self) -> Choice:
+        """The engine and the chunks of a pipeline rank that it would take."""
+        return fastest(self.config, self.cluster)
+
     @property
     def problems(self) -> list[str]:
         """Why the run would not go; none: it fits."""
@@ -150,6 +157,13 @@ class RunPlan:
             "data": rules.data_degree(self.config, self.world_size),
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
+            "pipeline_chunks": parallel.pipeline_chunks,
+            "engine": parallel.engine,
+            "fastest": {
+                "parallel.engine": self.fastest.engine,
+                "parallel.pipeline_chunks": self.fastest.chunks,
+                "step_seconds": self.fastest.step_seconds,
+            },
             "micro_batches": self.num_micro_batches,
             "problems": self.problems,
             "pipeline_bubble": pipeline_bubble(self.config, self.num_micro_batches),

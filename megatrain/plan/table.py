@@ -8,6 +8,7 @@ from rich.table import Table
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.memory import RankMemory
+from megatrain.plan.nearest import as_overrides
 from megatrain.plan.run_plan import RunPlan
 from megatrain.units import format_bytes, format_count
 
@@ -43,8 +44,20 @@ def _head(plan: RunPlan) -> list[str]:
         f"layout   {plan.world_size:,} rank(s), {cluster.nodes:,} node(s) of {cluster.gpus_per_node} "
         f"{cluster.device.name}: data {rules.data_degree(config, plan.world_size)} x tensor {parallel.tensor} x "
         f"pipeline {parallel.pipeline}, ZeRO {parallel.zero_stage}, recompute {parallel.recompute}",
+        _engine(plan),
         f"batch    {plan.tokens_per_step:,} tokens a step, in {plan.num_micro_batches} micro-batch(es){_ramp(plan)}",
     ]
+
+
+def _engine(plan: RunPlan) -> str:
+    """The engine and the chunks of a pipeline rank, and those that would be faster."""
+    parallel, fastest = plan.config.parallel, plan.fastest
+    text = f"engine   {parallel.engine}"
+    if parallel.pipeline > 1:
+        text += f", {parallel.pipeline_chunks} chunk(s) of layers on each pipeline rank"
+    if not fastest.changes:
+        return f"{text}; no other is faster"
+    return f"{text}; {fastest.step_seconds:,.3f} s a step with {as_overrides(fastest.changes)}"
 
 
 def _ramp(plan: RunPlan) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from megatrain.config import RunConfig
 from megatrain.errors import EXIT_USAGE, ConfigError
+from megatrain.plan.choice import fastest
 from megatrain.plan.cluster import Cluster, find_nodes
 from megatrain.plan.flops import flops_per_token
 from megatrain.plan.hardware import find_device
@@ -226,3 +227,14 @@ def test_a_ramp_takes_each_steps_time_and_tokens() -> None:
     assert plan.tokens == (100 * 4 + 50 * 8 + 850 * 12) * 256
     assert plan.tokens_per_step == 12 * 256
     assert plan.time == make_plan(sizes[12], one_gpu, never).time
+
+
+def test_the_fastest_engine_and_chunks_are_named():
+    between = Cluster.of(8, 1, "h100", 400.0, 0.5)
+    config = with_changes(make_config(zero_stage=1), ("train.global_batch_size", 32))
+    choice = fastest(config, between)
+    assert choice.changes == (("parallel.engine", "fsdp2"),)
+    assert choice.step_seconds == time_of(with_changes(config, *choice.changes), between).step
+    assert fastest(with_changes(config, *choice.changes), between).changes == ()
+    assert fastest(config, replace(between, device=replace(between.device, memory_bytes=0.0))).changes == ()  # no room
+    assert fastest(make_config(zero_stage=1, offload="optimizer"), between).engine == "deepspeed"
