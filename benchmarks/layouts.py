@@ -106,7 +106,7 @@ def layouts(quick: bool) -> list[Layout]:
     fp32: list[dict[str, Any]] = [*({"zero_stage": stage} for stage in range(4)), {"zero_stage": 0, "tensor": 2}]
     fsdp2: list[dict[str, Any]] = [{"engine": "fsdp2", "zero_stage": stage} for stage in range(4)]
     two, fp32 = [*two, *fsdp2], [*fp32, *fsdp2[1::2]]
-    four += [{"engine": "fsdp2", "zero_stage": 2}, {"engine": "fsdp2", "zero_stage": 1, "tensor": 2}]
+    four += [{"engine": "fsdp2", "zero_stage": stage, "tensor": 2} for stage in (1, 3)]
     return [
         *(Layout(2, "bf16", parallel) for parallel in two),
         *(Layout(2, "fp32", parallel) for parallel in fp32),
