@@ -8,43 +8,46 @@ from typing import Any
 import pytest
 
 from tests.parity.figures import Pool, gather_state
-from tests.parity.matrix import parity_config
+from tests.parity.matrix import ENGINES, parity_config
 
 BATCH = 20  # on two ranks: one micro-batch of 10, two of 5, five of 2
 BETA1 = 0.9
-LAYOUTS = [(precision, stage) for precision in ("fp32", "bf16") for stage in range(4)]
-QUICK = [("fp32", 0), ("fp32", 2), ("bf16", 1)]  # torch's optimizer, ZeroOptimizer, BF16_Optimizer
+LAYOUTS = [(engine, precision, stage) for engine in ENGINES for precision in ("fp32", "bf16") for stage in range(4)]
+# Torch's optimizer, ZeroOptimizer, BF16_Optimizer; FSDP2.
+QUICK = [("deepspeed", "fp32", 0), ("deepspeed", "fp32", 2), ("deepspeed", "bf16", 1), ("fsdp2", "bf16", 1)]
 MARKED = [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in LAYOUTS]
 
 
-def gradient_config(pool: Pool, precision: str, zero_stage: int, **train: Any) -> dict[str, Any]:
+def gradient_config(pool: Pool, engine: str, precision: str, zero_stage: int, **train: Any) -> dict[str, Any]:
     train = {"precision": precision, "global_batch_size": BATCH, **train}
-    return parity_config(pool.data, "llama_tied", parallel={"zero_stage": zero_stage}, train=train)
+    parallel = {"engine": engine, "zero_stage": zero_stage}
+    return parity_config(pool.data, "llama_tied", parallel=parallel, train=train)
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), MARKED)
-def test_no_micro_batch_is_lost(precision: str, zero_stage: int, pool: Pool) -> None:
+@pytest.mark.parametrize(("engine", "precision", "zero_stage"), MARKED)
+def test_no_micro_batch_is_lost(engine: str, precision: str, zero_stage: int, pool: Pool) -> None:
     """DeepSpeed has dropped the last one, or all but the last, under some settings, without a word: of five, the norm
     would be short by a fifth or more."""
-    alone = pool.answer(1, {"config": gradient_config(pool, "fp32", 0, micro_batch_size=BATCH), "num_steps": 3})
+    alone = pool.answer(
+        1, {"config": gradient_config(pool, "deepspeed", "fp32", 0, micro_batch_size=BATCH), "num_steps": 3}
+    )
     near = 1e-6 if precision == "fp32" else 0.02
     for num_micro_batches in (1, 2, 5):
         size = BATCH // 2 // num_micro_batches
-        found = pool.answer(
-            2, {"config": gradient_config(pool, precision, zero_stage, micro_batch_size=size), "num_steps": 3}
-        )
+        config = gradient_config(pool, engine, precision, zero_stage, micro_batch_size=size)
+        found = pool.answer(2, {"config": config, "num_steps": 3})
         assert found["norms"] == pytest.approx(alone["norms"], rel=near * 10)
         assert found["losses"] == pytest.approx(alone["losses"], rel=near)
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), MARKED)
+@pytest.mark.parametrize(("engine", "precision", "zero_stage"), MARKED)
 def test_the_updating_gradient_is_clipped_as_configured(
-    precision: str, zero_stage: int, pool: Pool, tmp_path: Path
+    engine: str, precision: str, zero_stage: int, pool: Pool, tmp_path: Path
 ) -> None:
     """After one step Adam's mean of the gradients is a tenth of the gradient. DeepSpeed clips at 1.0 where it is told
     nothing; here is told 0.0, and a norm of 50 and more passes."""
     for clipping in (0.0, 0.5):
-        config = gradient_config(pool, precision, zero_stage, micro_batch_size=2, gradient_clipping=clipping)
+        config = gradient_config(pool, engine, precision, zero_stage, micro_batch_size=2, gradient_clipping=clipping)
         folder = tmp_path / str(clipping)
         found = pool.answer(2, {"config": config, "num_steps": 1, "counted": 8, "save": str(folder)})
         means = [value for (_, kind), value in gather_state(folder).items() if kind == "exp_avg"]
