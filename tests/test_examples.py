@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -35,3 +37,27 @@ def test_a_notebook_runs_twice(notebook: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # eight starts of a run
+def test_the_laptop_page_runs(tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "laptop.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(bash|yaml|python)\n(.*?)```", page, re.DOTALL)
+    for number, (_, text) in enumerate(sorted(topics.items())):
+        folder = tmp_path / ("texts" if number % 10 else "texts-validation")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    (config,) = (text for kind, text in blocks if kind == "yaml")
+    (tmp_path / "my.yaml").write_text(config, encoding="utf-8")
+    script = "".join(text for kind, text in blocks if kind == "bash")
+    (code,) = (text for kind, text in blocks if kind == "python")
+    bin_dir = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    command = ["bash", "-ec", f"{script}\npython -c '{code}'"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "optimizer.lr   was 0.002 and is now 0.001" in done.stdout
+    assert len(list((tmp_path / "runs" / "sweep").iterdir())) == 4
+    assert (tmp_path / "hf" / "config.json").exists()
+    assert (tmp_path / "sweep.html").exists()

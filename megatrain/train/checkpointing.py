@@ -140,8 +140,7 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
     which and why (on rank 0). Raises CheckpointError where there are checkpoints but none is good, where those that the
     run has saved are gone, or where the config changes what a run cannot change.
     """
-    _on_rank0(run, partial(_refuse_to_begin_again, run))
-    _on_rank0(run, run.store.open_generation)
+    generation = _on_rank0(run, partial(_open_generation, run))
     damaged: dict[Location, str] = {}
     progress: Progress | None = None
     complaints: list[str] = []
@@ -151,8 +150,8 @@ def restore(run: Run) -> tuple[Progress, CheckpointFolder | None, list[str]]:
             logger.info("passing over %s: %s", found.path, problem)
             damaged[found.path] = problem
     if found is not None:
-        complaints = _on_rank0(run, partial(_set_aside, run.store, found.step, damaged))
-    run.store.join(_on_rank0(run, lambda: run.store.generation))
+        complaints, generation = _on_rank0(run, partial(_set_aside, run.store, found.step, damaged))
+    run.store.join(generation)
     return progress or _begin(run), found, complaints
 
 
@@ -225,6 +224,11 @@ def _refuse_to_begin_again(run: Run) -> None:
         )
 
 
+def _open_generation(run: Run) -> str:
+    _refuse_to_begin_again(run)
+    return run.store.open_generation()
+
+
 def _on_rank0(run: Run, action: Callable[[], T]) -> T:
     """All go by what rank 0 saw: folders may not appear everywhere at once. An OSError becomes a CheckpointError."""
 
@@ -237,10 +241,13 @@ def _on_rank0(run: Run, action: Callable[[], T]) -> T:
     return run.groups.run_on_rank0(checked)
 
 
-def _set_aside(store: CheckpointStore, step: int, damaged: Mapping[Location, str]) -> list[str]:
-    """Take what cannot be read out of the way of the steps to come; what was wrong with each, and where it is now."""
+def _set_aside(store: CheckpointStore, step: int, damaged: Mapping[Location, str]) -> tuple[list[str], str]:
+    """Take what cannot be read out of the way of the steps to come; what was wrong with each, and where it is now.
+
+    And the generation, which may be another one since.
+    """
     problems = {found.step: found.problem or damaged.get(found.path) for found in store.list()}
-    return [f"{problems[taken.step]} It is now {taken.path}." for taken in store.set_aside(step)]
+    return [f"{problems[taken.step]} It is now {taken.path}." for taken in store.set_aside(step)], store.generation
 
 
 def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | None]:
