@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import megatrain
 from megatrain.checkpoint.manifest import read_manifest
+from megatrain.config.load import load as load_config
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.observe.metrics import StepMetrics
+from megatrain.plan.cluster import Cluster
+from megatrain.plan.flops import num_parameters
+from megatrain.plan.run_plan import Interruptions, make_plan
 from megatrain.train.convert import export_checkpoint
 from tests.runs import TinyData, tiny_config, write_config
 
@@ -183,3 +189,18 @@ def test_a_run_is_read(finished_run: Path) -> None:
 def test_a_folder_of_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a run folder"):
         megatrain.open_run(tmp_path)
+
+
+def test_a_config_is_planned(tiny_data: TinyData) -> None:
+    config = load_config("llama_1b_8xh100", [f"data.train=[{tiny_data.prose}]", "model.vocab_size=65536"])
+    plan = make_plan(config, Cluster.of(1, 8, "h100", 400.0, 0.5), Interruptions(6300.0, 600.0)).to_json()
+    assert (plan["parameters"], plan["world_size"], plan["problems"]) == (num_parameters(config.model), 8, [])
+
+
+def test_the_apis_page_names_what_there_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: (\S+)\n    options: \{(?:members: \[(.*?)\])?", page, re.MULTILINE)
+    members = {(module, name) for module, names in found for name in names.split(", ") if name}
+    assert [each for each in members if not hasattr(importlib.import_module(each[0]), each[1])] == []
+    documented = {name for module, name in members if "api" in module or "callbacks" in module}
+    assert documented == {*megatrain.__all__, *megatrain.api.__all__} - {"__version__"}
