@@ -10,7 +10,7 @@ from megatrain.plan.flops import num_parameters
 from megatrain.plan.memory import RankMemory
 from megatrain.plan.nearest import as_overrides
 from megatrain.plan.run_plan import RunPlan
-from megatrain.units import format_bytes, format_count
+from megatrain.units import format_bytes, format_count, format_duration
 
 _NAMES = {
     "compute": "arithmetic",
@@ -91,7 +91,7 @@ def _rest(plan: RunPlan) -> list[str]:
     return [
         f"CPU      {format_bytes(in_node)} of a node at the most: the copy that a save makes, and what is offloaded",
         f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.cluster.efficiency:.0%} of peak: {spent}",
-        f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {plan.days:,.1f} days for "
+        f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {_in_words(plan.days)} for "
         f"{plan.config.train.steps:,} steps",
         f"failures one in {failures.mtbf / 3600:,.1f} hours, {failures.restart:,.0f} s to restart, "
         f"{failures.checkpoint:,.2f} s a save",
@@ -102,4 +102,8 @@ def _rest(plan: RunPlan) -> list[str]:
 
 
 def _days(days: float, goodput: float) -> str:
-    return f"{days / goodput:,.1f} days" if goodput else "never done"
+    return _in_words(days / goodput) if goodput else "never done"
+
+
+def _in_words(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 0.1 else format_duration(days * 86400)

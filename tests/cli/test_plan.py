@@ -159,6 +159,12 @@ def test_plan_assumes_this_machine_unless_told_otherwise(megatrain: Megatrain, m
         assert "train.precision=fp32" not in megatrain("check", recipe, *words).out
 
 
+def test_a_short_run_is_told_in_minutes(megatrain: Megatrain) -> None:
+    shown = megatrain("plan", "gpt2_124m_1xgpu", "--device", "h100", "train.steps=800").out
+    assert re.search(r"MFU [\d.]+%: \d+(m \d+)?s for 800 steps", shown)
+    assert "days for" in megatrain("plan", "gpt2_124m_1xgpu", "--device", "l40s").out
+
+
 def test_a_dataset_decides_an_open_vocabulary_size(megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run"))
     found = plan(megatrain, config)
