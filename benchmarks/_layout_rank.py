@@ -187,7 +187,7 @@ class Held:
 
     def __init__(self, engine: Any, others: list[Tensor]) -> None:
         self.bytes: Counter[str] = Counter()
-        self._sharding = engine._sharding if hasattr(engine, "_sharding") else _Old(engine)
+        self._sharding = engine._sharding
         self._fsdp = [each for module in getattr(self._sharding, "_modules", ()) for each in _fsdp_parameters(module)]
         deepspeed = getattr(self._sharding, "_deepspeed", None)
         self._modules = self._sharding._chunks if deepspeed is None else [deepspeed.module]
@@ -250,15 +250,6 @@ class Held:
 def _fsdp_parameters(module: Any) -> list[Any]:
     """What FSDP2 knows of each parameter of a module's own group: there is no public way to see what it holds."""
     return [each for group in fully_shard.state(module)._fsdp_param_groups for each in group.fsdp_params]  # type: ignore[attr-defined]
-
-
-class _Old:
-    def __init__(self, engine: Any) -> None:
-        from megatrain.parallel.old_state import master_slices, torch_optimizer
-
-        self._deepspeed = engine._deepspeed
-        self._optimizer = torch_optimizer(engine._deepspeed.optimizer)
-        self._places = lambda: master_slices(engine._deepspeed.optimizer, list(self._deepspeed.module.parameters()))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from megatrain.batch import Batch
+from megatrain.config import RunConfig
 from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard_views
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
+from megatrain.parallel.pipeline import Field, Pipeline, Record
 from megatrain.parallel.replicas import Replicas, find_differences
-from megatrain.parallel.shard import ShardedModel
+from megatrain.parallel.shard import DTYPES, ShardedModel
 
 WEIGHT = "weight"
 
@@ -143,10 +145,18 @@ class StepResult:
 class Engine:
     """A model that trains: batches in, figures out; its state as shards that know nothing of the layout."""
 
-    def __init__(self, model: ShardedModel, sharding: Sharding, groups: Groups) -> None:
+    def __init__(self, config: RunConfig, model: ShardedModel, sharding: Sharding, groups: Groups) -> None:
         self.groups = groups
         self._specs = model.specs
         self._sharding = sharding
+        self._hidden_size, self._dtype = config.model.hidden_size, DTYPES[config.train.precision]
+        self._tokens_divisor = config.parallel.tensor if config.parallel.sequence else 1
+        self._last_chunk = len(model.chunks) - 1 if groups.coordinate.pipeline == groups.topology.pipeline - 1 else None
+        self._factor = 1.0  # by which losses are multiplied
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=groups.device)
+        self._pipeline: Pipeline[Batch] = Pipeline(
+            groups.pipeline, len(model.chunks), groups.device, self._fields, self._forward, sharding.backward
+        )
 
     def train_batch(
         self, micro_batches: Sequence[Batch], num_targets: int, lr: float, admit: Admit | None = None
@@ -155,24 +165,21 @@ class Engine:
 
         The gradient is that of the mean loss over all targets of the global batch, however they lie on the ranks.
         """
-        sharding = self._sharding
-        factor = sharding.begin_step(len(micro_batches), num_targets)
-        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for number, batch in enumerate(self._counted(micro_batches), 1):
-            loss = sharding.forward(0, None, batch.to(self.groups.device))
-            is_last = number == len(micro_batches)
-            sharding.backward(0, loss * factor, is_last_of_chunk=is_last, is_last=is_last)
-            total += loss.detach()
+        self._factor = self._sharding.begin_step(len(micro_batches), num_targets)
+        self._loss_sum.zero_()
+        self._pipeline.train(micro_batches)
         began = time.perf_counter()
-        update = sharding.step(lr, admit and (lambda norm: admit(self._own_share(float(total)), norm)))
+        update = self._sharding.step(lr, admit and (lambda norm: admit(self._own_share(), norm)))
         seconds = time.perf_counter() - began
-        return StepResult(self._own_share(float(total)), update.grad_norm, update.skipped, seconds)
+        return StepResult(self._own_share(), update.grad_norm, update.skipped, seconds)
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> float:
         """This rank's share of the sum of the cross-entropy over the scored targets; nothing is learned."""
+        self._factor = 1.0
+        self._loss_sum.zero_()
         with self._sharding.evaluation():
-            batches = (batch.to(self.groups.device) for batch in self._counted(micro_batches))
-            return self._own_share(sum(float(self._sharding.forward(0, None, batch)) for batch in batches))
+            self._pipeline.evaluate(micro_batches)
+        return self._own_share()
 
     def state_fragments(self) -> Iterator[Fragment]:
         """The shards of weights and optimizer state that this rank is to save: over all ranks, each element once.
@@ -249,15 +256,28 @@ class Engine:
         """Let another engine be made in this process."""
         self._sharding.close()
 
-    def _counted(self, micro_batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same; with each that is asked for, another is through."""
-        for batch in micro_batches:
-            self.groups.activity.batch()
-            yield batch
+    def _forward(self, chunk: int, record: Record | None, batch: Batch) -> Record | Tensor:
+        """A chunk's forward pass for the pipeline; from the last virtual stage the loss that its backward pass begins
+        with."""
+        self.groups.activity.batch()
+        x_BTC = None if record is None else record["hidden"]
+        output = self._sharding.forward(chunk, x_BTC, batch.to(self.groups.device))
+        if chunk != self._last_chunk:
+            return {"hidden": output}
+        self._loss_sum += output.detach()
+        return output * self._factor
 
-    def _own_share(self, loss_sum: float) -> float:
-        """Tensor ranks compute the same loss: the first of them speaks for all."""
-        return loss_sum if self.groups.coordinate.tensor == 0 else 0.0
+    def _fields(self, batch: Batch) -> dict[str, Field]:
+        """What passes between stages. Document ids, positions and sample ids each rank reads from the batch."""
+        num_sequences, num_tokens = batch.tokens_BT.shape
+        shape = num_sequences, num_tokens // self._tokens_divisor, self._hidden_size
+        return {"hidden": Field(shape, self._dtype)}
+
+    def _own_share(self) -> float:
+        """Of the loss sum, which the last pipeline stage has. Tensor ranks compute the same: the first of them counts.
+        It waits for the device."""
+        is_counted = self._last_chunk is not None and self.groups.coordinate.tensor == 0
+        return float(self._loss_sum) if is_counted else 0.0
 
     def _saved_range(self, spec: ShardSpec, length: int) -> tuple[int, int]:
         """The part of a slice that this rank saves: what several ranks hold alike is shared out among them."""

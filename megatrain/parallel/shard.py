@@ -46,9 +46,9 @@ def shard_model(
     for model in chunks:
         if groups.topology.tensor > 1:
             specs |= split_model(model, config, groups)
-            model.tie_weights()
         else:
             specs |= {name: ShardSpec.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
+        model.tie_weights()
         layers = [model.get_submodule(name) for name in model.decoder_names]
         if config.parallel.recompute == "full":
             recompute_layers(layers, config.parallel.recompute_every)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from megatrain.config import RunConfig
 from megatrain.plan.engine_memory import STATE_BYTES, STEP_BYTES, EngineMemory, saved_elements
-from megatrain.plan.stage_model import StageModel, share
+from megatrain.plan.stage_model import Parameter, StageModel, share
 
 _SMALLEST_BUCKET = 1 << 20
 _LARGEST_BUCKET = 1 << 29
@@ -46,6 +46,11 @@ def uses_bf16_optimizer(config: RunConfig) -> bool:
     return parallel.zero_stage < 2 and config.train.precision == "bf16" and parallel.offload == "none"
 
 
+def _own(part: StageModel) -> list[Parameter]:
+    """What DeepSpeed updates here: without the copy of a weight that the first stage updates."""
+    return [p for p in part.parameters if not p.is_tied]
+
+
 def _flat(part: StageModel) -> tuple[int, int]:
     """Elements of the buffers that DeepSpeed lays the parameters into, matrices and vectors apart; a data rank's share.
 
@@ -55,20 +60,26 @@ def _flat(part: StageModel) -> tuple[int, int]:
     if stage == 3:
         return part.num_parameters, sum(share(p.numel, cut) * p.copies for p in part.parameters)
     if stage == 0 and part.config.train.precision == "fp32":  # torch's own optimizer, on the parameters themselves
-        return part.num_parameters, part.num_parameters
-    groups = [sum(p.numel * p.copies for p in part.parameters if p.is_matrix is kind) for kind in (True, False)]
+        own = sum(p.numel * p.copies for p in _own(part))
+        return own, own
+    groups = [sum(p.numel * p.copies for p in _own(part) if p.is_matrix is kind) for kind in (True, False)]
     whole = sum(share(size, 2 * cut) * 2 * cut for size in groups)
     return whole, whole // cut
 
 
 def _weights(part: StageModel) -> int:
     whole, mine = _flat(part)
-    return part.element_bytes * (mine if part.config.parallel.zero_stage == 3 else whole)
+    return part.element_bytes * ((mine if part.config.parallel.zero_stage == 3 else whole) + _copied(part))
+
+
+def _copied(part: StageModel) -> int:
+    """Elements of the copy of a tied weight, whose gradients add up beside DeepSpeed's."""
+    return part.num_parameters - sum(p.numel * p.copies for p in _own(part))
 
 
 def _optimizer(part: StageModel) -> int:
     if part.config.parallel.zero_stage == 0 and part.config.train.precision == "fp32":  # the weights are the masters
-        return 8 * part.num_parameters + STEP_BYTES * sum(p.copies for p in part.parameters)
+        return 8 * _flat(part)[0] + STEP_BYTES * sum(p.copies for p in _own(part))
     return STATE_BYTES * _flat(part)[1] + 2 * STEP_BYTES
 
 
@@ -80,8 +91,8 @@ def _gradients(part: StageModel) -> int:
     """
     whole, mine = _flat(part)
     if uses_bf16_optimizer(part.config):
-        return 4 * whole
-    return 4 * (mine if part.config.parallel.zero_stage >= 2 else part.num_parameters)
+        return 4 * (whole + _copied(part))
+    return 4 * (mine + _copied(part) if part.config.parallel.zero_stage >= 2 else part.num_parameters)
 
 
 def _owned(part: StageModel) -> int:

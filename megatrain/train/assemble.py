@@ -32,11 +32,10 @@ from megatrain.distributed.topology import Topology
 from megatrain.errors import RankError
 from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation
-from megatrain.model.decoder import Decoder, DecoderStage, LayerSpec, build_layers
+from megatrain.model.decoder import DecoderStage, LayerSpec, build_layers
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine, Sharding
-from megatrain.parallel.old_pipeline import PipelinedEngine
 from megatrain.parallel.shard import ShardedModel, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
@@ -207,17 +206,16 @@ def sampling_settings(config: RunConfig, sources: Sequence[SampleSource]) -> Sam
 def build_engine(config: RunConfig, groups: Groups) -> Engine:
     """The model of the config under the layout of the groups. Collective; its weights are not yet filled in."""
     rules.check(config, groups.topology.world_size)
-    pipeline = groups.topology.pipeline
+    num_ranks, rank = groups.topology.pipeline, groups.coordinate.pipeline
+    num_stages = num_ranks * config.parallel.pipeline_chunks
     with torch.device("meta"):
         specs = build_layers(config.model, config.run.seed)
-        mine = _stage_layers(config, specs, groups.coordinate.pipeline, pipeline)
-        stage = DecoderStage(config.model, mine) if pipeline > 1 else Decoder(config.model, config.run.seed)
-    sharded = shard_model([stage], config, groups, RECOMPUTED)
-    if pipeline == 1:
-        return Engine(sharded, _sharding(config, sharded, groups), groups)
-    if config.model.tie_word_embeddings and stage.head_name is not None:
-        sharded = tie_across_stages(sharded, stage.head_name, specs[0].prefix)
-    return PipelinedEngine(config, sharded, groups)  # type: ignore[return-value]
+        stages = range(rank, num_stages, num_ranks)
+        chunks = [DecoderStage(config.model, _stage_layers(config, specs, stage, num_stages)) for stage in stages]
+    model = shard_model(chunks, config, groups, RECOMPUTED)
+    if config.model.tie_word_embeddings and num_ranks > 1 and chunks[-1].head_name is not None:
+        model = tie_across_stages(model, chunks[-1].head_name, specs[0].prefix)
+    return Engine(config, model, _sharding(config, model, groups), groups)
 
 
 def _sharding(config: RunConfig, model: ShardedModel, groups: Groups) -> Sharding:
@@ -229,6 +227,7 @@ def _sharding(config: RunConfig, model: ShardedModel, groups: Groups) -> Shardin
 
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:
+    """Those of a virtual stage: consecutive decoder layers, and what comes before the first and after the last."""
     counts = decoder_stages(config.model, config.data.seq_len, num_stages)
     first = sum(counts[:stage])
     before = [spec for spec in specs if spec.kind == "embedding"] if stage == 0 else []

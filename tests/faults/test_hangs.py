@@ -42,7 +42,7 @@ SLOW = """
 import os, time
 from megatrain.checkpoint import rank_file
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.parallel.old_pipeline import StageLayers
+from megatrain.model.decoder import DecoderStage
 
 def slow(function, seconds):
     def slowly(*arguments):
@@ -53,7 +53,7 @@ def slow(function, seconds):
 if os.environ["RANK"] == "1":
     rank_file.write_all = slow(rank_file.write_all, {disk_seconds})
     CheckpointReader.read_into = slow(CheckpointReader.read_into, {disk_seconds})
-    StageLayers.forward = slow(StageLayers.forward, 0.25)
+    DecoderStage.forward = slow(DecoderStage.forward, 0.25)
 
 def same(tokens, random):
     return tokens

@@ -34,6 +34,8 @@ WORLD_SIZES = (2, 4, 8)
 ZERO_STAGES = (0, 1, 2, 3)
 ENGINES = ("deepspeed", "fsdp2")
 RECOMPUTE = ("none", "selective", "full")
+NUM_LAYERS = 4
+CHUNKS = (1, 2)  # what a pipeline of two ranks has layers for; test_pipelines.py has more of them
 SEQUENCES = 8  # of a step; enough for two micro-batches on each of four data ranks
 ODD_VOCABULARY = 517  # so that tensor ranks have padding, and the last has fewer ids
 
@@ -50,6 +52,7 @@ class Case:
     recompute: str
     model: str
     engine: str = "deepspeed"
+    chunks: int = 1
 
     @property
     def world_size(self) -> int:
@@ -64,12 +67,18 @@ class Case:
     @property
     def is_legal(self) -> bool:
         """As the project promises it, not as plan.rules computes it; the degrees divide the model in any case."""
-        can_pipeline = self.engine == "deepspeed" and self.zero_stage < 2
-        return (self.pipeline == 1 or can_pipeline) and (self.tensor > 1 or not self.sequence)
+        can_pipeline = self.engine == "fsdp2" or self.zero_stage < 3
+        can_interleave = 1 < self.pipeline <= NUM_LAYERS // self.chunks
+        return (
+            (self.pipeline == 1 or can_pipeline)
+            and (self.chunks == 1 or can_interleave)
+            and (self.tensor > 1 or not self.sequence)
+        )
 
     def __str__(self) -> str:
         sequence = "-sequence" if self.sequence else ""
-        degrees = f"{self.world_size}-d{self.data}-t{self.tensor}-p{self.pipeline}"
+        interleaved = f"v{self.chunks}" if self.chunks > 1 else ""
+        degrees = f"{self.world_size}-d{self.data}-t{self.tensor}-p{self.pipeline}{interleaved}"
         return f"{degrees}-{self.engine}-zero{self.zero_stage}{sequence}-{self.recompute}-{self.model}"
 
     def config(self, data: TinyData) -> dict[str, Any]:
@@ -78,6 +87,7 @@ class Case:
             "engine": self.engine,
             "tensor": self.tensor,
             "pipeline": self.pipeline,
+            "pipeline_chunks": self.chunks,
             "zero_stage": self.zero_stage,
             "sequence": self.sequence,
             "recompute": self.recompute,
@@ -87,7 +97,7 @@ class Case:
 
 def parity_config(data: TinyData, model: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A tiny model that every degree up to 4 divides; ``sections`` are laid over it."""
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
     kind = {**MODELS, **FURTHER_MODELS}[model]
     own: dict[str, dict[str, Any]] = {
         "model": {**size, "max_position_embeddings": 64, "vocab_size": ODD_VOCABULARY, **kind},
@@ -102,7 +112,7 @@ def parity_config(data: TinyData, model: str, /, **sections: dict[str, Any]) -> 
 
 def all_cases() -> list[Case]:
     """Every legal case on 2, 4 and 8 ranks, ordered by the number of ranks."""
-    axes = (DEGREES, DEGREES, DEGREES, ZERO_STAGES, (False, True), RECOMPUTE, MODELS, ENGINES)
+    axes = (DEGREES, DEGREES, DEGREES, ZERO_STAGES, (False, True), RECOMPUTE, MODELS, ENGINES, CHUNKS)
     cases = (Case(*values) for values in itertools.product(*axes))
     return by_world_size(case for case in cases if case.is_legal and case.world_size in WORLD_SIZES)
 
@@ -135,6 +145,8 @@ DANGEROUS = (
     Case(2, 1, 1, 1, False, "none", "gpt2_tied", "fsdp2"),
     Case(2, 2, 1, 3, True, "full", "llama_tied", "fsdp2"),
     Case(1, 4, 1, 2, True, "selective", "llama_mqa", "fsdp2"),
+    Case(2, 1, 2, 2, False, "selective", "llama_tied", "deepspeed", 2),
+    Case(1, 2, 2, 3, True, "full", "gpt2_tied", "fsdp2", 2),
 )
 
 

@@ -30,8 +30,15 @@ def test_exactly_the_illegal_layouts_are_refused():
 @pytest.mark.parametrize(
     ("overrides", "num_ranks", "key", "reason", "nearest"),
     [
-        ("parallel.pipeline=2 parallel.zero_stage=2", 4, "zero_stage", "a pipeline accumulates", "zero_stage=1"),
-        ("parallel.pipeline=2 parallel.zero_stage=3", 4, "zero_stage", "a pipeline accumulates", "zero_stage=1"),
+        ("parallel.pipeline=2 parallel.zero_stage=3", 4, "zero_stage", "which a pipeline mixes", "zero_stage=2"),
+        ("parallel.pipeline_chunks=2", 4, "pipeline_chunks", "parallel.pipeline is 1", "pipeline_chunks=1"),
+        (
+            "parallel.pipeline=2 parallel.pipeline_chunks=3",
+            4,
+            "pipeline_chunks",
+            "at most model.num_hidden_layers (4)",
+            "pipeline_chunks=2",
+        ),
         ("parallel.sequence=true", 2, "sequence", "divided over the ranks of parallel.tensor", "sequence=false"),
         ("parallel.tensor=4", 2, "tensor", "must divide the 2 ranks", "tensor=2"),
         ("parallel.tensor=2 train.global_batch_size=12", 3, "tensor", "must divide the 3 ranks", "tensor=1"),
@@ -40,7 +47,6 @@ def test_exactly_the_illegal_layouts_are_refused():
         ("parallel.tensor=8", 8, "tensor", "must divide model.num_attention_heads (4)", "tensor=4"),
         ("parallel.zero_stage=0 parallel.offload=optimizer", 2, "offload", "zero_stage 1 or more", "zero_stage=1"),
         ("parallel.engine=fsdp2 parallel.offload=optimizer", 2, "offload", "does not offload", "engine=deepspeed"),
-        ("parallel.engine=fsdp2 parallel.pipeline=2", 4, "engine", "has no pipeline", "engine=deepspeed"),
         ("parallel.zero_stage=1 parallel.offload=all", 2, "offload", "needs parallel.zero_stage 3", "zero_stage=3"),
     ],
 )

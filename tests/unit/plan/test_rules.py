@@ -91,18 +91,11 @@ def test_a_legal_layout_passes(layout, overrides, world_size, degree, num_micro_
             "parallel.pipeline=4 or 2",
         ),
         (
-            ["parallel.pipeline=2", "parallel.zero_stage=2"],
-            4,
-            "parallel.zero_stage",
-            "pipeline",
-            "parallel.zero_stage=1 or 0",
-        ),
-        (
             ["parallel.pipeline=2", "parallel.zero_stage=3"],
             4,
             "parallel.zero_stage",
-            "pipeline",
-            "parallel.zero_stage=1 or 0",
+            "which a pipeline mixes",
+            "parallel.zero_stage=2 or 1",
         ),
         (["parallel.sequence=true"], 4, "parallel.sequence", "parallel.tensor, which is 1", "parallel.sequence=false"),
         (
@@ -185,7 +178,7 @@ def test_all_problems_are_listed_with_one_remedy(layout):
     assert caught.value.exit_code == EXIT_USAGE
     assert message.startswith("the layout on 8 ranks: 7 problems\n")
     assert "train.global_batch_size: 17 given; must be divisible by micro_batch_size x data degree" in message
-    assert "parallel.zero_stage: 3 given; ZeRO 2 and 3" in message
+    assert "parallel.zero_stage: 3 given; DeepSpeed's ZeRO 3" in message
     mended = message.rpartition("nearest legal layout: ")[2].split()
     rules.check(layout(*wrong, *mended), 8)
 
