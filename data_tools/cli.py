@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ from megatrain.terminal import printable
 from megatrain.units import format_bytes
 
 if TYPE_CHECKING:
-    from data_tools.clean.job import Effort
-    from data_tools.ranks import Ranks
+    from data_tools.executors import Place
+    from data_tools.job import Effort
 
 
 class Commands(TyperGroup):
@@ -81,6 +80,8 @@ DaskOption = Annotated[
 DaskPlainOption = Annotated[
     bool, typer.Option("--dask-plain", help="Let the Dask cluster be without TLS: its network is closed.")
 ]
+CleanStage = Literal["read", "index", "list", "tally", "write", "publish"]
+DedupStage = Literal[CleanStage, "sort", "compare", "cluster", "represent", "assign"]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
@@ -289,37 +290,49 @@ def dedup(
         int | None, typer.Option(help="minhash: size of a signature; 256 unless given.")
     ] = None,
     ngram: Annotated[int | None, typer.Option(help="minhash: words in a shingle; 5 unless given.")] = None,
+    cluster_by: Annotated[
+        Literal["connected", "representative"] | None,
+        typer.Option(help="minhash: one of each connected component stays, or also what is unlike that one."),
+    ] = None,
     workers: Workers = None,
     restart: Restart = False,
+    share: ShareOption = None,
+    stage: Annotated[
+        DedupStage | None,
+        typer.Option(help="Do this stage alone; code 75 where an earlier one is not done."),
+    ] = None,
+    dask: DaskOption = None,
+    dask_plain: DaskPlainOption = False,
     read: Any = None,
 ) -> None:
     """Leave out documents that are the same, or nearly, as an earlier one. The same command again goes on."""
     from data_tools.clean.dedup import DedupOptions
     from data_tools.clean.dedup import dedup as run
+    from data_tools.executors import find_place
 
-    all_options = {"threshold": threshold, "num_permutations": num_permutations, "ngram": ngram}
-    given: dict[str, Any] = {name: value for name, value in all_options.items() if value is not None}
+    all_options: dict[str, Any] = {"threshold": threshold, "num_permutations": num_permutations, "ngram": ngram}
+    all_options |= {"cluster_by": cluster_by}
+    given = {name: value for name, value in all_options.items() if value is not None}
     if given and method != "minhash":
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{named} would do nothing: it is for near duplicates, --method minhash.")
     options = DedupOptions(replace(read, whole_records=True), method, **given)
-    _clean(out, workers, lambda effort: run(inputs, out, options, effort, restart))
+    with find_place(_report, workers, share, dask, dask_plain) as place:
+        _clean(out, place, stage, lambda effort: run(inputs, out, options, effort, restart))
 
 
-def _clean(out: Path, workers: int | None, work: Callable[[Effort], dict[str, Any]]) -> None:
-    """Do the work of `dedup` or `filter`, as one of however many processes, and show its report."""
-    from data_tools.clean.job import Effort
+def _clean(out: Path, place: Place | None, stage: str | None, work: Callable[[Effort], dict[str, Any] | None]) -> None:
+    """Do the work of `dedup` or `filter` in a place, unless it is a worker's that has served, and show its report."""
     from data_tools.clean.report import render
-    from data_tools.progress import no_progress, show_progress
-    from data_tools.ranks import find_ranks
+    from data_tools.job import Effort
+    from data_tools.progress import show_progress
 
-    ranks = find_ranks()
-    quiet = (no_progress, lambda _: None)
-    progress, say = (show_progress, _tell) if ranks.reports else quiet
-    effort = Effort(workers or ranks.num_cores(), progress, ranks, say=say)
-    with _ending_all(ranks), disk_full_as_data_error(out):
+    if place is None:
+        return
+    effort = Effort(place.pool.count, show_progress, say=_tell, place=place, stage=stage)
+    with disk_full_as_data_error(out):
         report = work(effort)
-    if ranks.reports:
+    if report is not None:
         _show(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
 
 
@@ -332,14 +345,23 @@ def filter_command(
     config: Annotated[Path | None, typer.Option(help="A YAML file: filters and their parameters.")] = None,
     workers: Workers = None,
     restart: Restart = False,
+    share: ShareOption = None,
+    stage: Annotated[
+        CleanStage | None,
+        typer.Option(help="Do this stage alone; code 75 where an earlier one is not done."),
+    ] = None,
+    dask: DaskOption = None,
+    dask_plain: DaskPlainOption = False,
     read: Any = None,
 ) -> None:
     """Leave out documents that a quality filter finds fault with. The same command again goes on."""
     from data_tools.clean.filter import choose_filters, filter_documents
+    from data_tools.executors import find_place
 
     chosen = choose_filters(filters, config and config.expanduser())
     read = replace(read, whole_records=True)
-    _clean(out, workers, lambda effort: filter_documents(inputs, out, read, chosen, effort, restart))
+    with find_place(_report, workers, share, dask, dask_plain) as place:
+        _clean(out, place, stage, lambda effort: filter_documents(inputs, out, read, chosen, effort, restart))
 
 
 @app.command()
@@ -432,17 +454,6 @@ def _report(error: BaseException) -> int:
     what = os.strerror(error.errno) if error.errno else str(error)  # pyarrow's own text of it says the same thrice
     _tell(f"megatrain-data: {error.filename or 'a file'}: {what.rstrip('.')}.")
     return EXIT_DATA
-
-
-@contextmanager
-def _ending_all(ranks: Ranks) -> Iterator[None]:
-    """Where ranks wait for each other, an error of one ends them all."""
-    try:
-        yield
-    except (MegatrainError, OSError) as error:
-        if ranks.uses_mpi:
-            ranks.abort(_report(error))
-        raise
 
 
 def main() -> None:

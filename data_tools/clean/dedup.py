@@ -1,8 +1,12 @@
-"""`megatrain-data dedup`: of documents that are the same, or nearly, the first in input order stays."""
+"""`megatrain-data dedup`: of documents that are the same, or nearly, the first in input order stays.
+
+Stages: `read` (a sketch of every document), `index`, `sort` (by keys), `compare`, `cluster`, `list` (of what is
+dropped), `tally`, `write`, `publish`; `represent` and `assign` behind `cluster` where it is by representatives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.clean.attributes import tag
-from data_tools.clean.candidates import RunFiles, count_equal_bytes, find_pairs
-from data_tools.clean.clusters import cluster, cluster_sizes, decide, measure_chains
-from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
-from data_tools.clean.report import render, write_and_report
+from data_tools.clean.candidates import MAX_RUN_DOCUMENTS, RUN_BYTES, SLICE_DOCUMENTS, Matching, Runs
+from data_tools.clean.clusters import Clustering, KeepFirst, Representation, cluster_sizes
+from data_tools.clean.job import REPORT_FILE, Cleaning
+from data_tools.clean.report import Lister, Tally
 from data_tools.clean.sketch import ExactSketch, MinHashSketch, Sketch
+from data_tools.job import Effort, Stage, committed_names
+from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart
 from data_tools.units import ReadOptions
-from megatrain.atomic import commit_bytes
 from megatrain.errors import ConfigError
 
 MAX_PERMUTATIONS = 2048
@@ -34,6 +38,8 @@ class DedupOptions:
     threshold: float = 0.8
     num_permutations: int = 256
     ngram: int = 5
+    cluster_by: str = "connected"
+    """`connected`: the first of each cluster stays; `representative`: also what is not like it."""
 
     def sketch(self) -> Sketch:
         """What stands in for a text. Raises ConfigError where the options make no sense."""
@@ -47,36 +53,73 @@ class DedupOptions:
             raise ConfigError(f"--ngram {self.ngram} should be at least 1; 5 is usual.")
         return MinHashSketch(self.threshold, self.num_permutations, self.ngram)
 
+    def described(self) -> dict[str, Any]:
+        """As it stands in a report; an option that has come later only where it is given."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("cluster_by", "connected")}
 
-def dedup(inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effort, restart: bool) -> dict[str, Any]:
+
+def dedup(
+    inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effort, restart: bool
+) -> dict[str, Any] | None:
     """Write the input without its duplicates to `out`, or go on where an earlier run of the same command was stopped.
 
-    Returns the report. Raises ConfigError where `out` holds anything else.
+    Returns the report; None where other processes are to do the rest. Raises ConfigError where `out` holds anything
+    else.
     """
     sketch = options.sketch()
     files = find_inputs_apart(out, inputs, options.read, effort.say)
-    command = {"command": "dedup", "inputs": list(inputs), "part_bytes": effort.part_bytes, **asdict(options)}
+    command = {"command": "dedup", "inputs": list(inputs), "part_bytes": effort.part_bytes, **options.described()}
+    cleaning = Cleaning(Origin(command, files), options.read, out, effort)
 
-    def make(job: Job) -> dict[str, Any]:
-        corpus = tag(files, options.read, sketch, job)
-        runs, pair_files = find_pairs(corpus, sketch, job)
-        firsts = job.work / "firsts"
-        job.run_in_one("cluster", partial(cluster, pair_files, corpus.num_documents, firsts), firsts)
-        decisions = partial(decide, firsts, f"{options.method} duplicate")
-        report = write_and_report(command, corpus, out, options.read, decisions, job)
-        sizes = partial(cluster_sizes, firsts, corpus.num_documents)  # by one: it counts in a file
-        report["clusters"] = job.share("clusters", lambda: {str(size): n for size, n in sizes().items()})
-        if options.method == "minhash":
-            report["chains"] = measure_chains(corpus, runs, firsts, sketch, job)
-        _add_similarities(report, runs, sketch)
-        commit_bytes(out / REPORT_FOLDER / "report.txt", render(report).encode(), job.work)
-        return report
+    def stages(folder: Path) -> Iterator[Stage]:
+        if REPORT_FILE in committed_names(folder):
+            yield cleaning.publish(folder)
+        else:
+            corpus = yield from cleaning.tag(sketch, folder)
+            runs = Runs(corpus, sketch, folder / "runs", min(MAX_RUN_DOCUMENTS, RUN_BYTES // (8 * sketch.num_keys)))
+            yield runs.stage()
+            matching = Matching(runs, folder / "pairs", SLICE_DOCUMENTS)
+            yield matching.stage()
+            firsts = folder / "firsts"
+            representation = Representation(matching, folder / "clusters", firsts)
+            if options.cluster_by == "representative":
+                representation.folder.mkdir(exist_ok=True)
+                components, members = folder / "components", representation.member_files
+                yield Clustering(matching.paths(), corpus.num_documents, components, members).stage()
+                yield from representation.stages()
+            else:
+                yield Clustering(matching.paths(), corpus.num_documents, firsts).stage()
+            decide = KeepFirst(firsts, f"{options.method} duplicate")
+            lister = Lister(corpus, folder, decide, runs, options.method == "minhash")
+            yield from cleaning.write(lister, partial(_describe, lister, runs, firsts))
 
-    return run_once(out, command, files, restart, effort, make)
+    return cleaning.run(restart, stages)
 
 
-def _add_similarities(report: dict[str, Any], runs: RunFiles, sketch: Sketch) -> None:
-    for reason in report["reasons"].values():
+def _describe(lister: Lister, runs: Runs, firsts: Path, tally: Tally) -> dict[str, Any]:
+    """What the report says of clusters; the similarities of its examples are added to the tally."""
+    for reason in tally["reasons"].values():
         for example in reason["examples"]:
             kept, dropped = (np.array([each["document"]], np.uint64) for each in (example["kept"], example))
-            example["similarity"] = round(sketch.similarity(int(count_equal_bytes(runs, kept, dropped)[0])), 4)
+            example["similarity"] = round(runs.sketch.similarity(int(runs.count_equal_bytes(kept, dropped)[0])), 4)
+    sizes = cluster_sizes(firsts, runs.corpus.num_documents)
+    described: dict[str, Any] = {"clusters": {str(size): number for size, number in sizes.items()}}
+    return described | ({"chains": _chains(runs, tally)} if lister.measures else {})
+
+
+def _chains(runs: Runs, tally: Tally) -> dict[str, Any] | None:
+    """The least similarity of a document that is dropped to the one kept, and how many are below the threshold.
+
+    They are dropped by way of others: a is like b, b like c, and a and c may have nothing in common. None where nothing
+    is dropped.
+    """
+    if tally["least"] is None:
+        return None
+    num_equal, dropped, kept = tally["least"]
+    kept_location, location = runs.locations(np.array([kept, dropped], np.uint64))
+    return {
+        "least_similarity": round(runs.sketch.similarity(num_equal), 4),
+        **location._asdict(),
+        "kept_id": kept_location.id,
+        "documents": tally["below"],
+    }

@@ -1,8 +1,11 @@
-"""`megatrain-data filter`: documents that a predicate finds fault with are left out."""
+"""`megatrain-data filter`: documents that a predicate finds fault with are left out.
+
+Stages: `read` (every document judged), `index`, `list` (of what is dropped), `tally`, `write`, `publish`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,14 +15,15 @@ import pyarrow as pa
 import yaml
 from pydantic import ValidationError
 
-from data_tools.clean.attributes import TaggedPart, read_columns, tag
-from data_tools.clean.filters import FILTERS, Document, Filter
-from data_tools.clean.job import REPORT_FOLDER, Effort, Job, run_once
+from data_tools.clean.attributes import Corpus
+from data_tools.clean.filters import FILTERS, Document, Filter, own_filter
+from data_tools.clean.job import REPORT_FILE, Cleaning
 from data_tools.clean.output import Decisions
-from data_tools.clean.report import render, write_and_report
+from data_tools.clean.report import Lister
+from data_tools.job import Effort, Stage, committed_names
+from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart
 from data_tools.units import ReadOptions
-from megatrain.atomic import commit_bytes
 from megatrain.errors import ConfigError
 
 Chosen = dict[str, Filter]
@@ -37,8 +41,8 @@ def _reason(chosen: Chosen, text: str) -> str | None:
     return next((f"{name}: {reason}" for name, reason in found if reason is not None), None)
 
 
-def decide(part: TaggedPart) -> Decisions:
-    return Decisions(read_columns(part.path, ["reason"]).column(0).to_pylist(), None)
+def decide(corpus: Corpus, part: Any) -> Decisions:
+    return Decisions(corpus.columns(part, ["reason"]).column(0).combine_chunks(), None)
 
 
 def choose_filters(names: str | None, config: Path | None) -> Chosen:
@@ -86,8 +90,12 @@ def _read(config: Path | None) -> object:
 
 
 def _make_filter(name: str, parameters: object) -> Filter:
+    if ":" in name:
+        return own_filter(name, parameters)
     if name not in FILTERS:
-        raise ConfigError(f"There is no filter {name!r}. There are {', '.join(FILTERS)}.")
+        raise ConfigError(
+            f"There is no filter {name!r}. There are {', '.join(FILTERS)}, and your own: module:function."
+        )
     try:
         return FILTERS[name].model_validate({} if parameters is None else parameters)
     except ValidationError as error:
@@ -100,20 +108,22 @@ def _make_filter(name: str, parameters: object) -> Filter:
 
 def filter_documents(
     inputs: Sequence[str], out: Path, read: ReadOptions, chosen: Chosen, effort: Effort, restart: bool
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Write the documents that no filter finds fault with to `out`, or go on where an earlier run was stopped.
 
-    Returns the report. Raises ConfigError where `out` holds anything else.
+    Returns the report; None where other processes are to do the rest. Raises ConfigError where `out` holds anything
+    else.
     """
     files = find_inputs_apart(out, inputs, read, effort.say)
     filters = [[name, each.model_dump(mode="json")] for name, each in chosen.items()]
     command = {"command": "filter", "inputs": list(inputs), "part_bytes": effort.part_bytes, "filters": filters}
-    command |= {"read": asdict(read)}
+    cleaning = Cleaning(Origin(command | {"read": asdict(read)}, files), read, out, effort)
 
-    def make(job: Job) -> dict[str, Any]:
-        corpus = tag(files, read, partial(tag_reasons, chosen), job)
-        report = write_and_report(command, corpus, out, read, decide, job)
-        commit_bytes(out / REPORT_FOLDER / "report.txt", render(report).encode(), job.work)
-        return report
+    def stages(folder: Path) -> Iterator[Stage]:
+        if REPORT_FILE in committed_names(folder):
+            yield cleaning.publish(folder)
+        else:
+            corpus = yield from cleaning.tag(partial(tag_reasons, chosen), folder)
+            yield from cleaning.write(Lister(corpus, folder, decide))
 
-    return run_once(out, command, files, restart, effort, make)
+    return cleaning.run(restart, stages)

@@ -7,11 +7,16 @@ the first reason counts. No filter changes a text.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from data_tools.clean.sketch import run_hashes
 from data_tools.clean.words import count_sentences, split_words
+from megatrain.errors import ConfigError, DataError
 
 BULLETS = ("•", "-")
 ELLIPSES = ("...", "…")
@@ -242,6 +248,60 @@ FILTERS: dict[str, type[Filter]] = {
     "gopher_repetition": GopherRepetition,
     "c4_quality": C4Quality,
 }
+
+
+class OwnFilter(Filter):
+    """A user's own function `module:function`. It is called with the text, and the parameters by name.
+
+    It returns True for a text that stays, False for one that does not, or the reason why it does not.
+    """
+
+    function: str
+    parameters: dict[str, Any]
+    digest: str
+    """Of the module's source: by another function, a result would be another."""
+
+    def reason(self, document: Document) -> str | None:
+        answer = find_function(self.function)(document.text, **self.parameters)
+        if not isinstance(answer, bool | str):
+            raise DataError(
+                f"The filter {self.function} returned {answer!r:.80}. It should return True for a text that stays, "
+                "False for one that does not, or the reason why it does not."
+            )
+        return (answer or None) if isinstance(answer, str) else None if answer else "dropped"
+
+
+def own_filter(name: str, parameters: object) -> OwnFilter:
+    """Raises ConfigError where there is no such function, or it does not take such parameters."""
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ConfigError(f"{name}: its parameters should be keys with values, got {parameters!r}.")
+    function = find_function(name)
+    try:
+        inspect.signature(function).bind("text", **(parameters or {}))
+    except TypeError as error:
+        raise ConfigError(f"The filter {name} cannot be called with a text and its parameters: {error}.") from None
+    source = Path(inspect.getsourcefile(function) or "").read_bytes()
+    digest = hashlib.sha256(source).hexdigest()[:32]
+    return OwnFilter(function=name, parameters=parameters or {}, digest=digest)
+
+
+@cache
+def find_function(name: str) -> Callable[..., object]:
+    """The function `module:function`; modules of the working folder are found too."""
+    module, _, attribute = name.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"The filter {name} cannot be found: {error}. It is a function of a module in {folder}, "
+            "or of one that is installed."
+        ) from None
+    if not inspect.isfunction(function):
+        raise ConfigError(f"The filter {name} is no function but {function!r:.80}.")
+    return function
 
 
 @lru_cache(maxsize=1)

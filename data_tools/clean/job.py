@@ -1,205 +1,131 @@
-"""One command and the folder that it writes: begun once, gone on with after a kill, finished once.
-
-Any number of processes may run it, on one machine or on many that share the folder: each does what no other has done or
-is doing, and waits for the rest.
-"""
+"""What `dedup` and `filter` have in common: the documents read and tagged, then listed and written, then published."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import orjson
 
-from data_tools.executors import Advance, Progress
-from data_tools.inputs import InputFile
-from data_tools.locks import WorkLocks, join_command
+from data_tools.clean.attributes import Corpus, Tagger, Tagging, index_parts, plan_reading, result_path
+from data_tools.clean.output import EXAMPLES_FOLDER, OutputWriter, output_files, staged_file
+from data_tools.clean.report import (
+    REPORT_FOLDER,
+    Lister,
+    Tally,
+    example_documents,
+    make_report,
+    render,
+    staged_list,
+    sum_tallies,
+)
+from data_tools.folder import OutputFolder
+from data_tools.job import Effort, Records, Stage, one_unit
 from data_tools.origin import Origin
-from data_tools.outputs import refuse_occupied
-from data_tools.ranks import Ranks
-from data_tools.units import PART_BYTES
-from data_tools.work import run_tasks
-from megatrain.atomic import commit_bytes
-from megatrain.data.format import canonical_json
+from data_tools.units import ReadOptions
+from megatrain.atomic import commit_bytes, sync_folder
+from megatrain.data.format import SKIPPED_FILE, canonical_json
 from megatrain.errors import ConfigError
 
-REPORT_FOLDER = ".report"
-"""Hidden, so that a command which reads the folder finds documents only."""
-REPORT_FILE = "report.json"
-WORK_FOLDER = ".work"
-COMMAND_FILE = "command.json"
-INPUTS_FILE = "inputs"
-"""Names the files that what is in the work folder was made of."""
-ATTRIBUTES_FOLDER = "attributes"
-MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.05, 5.0
+REPORT_FILE, TEXT_FILE = "report.json", "report.txt"
+_MADE = re.compile(rf"part-\d{{6,}}-\d{{6,}}\.jsonl\.zst|\d{{4,}}|{re.escape(REPORT_FOLDER)}")
 
-T = TypeVar("T")
+Describe = Callable[[Tally], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How the work is done, which changes no byte of the result."""
+class Cleaning:
+    """A command that writes its input without some of the documents."""
 
-    num_workers: int
-    progress: Progress
-    ranks: Ranks
-    part_bytes: int = PART_BYTES
-    """About how much text is read between two commits."""
-    say: Callable[[str], None] = field(default=lambda _: None, kw_only=True)
-    """Called with a line about the inputs."""
+    origin: Origin
+    read: ReadOptions
+    out: Path
+    effort: Effort
 
+    @property
+    def report_path(self) -> Path:
+        return self.out / REPORT_FOLDER / REPORT_FILE
 
-@dataclass(frozen=True)
-class Task(Generic[T]):
-    """A piece of work, done when its file `done` is there. `num_bytes`: about how much it reads, for progress."""
+    def run(self, restart: bool, stages: Callable[[Path], Iterator[Stage]]) -> dict[str, Any] | None:
+        """The report; None where others are to do the rest. Raises ConfigError where `out` holds anything else."""
+        folder = OutputFolder(self.out, self.report_path, lambda path: _MADE.fullmatch(path.name) is not None)
+        if folder.is_finished and not restart:
+            report = self._finished()
+            folder.close()
+            return report
+        if folder.is_finished:
+            self._refuse_others()
+        return self._finished() if folder.run(self.origin, self.effort, restart, stages) else None
 
-    done: Path
-    num_bytes: int
-    work: T
+    def _refuse_others(self) -> None:
+        others = [path.name for path in self.out.iterdir() if not _MADE.fullmatch(path.name) and path.name[0] != "."]
+        if others:
+            raise ConfigError(
+                f"--out {self.out} is a folder with other things in it, such as {others[0]}, which --restart leaves "
+                "alone: move them, or give a new folder."
+            )
 
+    def _finished(self) -> dict[str, Any]:
+        report: dict[str, Any] = orjson.loads(self.report_path.read_bytes())
+        way_out = "Give another --out, or --restart to replace it."
+        self.origin.refuse_other(report["job"], self.report_path, f"{self.out} already holds a result", way_out)
+        return report
 
-class Job:
-    """The work of one command, shared by all processes that run it."""
+    def tag(self, tagger: Tagger, folder: Path) -> Generator[Stage, None, Corpus]:
+        """The stages in which all documents are read and tagged; gives these documents."""
+        attributes = folder.parent / "attributes"
+        units, chunks = plan_reading(self.origin.files, self.read, self.effort.part_bytes, folder)
+        tagging, corpus = Tagging(attributes, units, chunks, self.read, tagger), Corpus(folder, attributes, units)
+        yield tagging.stage()
+        yield one_unit("index", folder / "parts.npy", partial(index_parts, tagging, corpus, folder / SKIPPED_FILE))
+        return corpus
 
-    def __init__(self, work: Path, effort: Effort) -> None:
-        self.work = work
-        self.effort = effort
-        self.locks = WorkLocks(work / "claims")
+    def write(self, lister: Lister, describe: Describe = lambda tally: {}) -> Iterator[Stage]:
+        """The stages in which what stays is written, reported and published; `describe` adds to the report."""
+        corpus, folder = lister.corpus, lister.work
+        yield lister.stage()
+        tally_path = folder / "tally.json"
+        yield one_unit("tally", tally_path, lambda: commit_bytes(tally_path, orjson.dumps(sum_tallies(lister))))
+        tally = orjson.loads(tally_path.read_bytes())
+        examples = frozenset(example_documents(tally))
+        (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
+        writer = OutputWriter(corpus, self.read, folder, lister.decide, examples)
+        yield writer.stage()
 
-    def run(self, name: str, function: Callable[[T, Advance], None], tasks: Sequence[Task[T]]) -> None:
-        """Call the function for the work of every task; return when all are done, here or in other processes."""
-        run_locked = partial(_run_locked, function, self.locks)
-        ranks, poll_seconds = self.effort.ranks, MIN_POLL_SECONDS
-        while pending := _pending(tasks):
-            # A share at a time, from another place on each rank; then a look at what is left.
-            size = -(-len(pending) // ranks.size)
-            begin = size * ranks.rank % len(pending)
-            share = (pending + pending)[begin : begin + size]
-            with self.effort.progress(name, sum(task.num_bytes for task in share)) as advance:
-                run_tasks(run_locked, share, self.effort.num_workers, advance)
-            if any(task.done.exists() for task in share):
-                poll_seconds = MIN_POLL_SECONDS
-            else:
-                time.sleep(poll_seconds)
-                poll_seconds = min(2 * poll_seconds, MAX_POLL_SECONDS)
+        def publish() -> None:
+            made = make_report(dict(self.origin.command), corpus, tally, folder) | describe(tally)
+            commit_bytes(folder / TEXT_FILE, render(made).encode())
+            commit_bytes(folder / REPORT_FILE, canonical_json({**made, "job": self.origin.name}))
+            self._publish(folder)
 
-    def run_in_one(self, name: str, function: Callable[[], None], done: Path) -> None:
-        """Have one of the processes call the function."""
-        while not done.exists():
-            with self.locks.try_lock(name) as acquired:
-                if acquired and not done.exists():
-                    function()
-            if not done.exists():
-                time.sleep(MIN_POLL_SECONDS)
+        yield one_unit("publish", self.report_path, publish)
 
-    def share(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, as plain data, made once and stored for all processes."""
-        path = self.work / f"{name}.json"
-        self.run_in_one(name, lambda: commit_bytes(path, orjson.dumps(make())), path)
-        return orjson.loads(path.read_bytes())
+    def publish(self, folder: Path) -> Stage:
+        """The last stage, where it has been begun: what is whole moves to where it belongs, the report last."""
+        return one_unit("publish", self.report_path, partial(self._publish, folder))
 
-
-def _pending(tasks: Sequence[Task[T]]) -> list[Task[T]]:
-    """The tasks that are not done: one look at each folder instead of one for each file."""
-    folders = {task.done.parent for task in tasks}
-    there = {entry.path for folder in folders for entry in os.scandir(folder)}
-    return [task for task in tasks if str(task.done) not in there]
-
-
-def _run_locked(function: Callable[[T, Advance], None], locks: WorkLocks, task: Task[T], advance: Advance) -> None:
-    """Do a task unless it is done, or another process is doing it."""
-    with locks.try_lock(str(task.done)) as acquired:
-        if acquired and not task.done.exists():
-            function(task.work, advance)
-
-
-def run_once(
-    out: Path,
-    command: dict[str, Any],
-    files: list[InputFile],
-    restart: bool,
-    effort: Effort,
-    make: Callable[[Job], dict[str, Any]],
-) -> dict[str, Any]:
-    """Have `make` called, unless this very command is done; gives its report, in both cases.
-
-    `make` keeps in the job's folder what it needs again after a kill. It returns the report, and when
-    that is stored the command is done. Raises ConfigError where `out` holds anything else.
-    """
-    origin = Origin(command, files)
-    work, report_path = out / WORK_FOLDER, out / REPORT_FOLDER / REPORT_FILE
-    if restart and effort.ranks.size > 1 and not effort.ranks.uses_mpi:
-        raise ConfigError("--restart is for one process, or for ranks that speak MPI: others remove the folder first.")
-    effort.ranks.share(lambda: _begin(out, work, restart, report_path, origin))
-    if report_path.exists() and not work.exists():
-        return _finished(out, report_path, origin)
-    job = Job(work, effort)
-    try:
-        while not job.locks.join():
-            _begin(out, work, False, report_path, origin)
-        if not report_path.exists():
-            if (work / INPUTS_FILE).read_text() != origin.versions:
-                raise ConfigError(f"Another process is writing {out} just now, of inputs that have changed. Stop it.")
-            report = canonical_json({**make(job), "job": origin.name})
-            job.run_in_one("report", lambda: commit_bytes(report_path, report, work), report_path)
-        result = _finished(out, report_path, origin)
-        effort.ranks.wait()
-        if job.locks.leave():
-            shutil.rmtree(work, ignore_errors=True)
-    finally:
-        job.locks.close()
-    return result
-
-
-def _begin(out: Path, work: Path, restart: bool, report_path: Path, origin: Origin) -> None:
-    """Make the folder ready for this command, or find that it is."""
-    if restart:
-        _clear(out)
-    if report_path.exists() and not work.exists():
-        return
-    refuse_occupied(out, work)
-    work.mkdir(parents=True, exist_ok=True)
-    if not report_path.exists():
-        join_command(out, work / COMMAND_FILE, origin.command, "--restart to start over")
-        inputs = work / INPUTS_FILE
-        if inputs.exists() and inputs.read_text() != origin.versions:
-            # Attributes are kept: their names tell of which files they are, and in which version.
-            _clear(out, {COMMAND_FILE, ATTRIBUTES_FOLDER, INPUTS_FILE})
-        commit_bytes(inputs, origin.versions.encode())
-
-
-def _finished(out: Path, report_path: Path, origin: Origin) -> dict[str, Any]:
-    report: dict[str, Any] = orjson.loads(report_path.read_bytes())
-    way_out = "Give another --out, or --restart to replace it."
-    origin.refuse_other(report["job"], report_path, f"{out} already holds a result", way_out)
-    return report
-
-
-def _clear(out: Path, kept: Collection[str] = ()) -> None:
-    """Remove what a command of this kind has written to the folder, and nothing else; `kept`: of the work folder."""
-    if not (out / WORK_FOLDER).is_dir() and not (out / REPORT_FOLDER / REPORT_FILE).is_file():
-        return
-    locks = WorkLocks(out / WORK_FOLDER / "claims")
-    try:
-        if (out / WORK_FOLDER).is_dir() and not locks.is_only_member():
-            raise ConfigError(f"Another process is writing {out} just now. Stop it first.")
-    finally:
-        locks.close()
-    # The report goes last: a kill in between leaves a folder that is still known as ours.
-    if kept:
-        for path in (out / WORK_FOLDER).iterdir():
-            if path.is_dir() and path.name not in kept:
-                shutil.rmtree(path)
-            elif path.name not in kept and not path.name.startswith("claims"):
-                path.unlink()
-    else:
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-    for path in out.glob("part-*.jsonl.zst"):
-        path.unlink()
-    shutil.rmtree(out / REPORT_FOLDER, ignore_errors=True)
+    def _publish(self, folder: Path) -> None:
+        corpus = Corpus(folder, folder.parent / "attributes", Records(folder / "units.arrow"))
+        reports, num_lists = self.out / REPORT_FOLDER, len(corpus.tasks)
+        moves = {reports / TEXT_FILE: folder / TEXT_FILE}
+        if self.read.errors == "skip":
+            moves[reports / SKIPPED_FILE] = folder / SKIPPED_FILE
+        for _, number, name in (file for write in corpus.writes for file in output_files(corpus, write)):
+            moves[result_path(self.out, number, name, corpus.num_files)] = staged_file(folder, number, name)
+        for staged in (staged_list(folder, number) for number in range(num_lists)):
+            moves[result_path(reports, int(staged.stem[-6:]), staged.name, num_lists)] = staged
+        there = {*self.out.glob("part-*"), *self.out.glob("[0-9]*/part-*"), *reports.rglob("dropped-*")}
+        for path in there - moves.keys():
+            path.unlink(missing_ok=True)  # of other inputs, where a kill has stopped this
+        for path, staged in moves.items():
+            path.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):  # moved before
+                staged.rename(path)
+        for parent in {path.parent for path in moves}:
+            sync_folder(parent)
+        commit_bytes(self.report_path, (folder / REPORT_FILE).read_bytes(), folder)

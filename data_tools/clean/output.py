@@ -6,91 +6,97 @@ first read from) are there in any case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import orjson
 import pyarrow as pa
 import zstandard
 
-from data_tools.clean.attributes import Corpus, Documents, Location, TaggedPart
-from data_tools.clean.job import REPORT_FOLDER, Job, Task
+from data_tools.clean.attributes import (
+    CHUNK_PARTS,
+    Corpus,
+    Documents,
+    Location,
+    advance_share,
+    make_folders,
+    work_path,
+)
 from data_tools.executors import Advance
+from data_tools.job import Stage, committed_names
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit, as_text
-from data_tools.work import write_batches
 from megatrain.atomic import commit_bytes, committed
 from megatrain.errors import DataError
 
-TASK_BYTES = 1 << 28
-"""About how much input makes one list of dropped documents."""
-PARTS_PER_FILE = 16
 EXCERPT_CHARACTERS = 4000
-
-DROPPED_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "file": pa.string(),
-        "row": pa.uint64(),
-        "reason": pa.string(),
-        "kept_id": pa.string(),
-        "kept_file": pa.string(),
-        "kept_row": pa.uint64(),
-    }
-)
-"""The list of dropped documents; the last three are null where no other is kept instead."""
+EXAMPLES_FOLDER, FILES_FOLDER = "examples", "files"
 
 
 class Decisions(NamedTuple):
     """What is to be done with the documents of a part."""
 
-    reasons: list[str | None]
-    """Why each is dropped; None if it is kept."""
+    reasons: pa.Array
+    """Why each is dropped, as text; null if it is kept."""
     kept: Documents | None
     """For each that is dropped the number of the document that is kept instead, if there is such a thing."""
 
 
-Decide = Callable[[TaggedPart], Decisions]
-"""Goes to other processes, so it is to be picklable."""
-
-
-class OutputTask(NamedTuple):
-    """Some units, one after another, and the parts of each."""
-
-    number: int
-    units: list[tuple[Unit, list[TaggedPart]]]
+Decide = Callable[[Corpus, Any], Decisions]
+"""Called with a part. Goes to other processes, so it is to be picklable."""
 
 
 @dataclass(frozen=True)
 class OutputWriter:
-    """Commits the output files of tasks."""
+    """Commits the output files: each holds what stays of CHUNK_PARTS parts."""
 
-    out: Path
-    work: Path
-    options: ReadOptions
     corpus: Corpus
+    options: ReadOptions
+    work: Path
     decide: Decide
-    examples: set[int]
+    examples: frozenset[int]
     """Documents whose text the report shows."""
 
-    def list_path(self, number: int) -> Path:
-        return self.out / REPORT_FOLDER / f"dropped-{number:06d}.arrow"
+    def stage(self) -> Stage:
+        make_folders(self.work / FILES_FOLDER, self.corpus.num_files)
+        return Stage("write", self.corpus.writes["num_bytes"].tolist(), self.commit, self.write)
 
-    def __call__(self, task: OutputTask, advance: Advance) -> None:
-        """Write the files of the task that are not there yet, and then the list of what was dropped."""
-        numbered = enumerate(_parts(task, self.options, advance))
-        for file, parts in groupby(numbered, lambda each: each[0] // PARTS_PER_FILE):
-            path = self.out / f"part-{task.number:06d}-{file:06d}.jsonl.zst"
-            if not path.exists():
-                self._write_file(path, (part for _, part in parts))
-        lists = (self._dropped(part) for _, parts in task.units for part in parts)
-        write_batches(self.list_path(task.number), DROPPED_SCHEMA, lists, self.work)
+    def files_of(self, unit: int) -> dict[int, Path]:
+        """The output files of a unit, by their numbers in its task."""
+        write = self.corpus.writes[unit]
+        return {file: staged_file(self.work, number, name) for file, number, name in output_files(self.corpus, write)}
 
-    def _write_file(self, path: Path, parts: Iterable[tuple[TaggedPart, Part]]) -> None:
+    def commit(self, number: int) -> Path:
+        return list(self.files_of(number).values())[-1]
+
+    def write(self, number: int, advance: Advance) -> None:
+        """Write those files of the unit, one after another, that are not there yet."""
+        files = self.files_of(number)
+        there = {path.parent: committed_names(path.parent) for path in files.values()}
+        write = self.corpus.writes[number]
+        first, last = self.corpus.tasks[write["task"]][["first_part", "last_part"]].tolist()
+        begins = [first + file * CHUNK_PARTS for file, path in files.items() if path.name not in there[path.parent]]
+        parts = [index for begin in begins for index in range(begin, min(begin + CHUNK_PARTS, last))]
+        share = partial(advance_share, advance, int(write["num_readers"]))
+        for file, read in groupby(self._read(parts, share), lambda each: (each[0] - first) // CHUNK_PARTS):
+            self._write_file(files[file], read)
+
+    def _read(self, indices: Sequence[int], advance: Advance) -> Iterator[tuple[int, Part]]:
+        """These parts of the input, by their numbers in all of it."""
+        for unit_index, group in groupby(indices, lambda index: int(self.corpus.parts[index]["unit"])):
+            unit = self.corpus.unit(unit_index)
+            wanted = {int(self.corpus.parts[index]["number"]): index for index in group}
+            for part in read_parts(unit, self.options, advance):
+                if part.number in wanted:
+                    yield wanted.pop(part.number), part
+            if wanted:
+                raise _changed(unit)
+
+    def _write_file(self, path: Path, parts: Iterator[tuple[int, Part]]) -> None:
         excerpts: dict[str, str] = {}
         compressor = zstandard.ZstdCompressor(level=3)
         # One frame a file: some readers, datatrove's among them, stop at the end of the first.
@@ -99,35 +105,45 @@ class OutputWriter:
             unfinished.open("wb") as raw,
             compressor.stream_writer(raw, closefd=False) as file,
         ):
-            for tagged, part in parts:
-                reasons = self.decide(tagged).reasons
-                records = ((row, record) for row, record in part.rows if isinstance(record, Record))
-                for index, (row, record) in enumerate(records):
-                    document = tagged.first_document + index
+            for index, part in parts:
+                place = self.corpus.parts[index]
+                is_kept = self.decide(self.corpus, place).reasons.is_null().to_pylist()[::-1]
+                document = int(place["first_document"])
+                for row, record in part.rows:
+                    if not isinstance(record, Record):
+                        continue
+                    if not is_kept:
+                        raise _changed(self.corpus.unit(int(place["unit"])))
                     if document in self.examples:
                         excerpts[str(document)] = record.text[:EXCERPT_CHARACTERS]
-                    if reasons[index] is None:
-                        location = self.corpus.location(tagged, record.id, record.file, row)
-                        file.write(_line(record, location))
+                    if is_kept.pop():
+                        file.write(_line(record, self.corpus.location(place, record.id, record.file, row)))
+                    document += 1
+                if is_kept:
+                    raise _changed(self.corpus.unit(int(place["unit"])))
             if excerpts:
-                commit_bytes(self.work / f"examples-{path.stem}.json", orjson.dumps(excerpts))
+                commit_bytes(self.work / EXAMPLES_FOLDER / f"{path.stem}.json", orjson.dumps(excerpts))
 
-    def _dropped(self, part: TaggedPart) -> pa.RecordBatch:
-        reasons, kept = self.decide(part)
-        indices = [index for index, reason in enumerate(reasons) if reason is not None]
-        locations = self.corpus.locations_in(part, pa.array(indices, pa.uint64()))
-        kept_locations: list[Location] | list[None] = [None] * len(indices)
-        if kept is not None:
-            numbers, inverse = np.unique(kept[indices], return_inverse=True)
-            found = self.corpus.locations(numbers)
-            kept_locations = [found[index] for index in inverse.tolist()]
-        columns = [
-            *([location[i] for location in locations] for i in range(3)),
-            [reasons[index] for index in indices],
-            *([location and location[i] for location in kept_locations] for i in range(3)),
-        ]
-        arrays = [pa.array(values, each.type) for values, each in zip(columns, DROPPED_SCHEMA, strict=True)]
-        return pa.RecordBatch.from_arrays(arrays, schema=DROPPED_SCHEMA)
+
+def output_files(corpus: Corpus, write: Any) -> Iterator[tuple[int, int, str]]:
+    """The output files of a unit: number in its task, number among all, and name."""
+    task = corpus.tasks[write["task"]]
+    num_files = -(-int(task["last_part"] - task["first_part"]) // CHUNK_PARTS)
+    for file in range(int(write["reader"]), num_files, int(write["num_readers"])):
+        yield file, int(task["first_file"]) + file, f"part-{int(write['task']):06d}-{file:06d}.jsonl.zst"
+
+
+def staged_file(work: Path, number: int, name: str) -> Path:
+    """Where an output file lies until all of the result is whole."""
+    return work_path(work / FILES_FOLDER, number, name)
+
+
+def _changed(unit: Unit) -> DataError:
+    named = " to ".join(dict.fromkeys((unit.files[0].name, unit.files[-1].name)))
+    return DataError(
+        f"{named}: not the same documents as when they were first read. Start the "
+        "command again with --restart, once nobody changes them."
+    )
 
 
 def _line(record: Record, location: Location) -> bytes:
@@ -147,36 +163,3 @@ def _line(record: Record, location: Location) -> bytes:
             f"{location.file}, row {location.row} (from 0): the record cannot be written again as JSON: {error}. "
             "Leave out or flatten what stands beside its text."
         ) from None
-
-
-def _parts(task: OutputTask, options: ReadOptions, advance: Advance) -> Iterator[tuple[TaggedPart, Part]]:
-    for unit, tagged in task.units:
-        yield from zip(tagged, read_parts(unit, options, advance), strict=True)
-
-
-def _plan(corpus: Corpus) -> Iterator[tuple[int, OutputTask]]:
-    """The units in groups of about TASK_BYTES, each with its bytes."""
-    units: list[tuple[Unit, list[TaggedPart]]] = []
-    number = num_bytes = 0
-    for index, parts in groupby(corpus.parts, lambda part: part.unit):
-        units.append((corpus.units[index], list(parts)))
-        num_bytes += corpus.units[index].num_bytes
-        if num_bytes >= TASK_BYTES:
-            yield num_bytes, OutputTask(number, units)
-            units, number, num_bytes = [], number + 1, 0
-    if units:
-        yield num_bytes, OutputTask(number, units)
-
-
-def write_kept(
-    corpus: Corpus, out: Path, options: ReadOptions, decide: Decide, examples: set[int], job: Job
-) -> dict[int, str]:
-    """Write all documents but the dropped; gives the beginnings of the examples' texts."""
-    (out / REPORT_FOLDER).mkdir(exist_ok=True)
-    writer = OutputWriter(out, job.work, options, corpus, decide, examples)
-    tasks = [Task(writer.list_path(task.number), num_bytes, task) for num_bytes, task in _plan(corpus)]
-    job.run("write", writer, tasks)
-    excerpts: dict[int, str] = {}
-    for path in sorted(job.work.glob("examples-*.json")):
-        excerpts.update({int(key): text for key, text in orjson.loads(path.read_bytes()).items()})
-    return excerpts

@@ -1,41 +1,172 @@
-"""What was dropped and why: counts, and some examples with the places where they stand."""
+"""What was dropped and why: a list of all, counts, and some examples with the places where they stand."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
-from data_tools.clean.attributes import Corpus, Location, read_columns
-from data_tools.clean.job import Job
-from data_tools.clean.output import Decide, write_kept
-from data_tools.units import ReadOptions
+from data_tools.clean.attributes import Corpus, Documents, Location, make_folders, work_path
+from data_tools.clean.candidates import Runs
+from data_tools.clean.output import EXAMPLES_FOLDER, Decide
+from data_tools.executors import Advance
+from data_tools.job import Stage
+from data_tools.work import write_batches
+from megatrain.atomic import commit_bytes
 from megatrain.data.format import SKIPPED_FILE
 from megatrain.terminal import printable
 from megatrain.units import format_bytes
 
+REPORT_FOLDER = ".report"
+"""Hidden, so that a command which reads the folder finds documents only."""
 EXAMPLES = 5
 """Of each reason."""
 SHOWN_CHARACTERS = 200
 
+DROPPED_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "file": pa.string(),
+        "row": pa.uint64(),
+        "reason": pa.string(),
+        "kept_id": pa.string(),
+        "kept_file": pa.string(),
+        "kept_row": pa.uint64(),
+    }
+)
+"""The list of dropped documents; the last three are null where no other is kept instead."""
 
-def write_and_report(
-    command: dict[str, Any], corpus: Corpus, out: Path, options: ReadOptions, decide: Decide, job: Job
-) -> dict[str, Any]:
-    """Write the documents that stay; gives the report, as plain data."""
-    counts = job.share("counts", partial(_count, corpus, decide))
-    examples = [example for dropped in counts["reasons"].values() for example in dropped["examples"]]
-    numbers = sorted({number for _, *pair in examples for number in pair if number is not None})
-    texts = write_kept(corpus, out, options, decide, set(numbers), job)
+Tally = dict[str, Any]
+"""`text_bytes`; `reasons`, for each what is dropped, and examples: their rank, the document, the one kept instead;
+`below` and `least`, of near duplicates: how many are not like the one that is kept, and the least similar."""
+
+
+@dataclass(frozen=True)
+class Lister:
+    """Commits the lists of what is dropped, and tallies of it."""
+
+    corpus: Corpus
+    work: Path
+    decide: Decide
+    runs: Runs | None = None
+    """Where the documents that are kept instead are found."""
+    measures: bool = False
+    """Whether those that are dropped may be unlike the one that is kept."""
+
+    def stage(self) -> Stage:
+        make_folders(self.work / "tallies", len(self.corpus.tasks))
+        return Stage("list", self.corpus.tasks["num_bytes"].tolist(), self.list_path, self.list_dropped)
+
+    def list_path(self, number: int) -> Path:
+        return staged_list(self.work, number)
+
+    def tally_path(self, number: int) -> Path:
+        return work_path(self.work / "tallies", number, f"{number:06d}.json")
+
+    def list_dropped(self, number: int, advance: Advance) -> None:
+        tally: Tally = {"text_bytes": 0, "reasons": {}, "below": 0, "least": None}
+        task = self.corpus.tasks[number]
+        parts = self.corpus.parts[int(task["first_part"]) : int(task["last_part"])]
+        batches = [self._dropped(part, tally) for part in parts]
+        commit_bytes(self.tally_path(number), orjson.dumps(tally), self.work)
+        write_batches(self.list_path(number), DROPPED_SCHEMA, batches, self.work)
+        advance(int(task["num_bytes"]))
+
+    def _dropped(self, part: Any, tally: Tally) -> pa.RecordBatch:
+        """The list for a part; what is in it is added to the tally."""
+        reasons, kept = self.decide(self.corpus, part)
+        sizes = self.corpus.columns(part, ["text_bytes"]).column(0).to_numpy()
+        tally["text_bytes"] += int(sizes.sum())
+        indices = np.flatnonzero(~np.asarray(reasons.is_null()))
+        documents = indices.astype(np.uint64) + part["first_document"]
+        reasons, kept = reasons.take(pa.array(indices)), None if kept is None else kept[indices]
+        _count(tally["reasons"], documents, kept, reasons, sizes[indices])
+        rows: Sequence[Sequence[Any]] = list(zip(*self.corpus.locations_in(part, pa.array(indices)), strict=True))
+        kept_rows: Sequence[Sequence[Any]] = [[None] * len(indices)] * 3
+        if kept is not None and len(kept) and self.runs is not None:
+            numbers, inverse = np.unique(kept, return_inverse=True)
+            found = self.runs.locations(numbers)
+            kept_rows = list(zip(*(found[index] for index in inverse.tolist()), strict=True))
+            if self.measures:
+                _measure(tally, self.runs, kept, documents)
+        columns = [*(rows or [[]] * 3), reasons.cast(pa.string()), *kept_rows]
+        arrays = [pa.array(values, each.type) for values, each in zip(columns, DROPPED_SCHEMA, strict=True)]
+        return pa.RecordBatch.from_arrays(arrays, schema=DROPPED_SCHEMA)
+
+
+def staged_list(work: Path, number: int) -> Path:
+    """Where the list of what a task drops lies until all of the result is whole."""
+    return work_path(work / "lists", number, f"dropped-{number:06d}.arrow")
+
+
+def _count(
+    counts: dict[str, Tally], documents: Documents, kept: Documents | None, reasons: pa.Array, sizes: npt.NDArray[Any]
+) -> None:
+    """Add dropped documents to the counts.
+
+    Examples are those of the lowest rank, a hash of the document's number, so that they come from everywhere.
+    """
+    ranks = np.fromiter(map(xxhash.xxh3_64_intdigest, documents.astype("<u8").view("V8").tolist()), np.uint64)
+    for reason in pc.unique(reasons).to_pylist():
+        found = np.flatnonzero(np.asarray(pc.equal(reasons, reason)))
+        lowest = found[np.argsort(ranks[found])[:EXAMPLES]]
+        examples = [[int(ranks[i]), int(documents[i]), None if kept is None else int(kept[i])] for i in lowest]
+        _add(counts, reason, {"documents": len(found), "text_bytes": int(sizes[found].sum()), "examples": examples})
+
+
+def _add(counts: dict[str, Tally], reason: str, more: Tally) -> None:
+    known = counts.setdefault(reason, {"documents": 0, "text_bytes": 0, "examples": []})
+    known["documents"] += more["documents"]
+    known["text_bytes"] += more["text_bytes"]
+    known["examples"] = sorted([*known["examples"], *more["examples"]])[:EXAMPLES]
+
+
+def _measure(tally: Tally, runs: Runs, kept: Documents, documents: Documents) -> None:
+    """How like the one that is kept the dropped documents are: they may be duplicates of it by way of others."""
+    num_equal = runs.count_equal_bytes(kept, documents)
+    at = int(num_equal.argmin())
+    least = [int(num_equal[at]), int(documents[at]), int(kept[at])]
+    tally["least"] = min(tally["least"] or least, least)
+    tally["below"] += int((num_equal < runs.sketch.min_equal_bytes).sum())
+
+
+def sum_tallies(lister: Lister) -> Tally:
+    total: Tally = {"text_bytes": 0, "reasons": {}, "below": 0, "least": None}
+    for number in range(len(lister.corpus.tasks)):
+        tally = orjson.loads(lister.tally_path(number).read_bytes())
+        total["text_bytes"] += tally["text_bytes"]
+        total["below"] += tally["below"]
+        total["least"] = min(filter(None, (total["least"], tally["least"])), default=None)
+        for reason, more in tally["reasons"].items():
+            _add(total["reasons"], reason, more)
+    return total
+
+
+def example_documents(tally: Tally) -> list[int]:
+    """The documents whose text the report shows: examples, and those kept instead."""
+    pairs = [pair for dropped in tally["reasons"].values() for _, *pair in dropped["examples"]]
+    return sorted({number for pair in pairs for number in pair if number is not None})
+
+
+def make_report(command: dict[str, Any], corpus: Corpus, tally: Tally, work: Path) -> dict[str, Any]:
+    """The report, as plain data."""
+    texts: dict[int, str] = {}
+    for path in sorted((work / EXAMPLES_FOLDER).iterdir()):
+        texts.update({int(key): text for key, text in orjson.loads(path.read_bytes()).items()})
+    numbers = example_documents(tally)
     locations = dict(zip(numbers, corpus.locations(np.array(numbers, np.uint64)), strict=True))
-    for dropped in counts["reasons"].values():
-        examples = dropped["examples"]
-        dropped["examples"] = [_example(document, kept, locations, texts) for _, document, kept in examples]
+    for dropped in tally["reasons"].values():
+        dropped["examples"] = [_example(document, kept, locations, texts) for _, document, kept in dropped["examples"]]
     num_dropped, dropped_bytes = (
-        sum(dropped[key] for dropped in counts["reasons"].values()) for key in ("documents", "text_bytes")
+        sum(dropped[key] for dropped in tally["reasons"].values()) for key in ("documents", "text_bytes")
     )
     return {
         "command": command,
@@ -43,36 +174,10 @@ def write_and_report(
         "skipped": corpus.num_skipped,
         "kept": corpus.num_documents - num_dropped,
         "dropped": num_dropped,
-        "text_bytes": counts["text_bytes"],
-        "kept_text_bytes": counts["text_bytes"] - dropped_bytes,
-        "reasons": counts["reasons"],
+        "text_bytes": tally["text_bytes"],
+        "kept_text_bytes": tally["text_bytes"] - dropped_bytes,
+        "reasons": tally["reasons"],
     }
-
-
-def _count(corpus: Corpus, decide: Decide) -> dict[str, Any]:
-    """Bytes of text; for each reason what is dropped, and examples: their rank, the document, the one kept instead.
-
-    Examples are those of the lowest rank, a hash of the document's number, so that they come from everywhere.
-    """
-    text_bytes = 0
-    reasons: dict[str, dict[str, Any]] = {}
-    for part in corpus.parts:
-        found, kept = decide(part)
-        sizes = read_columns(part.path, ["text_bytes"]).column(0).to_pylist()
-        text_bytes += sum(sizes)
-        for index, (reason, size) in enumerate(zip(found, sizes, strict=True)):
-            if reason is None:
-                continue
-            dropped = reasons.setdefault(reason, {"documents": 0, "text_bytes": 0, "examples": []})
-            dropped["documents"] += 1
-            dropped["text_bytes"] += size
-            document = part.first_document + index
-            rank = xxhash.xxh3_64_intdigest(document.to_bytes(8, "little"))
-            examples = dropped["examples"]
-            if len(examples) < EXAMPLES or rank < examples[-1][0]:
-                example = [rank, document, None if kept is None else int(kept[index])]
-                dropped["examples"] = sorted([*examples, example])[:EXAMPLES]
-    return {"text_bytes": text_bytes, "reasons": reasons}
 
 
 def _example(document: int, kept: int | None, locations: dict[int, Location], texts: dict[int, str]) -> dict[str, Any]:

@@ -19,16 +19,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from data_tools.clean.dedup import DedupOptions, dedup
 from data_tools.clean.filter import choose_filters, filter_documents
-from data_tools.clean.job import Effort
-from data_tools.ranks import Ranks
+from data_tools.job import Effort
 from data_tools.units import ReadOptions
 from tests.faults.forked_kills import print_exit_codes
-import rensa, filelock, fsspec, zstandard, pyarrow.parquet
+import rensa, fsspec, zstandard, pyarrow.parquet
 
 _, command, out, *steps = sys.argv
 
 def work():
-    effort = Effort(1, lambda *_: nullcontext(lambda n: None), Ranks(), 40_000)
+    effort = Effort(1, lambda *_: nullcontext(lambda n: None), 40_000)
     read = ReadOptions(whole_records=True)
     if command == "filter":
         filter_documents(["in"], Path(out), read, choose_filters("length,gopher_repetition", None), effort, False)

@@ -14,8 +14,7 @@ import zstandard
 
 from data_tools.clean.dedup import DedupOptions, dedup
 from data_tools.clean.filter import choose_filters, filter_documents
-from data_tools.clean.job import Effort
-from data_tools.ranks import Ranks
+from data_tools.job import Effort
 from data_tools.units import ReadOptions
 
 WHOLE = ReadOptions(whole_records=True)
@@ -36,15 +35,19 @@ def run_dedup(
     read: ReadOptions = WHOLE,
     **options: Any,
 ) -> dict[str, Any]:
-    effort = Effort(workers, silent, Ranks(), part_bytes)
-    return dedup([str(source)], out, DedupOptions(read, method, **options), effort, restart)
+    effort = Effort(workers, silent, part_bytes)
+    report = dedup([str(source)], out, DedupOptions(read, method, **options), effort, restart)
+    assert report is not None
+    return report
 
 
 def run_filter(
     source: Path, out: Path, filters: str, workers: int = 1, part_bytes: int = 100_000, read: ReadOptions = WHOLE
 ) -> dict[str, Any]:
-    effort = Effort(workers, silent, Ranks(), part_bytes)
-    return filter_documents([str(source)], out, read, choose_filters(filters, None), effort, False)
+    effort = Effort(workers, silent, part_bytes)
+    report = filter_documents([str(source)], out, read, choose_filters(filters, None), effort, False)
+    assert report is not None
+    return report
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,9 @@ SCRIPT = f"""
 from data_tools import units
 units.PART_BYTES = {PART_BYTES}
 from data_tools import tokenize
+from data_tools.clean import attributes, dedup
+attributes.TASK_BYTES = 20_000
+dedup.MAX_RUN_DOCUMENTS, dedup.SLICE_DOCUMENTS = 100, 400
 tokenize.BYTES_A_SECOND["tokenizers"] = 1  # so that there is work for all workers
 from data_tools.cli import main
 if __name__ == "__main__":
@@ -32,7 +35,11 @@ if __name__ == "__main__":
 """
 CONSTANT = {"opens": 150, "looks": 250, "changes": 100, "listed": 1000, "messages": 100, "sent_bytes": 100_000}
 """What a process may do however small the job is."""
-COMMANDS = {"tokenize": "--tokenizer {folder}/tokenizer.json --engine tokenizers --shard-tokens 20000"}
+COMMANDS = {
+    "tokenize": "--tokenizer {folder}/tokenizer.json --engine tokenizers --shard-tokens 20000",
+    "dedup": "--method minhash --num-permutations 32",
+    "filter": "--filters length",
+}
 
 
 def run(command: str, num_parts: int, folder: Path) -> list[Counter[str]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import resource
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from clean_samples import (
-    WHOLE,
     jaccard,
     near_duplicate,
     read_records,
@@ -21,15 +25,15 @@ from clean_samples import (
 )
 from data_samples import RunCommand, folder_bytes
 
-from data_tools.clean import candidates
-from data_tools.clean.attributes import tag
-from data_tools.clean.candidates import find_pairs
+from data_tools.clean import attributes, candidates, clusters
+from data_tools.clean import dedup as dedup_module
+from data_tools.clean.attributes import Documents
+from data_tools.clean.candidates import Matching
+from data_tools.clean.clusters import find_roots, unite
 from data_tools.clean.dedup import DedupOptions, dedup
-from data_tools.clean.job import Effort, Job
 from data_tools.clean.report import render
 from data_tools.clean.sketch import MinHashSketch
-from data_tools.inputs import find_inputs
-from data_tools.ranks import Ranks
+from data_tools.job import Effort
 from data_tools.units import ReadOptions
 from megatrain.errors import ConfigError, DataError
 
@@ -92,23 +96,29 @@ def test_run_and_slice_sizes_change_no_byte(method: str, tmp_path: Path, monkeyp
     options = {"num_permutations": 48} if method == "minhash" else {}
     report = run_dedup(source, tmp_path / "whole", method, **options)
     assert report["dropped"] > (230 if method == "minhash" else 150)
-    monkeypatch.setattr(candidates, "RUN_DOCUMENTS", 37)
-    monkeypatch.setattr(candidates, "SLICE_DOCUMENTS", 200)
-    monkeypatch.setattr(candidates, "COMPARED_AT_ONCE", 7)
+    monkeypatch.setattr(dedup_module, "MAX_RUN_DOCUMENTS", 37)
+    monkeypatch.setattr(dedup_module, "SLICE_DOCUMENTS", 100)
+    for name, value in {"COMPARED_AT_ONCE": 7, "BATCH_DOCUMENTS": 10, "GROUPS_OF_KEY": 2, "MAPPED_FILES": 3}.items():
+        monkeypatch.setattr(candidates, name, value)
+    monkeypatch.setattr(clusters, "BLOCK_DOCUMENTS", 50)
     run_dedup(source, tmp_path / "pieces", method, **options)
     assert folder_bytes(tmp_path / "whole") == folder_bytes(tmp_path / "pieces")
 
 
-def test_identical_documents_are_compared_with_the_first_only(tmp_path: Path) -> None:
+def test_identical_documents_are_compared_with_the_first_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies = 3000
     source = write_records(tmp_path / "a.jsonl", ["the same text for all of them, again and again"] * copies)
-    job = Job(tmp_path, Effort(1, silent, Ranks()))
+    compared = []
+
+    def count(matching: Matching, first: Documents, second: Documents) -> npt.NDArray[np.bool_]:
+        compared.append(len(first))
+        return are_duplicates(matching, first, second)
+
+    are_duplicates = Matching.are_duplicates
+    monkeypatch.setattr(Matching, "are_duplicates", count)
     sketch = MinHashSketch(num_permutations=64)
-    corpus = tag(find_inputs([str(source)]), WHOLE, sketch, job)
-    _, files = find_pairs(corpus, sketch, job)
-    pairs = sum(pa.ipc.open_file(str(path)).read_all().num_rows for path in files)
-    assert pairs == sketch.num_keys * (copies - 1)
     assert run_dedup(source, tmp_path / "out", "minhash", num_permutations=64)["clusters"] == {str(copies): 1}
+    assert sum(compared) == sketch.num_keys * (copies - 1)
 
 
 def test_empty_tiny_huge_and_wordless_documents_are_handled(tmp_path: Path) -> None:
@@ -122,7 +132,7 @@ def test_empty_tiny_huge_and_wordless_documents_are_handled(tmp_path: Path) -> N
 def test_table_columns_are_kept_and_missing_ids_derived(tmp_path: Path) -> None:
     table = pa.table({"content": ["a", "b", "a"], "text": [1, 2, 3], "when": pa.array([0, 1, 2], pa.timestamp("s"))})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    effort = Effort(1, silent, Ranks(), 1000)
+    effort = Effort(1, silent, 1000)
     options = DedupOptions(ReadOptions("content", whole_records=True))
     dedup([str(tmp_path / "a.parquet")], tmp_path / "out", options, effort, False)
     first, second = read_records(tmp_path / "out")
@@ -131,19 +141,27 @@ def test_table_columns_are_kept_and_missing_ids_derived(tmp_path: Path) -> None:
     assert second["metadata"] == {"text": 2, "provenance": {"file": str(tmp_path / "a.parquet"), "row": 1}}
 
 
-def test_finished_work_survives_a_broken_record(tmp_path: Path) -> None:
+def test_finished_work_survives_a_broken_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
     write_records(inputs / "a.jsonl", ["one", "two", "one"])
     (inputs / "b.jsonl").write_bytes(b'{"text": "three"}\n{"text": \n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 2: bad JSON"):
-        run_dedup(inputs, tmp_path / "out")
-    tagged = {path: path.stat().st_ino for path in (tmp_path / "out" / ".work" / "attributes").glob("*.arrow")}
+        run_dedup(inputs, tmp_path / "out", part_bytes=4)
+    tagged = list((tmp_path / "out" / ".work" / "attributes").rglob("*.arrow"))
     assert tagged
     (inputs / "b.jsonl").write_bytes(b'{"text": "three"}\n')
     with pytest.raises(ConfigError, match="method"):
-        run_dedup(inputs, tmp_path / "out", "minhash")
-    assert run_dedup(inputs, tmp_path / "out")["kept"] == 3
+        run_dedup(inputs, tmp_path / "out", "minhash", part_bytes=4)
+    before = {path: path.stat().st_ino for path in tagged}
+    write_batches = attributes.write_batches
+
+    def keep_committed(path: Path, *arguments: Any) -> None:
+        assert path not in before
+        write_batches(path, *arguments)
+
+    monkeypatch.setattr(attributes, "write_batches", keep_committed)
+    assert run_dedup(inputs, tmp_path / "out", part_bytes=4)["kept"] == 3
     assert not (tmp_path / "out" / ".work").exists()
 
 
@@ -278,3 +296,68 @@ def test_clusters_are_shown_by_their_size() -> None:
     report = {"documents": 20, "text_bytes": 0, "kept": 3, "kept_text_bytes": 0, "dropped": 17, "skipped": 0}
     clusters = {"11": 1, "14": 2, "2": 3}
     assert "Clusters by size: 3 of 2, 1 of 11, 2 of 14\n" in render({**report, "reasons": {}, "clusters": clusters})
+
+
+def test_long_chains_are_joined_in_linear_time() -> None:
+    def cpu_seconds(length: int) -> float:
+        parents = np.arange(length, dtype=np.uint64)
+        drawn = np.random.default_rng(1).permutation(length - 1).astype(np.uint64)
+        started = time.process_time()
+        for pairs in np.array_split(drawn, 10):
+            unite(parents, pairs, pairs + np.uint64(1))
+        assert not find_roots(parents, np.arange(length, dtype=np.uint64)).any()
+        return time.process_time() - started
+
+    assert min(cpu_seconds(240_000) for _ in range(3)) < 20 * min(cpu_seconds(30_000) for _ in range(3)) + 0.05
+
+
+@pytest.mark.parametrize("slice_documents", [1 << 21, 30])
+def test_representatives_keep_what_is_unlike_them(
+    slice_documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
+) -> None:
+    monkeypatch.setattr(dedup_module, "SLICE_DOCUMENTS", slice_documents)
+    texts = [" ".join(f"w{word}" for word in range(first, first + 300)) for first in range(0, 600, 6)]
+    source = write_records(tmp_path / "a.jsonl", [*texts, texts[50], "alone"])
+    options = ("--method", "minhash", "--cluster-by", "representative", "--workers", 1)
+    code, shown, _ = run_command("dedup", source, "--out", tmp_path / "out", *options)
+    assert (code, "dropped because others lie" in shown) == (0, False)
+    report = orjson.loads((tmp_path / "out" / ".report" / "report.json").read_bytes())
+    assert report["chains"]["documents"] == 0 and report["chains"]["least_similarity"] > 0.7
+    kept = [record["text"] for record in read_records(tmp_path / "out")]
+    assert 8 < len(kept) < 30 and kept[0] == texts[0] and kept[-1] == "alone" and len(set(kept)) == len(kept)
+    similarities = [jaccard(a, b) for index, a in enumerate(kept) for b in kept[:index]]
+    assert max(similarities) < 0.8
+    by_id = {f"d{number}": text for number, text in enumerate([*texts, texts[50]])}
+    for each in dropped(tmp_path / "out"):
+        assert jaccard(by_id[str(each["id"])], by_id[str(each["kept_id"])]) > 0.65
+
+
+@pytest.mark.slow
+def test_more_runs_than_open_files_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedup_module, "MAX_RUN_DOCUMENTS", 2)
+    texts = [f"text number {number % 400}" for number in range(600)]
+    source = write_records(tmp_path / "a.jsonl", texts)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        assert run_dedup(source, tmp_path / "out", part_bytes=60)["kept"] == 400
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_many_output_files_lie_in_numbered_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_records(tmp_path / "a.jsonl", [f"text number {number % 300}" for number in range(400)])
+    monkeypatch.setattr(attributes, "TASK_BYTES", 1000)
+    flat = run_dedup(source, tmp_path / "flat", part_bytes=60)
+    monkeypatch.setattr(attributes, "FOLDER_FILES", 3)
+    assert run_dedup(source, tmp_path / "folders", part_bytes=60) == flat
+    for folder in (tmp_path / "folders", tmp_path / "folders" / ".report"):
+        assert all(len(list(each.iterdir())) <= 3 for each in folder.glob("[0-9]*"))
+        assert len(list(folder.glob("[0-9]*"))) > 1
+    names = sorted((tmp_path / "folders").rglob("part-*"))
+    assert [path.name for path in names] == sorted(path.name for path in (tmp_path / "flat").glob("part-*"))
+    assert [path.read_bytes() for path in names] == [
+        path.read_bytes() for path in sorted((tmp_path / "flat").glob("part-*"))
+    ]
+    assert run_dedup(source, tmp_path / "folders", part_bytes=60, restart=True) == flat
+    assert run_dedup(tmp_path / "folders", tmp_path / "again", part_bytes=60)["documents"] == flat["kept"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
 
 import orjson
@@ -12,7 +13,15 @@ from clean_samples import WHOLE, read_records, real_paragraphs, run_filter, writ
 from data_samples import RunCommand, folder_bytes
 
 from data_tools.clean.filter import choose_filters
-from data_tools.clean.filters import C4Quality, Document, Filter, GopherQuality, GopherRepetition, Language
+from data_tools.clean.filters import (
+    C4Quality,
+    Document,
+    Filter,
+    GopherQuality,
+    GopherRepetition,
+    Language,
+    find_function,
+)
 from data_tools.clean.words import count_sentences, split_words
 from megatrain.errors import ConfigError, DataError
 
@@ -175,3 +184,47 @@ def test_hostile_texts_take_no_quadratic_time() -> None:
     for text in ("(" * 60_000, "a:" * 30_000, ":/@." * 15_000, "." * 60_000, "a.b," * 15_000, "\n" * 60_000):
         for name in ("gopher_quality", "gopher_repetition", "c4_quality", "symbol_ratio", "language"):
             choose_filters(name, None)[name].reason(Document(text))
+
+
+OWN = """
+def keep_short(text, limit=5):
+    return len(text) <= limit
+
+def name_reason(text):
+    return "has an x" if "x" in text else True
+
+def broken(text):
+    return None
+
+LIMIT = 5
+"""
+
+
+def test_a_function_of_ones_own_filters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_filters.py").write_text(OWN)
+    source = write_records(tmp_path / "a.jsonl", ["four", "sixsix", "a x", "longest", "y"] * 50)
+    (tmp_path / "f.yaml").write_text("own_filters:keep_short: {limit: 6}\nown_filters:name_reason:\n")
+    options = ("--config", tmp_path / "f.yaml", "--workers", 2)
+    code, shown, error = run_command("filter", source, "--out", tmp_path / "out", *options)
+    assert (code, error.count("Traceback")) == (0, 0)
+    assert "own_filters:keep_short: dropped: 50" in shown and "own_filters:name_reason: has an x: 100" in shown
+    assert {record["text"] for record in read_records(tmp_path / "out")} == {"four", "y"}
+    (tmp_path / "own_filters.py").write_text(OWN.replace("<=", "<"))
+    find_function.cache_clear()
+    code, _, error = run_command("filter", source, "--out", tmp_path / "out", *options)
+    assert (code, "made from other inputs or with other options" in error) == (2, True)
+    for name, ended, message in [
+        ("own_filters:missing", 2, "no attribute 'missing'"),
+        ("no_such_module:f", 2, "No module named 'no_such_module'"),
+        ("own_filters:LIMIT", 2, "is no function but 5"),
+        ("own_filters:broken", 3, "returned None. It should return True"),
+    ]:
+        code, _, error = run_command("filter", source, "--out", tmp_path / "other", "--filters", name, "--workers", 1)
+        assert (code, message in error, "Traceback" in error) == (ended, True, False), error
+    (tmp_path / "f.yaml").write_text("own_filters:keep_short: {limits: 6}\n")
+    code, _, error = run_command("filter", source, "--out", tmp_path / "more", *options)
+    assert code == 2 and "unexpected keyword argument 'limits'" in error
