@@ -1,27 +1,21 @@
 """The rank of this process among those that do the same work, from its launcher.
 
-Under `mpirun`, and `srun` with an MPI, ranks use MPI: rank 0 looks and broadcasts what it found, and ranks wait for
-each other. Tasks of a SLURM array, and of `srun` without a working MPI, see on disk what the others have done. The only
-reader of the environment in data_tools.
+Under `mpirun`, and `srun` with an MPI, ranks use MPI. Tasks of a SLURM array, and of `srun` without a working MPI, see
+on disk what the others have done. The only reader of the environment in data_tools.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from data_tools.machine import num_cores
 from megatrain.distributed.slurm_step import find_step, read_int
 from megatrain.errors import ConfigError
-
-T = TypeVar("T")
-
-MAX_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -41,30 +35,6 @@ class Ranks:
     def uses_mpi(self) -> bool:
         """Whether ranks communicate, and not only see what is on disk."""
         return self.comm is not None
-
-    @property
-    def reports(self) -> bool:
-        """Whether this process reports what all ranks have done."""
-        return self.comm is None or self.rank == 0
-
-    def share(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, for all; without MPI each process calls it."""
-        if self.comm is None:
-            return make()
-        value = make() if self.rank == 0 else None
-        self.wait()
-        shared: T = self.comm.bcast(value, root=0)
-        return shared
-
-    def wait(self) -> None:
-        """Wait for all ranks, sleeping: MPI's own barrier would keep a core busy. Does nothing without MPI."""
-        if self.comm is None:
-            return
-        request = self.comm.Ibarrier()
-        poll_seconds = 0.001
-        while not request.Test():
-            time.sleep(poll_seconds)
-            poll_seconds = min(2 * poll_seconds, MAX_POLL_SECONDS)
 
     def abort(self, exit_code: int) -> None:
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import time
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from clean_samples import (
+    WHOLE,
     jaccard,
     near_duplicate,
     read_records,
@@ -361,3 +363,20 @@ def test_many_output_files_lie_in_numbered_folders(tmp_path: Path, monkeypatch: 
     ]
     assert run_dedup(source, tmp_path / "folders", part_bytes=60, restart=True) == flat
     assert run_dedup(tmp_path / "folders", tmp_path / "again", part_bytes=60)["documents"] == flat["kept"]
+
+
+def test_other_documents_at_the_second_reading_are_noticed(tmp_path: Path) -> None:
+    source = write_records(tmp_path / "a.jsonl", ["one", "two", "one", "three"])
+    before = source.stat()
+
+    def run(stage: str | None) -> dict[str, Any] | None:
+        effort = Effort(1, silent, 100_000, stage=stage)
+        return dedup([str(source)], tmp_path / "out", DedupOptions(WHOLE), effort, False)
+
+    for stage in ("read", "index", "sort", "compare", "cluster", "list", "tally"):
+        assert run(stage) is None
+    content = source.read_bytes()
+    source.write_bytes(content.rpartition(b"\n{")[0].ljust(len(content) - 1) + b"\n")  # one document fewer
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=r"a\.jsonl: not the same documents as when they were first read"):
+        run(None)

@@ -234,7 +234,7 @@ def test_a_replaced_input_is_never_taken_for_done(tmp_path: Path, make_dataset: 
 def test_an_input_replaced_halfway_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_records(tmp_path / "a.jsonl", ["one", "one", "two"])
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.clean.dedup.render", lambda *_: 1 / 0)  # when all has been written
+        patch.setattr("data_tools.clean.job.render", lambda *_: 1 / 0)  # when all has been written
         with pytest.raises(ZeroDivisionError):
             run_dedup(source, tmp_path / "out")
     assert list((tmp_path / "out").glob("part-*"))
