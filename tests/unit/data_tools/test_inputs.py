@@ -237,7 +237,7 @@ def test_an_input_replaced_halfway_is_read_anew(tmp_path: Path, monkeypatch: pyt
         patch.setattr("data_tools.clean.job.render", lambda *_: 1 / 0)  # when all has been written
         with pytest.raises(ZeroDivisionError):
             run_dedup(source, tmp_path / "out")
-    assert list((tmp_path / "out").glob("part-*"))
+    assert list((tmp_path / "out" / ".work").rglob("part-*"))
     write_records(tmp_path / "a.jsonl", ["two", "two", "one"])
     assert run_dedup(source, tmp_path / "out")["kept"] == 2
     assert [record["text"] for record in read_records(tmp_path / "out")] == ["two", "one"]
