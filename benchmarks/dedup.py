@@ -18,8 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, not the one above
 
 import orjson
 
