@@ -158,9 +158,7 @@ def test_every_executor_cleans_to_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["attributes", "runs", "pairs", "lists", "files"])
-def test_a_killed_worker_changes_no_byte(
-    stage: str, folder: Path, alone: dict[str, dict[str, bytes]]
-) -> None:
+def test_a_killed_worker_changes_no_byte(stage: str, folder: Path, alone: dict[str, dict[str, bytes]]) -> None:
     out = f"killed-in-{stage}"
     command = clean_command(folder, "minhash", out, "--workers", "2")
     process = start(command, folder)
