@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
-from data_tools.clean.job import REPORT_FOLDER
+from data_tools.clean.report import REPORT_FOLDER
 from data_tools.executors import Advance, Progress
 from data_tools.folder import WORK_FOLDER
 from data_tools.inputs import FileSelector, find_inputs
