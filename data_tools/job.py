@@ -187,7 +187,10 @@ def run_stages(stages: Iterable[Stage], folder: Path, effort: Effort) -> bool:
 
 
 def _run_stages(stages: Iterable[Stage], folder: Path, effort: Effort, place: Place) -> bool:
+    is_done_alone = False
     for stage in stages:
+        if is_done_alone:
+            return False
         missing = stage.missing()
         if effort.stage is not None and stage.name != effort.stage:
             if missing and (missing := _look_again(stage)):
@@ -203,8 +206,7 @@ def _run_stages(stages: Iterable[Stage], folder: Path, effort: Effort, place: Pl
             _run_units(stage, own, folder, effort, place)
             effort.say(f"{stage.name}: {place.share.name} is done, {len(own)} units.")
             return False
-        if effort.stage is not None:
-            return False
+        is_done_alone = effort.stage is not None
     return True
 
 

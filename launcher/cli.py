@@ -175,10 +175,10 @@ def array(
     submit: Submit = False,
     test_only: TestOnly = False,
 ) -> None:
-    """Print or submit an array of SLURM tasks that do the work of one command together."""
+    """Print or submit an array of SLURM tasks for each stage of a command, or for a sweep; they share its work."""
     from launcher.script import Array, render_array
     from launcher.site import read_site
-    from launcher.submit import check_array
+    from launcher.submit import make_logs, max_array_tasks, submit_stages
 
     named = _given(partition=partition, account=account, qos=qos, exclude=exclude, time=time, mem=mem)
     job = Array(
@@ -191,9 +191,18 @@ def array(
         options=(*named, *(sbatch or ())),
         name=job_name or f"megatrain-{command[0]}",
     )
-    check_array(tasks)
+    most = max_array_tasks() or tasks
+    if tasks > most and not job.stages:
+        raise ConfigError(
+            f"--tasks {tasks}: an array of this cluster has {most} tasks at the most (MaxArraySize). Give fewer."
+        )
     here = read_site(site)
-    _hand_over(lambda: render_array(job, here), job.logs, submit=submit, test_only=test_only)
+    if not (submit and job.stages) or test_only:
+        _hand_over(lambda: render_array(job, here, most), job.logs, submit=submit, test_only=test_only)
+        return
+    make_logs(job.logs)
+    for number in submit_stages(render_array(job, here, most), job.submissions(most)):
+        typer.echo(number)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -17,6 +18,15 @@ from megatrain.errors import ConfigError
 
 ARRAY_COMMANDS = {"tokenize": "data_tools", "dedup": "data_tools", "filter": "data_tools", "sweep": "megatrain"}
 """Commands that an array of tasks can do, and whose module has them."""
+_CLEAN_STAGES = ("list", "tally", "write", "publish")
+STAGES = {
+    "tokenize": ("encode", "plan", "shards", "manifest"),
+    "dedup": ("read", "index", "sort", "compare", "cluster", *_CLEAN_STAGES),
+    "filter": ("read", "index", *_CLEAN_STAGES),
+}
+"""Of the data tools' commands, in order: a job for each, of which the tasks do their shares."""
+UNSHARED = {"plan", "manifest", "index", "cluster", "assign", "tally", "publish"}
+"""Stages of one unit."""
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
@@ -74,6 +84,38 @@ class Array:
     options: tuple[str, ...]
     name: str
 
+    @property
+    def stages(self) -> list[str]:
+        """What the command is done in, each by a job; nothing for a sweep."""
+        stages = list(STAGES.get(self.command[0], ()))
+        if self.command[0] == "dedup" and any("representative" in word for word in self.command):
+            after = stages.index("cluster") + 1
+            stages[after:after] = ["represent", "assign"]
+        return stages
+
+    def submissions(self, max_tasks: int) -> list[list[Submission]]:
+        """For each stage its jobs: several, where an array has no more than `max_tasks` tasks."""
+        starts = range(0, self.num_tasks, max_tasks)
+        most = f"%{self.max_running}" if self.max_running else ""
+        windows = [(start, min(max_tasks, self.num_tasks - start)) for start in starts]
+        jobs = []
+        for stage in self.stages:
+            if stage in UNSHARED:
+                jobs.append([Submission(("--array=0",), (stage,))])
+            elif len(windows) == 1:
+                jobs.append([Submission((), (stage,))])
+            else:
+                arrays = [(f"--array=0-{size - 1}{most}", str(start)) for start, size in windows]
+                jobs.append([Submission((array,), (stage, start, str(self.num_tasks))) for array, start in arrays])
+        return jobs
+
+
+class Submission(NamedTuple):
+    """One call of sbatch: its own options, and the words behind the script."""
+
+    options: tuple[str, ...]
+    words: tuple[str, ...]
+
 
 def render(job: Job, site: Site) -> str:
     """The batch script. Makes nothing: where the folder of its output is not there, the script makes it.
@@ -89,12 +131,13 @@ def render(job: Job, site: Site) -> str:
     return _fill("slurm.sh.j2", job, site, options, words, remote_words=remote_words, bindings=bindings)
 
 
-def render_array(job: Array, site: Site) -> str:
+def render_array(job: Array, site: Site, max_tasks: int) -> str:
     """The batch script of an array. Raises ConfigError for other commands, and for what cannot stand in a script."""
     if job.command[0] not in ARRAY_COMMANDS:
         raise ConfigError(f"{job.command[0]}: an array of tasks can do {', '.join(ARRAY_COMMANDS)}.")
     most = f"%{job.max_running}" if job.max_running else ""
-    requested = [f"--job-name={job.name}", f"--array=0-{job.num_tasks - 1}{most}"]
+    size = min(job.num_tasks, max_tasks)
+    requested = [f"--job-name={job.name}", f"--array=0-{size - 1}{most}"]
     requested += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
     options = [
         *_merged([], requested, job.options, site, _output(job.logs, job.working_dir, "%A_%a")),
@@ -105,7 +148,19 @@ def render_array(job: Array, site: Site) -> str:
     ]
     _check_words([*job.command, str(job.working_dir), job.name, *options], job.logs)
     check_limit(options)
-    return _fill("array.sh.j2", job, site, options, job.command, module=ARRAY_COMMANDS[job.command[0]])
+    jobs = _submissions(job.submissions(max_tasks))
+    return _fill("array.sh.j2", job, site, options, job.command, module=ARRAY_COMMANDS[job.command[0]], jobs=jobs)
+
+
+def _submissions(stages: Iterable[Iterable[Submission]]) -> list[str]:
+    """How a person submits the jobs: each after all of the stage before."""
+    lines: list[str] = []
+    after: tuple[str, ...] = ()
+    for jobs in stages:
+        calls = [("sbatch", "--parsable", *after, *options, "THIS_FILE", *words) for options, words in jobs]
+        lines.append("jobs=" + ":".join(f"$({' '.join(call)})" for call in calls))
+        after = ("--dependency=afterany:$jobs",)
+    return lines
 
 
 def why_not_ssh(job: Job, site: Site) -> str | None:
@@ -135,7 +190,7 @@ def _ssh_cannot(job: Job, site: Site) -> str | None:
 
 
 def _fill(
-    template: str, job: Job | Array, site: Site, options: Sequence[str], words: Iterable[str], **more: str
+    template: str, job: Job | Array, site: Site, options: Sequence[str], words: Iterable[str], **more: object
 ) -> str:
     environment = Environment(
         loader=PackageLoader("launcher", "."),

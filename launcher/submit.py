@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatrain.errors import ConfigError
@@ -57,14 +58,27 @@ def make_logs(logs: Path) -> None:
         raise ConfigError(f"{logs} cannot be made: {error.strerror}. It has to be on shared storage.") from None
 
 
-def check_array(num_tasks: int) -> None:
-    """Raise ConfigError where this cluster, if there is one, takes no array of so many tasks."""
+def submit_stages(text: str, stages: Iterable[Sequence[tuple[Sequence[str], Sequence[str]]]]) -> Iterator[str]:
+    """Submit a script for each job of each stage, with options of sbatch and words for the script; the job ids.
+
+    A stage's jobs begin when all of the stage before have ended, however they did: each looks for itself what is done.
+    Raises ConfigError with sbatch's own words where it refuses.
+    """
+    before: list[str] = []
+    for jobs in stages:
+        after = [f"--dependency=afterany:{':'.join(before)}"] if before else []
+        before = []
+        for options, words in jobs:
+            ended = _sbatch(["--parsable", *after, *options], text, words)
+            sys.stderr.write(ended.stderr)
+            before.append(ended.stdout.strip().split(";")[0])
+            yield before[-1]
+
+
+def max_array_tasks() -> int | None:
+    """How many tasks an array of this cluster has at the most; None where there is no cluster to ask."""
     limit = _ARRAY_LIMIT.search(_output_of("scontrol", "show", "config"))
-    if limit and num_tasks > int(limit[1]):
-        raise ConfigError(
-            f"--tasks {num_tasks}: an array of this cluster has {limit[1]} tasks at the most (MaxArraySize). Give "
-            "fewer, with more --cpus-per-task or `--workers`: the tasks share the work, however many they are."
-        )
+    return int(limit[1]) if limit else None
 
 
 def job_state(job: str) -> str | None:
@@ -94,10 +108,15 @@ def cancel_chain(job: str) -> list[str]:
     return rest
 
 
-def _sbatch(options: list[str], text: str) -> subprocess.CompletedProcess[str]:
+def _sbatch(options: Sequence[str], text: str, words: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     command = [_find("sbatch", options[0]), *options]
     environment = clean_environment(os.environ)
-    ended = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:  # words come behind the name of a file alone
+        if words:
+            script.write(text)
+            script.flush()
+            command += [script.name, *words]
+        ended = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise ConfigError(f"sbatch {' '.join(options)} refuses the job: {ended.stderr.strip()}")
     return ended

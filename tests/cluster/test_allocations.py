@@ -190,7 +190,7 @@ def test_the_doctor_examines_all_gpus_of_an_allocation(desk: Desk) -> None:
 
 
 def test_too_large_an_array_is_refused(desk: Desk) -> None:
-    command = [sys.executable, "-m", "launcher", "array", "--tasks", "1002", "--", "tokenize", "x"]
+    command = [sys.executable, "-m", "launcher", "array", "--tasks", "1002", "--", "sweep", "x"]
     ended = subprocess.run(command, cwd=ROOT, env=desk.environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "--tasks 1002: an array of this cluster has 1001 tasks at the most (MaxArraySize)." in ended.stderr

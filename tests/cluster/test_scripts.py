@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.data import open_dataset
 from megatrain.experiments.runs import summarize
 from tests.cluster.conftest import ClusterRun
 from tests.cluster.lab import Lab
@@ -79,24 +78,3 @@ def test_the_tasks_of_an_array_train_a_sweep(lab: Lab, tiny_data: TinyData, tmp_
     wait_until(lambda: lab.call("squeue", "-h", "-j", ended.stdout.strip()) == "")
     found = {run.run: (run.state, run.step) for run in summarize(tmp_path / "runs")}
     assert found == {"lr=1e-3": ("finished", 2), "lr=3e-3": ("finished", 2)}
-
-
-def test_the_tasks_of_an_array_tokenize_together(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:
-    words = ["tokenize", str(tiny_data.prose.with_suffix(".jsonl")), "--tokenizer", str(tiny_data.tokenizer)]
-    options = [
-        "array",
-        "--tasks",
-        "3",
-        "--cpus-per-task",
-        "1",
-        "--submit",
-        "--",
-        *words,
-        "--out",
-        str(tmp_path / "set"),
-    ]
-    command = [sys.executable, "-m", "launcher", *options]
-    ended = subprocess.run(command, cwd=tmp_path, env=lab.environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    wait_until(lambda: lab.call("squeue", "-h", "-j", ended.stdout.strip()) == "")
-    assert open_dataset(tmp_path / "set").digest == open_dataset(tiny_data.prose).digest

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+import data_tools.cli
 from launcher.options import limit_seconds
+from launcher.script import STAGES, Array
 from megatrain.errors import ConfigError
 from tests.unit.launcher.conftest import Launch
 
@@ -369,6 +373,27 @@ def test_an_array_runs_a_data_tools_command(launch: Launch, tmp_path: Path) -> N
     echoed = script.replace(shlex.quote(sys.executable), "printf '%s\\n'").replace("exec ", "")
     shown = subprocess.run(["bash", "-c", echoed], capture_output=True, text=True)
     assert shown.stdout.splitlines() == ["-m", "data_tools", *words]
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "4"}
+    behind = ["bash", "-c", echoed, "job.sh", "encode", "1001", "1010"]
+    shown = subprocess.run(behind, capture_output=True, text=True, env=environment)
+    assert shown.stdout.splitlines()[-4:] == ["--stage", "encode", "--share", "1006/1010"]
+
+
+COMMANDS = {"tokenize": data_tools.cli.tokenize, "dedup": data_tools.cli.dedup, "filter": data_tools.cli.filter_command}
+
+
+@pytest.mark.parametrize("command", list(STAGES))
+def test_arrays_know_the_stages_of_data_tools(command: str) -> None:
+    option = inspect.signature(COMMANDS[command]).parameters["stage"].annotation
+    known = get_args(get_args(get_args(option)[0])[0])  # of a Literal, or None, annotated
+    array = Array((command, "--cluster-by", "representative"), 8, 3, None, Path(), Path(), (), "name")
+    assert set(array.stages) == set(known)
+    first, second = array.submissions(1001)[:2]
+    assert (first, second) == ([((), (array.stages[0],))], [(("--array=0",), (array.stages[1],))])
+    assert array.submissions(5)[0] == [
+        (("--array=0-4%3",), (array.stages[0], "0", "8")),
+        (("--array=0-2%3",), (array.stages[0], "5", "8")),
+    ]
 
 
 def test_each_task_of_an_array_trains_one_run(launch: Launch) -> None:

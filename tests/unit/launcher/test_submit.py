@@ -67,9 +67,25 @@ def test_the_rest_of_a_chain_is_cancelled_backwards(
 
 @pytest.mark.parametrize(("tasks", "code"), [("1001", 0), ("1002", 2)])
 def test_arrays_are_as_large_as_the_cluster_takes(tasks: str, code: int, slurm: Path, launch: Launch) -> None:
-    ended = launch("array", "--tasks", tasks, "--", "tokenize", "x")
+    ended = launch("array", "--tasks", tasks, "--", "sweep", "run.yaml")
     assert ended.code == code
     assert ("MaxArraySize" in ended.err) == (code == 2)
+
+
+def test_more_tasks_are_several_arrays_a_stage(slurm: Path, launch: Launch) -> None:
+    slurm.with_name("sbatch").write_text("#!/bin/bash\necho sbatch $* >> asked; echo 7")
+    ended = launch("array", "--tasks", "1500", "--submit", "--", "tokenize", "x")
+    assert ended.out.split() == ["7"] * 6
+    calls = [" ".join(word for word in call.split() if "/" not in word) for call in slurm.read_text().splitlines()]
+    after = "sbatch --parsable --dependency=afterany:7"
+    assert calls == [
+        "sbatch --parsable --array=0-1000 encode 0 1500",
+        "sbatch --parsable --array=0-498 encode 1001 1500",
+        f"{after}:7 --array=0 plan",
+        f"{after} --array=0-1000 shards 0 1500",
+        f"{after} --array=0-498 shards 1001 1500",
+        f"{after}:7 --array=0 manifest",
+    ]
 
 
 def test_submitting_makes_the_folder_of_the_output(slurm: Path, launch: Launch, tmp_path: Path) -> None:
