@@ -160,7 +160,7 @@ class Feed:
         saved = orjson.loads(self._state.read_bytes()) if self._state.exists() else {}
         self._id: str | None = saved.get("id")
         # What came after the step that is resumed from comes again.
-        self._sent = min(saved.get("step", 0), resume_step)
+        self._first_step = self._sent = min(saved.get("step", 0), resume_step)
         self._tracker: Tracker | None = None
         self._end: str | None = None
 
@@ -179,9 +179,9 @@ class Feed:
 
     def _send(self, lines: Sequence[Mapping[str, Any]]) -> None:
         rows = [
-            Row(line["step"], float(line.get("time", 0.0)), figures)
+            Row(line["step"], float(line.get("time") or 0.0), figures)
             for line in lines
-            if line["step"] > self._sent and (figures := figures_of(line))
+            if line["step"] > self._first_step and (figures := figures_of(line))
         ]
         if rows:
             if self._tracker is None:
@@ -195,7 +195,7 @@ class Feed:
             self._id = self._kind.new_id(self._run_dir)
             self.save()
         config = dict(flat(load(self._run_dir / CONFIG_FILE).model_dump(mode="json")))
-        return self._kind(self._run_dir, self._id, config, self._sent, self._tell)
+        return self._kind(self._run_dir, self._id, config, self._first_step, self._tell)
 
     def close(self) -> None:
         if self._tracker is not None:
