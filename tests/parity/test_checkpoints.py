@@ -53,6 +53,12 @@ SAMPLE = (
     Layout("2-zero3-offloaded", 2, {"zero_stage": 3, "offload": "all"}, "llama_mqa"),
     Layout("4-fsdp2-zero2", 4, {"engine": "fsdp2", "zero_stage": 2}, "llama_mqa"),
     Layout("1-zero1", 1, {"zero_stage": 1}, "qwen3"),
+    Layout(
+        "4-fsdp2-pipeline2-chunks2-zero3",
+        4,
+        {"engine": "fsdp2", "pipeline": 2, "pipeline_chunks": 2, "zero_stage": 3},
+        "gpt2_tied",
+    ),
     Layout("2-fsdp2-tensor2", 2, {"engine": "fsdp2", "tensor": 2, "zero_stage": 0}, "qwen3"),
     Layout("4-pipeline2-zero1", 4, {"pipeline": 2, "zero_stage": 1}, "qwen3"),
     Layout("2-tensor2-sequence-zero2", 2, {"tensor": 2, "sequence": True, "zero_stage": 2}, "llama_tied"),

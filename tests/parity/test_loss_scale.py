@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2 zero 1": (2, {"engine": "fsdp2", "zero_stage": 1}),
     "fsdp2 zero 3": (2, {"engine": "fsdp2", "zero_stage": 3}),
     "fsdp2 tensor": (2, {"engine": "fsdp2", "tensor": 2}),
+    "fsdp2 pipeline": (2, {"engine": "fsdp2", "pipeline": 2, "pipeline_chunks": 2}),
 }
 
 QUICK = ("one rank", "tensor", "zero 2")

@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2 zero 3": (2, {"engine": "fsdp2", "zero_stage": 3}),
     "fsdp2 sequence": (2, {"engine": "fsdp2", "tensor": 2, "sequence": True}),
     "fsdp2 sequence, zero 3": (4, {"engine": "fsdp2", "tensor": 2, "sequence": True, "zero_stage": 3}),
+    "fsdp2 all axes": (4, {"engine": "fsdp2", "tensor": 2, "pipeline": 2, "sequence": True, "zero_stage": 3}),
     "zero 1, optimizer offloaded": (2, {"zero_stage": 1, "offload": "optimizer"}),
     "zero 2, optimizer offloaded": (2, {"zero_stage": 2, "offload": "optimizer"}),
     "zero 3, all offloaded": (2, {"zero_stage": 3, "offload": "all"}),

@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
         f"FSDP2 ZeRO {s} {p}": (2, {"engine": "fsdp2", "zero_stage": s}, p) for s in (1, 2, 3) for p in ("fp32", "bf16")
     },
     "FSDP2 tensor": (2, {"engine": "fsdp2", "tensor": 2, "zero_stage": 1}, "fp32"),
+    "FSDP2 pipeline": (2, {"engine": "fsdp2", "pipeline": 2, "pipeline_chunks": 2, "zero_stage": 2}, "bf16"),
     "offloaded": (2, {"zero_stage": 2, "offload": "optimizer"}, "fp32"),
     "tensor": (2, {"tensor": 2, "zero_stage": 1}, "fp32"),
     "tensor under ZeRO 3": (2, {"tensor": 2, "zero_stage": 3}, "fp32"),
@@ -41,6 +42,7 @@ SAMPLE = (
     "pipeline",
     "FSDP2 ZeRO 1 bf16",
     "FSDP2 ZeRO 3 fp32",
+    "FSDP2 pipeline",
 )
 
 
@@ -84,6 +86,7 @@ FLIPPED = {  # layout: the parameter, and who is told to differ
     "ZeRO 0 bf16": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "ZeRO 2 fp32": ("model.layers.0.mlp.up_proj.weight", "ranks 0 ({host}), 1 ({host}) differ in"),
     "tensor": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
+    "FSDP2 pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in the tied embedding"),
     "FSDP2 tensor": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "tensor under ZeRO 3": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in the tied embedding"),
