@@ -145,7 +145,7 @@ class Assembly:
         totals = len(lengths), int(lengths.sum()), int(pc.sum(documents["text_bytes"]).as_py())
         dtype = token_dtype(self.recipe.tokenizer.vocab_size)
         schema = document_schema(dtype, shard_metadata(self.recipe.same_for_all_shards, index, *totals))
-        runs = _runs((np.cumsum(lengths) - lengths) // BATCH_TOKENS)
+        runs = runs_of((np.cumsum(lengths) - lengths) // BATCH_TOKENS)
         batches = (_shard_batch(documents.slice(first, last - first), files, schema) for _, first, last in runs)
         write_batches(self.out / shard_name(index), schema, batches, self.folder)
         row = shard_row(self.out / shard_name(index), *totals)
@@ -167,7 +167,7 @@ class Assembly:
         if plan.num_skipped:
             commit_bytes(self.out / SKIPPED_FILE, (self.folder / SKIPPED_FILE).read_bytes(), self.folder)
         manifest = Manifest(
-            digest=content_digest(tokenizer.sha256, self.recipe.options, _document_hashes(shards)),
+            digest=content_digest(tokenizer.sha256, self.recipe.options, document_hashes(shards)),
             num_shards=len(rows),
             num_documents=sum(row["documents"] for row in rows),
             num_tokens=sum(row["tokens"] for row in rows),
@@ -249,7 +249,7 @@ def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tup
     if position + part.num_tokens <= (shard + 1) * shard_tokens:
         return [(shard, 0, part.num_documents)] if part.num_documents else []
     lengths = _lengths(open_committed(part.path).read_all())
-    return _runs((position + np.cumsum(lengths) - lengths) // shard_tokens)
+    return runs_of((position + np.cumsum(lengths) - lengths) // shard_tokens)
 
 
 def _shard_batch(documents: pa.Table, files: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
@@ -261,7 +261,7 @@ def _shard_batch(documents: pa.Table, files: pa.Array, schema: pa.Schema) -> pa.
     return pa.RecordBatch.from_arrays([tokens, ids, hashes, source, text_bytes], schema=schema)
 
 
-def _document_hashes(shards: Iterable[Path]) -> Iterator[pa.Array]:
+def document_hashes(shards: Iterable[Path]) -> Iterator[pa.Array]:
     for path in shards:
         reader = open_committed(path)
         yield from (reader.get_batch(i)["hash"] for i in range(reader.num_record_batches))
@@ -273,7 +273,7 @@ def _lengths(documents: pa.Table) -> npt.NDArray[np.int64]:
     return lengths
 
 
-def _runs(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+def runs_of(values: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
     """Each run of equal values: the value, its first index, and the one behind its last."""
     bounds = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
     for first, last in pairwise(bounds):

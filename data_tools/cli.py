@@ -321,8 +321,14 @@ def dedup(
         _clean(out, place, stage, lambda effort: run(inputs, out, options, effort, restart))
 
 
-def _clean(out: Path, place: Place | None, stage: str | None, work: Callable[[Effort], dict[str, Any] | None]) -> None:
-    """Do the work of `dedup` or `filter` in a place, unless it is a worker's that has served, and show its report."""
+def _clean(
+    out: Path,
+    place: Place | None,
+    stage: str | None,
+    work: Callable[[Effort], dict[str, Any] | None],
+    show: Callable[[dict[str, Any]], str] | None = None,
+) -> None:
+    """Do a command's work in a place, unless it is a worker's that has served, and show its report (None: a list)."""
     from data_tools.clean.report import render
     from data_tools.job import Effort
     from data_tools.progress import show_progress
@@ -333,7 +339,8 @@ def _clean(out: Path, place: Place | None, stage: str | None, work: Callable[[Ef
     with disk_full_as_data_error(out):
         report = work(effort)
     if report is not None:
-        _show(f"{render(report)}\nThis report, and the list of what was dropped: {out / '.report'}")
+        dropped = f"This report, and the list of what was dropped: {out / '.report'}"
+        _show(show(report) if show else f"{render(report)}\n{dropped}")
 
 
 @app.command("filter")
@@ -362,6 +369,50 @@ def filter_command(
     read = replace(read, whole_records=True)
     with find_place(_report, workers, share, dask, dask_plain) as place:
         _clean(out, place, stage, lambda effort: filter_documents(inputs, out, read, chosen, effort, restart))
+
+
+@app.command()
+@reads_inputs
+def split(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Texts, as for `tokenize`; or one tokenized DATASET.")
+    ],
+    validation: Annotated[
+        str, typer.Option(metavar="SHARE", help="About which share of the documents to hold out: 0.1%, or 0.001.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write train and validation to.")
+    ],
+    method: Annotated[
+        Literal["exact", "minhash"],
+        typer.Option(help="What stays on one side: minhash: near duplicates; exact: the same characters."),
+    ] = "minhash",
+    threshold: Annotated[
+        float | None, typer.Option(help="minhash: Jaccard index of shingles from which on; 0.8 unless given.")
+    ] = None,
+    workers: Workers = None,
+    restart: Restart = False,
+    share: ShareOption = None,
+    dask: DaskOption = None,
+    dask_plain: DaskPlainOption = False,
+    read: Any = None,
+) -> None:
+    """Hold out documents for validation, by a hash of each; near duplicates stay on one side.
+
+    The same command again goes on.
+    """
+    from data_tools.clean.dedup import DedupOptions
+    from data_tools.clean.split import parse_share, render
+    from data_tools.clean.split import split as run
+    from data_tools.executors import find_place
+
+    held_out = parse_share(validation)
+    if threshold is not None and method != "minhash":
+        raise ConfigError("--threshold would do nothing: it is for near duplicates, --method minhash.")
+    options = DedupOptions(replace(read, whole_records=True), method, threshold or DedupOptions.threshold)
+    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
+        work = partial(run, inputs, held_out, out, options)
+        _clean(out, place, None, lambda effort: work(effort, restart), partial(render, out=out))
 
 
 @app.command()

@@ -6,7 +6,8 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +20,9 @@ from data_tools.kinds import Kind, magic_name
 from data_tools.stores import StoreError
 from data_tools.streams import BLOCK_BYTES, read_blocks
 from data_tools.units import MAX_DOCUMENT_BYTES, BadInput, BadRow, Part, ReadOptions, Record, Row, Unit, as_text, decode
+from megatrain.data import Dataset, open_dataset
+from megatrain.data.format import FORMAT_NAME
+from megatrain.data.shard import Views
 from megatrain.errors import DataError
 
 ROWS_AT_ONCE = 16
@@ -302,10 +306,31 @@ def _arrow_batches(file: InputFile, options: ReadOptions) -> Iterator[pa.RecordB
     source = file.open() if file.path is None else pa.memory_map(str(file.path))
     reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
     names = reader.schema.names
-    columns = {name if name in names else name.partition(".")[0] for name in _columns(names, options, file)}
     batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+    if (
+        file.path is not None
+        and "tokens" in names
+        and FORMAT_NAME.encode() in (reader.schema.metadata or {}).get(b"megatrain", b"")
+    ):
+        names = [options.text_key, options.id_key]
+        batches = map(partial(_texts_of_shard, file.path, options), batches)
+    columns = {name if name in names else name.partition(".")[0] for name in _columns(names, options, file)}
     for batch in batches:
         yield from _slices(batch.select([name for name in names if name in columns]))
+
+
+def _texts_of_shard(path: Path, options: ReadOptions, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The documents of a shard of a tokenized dataset as text."""
+    dataset = _dataset_of(path.parent)
+    tokens, offsets = Views.of(batch)
+    begin = 0 if dataset.bos_id is None else 1
+    texts = [dataset.tokenizer.decode(tokens[a + begin : b - 1].tolist()) for a, b in pairwise(offsets.tolist())]
+    return pa.RecordBatch.from_pydict({options.text_key: texts, options.id_key: batch["id"]})
+
+
+@lru_cache(maxsize=1)
+def _dataset_of(folder: Path) -> Dataset:
+    return open_dataset(folder)
 
 
 def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

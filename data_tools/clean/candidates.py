@@ -163,12 +163,17 @@ class Runs(Reopening):
             ]
         return found
 
+    def signatures(self, documents: Documents) -> Bytes:
+        """Of documents whose numbers are ascending."""
+        signatures = np.empty((len(documents), self.sketch.signature_bytes), np.uint8)
+        for some, batch, rows in self._placed(documents):
+            signatures[some] = _signatures(batch)[rows]
+        return signatures
+
     def count_equal_bytes(self, first: Documents, second: Documents) -> npt.NDArray[np.int64]:
         """In how many places the signatures of each pair of documents agree."""
         wanted, places = np.unique(np.concatenate([first, second]), return_inverse=True)
-        signatures = np.empty((len(wanted), self.sketch.signature_bytes), np.uint8)
-        for some, batch, rows in self._placed(wanted):
-            signatures[some] = _signatures(batch)[rows]
+        signatures = self.signatures(wanted)
         num_equal: npt.NDArray[np.int64] = (signatures[places[: len(first)]] == signatures[places[len(first) :]]).sum(
             axis=1
         )

@@ -46,6 +46,8 @@ class Cleaning:
     read: ReadOptions
     out: Path
     effort: Effort
+    folders: frozenset[str] = frozenset()
+    """What the command makes beside what `_MADE` names."""
 
     @property
     def report_path(self) -> Path:
@@ -53,7 +55,7 @@ class Cleaning:
 
     def run(self, restart: bool, stages: Callable[[Path], Iterator[Stage]]) -> dict[str, Any] | None:
         """The report; None where others are to do the rest. Raises ConfigError where `out` holds anything else."""
-        folder = OutputFolder(self.out, self.report_path, lambda path: _MADE.fullmatch(path.name) is not None)
+        folder = OutputFolder(self.out, self.report_path, self._is_made)
         if folder.is_finished and not restart:
             report = self._finished()
             folder.close()
@@ -62,8 +64,11 @@ class Cleaning:
             self._refuse_others()
         return self._finished() if folder.run(self.origin, self.effort, restart, stages) else None
 
+    def _is_made(self, path: Path) -> bool:
+        return path.name in self.folders or _MADE.fullmatch(path.name) is not None
+
     def _refuse_others(self) -> None:
-        others = [path.name for path in self.out.iterdir() if not _MADE.fullmatch(path.name) and path.name[0] != "."]
+        others = [path.name for path in self.out.iterdir() if not self._is_made(path) and path.name[0] != "."]
         if others:
             raise ConfigError(
                 f"--out {self.out} is a folder with other things in it, such as {others[0]}, which --restart leaves "

@@ -138,6 +138,12 @@ def run_hashes(hashes: Keys, length: int) -> Keys:
     return _mixed(runs)
 
 
+def row_hashes(signatures: Bytes) -> Keys:
+    """A hash of each signature; their size is a multiple of 8."""
+    rows = np.ascontiguousarray(signatures).view("<u8")
+    return _mixed((rows * _multipliers(rows.shape[1])).sum(axis=1, dtype=np.uint64))
+
+
 def words(text: str) -> Iterator[bytes]:
     """The words of the lower-cased text as UTF-8: runs of letters, digits and underscores.
 
