@@ -24,6 +24,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from data_tools.clean.dedup import DedupOptions, dedup
 from data_tools.clean.filter import choose_filters, filter_documents
+from data_tools.clean.split import split
 from data_tools.job import Effort
 from data_tools.units import ReadOptions
 from tests.faults.forked_kills import print_exit_codes
@@ -36,6 +37,8 @@ def work():
     read = ReadOptions(whole_records=True)
     if command == "filter":
         filter_documents(["in"], Path(out), read, choose_filters("length,gopher_repetition", None), effort, False)
+    elif command == "split":
+        split(["in"], 0.3, Path(out), DedupOptions(read, "minhash", num_permutations=32), effort, False)
     else:
         dedup(["in"], Path(out), DedupOptions(read, command, num_permutations=32), effort, False)
 
@@ -64,7 +67,12 @@ KILLS_IN_ALL = 200 if ACCEPTANCE else 12
 
 @pytest.mark.parametrize(
     "command",
-    ["minhash", pytest.param("exact", marks=pytest.mark.slow), pytest.param("filter", marks=pytest.mark.slow)],
+    [
+        "minhash",
+        pytest.param("exact", marks=pytest.mark.slow),
+        pytest.param("filter", marks=pytest.mark.slow),
+        pytest.param("split", marks=pytest.mark.slow),
+    ],
 )
 def test_sigkill_at_any_step_changes_no_byte(command: str, folder: Path) -> None:
     assert run(folder, command, f"{command}-whole", 10**9) == [0]
