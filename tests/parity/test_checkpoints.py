@@ -39,6 +39,7 @@ SAMPLE = (
     Layout("2-zero2", 2, {"zero_stage": 2}, "llama_mqa"),
     Layout("4-tensor4", 4, {"tensor": 4}, "llama_tied"),
     Layout("2-pipeline2-zero1", 2, {"pipeline": 2, "zero_stage": 1}, "gpt2_tied"),
+    Layout("2-pipeline2-chunks2-zero2", 2, {"pipeline": 2, "pipeline_chunks": 2, "zero_stage": 2}, "llama_tied"),
     Layout("2-fsdp2-zero1", 2, {"engine": "fsdp2", "zero_stage": 1}, "gpt2_tied"),
     Layout("2-zero2-optimizer-offloaded", 2, {"zero_stage": 2, "offload": "optimizer"}, "llama_tied"),
     Layout("2-tensor2", 2, {"tensor": 2}, "qwen3"),
@@ -52,6 +53,12 @@ SAMPLE = (
     Layout("8-tensor2-pipeline2-zero1", 8, {"tensor": 2, "pipeline": 2, "zero_stage": 1}, "llama_tied"),
     Layout("2-zero3-offloaded", 2, {"zero_stage": 3, "offload": "all"}, "llama_mqa"),
     Layout("4-fsdp2-zero2", 4, {"engine": "fsdp2", "zero_stage": 2}, "llama_mqa"),
+    Layout(
+        "4-fsdp2-pipeline2-chunks2-zero3",
+        4,
+        {"engine": "fsdp2", "pipeline": 2, "pipeline_chunks": 2, "zero_stage": 3},
+        "gpt2_tied",
+    ),
     Layout("1-zero1", 1, {"zero_stage": 1}, "qwen3"),
     Layout(
         "4-fsdp2-pipeline2-chunks2-zero3",
@@ -74,6 +81,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 QUICK = (
     ("2-zero3", "2-pipeline2-zero1", "fp32"),
     ("2-pipeline2-zero1", "2-pipeline2-zero1", "bf16"),
+    ("2-pipeline2-zero1", "2-pipeline2-chunks2-zero2", "fp32"),
     ("4-tensor2-pipeline2-sequence", "2-zero3", "bf16"),
     ("2-zero2", "2-fsdp2-zero1", "fp32"),
     ("2-fsdp2-zero1", "2-zero3", "bf16"),

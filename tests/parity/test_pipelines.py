@@ -5,6 +5,7 @@ Eight layers, so that two ranks can have four chunks each.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ QUICK: dict[str, Row] = {
         {},
     ),
 }
+V2 = {"pipeline": 2, "pipeline_chunks": 2}
+SEQUENCE = {"tensor": 2, "sequence": True}
 SLOW: dict[str, Row] = {
     f"{engine}, zero {stage}, p {p}, v {v}, {model}": (
         4,
@@ -36,6 +39,28 @@ SLOW: dict[str, Row] = {
     for stage in stages
     for p, v, model in ((2, 4, "llama_tied"), (4, 2, "gpt2"), (4, 1, "gpt2_tied"))
 }
+for engine in ("deepspeed", "fsdp2"):
+    SLOW |= {
+        f"{engine}, dropout, recomputed": (
+            4,
+            {**V2, **SEQUENCE, "engine": engine, "zero_stage": 2, "recompute": "full"},
+            "gpt2_tied",
+            {"model": DROPOUT},
+        ),
+        f"{engine}, selective": (4, {**V2, **SEQUENCE, "engine": engine, "recompute": "selective"}, "llama_mqa", {}),
+        f"{engine}, fewer micro-batches than ranks": (
+            4,
+            {"engine": engine, "pipeline": 4, "pipeline_chunks": 2, "zero_stage": 2},
+            "llama_tied",
+            {"train": {"micro_batch_size": 4}},
+        ),
+        f"{engine}, uneven rounds and stages": (
+            2,
+            {**V2, "engine": engine},
+            "gpt2_tied",
+            {"model": {"num_hidden_layers": 7}, "train": {"micro_batch_size": 1, "global_batch_size": 5}},
+        ),
+    }
 
 
 def rows() -> list[Any]:
@@ -47,6 +72,35 @@ def rows() -> list[Any]:
 def test_a_pipeline_trains_as_one_rank_does(
     num_ranks: int, parallel: dict[str, Any], model: str, sections: dict[str, dict[str, Any]], pool: Pool
 ) -> None:
-    sections = {"model": LAYERS, "train": {"micro_batch_size": 1}, **sections}
-    config = parity_config(pool.data, model, parallel=parallel, **sections)
-    pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone(model, NUM_STEPS, **{**sections, "train": {}}))
+    size = {**LAYERS, **sections.get("model", {})}
+    train = {"micro_batch_size": 1, **sections.get("train", {})}
+    config = parity_config(pool.data, model, model=size, train=train, parallel=parallel)
+    whole = {**train, "micro_batch_size": train.get("global_batch_size", 8)}
+    alone = pool.alone(model, NUM_STEPS, model=size, train=whole)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_interleaved_stages_keep_documents_apart(engine: str, pool: Pool, short_documents: Path) -> None:
+    """Document ids do not travel: each stage reads them from its batch."""
+    sections: dict[str, Any] = {
+        "model": {**LAYERS, **DROPOUT},
+        "data": {"train": [{"path": str(short_documents)}], "document_mask": True},
+    }
+    config = parity_config(
+        pool.data, "llama_tied", **sections, train={"micro_batch_size": 1}, parallel={**V2, "engine": engine}
+    )
+    pool.train(2, config, NUM_STEPS).assert_equals(pool.alone("llama_tied", NUM_STEPS, **sections))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_pipelines_train_like_one_rank(engine: str, stage: int, precision: str, pool: Pool) -> None:
+    train = {"precision": precision, **({"initial_loss_scale_power": 8} if precision == "fp16" else {})}
+    parallel = {**V2, "engine": engine, "zero_stage": stage}
+    config = parity_config(pool.data, "llama_tied", train={**train, "micro_batch_size": 1}, parallel=parallel)
+    alone = pool.alone("llama_tied", 4, train=train)
+    pool.train(4, config, 4).assert_equals(alone, loss=2e-3, norm=2e-2, weight=None)
