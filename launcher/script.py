@@ -18,7 +18,12 @@ from megatrain.errors import ConfigError
 
 ARRAY_COMMANDS = {"tokenize": "data_tools", "dedup": "data_tools", "filter": "data_tools", "sweep": "megatrain"}
 """Commands that an array of tasks can do, and whose module has them."""
-STAGES = {"tokenize": ("encode", "plan", "shards", "manifest")}
+_CLEAN_STAGES = ("list", "tally", "write", "publish")
+STAGES = {
+    "tokenize": ("encode", "plan", "shards", "manifest"),
+    "dedup": ("read", "index", "sort", "compare", "cluster", *_CLEAN_STAGES),
+    "filter": ("read", "index", *_CLEAN_STAGES),
+}
 """Of the data tools' commands, in order: a job for each, of which the tasks do their shares."""
 UNSHARED = {"plan", "manifest", "index", "cluster", "assign", "tally", "publish"}
 """Stages of one unit."""

@@ -28,7 +28,7 @@ def wait_for_jobs(lab: Lab, jobs: list[str]) -> None:
         wait_until(lambda: lab.call("squeue", "-h", "-j", number) == "", 0.5)  # noqa: B023 (called at once)
 
 
-@pytest.mark.parametrize("command", ["tokenize"])
+@pytest.mark.parametrize("command", ["tokenize", "dedup", "filter"])
 def test_the_tasks_of_an_array_share_the_work(command: str, lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:
     options = {
         "tokenize": ["--tokenizer", str(tiny_data.tokenizer)],
