@@ -244,7 +244,7 @@ class Held:
         return [each for each in self._fsdp if hasattr(each, "_unsharded_param")]
 
     def _masters(self) -> list[Tensor]:
-        return [] if self._fsdp else [place.buffer for place in self._sharding._places()]
+        return [] if self._fsdp else self._sharding._buffers()
 
 
 def _fsdp_parameters(module: Any) -> list[Any]:

@@ -23,16 +23,19 @@ What is used of DeepSpeed beside what it documents, and the test that fails wher
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import io
+import itertools
 import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import torch
@@ -53,7 +56,7 @@ from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
 from megatrain.parallel.optimizer import make_optimizer, reset_state
 from megatrain.parallel.pipeline import seeded
 from megatrain.parallel.replicas import Replicas
-from megatrain.parallel.shard import DTYPES, ShardedModel, allocate
+from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, tied_weight
 from megatrain.parallel.tensor import mark_parameters
 
 OLDEST = "0.19.8"
@@ -78,7 +81,11 @@ def start_deepspeed(timeout_seconds: float) -> None:
     # DeepSpeed calls collectives by names that torch has given new ones; nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.ops.__compatible_ops__ = {}
-    _import_muon()
+    # Each optimizer is asked whether it is Muon. None is here; but Muon's import would load the whole of torch's
+    # compiler, for a second on every rank, only to say which of its functions to compile.
+    compile_later, compiler.compile = compiler.compile, lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    compiler.compile = compile_later
     if not has_gpu():
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(
@@ -93,15 +100,6 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
-def _import_muon() -> None:
-    """Each optimizer is asked whether it is Muon. None is here; but Muon's import would load the whole of torch's
-    compiler, for a second on every rank, only to say which of its functions to compile."""
-    compile_later = compiler.compile
-    compiler.compile = lambda: lambda function: function
-    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    compiler.compile = compile_later
-
-
 def forget_globals() -> None:
     """Let another engine in this process compute what it would in a fresh one: ZeRO 3 puts its own linear for torch's,
     which rounds otherwise in bf16, and leaves it there."""
@@ -109,7 +107,7 @@ def forget_globals() -> None:
 
 
 class DeepSpeedSharding:
-    """See megatrain.parallel.engine.Sharding."""
+    """See megatrain.parallel.engine.Sharding, of this and of each method."""
 
     def __init__(self, config: RunConfig, model: ShardedModel, groups: Groups) -> None:
         precision, self._stage = config.train.precision, config.parallel.zero_stage
@@ -117,20 +115,30 @@ class DeepSpeedSharding:
         self.is_replicated = self._stage == 0
         self._is_half = precision != "fp32"
         self._has_fp32_sums = precision == "bf16" and self._stage < 2 and config.parallel.offload == "none"
+        self._sums_whole = self.is_replicated and self._is_half  # here, not DeepSpeed
         self._dynamic_scale = DynamicLossScale.of(config.train)
         self._rest = 1.0  # by what fp32 gradients are still to be multiplied
-        self._mpu = _MPU(
-            groups, groups.self_group if self.is_replicated and self._is_half else groups.gradient.get_group()
-        )
+        self._mpu = _mpu(groups, groups.self_group if self._sums_whole else groups.gradient.get_group())
         _allocate(model, config, groups, self._mpu)
         mark_parameters(model.chunks, model.specs, config, groups)
         self._parameters = {name: p for name, p in model.parameters().items() if not model.specs[name].is_copy}
-        self._tied = _TiedWeight.of(model, config, groups)
+        self._tied = tied_weight(model, config, groups)
+        self._tied_sum: Tensor | None = None  # of the gradients of its copy, which is out of the optimizer
+        if self._tied is not None and groups.coordinate.pipeline:
+            self._tied_sum = torch.zeros_like(self._tied, dtype=torch.float32)
+            self._tied.register_post_accumulate_grad_hook(self._add_to_tied_sum)  # type: ignore[no-untyped-call]
         self._optimizer = make_optimizer(config.optimizer, self._parameters, model.specs)
-        self._flattened = [list(group["params"]) for group in self._optimizer.param_groups]  # DeepSpeed changes them
-        self._guard = _UpdateGuard(self._optimizer, self._norm_before_update)
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._flattened = [[names[id(p)] for p in group["params"]] for group in self._optimizer.param_groups]
         zero: Any = config.deepspeed.get("zero_optimization", {})
-        self._is_aligned = bool(zero.get("parameter_alignment", False)) and not self._has_fp32_sums
+        self._alignment = 1
+        if zero.get("parameter_alignment") and not self._has_fp32_sums:
+            self._alignment = 16 // DTYPES[precision].itemsize
+        self._approve: Callable[[float], bool] | None = None
+        self._is_approved: bool | None = None
+        self._hidden: list[tuple[Tensor, Tensor | None]] = []
+        self._optimizer.register_step_pre_hook(self._before_update)
+        self._optimizer.register_step_post_hook(self._after_update)
         num_parameters = sum(model.specs[name].local_numel for name in self._parameters)
         settings = deepspeed_config(config, self._mpu.get_data_parallel_world_size(), num_parameters)
         with _as_no_garbage(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it finds
@@ -143,8 +151,8 @@ class DeepSpeedSharding:
             )[0]
 
     def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
-        """See Sharding. DeepSpeed averages over its data ranks; ours is one sum, divided once."""
-        per_target = self._mpu.get_data_parallel_world_size() / num_targets
+        # DeepSpeed averages over its data ranks; ours is one sum, divided once.
+        per_target: float = self._mpu.get_data_parallel_world_size() / num_targets
         if not self._is_half:
             return per_target
         factor = power_of_two_below(per_target * (self._dynamic_scale.cur_scale if self._dynamic_scale else 1.0))
@@ -156,75 +164,85 @@ class DeepSpeedSharding:
         return per_target
 
     def forward(self, chunk: int, x: Tensor | None, batch: Batch) -> Tensor:
-        """See Sharding."""
         output: Tensor = self._deepspeed(chunk, batch, x)
         return output
 
     def backward(self, chunk: int, scalar: Tensor, *, is_last_of_chunk: bool, is_last: bool) -> None:
-        """See Sharding."""
         self._deepspeed.backward(scalar, scale_wrt_gas=False)
 
     def step(self, lr: float, approve: Callable[[float], bool] | None) -> Update:
-        """See Sharding. It waits for the device: DeepSpeed decides on the host whether to update."""
+        """It waits for the device: DeepSpeed decides on the host whether to update."""
         engine, optimizer = self._deepspeed, self._deepspeed.optimizer
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if self._tied is not None:
-            self._tied.exchange_gradients(engine)
+        self._send_tied_gradient()
         if self._has_fp32_sums:
             torch._foreach_mul_(optimizer.get_grads_for_reduction()[0], self._rest)
-        for gradient in self._unsummed():
+        for gradient in self._whole_gradients() if self._sums_whole else ():
             dist.all_reduce(gradient, group=self._groups.gradient.get_group())
-        self._guard.open_for(approve)
+        self._approve, self._is_approved = approve, None
         engine.step()
-        if self._tied is not None:
-            self._tied.copy()
+        self._copy_tied_weight()
         norm = self._norm if optimizer is self._optimizer else float(engine.get_global_grad_norm())
         is_skipped = not (math.isfinite(norm) and engine.was_step_applied())
         if self._dynamic_scale is not None:
             self._dynamic_scale.update(overflow=is_skipped)
-        return Update(norm, is_skipped or self._guard.has_refused)
+        return Update(norm, is_skipped or self._is_approved is False)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """See Sharding."""
         self._deepspeed.eval()
         with torch.no_grad():
             yield
         self._deepspeed.train()
 
     def slices(self) -> Iterator[MasterSlice]:
-        """See Sharding. By the order in which DeepSpeed flattens parameters and cuts them; ``misplaced`` checks it."""
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        for place in self._places():
-            state = self._optimizer.state.get(place.buffer, {})
-            views = {kind: place.of(values) for kind, values in state.items() if kind != "step"}
-            yield MasterSlice(names[id(place.parameter)], place.start, place.of(place.buffer), views)
+        """By the order in which DeepSpeed flattens parameters and cuts them; ``misplaced`` checks it."""
+        rank, num_ranks = self._mpu.get_data_parallel_rank(), self._mpu.get_data_parallel_world_size()
+        sizes = {name: self._model.specs[name].local_numel for name in self._parameters}
+        if self._deepspeed.optimizer is self._optimizer:  # fp32 without ZeRO: the parameters themselves
+            for name, parameter in self._parameters.items():
+                yield self._slice(name, 0, parameter, 0, parameter.numel())
+        elif self._stage == 3:  # each parameter is cut by itself; the cuts are in buffers that no cut crosses
+            buffers, offset = iter(self._buffers()), 0
+            buffer = next(buffers)
+            for name in itertools.chain(*self._flattened):
+                share = -(-sizes[name] // num_ranks)
+                if offset == buffer.numel():
+                    buffer, offset = next(buffers), 0
+                if (length := min(share, sizes[name] - rank * share)) > 0:
+                    yield self._slice(name, rank * share, buffer, offset, length)
+                offset += share
+        else:  # the parameters of a group lie one after another, and are cut together
+            for names, buffer in zip(self._flattened, self._buffers(), strict=True):
+                place = -rank * buffer.numel()  # of the parameter's first element in this rank's cut
+                for name in names:
+                    low, high = max(place, 0), min(place + sizes[name], buffer.numel())
+                    if low < high:
+                        yield self._slice(name, low - place, buffer, low, high - low)
+                    place += -(-sizes[name] // self._alignment) * self._alignment
 
     def misplaced(self) -> str | None:
-        """See Sharding."""
         own = self._model.parameters()
         return next((held.name for held in self.slices() if not _has_values(own[held.name], held)), None)
 
     @torch.no_grad()
     def reset_optimizer_state(self, num_updates: int) -> None:
-        """See Sharding."""
-        for buffer in {id(place.buffer): place.buffer for place in self._places()}.values():
+        for buffer in self._buffers():
             reset_state(self._optimizer.state[buffer], buffer, num_updates)
 
     @torch.no_grad()
     def sync_params_from_master(self) -> None:
-        """See Sharding."""
         if self._stage == 3:
             for held in self.slices():
-                self._parameters[held.name].ds_tensor.view(-1)[: len(held.master)].copy_(held.master)  # type: ignore[attr-defined]
+                partition: Tensor = self._parameters[held.name].ds_tensor  # type: ignore[attr-defined]
+                partition.view(-1)[: len(held.master)].copy_(held.master)
         elif self._deepspeed.optimizer is not self._optimizer:
             self._deepspeed.optimizer.update_lp_params()
-        if self._tied is not None:
-            self._tied.copy()
+        self._copy_tied_weight()
 
     def replicas(self) -> Iterator[Replicas]:
-        """See Sharding. Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
+        """Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
         if self._stage < 3:
             yield Replicas(self._groups.gradient.get_group(), dict(self._parameters))
         if self.is_replicated:
@@ -239,243 +257,140 @@ class DeepSpeedSharding:
                 kind[name] = getattr(parameter, "ds_tensor", parameter)
         yield from (Replicas(self._groups.tensor, whole), Replicas(self._groups.kv_replica_group, shared))
         if self._tied is not None:
-            yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied.weight})
+            yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied})
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
-        """See Sharding."""
         return None if self._dynamic_scale is None else self._dynamic_scale.state()
 
     def load_loss_scale(self, state: Mapping[str, float]) -> None:
-        """See Sharding."""
         if self._dynamic_scale is not None:
             self._dynamic_scale.load(state)
 
     def close(self) -> None:
-        """See Sharding."""
         self._deepspeed.destroy()
         forget_globals()
 
-    def _unsummed(self) -> Iterator[Tensor]:
-        """The whole gradients that DeepSpeed does not sum over the data ranks."""
+    def _whole_gradients(self) -> Iterator[Tensor]:
         optimizer = self._deepspeed.optimizer
-        if not self.is_replicated or not self._is_half:
-            return
         if self._has_fp32_sums:
             yield from optimizer.get_grads_for_reduction()[0]
         else:
             yield from (optimizer.get_gradient_for_reduction(parameter) for parameter in self._parameters.values())
 
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """The last moment before an update: its gradient is summed, measured and clipped, and no weight is changed yet.
+
+        DeepSpeed's optimizers call the torch optimizer underneath once for each of their groups. With its gradients
+        out of sight that leaves weights and moments as they are.
+        """
+        if self._is_approved is None:
+            norm = self._norm_before_update()
+            self._is_approved = math.isfinite(norm) and (self._approve is None or self._approve(norm))
+        if not self._is_approved:
+            self._hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+            for parameter, _gradient in self._hidden:
+                parameter.grad = None
+
+    def _after_update(self, *_: Any) -> None:
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        self._hidden = []
+
     def _norm_before_update(self) -> float:
-        """The gradient's norm, when all but the update is done. DeepSpeed has it, and has clipped, but for stage 0 in
-        fp32: there its optimizer is torch's own."""
+        """The gradient's norm. DeepSpeed has it, and has clipped, but for stage 0 in fp32: there its optimizer is
+        torch's own."""
         optimizer = self._deepspeed.optimizer
         if optimizer is not self._optimizer:
             return float(optimizer._global_grad_norm)
         specs, parameters = self._model.specs, self._parameters
         counted = [p.grad for name, p in parameters.items() if specs[name].replica == 0 and p.grad is not None]
-        square = torch.zeros(1, device=self._groups.device)
+        square = torch.zeros((), device=self._groups.device)
         if counted:
             square += torch.nn.utils.get_total_norm(counted) ** 2
         dist.all_reduce(square, group=self._groups.model_parallel_group)
-        norm = square.sqrt().squeeze()
         if self._clip > 0.0:
-            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self._clip, norm)
-        self._norm = float(norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self._clip, square.sqrt())
+        self._norm = float(square.sqrt())
         return self._norm
 
-    def _places(self) -> Iterator[_Place]:
-        """Where each part of a parameter lies that this rank holds a master of."""
-        specs = {id(parameter): self._model.specs[name] for name, parameter in self._parameters.items()}
-        sizes = [[(parameter, specs[id(parameter)].local_numel) for parameter in group] for group in self._flattened]
+    def _buffers(self) -> list[Tensor]:
+        """The master weights, as the torch optimizer underneath has them: what its state is keyed by."""
         if self._stage == 3:
-            yield from self._stage3_places([each for group in sizes for each in group])
+            return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
+        return [buffer for group in self._optimizer.param_groups for buffer in group["params"]]
+
+    def _slice(self, name: str, start: int, buffer: Tensor, offset: int, length: int) -> MasterSlice:
+        def cut(values: Tensor) -> Tensor:
+            return values.detach().view(-1).narrow(0, offset, length)
+
+        state = self._optimizer.state.get(buffer, {})
+        return MasterSlice(name, start, cut(buffer), {kind: cut(x) for kind, x in state.items() if kind != "step"})
+
+    @torch.no_grad()
+    def _add_to_tied_sum(self, weight: Tensor) -> None:
+        assert self._tied_sum is not None and weight.grad is not None
+        self._tied_sum += weight.grad
+        weight.grad = None
+
+    def _send_tied_gradient(self) -> None:
+        """The sum of the last stage's gradients of the tied weight to the first stage, where it enters as one more
+        micro-batch's."""
+        if self._tied is None:
             return
-        for group, members in zip(self._optimizer.param_groups, sizes, strict=True):
-            if self._deepspeed.optimizer is self._optimizer:
-                yield from (_Place(parameter, 0, parameter.numel(), parameter, 0) for parameter, _ in members)
-                continue
-            (buffer,) = group["params"]
-            first = self._mpu.get_data_parallel_rank() * buffer.numel()
-            begin = 0
-            for parameter, size in members:
-                low, high = max(begin, first), min(begin + size, first + buffer.numel())
-                if low < high:
-                    yield _Place(parameter, low - begin, high - low, buffer, low - first)
-                begin += size
-                if self._is_aligned:
-                    begin += -begin % (16 // parameter.element_size())
+        group = self._groups.embedding_group
+        total = torch.empty_like(self._tied, dtype=torch.float32) if self._tied_sum is None else self._tied_sum
+        dist.broadcast(total, dist.get_process_group_ranks(group)[-1], group=group)
+        if self._tied_sum is None:
+            weight = self._deepspeed(_EMBEDDING, None, None)
+            self._deepspeed.backward(seeded([weight], [total.to(weight)]), scale_wrt_gas=False)
+        else:
+            self._tied_sum.zero_()
 
-    def _stage3_places(self, members: Sequence[tuple[nn.Parameter, int]]) -> Iterator[_Place]:
-        """Each parameter is cut by itself; the cuts lie one after another, in buffers that no cut crosses."""
-        buffers, offset = iter(self._deepspeed.optimizer.fp32_partitioned_groups_flat), 0
-        buffer = next(buffers)
-        for parameter, size in members:
-            share = -(-size // self._groups.gradient.size())
-            if offset == buffer.numel():
-                buffer, offset = next(buffers), 0
-            start = self._groups.gradient.get_local_rank() * share
-            if start < size:
-                yield _Place(parameter, start, min(share, size - start), buffer, offset)
-            offset += share
-
-
-class _Place(NamedTuple):
-    """Elements [start, start + length) of a flattened parameter lie at ``offset`` of ``buffer``."""
-
-    parameter: nn.Parameter
-    start: int
-    length: int
-    buffer: Tensor
-    offset: int
-
-    def of(self, buffer: Tensor) -> Tensor:
-        """These elements of ``buffer``, which is laid out as the place's own is: a 1-D view."""
-        return buffer.detach().view(-1).narrow(0, self.offset, self.length)
+    def _copy_tied_weight(self) -> None:
+        """The first stage's values to the last stage."""
+        if self._tied is not None:
+            group = self._groups.embedding_group
+            dist.broadcast(self._tied.detach(), dist.get_process_group_ranks(group)[0], group=group)
 
 
 class _Chunks(nn.Module):
     """What DeepSpeed trains: the chunks, each called by its index."""
 
-    def __init__(self, model: ShardedModel, tied: _TiedWeight | None) -> None:
+    def __init__(self, model: ShardedModel, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self._chunks = nn.ModuleList(model.chunks)
-        self._tied = tied
+        self.chunks = nn.ModuleList(model.chunks)
+        self._tied = [tied]  # no second name for it
 
     def forward(self, chunk: int, batch: Batch | None, x: Tensor | None) -> Tensor:
         if chunk == _EMBEDDING:
-            assert self._tied is not None
-            return self._tied.weight.view_as(self._tied.weight)
-        output: Tensor = self._chunks[chunk](batch, x)
+            (weight,) = self._tied
+            assert weight is not None
+            return weight.view_as(weight)
+        output: Tensor = self.chunks[chunk](batch, x)
         return output
 
 
-class _TiedWeight:
-    """The weight that the first and the last pipeline stage share, on a rank of one of them.
-
-    The last stage's copy is out of the optimizer: its gradients add up in fp32 beside it, and enter the first stage's
-    as one more micro-batch's. After the update it takes the first stage's values.
-    """
-
-    def __init__(self, weight: nn.Parameter, groups: Groups) -> None:
-        self.weight = weight
-        self._group = groups.embedding_group
-        self._first, self._last = dist.get_process_group_ranks(groups.embedding_group)
-        self._is_first = groups.rank == self._first
-        self._sum = torch.empty(0)
-        if not self._is_first:
-            self._sum = torch.zeros_like(weight, dtype=torch.float32)
-            weight.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def of(cls, model: ShardedModel, config: RunConfig, groups: Groups) -> _TiedWeight | None:
-        """This rank's, if it has one."""
-        stage, num_stages = groups.coordinate.pipeline, groups.topology.pipeline
-        if num_stages == 1 or not config.model.tie_word_embeddings or stage not in (0, num_stages - 1):
-            return None
-        if stage == 0:
-            return cls(model.parameters()[f"{model.chunks[0].embedding_names[0]}.weight"], groups)
-        copy = next(name for name, spec in model.specs.items() if spec.is_copy)
-        return cls(model.parameters()[copy], groups)
-
-    @torch.no_grad()
-    def _add(self, weight: Tensor) -> None:
-        assert weight.grad is not None
-        self._sum += weight.grad
-        weight.grad = None
-
-    def exchange_gradients(self, engine: Any) -> None:
-        """The last stage's sum to the first stage, where ``engine`` (DeepSpeed's) takes it."""
-        total = torch.empty_like(self.weight, dtype=torch.float32) if self._is_first else self._sum
-        dist.broadcast(total, self._last, group=self._group)
-        if self._is_first:
-            weight = engine(_EMBEDDING, None, None)
-            engine.backward(seeded([weight], [total.to(weight)]), scale_wrt_gas=False)
-        else:
-            self._sum.zero_()
-
-    def copy(self) -> None:
-        """The first stage's values to the last stage."""
-        dist.broadcast(self.weight.detach(), self._first, group=self._group)
-
-
-class _UpdateGuard:
-    """The last moment before an update: its gradient is summed and measured, and no weight is changed yet.
-
-    Each of DeepSpeed's optimizers calls the torch optimizer underneath after it has the global norm, once for each of
-    its groups. With its gradients out of sight that leaves weights and moments as they are.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, norm: Callable[[], float]) -> None:
-        self._norm = norm
-        self._approve: Callable[[float], bool] | None = None
-        self._answer: bool | None = None
-        self._hidden: list[tuple[Tensor, Tensor | None]] = []
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
-
-    def open_for(self, approve: Callable[[float], bool] | None) -> None:
-        """Ask ``approve`` once before the next update; None: make it."""
-        self._approve, self._answer = approve, None
-
-    @property
-    def has_refused(self) -> bool:
-        """Whether the last update was left out here."""
-        return self._answer is False
-
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._answer is None:
-            norm = self._norm()
-            self._answer = math.isfinite(norm) and (self._approve is None or self._approve(norm))
-        if not self._answer:
-            self._hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
-            for parameter, _gradient in self._hidden:
-                parameter.grad = None
-
-    def _after(self, *_: Any) -> None:
-        for parameter, gradient in self._hidden:
-            parameter.grad = gradient
-        self._hidden = []
-
-
-class _MPU:
+def _mpu(groups: Groups, data: dist.ProcessGroup) -> Any:
     """The mesh under the names by which DeepSpeed asks for it. ``data``: the ranks that it shards and sums among."""
-
-    def __init__(self, groups: Groups, data: dist.ProcessGroup) -> None:
-        self._groups, self._data = groups, data
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._data
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._data)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self._data)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._data)
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups.model_parallel_group
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self._groups.model_parallel_group)
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._groups.model_parallel_group)
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._groups.coordinate.tensor
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._groups.topology.tensor
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups.tensor
+    found: dict[str, Any] = {"get_data_parallel_group_ranks": lambda: dist.get_process_group_ranks(data)}
+    axes = {
+        "data_parallel": data,
+        "model_parallel": groups.model_parallel_group,
+        "tensor_model_parallel": groups.tensor,
+    }
+    for axis, group in axes.items():
+        found[f"get_{axis}_group"] = functools.partial(_same, group)
+        found[f"get_{axis}_rank"] = functools.partial(dist.get_rank, group)
+        found[f"get_{axis}_world_size"] = functools.partial(dist.get_world_size, group)
+    return SimpleNamespace(**found)
 
 
-def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: _MPU) -> None:
+def _same(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    return group
+
+
+def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: Any) -> None:
     """Memory for every parameter; under ZeRO 3 each module's is cut among the data ranks at once."""
     dtype = DTYPES[config.train.precision]
     if config.parallel.zero_stage < 3:
@@ -484,23 +399,16 @@ def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: _MPU)
     given = config.deepspeed.get("zero_optimization", {})  # some of its keys are read here, not by the engine
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **offload_settings(config), **given}  # type: ignore[dict-item]
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    (chunk,) = model.chunks
-    chunk.to(dtype)
-    chunk.tie_weights()
-    for name, module in list(chunk.named_modules()):
-        if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            continue
-        if name == chunk.head_name:  # a tied head takes the embedding's weight, which is there by now
-            chunk.tie_weights()
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            module.to_empty(device=groups.device, recurse=False)
-            deepspeed.zero.Init(
-                module=module,
-                data_parallel_group=groups.gradient.get_group(),
-                config_dict_or_path=settings,
-                dtype=dtype,
-                mpu=mpu,
-            )
+    data = groups.gradient.get_group()
+    for chunk in model.chunks:
+        chunk.to(dtype)
+        for module in list(chunk.modules()):
+            chunk.tie_weights()  # a tied head takes the embedding's weight, once that is there
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device=groups.device, recurse=False)
+                deepspeed.zero.Init(
+                    module=module, data_parallel_group=data, config_dict_or_path=settings, dtype=dtype, mpu=mpu
+                )
 
 
 def _has_values(parameter: nn.Parameter, held: MasterSlice) -> bool:

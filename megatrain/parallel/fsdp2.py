@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +30,7 @@ from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
 from megatrain.parallel.optimizer import make_optimizer, reset_state
 from megatrain.parallel.replicas import Replicas
-from megatrain.parallel.shard import DTYPES, ShardedModel
+from megatrain.parallel.shard import DTYPES, ShardedModel, tied_weight
 from megatrain.parallel.tensor import partial_gradients
 
 
@@ -72,7 +72,7 @@ class FSDP2Sharding:
         self._own = {name: p for name, p in self._parameters.items() if not self._specs[name].is_copy}
         self._optimizer = make_optimizer(config.optimizer, self._own, self._specs)
         self._partial = partial_gradients(model.chunks, model.specs, config)
-        self._tied = self._tied_weight(config)
+        self._tied = tied_weight(model, config, groups)
 
     def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
         """See Sharding. In half precision a power of two (see megatrain.parallel.loss_scale)."""
@@ -223,14 +223,6 @@ class FSDP2Sharding:
         """Its rank among the two ends of this rank's pipeline, and their group."""
         group = self._groups.embedding_group
         return dist.get_process_group_ranks(group)[0], group
-
-    def _tied_weight(self, config: RunConfig) -> nn.Parameter | None:
-        """The weight that the first and the last pipeline stage have in common, on a rank of one of them."""
-        if not config.model.tie_word_embeddings or self._groups.topology.pipeline == 1:
-            return None
-        embeddings = [f"{chunk.embedding_names[0]}.weight" for chunk in self._chunks if chunk.embedding_names]
-        copies = [name for name, spec in self._specs.items() if spec.is_copy]
-        return next((self._parameters[name] for name in (*embeddings, *copies)), None)
 
     def _sum_tied_gradients(self) -> None:
         """Add the last stage's gradient of the tied weight to the first stage's. Both are cut among the data ranks

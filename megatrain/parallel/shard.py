@@ -65,6 +65,15 @@ def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> Sharded
     return dataclasses.replace(model, specs={**model.specs, name: copy})
 
 
+def tied_weight(model: ShardedModel, config: RunConfig, groups: Groups) -> nn.Parameter | None:
+    """The weight that the first and the last pipeline stage have in common, on a rank of one of them."""
+    if not config.model.tie_word_embeddings or groups.topology.pipeline == 1:
+        return None
+    embeddings = [f"{chunk.embedding_names[0]}.weight" for chunk in model.chunks if chunk.embedding_names]
+    copies = [name for name, spec in model.specs.items() if spec.is_copy]
+    return next((model.parameters()[name] for name in (*embeddings, *copies)), None)
+
+
 def allocate(chunks: Sequence[Model], dtype: torch.dtype, device: torch.device) -> None:
     """Memory for every parameter, not yet filled."""
     for chunk in chunks:

@@ -178,8 +178,10 @@ def flip_a_bit(engine: Engine, name: str) -> None:
 
 def swap_names(engine: Engine, one: str, other: str) -> None:
     """Take each of two parameters for the other, as where DeepSpeed kept its state in an order of its own."""
-    parameters = parameters_of(engine)
-    parameters[one], parameters[other] = parameters[other], parameters[one]
+    other_name = {one: other, other: one}
+    sharding: Any = engine._sharding
+    sharding._parameters = {other_name.get(name, name): p for name, p in sharding._parameters.items()}
+    sharding._flattened = [[other_name.get(name, name) for name in names] for names in sharding._flattened]
 
 
 def save(engine: Engine, case: Case, rank: int, num_updates: int) -> tuple[dict[str, Any], str | None]:
