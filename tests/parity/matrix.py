@@ -130,6 +130,10 @@ def cover_cases() -> list[Case]:
 ALL_AXES = (
     Case(2, 2, 2, 1, True, "full", "llama_tied"),
     Case(2, 2, 2, 0, False, "none", "gpt2_tied"),
+    Case(1, 2, 2, 0, False, "none", "llama", "fsdp2"),
+    Case(1, 2, 2, 1, True, "selective", "llama_tied", "fsdp2", 2),
+    Case(1, 2, 2, 2, False, "full", "llama_mqa", "fsdp2"),
+    Case(2, 2, 2, 3, True, "full", "llama_tied", "fsdp2", 2),
 )
 DANGEROUS = (
     Case(1, 2, 2, 1, True, "full", "llama_tied"),
