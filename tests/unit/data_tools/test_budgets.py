@@ -35,10 +35,13 @@ if __name__ == "__main__":
 """
 CONSTANT = {"opens": 150, "looks": 250, "changes": 100, "listed": 1000, "messages": 100, "sent_bytes": 100_000}
 """What a process may do however small the job is."""
+A_PART = {"opens": 10, "looks": 14, "changes": 3, "listed": 600, "messages": 4, "sent_bytes": 600}
+"""What all processes together may do for each part."""
 COMMANDS = {
     "tokenize": "--tokenizer {folder}/tokenizer.json --engine tokenizers --shard-tokens 20000",
     "dedup": "--method minhash --num-permutations 32",
     "filter": "--filters length",
+    "split": "--validation 0.3 --method exact",
 }
 
 
@@ -62,4 +65,7 @@ def test_twice_the_parts_take_twice_the_calls(command: str, tmp_path: Path, monk
     assert len(twice) <= len(once) + 2, "processes"
     for kind, constant in CONSTANT.items():
         one, two = (sum(process[kind] for process in counted) for counted in (once, twice))
-        assert two <= 2.1 * one + constant, f"{kind}: {[process[kind] for process in once + twice]}"
+        by_process = [process[kind] for process in once + twice]
+        assert two <= 2.1 * one + constant, f"{kind}: {by_process}"
+        assert two <= 2 * NUM_PARTS * A_PART[kind] + constant, f"{kind}: {by_process}"
+    assert all(process["sent_bytes"] <= 1024 * process["messages"] for process in once + twice)
