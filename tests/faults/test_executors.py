@@ -122,7 +122,11 @@ EXECUTORS: dict[str, Callable[[Path, str], None]] = {
 }
 
 
-@pytest.mark.parametrize("executor", list(EXECUTORS))
+slow = pytest.mark.slow
+sample = [pytest.param(name, marks=slow if name in ("shares", "3 Dask workers") else ()) for name in EXECUTORS]
+
+
+@pytest.mark.parametrize("executor", sample)
 def test_every_executor_gives_the_same_bytes(executor: str, folder: Path) -> None:
     out = executor.replace(" ", "-")
     EXECUTORS[executor](folder, out)
@@ -196,6 +200,7 @@ def small_parts(folder: Path) -> dict[str, bytes]:
     return folder_bytes(folder / "small")
 
 
+@slow
 @pytest.mark.parametrize("stage", list(STAGES))
 @pytest.mark.parametrize("victim", ["coordinator", "worker"])
 def test_a_killed_process_loses_no_commit(victim: str, stage: str, folder: Path, small_parts: dict[str, bytes]) -> None:
