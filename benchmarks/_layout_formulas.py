@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from megatrain.config import RunConfig
 from megatrain.distributed.topology import Topology
 from megatrain.model.blockwise_attention import BLOCK_ROWS
+from megatrain.plan.pipeline_schedule import most_held
 from megatrain.plan.stages import decoder_stages
 
 
@@ -53,9 +54,22 @@ class StageModel:
         return max(self.config.parallel.zero_stage, 1 if self.config.parallel.engine == "fsdp2" else 0)
 
     @property
+    def chunk_layers(self) -> list[int]:
+        """Decoder layers of each of its virtual stages."""
+        num_stages = self.mesh.pipeline * self.config.parallel.pipeline_chunks
+        return decoder_stages(self.config.model, self.config.data.seq_len, num_stages)[self.stage :: self.mesh.pipeline]
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers of the stage."""
-        return decoder_stages(self.config.model, self.config.data.seq_len, self.mesh.pipeline)[self.stage]
+        return sum(self.chunk_layers)
+
+    @property
+    def tied_copy(self) -> float:
+        """Parameters that the last stage has a copy of, which the first stage updates."""
+        model = self.config.model
+        is_copy = model.tie_word_embeddings and self.is_last and not self.is_first
+        return self.widths[3] * model.hidden_size if is_copy else 0.0
 
     @property
     def is_first(self) -> bool:
@@ -119,12 +133,13 @@ def memory(part: StageModel) -> dict[str, float]:
     size, stage, data = part.num_parameters, part.zero_stage, part.mesh.data
     is_fsdp2 = part.config.parallel.engine == "fsdp2"
     optimizer = 8 if is_fsdp2 or part.config.train.precision == "fp32" else 12
+    beside = 0.0 if is_fsdp2 else part.tied_copy  # a sum that DeepSpeed knows nothing of
     masters = 4 * size / data if is_fsdp2 else 0.0
     kept = 0.0 if is_fsdp2 and stage >= 3 else part.element_bytes * size / (data if stage >= 3 else 1)
     held = {
         "parameters": masters + kept,
-        "gradients": 4 * size / (data if stage >= 2 else 1),
-        "optimizer": optimizer * size / (data if stage >= 1 else 1),
+        "gradients": 4 * (size - beside) / (data if stage >= 2 else 1) + 4 * beside,
+        "optimizer": optimizer * (size - part.tied_copy) / (data if stage >= 1 else 1),
         "buffers": 0.0,
         "activations": _activations(part),
     }
@@ -154,19 +169,27 @@ def _activations(part: StageModel) -> float:
     layer = outside + tokens * bytes_ * (2 * queries + 2 * keys + 4 * ffn) + attention
     if parallel.recompute == "selective":
         layer = outside + tokens * bytes_ * (2 * queries + 2 * keys + 3 * ffn)
-    num_recomputed = -(-part.num_layers // parallel.recompute_every) if parallel.recompute == "full" else 0
-    layers = num_recomputed * hidden * tokens * bytes_ / shared + (part.num_layers - num_recomputed) * layer
     rotary = tokens * part.config.model.head_size * bytes_
-    embedding = 8 * tokens if part.is_first else 0  # the token ids
-    head = tokens * bytes_ * (2 * hidden / shared + vocab) + 4 * tokens / shared if part.is_last else 0
-    in_flight = min(part.mesh.pipeline - part.stage, part.num_micro_batches)
-    return in_flight * (layers + rotary + embedding + head)
+    chunks = []
+    for num_layers in part.chunk_layers:
+        num_recomputed = -(-num_layers // parallel.recompute_every) if parallel.recompute == "full" else 0
+        layers = num_recomputed * hidden * tokens * bytes_ / shared + (num_layers - num_recomputed) * layer
+        chunks.append(layers + rotary)
+    if part.is_first:
+        chunks[0] += 8 * tokens  # the token ids
+    if part.is_last:
+        chunks[-1] += tokens * bytes_ * (2 * hidden / shared + vocab) + 4 * tokens / shared
+    return most_held(part.mesh.pipeline, len(chunks), part.num_micro_batches, part.stage, chunks)
 
 
 def _data(part: StageModel) -> dict[str, float]:
-    """ZeRO, section 7: 2 psi elements for stages 0 to 2, 3 psi for stage 3; gradients in fp32."""
+    """ZeRO, section 7: 2 psi elements for stages 0 to 2, 3 psi for stage 3; gradients in fp32.
+
+    FSDP2 has rows of the tied copy as well; under DeepSpeed it is none of its parameters.
+    """
     data, stage = part.mesh.data, part.zero_stage
-    gradients, weights = 4 * part.num_parameters, part.element_bytes * part.num_parameters
+    size = part.num_parameters - (0.0 if part.config.parallel.engine == "fsdp2" else part.tied_copy)
+    gradients, weights = 4 * size, part.element_bytes * size
     times = part.num_micro_batches if stage >= 2 else 1  # partitioned gradients cannot wait for the last one
     if stage == 0:
         return {"all-reduce": all_reduce(gradients, data)}
@@ -191,14 +214,17 @@ def _tensor(part: StageModel) -> dict[str, float]:
 
 
 def _pipeline(part: StageModel) -> dict[str, float]:
-    """A [B, T, hidden] tensor on to the next stage, its gradient back; 1/t of it a rank, gathered on arrival."""
+    """A [B, T, hidden] tensor on to the next virtual stage, its gradient back, on each tensor rank; of a sequence that
+    is cut a rank's part. The last stage's gradient of a tied table goes to the first, its weights come back."""
     if part.mesh.pipeline == 1:
         return {}
-    num_borders = (not part.is_first) + (not part.is_last)
-    x, size, times = part.activation_bytes, part.mesh.tensor, part.num_micro_batches
-    messages = {"point-to-point": times * num_borders * x / size}
-    if size > 1 and not part.config.parallel.sequence:
-        messages["all-gather"] = times * num_borders * scatter(x, size)
-    if part.config.model.tie_word_embeddings and (part.is_first or part.is_last):
-        messages["all-reduce"] = all_reduce(4 * part.widths[3] * part.config.model.hidden_size, 2)
-    return messages
+    num_borders = 2 * len(part.chunk_layers) - part.is_first - part.is_last
+    size = part.mesh.tensor if part.config.parallel.sequence else 1
+    messages = {"point-to-point": part.num_micro_batches * num_borders * part.activation_bytes / size}
+    if not part.config.model.tie_word_embeddings or not (part.is_first or part.is_last):
+        return messages
+    table = part.widths[3] * part.config.model.hidden_size
+    if part.config.parallel.engine == "fsdp2":  # of each data rank its rows, in fp32; the gradients by a reduce
+        kind = "broadcast" if part.is_first else "reduce-scatter"
+        return {**messages, kind: 4 * table / part.mesh.data}
+    return {**messages, "broadcast": (part.element_bytes if part.is_first else 4) * table}

@@ -194,6 +194,7 @@ class Held:
         self._parameters = [p for module in self._modules for p in module.parameters()]
         self._optimizer = self._sharding._optimizer if deepspeed is None else deepspeed.optimizer
         self._others = others
+        self._pipeline = engine._pipeline
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -208,10 +209,16 @@ class Held:
             module.register_forward_pre_hook(lambda *_: self._take_between_passes(), prepend=True)
             for module in self._modules
         ]
-        self._optimizer.step = measured_step
+        backward = self._pipeline._backward
+
+        def measured_backward(*args: Any, **kwargs: Any) -> None:
+            self._take_gradients(set())
+            backward(*args, **kwargs)
+
+        self._optimizer.step, self._pipeline._backward = measured_step, measured_backward
         with activations.watch():
             yield
-        self._optimizer.step = step
+        self._optimizer.step, self._pipeline._backward = step, backward
         for hook in hooks:
             hook.remove()
         self.bytes |= {"activations": activations.peak, "whole parameters": activations.peak_parameters}
@@ -228,12 +235,17 @@ class Held:
 
     def _take_between_passes(self, seen: set[int] | None = None, state: Sequence[Tensor] = ()) -> None:
         seen = set() if seen is None else seen
+        for kind, tensors in {"parameters": self._weights(), "optimizer": state}.items():
+            self.bytes[kind] = max(self.bytes[kind], _storage_bytes(_tensors(tensors), seen))
+        self._take_gradients(seen)
+
+    def _take_gradients(self, seen: set[int]) -> None:
         owners = [*self._parameters, *self._masters(), *(each._unsharded_param for each in self._unsharded())]
         gradients = [getattr(x, name, None) for x in owners for name in ("grad", "grad_accum")]
         gradients += [getattr(self._optimizer, name, None) for name in _GRADIENTS]
         gradients += [each.unsharded_accumulated_grad for each in self._fsdp]
-        for kind, tensors in {"parameters": self._weights(), "optimizer": state, "gradients": gradients}.items():
-            self.bytes[kind] = max(self.bytes[kind], _storage_bytes(_tensors(tensors), seen))
+        gradients += [getattr(self._sharding._tied, "_sum", None)]  # of a copy that DeepSpeed knows nothing of
+        self.bytes["gradients"] = max(self.bytes["gradients"], _storage_bytes(_tensors(gradients), seen))
 
     def _weights(self) -> list[Tensor]:
         """This rank's parameters, and what there is of whole ones now."""

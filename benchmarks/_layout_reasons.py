@@ -19,17 +19,15 @@ def why(kind: str, part: StageModel) -> str:
             return (
                 "the tied embedding is in a group with the whole model: whole from the forward pass on, beside a layer"
             )
-        if kind == "sent: all-gather" and stage == 3:
+        if kind == "sent: all-gather" and part.mesh.pipeline > 1:
+            return "it foresees by the order of several forward passes, and gathers the last group once for nothing"
+        if kind == "sent: all-gather":
             return "the tied embedding is gathered once a micro-batch, not twice"
         return UNEXPLAINED
     if kind == "optimizer" and stage >= 1 and is_fp32:
         return "DeepSpeed's ZeRO keeps fp32 master weights beside fp32 weights: 12 bytes a parameter in place of 8"
     if kind == "buffers" and stage == 3:
         return "reduce_bucket_size: stage 3 holds an fp32 bucket for a rank's whole model, 2 GiB at most"
-    if kind == "buffers" and part.mesh.pipeline > 1 and part.is_last:
-        return "DeepSpeed's pipe buffers hold the last micro-batches' received activations and gradients until the next"
-    if kind == "sent: all-gather" and part.mesh.pipeline > 1 and part.mesh.tensor > 1:
-        return "DeepSpeed keeps 1/t of what a stage sends on, and gathers that again before its backward pass"
     if kind == "whole parameters":
         return "stage3_max_live_parameters: models of up to 2^29 parameters stay whole until the backward pass"
     if kind == "sent: all-gather" and stage == 3:

@@ -107,6 +107,8 @@ def layouts(quick: bool) -> list[Layout]:
     fsdp2: list[dict[str, Any]] = [{"engine": "fsdp2", "zero_stage": stage} for stage in range(4)]
     two, fp32 = [*two, *fsdp2], [*fp32, *fsdp2[1::2]]
     four += [{"engine": "fsdp2", "zero_stage": stage, "tensor": 2} for stage in (1, 3)]
+    four += [{"zero_stage": 1, "pipeline": 2, "pipeline_chunks": 2}, {"zero_stage": 2, "pipeline": 2}]
+    four += [{"engine": "fsdp2", "zero_stage": stage, "pipeline": 2} for stage in (1, 2)]
     return [
         *(Layout(2, "bf16", parallel) for parallel in two),
         *(Layout(2, "fp32", parallel) for parallel in fp32),

@@ -17,6 +17,9 @@ LAYOUTS = [
     Layout(2, "bf16", {"zero_stage": 0, "recompute": "full"}),
     Layout(2, "bf16", {"zero_stage": 0, "tensor": 2, "sequence": True, "recompute": "selective"}),
     Layout(2, "bf16", {"zero_stage": 3}),
+    Layout(2, "bf16", {"zero_stage": 1, "pipeline": 2, "pipeline_chunks": 2}),
+    Layout(2, "bf16", {"zero_stage": 1, "engine": "fsdp2"}),
+    Layout(2, "bf16", {"zero_stage": 2, "engine": "fsdp2", "pipeline": 2}),
 ]
 
 

@@ -101,7 +101,7 @@ def test_nothing_is_recomputed_where_all_fits(recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PLANNED)
 def test_no_other_layout_is_much_faster(recipe):
-    """By 5%, as plan sees it: it hides no message behind arithmetic."""
+    """By 5%, as plan sees it, under the same engine and with as many chunks."""
     config, cluster = load(recipe), cluster_of(recipe)
     speed = plan_of(config, cluster)["tokens_per_second"]
     degrees = itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 3), ("none", "selective", "full"))

@@ -98,6 +98,10 @@ STAGED = [
     Case("bf16", 1, {"pipeline": 2, "tensor": 2}, QWEN3, rank=SECOND_STAGE),
     Case("fp32", 0, {"pipeline": 2}, GPT2),
     Case("bf16", 1, {"pipeline": 3, "tensor": 4}),
+    Case("bf16", 2, {"pipeline": 2}, rank=SECOND_STAGE),
+    Case("bf16", 1, {"pipeline": 2, "pipeline_chunks": 2}, {"num_hidden_layers": 5}, rank=SECOND_STAGE),
+    *(Case("bf16", 3, {**FSDP2, "pipeline": 2}, rank=rank) for rank in (0, SECOND_STAGE)),
+    Case("bf16", 3, {**FSDP2, "pipeline": 2, "tensor": 2}, QWEN3, rank=SECOND_STAGE),
 ]
 
 
