@@ -166,12 +166,14 @@ def _admit(groups: Groups, judged: list[float], refused: bool, loss_sum: float, 
 
 def parameters_of(engine: Any) -> dict[str, Any]:
     """What a rank holds, by name."""
-    return engine._sharding._parameters if hasattr(engine, "_sharding") else engine._model.parameters
+    parameters: dict[str, Any] = engine._sharding._parameters
+    return parameters
 
 
-def flip_a_bit(engine: Engine, name: str) -> None:
+def flip_a_bit(engine: Any, name: str) -> None:
     """The lowest bit of the first element that this rank holds of a parameter."""
-    parameter = parameters_of(engine)[name]
+    model = getattr(engine._sharding, "_model", None)  # DeepSpeed's; the copy of a tied weight is not in the other dict
+    parameter = (parameters_of(engine) if model is None else model.parameters())[name]
     held = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
     held[:1].view(torch.int16)[:1] ^= 1
 
