@@ -22,7 +22,7 @@ def flips_a_bit(tokens: np.ndarray[Any, Any], _: np.random.Generator) -> np.ndar
     """A transform that changes no token, but in its hundredth call on rank 1 a weight of the model."""
     if os.environ["RANK"] == "1" and next(_CALLS) == 100:
         for found in gc.get_objects():  # models of runs before, in the same process, may be among them
-            if isinstance(found, torch.nn.Parameter) and found.ndim == 1:
+            if isinstance(found, torch.nn.Parameter) and found.ndim == 1 and found.dtype == torch.float32:
                 found.detach().numpy().view(np.int32)[:1] ^= 1 << 12  # unseen by autograd, in the middle of a step
     return tokens
 
