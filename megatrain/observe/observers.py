@@ -162,4 +162,4 @@ def _in_short(value: object) -> str:
 
 def _in_words(startup_seconds: Mapping[str, float]) -> str:
     parts = [f"{part} {seconds:.1f}" for part, seconds in startup_seconds.items() if seconds >= 0.05]
-    return f"{sum(startup_seconds.values()):.1f} s: {', '.join(parts)}"
+    return f"{sum(startup_seconds.values()):.1f} s{': ' if parts else ''}{', '.join(parts)}"

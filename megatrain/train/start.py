@@ -11,10 +11,12 @@ import torch
 
 from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig
+from megatrain.config.schema import ParallelConfig
 from megatrain.data.epochs import Epochs, epochs_of
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
+from megatrain.distributed.topology import Topology
 from megatrain.errors import Diverged
 from megatrain.observe.callbacks import Callback
 from megatrain.observe.goodput import GoodputLedger
@@ -140,8 +142,7 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
     )
     facts = {
         "model": f"{config.model.family}, {num_parameters(config.model):,} parameters, {config.train.precision}",
-        "layout": f"{topology.world_size} rank(s): data {topology.data} x tensor {topology.tensor} x pipeline "
-        f"{topology.pipeline}, ZeRO {config.parallel.zero_stage}, recompute {config.parallel.recompute}",
+        "layout": layout_in_words(config.parallel, topology),
         "device": name,
         "data": ", ".join(
             f"{dataset.path} ({dataset.num_tokens:,} tokens, {each.epochs:.2f} epochs)"
@@ -151,6 +152,15 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
     }
     facts |= {"init_from": str(run.origin)} if run.origin else {}
     return facts | ({"resumed from": resumed_from} if resumed_from else {})
+
+
+def layout_in_words(parallel: ParallelConfig, topology: Topology) -> str:
+    """What a start shows and records about its layout."""
+    chunks = f" in {parallel.pipeline_chunks} chunks" if parallel.pipeline_chunks > 1 else ""
+    return (
+        f"{topology.world_size} rank(s): data {topology.data} x tensor {topology.tensor} x pipeline "
+        f"{topology.pipeline}{chunks}, {parallel.engine}, ZeRO {parallel.zero_stage}, recompute {parallel.recompute}"
+    )
 
 
 def _epochs(run: Run) -> list[Epochs]:
