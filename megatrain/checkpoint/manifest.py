@@ -124,6 +124,10 @@ def read_manifest(folder: Location) -> Manifest:
         raise CheckpointError(f"{path} is larger than any manifest ({format_bytes(_MAX_BYTES)}).")
     try:
         body = orjson.loads(text)
+        if type(body) is dict and "num_documents" in body:
+            raise CheckpointError(
+                f"{folder} is a dataset: give a checkpoint folder (RUN/checkpoints/step-...) or a run folder."
+            )
         checksum = body.pop("checksum")
         if type(body) is not dict or xxhash.xxh3_128(orjson.dumps(body)).hexdigest() != checksum:
             raise CheckpointError(f"{path} is not what was written: its checksum does not match.")

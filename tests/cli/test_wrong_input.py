@@ -85,6 +85,7 @@ CHECKPOINTS: dict[str, tuple[Arguments, str]] = {
     "verify a torn one": (lambda p: ["checkpoint", "verify", p.folder / "torn"], "rank-00000.safetensors"),
     "generate from nothing": (lambda p: ["generate", p.folder / "gone", "--prompt", "a"], "gone"),
     "generate from a torn one": (lambda p: ["generate", p.folder / "torn", "--prompt", "a"], "rank-00000.safetensors"),
+    "generate from a dataset": (lambda p: ["generate", p.data.prose, "--prompt", "a"], "is a dataset"),
     "evaluate nothing": (lambda p: ["eval", p.folder / "gone", "--data", p.data.held_out], "gone"),
     "a model to begin from that is not there": (
         lambda p: ["train", p.config, f"run.init_from={p.folder / 'gone'}"],
