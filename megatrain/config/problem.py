@@ -34,7 +34,8 @@ class Problem:
     def text(self, source: str = "") -> str:
         """One line for the user; `source` is where the value comes from, such as "line 7"."""
         value = "is missing" if self.given is NOT_GIVEN else f"{as_yaml(self.given)} given"
-        head = f"{self.key} ({source})" if source else self.key
+        key = self.key or "all of it"
+        head = f"{key} ({source})" if source else key
         nearest = f"; nearest: {self.nearest}" if self.nearest is not None else ""
         return f"{head}: {value}; {self.reason}{nearest}"
 

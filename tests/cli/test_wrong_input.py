@@ -65,6 +65,7 @@ USAGE: dict[str, tuple[Arguments, str]] = {
     "too long a prompt": (lambda p: ["generate", p.run, "--prompt", "word " * 200], "64"),
     "an empty prompt": (lambda p: ["generate", p.run, "--prompt", ""], "prompt"),
     "no data to evaluate on": (lambda p: ["eval", p.run], "--data"),
+    "tasks that are no list": (lambda p: ["eval", p.run, "--tasks", p.folder / "empty.yaml"], "all of it"),
 }
 DATA: dict[str, tuple[Arguments, str]] = {
     "a missing dataset": (lambda p: ["train", p.config, "data.train.0.path=nowhere"], "nowhere"),
