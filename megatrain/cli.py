@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, MegatrainError
+from megatrain.errors import EXIT_BUG, EXIT_CHECKPOINT, ConfigError, DataError, MegatrainError
 from megatrain.terminal import printable
 
 if TYPE_CHECKING:
@@ -330,6 +330,9 @@ def generate(
         raise ConfigError("--system belongs to --chat.")
     if (prompts is None) != (out is None):
         raise ConfigError("--prompts FILE and --out FILE belong together.")
+    if "" in (stop or ()):
+        raise ConfigError("--stop is an empty text, which ends nothing: give a text, or leave it out.")
+    _refuse_no_folder(out)
     rank = read_rank()
     num_ranks = rank.world_size if rank.world_size > 1 else procs or tensor or 1
     if tensor not in (None, num_ranks):
@@ -369,9 +372,12 @@ def generate(
     if is_chat:
         if num_ranks > 1 and prompt is None:
             raise ConfigError("A conversation on several ranks needs its turn from --prompt.")
-        turns = _asked_turns() if prompt is None else [prompt]
+        turns, has_answered = _asked_turns() if prompt is None else [prompt], False
         for answer in chat(place, turns, settings, system=system, warn=warnings.append, rank=rank):
+            has_answered = True
             _show(answer if is_first else iter(collections.deque(answer, maxlen=0)), warn)
+        if prompt is not None and not has_answered:
+            raise DataError(" ".join(warnings))
         warn()
         return
     texts = generate_text(place, prompt or "", settings, warn=warnings.append, rank=rank)
@@ -379,6 +385,13 @@ def generate(
         collections.deque(texts, maxlen=0)  # its part of the work; rank 0 shows the text
         return
     _show(texts, warn)
+
+
+def _refuse_no_folder(out: Path | None) -> None:
+    """Before the work is done: raise ConfigError where the folder of the file ``out`` is missing."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        problem = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise ConfigError(f"--out {out}: {problem}. Name a file in a folder that exists.")
 
 
 def _show(texts: Iterator[str], warn: Callable[[], None]) -> None:
@@ -421,7 +434,7 @@ def evaluate(
         typer.Option(help="A dataset to look for the tasks' examples in, by runs of 13 words; may be repeated."),
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a window. Default: data.seq_len of the run.")
+        int | None, typer.Option(min=1, help="With --data: tokens in a window. Default: data.seq_len of the run.")
     ] = None,
     procs: Annotated[
         int | None, typer.Option(min=1, help="Ranks on this machine that share the work, each with a GPU or cores.")
@@ -442,6 +455,9 @@ def evaluate(
         raise ConfigError("Give --data DATASET, --tasks FILE, or both.")
     if tasks is None and (shots is not None or out is not None or training_data):
         raise ConfigError("--shots, --out and --training-data belong to --tasks FILE.")
+    if data is None and seq_len is not None:
+        raise ConfigError("--seq-len belongs to --data DATASET.")
+    _refuse_no_folder(out)
     rank = read_rank()
     if rank.world_size == 1 and (procs or tensor) > 1:
         raise typer.Exit(_run_on_ranks(procs or tensor))

@@ -249,6 +249,16 @@ def test_generate_stops_where_the_context_is_full(megatrain: Megatrain, finished
     assert "context" not in megatrain("generate", finished_run, "--prompt", "a", "--max-new-tokens", 5).err
 
 
+def test_a_refused_turn_ends_with_code_3(megatrain: Megatrain, finished_run: Path, tmp_path: Path) -> None:
+    hf, checkpoint = tmp_path / "hf", tmp_path / "checkpoint"
+    assert megatrain("export", finished_run, "--out", hf).code == 0
+    (hf / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    assert megatrain("import", hf, "--out", checkpoint).code == 0
+    ended = megatrain("generate", checkpoint, "--chat", "--prompt", "a <|endoftext|>")
+    assert (ended.code, ended.out) == (3, "")
+    assert ended.err.count("control token <|endoftext|>") == 1
+
+
 @pytest.mark.parametrize("suffix", ["html", "png"])
 def test_report_writes_a_page_or_a_picture(
     suffix: str, megatrain: Megatrain, finished_run: Path, tmp_path: Path

@@ -65,6 +65,17 @@ USAGE: dict[str, tuple[Arguments, str]] = {
     "too long a prompt": (lambda p: ["generate", p.run, "--prompt", "word " * 200], "64"),
     "an empty prompt": (lambda p: ["generate", p.run, "--prompt", ""], "prompt"),
     "no data to evaluate on": (lambda p: ["eval", p.run], "--data"),
+    "an empty stop": (lambda p: ["generate", p.run, "--prompt", "a", "--stop", ""], "--stop"),
+    "texts to no folder": (
+        lambda p: ["generate", p.run, "--prompts", p.folder / "broken.yaml", "--out", p.folder / "gone" / "texts"],
+        "there is no folder",
+    ),
+    "answers to no folder": (
+        lambda p: ["eval", p.run, "--tasks", p.config, "--out", p.folder / "gone" / "answers"],
+        "there is no folder",
+    ),
+    "answers to a folder": (lambda p: ["eval", p.run, "--tasks", p.config, "--out", p.folder], "is a folder"),
+    "a window of tasks": (lambda p: ["eval", p.run, "--tasks", p.config, "--seq-len", 8], "--seq-len belongs to"),
     "tasks that are no list": (lambda p: ["eval", p.run, "--tasks", p.folder / "empty.yaml"], "all of it"),
 }
 DATA: dict[str, tuple[Arguments, str]] = {
