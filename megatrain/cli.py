@@ -61,6 +61,13 @@ GpusPerNode = Annotated[
     typer.Option(min=1, help="Ranks on each node, one for each GPU. Default: 8, or without --nodes as few as needed."),
 ]
 
+Procs = Annotated[int | None, typer.Option(min=1, help="Ranks in all, where there are no GPUs.")]
+
+
+def _refuse_ranks_twice(procs: int | None, nodes: int | None, gpus_per_node: int | None) -> None:
+    if procs is not None and (nodes is not None or gpus_per_node is not None):
+        raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
+
 
 def _finite(value: float | None) -> float | None:
     """Refuse the numbers that no minimum refuses: nan and inf."""
@@ -79,7 +86,7 @@ def check(
     overrides: Overrides = None,
     nodes: Nodes = None,
     gpus_per_node: GpusPerNode = None,
-    procs: Annotated[int | None, typer.Option(min=1, help="Ranks in all, where there are no GPUs.")] = None,
+    procs: Procs = None,
 ) -> None:
     """Check a config and its layout, and list everything that is wrong. Needs no torch and no data.
 
@@ -92,8 +99,7 @@ def check(
     from megatrain.train import preview
 
     loaded = _load(config, overrides)
-    if procs is not None and (nodes is not None or gpus_per_node is not None):
-        raise ConfigError("--procs is the number of all ranks: give it alone, or --nodes with --gpus-per-node.")
+    _refuse_ranks_twice(procs, nodes, gpus_per_node)
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
     notes = [*preview.check_origin(loaded), *not_in_transformers(loaded.model), *preview.check_data(config, loaded)]
@@ -144,6 +150,7 @@ def plan(
     overrides: Overrides = None,
     nodes: Nodes = None,
     gpus_per_node: GpusPerNode = None,
+    procs: Procs = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -177,10 +184,11 @@ def plan(
     from megatrain.plan.this_machine import device_here
     from megatrain.train import preview
 
+    _refuse_ranks_twice(procs, nodes, gpus_per_node)
     loaded = preview.with_vocabulary(_load(config, overrides))
     if device is None:
         device = device_here() if nodes is None and gpus_per_node is None else "h100"
-    nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node)
+    nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node) if procs is None else (1, procs)
     cluster = Cluster.of(nodes, gpus_per_node, device, network_gbits, efficiency)
     interruptions = Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds, write_gbytes * 1e9)
     planned = make_plan(loaded, cluster, interruptions)

@@ -33,7 +33,9 @@ def test_check_tells_the_layout(megatrain: Megatrain, tiny_data: TinyData, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("size", [("--nodes", 2), ("--gpus-per-node", 4), ("--nodes", 2, "--gpus-per-node", 2), ()])
+@pytest.mark.parametrize(
+    "size", [("--nodes", 2), ("--gpus-per-node", 4), ("--nodes", 2, "--gpus-per-node", 2), ("--procs", 2), ()]
+)
 def test_check_and_plan_mean_the_same_ranks(
     size: tuple[str | int, ...], megatrain: Megatrain, tiny_data: TinyData, tmp_path: Path
 ) -> None:
