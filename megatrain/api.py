@@ -6,6 +6,7 @@ B: sequences, T: tokens, V: vocabulary.
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -104,19 +105,22 @@ class Model:
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
     ) -> Prompt:
         """What the model goes on with: a text after a text, token ids after token ids, a list of texts after several.
 
         At temperature 0 each token is the likeliest; ``num_beams`` above 1 searches for the likeliest text instead
-        (`BeamSearch`). A text ends with the model's end of a document, before the first of the texts ``stop``, or where
-        the context is full. A prompt of several gets what it would get by itself. Characters that the tokenizer does
-        not know give a UserWarning. Raises ConfigError.
+        (`BeamSearch`). A text ends with the model's end of a document, before the text ``stop`` or the first of
+        several, or where the context is full. A prompt of several gets what it would get by itself. Characters that the
+        tokenizer does not know give a UserWarning. Raises ConfigError.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         beams = BeamSearch(num_beams, length_penalty, early_stopping) if num_beams > 1 else None
-        settings = TextSettings(max_new_tokens, sampling, seed, stop, beams)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise ConfigError("stop is an empty text, which ends nothing: give a text, or leave it out.")
+        settings = TextSettings(max_new_tokens, sampling, seed, stops, beams)
         generated: Any  # mypy checks the body once for each type of a prompt
         if isinstance(prompt, str):
             writer, tokenizer = self._writer()
@@ -128,7 +132,14 @@ class Model:
             found = writer.write(begun, settings)
             generated = [text.text for text in found]
         else:
-            generated = self._ids_after([int(token) for token in prompt], settings)
+            if stops:
+                raise ConfigError("stop ends texts, and the prompt is token ids: give a text, or leave it out.")
+            tokens: Any = prompt
+            try:
+                ids = [operator.index(token) for token in tokens]
+            except TypeError as error:
+                raise ConfigError(f"The prompt is neither a text nor token ids: {error}.") from None
+            generated = self._ids_after(ids, settings)
         result: Prompt = generated
         return result
 
@@ -232,6 +243,8 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
     path, rank = recipes.find(config).expanduser(), read_rank()
     if rank.world_size > 1:
         raise ConfigError("megatrain.train is one rank: several are started with the command, `megatrain train`.")
+    if wrong := [each for each in callbacks if not isinstance(each, Callback)]:
+        raise ConfigError(f"callbacks: {wrong[0]} is no object of a class that extends megatrain.Callback.")
     loaded = load_config(config, overrides)
     rules.check(loaded, 1)
     preview.check_trackers(loaded, must_exist=True)

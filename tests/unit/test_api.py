@@ -80,6 +80,30 @@ def test_token_ids_are_generated_after_token_ids(model: megatrain.Model) -> None
     assert model.tokenizer.decode(ids + new) == PROMPT + model.generate(PROMPT, max_new_tokens=8)
 
 
+def test_one_stop_may_be_a_text(model: megatrain.Model) -> None:
+    text = model.generate(PROMPT, 8)
+    stop = text[1:4]
+    assert model.generate(PROMPT, 8, stop=stop) == model.generate(PROMPT, 8, stop=[stop]) == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize("prompt", [[1.5], [None]])
+def test_a_prompt_of_other_things_is_refused(model: megatrain.Model, prompt: list[int]) -> None:
+    with pytest.raises(ConfigError, match="neither a text nor token ids"):
+        model.generate(prompt)
+
+
+def test_stops_that_end_nothing_are_refused(model: megatrain.Model) -> None:
+    with pytest.raises(ConfigError, match="empty text"):
+        model.generate(PROMPT, stop="")
+    with pytest.raises(ConfigError, match="token ids"):
+        model.generate([1, 2], stop=["x"])
+
+
+def test_a_callbacks_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no object of a class that extends megatrain\.Callback"):
+        megatrain.train(tmp_path / "absent.yaml", callbacks=[megatrain.Callback])  # type: ignore[list-item]
+
+
 def test_a_full_context_gives_a_warning(model: megatrain.Model) -> None:
     with pytest.warns(UserWarning, match="context is full"):
         model.generate(PROMPT, max_new_tokens=1000)
