@@ -25,6 +25,7 @@ keeps the two equal.
 | 4 | checkpoint, or the run folder is in use |
 | 5 | a rank failed or hung |
 | 75 | stopped early on request, state saved: start it again |
+| 130 | Ctrl-C, in a command that does not train |
 
 A run leaves these files in its folder:
 
