@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a checkpoint (extra ``megatrain[lm-eval]``), under the model name megatrain:
 
-    python -m megatrain.tasks.harness --model megatrain --model_args checkpoint=runs/tiny --tasks lambada_openai
+    python -m megatrain.tasks.harness run --model megatrain --model_args checkpoint=runs/tiny --tasks lambada_openai
 
 From Python, ``lm_eval.simple_evaluate(model=HarnessModel("runs/tiny"), ...)``. Requests get the token ids that the
 harness's own ``hf`` model gives them, from the checkpoint's tokenizer.
@@ -8,6 +8,7 @@ harness's own ``hf`` model gives them, from the checkpoint's tokenizer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.progress import Progress
 
 from megatrain.checkpoint.location import locate
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, MegatrainError
 from megatrain.tasks.scoring import Request, score
+from megatrain.terminal import printable
 from megatrain.train.inference import TextSettings, open_writer
 
 LONGEST_ANSWER = 256
@@ -30,9 +32,11 @@ LONGEST_ANSWER = 256
 class HarnessModel(TemplateLM):  # type: ignore[misc]
     """A checkpoint as the harness sees a model. ``checkpoint``: a checkpoint or run folder, or an address."""
 
-    def __init__(self, checkpoint: str, batch_size: int | str | None = None, **ignored: Any) -> None:
+    def __init__(self, checkpoint: str = "", batch_size: int | str | None = None, **ignored: Any) -> None:
         """``batch_size`` is ours to choose: batches are made by length."""
         super().__init__()
+        if not checkpoint:
+            raise ConfigError("The model needs its checkpoint: --model_args checkpoint=RUN.")
         self._writer, _ = open_writer(locate(checkpoint))
         self._prefix = [*self._writer.assets.prompt_ids]
 
@@ -105,5 +109,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return texts
 
 
+def main() -> None:
+    """The harness's own command line, where our errors end as in ours."""
+    try:
+        cli_evaluate()
+    except MegatrainError as error:
+        sys.stderr.write(printable(f"megatrain: {error}") + "\n")
+        sys.exit(error.exit_code)
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

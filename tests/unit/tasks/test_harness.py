@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,19 @@ def test_the_harness_scores_as_on_the_export(finished_run: Path, tmp_path: Path)
                     assert one == other
                 else:
                     assert one == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "told"), [("checkpoint=absent", 4, "absent"), ("chekpoint=x", 2, "checkpoint=")]
+)
+def test_a_wrong_checkpoint_is_a_short_error(given: str, code: int, told: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    task = TASK.replace("KIND", "multiple_choice").replace("PATH", str(tmp_path / "rows.jsonl"))
+    (tmp_path / "task.yaml").write_text(task + ENDS["multiple_choice"])
+    command = [sys.executable, "-m", "megatrain.tasks.harness", "run", "--model", "megatrain", "--model_args", given]
+    options = ["--tasks", "multiple_choice_task", "--include_path", str(tmp_path)]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=200)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert told in ended.stderr.splitlines()[-1]
