@@ -64,6 +64,8 @@ SORTS: Mapping[str, Callable[[RunSummary], Any]] = {
 
 def summarize(folder: Path, sort: str = "validation_loss") -> list[RunSummary]:
     """All runs in ``folder`` and below, in the order of SORTS[``sort``]. Raises DataError where there is none."""
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}.")
     found = list(_find(folder))
     if not found:
         raise DataError(f"{folder} has no run in it: a run's folder has {CONFIG_FILE} and {METRICS_FILE} or logs.")

@@ -290,11 +290,16 @@ def generate_file(
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut within a text, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The prompts {path} cannot be read: {error}") from None
-    if path.suffix != ".jsonl":
-        return [{"prompt": line} for line in lines if line]
+    rows = _prompt_objects(path, lines) if path.suffix == ".jsonl" else [{"prompt": line} for line in lines if line]
+    if not rows:
+        raise DataError(f"{path} has no prompts: give one a line.")
+    return rows
+
+
+def _prompt_objects(path: Path, lines: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:

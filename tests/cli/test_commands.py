@@ -171,11 +171,11 @@ def test_generate_repeats_itself_for_the_same_seed(megatrain: Megatrain, finishe
 
 def test_each_prompt_of_a_file_is_answered(megatrain: Megatrain, finished_run: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    rows = [{"prompt": "The statement", "id": 7}, {"prompt": "A class definition is"}]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": "The statement\u2028", "id": 7}, {"prompt": "A class definition is"}]
+    prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     options = ("--max-new-tokens", 6, "--temperature", 0)
     assert megatrain("generate", finished_run, "--prompts", prompts, "--out", out, *options).code == 0
-    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    found = [json.loads(line) for line in out.read_bytes().splitlines()]
     assert [{key: row[key] for key in asked} for row, asked in zip(found, rows, strict=True)] == rows
     for row in found:
         alone = megatrain("generate", finished_run, "--prompt", row["prompt"], *options)

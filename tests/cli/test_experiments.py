@@ -164,6 +164,9 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, megatrain: Megatrain) 
     ended = megatrain("runs", tmp_path)
     assert ended.code == 3
     assert "has no run in it" in ended.err
+    ended = megatrain("runs", tmp_path / "nowhere")
+    assert ended.code == 3
+    assert "There is no folder" in ended.err
 
 
 def test_best_exports_the_lowest_validation_loss(finished_run: Path, tmp_path: Path, megatrain: Megatrain) -> None:
