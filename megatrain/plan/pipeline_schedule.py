@@ -143,11 +143,14 @@ def _with_exchanges(orders: Sequence[Sequence[Pass]], num_stages: int) -> list[l
         if before is not None and (before.stage - each.stage) % num_ranks:
             sends[before.stage % num_ranks, ends[before]].append(before)
             receives[each.stage % num_ranks, ends[before]].append(before)
+    times: list[set[int]] = [set() for _ in orders]  # of each rank's exchanges
+    for rank, time in sends.keys() | receives.keys():
+        times[rank].add(time)
     schedule = []
     for rank, order in enumerate(orders):
         # What ends at a time comes before the exchange of that time; a pass that goes on meanwhile comes after it.
         actions: list[tuple[int, int, Action]] = [(ends[each], 0, each) for each in order]
-        for time in {time for at, time in sends.keys() | receives.keys() if at == rank}:
+        for time in times[rank]:
             exchange = Exchange(tuple(sorted(sends[rank, time])), tuple(sorted(receives[rank, time])))
             actions.append((time, 1, exchange))
         schedule.append([action for _, _, action in sorted(actions, key=lambda entry: entry[:2])])
