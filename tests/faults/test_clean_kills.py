@@ -153,9 +153,19 @@ def alone(folder: Path) -> dict[str, dict[str, bytes]]:
     return {name: folder_bytes(folder / f"{name}-alone") for name in COMMANDS}
 
 
+# Every command under one executor, and one command under every executor; the rest is left to acceptance.
+EVERY = [(executor, name) for executor in EXECUTORS for name in COMMANDS]
+SAMPLED = {("4 workers", "exact"), ("shares", "filter"), ("4 MPI ranks", "representative")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(COMMANDS))
-@pytest.mark.parametrize("executor", list(EXECUTORS))
+@pytest.mark.parametrize(
+    ("executor", "name"),
+    [
+        pytest.param(*case, marks=() if case in SAMPLED or case[1] == "minhash" else pytest.mark.acceptance)
+        for case in EVERY
+    ],
+)
 def test_every_executor_cleans_to_the_same_bytes(
     executor: str, name: str, folder: Path, alone: dict[str, dict[str, bytes]]
 ) -> None:
@@ -179,6 +189,6 @@ def test_a_killed_worker_changes_no_byte(stage: str, folder: Path, alone: dict[s
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.kill()
-    assert process.wait(timeout=100) == (5 if workers else 0)
+    assert process.wait(timeout=100) in ((5, 0) if workers else (0,))  # 0: they had done all by then
     assert launch(command, folder).returncode == 0
     assert folder_bytes(folder / out) == alone["minhash"]
