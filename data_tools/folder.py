@@ -95,9 +95,10 @@ class OutputFolder:
     def close(self) -> None:
         """Remove what a kill has left of the work on what is finished."""
         self._sweep()
-        if self.work.exists():
-            with coordinating(self.out, self.work):
-                self._remove(self.work)
+        with suppress(FileNotFoundError):  # another process, which has just finished, removes it itself
+            if self.work.exists():
+                with coordinating(self.out, self.work):
+                    self._remove(self.work)
 
     def _sweep(self) -> None:
         for path in self.out.glob(f"{REMOVED}*"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -211,3 +213,19 @@ def test_a_finished_work_folder_may_vanish(tmp_path: Path) -> None:
 
     made = OutputFolder(out, out / "total", lambda path: False)
     assert made.run(Origin({}, []), Effort(1, silent), False, lambda folder: overtaken())
+
+
+def test_finished_work_may_vanish_while_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of an array begins when another has committed the result, and not yet removed the work folder."""
+    (tmp_path / "total").write_text("done")
+    (tmp_path / ".work").mkdir()
+
+    @contextmanager
+    def late(out: Path, work: Path) -> Iterator[None]:
+        shutil.rmtree(work)
+        with coordinating(out, work):
+            yield
+
+    monkeypatch.setattr(folder_module, "coordinating", late)
+    OutputFolder(tmp_path, tmp_path / "total", lambda path: False).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["total"]
