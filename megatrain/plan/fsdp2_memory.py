@@ -61,8 +61,8 @@ def _is_tied(part: StageModel) -> bool:
 
 
 def _rows(part: StageModel, parameter: Parameter) -> int:
-    """Elements of this rank's rows, padding included."""
-    return share(parameter.num_rows, part.data) * (parameter.numel // parameter.num_rows)
+    """Elements of this rank's rows, padding included; none where the vocabulary is not known yet."""
+    return share(parameter.num_rows, part.data) * (parameter.numel // max(parameter.num_rows, 1))
 
 
 def _mine(part: StageModel, parameters: Iterable[Parameter]) -> int:

@@ -204,3 +204,26 @@ def test_buckets_that_the_user_sets_are_counted():
     given["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 5000}}
     (part,) = stage_models(RunConfig.model_validate(given), NUM_RANKS)
     assert rank_memory(part).passes["bucket of gradients"] == 4 * 5000
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_an_unknown_vocabulary_counts_as_nothing(engine: str) -> None:
+    """As where a start runs out of memory before its data said what the vocabulary is."""
+    config = RunConfig.model_validate(
+        {
+            "run": {"dir": "runs/x"},
+            "model": {
+                "family": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 64,
+            },
+            "data": {"train": [{"path": "data"}], "seq_len": 64},
+            "parallel": {"engine": engine},
+            "train": {"steps": 1, "global_batch_size": 2, "micro_batch_size": 1},
+            "optimizer": {"lr": 1e-3},
+        }
+    )
+    assert all(rank_memory(part).peak_bytes > 0 for part in stage_models(config, 2))
