@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 export UV_CACHE_DIR=$folder/cache
-wheels="--only-binary :all: --no-binary deepspeed --no-binary hjson --no-binary megatrain" # but these come as source alone
+source="deepspeed hjson megatrain sqlitedict rouge-score word2number" # these come as source alone
+wheels="--only-binary :all: $(printf -- '--no-binary %s ' $source)"
 {
     .venv/bin/python -m venv "$folder/venv" &&
         "$folder/venv/bin/pip" install -qq uv &&
