@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import orjson
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatrain.config.tasks import Task
+from megatrain.data.json_lines import read_objects
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
 
@@ -52,21 +52,7 @@ class Example(NamedTuple):
 
 def read_rows(path: str) -> list[Row]:
     """The objects of a JSON lines file. Raises DataError with the line."""
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"The task's rows {path} cannot be read: {error.strerror or error}.") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON: {error}.") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a row must be a JSON object.")
-        rows.append(row)
+    rows = [row for _, row in read_objects(Path(path))]
     if not rows:
         raise DataError(f"{path} has no rows.")
     return rows

@@ -18,6 +18,7 @@ from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
 from megatrain.data.chat import ChatTemplate, Message, refuse_control_tokens
+from megatrain.data.json_lines import read_objects
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.bootstrap import RankInfo
@@ -289,27 +290,26 @@ def generate_file(
 
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut within a text, at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The prompts {path} cannot be read: {error}") from None
-    rows = _prompt_objects(path, lines) if path.suffix == ".jsonl" else [{"prompt": line} for line in lines if line]
+    rows = _prompt_objects(path) if path.suffix == ".jsonl" else _prompt_lines(path)
     if not rows:
         raise DataError(f"{path} has no prompts: give one a line.")
     return rows
 
 
-def _prompt_objects(path: Path, lines: Sequence[str]) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = orjson.loads(line) if line.strip() else None
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON: {error}.") from None
-        if row is not None and not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
+def _prompt_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut within a text, at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The prompts {path} cannot be read: {error}") from None
+    return [{"prompt": line} for line in lines if line]
+
+
+def _prompt_objects(path: Path) -> list[dict[str, Any]]:
+    rows = read_objects(path)
+    for number, row in rows:
+        if not isinstance(row.get("prompt"), str):
             raise DataError(f'{path}, line {number}: not an object with a text under "prompt".')
-        rows += [row] if row is not None else []
-    return rows
+    return [row for _, row in rows]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, warn: Callable[[str], None]) -> list[int]:
