@@ -121,9 +121,9 @@ def beam_search(
     active, new = list(range(len(prompts))), [list(tokens) for tokens in prompts]
     while active:
         of_active = [states[row] for row in active]
-        whole = [
+        whole = (
             [*prompts[row], *beam.tokens] for row, state in zip(active, of_active, strict=True) for beam in state.beams
-        ]
+        )
         seen = SeenTokens(whole, repetition_penalty)
         chosen = _candidates(next_logits(model, new, cache)[:, : limits.num_ids], of_active, seen, agree)
         rows: list[int] = []

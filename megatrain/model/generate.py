@@ -6,7 +6,7 @@ B: sequences, T: tokens, V: vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -169,9 +169,9 @@ def _steps(
 
 
 class SeenTokens:
-    """The ids in each prompt and what follows it, for the repetition penalty."""
+    """The ids in each prompt and what follows it, for the repetition penalty; without one nothing is looked at."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], penalty: float) -> None:
+    def __init__(self, prompts: Iterable[Sequence[int]], penalty: float) -> None:
         self._penalty = penalty
         self._ids = [dict.fromkeys(tokens) for tokens in prompts] if penalty != 1.0 else []
 
