@@ -269,21 +269,6 @@ def sweep(
     raise typer.Exit(sweep.run(config, points if point is None else [points[point]], procs, typer.echo))
 
 
-class EarlyStopping(str, Enum):
-    """Of beam search."""
-
-    FALSE = "false"
-    TRUE = "true"
-    NEVER = "never"
-
-
-_EARLY_STOPPING: dict[EarlyStopping, bool | Literal["never"]] = {
-    EarlyStopping.FALSE: False,
-    EarlyStopping.TRUE: True,
-    EarlyStopping.NEVER: "never",
-}
-
-
 @app.command()
 def generate(
     checkpoint: CheckpointPath,
@@ -311,8 +296,9 @@ def generate(
     ] = 1,
     length_penalty: Annotated[float, typer.Option(help="Of beam search: above 0, longer texts gain.")] = 1.0,
     early_stopping: Annotated[
-        EarlyStopping, typer.Option(help="Of beam search: whether it ends with as many texts as beams.")
-    ] = EarlyStopping.FALSE,
+        Literal["false", "true", "never"],
+        typer.Option(help="Of beam search: whether it ends with as many texts as beams."),
+    ] = "false",
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends what is generated; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = 0,
     procs: Annotated[
@@ -357,12 +343,13 @@ def generate(
     from megatrain.train.inference import TextSettings, chat, generate_file, generate_text
 
     bind(rank)
+    ends_early: bool | Literal["never"] = "never" if early_stopping == "never" else early_stopping == "true"
     settings = TextSettings(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p if top_p != 1.0 else None, repetition_penalty),
         seed=seed,
         stops=stop or (),
-        beams=BeamSearch(num_beams, length_penalty, _EARLY_STOPPING[early_stopping]) if num_beams > 1 else None,
+        beams=BeamSearch(num_beams, length_penalty, ends_early) if num_beams > 1 else None,
     )
     is_first, warnings, place = rank.rank == 0, list[str](), _place(checkpoint, best)
 
