@@ -55,7 +55,7 @@ from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
 from megatrain.parallel.optimizer import make_optimizer, reset_state
 from megatrain.parallel.pipeline import seeded
-from megatrain.parallel.replicas import Replicas
+from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, tied_weight
 from megatrain.parallel.tensor import mark_parameters
 
@@ -248,14 +248,9 @@ class DeepSpeedSharding:
         if self.is_replicated:
             masters = {f"master weights of {held.name}": held.master for held in self.slices()}
             yield Replicas(self._groups.gradient.get_group(), masters)
-        whole: dict[str, Tensor] = {}  # on all tensor ranks
-        shared: dict[str, Tensor] = {}  # on those with the same key-value head
-        for name, parameter in self._parameters.items():
-            num_replicas = self._model.specs[name].num_replicas
-            if num_replicas > 1:
-                kind = whole if num_replicas == self._groups.topology.tensor else shared
-                kind[name] = getattr(parameter, "ds_tensor", parameter)
-        yield from (Replicas(self._groups.tensor, whole), Replicas(self._groups.kv_replica_group, shared))
+        for group, names in tensor_replicas(self._model.specs, self._groups):
+            own = ((name, self._parameters[name]) for name in names)
+            yield Replicas(group, {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in own})
         if self._tied is not None:
             yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied})
 

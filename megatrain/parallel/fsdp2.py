@@ -29,7 +29,7 @@ from megatrain.errors import ConfigError
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
 from megatrain.parallel.optimizer import make_optimizer, reset_state
-from megatrain.parallel.replicas import Replicas
+from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, tied_weight
 from megatrain.parallel.tensor import partial_gradients
 
@@ -156,7 +156,7 @@ class FSDP2Sharding:
 
     def replicas(self) -> Iterator[Replicas]:
         """See Sharding. Nothing along the data axis, where each rank has other rows."""
-        for group, names in self._replicated():
+        for group, names in tensor_replicas(self._specs, self._groups):
             yield Replicas(group, {name: _local(self._parameters[name]) for name in names})
         if self._tied is not None:
             yield Replicas(self._groups.embedding_group, {"the tied embedding": _local(self._tied)})
@@ -199,17 +199,10 @@ class FSDP2Sharding:
         dist.all_reduce(square)
         return square.sqrt() / self._gradient_scale
 
-    def _replicated(self) -> Iterator[tuple[dist.ProcessGroup, list[str]]]:
-        """The parameters that tensor ranks hold alike: on all of them, and on those with the same key-value heads."""
-        size = self._groups.topology.tensor
-        copies = {name: spec.num_replicas for name, spec in self._specs.items() if spec.num_replicas > 1}
-        yield self._groups.tensor, [name for name, number in copies.items() if number == size]
-        yield self._groups.kv_replica_group, [name for name, number in copies.items() if number < size]
-
     def _sum_replicated_gradients(self) -> None:
         """Give tensor ranks one gradient of what they hold alike: the sum of their parts; where each has the whole one,
         the first rank's. Two ranks that computed or summed it by themselves might round otherwise, and drift apart."""
-        for group, names in self._replicated():
+        for group, names in tensor_replicas(self._specs, self._groups):
             shares = [_local(self._parameters[name].grad).view(-1) for name in names]
             for name, share in zip(names, shares, strict=True):
                 if name not in self._partial and self._specs[name].replica:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatrain.distributed.fragment import ShardSpec
 from megatrain.distributed.groups import Groups
 
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,6 +43,14 @@ class Difference(NamedTuple):
         if self.odd == self.ranks:
             return f"ranks {odd} differ in {what}, and which of them is wrong cannot be told"
         return f"rank {odd} differs in {what} from {len(self.ranks) - len(self.odd)} others that must hold the same"
+
+
+def tensor_replicas(specs: Mapping[str, ShardSpec], groups: Groups) -> Iterator[tuple[dist.ProcessGroup, list[str]]]:
+    """The parameters that tensor ranks hold alike, and which: all of them, or those with the same key-value heads."""
+    copies = {name: spec.num_replicas for name, spec in specs.items() if spec.num_replicas > 1}
+    size = groups.topology.tensor
+    yield groups.tensor, [name for name, number in copies.items() if number == size]
+    yield groups.kv_replica_group, [name for name, number in copies.items() if number < size]
 
 
 @torch.no_grad()
