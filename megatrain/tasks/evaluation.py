@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 import torch.distributed as dist
@@ -113,48 +114,50 @@ def _evaluate_task(
     progress: Progress,
 ) -> TaskResult:
     first, step = (0, 1) if groups is None else groups.batch_share
-    mine = [_fitted(task, example, writer) for example in examples[first::step]]
-    answered = [each for each in mine if each is not None]
-    bar = progress.add_task(task.name, total=sum(max(len(example.continuations), 1) for example in answered))
-    outcomes = _ANSWER[task.kind](task, answered, writer, lambda count: progress.advance(bar, count))
+    mine = [_encode(task, example, writer) for example in examples[first::step]]
+    asked = [each for each in mine if each is not None]
+    bar = progress.add_task(task.name, total=sum(len(each.requests) for each in asked))
+    outcomes = _ANSWER[task.kind](task, asked, writer, lambda count: progress.advance(bar, count))
     if groups is not None:
         given = groups.all_gather_object(outcomes if groups.coordinate.tensor == 0 else [])
         outcomes = [outcome for of_rank in given for outcome in of_rank]
     outcomes.sort(key=lambda outcome: outcome.example.row)
     known = {outcome.example.row for outcome in outcomes}
-    asked = {example.row: len(example.shots) for example in examples}
+    num_shots = {example.row: len(example.shots) for example in examples}
     return TaskResult(
         task=task,
         metrics=summarize(task, outcomes),
         outcomes=outcomes,
-        skipped=[index for index in asked if index not in known],
-        num_shots_dropped=sum(asked[o.example.row] - len(o.example.shots) for o in outcomes),
+        skipped=[row for row in num_shots if row not in known],
+        num_shots_dropped=sum(num_shots[o.example.row] - len(o.example.shots) for o in outcomes),
         prompts=hashlib.sha256("\0".join(o.example.prompt for o in outcomes).encode()).hexdigest(),
     )
 
 
-def _fitted(task: Task, example: Example, writer: Writer) -> Example | None:
+class _Asked(NamedTuple):
+    """An example and its token ids: a request a continuation; of kind generate one, whose continuation is empty."""
+
+    example: Example
+    requests: Sequence[Request]
+
+
+def _encode(task: Task, example: Example, writer: Writer) -> _Asked | None:
     """The example with as many of its solved rows as the context has room for; None where it has none for itself."""
-    while _num_tokens(task, example, writer) > writer.model.config.max_position_embeddings:
+    num_new = task.max_new_tokens if task.kind == "generate" else -1  # the last token of a continuation is not read
+    while True:
+        requests = _requests(task, example, writer)
+        longest = max(len(request.context) + len(request.continuation) for request in requests)
+        if longest + num_new <= writer.model.config.max_position_embeddings:
+            return _Asked(example, requests)
         if not example.shots:
             return None
         example = example.with_fewer_shots()
-    return example
 
 
-def _num_tokens(task: Task, example: Example, writer: Writer) -> int:
-    """The most that the model has to take in at once."""
+def _requests(task: Task, example: Example, writer: Writer) -> list[Request]:
+    """See _Asked. A context without tokens is what a document begins after: its end, or its beginning."""
     if task.kind == "generate":
-        return len(_context(writer, example.prompt)) + task.max_new_tokens
-    return max(len(r.context) + len(r.continuation) - 1 for r in _requests(example, writer))
-
-
-def _context(writer: Writer, prompt: str) -> list[int]:
-    return writer.begin(writer.tokenizer.encode(prompt))
-
-
-def _requests(example: Example, writer: Writer) -> list[Request]:
-    """A request a continuation. A context without tokens is what a document begins after: its end, or its beginning."""
+        return [Request(tuple(writer.begin(writer.tokenizer.encode(example.prompt))), ())]
     tokens = writer.assets.special_tokens
     found = []
     for text in example.continuations:
@@ -172,34 +175,32 @@ def _requests(example: Example, writer: Writer) -> list[Request]:
 
 
 def _answer_choices(
-    task: Task, examples: Sequence[Example], writer: Writer, advance: Callable[[int], None]
+    task: Task, asked: Sequence[_Asked], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
-    requests = [_requests(example, writer) for example in examples]
-    scores = iter(score(writer.model, [each for group in requests for each in group], advance))
+    scores = iter(score(writer.model, [request for each in asked for request in each.requests], advance))
     outcomes = []
-    for example, group in zip(examples, requests, strict=True):
-        likelihoods = [next(scores).log_likelihood for _ in group]
-        outcomes.append(judge_choices(task, example, likelihoods, [len(each.continuation) for each in group]))
+    for example, requests in asked:
+        likelihoods = [next(scores).log_likelihood for _ in requests]
+        outcomes.append(judge_choices(task, example, likelihoods, [len(each.continuation) for each in requests]))
     return outcomes
 
 
 def _answer_perplexity(
-    task: Task, examples: Sequence[Example], writer: Writer, advance: Callable[[int], None]
+    task: Task, asked: Sequence[_Asked], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
-    requests = [request for example in examples for request in _requests(example, writer)]
-    scores = score(writer.model, requests, advance)
+    scores = score(writer.model, [request for each in asked for request in each.requests], advance)
     return [
         judge_text(task, example, found.log_likelihood, len(request.continuation), found.is_greedy)
-        for example, request, found in zip(examples, requests, scores, strict=True)
+        for (example, (request,)), found in zip(asked, scores, strict=True)
     ]
 
 
 def _answer_by_generation(
-    task: Task, examples: Sequence[Example], writer: Writer, advance: Callable[[int], None]
+    task: Task, asked: Sequence[_Asked], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
     settings = TextSettings(task.max_new_tokens, stops=task.stop)
-    texts = writer.write([_context(writer, example.prompt) for example in examples], settings, advance)
-    return [judge_generation(example, text.text) for example, text in zip(examples, texts, strict=True)]
+    texts = writer.write([request.context for each in asked for request in each.requests], settings, advance)
+    return [judge_generation(each.example, text.text) for each, text in zip(asked, texts, strict=True)]
 
 
 _ANSWER = {"choices": _answer_choices, "perplexity": _answer_perplexity, "generate": _answer_by_generation}
