@@ -6,7 +6,7 @@ dropped), `tally`, `write`, `publish`; `represent` and `assign` behind `cluster`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,16 @@ class DedupOptions:
         return {key: value for key, value in asdict(self).items() if (key, value) != ("cluster_by", "connected")}
 
 
+def find_pairs(cleaning: Cleaning, sketch: Sketch, folder: Path) -> Generator[Stage, None, Matching]:
+    """The stages in which all documents are read, and those that are alike are paired; gives the pairs."""
+    corpus = yield from cleaning.tag(sketch, folder)
+    runs = Runs(corpus, sketch, folder / "runs", min(MAX_RUN_DOCUMENTS, RUN_BYTES // (8 * sketch.num_keys)))
+    yield runs.stage()
+    matching = Matching(runs, folder / "pairs", SLICE_DOCUMENTS)
+    yield matching.stage()
+    return matching
+
+
 def dedup(
     inputs: Sequence[str], out: Path, options: DedupOptions, effort: Effort, restart: bool
 ) -> dict[str, Any] | None:
@@ -75,11 +85,8 @@ def dedup(
         if REPORT_FILE in committed_names(folder):
             yield cleaning.publish(folder)
         else:
-            corpus = yield from cleaning.tag(sketch, folder)
-            runs = Runs(corpus, sketch, folder / "runs", min(MAX_RUN_DOCUMENTS, RUN_BYTES // (8 * sketch.num_keys)))
-            yield runs.stage()
-            matching = Matching(runs, folder / "pairs", SLICE_DOCUMENTS)
-            yield matching.stage()
+            matching = yield from find_pairs(cleaning, sketch, folder)
+            runs, corpus = matching.runs, matching.runs.corpus
             firsts = folder / "firsts"
             representation = Representation(matching, folder / "clusters", firsts)
             if options.cluster_by == "representative":

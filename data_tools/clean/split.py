@@ -20,9 +20,9 @@ import orjson
 import pyarrow as pa
 
 from data_tools.clean.attributes import Corpus, Reopening, make_folders, result_path, save_table, work_path
-from data_tools.clean.candidates import MAX_RUN_DOCUMENTS, RUN_BYTES, SLICE_DOCUMENTS, Matching, Runs
+from data_tools.clean.candidates import Runs
 from data_tools.clean.clusters import Clustering
-from data_tools.clean.dedup import DedupOptions
+from data_tools.clean.dedup import DedupOptions, find_pairs
 from data_tools.clean.job import REPORT_FILE, Cleaning
 from data_tools.clean.output import EXAMPLES_FOLDER, Decisions, OutputWriter, output_files, staged_file
 from data_tools.clean.shards import ShardSource, ShardWriter
@@ -190,11 +190,8 @@ def split(
     cleaning = Cleaning(Origin(command, files), options.read, out, effort, frozenset(SIDES))
 
     def stages(folder: Path) -> Iterator[Stage]:
-        corpus = yield from cleaning.tag(sketch, folder)
-        runs = Runs(corpus, sketch, folder / "runs", min(MAX_RUN_DOCUMENTS, RUN_BYTES // (8 * sketch.num_keys)))
-        yield runs.stage()
-        matching = Matching(runs, folder / "pairs", SLICE_DOCUMENTS)
-        yield matching.stage()
+        matching = yield from find_pairs(cleaning, sketch, folder)
+        runs, corpus = matching.runs, matching.runs.corpus
         yield Clustering(matching.paths(), corpus.num_documents, folder / "firsts").stage()
         hold_out = HoldOut(runs, folder / "firsts", validation)
         counting = Counting(corpus, hold_out, folder, source)
