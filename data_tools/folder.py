@@ -25,6 +25,7 @@ from data_tools.outputs import refuse_occupied
 from data_tools.ranks import batch_job
 from megatrain.atomic import commit_first
 from megatrain.data.format import canonical_json
+from megatrain.distributed.bootstrap import boot_id
 from megatrain.errors import ConfigError
 
 WORK_FOLDER = ".work"
@@ -219,10 +220,9 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def _this_process() -> dict[str, object]:
-    boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.exists() else "",
+        "boot": boot_id(),
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
         "job": batch_job(),

@@ -21,6 +21,7 @@ from pathlib import Path
 import orjson
 from filelock import FileLock, Timeout
 
+from megatrain.distributed.bootstrap import boot_id
 from megatrain.errors import CheckpointError, Superseded
 
 LEASE_SECONDS = 15.0  # a holder on another machine that has not moved for so long is dead
@@ -46,7 +47,7 @@ class Lease:
 
     def __init__(self, run_dir: Path, job: Mapping[str, str]) -> None:
         self._run_dir, self._token = run_dir, secrets.token_hex(8)
-        holder = _Holder(job, _machine(), self._token)
+        holder = _Holder(job, boot_id(), self._token)
         unfinished = run_dir / f"{_LOCK}.{self._token}"
         self._file = unfinished.open("xb", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,7 +157,7 @@ def _refuse_if_held(run_dir: Path, job: Mapping[str, str]) -> None:
 
 
 def _lives(run_dir: Path, holder: _Holder | None) -> bool:
-    return _is_locked(run_dir) if holder is None or holder.machine == _machine() else _is_moving(run_dir)
+    return _is_locked(run_dir) if holder is None or holder.machine == boot_id() else _is_moving(run_dir)
 
 
 def _is_locked(run_dir: Path) -> bool:
@@ -193,13 +194,6 @@ def _is_moving(run_dir: Path) -> bool:
     except FileNotFoundError:  # it has been given back
         pass
     return False
-
-
-def _machine() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _read_holder(run_dir: Path) -> _Holder | None:

@@ -282,6 +282,14 @@ def job_port(job: int, start: int) -> int:
     )
 
 
+def boot_id() -> str:
+    """What tells this machine, since it was started, from all others; nothing where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def job_identity() -> dict[str, str]:
     """What names this job to others: host, and the SLURM job where there is one."""
     job = {"host": socket.gethostname(), "pid": str(os.getpid())}
