@@ -32,7 +32,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +52,7 @@ from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
 from megatrain.parallel.deepspeed_config import deepspeed_config, offload_settings
 from megatrain.parallel.engine import MasterSlice, Update
-from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
+from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
 from megatrain.parallel.optimizer import make_optimizer, reset_state
 from megatrain.parallel.pipeline import seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
@@ -116,7 +116,7 @@ class DeepSpeedSharding:
         self._is_half = precision != "fp32"
         self._has_fp32_sums = precision == "bf16" and self._stage < 2 and config.parallel.offload == "none"
         self._sums_whole = self.is_replicated and self._is_half  # here, not DeepSpeed
-        self._dynamic_scale = DynamicLossScale.of(config.train)
+        self.dynamic_scale = DynamicLossScale.of(config.train)
         self._rest = 1.0  # by what fp32 gradients are still to be multiplied
         self._mpu = _mpu(groups, groups.self_group if self._sums_whole else groups.gradient.get_group())
         _allocate(model, config, groups, self._mpu)
@@ -155,7 +155,7 @@ class DeepSpeedSharding:
         per_target: float = self._mpu.get_data_parallel_world_size() / num_targets
         if not self._is_half:
             return per_target
-        factor = power_of_two_below(per_target * (self._dynamic_scale.cur_scale if self._dynamic_scale else 1.0))
+        factor = backward_factor(per_target, self.dynamic_scale)
         if self._has_fp32_sums:
             self._rest = per_target / factor
             return factor
@@ -185,8 +185,8 @@ class DeepSpeedSharding:
         self._copy_tied_weight()
         norm = self._norm if optimizer is self._optimizer else float(engine.get_global_grad_norm())
         is_skipped = not (math.isfinite(norm) and engine.was_step_applied())
-        if self._dynamic_scale is not None:
-            self._dynamic_scale.update(overflow=is_skipped)
+        if self.dynamic_scale is not None:
+            self.dynamic_scale.update(overflow=is_skipped)
         return Update(norm, is_skipped or self._is_approved is False)
 
     @contextlib.contextmanager
@@ -253,14 +253,6 @@ class DeepSpeedSharding:
             yield Replicas(group, {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in own})
         if self._tied is not None:
             yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied})
-
-    @property
-    def loss_scale(self) -> dict[str, float] | None:
-        return None if self._dynamic_scale is None else self._dynamic_scale.state()
-
-    def load_loss_scale(self, state: Mapping[str, float]) -> None:
-        if self._dynamic_scale is not None:
-            self._dynamic_scale.load(state)
 
     def close(self) -> None:
         self._deepspeed.destroy()

@@ -16,6 +16,7 @@ from megatrain.config import RunConfig
 from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard_views
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
+from megatrain.parallel.loss_scale import DynamicLossScale
 from megatrain.parallel.pipeline import Field, Pipeline, Record
 from megatrain.parallel.replicas import Replicas, find_differences
 from megatrain.parallel.shard import DTYPES, ShardedModel
@@ -59,6 +60,8 @@ class Sharding(Protocol):
     is_replicated: bool
     """Whether each data rank holds all master weights and optimizer state (ZeRO 0), which ``slices`` then gives on
     all of them."""
+    dynamic_scale: DynamicLossScale | None
+    """fp16's loss scale, which ``step`` updates; None under another precision."""
 
     def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
         """By what the loss sum of each micro-batch is to be multiplied before its backward pass, so that the gradient
@@ -102,15 +105,6 @@ class Sharding(Protocol):
 
     def replicas(self) -> Iterator[Replicas]:
         """What ranks must hold alike."""
-        ...
-
-    @property
-    def loss_scale(self) -> dict[str, float] | None:
-        """The state of fp16's dynamic loss scale, with the same keys under every sharding; else None."""
-        ...
-
-    def load_loss_scale(self, state: Mapping[str, float]) -> None:
-        """Go on with a loss scale that was saved."""
         ...
 
     def close(self) -> None:
@@ -246,11 +240,13 @@ class Engine:
     @property
     def loss_scale(self) -> dict[str, float] | None:
         """The state of fp16's dynamic loss scale; None under another precision."""
-        return self._sharding.loss_scale
+        scale = self._sharding.dynamic_scale
+        return None if scale is None else scale.state()
 
     def load_loss_scale(self, state: Mapping[str, float]) -> None:
         """Go on with a loss scale that was saved."""
-        self._sharding.load_loss_scale(state)
+        if self._sharding.dynamic_scale is not None:
+            self._sharding.dynamic_scale.load(state)
 
     def close(self) -> None:
         """Let another engine be made in this process."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from megatrain.config import RunConfig
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
 from megatrain.parallel.engine import MasterSlice, Update
-from megatrain.parallel.loss_scale import DynamicLossScale, power_of_two_below
+from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
 from megatrain.parallel.optimizer import make_optimizer, reset_state
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, tied_weight
@@ -54,7 +54,7 @@ class FSDP2Sharding:
         self._groups, self._specs, self._chunks = groups, model.specs, model.chunks
         self._stage, self._clip = config.parallel.zero_stage, train.gradient_clipping
         self._is_half = train.precision != "fp32"
-        self._dynamic_scale = DynamicLossScale.of(train)
+        self.dynamic_scale = DynamicLossScale.of(train)
         self._gradient_scale = 1.0  # by which gradients are too large until the update
         policy = MixedPrecisionPolicy(DTYPES[train.precision], torch.float32, cast_forward_inputs=False)
         shard = functools.partial(fully_shard, mesh=groups.gradient, mp_policy=policy)
@@ -79,7 +79,7 @@ class FSDP2Sharding:
         per_target = 1.0 / num_targets
         if not self._is_half:
             return per_target
-        factor = power_of_two_below(per_target * (self._dynamic_scale.cur_scale if self._dynamic_scale else 1.0))
+        factor = backward_factor(per_target, self.dynamic_scale)
         self._gradient_scale = factor / per_target
         return factor
 
@@ -109,8 +109,8 @@ class FSDP2Sharding:
         self._optimizer.zero_grad()
         self._copy_tied_weight()
         is_finite = math.isfinite(float(norm))
-        if self._dynamic_scale:
-            self._dynamic_scale.update(overflow=not is_finite)
+        if self.dynamic_scale:
+            self.dynamic_scale.update(overflow=not is_finite)
         return Update(float(norm), skipped=refused or not is_finite)
 
     @contextlib.contextmanager
@@ -160,16 +160,6 @@ class FSDP2Sharding:
             yield Replicas(group, {name: _local(self._parameters[name]) for name in names})
         if self._tied is not None:
             yield Replicas(self._groups.embedding_group, {"the tied embedding": _local(self._tied)})
-
-    @property
-    def loss_scale(self) -> dict[str, float] | None:
-        """See Sharding."""
-        return None if self._dynamic_scale is None else self._dynamic_scale.state()
-
-    def load_loss_scale(self, state: Mapping[str, float]) -> None:
-        """See Sharding."""
-        if self._dynamic_scale is not None:
-            self._dynamic_scale.load(state)
 
     def close(self) -> None:
         """See Sharding. Nothing is kept outside."""

@@ -68,3 +68,8 @@ class DynamicLossScale:
 
 
 _STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def backward_factor(per_target: float, dynamic: DynamicLossScale | None) -> float:
+    """The power of two that stands for ``per_target`` in the backward pass, fp16's ``dynamic`` scale included."""
+    return power_of_two_below(per_target * (1.0 if dynamic is None else dynamic.cur_scale))
