@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from megatrain.train.inference import TextSettings, Writer, open_writer
 @dataclass(frozen=True)
 class TaskResult:
     """A task, answered. ``skipped``: examples that are longer than the model's context without any solved row: no
-    figure counts them. ``num_shots_dropped``: solved rows that prompts had no room for. ``prompts``: a digest.
+    figure counts them. ``num_shots_dropped``: solved rows that prompts had no room for.
     ``seen``: rows of which a run of 13 words is in the training data; None: it was not looked for."""
 
     task: Task
@@ -37,7 +36,6 @@ class TaskResult:
     outcomes: Sequence[Outcome]
     skipped: Sequence[int]
     num_shots_dropped: int
-    prompts: str
     seen: frozenset[int] | None = None
 
     @property
@@ -130,7 +128,6 @@ def _evaluate_task(
         outcomes=outcomes,
         skipped=[row for row in num_shots if row not in known],
         num_shots_dropped=sum(num_shots[o.example.row] - len(o.example.shots) for o in outcomes),
-        prompts=hashlib.sha256("\0".join(o.example.prompt for o in outcomes).encode()).hexdigest(),
     )
 
 
