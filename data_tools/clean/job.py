@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import orjson
 
 from data_tools.clean.attributes import Corpus, Tagger, Tagging, index_parts, plan_reading, result_path
-from data_tools.clean.output import EXAMPLES_FOLDER, OutputWriter, output_files, staged_file
+from data_tools.clean.output import EXAMPLES_FOLDER, OutputWriter, move_staged, output_files, staged_file
 from data_tools.clean.report import (
     REPORT_FOLDER,
     Lister,
@@ -28,7 +27,7 @@ from data_tools.folder import OutputFolder
 from data_tools.job import Effort, Records, Stage, one_unit
 from data_tools.origin import Origin
 from data_tools.units import ReadOptions
-from megatrain.atomic import commit_bytes, sync_folder
+from megatrain.atomic import commit_bytes
 from megatrain.data.format import SKIPPED_FILE, canonical_json
 from megatrain.errors import ConfigError
 
@@ -127,10 +126,5 @@ class Cleaning:
         there = {*self.out.glob("part-*"), *self.out.glob("[0-9]*/part-*"), *reports.rglob("dropped-*")}
         for path in there - moves.keys():
             path.unlink(missing_ok=True)  # of other inputs, where a kill has stopped this
-        for path, staged in moves.items():
-            path.parent.mkdir(exist_ok=True)
-            with suppress(FileNotFoundError):  # moved before
-                staged.rename(path)
-        for parent in {path.parent for path in moves}:
-            sync_folder(parent)
+        move_staged(moves.items())
         commit_bytes(self.report_path, (folder / REPORT_FILE).read_bytes(), folder)

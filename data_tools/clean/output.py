@@ -6,7 +6,8 @@ first read from) are there in any case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -30,7 +31,7 @@ from data_tools.executors import Advance
 from data_tools.job import Stage, committed_names
 from data_tools.readers import read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit, as_text
-from megatrain.atomic import commit_bytes, committed
+from megatrain.atomic import commit_bytes, committed, sync_folder
 from megatrain.errors import DataError
 
 EXCERPT_CHARACTERS = 4000
@@ -131,6 +132,19 @@ def output_files(corpus: Corpus, write: Any) -> Iterator[tuple[int, int, str]]:
     num_files = -(-int(task["last_part"] - task["first_part"]) // CHUNK_PARTS)
     for file in range(int(write["reader"]), num_files, int(write["num_readers"])):
         yield file, int(task["first_file"]) + file, f"part-{int(write['task']):06d}-{file:06d}.jsonl.zst"
+
+
+def move_staged(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Move each file to where it belongs, from where it lies staged; those that were moved before are passed over."""
+    parents = set()
+    for path, staged in moves:
+        if path.parent not in parents:
+            path.parent.mkdir(exist_ok=True)
+            parents.add(path.parent)
+        with suppress(FileNotFoundError):  # moved before
+            staged.rename(path)
+    for parent in parents:
+        sync_folder(parent)
 
 
 def staged_file(work: Path, number: int, name: str) -> Path:

@@ -8,7 +8,6 @@ which side), `number`, `write train`, `write validation`, `report`, `publish`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +23,14 @@ from data_tools.clean.candidates import Runs
 from data_tools.clean.clusters import Clustering
 from data_tools.clean.dedup import DedupOptions, find_pairs
 from data_tools.clean.job import REPORT_FILE, Cleaning
-from data_tools.clean.output import EXAMPLES_FOLDER, Decisions, OutputWriter, output_files, staged_file
+from data_tools.clean.output import (
+    EXAMPLES_FOLDER,
+    Decisions,
+    OutputWriter,
+    move_staged,
+    output_files,
+    staged_file,
+)
 from data_tools.clean.shards import ShardSource, ShardWriter
 from data_tools.clean.sketch import row_hashes
 from data_tools.executors import Advance
@@ -32,7 +38,7 @@ from data_tools.inputs import local_part
 from data_tools.job import Effort, Stage, one_unit
 from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart
-from megatrain.atomic import commit_bytes, sync_folder
+from megatrain.atomic import commit_bytes
 from megatrain.data.format import MANIFEST_FILE, canonical_json
 from megatrain.errors import ConfigError, DataError
 
@@ -231,14 +237,8 @@ def _report(cleaning: Cleaning, counting: Counting, path: Path) -> None:
 
 def _publish(cleaning: Cleaning, writers: dict[str, SideWriter], folder: Path) -> None:
     for name, writer in writers.items():
-        parents = set()
-        for path, staged in writer.moves(cleaning.out / name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # moved before
-                staged.rename(path)
-            parents.add(path.parent)
-        for parent in parents:
-            sync_folder(parent)
+        (cleaning.out / name).mkdir(exist_ok=True)
+        move_staged(writer.moves(cleaning.out / name))
     cleaning.report_path.parent.mkdir(exist_ok=True)
     commit_bytes(cleaning.report_path, (folder / REPORT_FILE).read_bytes(), folder)
 
