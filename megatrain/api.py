@@ -34,6 +34,9 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.distributed.bootstrap import export_rank, job_identity, read_rank
 from megatrain.distributed.signals import Requests, handlers_restored
 from megatrain.errors import CheckpointError, ConfigError, DataError, Preempted
+from megatrain.inference.assets import CARRIED, Assets
+from megatrain.inference.loading import empty_decoder, load_decoder
+from megatrain.inference.writer import TextSettings, Writer, encode_prompt
 from megatrain.model.beams import BeamSearch, beam_search
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Limits, Sampling, generate
@@ -44,10 +47,7 @@ from megatrain.observe.logs import setup_logging
 from megatrain.observe.record import CONFIG_FILE, RunRecord, read_run
 from megatrain.plan import rules
 from megatrain.plan.flops import parameter_shapes
-from megatrain.train.assets import CARRIED, Assets
 from megatrain.train.config_record import refuse_record_of_another_run
-from megatrain.train.inference import TextSettings, Writer, encode_prompt
-from megatrain.train.loading import empty_decoder, load_decoder
 
 __all__ = ["Callback", "Model", "Run", "load", "open_run", "train"]
 

@@ -338,9 +338,9 @@ def generate(
         raise typer.Exit(_run_on_ranks(num_ranks))
     from megatrain.atomic import commit_bytes
     from megatrain.distributed.binding import bind
+    from megatrain.inference.writer import TextSettings, chat, generate_file, generate_text
     from megatrain.model.beams import BeamSearch
     from megatrain.model.generate import Sampling
-    from megatrain.train.inference import TextSettings, chat, generate_file, generate_text
 
     bind(rank)
     ends_early: bool | Literal["never"] = "never" if early_stopping == "never" else early_stopping == "true"

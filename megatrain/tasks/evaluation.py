@@ -18,11 +18,11 @@ from megatrain.data import Dataset, open_dataset
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
+from megatrain.inference.writer import TextSettings, Writer, open_writer
 from megatrain.tasks.contamination import find_seen
 from megatrain.tasks.metrics import Metric, Outcome, judge_choices, judge_generation, judge_text, summarize
 from megatrain.tasks.prompts import Example, encode_pair, make_examples
 from megatrain.tasks.scoring import Request, score
-from megatrain.train.inference import TextSettings, Writer, open_writer
 
 
 @dataclass(frozen=True)

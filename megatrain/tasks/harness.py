@@ -21,9 +21,9 @@ from rich.progress import Progress
 
 from megatrain.checkpoint.location import locate
 from megatrain.errors import ConfigError, MegatrainError
+from megatrain.inference.writer import TextSettings, open_writer
 from megatrain.tasks.scoring import Request, score
 from megatrain.terminal import printable
-from megatrain.train.inference import TextSettings, open_writer
 
 LONGEST_ANSWER = 256
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatrain.inference.writer import batches_by_length
 from megatrain.model.decoder import Decoder
-from megatrain.train.inference import batches_by_length
 
 TOKENS_AT_ONCE = 8192
 

@@ -30,6 +30,7 @@ from megatrain.distributed.preflight import LEAST_FREE_BYTES, Folders, examine, 
 from megatrain.distributed.rendezvous import init_process_group
 from megatrain.distributed.topology import Topology
 from megatrain.errors import RankError
+from megatrain.inference.assets import Assets
 from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation
 from megatrain.model.decoder import DecoderStage, LayerSpec, build_layers
@@ -42,7 +43,6 @@ from megatrain.plan.flops import num_parameters
 from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.stages import decoder_stages
 from megatrain.plan.this_machine import cpu_computes_bf16
-from megatrain.train.assets import Assets
 from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768

@@ -20,12 +20,12 @@ from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retent
 from megatrain.checkpoint.stores import find_store
 from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
+from megatrain.inference.assets import Assets
 from megatrain.observe.metrics import METRICS_FILE
 from megatrain.observe.record import last_saved_step
 from megatrain.parallel.engine import Engine
 from megatrain.plan.flops import num_parameters
 from megatrain.train.assemble import Run
-from megatrain.train.assets import Assets
 from megatrain.train.progress import (
     Progress,
     former_config,

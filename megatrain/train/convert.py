@@ -20,8 +20,8 @@ from megatrain.checkpoint.stores import resolve
 from megatrain.checkpoint.transformers_config import not_in_transformers
 from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
+from megatrain.inference.assets import CARRIED, Assets, exported_files
 from megatrain.plan.flops import num_parameters, parameter_shapes
-from megatrain.train.assets import CARRIED, Assets, exported_files
 from megatrain.version import __version__
 
 _EVALUATION_TOKENS = 1024

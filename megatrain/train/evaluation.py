@@ -20,7 +20,7 @@ from megatrain.data.dataset import document_markers
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
-from megatrain.train.loading import load_on_rank
+from megatrain.inference.loading import load_on_rank
 
 _TOKENS_AT_ONCE = 8192
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.data import open_dataset
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
+from megatrain.inference.loading import load_decoder
 from megatrain.train.convert import export_checkpoint
-from megatrain.train.loading import load_decoder
 from tests.parity.figures import Pool
 from tests.parity.matrix import parity_config
 from tests.parity.saves import Layout, Saves

@@ -39,8 +39,8 @@ from megatrain.checkpoint.transformers_config import (
 )
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
+from megatrain.inference.loading import load_decoder
 from megatrain.train.convert import export_checkpoint, import_folder
-from megatrain.train.loading import load_decoder
 from tests.runs import TinyData
 
 SIZES: dict[str, Any] = {

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.errors import CheckpointError
 from megatrain.families import FAMILIES
+from megatrain.inference.loading import load_decoder
 from megatrain.train.convert import export_checkpoint, import_folder
-from megatrain.train.loading import load_decoder
 
 TOKENS = torch.arange(40).remainder(29).view(1, 40)
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

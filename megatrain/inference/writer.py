@@ -24,12 +24,12 @@ from megatrain.data.unknown_text import UnknownText
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError, ConfigError, DataError
+from megatrain.inference.assets import Assets
+from megatrain.inference.loading import load_on_rank
+from megatrain.inference.text_stream import TextStream
 from megatrain.model.beams import BeamSearch, beam_search
 from megatrain.model.decoder import Decoder
 from megatrain.model.generate import Agree, Limits, Sampling, generate, generate_batch
-from megatrain.train.assets import Assets
-from megatrain.train.loading import load_on_rank
-from megatrain.train.text_stream import TextStream
 
 _TOKENS_AT_ONCE = 16384
 """Of the cache of a batch of prompts, their new tokens included."""

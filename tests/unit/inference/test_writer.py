@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError
+from megatrain.inference.loading import load_decoder
+from megatrain.inference.text_stream import TextStream
+from megatrain.inference.writer import TextSettings, generate_text
 from megatrain.model.generate import Limits, Sampling, generate
 from megatrain.train.convert import import_folder
-from megatrain.train.inference import TextSettings, generate_text
-from megatrain.train.loading import load_decoder
-from megatrain.train.text_stream import TextStream
 from tests.tokenizer_samples import bert, gemma, llama2, llama3, numbered, t5
 
 

@@ -21,11 +21,11 @@ from megatrain.config import ModelConfig
 from megatrain.data import open_dataset
 from megatrain.data.dataset import require_same_tokenizer
 from megatrain.errors import DataError
+from megatrain.inference.assets import CARRIED, Assets, exported_files
+from megatrain.inference.writer import TextSettings, generate_text
 from megatrain.model.generate import Sampling
-from megatrain.train.assets import CARRIED, Assets, exported_files
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
-from megatrain.train.inference import TextSettings, generate_text
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 from tests.tiny_data import silent
