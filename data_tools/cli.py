@@ -317,7 +317,7 @@ def dedup(
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{named} would do nothing: it is for near duplicates, --method minhash.")
     options = DedupOptions(replace(read, whole_records=True), method, **given)
-    with find_place(_report, workers, share, dask, dask_plain) as place:
+    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
         _clean(out, place, stage, lambda effort: run(inputs, out, options, effort, restart))
 
 
@@ -367,7 +367,7 @@ def filter_command(
 
     chosen = choose_filters(filters, config and config.expanduser())
     read = replace(read, whole_records=True)
-    with find_place(_report, workers, share, dask, dask_plain) as place:
+    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
         _clean(out, place, stage, lambda effort: filter_documents(inputs, out, read, chosen, effort, restart))
 
 

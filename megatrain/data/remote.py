@@ -11,14 +11,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from filelock import FileLock
 
 from megatrain.atomic import commit_bytes
 from megatrain.data.format import MANIFEST_FILE, Manifest, is_content, map_file
 from megatrain.data.storage import BatchReader
 from megatrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 CACHE_FOLDER = "~/.cache/megatrain"
 CACHE_BYTES = 64 * 2**30
@@ -48,6 +51,11 @@ class Cache:
     def path(self, checksum_hex: str) -> Path:
         return self.folder / "objects" / checksum_hex[:2] / checksum_hex
 
+    def _lock(self, name: str) -> FileLock:
+        from filelock import FileLock  # here: it takes 30 ms, which only an address needs
+
+        return FileLock(self.folder / "locks" / name)
+
     def get(self, checksum_hex: str, fetch: Callable[[], bytes]) -> pa.Buffer:
         """The content of this checksum, mapped. Ranks of a machine that need the same wait for one to fetch it.
 
@@ -58,7 +66,7 @@ class Cache:
             return content
         try:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / "locks" / checksum_hex[:2]):
+            with self._lock(checksum_hex[:2]):
                 content = self._find(checksum_hex)
                 if content is None:
                     fetched = fetch()
@@ -92,7 +100,7 @@ class Cache:
     def _free_space(self, num_new_bytes: int) -> None:
         """Evict each time that 1/16 of ``max_bytes`` was added; how much was added since is kept in a file."""
         tally = self.folder / "filled"
-        with FileLock(self.folder / "locks" / "room"):
+        with self._lock("room"):
             written = tally.read_text() if tally.exists() else ""
             filled = num_new_bytes + (int(written) if written.isdigit() else self.max_bytes)
             if filled > self.max_bytes // 16:
