@@ -34,6 +34,7 @@ from megatrain.data.format import (
     Manifest,
     Unknown,
     content_digest,
+    count_scored,
     document_schema,
     file_checksum,
     shard_metadata,
@@ -50,6 +51,7 @@ class Recipe:
     tokenizer: TokenizerFile
     options: dict[str, str]
     shard_tokens: int
+    has_scored: bool = False
 
     @property
     def same_for_all_shards(self) -> dict[str, Any]:
@@ -98,6 +100,8 @@ class Plan:
     num_empty: int
     num_skipped: int
     unknown: Unknown
+    num_scored: int
+    examples: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -121,17 +125,17 @@ class Assembly:
 
     @property
     def plan(self) -> Plan:
-        num_empty, num_skipped, unknown = orjson.loads(self.plan_path.read_bytes())
-        return Plan(num_empty, num_skipped, Unknown(**unknown))
+        values = orjson.loads(self.plan_path.read_bytes())
+        return Plan(**{**values, "unknown": Unknown(**values["unknown"])})
 
     def make_plan(self, units: Iterable[Unit]) -> None:
         """Plan the shards of units that are all finished, and commit the plan."""
         with committed(self.folder / SKIPPED_FILE) as path, path.open("wb") as skipped:
             plan, shards = plan_shards(units, self.store, self.recipe.shard_tokens, skipped)
         if not shards:
-            raise no_text_error(plan.num_empty, plan.num_skipped)
+            raise no_text_error(plan.num_empty, plan.num_skipped, plan.examples)
         Records.write(self.folder / "shards.arrow", shards)
-        commit_bytes(self.plan_path, orjson.dumps((plan.num_empty, plan.num_skipped, asdict(plan.unknown))))
+        commit_bytes(self.plan_path, orjson.dumps(asdict(plan)))
 
     def stats_path(self, index: int) -> Path:
         """What the table of shards is to say of a shard that is written."""
@@ -144,7 +148,8 @@ class Assembly:
         lengths = _lengths(documents)
         totals = len(lengths), int(lengths.sum()), int(pc.sum(documents["text_bytes"]).as_py())
         dtype = token_dtype(self.recipe.tokenizer.vocab_size)
-        schema = document_schema(dtype, shard_metadata(self.recipe.same_for_all_shards, index, *totals))
+        metadata = shard_metadata(self.recipe.same_for_all_shards, index, *totals)
+        schema = document_schema(dtype, metadata, has_scored=self.recipe.has_scored)
         runs = runs_of((np.cumsum(lengths) - lengths) // BATCH_TOKENS)
         batches = (_shard_batch(documents.slice(first, last - first), files, schema) for _, first, last in runs)
         write_batches(self.out / shard_name(index), schema, batches, self.folder)
@@ -175,6 +180,8 @@ class Assembly:
             num_empty_documents=plan.num_empty,
             num_skipped=plan.num_skipped or None,
             skipped_checksum=file_checksum(self.out / SKIPPED_FILE).hex() if plan.num_skipped else None,
+            num_scored=plan.num_scored if self.recipe.has_scored else None,
+            examples=plan.examples if self.recipe.has_scored else None,
             unknown=plan.unknown,
             dtype=token_dtype(tokenizer.vocab_size).name,
             vocab_size=tokenizer.vocab_size,
@@ -208,8 +215,8 @@ def plan_shards(
 ) -> tuple[Plan, list[ShardPlan]]:
     """Which documents go into which shard, and what is left out; `skipped` gets the list of what could not be read."""
     shards: list[list[Slice]] = []
-    unknown = Unknown()
-    position = num_empty = num_skipped = first_row = 0
+    unknown, examples = Unknown(), Counter[str]()
+    position = num_empty = num_skipped = num_scored = first_row = 0
     last_shard = -1
     for unit, parts in _in_order(units, store):
         if unit.start == 0:
@@ -225,12 +232,14 @@ def plan_shards(
             first_row += part.num_rows
             num_empty += part.num_empty
             num_skipped += part.num_skipped
+            num_scored += part.num_scored
+            examples.update(part.examples)
             unknown += Unknown(**part.unknown)
             position += part.num_tokens
     parts_of = [{each.part for each in slices} for slices in shards]
     num_shards = Counter(part for parts in parts_of for part in parts)
     own_parts = [sorted(part for part in parts if num_shards[part] == 1) for parts in parts_of]
-    return Plan(num_empty, num_skipped, unknown), list(map(ShardPlan, shards, own_parts))
+    return Plan(num_empty, num_skipped, unknown, num_scored, dict(examples)), list(map(ShardPlan, shards, own_parts))
 
 
 def _in_order(units: Iterable[Unit], store: PartStore) -> Iterator[tuple[Unit, list[PartFile]]]:
@@ -254,17 +263,27 @@ def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tup
 
 def _shard_batch(documents: pa.Table, files: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
     """One record batch of a shard, its buffers new: Arrow pads what it writes of a slice with what lies behind it."""
-    tokens, ids, hashes, file, row, text_bytes = (pa.concat_arrays(column.chunks) for column in documents.columns)
+    columns = (pa.concat_arrays(column.chunks) for column in documents.columns)
+    tokens, ids, hashes, file, row, text_bytes, *scored = columns
     file = files.take(file)
     ids = pc.coalesce(ids, pc.binary_join_element_wise(file, row.cast(pa.string()), ":"))
     source = pa.StructArray.from_arrays([file, row], fields=list(schema.field("source").type))
-    return pa.RecordBatch.from_arrays([tokens, ids, hashes, source, text_bytes], schema=schema)
+    return pa.RecordBatch.from_arrays([tokens, ids, hashes, source, text_bytes, *scored], schema=schema)
 
 
 def document_hashes(shards: Iterable[Path]) -> Iterator[pa.Array]:
+    return (batch["hash"] for batch in _batches(shards))
+
+
+def num_scored(shards: Iterable[Path]) -> int:
+    """Scored tokens of shards that say which these are."""
+    return sum(count_scored(batch) for batch in _batches(shards))
+
+
+def _batches(shards: Iterable[Path]) -> Iterator[pa.RecordBatch]:
     for path in shards:
         reader = open_committed(path)
-        yield from (reader.get_batch(i)["hash"] for i in range(reader.num_record_batches))
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
 def _lengths(documents: pa.Table) -> npt.NDArray[np.int64]:

@@ -233,6 +233,13 @@ def tokenize(
     max_unknown: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The most of the text (a share) that may have no tokens.")
     ] = 0.01,
+    prompt_key: Annotated[str | None, typer.Option(help="The key of a prompt; with --answer-key.")] = None,
+    answer_key: Annotated[
+        str | None, typer.Option(help="The key of its answer, which alone is scored in fine-tuning.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Answers that end behind so many tokens of a document are dropped.")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
     ] = False,
@@ -251,10 +258,12 @@ def tokenize(
     """
     from data_tools.executors import find_place
     from data_tools.progress import show_progress
+    from data_tools.supervised import choose_supervision
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
 
-    options = TokenizeOptions(read, eod_token, bos_token, shard_tokens)
+    read, supervision = choose_supervision(read, prompt_key, answer_key, max_tokens)
+    options = TokenizeOptions(read, eod_token, bos_token, shard_tokens, supervision)
     with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
         if place is None:
             return

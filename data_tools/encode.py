@@ -5,7 +5,8 @@ While one batch of documents is being encoded, which needs no interpreter, the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -15,27 +16,30 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import xxhash
 
 from data_tools.engines import Engine
 from data_tools.executors import Advance
 from data_tools.job import committed_names
 from data_tools.readers import read_commits
+from data_tools.supervised import Example, ExampleEncoder, Supervision
 from data_tools.tokenizer import TokenizerFile
-from data_tools.units import Part, ReadOptions, Record, Unit
+from data_tools.units import MAX_LISTED, Part, ReadOptions, Record, Unit
 from data_tools.work import PartStore, write_batches
-from megatrain.data.format import Unknown, canonical_json, token_dtype
+from megatrain.data.format import SCORED, Unknown, canonical_json, count_scored, document_hash, token_dtype
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
 
 T = TypeVar("T")
 U = TypeVar("U")
 
+Documents = Sequence[tuple[int, Record | Example]]
+"""With their rows."""
+
 ENCODE_CHARACTERS = 1 << 20
 """About how much text the encoder is given at once."""
 
 
-def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Schema:
+def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any], *, has_scored: bool) -> pa.Schema:
     """Columns of a part: those of a shard, but for what only the whole input tells.
 
     `file` is the index in the unit's files, `row` is counted from the start of the part.
@@ -48,17 +52,28 @@ def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Schema:
         "row": pa.uint64(),
         "text_bytes": pa.uint64(),
     }
+    if has_scored:
+        columns["scored"] = SCORED.type
     return pa.schema(list(columns.items()), metadata={b"megatrain": canonical_json(metadata)})
 
 
 class UnitEncoder:
     """Encodes units with the chosen engine."""
 
-    def __init__(self, store: PartStore, tokenizer: TokenizerFile, options: ReadOptions, engine: Engine) -> None:
+    def __init__(
+        self,
+        store: PartStore,
+        tokenizer: TokenizerFile,
+        options: ReadOptions,
+        engine: Engine,
+        supervision: Supervision | None = None,
+    ) -> None:
         self._store = store
         self._tokenizer = tokenizer
         self._options = options
         self._engine = engine
+        self._supervision = supervision
+        self._examples = ExampleEncoder(tokenizer, None if supervision is None else supervision.max_tokens)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
@@ -74,16 +89,29 @@ class UnitEncoder:
 
     def _commit(self, unit: Unit, part: Part) -> None:
         counts: dict[str, Any] = {"num_empty": 0}
-        documents = _without_empty(part.batches(ENCODE_CHARACTERS, counts), counts)
-        batches, unknown = [], Unknown()
-        for batch, unknown_there in _ahead(partial(self._encode, unit), documents):
+        batches: list[pa.RecordBatch] = []
+        unknown = Unknown()
+        rows = part.batches(ENCODE_CHARACTERS, counts)
+        if self._supervision is None:
+            encoded = _ahead(partial(self._encode, unit), _without_empty(rows, counts))
+        else:
+            examples = Counter[str]()
+            made = make_examples(self._supervision, rows, counts, examples)
+            encoded = _ahead(partial(self._encode_examples, unit, examples), made)
+        for batch, unknown_there in encoded:
             batches.append(batch)
             unknown += unknown_there
         counts["unknown"] = asdict(unknown)
         counts["num_documents"] = sum(batch.num_rows for batch in batches)
         counts["num_tokens"] = sum(len(batch["tokens"].values) for batch in batches)
+        if self._supervision is not None:
+            counts["num_scored"] = sum(count_scored(batch) for batch in batches)
+            counts["examples"] = examples
         unit.refuse_changed()
-        write_batches(self._store.part_path(unit, part.number), part_schema(self._dtype, counts), batches)
+        write_batches(self._store.part_path(unit, part.number), self._schema(counts), batches)
+
+    def _schema(self, metadata: dict[str, Any]) -> pa.Schema:
+        return part_schema(self._dtype, metadata, has_scored=self._supervision is not None)
 
     @cached_property
     def _unknown_text(self) -> UnknownText | None:
@@ -91,19 +119,47 @@ class UnitEncoder:
         tokenizer = self._tokenizer
         return None if tokenizer.loses_nothing else UnknownText(Tokenizer(tokenizer.text_json, "the tokenizer"))
 
-    def _encode(self, unit: Unit, documents: list[tuple[int, Record]]) -> tuple[pa.RecordBatch, Unknown]:
+    def _count_unknown(
+        self, unit: Unit, documents: Documents, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64]
+    ) -> Unknown:
+        if self._unknown_text is None:
+            return Unknown()
         texts = [document.text for _, document in documents]
-        ids, offsets = self._engine.encode(texts)
-        unknown = Unknown()
-        if self._unknown_text is not None:
-            names = [document.id or unit.files[document.file].name for _, document in documents]
-            unknown = self._unknown_text.count(texts, ids, offsets, names)
+        names = [document.id or unit.files[document.file].name for _, document in documents]
+        return self._unknown_text.count(texts, ids, offsets, names)
+
+    def _encode(self, unit: Unit, documents: list[tuple[int, Record]]) -> tuple[pa.RecordBatch, Unknown]:
+        ids, offsets = self._engine.encode([document.text for _, document in documents])
+        unknown = self._count_unknown(unit, documents, ids, offsets)
         tokens, offsets = self._mark_documents(ids, offsets)
-        item_bytes = self._dtype.itemsize
+        return self._batch(documents, tokens, offsets), unknown
+
+    def _encode_examples(
+        self, unit: Unit, counts: Counter[str], examples: list[tuple[int, Example]]
+    ) -> tuple[pa.RecordBatch, Unknown]:
+        encoded = self._examples.encode([example for _, example in examples], counts)
+        pairs = [(row, document) for row, document in zip(examples, encoded, strict=True) if document is not None]
+        documents = [row for row, _ in pairs]
+        ids = [document.ids for _, document in pairs]
+        offsets = np.cumsum([0, *map(len, ids)])
+        tokens = np.concatenate([np.empty(0, np.uint32), *ids])
+        unknown = self._count_unknown(unit, documents, tokens, offsets)
+        return self._batch(documents, tokens.astype(self._dtype), offsets, [doc.scored for _, doc in pairs]), unknown
+
+    def _batch(
+        self,
+        documents: Documents,
+        tokens: npt.NDArray[Any],
+        offsets: npt.NDArray[np.int64],
+        scored: list[npt.NDArray[np.uint32]] | None = None,
+    ) -> pa.RecordBatch:
+        """The documents as rows of a part; ``scored``: see `document_schema`."""
         data = tokens.data.cast("B")
-        bounds = (offsets * item_bytes).tolist()
-        hashes = [xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(bounds)]
-        schema = part_schema(self._dtype, {})
+        bounds = (offsets * self._dtype.itemsize).tolist()
+        runs = [None] * len(documents) if scored is None else [each.data.cast("B") for each in scored]
+        hashes = [document_hash(data[a:b], each) for (a, b), each in zip(pairwise(bounds), runs, strict=True)]
+        texts = [document.text for _, document in documents]
+        schema = self._schema({})
         columns = [
             pa.LargeListArray.from_arrays(offsets, pa.array(tokens), type=schema.field("tokens").type),
             pa.array([document.id for _, document in documents], pa.string()),
@@ -111,8 +167,9 @@ class UnitEncoder:
             pa.array([document.file for _, document in documents], pa.uint32()),
             pa.array([row for row, _ in documents], pa.uint64()),
             pa.array([len(text) if text.isascii() else len(text.encode()) for text in texts], pa.uint64()),
+            *([] if scored is None else [pa.array(scored, SCORED.type)]),
         ]
-        return pa.RecordBatch.from_arrays(columns, schema=schema), unknown
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
 
     def _mark_documents(
         self, ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64]
@@ -138,6 +195,28 @@ def _without_empty(
         counts["num_empty"] += len(batch) - len(documents)
         if documents:
             yield documents
+
+
+def make_examples(
+    supervision: Supervision,
+    batches: Iterator[list[tuple[int, Record]]],
+    counts: dict[str, Any],
+    examples: Counter[str],
+) -> Iterator[list[tuple[int, Example]]]:
+    """The examples of records; ``counts`` and ``examples`` get what is left out, with its row and the reason."""
+    for batch in batches:
+        made = []
+        for row, record in batch:
+            examples["read"] += 1
+            for found in supervision.examples(record):
+                if isinstance(found, Example):
+                    made.append((row, found))
+                    continue
+                examples[found.reason] += 1
+                counts["num_skipped"] += 1
+                counts["skipped"] += [[record.file, row, found.problem]][: MAX_LISTED - len(counts["skipped"])]
+        if made:
+            yield made
 
 
 def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:

@@ -265,7 +265,7 @@ def _sniff_json(name: str, num_bytes: int, text_key: str, is_named: bool) -> Kin
         if is_named or is_long or num_bytes > MAX_OBJECT_BYTES:
             return kind
         value = _parsed(head + raw.read())
-    is_metadata = isinstance(value, dict) and not isinstance(pop_key(value, text_key), str)
+    is_metadata = isinstance(value, dict) and not isinstance(pop_key(value, text_key), str | list)
     return None if is_metadata else kind
 
 

@@ -186,9 +186,11 @@ def _parse_line(line: memoryview, options: ReadOptions, head: bytes) -> Record |
         raise BadInput(f"the line is no JSON object but {bytes(line[:40]).decode(errors='replace')!r}")
     keys = ", ".join(map(repr, list(record)[:20])) or "none" if options.text_key not in record else ""
     text = pop_key(record, options.text_key, _MISSING)
+    if text is _MISSING:
+        raise BadInput(f"the record has no key {options.text_key!r}, its keys are {keys}; see {options.key_option}")
+    if options.fields is not None:
+        text = options.fields.text([text, *(pop_key(record, key) for key in options.fields.keys)])
     if not isinstance(text, str):
-        if text is _MISSING:
-            raise BadInput(f"the record has no key {options.text_key!r}, its keys are {keys}; see --text-key")
         raise BadInput(f"{options.text_key!r} should be text, not {text!r:.40}")
     refuse_binary(text)
     identity = pop_key(record, options.id_key)
@@ -251,6 +253,8 @@ def _with_its_line(file: InputFile, offset: int, problem: str) -> BadInput:
 
 def read_texts(unit: Unit, options: ReadOptions, advance: Callable[[int], None]) -> Iterator[Part]:
     try:
+        if options.fields is not None:
+            raise BadInput(f"{unit.files[0].name} is a text, which has no {options.text_key!r}; see --include.")
         row: Row = Record(_text(unit.files[0], options, advance), None, 0)
     except BadInput as error:
         row = BadRow.of(error)

@@ -11,6 +11,9 @@ from data_tools.inputs import InputFile
 from megatrain.data.format import canonical_json
 from megatrain.errors import ConfigError
 
+LATER = ("fields", "supervision")
+"""Options that commands got later: not given, they leave a command the name that it had."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -21,7 +24,7 @@ class Origin:
 
     @property
     def command_name(self) -> str:
-        return _hash(self.command)
+        return _hash(_as_before(self.command))
 
     @property
     def versions(self) -> str:
@@ -43,6 +46,12 @@ class Origin:
             changed = "an input was changed, replaced, added or taken away"
         if changed is not None:
             raise ConfigError(f"{what}, and {changed} after it was made. {way_out}")
+
+
+def _as_before(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _as_before(each) for key, each in value.items() if key not in LATER or each is not None}
 
 
 def _hash(value: object) -> str:

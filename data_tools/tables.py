@@ -101,14 +101,18 @@ def _table_rows(
             yield batch
             continue
         try:
-            texts = _text_column(batch, options.text_key, file)
+            texts = (
+                _text_column(batch, options.text_key, file)
+                if options.fields is None
+                else _values_of(batch, options, file)
+            )
             columns = (texts, _ids(batch, options, file), _extras(batch, options, file))
         except BadInput as error:
             yield from [BadRow.of(error)] * batch.num_rows
             continue
         for row, (text, identity, extra) in enumerate(zip(*columns, strict=True), start=first_row):
             try:
-                document = _document(text, options)
+                document = _document(text, options) if options.fields is None else options.fields.text(text)
                 identity = decode(identity, options) if isinstance(identity, bytes) else identity
                 yield Record(document, identity, 0, extra)
             except BadInput as error:
@@ -161,6 +165,19 @@ def _extras(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> lis
         for key in keys:
             pop_key(row, key)
     return rows or [{} for _ in range(batch.num_rows)]
+
+
+def _values_of(batch: pa.RecordBatch, options: ReadOptions, file: InputFile) -> list[list[Any]]:
+    """The values of each row; tables fill structs up with nulls, which are left out."""
+    columns = [(key, _field(batch.to_struct_array(), key)) for key in options.keys]
+    values = [[None] * batch.num_rows if column is None else _values(column, key, file) for key, column in columns]
+    return [[_without_null(value) for value in row] for row in zip(*values, strict=True)]
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(each) for key, each in value.items() if each is not None}
+    return [_without_null(each) for each in value] if isinstance(value, list) else value
 
 
 def _values(column: pa.Array, name: str, file: InputFile) -> list[Any]:
@@ -228,10 +245,12 @@ def _as_bytes(column: pa.Array, name: str, file: InputFile) -> pa.Array:
 
 def _columns(names: list[str], options: ReadOptions, file: InputFile) -> list[str]:
     """The columns to read, of those that there are; of a column of structs the field that is wanted alone."""
-    tops = {key: key if key in names else key.partition(".")[0] for key in (options.text_key, options.id_key)}
+    tops = {key: key if key in names else key.partition(".")[0] for key in (*options.keys, options.id_key)}
     if tops[options.text_key] not in names:
         listed = ", ".join(map(repr, names[:20]))
-        raise BadInput(f"{file.name} has no column {options.text_key!r}, its columns are {listed}; see --text-key.")
+        raise BadInput(
+            f"{file.name} has no column {options.text_key!r}, its columns are {listed}; see {options.key_option}."
+        )
     wanted = names if options.whole_records else [key for key, top in tops.items() if top in names]
     twice = next((name for name in wanted if names.count(tops.get(name, name)) > 1), None)
     if twice is not None:

@@ -23,6 +23,7 @@ from data_tools.job import Records, Stage, committed_names, one_unit
 from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart
 from data_tools.readers import plan_commits, read_parts
+from data_tools.supervised import PromptAndAnswer
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Record, Unit
 from data_tools.work import PartStore
@@ -50,6 +51,8 @@ class TokenizeOptions:
     eod_token: str = EOD_TOKEN
     bos_token: str | None = None
     shard_tokens: int = DEFAULT_SHARD_TOKENS
+    supervision: PromptAndAnswer | None = None
+    """Of which answers alone are scored; with `read.fields`."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,10 @@ class _Stages:
         if not (out / TOKENIZER_FILE).exists():
             commit_bytes(out / TOKENIZER_FILE, self.tokenizer.json, folder)
         bos_token = {"bos_token": self.options.bos_token} if self.options.bos_token else {}
-        recipe = Recipe(self.tokenizer, {"errors": self.options.read.errors, **bos_token}, self.options.shard_tokens)
+        supervision = self.options.supervision
+        named = {} if supervision is None else supervision.named
+        options = {"errors": self.options.read.errors, **bos_token, **named}
+        recipe = Recipe(self.tokenizer, options, self.options.shard_tokens, has_scored=supervision is not None)
         units = self.list_units(folder)
         assembly = Assembly(out, folder, units.store, recipe, self.origin.name)
         yield self.encode(units, assembly)
@@ -207,8 +213,9 @@ class _Stages:
         missing = [listed[number] for number in stage.missing()]
         if not missing:
             return stage
-        engine = self.choose_engine(missing)
-        encoder = UnitEncoder(units.store, self.tokenizer, self.options.read, engine)
+        supervision = self.options.supervision
+        engine = self.choose_engine(missing) if supervision is None else Engine("tokenizers", self.tokenizer.text_json)
+        encoder = UnitEncoder(units.store, self.tokenizer, self.options.read, engine, supervision)
         stage = replace(stage, run=_Encoding(units, encoder, assembly.plan_path))
         if not self.effort.worker_seconds:
             return stage

@@ -9,7 +9,7 @@ is read from its start is several units: each reader takes every n-th of its par
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +35,33 @@ class BadInput(DataError):
 
 
 @dataclass(frozen=True)
+class Fields:
+    """That records are more than a text: the messages of a conversation under `text_key`, or a prompt.
+
+    The text of such a record is the JSON of a list: that value, and those of `keys`, null where it has none.
+    """
+
+    keys: tuple[str, ...]
+    """What is read beside `text_key`."""
+    is_chat: bool
+    option: str
+    """The option that gives `text_key`."""
+
+    def text(self, values: list[Any]) -> str:
+        """Raises BadInput where the first value is not what it should be."""
+        first, wanted = values[0], "a list of objects that have a role" if self.is_chat else "text"
+        if not (_are_messages(first) if self.is_chat else isinstance(first, str)):
+            raise BadInput(f"the value is no {wanted} but {first!r:.60}; see {self.option}")
+        return orjson.dumps(values, default=as_text).decode()
+
+
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) for each in value
+    )
+
+
+@dataclass(frozen=True)
 class ReadOptions:
     """How text is found in records, and what is done with what cannot be read.
 
@@ -48,6 +75,17 @@ class ReadOptions:
     whole_records: bool = False
     """Whether a record's other keys are read as well."""
     selection: FileSelector = field(default_factory=FileSelector)
+    fields: Fields | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What is read of a record, the id apart."""
+        return (self.text_key, *self.fields.keys) if self.fields else (self.text_key,)
+
+    @property
+    def key_option(self) -> str:
+        """The option that gives `text_key`."""
+        return self.fields.option if self.fields else "--text-key"
 
 
 class Record(NamedTuple):
@@ -206,8 +244,11 @@ def refuse_binary(text: str, data: bytes = b"") -> None:
         raise BadInput(f"{num_odd} of {len(text)} characters are U+FFFD or NUL, so it is no UTF-8 text")
 
 
-def no_text_error(num_empty: int, num_skipped: int) -> DataError:
+def no_text_error(num_empty: int, num_skipped: int, examples: Mapping[str, int] | None = None) -> DataError:
     skipped = f"; {num_skipped} rows were skipped, see --check" if num_skipped else ""
+    if examples:
+        reasons = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in examples.items())
+        return DataError(f"No answer of the input is scored: {reasons}. `--document-errors` lists them.")
     documents = f"{num_empty} documents, all of them empty" if num_empty else "no documents in its files"
     return DataError(f"The input holds no text: {documents}{skipped}.")
 

@@ -7,13 +7,14 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
 from data_tools.executors import Advance, Progress
 from data_tools.work import run_tasks
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.format import SKIPPED_FILE, TOKENIZER_FILE, content_digest, is_content, shard_name
+from megatrain.data.format import SKIPPED_FILE, TOKENIZER_FILE, content_digest, document_hash, is_content, shard_name
 from megatrain.data.shard import Views
 from megatrain.data.shard_table import BatchMetadata
 from megatrain.errors import DataError
@@ -160,8 +161,9 @@ def _batch_problem(
     data = tokens.data.cast("B")
     bounds = (offsets * tokens.itemsize).tolist()
     hashes = batch["hash"].to_pylist()
+    runs = _scored_runs(batch) if dataset.has_scored else [None] * len(hashes)
     for document, ((first, last), written) in enumerate(zip(pairwise(bounds), hashes, strict=True), first_document):
-        if xxhash.xxh3_128_digest(data[first:last]) != written:
+        if document_hash(data[first:last], runs[document - first_document]) != written:
             start = expected.offset + tokens.ctypes.data - address
             hash_start = (
                 expected.offset + batch["hash"].buffers()[1].address - address + 16 * (document - first_document)
@@ -171,12 +173,30 @@ def _batch_problem(
                 f"hash than the one in bytes {hash_start} to {hash_start + 16}"
             )
     ends = np.flatnonzero(tokens == dataset.eod_id)
+    if dataset.has_scored:  # a chat template may write that token at the end of each answer
+        ends = np.intersect1d(ends, offsets[1:] - 1)
+        problem = _scored_problem(batch, offsets)
+        if problem is not None:
+            return problem
     if not np.array_equal(ends, offsets[1:] - 1):
         return "the end-of-document token is not the last of every document, and only there"
     if dataset.bos_id is not None and not np.array_equal(np.flatnonzero(tokens == dataset.bos_id), offsets[:-1]):
         return "the token that begins documents is not the first of every document, and only there"
     if int(tokens.max(initial=0)) >= dataset.vocab_size:
         return f"it holds a token above the vocabulary of {dataset.vocab_size}"
+    return None
+
+
+def _scored_runs(batch: pa.RecordBatch) -> list[memoryview | None]:
+    """The bytes of each document's runs of scored tokens."""
+    return [None if not runs.is_valid else runs.values.to_numpy().data.cast("B") for runs in batch["scored"]]
+
+
+def _scored_problem(batch: pa.RecordBatch, offsets: npt.NDArray[np.int64]) -> str | None:
+    for runs, length in zip(batch["scored"], np.diff(offsets).tolist(), strict=True):
+        bounds = runs.values.to_numpy().astype(np.int64) if runs.is_valid else np.array([0, length])
+        if len(bounds) % 2 or np.any(np.diff(bounds, prepend=-1, append=length + 1) < 1):
+            return "the runs of scored tokens of a document are not ascending, or end behind it"
     return None
 
 

@@ -40,6 +40,9 @@ class PartFile(NamedTuple):
     num_skipped: int
     skipped: list[tuple[int, int, str]]
     """File of the unit, row in the part, and problem of rows that were skipped: see `Part.batches`."""
+    num_scored: int = 0
+    examples: dict[str, int] = {}  # noqa: RUF012 (never written to)
+    """See `Manifest.examples`."""
 
 
 def write_batches(

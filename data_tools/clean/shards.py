@@ -15,7 +15,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.assemble import document_hashes, runs_of
+from data_tools.assemble import document_hashes, num_scored, runs_of
 from data_tools.clean.attributes import Corpus, Reopening, make_folders, map_batches, work_path
 from data_tools.executors import Advance
 from data_tools.job import Stage, one_unit
@@ -118,7 +118,8 @@ class ShardWriter(Reopening):
             keys = ("tokenizer_sha256", "vocab_size", "eod_id", "eod_token", "bos_id", "bos_token")
             same_for_all = {key: value for key in keys if (value := getattr(manifest, key)) is not None}
             metadata = shard_metadata(same_for_all, index, documents, tokens, text_bytes)
-            schema = document_schema(self.source.dataset.dtype, metadata)
+            dataset = self.source.dataset
+            schema = document_schema(dataset.dtype, metadata, has_scored=dataset.has_scored)
             pieces = groupby(self._pieces(task), key=lambda piece: piece[0])
             batches = (_joined([batch for _, batch in group], schema) for _, group in pieces)
             write_batches(self.staged(task), schema, batches)
@@ -167,6 +168,8 @@ class ShardWriter(Reopening):
             num_skipped=None,
             skipped_checksum=None,
             unknown=None,
+            num_scored=num_scored(map(self.staged, tasks)) if dataset.has_scored else None,
+            examples=None,
             job=self.job,
             shard_table_checksum=file_checksum(self.folder / SHARD_TABLE_FILE).hex(),
         )

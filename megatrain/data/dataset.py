@@ -96,7 +96,7 @@ class Dataset:
         """The folder or address, as the user gave it."""
         self.manifest: Manifest = storage.manifest()
         self.dtype: np.dtype[Any] = np.dtype(self.manifest.dtype)
-        self.schema = document_schema(self.dtype)
+        self.schema = document_schema(self.dtype, has_scored=self.has_scored)
         """Columns of a record batch."""
         self.shard = lru_cache(storage.num_open_shards)(partial(_open_shard, weakref.ref(self)))
         """Shard number `index`; those that were not used for longest are let go."""
@@ -125,6 +125,11 @@ class Dataset:
     @property
     def text_bytes(self) -> int:
         return self.manifest.text_bytes
+
+    @property
+    def has_scored(self) -> bool:
+        """Whether some tokens do not count as targets: prompts, and what a chat template writes around answers."""
+        return self.manifest.num_scored is not None
 
     @property
     def digest(self) -> str:
@@ -234,6 +239,23 @@ class Dataset:
             found.append(begins[low:high] + (first - start))
         return np.concatenate(found)
 
+    def scored(self, start: int, length: int) -> npt.NDArray[np.bool_]:
+        """Whether each token of [start, start + length) counts as a target."""
+        self._check_span(start, length)
+        if not self.has_scored:
+            return np.ones(length, np.bool_)
+        parts = self._parts(start, start + length)
+        masks = [shard.scored(batch).mask(low, high) for shard, batch, low, high in parts]
+        return np.concatenate([np.empty(0, np.bool_), *masks])
+
+    def num_scored(self, start: int, length: int) -> int:
+        """How many tokens of [start, start + length) count as targets."""
+        self._check_span(start, length)
+        if not self.has_scored:
+            return length
+        parts = self._parts(start, start + length)
+        return sum(shard.scored(batch).num_scored(low, high) for shard, batch, low, high in parts)
+
     def window_bytes(self, start: int, length: int) -> int:
         """UTF-8 bytes of the text behind the tokens [start, start + length).
 
@@ -244,10 +266,9 @@ class Dataset:
         total = 0
         if length == 0:
             return total
-        for shard, batch, first in self._batches(start, start + length):
+        for shard, batch, low, high in self._parts(start, start + length):
             tokens, offsets = shard.views(batch)
             text_bytes = shard.record_batch(batch).column("text_bytes").to_numpy()
-            low, high = max(start - first, 0), min(start + length - first, len(tokens))
             row, last = offsets.searchsorted([low, high - 1], side="right") - 1
             total += int(text_bytes[row : last + 1].sum())
             # What lies outside, of the first document and of the last.
@@ -279,6 +300,11 @@ class Dataset:
                 if base + shard.token_starts[number] >= stop:
                     return
                 yield shard, number, base + shard.token_starts[number]
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """The tokens [start, stop) by record batch: shard, number in it, and which of the batch: [low, high)."""
+        for shard, batch, first in self._batches(start, stop):
+            yield shard, batch, max(start - first, 0), min(stop - first, shard.batches[batch].num_tokens)
 
     def _bytes_before(self, document: Tokens, count: int, text_bytes: int) -> int:
         """Bytes of text behind the first ``count`` tokens of a document whose text has ``text_bytes``."""

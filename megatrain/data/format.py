@@ -4,7 +4,9 @@ A dataset is a folder:
 
     manifest.json          totals, tokenizer, digest, and the checksums of the two files below; its own checksum too
     tokenizer.json         the tokenizer that made the tokens, byte for byte
-    skipped.jsonl          only where `--errors skip` left rows out: file, row and problem of each
+    skipped.jsonl          only where rows were left out: file, row and problem of each
+    tokenizer_config.json, chat_template.jinja, special_tokens_map.json
+                           only of conversations: what came with the tokenizer, byte for byte
     shards.arrow           one row a shard: how many documents, tokens and bytes it holds, its checksum, and the same
                            of each of its record batches, with its offset in the file
     shard-000000.arrow     the documents, in order: uncompressed Arrow IPC files, see `document_schema`
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from megatrain.errors import DataError
@@ -35,6 +38,8 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 SHARD_TABLE_FILE = "shards.arrow"
 SKIPPED_FILE = "skipped.jsonl"
+TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+"""What a tokenizer folder says of how conversations are written, beside tokenizer.json."""
 BATCH_TOKENS = 1 << 20
 """A document belongs to record batch (its first token's position in the shard) // BATCH_TOKENS."""
 
@@ -76,14 +81,21 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.min_scalar_type(max(vocab_size - 1, 0)))
 
 
-def document_schema(dtype: np.dtype[Any], metadata: dict[str, Any] | None = None) -> pa.Schema:
+SCORED = pa.field("scored", pa.list_(pa.field("item", pa.uint32(), nullable=False)))
+
+
+def document_schema(
+    dtype: np.dtype[Any], metadata: dict[str, Any] | None = None, *, has_scored: bool = False
+) -> pa.Schema:
     """Columns of a shard, one document a row.
 
     tokens      the document's ids, the end-of-document id last
     id          the record's own id; where it had none, `file:row`
-    hash        xxh3 (128 bits, big-endian digest) of the tokens' bytes as stored (little-endian, `dtype` wide)
+    hash        see `document_hash`
     source      the input file as the user named it, and the 0-based row or line in it
     text_bytes  UTF-8 bytes of the text behind the tokens
+    scored      only of conversations, prompts and answers: which tokens are scored as targets, as runs
+                [begin, end, begin, end, ...] within the document, ascending; null: all
     """
     source = pa.struct([pa.field("file", pa.string(), nullable=False), pa.field("row", pa.uint64(), nullable=False)])
     columns = [
@@ -92,6 +104,7 @@ def document_schema(dtype: np.dtype[Any], metadata: dict[str, Any] | None = None
         pa.field("hash", pa.binary(16), nullable=False),
         pa.field("source", source, nullable=False),
         pa.field("text_bytes", pa.uint64(), nullable=False),
+        *([SCORED] if has_scored else []),
     ]
     return pa.schema(columns, metadata=None if metadata is None else {b"megatrain": canonical_json(metadata)})
 
@@ -103,6 +116,24 @@ def canonical_json(value: object) -> bytes:
 
 def checksum(data: bytes | memoryview | pa.Buffer) -> bytes:
     return xxhash.xxh3_128_digest(memoryview(data))
+
+
+def document_hash(tokens: memoryview, scored: memoryview | None = None) -> bytes:
+    """xxh3 (128 bits, big-endian digest) of the tokens' bytes as stored (little-endian), and behind them those of
+    ``scored``, unless it is null.
+    """
+    found = xxhash.xxh3_128(tokens)
+    if scored is not None:
+        found.update(scored)
+    return found.digest()
+
+
+def count_scored(batch: pa.RecordBatch) -> int:
+    """Scored tokens of documents that have a column `scored`."""
+    runs, is_whole = batch["scored"], batch["scored"].is_null()
+    bounds = runs.flatten().to_numpy().astype(np.int64)
+    whole = pc.sum(pc.list_value_length(batch["tokens"]).filter(is_whole)).as_py() or 0
+    return int((bounds[1::2] - bounds[::2]).sum()) + whole
 
 
 def map_file(path: str | Path) -> pa.Buffer:
@@ -190,6 +221,10 @@ class Manifest:
     """Rows that were left out because they could not be read, if there are any."""
     skipped_checksum: str | None = None
     """Of SKIPPED_FILE, which lists them."""
+    num_scored: int | None = None
+    """Tokens that are scored as targets; None: all, and shards have no column `scored`."""
+    examples: dict[str, int] | None = None
+    """Of conversations, prompts and answers: how many were read, and what was left out or cut, by reason."""
     format: str = FORMAT_NAME
     format_version: int = FORMAT_VERSION
 
@@ -253,7 +288,7 @@ def _not_a_dataset(folder: Path, error: OSError) -> str:
 
 def _manifest_problem(body: dict[str, Any]) -> str | None:
     """What is wrong with the values of a manifest, whoever wrote it."""
-    types: dict[str, type] = {"int": int, "str": str, "dict[str, str]": dict, "Unknown": dict}
+    types: dict[str, type] = {"int": int, "str": str, "dict[str, str]": dict, "dict[str, int]": dict, "Unknown": dict}
     expected = {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(Manifest)}
     optional = {field.name for field in fields(Manifest) if field.default is None}
     if not set(expected) - optional <= set(body) <= set(expected):

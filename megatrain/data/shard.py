@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from megatrain.data.shard_table import BatchMetadata, Ints
 from megatrain.data.storage import BatchReader
@@ -31,6 +32,44 @@ class Views(NamedTuple):
         bounds = column.offsets.to_numpy()
         tokens = column.values.to_numpy()[bounds[0] : bounds[-1]]
         return Views(tokens, bounds - bounds[0] if bounds[0] else bounds)
+
+
+class ScoredRuns(NamedTuple):
+    """Which tokens of a record batch are scored as targets.
+
+    ``bounds``: where runs of such tokens begin and end, alternating and ascending; ``counts``: how many of them lie
+    before each bound.
+    """
+
+    bounds: Ints
+    counts: Ints
+
+    @staticmethod
+    def of(batch: pa.RecordBatch) -> ScoredRuns:
+        offsets, column = Views.of(batch).offsets, batch["scored"]
+        # Of a document that says nothing all is one run.
+        whole = pa.array(np.stack([np.zeros(len(column), np.int64), np.diff(offsets)], axis=1).tolist(), column.type)
+        runs = pc.coalesce(column, whole)
+        begins = np.repeat(offsets[:-1], pc.list_value_length(runs).to_numpy())
+        bounds = begins + runs.flatten().to_numpy()
+        num_scored = np.where(np.arange(len(bounds)) % 2, np.diff(bounds, prepend=0), 0)
+        return ScoredRuns(bounds, np.cumsum(num_scored))
+
+    def mask(self, low: int, high: int) -> npt.NDArray[np.bool_]:
+        """Whether each token of [low, high) is scored."""
+        first, last = self.bounds.searchsorted([low, high])
+        turns = np.bincount(self.bounds[first:last] - low, minlength=high - low)
+        mask: npt.NDArray[np.bool_] = (first + np.cumsum(turns)) % 2 == 1
+        return mask
+
+    def num_scored(self, low: int, high: int) -> int:
+        """Scored tokens of [low, high)."""
+        return self._count_before(high) - self._count_before(low)
+
+    def _count_before(self, position: int) -> int:
+        bound = int(self.bounds.searchsorted(position, side="right"))
+        inside = position - int(self.bounds[bound - 1]) if bound % 2 else 0
+        return inside + (int(self.counts[bound - 1]) if bound else 0)
 
 
 class Shard:
@@ -57,6 +96,8 @@ class Shard:
         """Record batch `number` with all its columns. Raises DataError where it is not what the table promises."""
         self.views = lru_cache(max_views)(partial(_views, self.record_batch))
         """Tokens and document offsets of record batch `number`."""
+        self.scored = lru_cache(max_views)(partial(_scored, self.record_batch))
+        """The scored tokens of record batch `number`, of a dataset that says which they are."""
 
     def batch_at(self, position: int) -> int:
         """The record batch that holds the shard's token ``position``; the last one for the position behind all."""
@@ -68,6 +109,10 @@ class Shard:
 
 def _views(record_batch: Callable[[int], pa.RecordBatch], number: int) -> Views:
     return Views.of(record_batch(number))
+
+
+def _scored(record_batch: Callable[[int], pa.RecordBatch], number: int) -> ScoredRuns:
+    return ScoredRuns.of(record_batch(number))
 
 
 def _record_batch(
