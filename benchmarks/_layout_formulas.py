@@ -208,7 +208,8 @@ def _tensor(part: StageModel) -> dict[str, float]:
         return {"all-reduce": times * (num_sums * all_reduce(x, size) + loss)}
     return {
         "all-reduce": times * (part.is_first * all_reduce(x, size) + loss),
-        "all-gather": times * (4 * layers + 2 * recomputed + ends) * scatter(x, size),
+        # Inputs of column-parallel layers are gathered again: two a layer, and the head's.
+        "all-gather": times * (6 * layers + 2 * recomputed + ends + part.is_last) * scatter(x, size),
         "reduce-scatter": times * (4 * layers + recomputed + part.is_last) * scatter(x, size),
     }
 

@@ -34,6 +34,4 @@ def why(kind: str, part: StageModel) -> str:
         return "gathered once a micro-batch, not twice: whole until the backward pass (stage3_max_live_parameters)"
     if kind in ("sent: all-reduce", "sent: reduce-scatter") and stage == 1 and not is_fp32:
         return "DeepSpeed's BF16_Optimizer all-reduces gradients: twice the bytes of the paper's reduce-scatter"
-    if kind == "activations" and part.config.parallel.sequence:
-        return "gathered inputs of column-parallel layers are kept whole; the paper gathers them again in backward"
     return UNEXPLAINED

@@ -374,6 +374,11 @@ class ParallelConfig(Section, check=checks.parallel):
         "too (zero_stage 3).",
     )
 
+    @property
+    def gathers_by_layer(self) -> bool:
+        """Whether each layer has to be called by itself: DeepSpeed's ZeRO 3 then gathers its weights."""
+        return self.engine == "deepspeed" and self.zero_stage == 3
+
 
 class EarlyStopping(Section):
     """When a run ends because its validation loss does not get better."""

@@ -7,7 +7,7 @@ looked up by name in every forward pass, so that a parallel layout can put other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -55,14 +55,20 @@ class Activation(nn.Module):
         return y_BTF if up_BTF is None else y_BTF * up_BTF
 
 
+def project_each(block: SelfAttention | Mlp, x_BTC: Tensor) -> Sequence[Tensor]:
+    """The products of a block's input with each of its first matrices, in the family's order."""
+    return [getattr(block, name)(x_BTC) for name in block.input_names]
+
+
 class SelfAttention(nn.Module):
-    """Attention with its projections."""
+    """Attention with its projections. ``project``: what computes the first ones, which a layout may replace."""
 
     def __init__(self, config: ModelConfig, spec: description.Attention, layer: int, seed: int, prefix: str) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_size
         self.rotates = spec.rotates
+        self.project = project_each
         self.input_names = [linear.name for linear in spec.inputs]
         self.output_name = spec.output.name
         self.head_norm_names = [norm.name for norm in spec.head_norms]
@@ -71,10 +77,10 @@ class SelfAttention(nn.Module):
         self.core = CoreAttention(dropout, config.attention_window)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        projected = [getattr(self, name)(x_BTC) for name in self.input_names]
+        projected = self.project(self, x_BTC)
         if len(projected) == 1:  # queries, keys and values side by side
-            projected = list(projected[0].chunk(3, -1))
-        q_BTHD, k_BTGD, v_BTGD = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+            projected = projected[0].chunk(3, -1)
+        q_BTHD, k_BTGD, v_BTGD = (torch.unflatten(y, -1, (-1, self.head_dim)) for y in projected)
         if self.head_norm_names:
             query_norm, key_norm = (getattr(self, name) for name in self.head_norm_names)
             q_BTHD, k_BTGD = query_norm(q_BTHD), key_norm(k_BTGD)
@@ -88,17 +94,18 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The MLP, plain or gated."""
+    """The MLP, plain or gated. ``project``: as in SelfAttention."""
 
     def __init__(self, config: ModelConfig, spec: description.Mlp) -> None:
         super().__init__()
+        self.project = project_each
         self.input_names = [linear.name for linear in spec.inputs]
         self.output_name = spec.output.name
         _attach(self, spec.modules, config)
         self.activation = Activation(spec.activation)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTF = self.activation(*(getattr(self, name)(x_BTC) for name in self.input_names))
+        y_BTF = self.activation(*self.project(self, x_BTC))
         return getattr(self, self.output_name)(y_BTF)  # type: ignore[no-any-return]
 
 

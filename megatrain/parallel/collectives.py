@@ -8,11 +8,15 @@ B: sequences, T: tokens, C: channels; a sequence shard has T / t of the tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Pending = Callable[[], Tensor]
+"""A message on its way: waits for it, and returns what it brought."""
 
 
 def copy_to_tensor_parallel_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -65,7 +69,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _all_gather(x_BTC, group)
+        return all_gather_sequence(x_BTC, group)
 
     @staticmethod
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None]:
@@ -80,7 +84,7 @@ class _ScatterSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad_BTC, ctx.group), None
+        return all_gather_sequence(grad_BTC, ctx.group), None
 
 
 class _Split(torch.autograd.Function):
@@ -94,25 +98,53 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad_BTC, ctx.group), None
+        return all_gather_sequence(grad_BTC, ctx.group), None
+
+
+def all_gather_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The shards of all ranks, one behind the other. Without a gradient."""
+    return begin_all_gather_sequence(x_BTC, group)()
+
+
+def begin_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Sum ``x`` over the group, in its own memory where it is contiguous."""
+    total = x.contiguous()
+    return _pending(dist.all_reduce(total, group=group, async_op=_overlaps()), lambda: total)
+
+
+def begin_all_gather_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Pending:
+    """The shards of all ranks, one behind the other."""
+    size = dist.get_world_size(group)
+    shards = x_BTC.new_empty((size * x_BTC.shape[0], *x_BTC.shape[1:]))
+    work = dist.all_gather_into_tensor(shards, x_BTC.contiguous(), group=group, async_op=_overlaps())
+    return _pending(work, lambda: shards.view(size, *x_BTC.shape).transpose(0, 1).flatten(1, 2))
+
+
+def begin_reduce_scatter_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum over the group, of this rank's shard."""
+    shards = torch.cat(x_BTC.chunk(dist.get_world_size(group), 1))  # the order in which they are scattered
+    shard = torch.empty_like(shards[: x_BTC.shape[0]])
+    work = dist.reduce_scatter_tensor(shard, shards, group=group, async_op=_overlaps())
+    return _pending(work, lambda: shard)
+
+
+def _pending(work: dist.Work | None, result: Pending) -> Pending:
+    def finish() -> Tensor:
+        if work is not None:
+            work.wait()
+        return result()
+
+    return finish
+
+
+def _overlaps() -> bool:
+    # Torch's compiler has no graph for an asynchronous collective; it orders messages and products by itself.
+    return not torch.compiler.is_compiling()
 
 
 def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.contiguous().clone()
-    dist.all_reduce(total, group=group)
-    return total
-
-
-def _all_gather(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
-    size = dist.get_world_size(group)
-    shards = x_BTC.new_empty((size * x_BTC.shape[0], *x_BTC.shape[1:]))
-    dist.all_gather_into_tensor(shards, x_BTC.contiguous(), group=group)
-    return shards.view(size, *x_BTC.shape).transpose(0, 1).flatten(1, 2)
+    return begin_all_reduce(x.clone(memory_format=torch.contiguous_format), group)()
 
 
 def _reduce_scatter(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
-    size = dist.get_world_size(group)
-    shards = torch.cat(x_BTC.chunk(size, 1))  # shard by shard: the order in which they are scattered
-    shard = torch.empty_like(shards[: x_BTC.shape[0]])
-    dist.reduce_scatter_tensor(shard, shards, group=group)
-    return shard
+    return begin_reduce_scatter_sequence(x_BTC, group)()

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatrain.config import ModelConfig, RunConfig
 from megatrain.distributed.fragment import ShardSpec, TensorSlice
@@ -25,19 +24,17 @@ from megatrain.families.description import Split
 from megatrain.parallel.collectives import (
     copy_to_tensor_parallel_region,
     gather_from_sequence_parallel_region,
-    reduce_from_tensor_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatrain.parallel.linear import ColumnParallel, Region, RowParallelLinear
 from megatrain.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
 
 def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, ShardSpec]:
     """Cut ``model`` (a DecoderStage on the meta device) in place; each parameter's spec, by name."""
-    is_sequence_parallel, group = config.parallel.sequence, groups.tensor
-    enter_block = gather_from_sequence_parallel_region if is_sequence_parallel else copy_to_tensor_parallel_region
     specs: dict[str, ShardSpec] = {}
-    blocks: dict[str, nn.Module] = {}
+    region = Region(groups.tensor, config.parallel.sequence)
+    blocks: dict[str, list[bool]] = {}
     for name, module in list(model.named_modules()):
         split = config.model.description.split_of(name)
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -48,18 +45,16 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
             continue
         parent_name = name.rpartition(".")[0]
         if split.kind == "column":
-            blocks[parent_name] = model.get_submodule(parent_name)
+            blocks.setdefault(parent_name, []).append(split.weight_dim == 1)
         elif split.kind == "row":
-            model.set_submodule(name, RowParallelLinear(module, split.weight_dim, group, is_sequence_parallel))
+            model.set_submodule(name, RowParallelLinear(module, split.weight_dim, region))
         else:
             kind = VocabParallelHead if name == model.head_name else VocabParallelEmbedding
-            model.set_submodule(name, kind(module, specs[f"{name}.weight"], group))
-            if kind is VocabParallelHead:
-                blocks[name] = model.get_submodule(name)
-    for block in blocks.values():
-        _before(block, enter_block, group)
-    if is_sequence_parallel and model.decoder_names and model.decoder_names[0].endswith(".0"):
-        _before(model.get_submodule(model.decoder_names[0]), scatter_to_sequence_parallel_region, group)
+            model.set_submodule(name, kind(module, specs[f"{name}.weight"], region))
+    for name, is_transposed in blocks.items():
+        _begin_block(model.get_submodule(name), is_transposed, region, config)
+    if region.is_sequence_parallel and model.decoder_names and model.decoder_names[0].endswith(".0"):
+        _before(model.get_submodule(model.decoder_names[0]), scatter_to_sequence_parallel_region, region.group)
     _set_dropout_offsets(model, config, groups)
     return specs
 
@@ -96,28 +91,6 @@ def _sum_gradients(parameter: Tensor, group: dist.ProcessGroup) -> None:
     parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-class RowParallelLinear(nn.Module):
-    """A linear layer over this rank's part of the inputs; the products are summed over the group, then the bias added.
-
-    ``weight_dim``: the dimension of the weight along which inputs lie (1 in a Linear, 0 in a Conv1D).
-    """
-
-    def __init__(self, linear: Any, weight_dim: int, group: dist.ProcessGroup, is_sequence_parallel: bool) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = linear.weight
-        self.bias: nn.Parameter | None = linear.bias
-        self._weight_dim, self._group = weight_dim, group
-        self._reduce = (
-            reduce_scatter_to_sequence_parallel_region if is_sequence_parallel else reduce_from_tensor_parallel_region
-        )
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """The whole sum; under sequence parallelism, of this rank's tokens."""
-        weight = self.weight if self._weight_dim == 1 else self.weight.t()
-        y_BTC = self._reduce(functional.linear(x_BTC, weight), self._group)
-        return y_BTC if self.bias is None else y_BTC + self.bias
-
-
 def _shard_spec(path: str, parameter: Tensor, split: Split | None, model: ModelConfig, groups: Groups) -> ShardSpec:
     shape, size, index = tuple(parameter.shape), groups.topology.tensor, groups.coordinate.tensor
     is_bias = path.endswith(".bias")
@@ -148,6 +121,15 @@ def _shard_spec(path: str, parameter: Tensor, split: Split | None, model: ModelC
 def _slice(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSlice:
     offset = tuple(first if d == dim else 0 for d in range(len(shape)))
     return TensorSlice(offset, tuple(count if d == dim else size for d, size in enumerate(shape)))
+
+
+def _begin_block(block: Any, is_transposed: Sequence[bool], region: Region, config: RunConfig) -> None:
+    """Have the input of a block's column-parallel layers made whole, and its gradient summed."""
+    if config.parallel.gathers_by_layer:
+        enter = gather_from_sequence_parallel_region if region.is_sequence_parallel else copy_to_tensor_parallel_region
+        _before(block, enter, region.group)
+    else:
+        block.project = ColumnParallel(region, is_transposed)
 
 
 def _before(module: nn.Module, collective: Callable[..., Tensor], group: dist.ProcessGroup) -> None:

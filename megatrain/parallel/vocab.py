@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from megatrain.distributed.fragment import ShardSpec
 from megatrain.parallel.collectives import reduce_from_tensor_parallel_region
+from megatrain.parallel.linear import Region
 
 _WORKSPACE_ELEMENTS = 1 << 22
 
@@ -24,11 +25,11 @@ _WORKSPACE_ELEMENTS = 1 << 22
 class VocabParallelEmbedding(nn.Module):
     """Looks up the tokens of this rank's part of the vocabulary; the sum over the ranks is the embedding."""
 
-    def __init__(self, embedding: nn.Module, spec: ShardSpec, group: dist.ProcessGroup) -> None:
+    def __init__(self, embedding: nn.Module, spec: ShardSpec, region: Region) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.dropout = embedding.dropout
-        self._range, self._group = _vocabulary(spec), group
+        self._range, self._group = _vocabulary(spec), region.group
 
     def forward(self, tokens_BT: Tensor, context: Any) -> Tensor:
         """[B, T, C], alike on all ranks."""
@@ -43,10 +44,10 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """The output head over this rank's part of the vocabulary, with the loss or the logits over all of it."""
 
-    def __init__(self, head: nn.Module, spec: ShardSpec, group: dist.ProcessGroup) -> None:
+    def __init__(self, head: nn.Module, spec: ShardSpec, region: Region) -> None:
         super().__init__()
         self.weight = head.weight
-        self._range, self._group = _vocabulary(spec), group
+        self._range, self._region = _vocabulary(spec), region
         self._num_ids = spec.global_shape[0]
 
     def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
@@ -56,20 +57,20 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x_BTC: Tensor, targets_BT: Tensor | None = None, loss_mask_BT: Tensor | None = None) -> Tensor:
         """Without targets: the logits of the whole vocabulary, alike on all ranks, without gradients. With targets:
-        what ``loss_sum`` says, through the hooks that bring the activations together."""
+        what ``loss_sum`` says."""
         if targets_BT is None:
             return self._logits(x_BTC)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
-        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
         loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x_NC, self.weight, targets_N, mask_N, self._range, self._group
+            x_BTC, self.weight, targets_BT.flatten(), mask_N, self._range, self._region
         )
         return loss
 
     def _logits(self, x_BTC: Tensor) -> Tensor:
-        local_BTV = functional.linear(x_BTC, self.weight)  # type: ignore[arg-type]
-        parts = [torch.empty_like(local_BTV) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(parts, local_BTV, group=self._group)
+        group = self._region.group
+        local_BTV = functional.linear(self._region.whole(x_BTC), self.weight)  # type: ignore[arg-type]
+        parts = [torch.empty_like(local_BTV) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, local_BTV, group=group)
         return torch.cat(parts, -1)[..., : self._num_ids]  # the padding lies behind the last id
 
 
@@ -77,20 +78,21 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Sum over n of logsumexp(x_n W^T) - (x_n W^T)[target_n], where W's rows are spread over the ranks.
 
     Each rank sends its largest logit, its sum of exponentials and, if it has it, the target's logit: 3 numbers a token.
-    The gradient with respect to x is this rank's part; the hook before the head sums it.
+    x is this rank's tokens under sequence parallelism, else all.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x_NC: Tensor,
+        x_BTC: Tensor,
         weight_VC: Tensor,
         targets_N: Tensor,
         mask_N: Tensor | None,
         vocabulary: tuple[int, int],
-        group: dist.ProcessGroup,
+        region: Region,
     ) -> Tensor:
-        first, count = vocabulary
+        (first, count), group = vocabulary, region.group
+        x_NC = region.whole(x_BTC).flatten(0, 1)
         logits_NV = x_NC @ weight_VC.t()
         logits_NV[:, count:] = -math.inf
         if count:
@@ -117,19 +119,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
                 logits_NV[rows] = shifted_NV.scatter_add_(-1, local_N[rows].unsqueeze(-1), one_hot_N1)
             if mask_N is not None:
                 logits_NV.mul_(mask_N.unsqueeze(-1))
-            ctx.save_for_backward(x_NC, weight_VC, logits_NV)
+            ctx.region = region
+            ctx.save_for_backward(x_BTC, weight_VC, logits_NV)
         return (losses_N if mask_N is None else losses_N * mask_N).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_NC, weight_VC, grad_NV = ctx.saved_tensors
-        grad_x_NC = _scaled(grad_NV @ weight_VC, grad) if ctx.needs_input_grad[0] else None
-        grad_weight_VC = grad_NV.t() @ _scaled(x_NC, grad) if ctx.needs_input_grad[1] else None
-        return grad_x_NC, grad_weight_VC, None, None, None, None
-
-
-def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    return (x.float() * scale).to(x.dtype)  # for the reasons of megatrain.model.loss
+        x_BTC, weight_VC, grad_NV = ctx.saved_tensors
+        grad_BTV = grad_NV.unflatten(0, (len(x_BTC), -1))
+        grads = ctx.region.gradients([grad_BTV], x_BTC, [weight_VC], ctx.needs_input_grad[:2], grad)
+        return *grads, None, None, None, None
 
 
 def _vocabulary(spec: ShardSpec) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def _chunk(stage: StageModel, chunk: Chunk, fused: bool) -> int:
         kept += 8 * tokens * len(family.embeddings)  # ids of tokens and positions
         kept += tokens * model.hidden_size if model.hidden_dropout else 0
     if chunk.is_last:  # the final norm's input, the head's, and the gradient of the logits
-        elements = _border_elements(stage) + tokens * (model.hidden_size + stage.sizes["vocab"])
+        elements = 2 * _border_elements(stage) + tokens * stage.sizes["vocab"]
         kept += elements * bytes_ + family.norm.saved_bytes * _tokens_between_blocks(stage)
     return kept
 
@@ -64,9 +64,11 @@ def _chunk(stage: StageModel, chunk: Chunk, fused: bool) -> int:
 def _layer(stage: StageModel, fused: bool, selective: bool) -> int:
     """Bytes that a decoder layer keeps of one micro-batch."""
     model, tokens, block = stage.config.model, stage.tokens, stage.config.model.description.block
-    wide = 2 * model.hidden_size  # the inputs of attention and MLP; gathered where the sequence is cut
+    # The inputs of attention and MLP are gathered again in the backward pass, where the layout can.
+    num_border, num_whole = (2, 2) if stage.config.parallel.gathers_by_layer else (4, 0)
+    wide = num_whole * model.hidden_size
     wide += _attention_elements(stage, block.attention, fused or selective) + _mlp_elements(stage, block.mlp, selective)
-    kept = stage.element_bytes * (tokens * wide + 2 * _border_elements(stage))
+    kept = stage.element_bytes * (tokens * wide + num_border * _border_elements(stage))
     kept += (block.attention_norm.saved_bytes + block.mlp_norm.saved_bytes) * _tokens_between_blocks(stage)
     if block.attention.head_norms:  # a statistic of each head
         num_heads = (stage.sizes["queries"] + stage.sizes["keys"]) // model.head_size

@@ -174,6 +174,7 @@ class RunPlan:
             "step_seconds": self.time.step,
             "seconds": self.time.parts,
             "hidden_data_seconds": self.time.hidden,
+            "hidden_tensor_seconds": self.time.hidden_tensor,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "days": self.days,

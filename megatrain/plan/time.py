@@ -5,8 +5,9 @@ run on one device), everything else follows from the config:
 
 - Operations are those of `flops_per_token`, and what recomputation repeats, of this rank's part of each layer.
 - A message takes its bytes over the bandwidth of the link that its group's ring must pass, without latency. Bytes are
-  those of docs/parallelism.md, where they were measured for each engine. Messages of tensor parallelism are not hidden
-  behind arithmetic; of those between data ranks, what the passes hide is in megatrain.plan.data_messages.
+  those of docs/parallelism.md, where they were measured for each engine. Of tensor parallelism's, those of a backward
+  pass are hidden by the products beside them; of those between data ranks, what the passes hide is in
+  megatrain.plan.data_messages.
 - 1F1B and interleaved: the micro-batches go through the slowest rank one after the other, and a part of one through all
   (Narayanan et al. 2021, arXiv:2104.04473).
 - The update reads and writes this rank's share of the state once, at the memory's bandwidth.
@@ -33,8 +34,8 @@ _UPDATE_BYTES = 30  # a parameter: gradient, master weight and both means read, 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they go into, of the slowest rank. ``hidden``: of messages between data ranks that are
-    sent while the rank computes, which are no part of the step."""
+    """Seconds of a step by what they go into, of the slowest rank. ``hidden``, ``hidden_tensor``: of messages between
+    data and between tensor ranks that are sent while the rank computes, which are no part of the step."""
 
     compute: float
     tensor: float
@@ -43,11 +44,12 @@ class StepTime:
     data: float
     update: float
     hidden: float = 0.0
+    hidden_tensor: float = 0.0
 
     @property
     def parts(self) -> dict[str, float]:
         """By name, what adds up to the step."""
-        return {name: seconds for name, seconds in vars(self).items() if name != "hidden"}
+        return {name: seconds for name, seconds in vars(self).items() if not name.startswith("hidden")}
 
     @property
     def step(self) -> float:
@@ -72,6 +74,7 @@ def step_time(parts: list[StageModel], cluster: Cluster) -> StepTime:
         data=data[last].waited + _tied(parts[last], cluster),
         update=_update(parts[last], cluster),
         hidden=data[last].hidden,
+        hidden_tensor=count * slowest.hidden,
     )
 
 
@@ -92,11 +95,12 @@ def _rounds_waited(part: StageModel) -> float:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Seconds of one micro-batch, forward and backward, on a rank."""
+    """Seconds of one micro-batch, forward and backward, on a rank. ``hidden``: of tensor parallelism's messages."""
 
     compute: float
     tensor: float
     pipeline: float
+    hidden: float
 
     @property
     def seconds(self) -> float:
@@ -106,7 +110,8 @@ class _Pass:
     def of(cls, part: StageModel, cluster: Cluster) -> _Pass:
         precision = part.config.train.precision
         rate = cluster.device.peak_flops(precision) * cluster.efficiency
-        return cls(_operations(part) / rate, _tensor(part, cluster), _pipeline(part, cluster))
+        waited, hidden = _tensor(part, cluster, rate)
+        return cls(_operations(part) / rate, waited, _pipeline(part, cluster), hidden)
 
 
 def _operations(part: StageModel) -> float:
@@ -123,18 +128,40 @@ def _operations(part: StageModel) -> float:
     return part.tokens * (layers + part.is_last * head) / parallel.tensor
 
 
-def _tensor(part: StageModel, cluster: Cluster) -> float:
-    """Four all-reduces of a [B, T, hidden] tensor a layer (Megatron-LM), each of two halves: a scatter and a gather.
+def _tensor(part: StageModel, cluster: Cluster, rate: float) -> tuple[float, float]:
+    """Seconds of messages that are waited for, and of those that the backward pass hides.
 
-    Sequence parallelism sends the halves by themselves, and a third one where a layer is computed again.
+    A layer has four all-reduces of a [B, T, hidden] tensor (Megatron-LM), each of two halves: a scatter and a gather.
+    Sequence parallelism sends the halves by themselves, and a third one where a layer is computed again. In the
+    backward pass of column-parallel layers the input's gradient is on its way while the weights' are computed, and a
+    gathered input comes again while the input's gradient is computed.
     """
-    size, sequence = part.config.parallel.tensor, part.config.parallel.sequence
+    parallel, size = part.config.parallel, part.config.parallel.tensor
     if size == 1:
-        return 0.0
-    num_halves = 8 * part.num_layers + 2 * (_num_recomputed(part) + part.is_first + part.is_last)
-    num_halves += (_num_recomputed(part) + part.is_first) * sequence
-    num_bytes = num_halves * _border(part) + 2 * 12 * part.tokens * part.is_last  # the loss: three numbers a token
-    return num_bytes * (size - 1) / size / cluster.bandwidth(size, 1)
+        return 0.0, 0.0
+    half = _border(part) * (size - 1) / size / cluster.bandwidth(size, 1)
+    losses = 2 * 12 * part.tokens * part.is_last * (size - 1) / size / cluster.bandwidth(size, 1)  # 3 numbers a token
+    halves = 4 * part.num_layers + 2 * (_num_recomputed(part) + part.is_first)
+    if parallel.sequence:
+        halves += 2 * part.num_layers + _num_recomputed(part) + part.is_first + part.is_last
+    waited, hidden = half * halves + losses, 0.0
+    for outputs, count in _column_outputs(part):
+        product = 2 * part.tokens * part.config.model.hidden_size * outputs / rate
+        sent = [half, half] if parallel.sequence else [2 * half]
+        if parallel.gathers_by_layer:
+            waited += count * (half if parallel.sequence else 2 * half)
+        else:
+            waited += count * sum(max(seconds - product, 0.0) for seconds in sent)
+            hidden += count * sum(min(seconds, product) for seconds in sent)
+    return waited, hidden
+
+
+def _column_outputs(part: StageModel) -> list[tuple[int, int]]:
+    """Outputs on a rank of the column-parallel layers that share an input, and how often there are such."""
+    sizes, block = part.sizes, part.config.model.description.block
+    attention = sizes["queries"] + 2 * sizes["keys"]
+    mlp = len(block.mlp.inputs) * sizes["ffn"]
+    return [(attention, part.num_layers), (mlp, part.num_layers), (sizes["vocab"], int(part.is_last))]
 
 
 def _pipeline(part: StageModel, cluster: Cluster) -> float:

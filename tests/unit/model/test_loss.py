@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from megatrain.distributed.fragment import ShardSpec
 from megatrain.model.loss import OutputHead
+from megatrain.parallel.linear import Region
 from megatrain.parallel.vocab import VocabParallelHead
 
 
@@ -55,7 +56,9 @@ def test_bfloat16_gradients_are_scaled_in_fp32(kind: str, num_targets: int, alon
     exact_x = x.detach().float().requires_grad_()
     expected = reference_loss(exact_head, exact_x, targets, mask)
     if kind == "cut":
-        head = VocabParallelHead(head, ShardSpec.whole("head", head.weight.shape), alone)
+        head = VocabParallelHead(
+            head, ShardSpec.whole("head", head.weight.shape), Region(alone, is_sequence_parallel=False)
+        )
     loss = head.loss_sum(x, targets, mask)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)

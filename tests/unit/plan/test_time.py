@@ -56,7 +56,7 @@ def megabytes_sent(num_ranks: int, **parallel: Any) -> tuple[float, float, float
     """By tensor, pipeline and data: over links of a byte a second, seconds are bytes."""
     slow = replace(NODE, gpus_per_node=num_ranks, device=replace(NODE.device, link_bytes_per_second=1.0))
     time = time_of(make_config(**parallel), slow)
-    return time.tensor / 1e6, time.pipeline / 1e6, (time.data + time.hidden) / 1e6
+    return (time.tensor + time.hidden_tensor) / 1e6, time.pipeline / 1e6, (time.data + time.hidden) / 1e6
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def megabytes_sent(num_ranks: int, **parallel: Any) -> tuple[float, float, float
         (2, {"zero_stage": 3}, (0, 0, 16.0 + 8.0)),
         (4, {"zero_stage": 3}, (0, 0, 12.0 + 6.0)),
         (2, {"zero_stage": 0, "tensor": 2}, (9.5, 0, 0)),
-        (2, {"zero_stage": 0, "tensor": 2, "sequence": True}, (4.7 + 4.5 + 0.6, 0, 0)),
+        (2, {"zero_stage": 0, "tensor": 2, "sequence": True}, (7.08 + 4.46 + 0.56, 0, 0)),
         (4, {"zero_stage": 0, "tensor": 4}, (14.2, 0, 0)),
         (4, {"zero_stage": 3, "tensor": 2}, (4.7, 0, 8.0 + 4.0)),
         (2, {"zero_stage": 0, "pipeline": 2}, (0, 0.5, 4.2 + 2.1)),  # of the tied table: gradients, weights
@@ -238,3 +238,17 @@ def test_the_fastest_engine_and_chunks_are_named():
     assert fastest(with_changes(config, *choice.changes), between).changes == ()
     assert fastest(config, replace(between, device=replace(between.device, memory_bytes=0.0))).changes == ()  # no room
     assert fastest(make_config(zero_stage=1, offload="optimizer"), between).engine == "deepspeed"
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_products_hide_messages_of_the_backward_pass(sequence):
+    """In four micro-batches: two of the four halves of an all-reduce of each block, and the head's."""
+    config = make_config(zero_stage=0, tensor=2, sequence=sequence)
+    links = [replace(NODE.device, link_bytes_per_second=speed) for speed in (1e15, 1e3)]
+    fast, slow = (time_of(config, replace(NODE, gpus_per_node=2, device=device)) for device in links)
+    half = 256 * 256 * 2 / 2 / 1e15  # bytes of [T, hidden] in bf16, one rank's part
+    assert fast.hidden_tensor == pytest.approx(4 * (2 * 2 * 4 + 2) * half)
+    columns = 4 * (256 + 2 * 128 + 2 * 704) / 2 + 4096 / 2  # outputs of these layers on a rank, and the head's
+    products = 2 if sequence else 1  # of the input's gradient, too, while the input is gathered
+    rate = 0.5 * NODE.device.half_flops
+    assert slow.hidden_tensor == pytest.approx(4 * products * 2 * 256 * 256 * columns / rate)

@@ -1,0 +1,146 @@
+"""Matrix products cut among tensor ranks, with the messages that stand before and after them.
+
+A block's column-parallel layers share one input, so that they are one function here. Its backward pass sends the
+input's gradient while it computes the weights'; with sequence parallelism it gathers the input again, which is kept as
+this rank's tokens alone (Korthikanti et al. 2022, section 4.2.2).
+
+B: sequences, T: tokens, C: channels, F: a layer's outputs on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatrain.parallel.collectives import (
+    all_gather_sequence,
+    begin_all_gather_sequence,
+    begin_all_reduce,
+    begin_reduce_scatter_sequence,
+    reduce_from_tensor_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where column-parallel layers begin. ``is_sequence_parallel``: their input is this rank's tokens, else all."""
+
+    group: dist.ProcessGroup
+    is_sequence_parallel: bool
+
+    def whole(self, x_BTC: Tensor) -> Tensor:
+        """The input with the tokens of all ranks."""
+        return all_gather_sequence(x_BTC, self.group) if self.is_sequence_parallel else x_BTC
+
+    def gradients(
+        self,
+        grads_BTF: Sequence[Tensor],
+        x_BTC: Tensor,
+        weights_FC: Sequence[Tensor],
+        needs: Sequence[bool],
+        scale: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """Those of the input, summed over the group, and of each weight, where ``needs`` asks for them.
+
+        ``grads_BTF``: of the products of all tokens with each weight. ``scale``: a factor of the result.
+        """
+        needs_x, *needs_weights = needs
+        gathering = None
+        if self.is_sequence_parallel and any(needs_weights):
+            gathering = begin_all_gather_sequence(x_BTC, self.group)
+        summing = None
+        if needs_x:
+            grad_BTC = grads_BTF[0] @ weights_FC[0]
+            for grad_BTF, weight_FC in zip(grads_BTF[1:], weights_FC[1:], strict=True):
+                grad_BTC.flatten(0, 1).addmm_(grad_BTF.flatten(0, 1), weight_FC)
+            begin_sum = begin_reduce_scatter_sequence if self.is_sequence_parallel else begin_all_reduce
+            summing = begin_sum(scaled(grad_BTC, scale), self.group)
+        found: list[Tensor | None] = [None] * len(weights_FC)
+        if any(needs_weights):
+            whole_NC = scaled(gathering() if gathering else x_BTC, scale).flatten(0, 1)
+            for index, grad_BTF in enumerate(grads_BTF):
+                if needs_weights[index]:
+                    found[index] = grad_BTF.flatten(0, 1).t() @ whole_NC
+        return [summing() if summing else None, *found]
+
+
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """``x`` times ``scale`` in fp32, rounded once, for the reasons of megatrain.model.loss."""
+    return x if scale is None else (x.float() * scale).to(x.dtype)
+
+
+class ColumnParallel:
+    """Computes the products of a block's input with its first matrices, each of which holds some of the outputs.
+
+    ``is_transposed``: of each, whether its weight is [in, out], as in a Conv1D.
+    """
+
+    def __init__(self, region: Region, is_transposed: Sequence[bool]) -> None:
+        self._region, self._is_transposed = region, tuple(is_transposed)
+
+    def __call__(self, block: Any, x_BTC: Tensor) -> tuple[Tensor, ...]:
+        """A product [B, T, F] for each matrix; of all tokens, where ``x_BTC`` has this rank's."""
+        linears = [getattr(block, name) for name in block.input_names]
+        pairs = zip(linears, self._is_transposed, strict=True)
+        weights = [linear.weight.t() if is_transposed else linear.weight for linear, is_transposed in pairs]
+        products: tuple[Tensor, ...] = _ColumnParallel.apply(  # type: ignore[no-untyped-call]
+            x_BTC, self._region, *weights, *(linear.bias for linear in linears)
+        )
+        return products
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, region: Region, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(weights_and_biases) // 2
+        weights_FC, biases_F = weights_and_biases[:count], weights_and_biases[count:]
+        ctx.region = region
+        ctx.save_for_backward(x_BTC, *weights_FC)
+        whole_BTC = region.whole(x_BTC)
+        return tuple(
+            functional.linear(whole_BTC, weight_FC, bias_F)  # type: ignore[arg-type]
+            for weight_FC, bias_F in zip(weights_FC, biases_F, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BTF: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTC, *weights_FC = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        count = len(weights_FC)
+        grad_x_BTC, *grad_weights_FC = ctx.region.gradients(grads_BTF, x_BTC, weights_FC, [needs_x, *needs[:count]])
+        grad_biases_F = [
+            grad_BTF.sum((0, 1)) if needs_bias else None
+            for grad_BTF, needs_bias in zip(grads_BTF, needs[count:], strict=True)
+        ]
+        return grad_x_BTC, None, *grad_weights_FC, *grad_biases_F
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer over this rank's part of the inputs; the products are summed over the group, then the bias added.
+
+    ``weight_dim``: the dimension of the weight along which inputs lie (1 in a Linear, 0 in a Conv1D).
+    """
+
+    def __init__(self, linear: Any, weight_dim: int, region: Region) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = linear.weight
+        self.bias: nn.Parameter | None = linear.bias
+        self._weight_dim, self._group = weight_dim, region.group
+        self._reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if region.is_sequence_parallel
+            else reduce_from_tensor_parallel_region
+        )
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """The whole sum; under sequence parallelism, of this rank's tokens."""
+        weight = self.weight if self._weight_dim == 1 else self.weight.t()
+        y_BTC = self._reduce(functional.linear(x_BTC, weight), self._group)
+        return y_BTC if self.bias is None else y_BTC + self.bias
