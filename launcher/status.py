@@ -18,7 +18,7 @@ from megatrain.config import RunConfig, load
 from megatrain.distributed import failures
 from megatrain.errors import EXIT_PREEMPTED, EXIT_RANK, ConfigError
 from megatrain.observe.goodput import goodput_of
-from megatrain.observe.metrics import tail
+from megatrain.observe.metrics import last_num_steps, tail
 from megatrain.units import format_count, format_duration
 
 _NUM_STEPS = 20
@@ -82,7 +82,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     last: Mapping[str, Any] = steps[-1] if steps else {}
     saves = [line for line in events if line["event"] == "save"]
     step = max((line["step"] for line in (*events[-1:], *steps[-1:])), default=0)
-    num_steps = config.train.steps if config else None
+    num_steps = config.train.steps or last_num_steps(run_dir) if config else None
     recent = [line["step_seconds"] for line in steps[-_NUM_STEPS:]]
     step_seconds = statistics.median(recent) if recent else None
     state, job = _job(run_dir, lines)

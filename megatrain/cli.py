@@ -24,7 +24,7 @@ from megatrain.terminal import printable
 if TYPE_CHECKING:
     from megatrain.checkpoint.location import Location
     from megatrain.config import RunConfig
-    from megatrain.data.epochs import Epochs
+    from megatrain.data.epochs import Length
 
 app = typer.Typer(
     help="Train language models: check and plan a config, train it, compare runs, use checkpoints.",
@@ -112,7 +112,7 @@ def check(
     )
     for note in notes:
         typer.echo(note)
-    _show_epochs(preview.epochs(loaded))
+    _show_length(loaded, preview.length(loaded))
     is_here = nodes is None and gpus_per_node is None and device_here() == CPU
     if is_here and loaded.train.precision == "bf16" and not cpu_computes_bf16():
         typer.echo(
@@ -191,13 +191,13 @@ def plan(
     nodes, gpus_per_node = find_nodes(loaded, nodes, gpus_per_node) if procs is None else (1, procs)
     cluster = Cluster.of(nodes, gpus_per_node, device, network_gbits, efficiency)
     interruptions = Interruptions(mtbf_hours_per_node, restart_seconds, checkpoint_seconds, write_gbytes * 1e9)
-    planned = make_plan(loaded, cluster, interruptions)
-    epochs = preview.epochs(loaded)
+    length = preview.length(loaded)
+    planned = make_plan(preview.with_steps(loaded, length), cluster, interruptions)
     if as_json:
-        _print_json({**planned.to_json(), "epochs": [each._asdict() for each in epochs]})
+        _print_json({**planned.to_json(), "epochs": [each._asdict() for each in length.epochs] if length else []})
     else:
         show(planned)
-        _show_epochs(epochs)
+        _show_length(loaded, length)
 
 
 @app.command()
@@ -687,10 +687,15 @@ def _refuse_shared_gpus(num_ranks: int, gpus: int) -> None:
         raise ConfigError(f"--procs {num_ranks}: this machine has {gpus} GPU(s), and each rank needs its own.")
 
 
-def _show_epochs(epochs: list[Epochs]) -> None:
-    if epochs:
-        typer.echo(f"epochs   {', '.join(each.text() for each in epochs)}")
-    for each in epochs:
+def _show_length(config: RunConfig, length: Length | None) -> None:
+    """The epochs of each dataset, and the steps, where the config does not say them."""
+    if length is None:
+        if config.train.epochs is not None:
+            typer.echo("epochs   how many steps they are is not known: the data is not on this machine")
+        return
+    steps = f"{length.num_steps:,} steps: " if config.train.steps is None else ""
+    typer.echo(f"epochs   {steps}{', '.join(each.text() for each in length.epochs)}")
+    for each in length.epochs:
         if each.warning:
             typer.echo(f"warning: {each.warning}", err=True)
 

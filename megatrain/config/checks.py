@@ -133,8 +133,13 @@ def parallel(config: schema.ParallelConfig) -> list[Problem]:
 
 
 def train(config: schema.TrainConfig) -> list[Problem]:
-    """A ramp begins with the run, and its tokens rise. Loss scaling belongs to fp16."""
+    """One key says how long the run is. A ramp begins with it, and its tokens rise. Loss scaling belongs to fp16."""
     problems = _batch_size_ramp(config.global_batch_size)
+    if config.steps is None and config.epochs is None:
+        problems.append(Problem("steps", None, "must be an integer, unless train.epochs is given in its place"))
+    elif config.steps is not None and config.epochs is not None:
+        reason = f"train.steps is given too ({config.steps}): one of the two says how long the run is"
+        problems.append(Problem("epochs", config.epochs, reason, "one of them left out", is_value=False))
     if config.precision != "fp16":
         keys = ("initial_loss_scale_power", "loss_scale_window")
         problems += unused(config, keys, f"used with precision: fp16 only (it is {config.precision})")
@@ -188,19 +193,21 @@ def observe(config: schema.ObserveConfig) -> list[Problem]:
 def across_sections(config: schema.RunConfig) -> list[Problem]:
     """What one section says about another: context against samples, warm-up against steps, DeepSpeed's own keys."""
     problems = []
-    longest, steps = config.model.max_position_embeddings, config.train.steps
+    longest = config.model.max_position_embeddings
     if config.data.seq_len > longest:
         reason = f"must be at most model.max_position_embeddings ({longest})"
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
     if (rule := config.train.early_stopping) is not None and not config.data.validation:
         problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
-    warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
-    if warmup > steps:
-        reason = f"must be at most train.steps ({steps})"
-        problems.append(Problem("schedule.warmup_steps", warmup, reason, str(steps)))
-    elif decay is not None and warmup + decay > steps:
-        reason = f"must be at most train.steps - schedule.warmup_steps ({steps} - {warmup})"
-        problems.append(Problem("schedule.decay_steps", decay, reason, str(steps - warmup)))
+    if config.train.epochs is not None and not config.data.train[0].weight:
+        reason = "counts how often data.train.0 is seen, whose weight is 0"
+        nearest = "train.steps in its place"
+        problems.append(Problem("train.epochs", config.train.epochs, reason, nearest, is_value=False))
+    if config.train.steps is not None:
+        problems += length(config, config.train.steps, "train.steps")
+    if config.checkpoint.keep_best and not config.data.validation:
+        reason = "keeps nothing: without data.validation no checkpoint has a validation loss"
+        problems.append(Problem("checkpoint.keep_best", config.checkpoint.keep_best, reason, "0"))
     kept = config.checkpoint.keep * config.checkpoint.every_steps
     if config.spikes.action == "rewind" and config.spikes.rewind_steps > kept:
         reason = f"must be at most checkpoint.keep * checkpoint.every_steps ({kept}): older ones are deleted"
@@ -208,23 +215,35 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if config.parallel.engine != "deepspeed" and config.deepspeed:
         reason = f"passed on with parallel.engine: deepspeed only (it is {config.parallel.engine})"
         left_out = Problem("deepspeed", dict(config.deepspeed), reason, "deepspeed left out", is_value=False)
-        return [*problems, *retention(config), left_out]
-    return [*problems, *retention(config), *deepspeed(config.deepspeed)]
+        return [*problems, left_out]
+    return [*problems, *deepspeed(config.deepspeed)]
 
 
-def retention(config: schema.RunConfig) -> list[Problem]:
-    """`keep_every_steps` and `keep_best` must be able to find a checkpoint."""
+def length(config: schema.RunConfig, steps: int, name: str) -> list[Problem]:
+    """What must fit into the steps of the run. ``name``: what the user knows them by."""
     problems = []
-    kept, steps = config.checkpoint, config.train.steps
+    warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+    if "warmup_steps" not in config.schedule.model_fields_set:
+        warmup = min(warmup, steps)
+    if warmup > steps:
+        reason = f"must be at most {name} ({steps})"
+        problems.append(Problem("schedule.warmup_steps", warmup, reason, str(steps)))
+    elif decay is not None and warmup + decay > steps:
+        reason = f"must be at most {name} - schedule.warmup_steps ({steps} - {warmup})"
+        problems.append(Problem("schedule.decay_steps", decay, reason, str(steps - warmup)))
+    return problems + _kept(config, steps, name)
+
+
+def _kept(config: schema.RunConfig, steps: int, name: str) -> list[Problem]:
+    """`keep_every_steps` and `keep_best` must find a checkpoint in the steps of the run."""
+    problems = []
+    kept = config.checkpoint
     nth, every, evaluated = kept.keep_every_steps, kept.every_steps, config.train.eval_every_steps
     if nth is not None and steps % nth and math.lcm(nth, every) > steps:
-        reason = f"keeps nothing: no step up to train.steps ({steps}) is a multiple of it and is saved ("
+        reason = f"keeps nothing: no step up to {name} ({steps}) is a multiple of it and is saved ("
         reason += f"checkpoint.every_steps is {every})"
         problems.append(Problem("checkpoint.keep_every_steps", nth, reason, str(every) if every <= steps else "null"))
-    if kept.keep_best and not config.data.validation:
-        reason = "keeps nothing: without data.validation no checkpoint has a validation loss"
-        problems.append(Problem("checkpoint.keep_best", kept.keep_best, reason, "0"))
-    elif kept.keep_best and max(every, evaluated) < steps <= math.lcm(every, evaluated):
+    if kept.keep_best and config.data.validation and max(every, evaluated) < steps <= math.lcm(every, evaluated):
         reason = f"keeps nothing: no step before the last is both saved (checkpoint.every_steps is {every}) and "
         reason += f"evaluated (train.eval_every_steps is {evaluated}); make one a multiple of the other"
         problems.append(Problem("checkpoint.keep_best", kept.keep_best, reason))

@@ -23,7 +23,7 @@ def explain(error: ValidationError, root: type[Section] = RunConfig) -> list[Pro
             prefix = f"{key}." if key else ""
             found += [problem.below(prefix) for problem in details["ctx"]["problems"]]
         elif details["type"] == "missing":
-            found += [Problem(each, NOT_GIVEN, "a required key") for each in _required(key)]
+            found += [Problem(each, NOT_GIVEN, _NEEDED.get(each, "a required key")) for each in _required(key)]
         elif details["type"] != "too_short" or not details["input"]:  # else its entries are wrong, and said to be
             found.append(_problem(key, details, root))
     return found
@@ -73,6 +73,7 @@ def _converted(kind: str, given: Any) -> str | None:
     return f'"{as_yaml(given)}"' if kind == "string_type" and isinstance(given, (bool, int, float)) else None
 
 
+_NEEDED = {"train.steps": "a required key, or train.epochs in its place"}
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than_equal": ("le", "at most"),

@@ -21,6 +21,7 @@ from megatrain.config.schema import FROM_CHECKPOINT, RunConfig, in_home
 from megatrain.errors import ConfigError
 
 COMMAND_LINE = "the command line"
+_LENGTHS = ("steps", "epochs")  # a run has one of them
 SavedModel = Callable[[str | None, str | None, str | None], Mapping[str, Any] | None]
 """run.dir, checkpoint.dir and run.init_from to the keys of a model; None: there is no checkpoint to take it from."""
 
@@ -55,7 +56,7 @@ def load(
             sources[tuple(old.split("."))] = COMMAND_LINE
         if source or old in given:
             note(f"{old} is called {new} now; the old name still works.")
-    tree, in_order = with_new_names(read.tree), sorted(overrides, key=_is_of_the_model)
+    tree, in_order = _with_one_length(with_new_names(read.tree), given), sorted(overrides, key=_is_of_the_model)
     for override in in_order:
         if _is_of_the_model(override):
             tree = _with_saved_model(tree, saved_model)
@@ -101,6 +102,15 @@ def _with_legal_hint(problem: Problem, tree: dict[str, Any]) -> Problem:
 
 def _is_of_the_model(override: str) -> bool:
     return override.lstrip().startswith("model.")
+
+
+def _with_one_length(tree: dict[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """The tree without train.steps where train.epochs alone is given on the command line, and the other way round."""
+    section = tree.get("train")
+    named = {key for key in _LENGTHS if scalar(given.get(f"train.{key}", "null").strip()) is not None}
+    if len(named) != 1 or not isinstance(section, dict):
+        return tree
+    return {**tree, "train": {key: value for key, value in section.items() if key in named or key not in _LENGTHS}}
 
 
 def _with_saved_model(tree: dict[str, Any], saved_model: SavedModel) -> dict[str, Any]:

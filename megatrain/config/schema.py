@@ -29,7 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from megatrain.config import checks
 from megatrain.config.arithmetic import LARGEST_COUNT
-from megatrain.config.batch_size import Phase, num_samples_until, phases, sizes_of
+from megatrain.config.batch_size import sizes_of
 from megatrain.config.problem import Problem
 from megatrain.families import FAMILIES
 from megatrain.families.description import LARGEST_SIZE, Family, Width
@@ -392,7 +392,13 @@ class EarlyStopping(Section):
 class TrainConfig(Section, check=checks.train):
     """How long, how much at once, and how precisely."""
 
-    steps: Count = Field(description="Optimizer steps of the whole run.")
+    steps: Count | None = Field(description="Optimizer steps of the whole run; null: train.epochs says it.")
+    epochs: Annotated[float, Field(gt=0.0, le=LARGEST_COUNT)] | None = Field(
+        default=None,
+        description="In place of train.steps: the run ends with the step after which the first dataset of data.train "
+        "has been seen so often, whole or in part (0.5); its other datasets are mixed in by their weights. The data "
+        "says how many steps that is. Of the two, one on the command line replaces the other in the file.",
+    )
     global_batch_size: SizeOrRamp = Field(
         description="Sequences of one optimizer step, over all ranks; or a ramp, a list of [tokens, "
         "sequences]: the size of the steps that begin after so many trained tokens. Its first entry is at 0 tokens."
@@ -421,7 +427,7 @@ class TrainConfig(Section, check=checks.train):
         "silent data corruption; made before each save too; null: none.",
     )
     early_stopping: EarlyStopping | None = Field(
-        default=None, description="End when the loss on data.validation does not get better; null: after train.steps."
+        default=None, description="End when the loss on data.validation does not get better; null: at its last step."
     )
     initial_loss_scale_power: Annotated[int, Field(ge=0, le=32)] = Field(
         default=16, description="fp16: the loss scale starts at 2 to this power."
@@ -429,6 +435,12 @@ class TrainConfig(Section, check=checks.train):
     loss_scale_window: Count = Field(
         default=1000, description="fp16: steps without overflow after which the loss scale doubles."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_are_in_place_of_steps(cls, given: Any) -> Any:
+        by_epochs = isinstance(given, Mapping) and given.get("epochs") is not None
+        return {"steps": None, **given} if by_epochs else given
 
     @property
     def max_batch_size(self) -> int:
@@ -488,14 +500,12 @@ class ScheduleConfig(Section, check=checks.schedule):
     warmup_steps: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
         default=checks.DEFAULT_WARMUP_STEPS,
         description="Steps over which the learning rate rises from 0 to its peak. Left out, it is never more than "
-        "train.steps.",
+        "the run.",
     )
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.1, description="The last learning rate as a share of the peak; constant has no use for it."
     )
-    decay_steps: Count | None = Field(
-        default=None, description="wsd: steps of the decay; null: a fifth of train.steps."
-    )
+    decay_steps: Count | None = Field(default=None, description="wsd: steps of the decay; null: a fifth of all.")
 
 
 class CheckpointConfig(Section):
@@ -570,14 +580,3 @@ class RunConfig(Section, check=checks.across_sections):
     @classmethod
     def _short_run_warms_up_no_longer_than_it_is(cls, given: Any) -> Any:
         return checks.with_default_warmup(given)
-
-    @property
-    def batch_phases(self) -> list[Phase]:
-        """The run's steps by their batch size, as far as it reaches them."""
-        found = phases(self.train.global_batch_size, self.data.seq_len)
-        return [phase for phase in found if phase.first_step < self.train.steps]
-
-    @property
-    def num_samples(self) -> int:
-        """Sequences of the whole run."""
-        return num_samples_until(self.batch_phases, self.train.steps)

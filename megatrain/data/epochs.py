@@ -1,4 +1,4 @@
-"""How often a run sees each of its training datasets; no torch."""
+"""How often a run sees each of its training datasets, and how many steps are so many epochs; no torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatrain.config import RunConfig
+from megatrain.config import DataConfig, RunConfig, checks
+from megatrain.config.problem import Problem, config_error
 from megatrain.data.dataset import Dataset, open_dataset
 from megatrain.data.order import DataOrder, SamplingSettings
+from megatrain.data.packing import count_samples
 from megatrain.errors import DataError
 
 MOST_EPOCHS = 4.0
 """Up to about so many, repeated text teaches nearly as much as new text: Muennighoff et al., "Scaling Data-Constrained
 Language Models" (2023)."""
+
+
+MOST_PACKED_DOCUMENTS = 1 << 20
+"""So many are packed in a second, only to be counted."""
 
 
 class Epochs(NamedTuple):
@@ -31,27 +37,71 @@ class Epochs(NamedTuple):
         if self.epochs <= MOST_EPOCHS:
             return None
         return (
-            f"{self.path} is seen {self.epochs:.1f} times in train.steps: text that is repeated more than about "
+            f"{self.path} is seen {self.epochs:.1f} times: text that is repeated more than about "
             f"{MOST_EPOCHS:.0f} times teaches less and less. Add text, give it a smaller weight, or train fewer steps."
         )
 
 
-def planned_epochs(config: RunConfig) -> list[Epochs]:
-    """Those of a run from its start, by the size of its datasets; none where one of them is not on this machine.
+class Length(NamedTuple):
+    """How long a run is: its steps, and how often it sees each dataset."""
 
-    Packed samples are counted as if no space was left free in them.
+    num_steps: int
+    epochs: list[Epochs]
+
+
+def planned_length(config: RunConfig) -> Length | None:
+    """That of a run from its start, by the size of its datasets; None where one of them is not on this machine.
+
+    Of datasets of many documents, packed samples are counted as if no space was left free in them. Raises ConfigError
+    as ``num_steps`` does.
     """
     paths = [entry.path for entry in config.data.train]
     if not all(Path(path).is_dir() for path in paths):
-        return []
+        return None
     try:
         datasets = [open_dataset(path) for path in paths]
     except DataError:  # which a start says; a config can be right without its data
-        return []
-    num_samples = tuple(max((dataset.num_tokens - 1) // config.data.seq_len, 1) for dataset in datasets)
+        return None
+    num_samples = tuple(max(_num_samples(config.data, dataset), 1) for dataset in datasets)
     weights = tuple(entry.weight for entry in config.data.train)
     settings = SamplingSettings(config.train.global_batch_size, weights, config.data.seq_len, num_samples)
-    return epochs_of(DataOrder.begin(config.run.seed, settings), config.train.steps, datasets)
+    order = DataOrder.begin(config.run.seed, settings)
+    steps = num_steps(config, order)
+    return Length(steps, epochs_of(order, steps, datasets))
+
+
+def num_steps(config: RunConfig, order: DataOrder) -> int:
+    """Steps of the whole run in this order: train.steps, or as many as train.epochs takes.
+
+    Raises ConfigError where one step is more than an epoch, or where the config asks for more steps than there are.
+    """
+    wanted = config.train.epochs
+    if wanted is None:
+        assert config.train.steps is not None
+        return config.train.steps
+    steps = order.first_step_after_epochs(wanted)
+    if (found := order.num_epochs(steps)[0]) >= wanted + 1:
+        size = order.settings(steps).num_samples[0]
+        reason = f"the last step goes through data.train.0 again, whose epoch is {size} samples: {found:.2f} epochs"
+        nearest = "a smaller train.global_batch_size, or train.steps in its place"
+        raise config_error("The config", [Problem("train.epochs", wanted, reason, nearest, is_value=False)])
+    if problems := checks.length(config, steps, f"the steps of train.epochs={wanted:g}"):
+        raise config_error("The config", problems)
+    return steps
+
+
+def with_default_warmup(config: RunConfig, steps: int) -> RunConfig:
+    """The config with a warm-up of no more than ``steps`` where it was left out."""
+    schedule = config.schedule
+    if "warmup_steps" in schedule.model_fields_set or schedule.warmup_steps <= steps:
+        return config
+    return config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": steps})})
+
+
+def _num_samples(config: DataConfig, dataset: Dataset) -> int:
+    if config.packing == "best_fit" and dataset.num_documents <= MOST_PACKED_DOCUMENTS:
+        return count_samples(dataset, config.seq_len)
+    return (dataset.num_tokens - 1) // config.seq_len
 
 
 def epochs_of(order: DataOrder, num_steps: int, datasets: Sequence[Dataset]) -> list[Epochs]:

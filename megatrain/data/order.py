@@ -12,6 +12,7 @@ those not yet seen are cut up and shuffled anew.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
@@ -214,6 +215,11 @@ class DataOrder:
             cursors = [cursor.cut(factor, count) for cursor, count in zip(cursors, former.num_samples, strict=True)]
         return self._with_segment(step, settings, cursors, self.num_samples_before(step))
 
+    def before(self, step: int) -> DataOrder:
+        """The order without what was changed at ``step``."""
+        kept = tuple(segment for segment in self.segments if segment.first_step < max(step, 1))
+        return replace(self, segments=kept)
+
     def leave_out(self, step: int, until: int) -> DataOrder:
         """The same order up to ``step``, from where each dataset is read on as step ``until`` would have begun to."""
         return self._with_segment(step, self.settings(until), self._cursors(until), self.num_samples_before(until))
@@ -247,6 +253,13 @@ class DataOrder:
         """How often each dataset has been seen before ``step``; what was left out on purpose counts as seen."""
         pairs = zip(self._cursors(step), self.settings(step).num_samples, strict=True)
         return [cursor.epoch + 1 - cursor.num_left(size) / size for cursor, size in pairs]
+
+    def first_step_after_epochs(self, epochs: float) -> int:
+        """The first step before which the first dataset has been seen so often."""
+        bound = 1
+        while self.num_epochs(bound)[0] < epochs:
+            bound *= 2
+        return bisect_left(range(bound), epochs, key=lambda step: self.num_epochs(step)[0])
 
     def settings(self, step: int) -> SamplingSettings:
         return self._segment(step).settings

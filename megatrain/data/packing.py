@@ -190,6 +190,11 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
     return True
 
 
+def count_samples(dataset: Dataset, seq_len: int) -> int:
+    """Samples that a plan for the dataset would have."""
+    return sum(pack_documents(starts, lengths, seq_len).num_rows for starts, lengths in _documents(dataset))
+
+
 def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = False) -> PackingPlan:
     """Map the plan that ``store_plan`` left. Raises DataError where there is none or it belongs to something else.
 

@@ -18,7 +18,7 @@ from megatrain.checkpoint.lock import is_alive
 from megatrain.config import RunConfig, load
 from megatrain.config.keys import flat
 from megatrain.errors import ConfigError, DataError
-from megatrain.observe.metrics import METRICS_FILE, read_lines
+from megatrain.observe.metrics import METRICS_FILE, last_num_steps, read_lines
 from megatrain.observe.record import CONFIG_FILE
 
 _ENDS = {"finish": "finished", "stop": "stopped", "diverged": "diverged"}
@@ -89,7 +89,7 @@ def summaries(folders: Mapping[str, Path], read: Callable[[Path], Logged] | None
                 run=name,
                 state="running" if is_running else _ENDS.get(logged.last_event or "", "ended"),
                 step=logged.step,
-                num_steps=config.train.steps if config else None,
+                num_steps=config.train.steps or last_num_steps(path) if config else None,
                 loss=logged.loss,
                 validation_loss=logged.best[0] if logged.best else None,
                 best_step=logged.best[1] if logged.best else None,

@@ -121,11 +121,12 @@ def has_ended(point: Point) -> bool:
     lines, train = tail(point.run_dir), point.config.train
     if not lines or lines[-1].get("event") != "finish":
         return False
-    if lines[-1]["step"] >= train.steps:
+    if train.steps is not None and lines[-1]["step"] >= train.steps:
         return True
     with contextlib.suppress(ConfigError):
         former = load(point.run_dir / CONFIG_FILE).train
-        return (former.steps, former.early_stopping) == (train.steps, train.early_stopping)
+        lengths = ((each.steps, each.epochs, each.early_stopping) for each in (former, train))
+        return next(lengths) == next(lengths)
     return False
 
 

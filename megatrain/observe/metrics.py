@@ -7,6 +7,7 @@ figure that is not finite is null.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -24,11 +25,14 @@ from megatrain.atomic import committed
 from megatrain.observe.append import AppendFile
 
 METRICS_FILE = "metrics.jsonl"
+NUM_STEPS = "num_steps"
+"""What the run's steps stand under in the lines of starts and resumes."""
 _NUM_LAST_LOSSES = 10
 _ABOVE_FIRST = 1.02
 _KINDS: Mapping[type | UnionType, str] = {
     int
-    | float: "time tokens loss grad_norm lr step_seconds tokens_per_second mfu skipped memory_bytes validation_loss",
+    | float: "time tokens loss grad_norm lr step_seconds tokens_per_second mfu skipped memory_bytes validation_loss "
+    "num_steps",
     dict: "parts ranks goodput validation_losses",
     str: "event message",
 }
@@ -167,6 +171,15 @@ def read_lines(run_dir: Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
     """The lines of RUN/metrics.jsonl, or those with ``having`` in their text. Raises OSError."""
     with (run_dir / METRICS_FILE).open("rb") as file:
         yield from (line for text in file if having in text and (line := parse_line(text)) is not None)
+
+
+def last_num_steps(run_dir: Path) -> int | None:
+    """How many steps the run has, as its last start said; None where none did."""
+    found = None
+    with contextlib.suppress(OSError):
+        for line in read_lines(run_dir, NUM_STEPS.encode()):
+            found = line.get(NUM_STEPS, found)
+    return found
 
 
 def tail(run_dir: Path) -> list[dict[str, Any]]:

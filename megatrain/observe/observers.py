@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.observe.callbacks import Callback
 from megatrain.observe.console import ProgressConsole
 from megatrain.observe.goodput import GoodputLedger
-from megatrain.observe.metrics import MetricsWriter, StepMetrics
+from megatrain.observe.metrics import NUM_STEPS, MetricsWriter, StepMetrics
 from megatrain.observe.trackers import TrackerProcess
 from megatrain.units import format_duration
 
@@ -37,7 +37,7 @@ class Observers:
         callbacks: Sequence[Callback] = (),
         trackers: Sequence[str] = (),
     ) -> None:
-        self._run_dir, self._resume_step = run_dir, resume_step
+        self._run_dir, self._num_steps, self._resume_step = run_dir, num_steps, resume_step
         self._callbacks = callbacks
         self.is_stop_requested = False
         """Whether a callback has asked for an end."""
@@ -71,6 +71,7 @@ class Observers:
             "resume" if self._resume_step else "start",
             self._resume_step,
             {
+                NUM_STEPS: self._num_steps,
                 **facts,
                 **dropped,
                 **({"changes": dict(changes)} if changes else {}),

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatrain.config import RunConfig
+from megatrain.config.batch_size import Phase, num_samples_until, phases
 from megatrain.plan import rules
 from megatrain.plan.choice import Choice, fastest
 from megatrain.plan.cluster import Cluster
@@ -66,9 +67,16 @@ class RunPlan:
         return self.config.train.max_batch_size * self.config.data.seq_len
 
     @property
-    def tokens(self) -> int:
-        """Of the whole run."""
-        return self.config.num_samples * self.config.data.seq_len
+    def batch_phases(self) -> list[Phase]:
+        """The run's steps by their batch size, as far as it is known to reach them."""
+        found, steps = phases(self.config.train.global_batch_size, self.config.data.seq_len), self.config.train.steps
+        return found if steps is None else [phase for phase in found if phase.first_step < steps]
+
+    @property
+    def tokens(self) -> int | None:
+        """Of the whole run; None where its data, which says how long it is, is not here."""
+        steps = self.config.train.steps
+        return None if steps is None else num_samples_until(self.batch_phases, steps) * self.config.data.seq_len
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,13 +89,14 @@ class RunPlan:
         return self.tokens_per_second * self.flops_per_token / (self.world_size * self.cluster.device.half_flops)
 
     @property
-    def days(self) -> float:
-        """For all steps, without failures."""
-        phases = self.config.batch_phases
-        ends = [*(phase.first_step for phase in phases[1:]), self.config.train.steps]
+    def days(self) -> float | None:
+        """For all steps, without failures; None where it is not known how many there are."""
+        if (steps := self.config.train.steps) is None:
+            return None
+        ends = [*(phase.first_step for phase in self.batch_phases[1:]), steps]
         seconds = (
             (end - phase.first_step) * self._step_seconds(phase.batch_size)
-            for phase, end in zip(phases, ends, strict=True)
+            for phase, end in zip(self.batch_phases, ends, strict=True)
         )
         return sum(seconds) / 86400
 
@@ -170,6 +179,7 @@ class RunPlan:
             "ranks": [rank.to_json() for rank in self.ranks],
             "efficiency": self.cluster.efficiency,
             "tokens_per_step": self.tokens_per_step,
+            "steps": self.config.train.steps,
             "tokens": self.tokens,
             "step_seconds": self.time.step,
             "seconds": self.time.parts,
@@ -178,7 +188,7 @@ class RunPlan:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "days": self.days,
-            "days_with_failures": self.days / self.goodput if self.goodput else None,
+            "days_with_failures": self.days / self.goodput if self.days is not None and self.goodput else None,
             "mtbf_seconds": self.failures.mtbf,
             "checkpoint_seconds": self.failures.checkpoint,
             "restart_seconds": self.failures.restart,
@@ -191,7 +201,10 @@ class RunPlan:
 
 
 def make_plan(config: RunConfig, cluster: Cluster, interruptions: Interruptions) -> RunPlan:
-    """Plan a run of ``config``, whose vocabulary is known. Raises ConfigError where the layout is impossible."""
+    """Plan a run of ``config``, whose vocabulary is known, and its steps as well, if it is to say how long it takes.
+
+    Raises ConfigError where the layout is impossible.
+    """
     rules.check(config, cluster.world_size)
     config = resolve_precision(config, cluster.device.has_bf16)
     stages = stage_models(config, cluster.world_size)

@@ -21,6 +21,7 @@ _NAMES = {
     "update": "update",
 }
 _SMALLEST_SHARE = 0.0005
+_UNKNOWN = "for how long is not known: how many steps train.epochs is, the data says, which is not here"
 
 
 def show(plan: RunPlan) -> None:
@@ -62,11 +63,15 @@ def _engine(plan: RunPlan) -> str:
 
 def _ramp(plan: RunPlan) -> str:
     """From which step on each size of a ramp holds, and the tokens of the whole run."""
-    phases, seq_len = plan.config.batch_phases, plan.config.data.seq_len
+    phases, seq_len = plan.batch_phases, plan.config.data.seq_len
     if len(phases) == 1:
         return ""
     sizes = (f"{phase.batch_size * seq_len:,} from step {phase.first_step:,} on" for phase in phases)
-    return f", by a ramp: {', '.join(sizes)}; {plan.tokens:,} in all"
+    return f", by a ramp: {', '.join(sizes)}; {_in_all(plan)}"
+
+
+def _in_all(plan: RunPlan) -> str:
+    return "how many in all, the data says" if plan.tokens is None else f"{plan.tokens:,} in all"
 
 
 def _memory(ranks: tuple[RankMemory, ...]) -> Table:
@@ -84,25 +89,27 @@ def _memory(ranks: tuple[RankMemory, ...]) -> Table:
 
 
 def _rest(plan: RunPlan) -> list[str]:
-    failures, time = plan.failures, plan.time
+    config, failures, time = plan.config, plan.failures, plan.time
     shares = {_NAMES[key]: seconds / time.step for key, seconds in time.parts.items()}
     spent = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= _SMALLEST_SHARE)
+    long = f"{_in_words(plan.days)} for {config.train.steps:,} steps" if plan.days is not None else _UNKNOWN
     in_node = max(sum(rank.cpu.values()) for rank in plan.ranks) * plan.cluster.gpus_per_node
     return [
         f"CPU      {format_bytes(in_node)} of a node at the most: the copy that a save makes, and what is offloaded",
         f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.cluster.efficiency:.0%} of peak: {spent}",
-        f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {_in_words(plan.days)} for "
-        f"{plan.config.train.steps:,} steps",
+        f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {long}",
         f"failures one in {failures.mtbf / 3600:,.1f} hours, {failures.restart:,.0f} s to restart, "
         f"{failures.checkpoint:,.2f} s a save",
         f"goodput  {plan.goodput:.2%} with a save every {plan.interval_seconds:,.0f} s ({plan.interval_steps:,} "
-        f"step(s)), the best: {_days(plan.days, plan.goodput)}; {plan.configured_goodput:.2%} with "
-        f"checkpoint.every_steps={plan.config.checkpoint.every_steps}: {_days(plan.days, plan.configured_goodput)}",
+        f"step(s)), the best{_days(plan.days, plan.goodput)}; {plan.configured_goodput:.2%} with "
+        f"checkpoint.every_steps={config.checkpoint.every_steps}{_days(plan.days, plan.configured_goodput)}",
     ]
 
 
-def _days(days: float, goodput: float) -> str:
-    return _in_words(days / goodput) if goodput else "never done"
+def _days(days: float | None, goodput: float) -> str:
+    if days is None:
+        return ""
+    return f": {_in_words(days / goodput)}" if goodput else ": never done"
 
 
 def _in_words(days: float) -> str:

@@ -17,6 +17,7 @@ from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, SampleSource, TrainingBatches
 from megatrain.data.dataset import require_same_tokenizer
+from megatrain.data.epochs import num_steps, with_default_warmup
 from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.data.packing import PackedSource, open_plan, store_plan
 from megatrain.data.remote import Cache
@@ -83,6 +84,11 @@ class Run:
     overrides: tuple[str, ...] = ()
     """The KEY=VALUE that its config was given on the command line."""
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run, as its data is read from where it stands."""
+        return num_steps(self.config, self.order)
+
     def training_batches(self, order: DataOrder) -> TrainingBatches:
         return TrainingBatches(self.maker, order, *self.groups.batch_share)
 
@@ -134,6 +140,8 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         )
         for name, source in zip(_names(validation), held_out, strict=True)
     }
+    order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
+    config = with_default_warmup(config, num_steps(config, order))
     lap("order")
     engine = build_engine(config, groups)
     lap("engine")
@@ -146,7 +154,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         engine=engine,
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
-        order=DataOrder.begin(config.run.seed, sampling_settings(config, sources)),
+        order=order,
         maker=BatchMaker(sources, micro_batch_size, augmentations, groups.activity),
         validation=evaluations,
         store=store,

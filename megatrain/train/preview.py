@@ -13,7 +13,7 @@ from megatrain.config import RunConfig
 from megatrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatrain.data.epochs import Epochs
+    from megatrain.data.epochs import Length
 
 
 def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[str]:
@@ -86,13 +86,21 @@ def check_trackers(config: RunConfig, must_exist: bool = False) -> list[str]:
     return [text] if missing else []
 
 
-def epochs(config: RunConfig) -> list[Epochs]:
-    """How often the run sees each dataset; where one is not here none, and without loading what reads them."""
+def length(config: RunConfig) -> Length | None:
+    """How many steps the run has, and how often it sees each dataset; None where one is not here, and without loading
+    what reads them."""
     if not all(Path(entry.path).is_dir() for entry in config.data.train):
-        return []
-    from megatrain.data.epochs import planned_epochs
+        return None
+    from megatrain.data.epochs import planned_length
 
-    return planned_epochs(config)
+    return planned_length(config)
+
+
+def with_steps(config: RunConfig, length: Length | None) -> RunConfig:
+    """The config with the steps that its train.epochs is, where that is known."""
+    if length is None:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": length.num_steps})})
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:

@@ -16,6 +16,7 @@ from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.keys import differences
 from megatrain.config.renamed import new_name, with_new_names
 from megatrain.data import Dataset
+from megatrain.data.epochs import num_steps
 from megatrain.data.order import DataOrder, Segment
 from megatrain.errors import CheckpointError
 from megatrain.train.schedule import learning_rate
@@ -193,7 +194,7 @@ def refuse_what_is_left_out(
     former: RunConfig, config: RunConfig, given_before: Sequence[str], given_now: Sequence[str]
 ) -> None:
     """Raise CheckpointError where a key that touches the training is another than in the checkpoint's config because
-    the KEY=VALUE that it was given by is not given any more: what was given stays, or is named anew. ``train.steps``
+    the KEY=VALUE that it was given by is not given any more: what was given stays, or is named anew. The length
     may be left out: a run that was to be short goes on, and says what becomes of the learning rate."""
     forgotten = [
         (path, before, after)
@@ -201,7 +202,7 @@ def refuse_what_is_left_out(
         if (rule_of(path).change is Change.RECORDED or rule_of(path).why == _FROM_THAT_STEP_ON)
         and _gives(given_before, path)
         and not _gives(given_now, path)
-        and path != "train.steps"
+        and path not in ("train.steps", "train.epochs")
     ]
     if forgotten:
         texts = [f"{path} was {_as_given(before)} and would be {_as_given(after)}" for path, before, after in forgotten]
@@ -224,13 +225,17 @@ def _as_given(value: Any) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
-def resume_changes(former: RunConfig, config: RunConfig, step: int) -> dict[str, tuple[Any, Any]]:
+def resume_changes(former: RunConfig, config: RunConfig, step: int, order: DataOrder) -> dict[str, tuple[Any, Any]]:
     """What a resume after ``step`` steps changes, former and present value: every key of the config that differs, and,
-    where any does, the learning rate of the next step."""
+    where any does, the learning rate of the next step. ``order``: of the data, from there on too."""
     found = differences(former.model_dump(mode="json"), config.model_dump(mode="json"))
     changes: dict[str, tuple[Any, Any]] = {path: (before, after) for path, before, after in found}
     if changes:
-        before, after = (learning_rate(c.schedule, c.optimizer.lr, step, c.train.steps) for c in (former, config))
+        orders = (order.before(step), order)
+        before, after = (
+            learning_rate(c.schedule, c.optimizer.lr, step, num_steps(c, o))
+            for c, o in zip((former, config), orders, strict=True)
+        )
         changes["learning rate"] = (before, after)
     return changes
 

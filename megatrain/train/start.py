@@ -95,10 +95,10 @@ def _observed(
     config = run.config
     run_dir, observe = Path(config.run.dir), config.observe
     places = (observe.tensorboard, ledger, callbacks, observe.trackers)
-    with Observers(run_dir, config.train.steps, progress.step, *places) as observers:
+    with Observers(run_dir, run.num_steps, progress.step, *places) as observers:
         if clock is not None:
             clock.lap("observers")
-        changes = resume_changes(run.former, config, progress.step) if run.former and clock else {}
+        changes = resume_changes(run.former, config, progress.step, run.order) if run.former and clock else {}
         startup = clock.parts if clock else {}
         observers.start(_facts(run, resumed_from), startup, progress.training_seconds, changes)
         for finding in run.findings if clock is not None else ():
@@ -164,4 +164,4 @@ def layout_in_words(parallel: ParallelConfig, topology: Topology) -> str:
 
 
 def _epochs(run: Run) -> list[Epochs]:
-    return epochs_of(run.order, run.config.train.steps, run.datasets)
+    return epochs_of(run.order, run.num_steps, run.datasets)

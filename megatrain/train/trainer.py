@@ -97,6 +97,7 @@ class Trainer:
         self._run, self._config = run, run.config
         self.progress = progress
         self._requests, self._observers, self._lease = requests, observers, lease
+        self._num_steps = run.num_steps
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
         self._checkpoints = CheckpointManager(run, progress.updates)
@@ -144,7 +145,7 @@ class Trainer:
 
     def _step(self, batches: TrainingBatches) -> _Step:
         run, step, watch = self._run, self.progress.step, self._watch
-        lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._config.train.steps)
+        lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._num_steps)
         with watch.measure("data"):
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
         with watch.measure("forward_backward"):
@@ -208,11 +209,11 @@ class Trainer:
         return self._requests.take_save() or by_file
 
     def _is_logged(self, step: int) -> bool:
-        return step % self._config.observe.log_every_steps == 0 or step == self._config.train.steps
+        return step % self._config.observe.log_every_steps == 0 or step == self._num_steps
 
     @property
     def _is_over(self) -> bool:
-        return self.progress.step >= self._config.train.steps or self._stops_early
+        return self.progress.step >= self._num_steps or self._stops_early
 
     @property
     def _stops_early(self) -> bool:
@@ -229,7 +230,7 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         run, step = self._run, self.progress.step
         self._validation_loss = None
-        due = step % self._config.train.eval_every_steps == 0 or step == self._config.train.steps
+        due = step % self._config.train.eval_every_steps == 0 or step == self._num_steps
         if not run.validation or not due:
             return
         began = time.perf_counter()

@@ -40,7 +40,7 @@ paralel: {tensor: 2}
         "data.document_mask (line 10): yes given; must be true or false; nearest: true",
         "parallel.tensor (the command line): true given; must be an integer; nearest: 1",
         "data.seq_len (data: line 6): is missing; a required key",
-        "train.steps (train: line 11): is missing; a required key",
+        "train.steps (train: line 11): is missing; a required key, or train.epochs in its place",
         "train.global_batch_size (train: line 11): is missing; a required key",
         "train.stepz (line 11): 5 given; no such key; nearest: train.steps",
         "train.precision (line 11): bf17 given; must be one of auto, bf16, fp16, fp32; nearest: bf16",

@@ -37,6 +37,18 @@ def test_the_last_value_of_a_key_holds(loaded):
     assert loaded("train.steps=5", "train.steps=7").train.steps == 7
 
 
+def test_epochs_and_steps_replace_each_other(loaded, refused, with_line):
+    train = loaded("train.epochs=1.5").train
+    assert (train.steps, train.epochs) == (None, 1.5)
+    by_epochs = with_line("train: {epochs: 3.0, global_batch_size: 16}")
+    assert loaded("train.steps=5", text=by_epochs).train.epochs is None
+    assert loaded(text=by_epochs).train.steps is None
+    assert "train.steps is given too (5): one of the two" in refused("train.steps=5", "train.epochs=1.0")
+    assert "unless train.epochs is given in its place" in refused("train.steps=")
+    unseen = "data.train=[{path: a, weight: 0}, {path: b}]"
+    assert "counts how often data.train.0 is seen" in refused("train.epochs=1.0", unseen)
+
+
 def test_a_value_may_hold_an_equals_sign(loaded):
     assert loaded("run.dir=runs/lr=3").run.dir == "runs/lr=3"
 
