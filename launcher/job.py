@@ -70,6 +70,7 @@ def begin_job(config: RunConfig, tries: int) -> int:
     refuse_if_locked(run_dir, job)
     if (origin := find_origin(config)) is not None:
         origin.refuse_other_model(config.model)
+        origin.refuse_other_adapters(config.lora)
     start = int(job.get("slurm_restarts", "0"))
     before, newest = Restarts.read(run_dir) if start else None, newest_step(run_dir, config.checkpoint.dir)
     restarts = before.next(newest) if before else Restarts(newest)

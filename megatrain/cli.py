@@ -604,6 +604,8 @@ def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
         return
     for name in ("path", "step", "tokens", "parameters", "created", "layout", "versions"):
         typer.echo(f"{name:11} {figures[name]}")
+    if (base := figures["base"]) is not None:
+        typer.echo(f"{'adapters of':11} {base['path']}, {base['parameters']:,} parameters, digest {base['digest']}")
     for entry in figures["files"]:
         typer.echo(f"{entry['bytes']:>15,}  {entry['checksum']}  {entry['file']}")
 

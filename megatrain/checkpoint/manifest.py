@@ -62,6 +62,16 @@ class SpecialTokens(BaseModel):
     unk: Token | None = None
 
 
+class Base(BaseModel):
+    """The checkpoint whose weights LoRA's adapters stand beside. ``digest``: its `Manifest.weights_digest`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    path: str
+    digest: str
+    parameters: NonNegativeInt
+
+
 class Manifest(BaseModel):
     """The contents of manifest.json.
 
@@ -69,6 +79,7 @@ class Manifest(BaseModel):
     ``state``: what the trainer needs to go on, besides tensors. ``config``: the resolved config of the run.
     ``validation_loss``: at this step, where it was evaluated. ``on_request``: somebody asked for it, so it stays.
     ``special_tokens``: of the tokenizer beside it; None in checkpoints of versions that did not keep them.
+    ``base``: of one that holds LoRA's adapters alone, which ``parameters`` counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -86,6 +97,7 @@ class Manifest(BaseModel):
     validation_loss: float | None = None
     on_request: bool = False
     special_tokens: SpecialTokens | None = None
+    base: Base | None = None
 
     @field_validator("files")
     @classmethod
@@ -97,6 +109,13 @@ class Manifest(BaseModel):
     def file(self, name: str) -> FileEntry | None:
         """The entry of the file called ``name``; None where the checkpoint has none."""
         return next((entry for entry in self.files if entry.file == name), None)
+
+    @property
+    def weights_digest(self) -> str:
+        """Of all that its rank files hold, by their checksums: the same wherever the folder lies, and whenever it was
+        written."""
+        files = sorted((e.file, e.bytes, e.checksum) for e in self.files if e.file.endswith(".safetensors"))
+        return xxhash.xxh3_128(orjson.dumps(files)).hexdigest()
 
     def encode(self) -> bytes:
         """The bytes of manifest.json; its last key is the checksum of what comes before."""

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain import config
-from megatrain.config import ModelConfig, RunConfig
+from megatrain.config import LoraConfig, ModelConfig, RunConfig
 from megatrain.config.keys import differences
 from megatrain.config.problem import as_yaml
 from megatrain.errors import CheckpointError, Unreachable
 
 if TYPE_CHECKING:
     from megatrain.checkpoint.location import Location
-    from megatrain.checkpoint.manifest import Manifest
+    from megatrain.checkpoint.manifest import Base, Manifest
 
 MAY_DIFFER: Mapping[str, str] = {
     "attention_dropout": "it is used in training alone",
@@ -43,11 +43,37 @@ def load(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], 
 
 @dataclass(frozen=True)
 class Origin:
-    """A checkpoint to begin from. ``model``: what its weights are the weights of."""
+    """A checkpoint to begin from. ``model``: what its weights are the weights of. ``lora``: the adapters that it holds
+    beside its base's weights; None: it holds all weights."""
 
     folder: Location
     manifest: Manifest
     model: ModelConfig
+    lora: LoraConfig | None = None
+
+    @property
+    def base(self) -> Base:
+        """The weights that adapters of this checkpoint's model stand beside."""
+        from megatrain.checkpoint.manifest import Base
+
+        digest, size = self.manifest.weights_digest, self.manifest.parameters
+        return self.manifest.base or Base(path=str(self.folder), digest=digest, parameters=size)
+
+    def refuse_other_adapters(self, lora: LoraConfig | None) -> None:
+        """Raise CheckpointError where the checkpoint holds adapters that are not those of ``lora``."""
+        if self.lora is None:
+            return
+        if lora is None:
+            raise CheckpointError(
+                f"run.init_from: {self.folder} holds LoRA adapters, and lora is null here. Go on with its lora section "
+                f"({as_yaml(self.lora.model_dump(mode='json'))}), or merge them: `megatrain export --merge`, then "
+                "`megatrain import`."
+            )
+        theirs, ours = self.lora.model_dump(mode="json"), lora.model_dump(mode="json")
+        found = [f"{key} is {a} there and {b} here" for key, a, b in differences(theirs, ours, "lora")]
+        found = [text for text in found if not text.startswith("lora.dropout ")]
+        if found:
+            raise CheckpointError(f"run.init_from: {self.folder} holds other LoRA adapters: {'; '.join(found)}.")
 
     def refuse_other_model(self, model: ModelConfig) -> None:
         """Raise CheckpointError, naming each key with both values, where the weights would compute something else in
@@ -65,9 +91,9 @@ class Origin:
             )
         from megatrain.plan.flops import num_parameters
 
-        if model.vocab_size is not None and self.manifest.parameters != num_parameters(model):
+        if model.vocab_size is not None and self.base.parameters != num_parameters(model):
             raise CheckpointError(
-                f"run.init_from: {self.folder} holds {self.manifest.parameters:,} parameters, and this config's model "
+                f"run.init_from: {self.folder} holds {self.base.parameters:,} parameters, and this config's model "
                 f"has {num_parameters(model):,}: there are tensors too many or too few."
             )
 
@@ -104,7 +130,8 @@ def find_origin(config: RunConfig) -> Origin | None:
         if (problem := find_problem(folder)) is not None:
             raise CheckpointError(problem)
         manifest = read_manifest(folder)
-        return Origin(folder, manifest, saved_config(manifest, folder).model)
+        saved = saved_config(manifest, folder)
+        return Origin(folder, manifest, saved.model, saved.lora)
 
 
 def may_differ_table() -> str:

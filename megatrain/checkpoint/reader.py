@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.coverage import Coverage
-from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.location import Location, locate
 from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from megatrain.checkpoint.rank_file import RankFile, StoredShard, copy_into, is_rank_file
 from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import read_small_file
+from megatrain.checkpoint.stores import resolve
 from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import FlatShard, ShardSpec, shard_views
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, Unreachable
+from megatrain.families.description import is_adapter
 
 _FILES_IN_USE = 16
 _STILL_OPEN_ELSEWHERE = ".nfs"
@@ -26,16 +28,23 @@ _STILL_OPEN_ELSEWHERE = ".nfs"
 
 class CheckpointReader:
     """One checkpoint. ``near``: the number of the rank that reads, and of how many. ``activity``: told of each block.
+    ``base``: where else the base of LoRA's adapters may be than where it was.
 
     Files are opened when a shard is not found in those already open, from the reader's own position among the ranks
     outwards: a rank's share lies about there under every layout. So under the layout that wrote it each rank opens its
     own file alone, and under another its neighbours', not those of thousands. What is read is checked block by block;
-    damage raises CheckpointError naming file and bytes.
+    damage raises CheckpointError naming file and bytes. A checkpoint of adapters is read with its base's weights.
     """
 
-    def __init__(self, folder: Location, near: tuple[int, int] | None = None, activity: Activity | None = None) -> None:
+    def __init__(
+        self,
+        folder: Location,
+        near: tuple[int, int] | None = None,
+        activity: Activity | None = None,
+        base: Location | None = None,
+    ) -> None:
         self.folder = folder
-        self._activity = activity
+        self._near, self._activity, self._base = near, activity, base
         self.manifest: Manifest = read_manifest(folder)
         entries = [entry for entry in self.manifest.files if is_rank_file(entry.file)]
         self._unopened = _nearest_last(entries, near)
@@ -48,6 +57,31 @@ class CheckpointReader:
         """What the checkpoint says of its model. Raises CheckpointError where this version cannot read it."""
         return saved_config(self.manifest, self.folder)
 
+    @cached_property
+    def base(self) -> CheckpointReader | None:
+        """The checkpoint that these adapters adapt; None where this one holds whole weights. Raises CheckpointError
+        where it is not where it was, or is another."""
+        known = self.manifest.base
+        if known is None:
+            return None
+        problems = []
+        for folder in (locate(known.path), *([resolve(self._base)] if self._base is not None else [])):
+            try:
+                found = CheckpointReader(folder, self._near, self._activity)
+            except Unreachable:
+                raise
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if found.manifest.weights_digest == known.digest:
+                return found
+            problems.append(f"{folder} holds other weights than those (digest {found.manifest.weights_digest}).")
+        raise CheckpointError(
+            f"{self.folder} holds LoRA adapters of the weights of {known.path} (digest {known.digest}). "
+            f"{' '.join(problems)} Put them back, or say where they are now: with --base, or, where a run goes on, in "
+            "run.init_from."
+        )
+
     def read(self, wanted: FlatShard, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The elements of a shard as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""
         target = torch.empty(wanted.length, dtype=dtype)
@@ -56,6 +90,10 @@ class CheckpointReader:
 
     def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
         """The same into ``target``: 1-D, on the CPU, contiguous."""
+        if self.manifest.base is not None and not is_adapter(wanted.name):
+            assert self.base is not None
+            self.base.read_into(target, wanted, kind)
+            return
         missing = wanted.length
         for file, stored in self._candidates(wanted.name, kind):
             if stored.shard.global_shape != wanted.global_shape:

@@ -8,9 +8,9 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
-from megatrain.config import ModelConfig
+from megatrain.config import LoraConfig, ModelConfig
 from megatrain.errors import CheckpointError
-from megatrain.plan.flops import num_parameters
+from megatrain.plan.flops import num_trained_parameters
 
 _LEAST_BYTES = 2  # of a stored element
 
@@ -36,6 +36,7 @@ class SavedConfig(BaseModel):
     model: ModelConfig
     data: _Data
     train: _Train
+    lora: LoraConfig | None = None
 
 
 def saved_config(manifest: Manifest, folder: Location) -> SavedConfig:
@@ -44,7 +45,7 @@ def saved_config(manifest: Manifest, folder: Location) -> SavedConfig:
     path = folder / MANIFEST
     try:
         config = SavedConfig.model_validate(manifest.config)
-        needed = num_parameters(config.model) * _LEAST_BYTES
+        needed = num_trained_parameters(config.model, config.lora) * _LEAST_BYTES
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["config", *map(str, first["loc"])])

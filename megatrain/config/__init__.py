@@ -5,6 +5,7 @@ from megatrain.config.problem import Problem
 from megatrain.config.schema import (
     CheckpointConfig,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     ObserveConfig,
     OptimizerConfig,
@@ -21,6 +22,7 @@ from megatrain.config.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObserveConfig",
     "OptimizerConfig",

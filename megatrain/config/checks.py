@@ -5,6 +5,7 @@ Each function takes a section whose keys are right one by one, and gives all tha
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -199,6 +200,7 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
     if (rule := config.train.early_stopping) is not None and not config.data.validation:
         problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
+    problems += lora(config)
     if config.train.epochs is not None and not config.data.train[0].weight:
         reason = "counts how often data.train.0 is seen, whose weight is 0"
         nearest = "train.steps in its place"
@@ -217,6 +219,33 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
         left_out = Problem("deepspeed", dict(config.deepspeed), reason, "deepspeed left out", is_value=False)
         return [*problems, left_out]
     return [*problems, *deepspeed(config.deepspeed)]
+
+
+def lora(config: schema.RunConfig) -> list[Problem]:
+    """Adapters change given weights, and stand beside matrices that the family has."""
+    if config.lora is None:
+        return []
+    problems = []
+    if config.run.init_from is None:
+        problems.append(Problem("run.init_from", None, "names the checkpoint whose weights lora adapts"))
+    family = config.model.description
+    names = [factor.rpartition(".")[0] for factor in family.block.factors]
+    known = dict.fromkeys([name.rpartition(".")[2] for name in names] + names)
+    outer = {layer.name.rpartition(".")[2] for layer in family.outer_layers}
+    short = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    for number, target in enumerate(config.lora.target_modules):
+        if target in known or target == "all-linear":
+            continue
+        reason = f"must be all-linear or a matrix of a {config.model.family} layer ({short})"
+        if target.rpartition(".")[2] in outer:
+            tied = ": here they are one weight (model.tie_word_embeddings)" if config.model.tie_word_embeddings else ""
+            reason = f"embeddings and the output head get no adapters{tied}"
+        close = difflib.get_close_matches(target, [*known, "all-linear"], n=1, cutoff=0.5)
+        problems.append(Problem(f"lora.target_modules.{number}", target, reason, next(iter(close), "all-linear")))
+    if config.parallel.offload != "none":
+        reason = "not proven with frozen weights"
+        problems.append(Problem("parallel.offload", config.parallel.offload, reason, "none"))
+    return problems
 
 
 def length(config: schema.RunConfig, steps: int, name: str) -> list[Problem]:

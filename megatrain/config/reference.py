@@ -100,6 +100,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if options := schema.get("items", {}).get("enum"):
         return f"a list of {', '.join(f'`{value}`' for value in options)}"
+    if schema.get("items", {}).get("type") == "string":
+        return "a list of text"
     if "items" in schema:
         return f"a list of [{', '.join('integer ' + _bounds(item) for item in schema['items']['prefixItems'])}]"
     if schema["type"] == "array":

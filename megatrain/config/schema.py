@@ -40,6 +40,7 @@ else:  # the names are those of files
     FamilyName = Literal[tuple(FAMILIES)]
 
 FROM_CHECKPOINT = "from_checkpoint"  # in place of the model's keys: see ModelConfig
+ALL_LINEAR = "all-linear"  # in place of the names of matrices: see LoraConfig
 
 
 def in_home(path: str) -> str:
@@ -374,11 +375,6 @@ class ParallelConfig(Section, check=checks.parallel):
         "too (zero_stage 3).",
     )
 
-    @property
-    def gathers_by_layer(self) -> bool:
-        """Whether each layer has to be called by itself: DeepSpeed's ZeRO 3 then gathers its weights."""
-        return self.engine == "deepspeed" and self.zero_stage == 3
-
 
 class EarlyStopping(Section):
     """When a run ends because its validation loss does not get better."""
@@ -557,6 +553,33 @@ class ObserveConfig(Section, check=checks.observe):
     )
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, Hu et al. 2021), trained in place of the weights of `run.init_from`, which are frozen.
+
+    An adapted matrix W computes x W^T + alpha / rank * dropout(x) A^T B^T, with A [rank, in] and B [out, rank].
+    Checkpoints hold the adapters alone. `lora: null`, the default, trains all weights.
+    """
+
+    rank: Size = Field(description="Between A and B; peft's `r`.")
+    alpha: Annotated[float, Field(gt=0.0)] = Field(
+        description="What an adapter adds is multiplied by alpha / rank; peft's `lora_alpha`."
+    )
+    dropout: Probability = Field(default=0.0, description="Share of an adapter's input dropped in training.")
+    target_modules: Annotated[
+        tuple[Text, ...],
+        Field(strict=False, min_length=1),
+        BeforeValidator(lambda x: (x,) if isinstance(x, str) else x),
+    ] = Field(
+        default=(ALL_LINEAR,),
+        description="The matrices of each layer that are adapted, by Hugging Face's names (q_proj, mlp.c_proj); "
+        "all-linear: all of them, but for the output head.",
+    )
+
+    def adapts(self, name: str) -> bool:
+        """Whether the matrix of a layer with this name, or with this last part of it, gets an adapter; as in peft."""
+        return any(f".{name}".endswith(f".{target}") or target == ALL_LINEAR for target in self.target_modules)
+
+
 class RunConfig(Section, check=checks.across_sections):
     """The whole config of a run."""
 
@@ -567,6 +590,7 @@ class RunConfig(Section, check=checks.across_sections):
     train: TrainConfig
     spikes: SpikesConfig = SpikesConfig()
     optimizer: OptimizerConfig
+    lora: LoraConfig | None = Field(default=None, description="LoRA adapters; null: all weights are trained.")
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
@@ -580,3 +604,10 @@ class RunConfig(Section, check=checks.across_sections):
     @classmethod
     def _short_run_warms_up_no_longer_than_it_is(cls, given: Any) -> Any:
         return checks.with_default_warmup(given)
+
+    @property
+    def gathers_by_layer(self) -> bool:
+        """Whether each layer is called by itself: DeepSpeed's ZeRO 3 then gathers its weights, and an adapter is added;
+        frozen weights have no gradient to compute while messages are under way."""
+        is_zero_3 = self.parallel.engine == "deepspeed" and self.parallel.zero_stage == 3
+        return is_zero_3 or self.lora is not None

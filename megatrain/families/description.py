@@ -14,9 +14,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 
-Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "vocab"]
+Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "vocab", "rank"]
 """A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
-the MLP's inside, of one head, of the positions and of the vocabulary. `ModelConfig.sizes` has the numbers."""
+the MLP's inside, of one head, of the positions and of the vocabulary. `ModelConfig.sizes` has the numbers; of "rank",
+between the two factors of a LoRA adapter, the config's `lora.rank`."""
+
+ADAPTER_FACTORS = ("lora_A", "lora_B")
+"""What an adapter's factors are called in the module of the matrix that it adapts: peft's names."""
 
 HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {"queries": "query", "keys": "key_value"}
 SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
@@ -50,13 +54,14 @@ class Split:
     """How tensor parallelism cuts one module's parameters.
 
     ``kind``: "column" cuts the outputs, "row" the inputs (its bias stays whole), "vocab" the token ids; "shared" cuts
-    nothing, but each rank applies the whole to heads of its own, so that it sees a part of the gradient.
+    nothing, but each rank applies the whole to heads or columns of its own, so that it sees a part of the gradient;
+    "factor" cuts an adapter's factor as the matrix is cut whose module it stands in, which communicates for both.
     ``weight_dim``: the dimension of the weight that is cut (a gpt2 Conv1D is [in, out], a Linear [out, in]).
     ``num_parts``: tensors that lie side by side along it, each of which is cut (three in a fused query-key-value).
     ``by_heads``: "query" or "key_value" where the cut must fall between heads.
     """
 
-    kind: Literal["column", "row", "vocab", "shared"]
+    kind: Literal["column", "row", "vocab", "shared", "factor"]
     weight_dim: int
     num_parts: int = 1
     by_heads: Literal["query", "key_value"] | None = None
@@ -98,13 +103,23 @@ class Linear:
         return (Weight(f"{self.name}.weight", dims), *bias)
 
     @property
+    def adapter(self) -> tuple[Linear, Linear]:
+        """LoRA's factors A and B (Hu et al. 2021, arXiv:2106.09685), in the module itself, under peft's names."""
+        a, b = ADAPTER_FACTORS
+        return Linear(a, self.inputs, ("rank",)), Linear(b, "rank", self.outputs)
+
+    @property
     def split(self) -> Split:
         out_dim = 1 if self.is_conv1d else 0
+        is_factor = "rank" in (self.inputs, *self.outputs)
         if self.inputs in SHARDED_WIDTHS:
-            return Split("row", 1 - out_dim, by_heads=HEAD_WIDTHS.get(self.inputs))
+            return Split("factor" if is_factor else "row", 1 - out_dim, by_heads=HEAD_WIDTHS.get(self.inputs))
         if "vocab" in self.outputs:
             return Split("vocab", out_dim)
-        return Split("column", out_dim, len(self.outputs), HEAD_WIDTHS.get(self.outputs[0]))
+        if self.outputs[0] in SHARDED_WIDTHS:
+            kind: Literal["factor", "column"] = "factor" if is_factor else "column"
+            return Split(kind, out_dim, len(self.outputs), HEAD_WIDTHS.get(self.outputs[0]))
+        return Split("shared", out_dim)
 
 
 @dataclass(frozen=True)
@@ -220,17 +235,36 @@ class Block:
                 yield from ((f"{module.name}.{inner.name}", inner) for inner in module.modules)
 
     @cached_property
+    def factors(self) -> Mapping[str, Linear]:
+        """The factors that an adapter of each of its matrices has, by their names in the layer."""
+        linear = {path: leaf for path, leaf in self.leaves.items() if isinstance(leaf, Linear)}
+        return {f"{path}.{factor.name}": factor for path, leaf in linear.items() for factor in leaf.adapter}
+
+    @cached_property
     def weights(self) -> tuple[Weight, ...]:
         """Under their names in the layer."""
-        found = (
-            (path.removesuffix(leaf.name), weight) for path, leaf in self.leaves.items() for weight in leaf.weights
-        )
-        return tuple(weight._replace(name=parent + weight.name) for parent, weight in found)
+        return tuple(_named_weights(self.leaves))
+
+    def adapter_weights(self, adapts: Callable[[str], bool]) -> tuple[Weight, ...]:
+        """Those of LoRA's adapters, named alike. ``adapts``: whether the matrix of a module's name has one."""
+        chosen = {path: factor for path, factor in self.factors.items() if adapts(path.rpartition(".")[0])}
+        return tuple(_named_weights(chosen))
 
     @property
     def residual_projections(self) -> tuple[str, ...]:
         """The modules that write to the residual stream."""
         return tuple(f"{module.name}.{module.output.name}" for module in (self.attention, self.mlp))
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return parameter.rpartition(".")[0].rpartition(".")[2] in ADAPTER_FACTORS
+
+
+def _named_weights(modules: Mapping[str, Linear | Norm]) -> Iterator[Weight]:
+    for path, module in modules.items():
+        parent = path.removesuffix(module.name)
+        yield from (weight._replace(name=parent + weight.name) for weight in module.weights)
 
 
 @dataclass(frozen=True)
@@ -295,5 +329,5 @@ class Family:
         """How the module of this canonical name is cut; None: not at all."""
         in_block = module_name.removeprefix(f"{self.block.prefix}.").partition(".")[2]
         outer = next((layer for layer in self.outer_layers if layer.name == module_name), None)
-        found = outer or self.block.leaves.get(in_block)
+        found = outer or self.block.leaves.get(in_block) or self.block.factors.get(in_block)
         return found.split if found else None

@@ -6,7 +6,7 @@ import torch
 
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saved_config import SavedConfig
-from megatrain.config import ModelConfig, RunConfig
+from megatrain.config import LoraConfig, ModelConfig, RunConfig
 from megatrain.distributed.bootstrap import RankInfo, export_rank
 from megatrain.distributed.device import has_gpu, local_device
 from megatrain.distributed.fragment import ShardSpec
@@ -15,6 +15,7 @@ from megatrain.distributed.rendezvous import init_process_group
 from megatrain.distributed.topology import Topology
 from megatrain.errors import ConfigError
 from megatrain.model.decoder import Decoder
+from megatrain.model.linear import add_adapters
 from megatrain.plan import rules
 
 _WAIT_SECONDS = 600.0
@@ -28,18 +29,19 @@ def load_decoder(reader: CheckpointReader, dtype: torch.dtype | None = None) -> 
 
     ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
     """
-    model = empty_decoder(reader.saved.model, dtype)
+    model = empty_decoder(reader.saved.model, dtype, reader.saved.lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_parameter(ShardSpec.whole(name, parameter.shape), "weight"))
     return model
 
 
-def empty_decoder(config: ModelConfig, dtype: torch.dtype | None = None) -> Decoder:
+def empty_decoder(config: ModelConfig, dtype: torch.dtype | None = None, lora: LoraConfig | None = None) -> Decoder:
     """A whole model on this process's device, in evaluation mode; its weights are still to be filled in."""
     device = torch.device("cuda" if has_gpu() else "cpu")
     with torch.device("meta"):
         model = Decoder(config)
+        add_adapters(model, lora)
     model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
     model.tie_weights()
     return model.eval()
@@ -69,7 +71,7 @@ def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
         raise ConfigError(f"--tensor {tensor} must divide the {world_size} ranks.")
     config = RunConfig.model_validate(
         {
-            "run": {"dir": "."},
+            "run": {"dir": ".", "init_from": "." if saved.lora else None},
             "model": saved.model,
             "data": {"train": [{"path": "."}], "seq_len": saved.data.seq_len},
             "train": {
@@ -80,6 +82,7 @@ def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
             },
             "parallel": {"tensor": tensor, "zero_stage": 0},
             "optimizer": {"lr": 0.0},
+            "lora": saved.lora,
         }
     )
     try:
@@ -95,6 +98,7 @@ def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> D
 
     with torch.device("meta"):
         model = Decoder(config.model)
+        add_adapters(model, config.lora)
     sharded = shard_model([model], config, groups, recomputed=())
     allocate([model], DTYPES[config.train.precision], groups.device)
     with torch.no_grad():

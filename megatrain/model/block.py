@@ -19,6 +19,7 @@ from megatrain.families import description
 from megatrain.model.attention import CoreAttention
 from megatrain.model.context import Context
 from megatrain.model.dropout import Dropout
+from megatrain.model.linear import Linear
 from megatrain.model.norm import LayerNorm, RmsNorm
 from megatrain.model.rope import rotate
 
@@ -29,18 +30,6 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
-
-
-class Conv1D(nn.Module):
-    """A linear layer whose weight is [in, out], as OpenAI stored it and Hugging Face keeps it."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight.t(), self.bias)
 
 
 class Activation(nn.Module):
@@ -55,9 +44,9 @@ class Activation(nn.Module):
         return y_BTF if up_BTF is None else y_BTF * up_BTF
 
 
-def project_each(block: SelfAttention | Mlp, x_BTC: Tensor) -> Sequence[Tensor]:
+def project_each(block: SelfAttention | Mlp, x_BTC: Tensor, sample_ids_B: Tensor | None) -> Sequence[Tensor]:
     """The products of a block's input with each of its first matrices, in the family's order."""
-    return [getattr(block, name)(x_BTC) for name in block.input_names]
+    return [getattr(block, name)(x_BTC, sample_ids_B) for name in block.input_names]
 
 
 class SelfAttention(nn.Module):
@@ -77,7 +66,7 @@ class SelfAttention(nn.Module):
         self.core = CoreAttention(dropout, config.attention_window)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        projected = self.project(self, x_BTC)
+        projected = self.project(self, x_BTC, context.sample_ids_B)
         if len(projected) == 1:  # queries, keys and values side by side
             projected = projected[0].chunk(3, -1)
         q_BTHD, k_BTGD, v_BTGD = (torch.unflatten(y, -1, (-1, self.head_dim)) for y in projected)
@@ -90,7 +79,7 @@ class SelfAttention(nn.Module):
         if context.cache is not None:
             k_BTGD, v_BTGD = context.cache.update(self.layer, k_BTGD, v_BTGD)
         y_BTHD = self.core(q_BTHD, k_BTGD, v_BTGD, context)
-        return getattr(self, self.output_name)(y_BTHD.flatten(2))  # type: ignore[no-any-return]
+        return getattr(self, self.output_name)(y_BTHD.flatten(2), context.sample_ids_B)  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -104,9 +93,9 @@ class Mlp(nn.Module):
         _attach(self, spec.modules, config)
         self.activation = Activation(spec.activation)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTF = self.activation(*self.project(self, x_BTC))
-        return getattr(self, self.output_name)(y_BTF)  # type: ignore[no-any-return]
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        y_BTF = self.activation(*self.project(self, x_BTC, context.sample_ids_B))
+        return getattr(self, self.output_name)(y_BTF, context.sample_ids_B)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -133,7 +122,7 @@ class DecoderLayer(nn.Module):
         y_BTC = getattr(self, block.attention.name)(normed_BTC, context)
         x_BTC = x_BTC + self.attention_dropout(y_BTC, context.sample_ids_B)
         normed_BTC = getattr(self, block.mlp_norm.name)(x_BTC)
-        y_BTC = getattr(self, block.mlp.name)(normed_BTC)
+        y_BTC = getattr(self, block.mlp.name)(normed_BTC, context)
         return x_BTC + self.mlp_dropout(y_BTC, context.sample_ids_B)  # type: ignore[no-any-return]
 
 
@@ -144,8 +133,7 @@ def build_norm(norm: description.Norm, config: ModelConfig) -> nn.Module:
 
 def _build_linear(linear: description.Linear, config: ModelConfig) -> nn.Module:
     num_inputs, num_outputs = config.sizes[linear.inputs], sum(config.sizes[width] for width in linear.outputs)
-    kind = Conv1D if linear.is_conv1d else nn.Linear
-    return kind(num_inputs, num_outputs, bias=linear.bias)
+    return Linear(num_inputs, num_outputs, linear.bias, linear.is_conv1d)
 
 
 def _attach(parent: nn.Module, modules: tuple[description.Linear | description.Norm, ...], config: ModelConfig) -> None:

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -50,11 +51,15 @@ class InitialWeights:
         for first in range(0, wanted.length, CHUNK_ELEMENTS):
             last = min(first + CHUNK_ELEMENTS, wanted.length)
             index = _global_index(torch.arange(wanted.start + first, wanted.start + last), wanted)
-            target[first:last] = self._values(index, wanted.name, len(wanted.global_shape))
+            target[first:last] = self._values(index, wanted.name, wanted.global_shape)
 
-    def _values(self, index: Tensor, name: str, num_dims: int) -> Tensor:
-        if num_dims == 1:  # norms and biases
+    def _values(self, index: Tensor, name: str, shape: Sequence[int]) -> Tensor:
+        if len(shape) == 1:  # norms and biases
             return torch.full(index.shape, 0.0 if name.endswith(".bias") else 1.0)
+        if name.endswith(".lora_B.weight"):  # so that the first step begins from the base model
+            return torch.zeros(index.shape)
+        if name.endswith(".lora_A.weight"):  # peft's: kaiming_uniform_ with a = sqrt(5), over all inputs of the matrix
+            return uniform(rng.stream_key(self._seed, name), index).mul_(1.0 / math.sqrt(shape[1]))
         return normal(rng.stream_key(self._seed, name), index).mul_(standard_deviation(name, self._config))
 
 
@@ -83,6 +88,11 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
         return config.initializer_range
     depth = config.num_hidden_layers if config.init_scheme == "gpt2" else int(layer[1]) + 1
     return config.initializer_range / math.sqrt(2 * depth)
+
+
+def uniform(key: int, index: Tensor) -> Tensor:
+    """An fp32 number in [-1, 1) for each counter (int64) of the stream ``key``."""
+    return (rng.bits_64(key, index) >> (63 - _FRACTION_BITS)).float().mul_(2.0**-_FRACTION_BITS)
 
 
 def normal(key: int, index: Tensor) -> Tensor:

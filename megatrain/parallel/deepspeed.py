@@ -121,7 +121,7 @@ class DeepSpeedSharding:
         self._mpu = _mpu(groups, groups.self_group if self._sums_whole else groups.gradient.get_group())
         _allocate(model, config, groups, self._mpu)
         mark_parameters(model.chunks, model.specs, config, groups)
-        self._parameters = {name: p for name, p in model.parameters().items() if not model.specs[name].is_copy}
+        self._parameters = model.updated()
         self._tied = tied_weight(model, config, groups)
         self._tied_sum: Tensor | None = None  # of the gradients of its copy, which is out of the optimizer
         if self._tied is not None and groups.coordinate.pipeline:
@@ -139,8 +139,9 @@ class DeepSpeedSharding:
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._optimizer.register_step_pre_hook(self._before_update)
         self._optimizer.register_step_post_hook(self._after_update)
-        num_parameters = sum(model.specs[name].local_numel for name in self._parameters)
-        settings = deepspeed_config(config, self._mpu.get_data_parallel_world_size(), num_parameters)
+        sizes = {name: model.specs[name].local_numel for name in (*self._parameters, *model.frozen())}
+        num_updated = sum(sizes[name] for name in self._parameters)
+        settings = deepspeed_config(config, self._mpu.get_data_parallel_world_size(), sum(sizes.values()), num_updated)
         with _as_no_garbage(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it finds
             self._deepspeed: Any = deepspeed.initialize(
                 model=_Chunks(model, self._tied),
@@ -222,6 +223,17 @@ class DeepSpeedSharding:
                         yield self._slice(name, low - place, buffer, low, high - low)
                     place += -(-sizes[name] // self._alignment) * self._alignment
 
+    def frozen_slices(self) -> Iterator[MasterSlice]:
+        rank, num_ranks = self._mpu.get_data_parallel_rank(), self._mpu.get_data_parallel_world_size()
+        for name, parameter in self._model.frozen().items():
+            size, partition = self._model.specs[name].local_numel, getattr(parameter, "ds_tensor", None)
+            if partition is None:
+                yield self._slice(name, 0, parameter, 0, size)
+                continue
+            share = -(-size // num_ranks)
+            if (length := min(share, size - rank * share)) > 0:
+                yield self._slice(name, rank * share, partition, 0, length)
+
     def misplaced(self) -> str | None:
         own = self._model.parameters()
         return next((held.name for held in self.slices() if not _has_values(own[held.name], held)), None)
@@ -243,14 +255,14 @@ class DeepSpeedSharding:
 
     def replicas(self) -> Iterator[Replicas]:
         """Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
+        held: dict[str, Tensor] = {**self._parameters, **self._model.frozen()}
         if self._stage < 3:
-            yield Replicas(self._groups.gradient.get_group(), dict(self._parameters))
+            yield Replicas(self._groups.gradient.get_group(), held)
         if self.is_replicated:
             masters = {f"master weights of {held.name}": held.master for held in self.slices()}
             yield Replicas(self._groups.gradient.get_group(), masters)
         for group, names in tensor_replicas(self._model.specs, self._groups):
-            own = ((name, self._parameters[name]) for name in names)
-            yield Replicas(group, {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in own})
+            yield Replicas(group, {name: getattr(held[name], "ds_tensor", held[name]) for name in names})
         if self._tied is not None:
             yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied})
 
@@ -392,7 +404,7 @@ def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: Any) 
         for module in list(chunk.modules()):
             chunk.tie_weights()  # a tied head takes the embedding's weight, once that is there
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                module.to_empty(device=groups.device, recurse=False)
+                module.to_empty(device=groups.device)
                 deepspeed.zero.Init(
                     module=module, data_parallel_group=data, config_dict_or_path=settings, dtype=dtype, mpu=mpu
                 )

@@ -9,9 +9,9 @@ from megatrain.config import RunConfig
 from megatrain.plan.deepspeed_memory import bucket_elements
 
 
-def deepspeed_config(config: RunConfig, data_size: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, data_size: int, num_parameters: int, num_updated: int) -> dict[str, Any]:
     """DeepSpeed's settings for a run. ``data_size``: the ranks that it sums gradients over. ``num_parameters``: of this
-    rank's part of the model, which bounds the buckets.
+    rank's part of the model, and ``num_updated``, those of them that are trained: they bound the buckets.
 
     Gradients are accumulated and summed in fp32 whatever the model computes in, and a step ends where its ``step`` is
     called, after any number of micro-batches. What the user put under ``deepspeed`` is laid over it, leaf by leaf (the
@@ -19,7 +19,7 @@ def deepspeed_config(config: RunConfig, data_size: int, num_parameters: int) -> 
     """
     train, parallel = config.train, config.parallel
     is_half = train.precision != "fp32"
-    bucket = bucket_elements(num_parameters)
+    bucket, gathered = bucket_elements(num_updated), bucket_elements(num_parameters)
     zero: dict[str, Any] = {
         "stage": max(parallel.zero_stage, 1) if is_half else parallel.zero_stage,
         "reduce_bucket_size": bucket,
@@ -30,10 +30,10 @@ def deepspeed_config(config: RunConfig, data_size: int, num_parameters: int) -> 
         # Parameters that stay whole would be counted once a tensor rank in the gradient's norm.
         zero |= {
             "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": gathered,
             "sub_group_size": bucket,
         }
-        zero |= {"stage3_max_live_parameters": bucket, "stage3_max_reuse_distance": bucket}
+        zero |= {"stage3_max_live_parameters": gathered, "stage3_max_reuse_distance": gathered}
     zero |= offload_settings(config)
     settings: dict[str, Any] = {
         "train_batch_size": train.micro_batch_size * data_size,

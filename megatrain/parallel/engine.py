@@ -29,7 +29,8 @@ make it. The answer must be the same on all ranks; it may communicate. Not asked
 
 
 class MasterSlice(NamedTuple):
-    """A part of a parameter whose master weights and optimizer state this rank holds.
+    """A part of a parameter whose master weights and optimizer state this rank holds; or of a frozen one, whose
+    ``master`` is the weight itself, and which has no state.
 
     ``name``: of the parameter, as in ``ShardedModel.specs``. ``start``: its first element in the flattened local
     (tensor-parallel) parameter. ``master``: fp32, 1-D. ``state``: the optimizer's state of the same elements by kind
@@ -89,6 +90,10 @@ class Sharding(Protocol):
 
     def slices(self) -> Iterator[MasterSlice]:
         """This rank's master weights and optimizer state, without those of a tied weight's second copy."""
+        ...
+
+    def frozen_slices(self) -> Iterator[MasterSlice]:
+        """What this rank holds of weights that are not trained, each copy of a tied weight too."""
         ...
 
     def misplaced(self) -> str | None:
@@ -208,11 +213,19 @@ class Engine:
 
         Not collective: where no rank's ``source`` has failed, ``sync_params_from_master`` completes it.
         """
-        activity = self.groups.activity
         self._sharding.reset_optimizer_state(num_updates)
-        slices = [
-            (held, {WEIGHT: held.master, **(held.state if num_updates else {})}) for held in self._sharding.slices()
-        ]
+        self._read(
+            source,
+            [(held, {WEIGHT: held.master, **(held.state if num_updates else {})}) for held in self._sharding.slices()],
+        )
+
+    @torch.no_grad()
+    def load_frozen(self, source: StateReader) -> None:
+        """Take the weights that are not trained from ``source``. Not collective; complete by itself."""
+        self._read(source, [(held, {WEIGHT: held.master}) for held in self._sharding.frozen_slices()])
+
+    def _read(self, source: StateReader, slices: Sequence[tuple[MasterSlice, Mapping[str, Tensor]]]) -> None:
+        activity = self.groups.activity
         activity.begin_transfer(sum(x.numel() for _, kinds in slices for x in kinds.values()) * torch.float32.itemsize)
         for held, kinds in slices:
             spec = self._specs[held.name]

@@ -1,9 +1,9 @@
 """Sharding by torch's own FSDP2 (``fully_shard``), through its public methods alone.
 
-Each rank keeps its rows of every parameter as an fp32 master, and their optimizer state; a layer's weights are gathered
-in the type that it computes in. ZeRO 0 and 1 are the same here: whole gradients are added up in fp32, and
-reduce-scattered during the step's last backward pass. Stage 2 does that in each micro-batch; stage 3 also frees weights
-after each pass.
+Each rank keeps its rows of every parameter as an fp32 master, and their optimizer state; of a frozen one in the type
+that it computes in, which is also the type that a layer's weights are gathered in. ZeRO 0 and 1 are the same here:
+whole gradients are added up in fp32, and reduce-scattered during the step's last backward pass. Stage 2 does that in
+each micro-batch; stage 3 also frees weights after each pass.
 
 FSDP2 sums and does not average: the loss is divided by the global number of targets before its backward pass.
 """
@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -60,6 +60,9 @@ class FSDP2Sharding:
         shard = functools.partial(fully_shard, mesh=groups.gradient, mp_policy=policy)
         for chunk in self._chunks:  # on the meta device: memory is given to this rank's rows alone
             chunk.compute_dtype = DTYPES[train.precision]
+            for parameter in chunk.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(chunk.compute_dtype)
             _shard_layers(chunk, shard, frees=self._stage == 3)
             chunk.to_empty(device=groups.device)
             chunk.tie_weights()  # to_empty gave each module a weight of its own
@@ -67,9 +70,9 @@ class FSDP2Sharding:
         for module in self._modules:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-        self._parameters = model.parameters()
-        assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in self._parameters.values())
-        self._own = {name: p for name, p in self._parameters.items() if not self._specs[name].is_copy}
+        self._parameters, self._own, self._frozen = model.parameters(), model.updated(), model.frozen()
+        assert all(isinstance(p, DTensor) for p in self._parameters.values())
+        assert all(p.dtype == torch.float32 for p in self._own.values())
         self._optimizer = make_optimizer(config.optimizer, self._own, self._specs)
         self._partial = partial_gradients(model.chunks, model.specs, config)
         self._tied = tied_weight(model, config, groups)
@@ -126,9 +129,17 @@ class FSDP2Sharding:
 
     @torch.no_grad()
     def slices(self) -> Iterator[MasterSlice]:
-        """See Sharding. A data rank holds consecutive rows; the last ones fewer, or none."""
+        """See Sharding."""
+        return self._slices(self._own)
+
+    def frozen_slices(self) -> Iterator[MasterSlice]:
+        """See Sharding."""
+        return self._slices(self._frozen)
+
+    def _slices(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[MasterSlice]:
+        """A data rank holds consecutive rows; the last ones fewer, or none."""
         index, size = self._groups.gradient.get_local_rank(), self._groups.gradient.size()
-        for name, parameter in self._own.items():
+        for name, parameter in parameters.items():
             master = _local(parameter).view(-1)
             if master.numel():
                 num_rows, *row = parameter.shape
@@ -192,7 +203,8 @@ class FSDP2Sharding:
     def _sum_replicated_gradients(self) -> None:
         """Give tensor ranks one gradient of what they hold alike: the sum of their parts; where each has the whole one,
         the first rank's. Two ranks that computed or summed it by themselves might round otherwise, and drift apart."""
-        for group, names in tensor_replicas(self._specs, self._groups):
+        for group, alike in tensor_replicas(self._specs, self._groups):
+            names = [name for name in alike if name in self._own]
             shares = [_local(self._parameters[name].grad).view(-1) for name in names]
             for name, share in zip(names, shares, strict=True):
                 if name not in self._partial and self._specs[name].replica:

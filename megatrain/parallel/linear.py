@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from megatrain.parallel.collectives import (
@@ -30,7 +30,8 @@ from megatrain.parallel.collectives import (
 
 @dataclass(frozen=True)
 class Region:
-    """Where column-parallel layers begin. ``is_sequence_parallel``: their input is this rank's tokens, else all."""
+    """Where column-parallel layers begin and row-parallel ones end. ``is_sequence_parallel``: what is outside is this
+    rank's tokens, else all."""
 
     group: dist.ProcessGroup
     is_sequence_parallel: bool
@@ -38,6 +39,15 @@ class Region:
     def whole(self, x_BTC: Tensor) -> Tensor:
         """The input with the tokens of all ranks."""
         return all_gather_sequence(x_BTC, self.group) if self.is_sequence_parallel else x_BTC
+
+    def reduce(self, y_BTC: Tensor) -> Tensor:
+        """Where row-parallel layers end: the sum of their products, with sequence parallelism of this rank's tokens."""
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.is_sequence_parallel
+            else reduce_from_tensor_parallel_region
+        )
+        return reduce(y_BTC, self.group)
 
     def gradients(
         self,
@@ -85,8 +95,8 @@ class ColumnParallel:
     def __init__(self, region: Region, is_transposed: Sequence[bool]) -> None:
         self._region, self._is_transposed = region, tuple(is_transposed)
 
-    def __call__(self, block: Any, x_BTC: Tensor) -> tuple[Tensor, ...]:
-        """A product [B, T, F] for each matrix; of all tokens, where ``x_BTC`` has this rank's."""
+    def __call__(self, block: Any, x_BTC: Tensor, sample_ids_B: Tensor | None) -> tuple[Tensor, ...]:
+        """A product [B, T, F] for each matrix; of all tokens, where ``x_BTC`` has this rank's. None has an adapter."""
         linears = [getattr(block, name) for name in block.input_names]
         pairs = zip(linears, self._is_transposed, strict=True)
         weights = [linear.weight.t() if is_transposed else linear.weight for linear, is_transposed in pairs]
@@ -120,27 +130,3 @@ class _ColumnParallel(torch.autograd.Function):
             for grad_BTF, needs_bias in zip(grads_BTF, needs[count:], strict=True)
         ]
         return grad_x_BTC, None, *grad_weights_FC, *grad_biases_F
-
-
-class RowParallelLinear(nn.Module):
-    """A linear layer over this rank's part of the inputs; the products are summed over the group, then the bias added.
-
-    ``weight_dim``: the dimension of the weight along which inputs lie (1 in a Linear, 0 in a Conv1D).
-    """
-
-    def __init__(self, linear: Any, weight_dim: int, region: Region) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = linear.weight
-        self.bias: nn.Parameter | None = linear.bias
-        self._weight_dim, self._group = weight_dim, region.group
-        self._reduce = (
-            reduce_scatter_to_sequence_parallel_region
-            if region.is_sequence_parallel
-            else reduce_from_tensor_parallel_region
-        )
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """The whole sum; under sequence parallelism, of this rank's tokens."""
-        weight = self.weight if self._weight_dim == 1 else self.weight.t()
-        y_BTC = self._reduce(functional.linear(x_BTC, weight), self._group)
-        return y_BTC if self.bias is None else y_BTC + self.bias

@@ -34,6 +34,14 @@ class ShardedModel:
         """By name, as they are now: what gives them memory may put others in their places."""
         return {name: parameter for chunk in self.chunks for name, parameter in chunk.named_parameters()}
 
+    def updated(self) -> dict[str, nn.Parameter]:
+        """Those that this rank's optimizer updates: neither frozen nor the copy of a tied weight."""
+        return {name: p for name, p in self.parameters().items() if p.requires_grad and not self.specs[name].is_copy}
+
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """Those that are read and never updated: they have no gradient, no master weights, no optimizer state."""
+        return {name: p for name, p in self.parameters().items() if not p.requires_grad}
+
 
 def shard_model(
     chunks: Sequence[Model], config: RunConfig, groups: Groups, recomputed: tuple[type[nn.Module], ...]
@@ -66,8 +74,8 @@ def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> Sharded
 
 
 def tied_weight(model: ShardedModel, config: RunConfig, groups: Groups) -> nn.Parameter | None:
-    """The weight that the first and the last pipeline stage have in common, on a rank of one of them."""
-    if not config.model.tie_word_embeddings or groups.topology.pipeline == 1:
+    """The weight that the first and the last pipeline stage have in common and train, on a rank of one of them."""
+    if not config.model.tie_word_embeddings or groups.topology.pipeline == 1 or config.lora is not None:
         return None
     embeddings = [f"{chunk.embedding_names[0]}.weight" for chunk in model.chunks if chunk.embedding_names]
     copies = [name for name, spec in model.specs.items() if spec.is_copy]

@@ -26,7 +26,7 @@ from megatrain.parallel.collectives import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatrain.parallel.linear import ColumnParallel, Region, RowParallelLinear
+from megatrain.parallel.linear import ColumnParallel, Region
 from megatrain.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
 
@@ -40,14 +40,15 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
         for key, parameter in list(module.named_parameters(recurse=False)):
             path = f"{name}.{key}"
             specs[path] = _shard_spec(path, parameter, split, config.model, groups)
-            module.register_parameter(key, nn.Parameter(parameter.new_empty(specs[path].local_shape)))
-        if split is None or split.kind == "shared":
+            empty = parameter.new_empty(specs[path].local_shape)
+            module.register_parameter(key, nn.Parameter(empty, parameter.requires_grad))
+        if split is None or split.kind in ("shared", "factor"):
             continue
         parent_name = name.rpartition(".")[0]
         if split.kind == "column":
             blocks.setdefault(parent_name, []).append(split.weight_dim == 1)
         elif split.kind == "row":
-            model.set_submodule(name, RowParallelLinear(module, split.weight_dim, region))
+            module.reduce = region.reduce
         else:
             kind = VocabParallelHead if name == model.head_name else VocabParallelEmbedding
             model.set_submodule(name, kind(module, specs[f"{name}.weight"], region))
@@ -67,18 +68,18 @@ def partial_gradients(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], con
     """
     embeddings = {f"{name}.weight" for model in chunks for name in model.embedding_names}
     on_tokens = {name for name, spec in specs.items() if spec.num_replicas > 1 and name not in embeddings}
-    partial = {name for name, spec in specs.items() if spec.is_partial_grad}
-    return partial | on_tokens if config.parallel.sequence else partial
+    parts = {name for name, spec in specs.items() if spec.is_partial_grad}
+    return parts | on_tokens if config.parallel.sequence else parts
 
 
 def mark_parameters(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], config: RunConfig, groups: Groups) -> None:
     """Mark whether this rank counts a parameter in the gradient norm, and sum gradients that are partial."""
-    size, partial = groups.topology.tensor, partial_gradients(chunks, specs, config)
+    size, summed = groups.topology.tensor, partial_gradients(chunks, specs, config)
     for name, parameter in ((name, p) for model in chunks for name, p in model.named_parameters()):
         num_replicas = specs[name].num_replicas
         # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
         parameter.model_parallel = num_replicas < size and specs[name].replica == 0
-        if name in partial:
+        if name in summed and parameter.requires_grad:
             _sum_gradients(parameter, groups.tensor if num_replicas == size else groups.kv_replica_group)
 
 
@@ -125,7 +126,7 @@ def _slice(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSl
 
 def _begin_block(block: Any, is_transposed: Sequence[bool], region: Region, config: RunConfig) -> None:
     """Have the input of a block's column-parallel layers made whole, and its gradient summed."""
-    if config.parallel.gathers_by_layer:
+    if config.gathers_by_layer:
         enter = gather_from_sequence_parallel_region if region.is_sequence_parallel else copy_to_tensor_parallel_region
         _before(block, enter, region.group)
     else:
@@ -145,7 +146,13 @@ def _set_dropout_offsets(model: Any, config: RunConfig, groups: Groups) -> None:
     first_head = index * (config.model.num_attention_heads // size)
     first_token = index * (config.data.seq_len // size) if config.parallel.sequence else 0
     for name in model.decoder_names:
-        for module in model.get_submodule(name).modules():
-            offsets = getattr(module, "offsets", None)
-            if offsets is not None:
-                module.offsets = (first_head, 0, 0) if len(offsets) == 3 else (first_token, 0)
+        for path, module in model.get_submodule(name).named_modules(prefix=name):
+            if not hasattr(module, "offsets"):
+                continue
+            parent = path.rpartition(".")[0]
+            adapted = config.model.description.split_of(parent)
+            if adapted is not None:  # of an adapter, whose inputs are all tokens, and on a cut matrix a part of each
+                is_cut = adapted.kind == "row"
+                module.offsets = (0, index * model.get_submodule(f"{parent}.lora_A").weight.shape[1] * is_cut)
+            else:
+                module.offsets = (first_head, 0, 0) if len(module.offsets) == 3 else (first_token, 0)

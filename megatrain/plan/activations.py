@@ -65,7 +65,7 @@ def _layer(stage: StageModel, fused: bool, selective: bool) -> int:
     """Bytes that a decoder layer keeps of one micro-batch."""
     model, tokens, block = stage.config.model, stage.tokens, stage.config.model.description.block
     # The inputs of attention and MLP are gathered again in the backward pass, where the layout can.
-    num_border, num_whole = (2, 2) if stage.config.parallel.gathers_by_layer else (4, 0)
+    num_border, num_whole = (2, 2) if stage.config.gathers_by_layer else (4, 0)
     wide = num_whole * model.hidden_size
     wide += _attention_elements(stage, block.attention, fused or selective) + _mlp_elements(stage, block.mlp, selective)
     kept = stage.element_bytes * (tokens * wide + num_border * _border_elements(stage))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatrain.config.schema import ModelConfig
+from math import prod
+
+from megatrain.config.schema import LoraConfig, ModelConfig
 
 
 def matrix_parameters(model: ModelConfig) -> int:
@@ -18,6 +20,22 @@ def num_parameters(model: ModelConfig) -> int:
     others = sum(weight.numel(model.sizes) for outer in family.outer_layers for weight in outer.weights)
     shared = model.hidden_size * model.known_vocab_size if model.tie_word_embeddings else 0
     return model.num_hidden_layers * layer + others - shared
+
+
+def num_trained_parameters(model: ModelConfig, lora: LoraConfig | None) -> int:
+    """Those that are updated, and that a checkpoint holds: all, or the adapters'."""
+    return num_parameters(model) if lora is None else sum(map(prod, adapter_shapes(model, lora).values()))
+
+
+def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name and shape of every parameter of the adapters, in order."""
+    block, sizes = model.description.block, {**model.sizes, "rank": lora.rank}
+    weights = block.adapter_weights(lora.adapts)
+    return {
+        f"{block.prefix}.{number}.{weight.name}": weight.shape(sizes)
+        for number in range(model.num_hidden_layers)
+        for weight in weights
+    }
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

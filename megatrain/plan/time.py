@@ -148,7 +148,7 @@ def _tensor(part: StageModel, cluster: Cluster, rate: float) -> tuple[float, flo
     for outputs, count in _column_outputs(part):
         product = 2 * part.tokens * part.config.model.hidden_size * outputs / rate
         sent = [half, half] if parallel.sequence else [2 * half]
-        if parallel.gathers_by_layer:
+        if part.config.gathers_by_layer:
             waited += count * (half if parallel.sequence else 2 * half)
         else:
             waited += count * sum(max(seconds - product, 0.0) for seconds in sent)

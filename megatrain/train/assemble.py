@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.manifest import Base
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.checkpoint.stores import open_store
 from megatrain.config import RunConfig
@@ -36,11 +37,12 @@ from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation
 from megatrain.model.decoder import DecoderStage, LayerSpec, build_layers
 from megatrain.model.init import InitialWeights
+from megatrain.model.linear import add_adapters
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine, Sharding
 from megatrain.parallel.shard import ShardedModel, shard_model, tie_across_stages
 from megatrain.plan import rules
-from megatrain.plan.flops import num_parameters
+from megatrain.plan.flops import num_trained_parameters
 from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.stages import decoder_stages
 from megatrain.plan.this_machine import cpu_computes_bf16
@@ -79,6 +81,8 @@ class Run:
     """What came along with the weights it has begun with; on rank 0."""
     origin: Location | None = None
     """The checkpoint that its first weights were taken from, in this start."""
+    base: Base | None = None
+    """The weights that LoRA's adapters stand beside."""
     former: RunConfig | None = None
     """The config of the checkpoint that it goes on from."""
     overrides: tuple[str, ...] = ()
@@ -177,8 +181,10 @@ def _names(datasets: Sequence[Dataset]) -> list[str]:
 
 def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Finding]:
     """What is bad about the ranks, and does not keep a run from starting. Collective; raises RankError for the rest."""
-    state_bytes = 0 if config.checkpoint.dir else STATE_BYTES_PER_PARAMETER * num_parameters(config.model)
-    folders = Folders(Path(config.run.dir), existing(extensions_dir()), max(state_bytes, LEAST_FREE_BYTES))
+    num_saved = 0 if config.checkpoint.dir else num_trained_parameters(config.model, config.lora)
+    folders = Folders(
+        Path(config.run.dir), existing(extensions_dir()), max(STATE_BYTES_PER_PARAMETER * num_saved, LEAST_FREE_BYTES)
+    )
     findings, _ = examine(groups, rank, folders)
     fatal = "; ".join(finding.text for finding in findings if finding.is_fatal)
     if fatal:
@@ -220,6 +226,8 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
         specs = build_layers(config.model, config.run.seed)
         stages = range(rank, num_stages, num_ranks)
         chunks = [DecoderStage(config.model, _stage_layers(config, specs, stage, num_stages)) for stage in stages]
+        for chunk in chunks:
+            add_adapters(chunk, config.lora, config.run.seed)
     model = shard_model(chunks, config, groups, RECOMPUTED)
     if config.model.tie_word_embeddings and num_ranks > 1 and chunks[-1].head_name is not None:
         model = tie_across_stages(model, chunks[-1].head_name, specs[0].prefix)

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from megatrain.checkpoint.location import Location
+from megatrain.checkpoint.location import Location, locate
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token
-from megatrain.checkpoint.origin import find_origin
+from megatrain.checkpoint.origin import Origin, find_origin
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention
@@ -23,8 +23,8 @@ from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
 from megatrain.inference.assets import Assets
 from megatrain.observe.metrics import METRICS_FILE
 from megatrain.observe.record import last_saved_step
-from megatrain.parallel.engine import Engine
-from megatrain.plan.flops import num_parameters
+from megatrain.parallel.engine import Engine, StateReader
+from megatrain.plan.flops import num_trained_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.progress import (
     Progress,
@@ -161,7 +161,10 @@ def _load(run: Run, folder: Location) -> tuple[Progress | None, str | None]:
     if reader is None:
         return None, problem
     progress = _check_progress(run, reader.manifest)
-    _, problem = _on_all_ranks(run, partial(_fill, run, reader, progress.updates))
+    if (base := reader.manifest.base) is not None:
+        run.base = base
+        _load_frozen(run, reader)
+    _, problem = _on_all_ranks(run, partial(_fill, run, reader, reader, progress.updates))
     if problem is not None:
         return None, problem
     if progress.loss_scale and run.engine.loss_scale:
@@ -268,7 +271,18 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
 
 
 def _open(run: Run, folder: Location) -> CheckpointReader:
-    return CheckpointReader(folder, (run.rank.rank, run.rank.world_size), run.groups.activity)
+    named = run.config.run.init_from
+    base = locate(named) if named is not None and run.config.lora is not None else None
+    return CheckpointReader(folder, (run.rank.rank, run.rank.world_size), run.groups.activity, base)
+
+
+def _load_frozen(run: Run, reader: CheckpointReader) -> None:
+    """Take the weights that adapters stand beside, from a checkpoint of either. Raises CheckpointError where they are
+    not to be had, on all ranks: without them no checkpoint of the run can be used, and none is damaged."""
+    _on_rank0(run, lambda: reader.base)
+    _, problem = _on_all_ranks(run, lambda: run.engine.load_frozen(reader))
+    if problem is not None:
+        raise CheckpointError(f"The weights that lora adapts cannot be read: {problem}")
 
 
 def _check_progress(run: Run, manifest: Manifest) -> Progress:
@@ -281,9 +295,9 @@ def _check_progress(run: Run, manifest: Manifest) -> Progress:
     return replace(progress, segments=run.order.segments)
 
 
-def _fill(run: Run, reader: CheckpointReader, num_updates: int) -> None:
-    """Take a checkpoint's state into the engine, and on rank 0 the files beside it into the run."""
-    run.engine.load_fragments(reader, num_updates)
+def _fill(run: Run, reader: CheckpointReader, state: StateReader, num_updates: int) -> None:
+    """Take ``state`` into the engine, and on rank 0 the files beside a checkpoint into the run."""
+    run.engine.load_fragments(state, num_updates)
     if run.rank.rank == 0:
         run.assets = Assets.of_checkpoint(reader)
 
@@ -296,14 +310,15 @@ def _assets(run: Run) -> Assets:
     return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos)
 
 
-def _fitting_origin(run: Run) -> Location:
+def _fitting_origin(run: Run) -> Origin:
     """The checkpoint of ``run.init_from``. Raises CheckpointError where it is of another model or tokenizer."""
     origin = find_origin(run.config)
     assert origin is not None
     origin.refuse_other_model(run.config.model)
+    origin.refuse_other_adapters(run.config.lora)
     for dataset in run.datasets:
         origin.refuse_other_tokenizer(dataset.path, dataset.manifest.tokenizer_sha256)
-    return origin.folder
+    return origin
 
 
 def _begin(run: Run) -> Progress:
@@ -311,8 +326,14 @@ def _begin(run: Run) -> Progress:
     if config.run.init_from is None:
         run.groups.run_on_all_ranks(lambda: run.engine.load_fragments(run.initial_weights, num_updates=0))
     else:
-        run.origin = folder = _on_rank0(run, partial(_fitting_origin, run))
-        _, problem = _on_all_ranks(run, lambda: _fill(run, _open(run, folder), num_updates=0))
+        origin = _on_rank0(run, partial(_fitting_origin, run))
+        run.origin = folder = origin.folder
+        reader = _open(run, folder)
+        if config.lora is not None:
+            run.base = origin.base
+            _load_frozen(run, reader)
+        weights = run.initial_weights if config.lora is not None and origin.lora is None else reader
+        _, problem = _on_all_ranks(run, lambda: _fill(run, reader, weights, num_updates=0))
         if problem is not None:
             raise CheckpointError(f"run.init_from cannot be used: {problem}")
         if run.rank.rank == 0 and (stay := run.assets.staying_behind):
@@ -328,7 +349,8 @@ def _manifest(run: Run, progress: Progress, files: Sequence[FileEntry]) -> Manif
     return Manifest(
         step=progress.step,
         tokens=progress.tokens,
-        parameters=num_parameters(config.model),
+        parameters=num_trained_parameters(config.model, config.lora),
+        base=run.base,
         layout={
             "world_size": topology.world_size,
             "data": topology.data,

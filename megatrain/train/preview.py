@@ -71,6 +71,7 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     from megatrain.data import open_dataset
 
     origin.refuse_other_model(config.model)
+    origin.refuse_other_adapters(config.lora)
     for entry in config.data.train:
         if must_exist or Path(entry.path).exists():
             origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)

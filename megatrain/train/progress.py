@@ -75,6 +75,8 @@ RULES = (
     Rule("spikes", Change.YES, _FROM_THAT_STEP_ON),
     Rule("optimizer", Change.YES, _FROM_THAT_STEP_ON),
     Rule("optimizer.type", Change.NO, "another optimizer has no use for this state"),
+    Rule("lora", Change.NO, "other adapters have no use for these weights"),
+    Rule("lora.dropout", Change.YES, _FROM_THAT_STEP_ON),
     Rule("schedule", Change.YES, _FROM_THAT_STEP_ON),
     Rule("checkpoint", Change.YES, "it does not touch the training"),
     Rule("observe", Change.YES, "it does not touch the training"),

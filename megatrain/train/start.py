@@ -22,7 +22,7 @@ from megatrain.observe.callbacks import Callback
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
-from megatrain.plan.flops import num_parameters
+from megatrain.plan.flops import num_parameters, num_trained_parameters
 from megatrain.train.assemble import Run, assemble, computes_bf16
 from megatrain.train.checkpointing import restore, rewind
 from megatrain.train.config_record import record_new_run
@@ -140,8 +140,10 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} thread(s) a rank"
     )
+    trained = f", {num_trained_parameters(config.model, config.lora):,} of them trained" if config.lora else ""
+    count = f"{num_parameters(config.model):,} parameters{trained}"
     facts = {
-        "model": f"{config.model.family}, {num_parameters(config.model):,} parameters, {config.train.precision}",
+        "model": f"{config.model.family}, {count}, {config.train.precision}",
         "layout": layout_in_words(config.parallel, topology),
         "device": name,
         "data": ", ".join(

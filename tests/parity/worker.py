@@ -86,6 +86,7 @@ def train(case: Case) -> dict[str, Any]:
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = groups_of(topology, config.model.kv_heads)
     engine = build_engine(config, groups)
+    engine.load_frozen(InitialWeights(config.model, config.run.seed))
     if case.load:
         reader = CheckpointReader(Path(case.load), near=(rank.rank, rank.world_size))
         engine.load_fragments(reader, num_updates=case.num_updates)
@@ -94,6 +95,7 @@ def train(case: Case) -> dict[str, Any]:
     else:
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
     engine.sync_params_from_master()
+    frozen = [held.master.clone() for held in engine._sharding.frozen_slices()]
     sources = training_sources(config, train_sets, groups)
     maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
     order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
@@ -128,6 +130,8 @@ def train(case: Case) -> dict[str, Any]:
         saved, problem = save(engine, case, rank.rank, num_updates)
     if case.flipped and rank.rank == rank.world_size - 1:
         flip_a_bit(engine, case.flipped)
+    pairs = zip(frozen, engine._sharding.frozen_slices(), strict=True)
+    assert all(torch.equal(before, held.master) for before, held in pairs), "a frozen weight has changed"
     difference = engine.find_differences()
     assert case.flipped or difference is None, difference
     problem = groups.first_value(problem)

@@ -25,6 +25,7 @@ train:      {micro_batch_size: 2, precision: auto, gradient_clipping: 1.0,
 spikes:     {action: none, window_steps: 128, num_deviations: 8.0, rewind_steps: 100, margin_batches: 10,
              max_in_a_row: 50}
 optimizer:  {type: adamw, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
+lora:       null
 schedule:   {type: cosine, warmup_steps: 20, min_lr_ratio: 0.1, decay_steps: null}
 checkpoint: {every_steps: 50, keep: 3, keep_every_steps: null, keep_best: 0, dir: null, background: true}
 observe:    {log_every_steps: 1, tensorboard: true, trackers: [], straggler_report_seconds: 60.0, peak_flops: null}
@@ -47,8 +48,8 @@ def test_every_key_left_out_has_its_documented_default(loaded):
     assert resolved["data"]["train"] == [{"path": "data/code", "weight": 1.0, **transforms}]
 
 
-def keys_but_required(name: str, section: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in section.items() if key not in REQUIRED.get(name, ())}
+def keys_but_required(name: str, section: dict[str, object] | None) -> dict[str, object] | None:
+    return section and {key: value for key, value in section.items() if key not in REQUIRED.get(name, ())}
 
 
 def test_exactly_the_required_keys_are_required(refused):

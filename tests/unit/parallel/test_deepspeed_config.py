@@ -22,7 +22,7 @@ def settings(deepspeed: dict[str, Any] | None = None, parallel: dict[str, Any] |
             "deepspeed": deepspeed or {},
         }
     )
-    return deepspeed_config(config, data_size=4, num_parameters=100_000)
+    return deepspeed_config(config, data_size=4, num_parameters=100_000, num_updated=100_000)
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.5, 1.0])

@@ -109,7 +109,8 @@ def test_a_skipped_step_counts_but_is_no_update() -> None:
 def changed(**sections: dict[str, Any]) -> RunConfig:
     """CONFIG with these keys laid over it."""
     now = json.loads(CONFIG.model_dump_json())
-    return RunConfig.model_validate({name: {**keys, **sections.get(name, {})} for name, keys in now.items()})
+    laid_over = {name: {**now[name], **section} for name, section in sections.items()}
+    return RunConfig.model_validate({**now, **laid_over})
 
 
 SAVED = json.loads(CONFIG.model_dump_json())
