@@ -645,6 +645,19 @@ def rewind_checkpoints(
     typer.echo(f"The next start of {run} goes on from step {step}.")
 
 
+@checkpoint_app.command("set-base")
+def set_checkpoint_base(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint of LoRA adapters, or a run folder.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Where the weights that they adapt are now.")],
+) -> None:
+    """Say where the base of LoRA adapters has moved to. It must hold the same weights."""
+    from megatrain.checkpoint.inspection import set_base
+    from megatrain.distributed.bootstrap import job_identity
+
+    for folder in set_base(_place(path), _place(base), job_identity()):
+        typer.echo(f"{folder} has its base in {base} now.")
+
+
 def main() -> None:
     """The console command."""
     try:

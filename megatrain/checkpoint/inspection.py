@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.location import Location, store_errors
+from megatrain.atomic import commit_bytes
+from megatrain.checkpoint.location import Location, address, store_errors, write_file
 from megatrain.checkpoint.lock import locked
-from megatrain.checkpoint.manifest import read_manifest
-from megatrain.checkpoint.reader import check_files
+from megatrain.checkpoint.manifest import MANIFEST, read_manifest
+from megatrain.checkpoint.reader import CheckpointReader, check_files
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, find_problem, is_checkpoint
 from megatrain.checkpoint.stores import find_store, resolve
 from megatrain.errors import CheckpointError
@@ -33,6 +34,27 @@ def rewind(run: Location, step: int, job: Mapping[str, str]) -> Sequence[Checkpo
         raise CheckpointError(f"The checkpoint of step {step} is not good: {problem}")
     with _locked(run, store, job), store_errors(store.folder):
         return store.set_aside(step)
+
+
+def set_base(path: Location, base: Location, job: Mapping[str, str]) -> Sequence[Location]:
+    """Name the place that the base of LoRA's adapters has moved to, in a checkpoint or in all of a run, which must not
+    be going on; those that were changed. Raises CheckpointError where they have none, or ``base`` is another."""
+    folders = [path] if is_checkpoint(path) else [found.path for found in list_checkpoints(path) if found.good]
+    place = CheckpointReader(resolve(base))
+    run = folders[0].parent if is_checkpoint(path) else path
+    with _locked(run, find_store(run), job):
+        for folder in folders:
+            manifest = read_manifest(folder)
+            if manifest.base is None:
+                raise CheckpointError(f"{folder} holds whole weights: it has no base.")
+            place.refuse_other_base(manifest.base)
+            moved = manifest.base.model_copy(update={"path": address(place.folder)})
+            content = manifest.model_copy(update={"base": moved}).encode()
+            if isinstance(folder, Path):
+                commit_bytes(folder / MANIFEST, content)
+            else:
+                write_file(folder / MANIFEST, content)
+    return folders
 
 
 def _locked(run: Location, store: CheckpointStore, job: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:

@@ -49,6 +49,11 @@ def locate(text: str | Path) -> Location:
     return Path(path.path) if path.protocol in ("", "file", "local") else path
 
 
+def address(place: Location) -> str:
+    """What `locate` finds it by from any working folder."""
+    return str(place.absolute() if isinstance(place, Path) else place)
+
+
 @contextmanager
 def store_errors(path: Location) -> Iterator[None]:
     """Raise what goes wrong there as a CheckpointError that names it: Unreachable for a store, whose own package may

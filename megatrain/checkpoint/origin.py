@@ -54,10 +54,11 @@ class Origin:
     @property
     def base(self) -> Base:
         """The weights that adapters of this checkpoint's model stand beside."""
+        from megatrain.checkpoint.location import address
         from megatrain.checkpoint.manifest import Base
 
         digest, size = self.manifest.weights_digest, self.manifest.parameters
-        return self.manifest.base or Base(path=str(self.folder), digest=digest, parameters=size)
+        return self.manifest.base or Base(path=address(self.folder), digest=digest, parameters=size)
 
     def refuse_other_adapters(self, lora: LoraConfig | None) -> None:
         """Raise CheckpointError where the checkpoint holds adapters that are not those of ``lora``."""

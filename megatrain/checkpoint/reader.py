@@ -11,11 +11,10 @@ from torch import Tensor
 
 from megatrain.checkpoint.coverage import Coverage
 from megatrain.checkpoint.location import Location, locate
-from megatrain.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from megatrain.checkpoint.manifest import MANIFEST, Base, FileEntry, Manifest, read_manifest
 from megatrain.checkpoint.rank_file import RankFile, StoredShard, copy_into, is_rank_file
 from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import read_small_file
-from megatrain.checkpoint.stores import resolve
 from megatrain.distributed.activity import Activity
 from megatrain.distributed.fragment import FlatShard, ShardSpec, shard_views
 from megatrain.errors import CheckpointError, Unreachable
@@ -28,7 +27,6 @@ _STILL_OPEN_ELSEWHERE = ".nfs"
 
 class CheckpointReader:
     """One checkpoint. ``near``: the number of the rank that reads, and of how many. ``activity``: told of each block.
-    ``base``: where else the base of LoRA's adapters may be than where it was.
 
     Files are opened when a shard is not found in those already open, from the reader's own position among the ranks
     outwards: a rank's share lies about there under every layout. So under the layout that wrote it each rank opens its
@@ -36,15 +34,9 @@ class CheckpointReader:
     damage raises CheckpointError naming file and bytes. A checkpoint of adapters is read with its base's weights.
     """
 
-    def __init__(
-        self,
-        folder: Location,
-        near: tuple[int, int] | None = None,
-        activity: Activity | None = None,
-        base: Location | None = None,
-    ) -> None:
+    def __init__(self, folder: Location, near: tuple[int, int] | None = None, activity: Activity | None = None) -> None:
         self.folder = folder
-        self._near, self._activity, self._base = near, activity, base
+        self._near, self._activity = near, activity
         self.manifest: Manifest = read_manifest(folder)
         entries = [entry for entry in self.manifest.files if is_rank_file(entry.file)]
         self._unopened = _nearest_last(entries, near)
@@ -64,23 +56,25 @@ class CheckpointReader:
         known = self.manifest.base
         if known is None:
             return None
-        problems = []
-        for folder in (locate(known.path), *([resolve(self._base)] if self._base is not None else [])):
-            try:
-                found = CheckpointReader(folder, self._near, self._activity)
-            except Unreachable:
-                raise
-            except CheckpointError as error:
-                problems.append(str(error))
-                continue
-            if found.manifest.weights_digest == known.digest:
-                return found
-            problems.append(f"{folder} holds other weights than those (digest {found.manifest.weights_digest}).")
-        raise CheckpointError(
-            f"{self.folder} holds LoRA adapters of the weights of {known.path} (digest {known.digest}). "
-            f"{' '.join(problems)} Put them back, or say where they are now: with --base, or, where a run goes on, in "
-            "run.init_from."
-        )
+        try:
+            found = CheckpointReader(locate(known.path), self._near, self._activity)
+        except Unreachable:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.folder} holds LoRA adapters, and their base is not to be had: {error} Where it has moved: "
+                f"`megatrain checkpoint set-base {self.folder} FOLDER`."
+            ) from None
+        found.refuse_other_base(known)
+        return found
+
+    def refuse_other_base(self, known: Base) -> None:
+        """Raise CheckpointError where this checkpoint's weights are not those that adapters were trained beside."""
+        if self.manifest.weights_digest != known.digest:
+            raise CheckpointError(
+                f"{self.folder} holds other weights (digest {self.manifest.weights_digest}) than those that the LoRA "
+                f"adapters were trained beside (digest {known.digest}): bring those back."
+            )
 
     def read(self, wanted: FlatShard, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The elements of a shard as a 1-D CPU tensor. Raises CheckpointError where any of them is missing."""

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from megatrain.checkpoint.location import Location, locate
+from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token
 from megatrain.checkpoint.origin import Origin, find_origin
 from megatrain.checkpoint.reader import CheckpointReader
@@ -271,9 +271,7 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
 
 
 def _open(run: Run, folder: Location) -> CheckpointReader:
-    named = run.config.run.init_from
-    base = locate(named) if named is not None and run.config.lora is not None else None
-    return CheckpointReader(folder, (run.rank.rank, run.rank.world_size), run.groups.activity, base)
+    return CheckpointReader(folder, (run.rank.rank, run.rank.world_size), run.groups.activity)
 
 
 def _load_frozen(run: Run, reader: CheckpointReader) -> None:
