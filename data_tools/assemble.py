@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from data_tools.executors import Advance
 from data_tools.job import Records, open_committed, when_seen
+from data_tools.supervised import Supervision, no_answer_error
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit, no_text_error
 from data_tools.work import PartFile, PartStore, write_batches
@@ -33,6 +34,7 @@ from megatrain.data.format import (
     SKIPPED_FILE,
     Manifest,
     Unknown,
+    checksum,
     content_digest,
     count_scored,
     document_schema,
@@ -51,7 +53,11 @@ class Recipe:
     tokenizer: TokenizerFile
     options: dict[str, str]
     shard_tokens: int
-    has_scored: bool = False
+    supervision: Supervision | None = None
+
+    @property
+    def has_scored(self) -> bool:
+        return self.supervision is not None
 
     @property
     def same_for_all_shards(self) -> dict[str, Any]:
@@ -132,8 +138,10 @@ class Assembly:
         """Plan the shards of units that are all finished, and commit the plan."""
         with committed(self.folder / SKIPPED_FILE) as path, path.open("wb") as skipped:
             plan, shards = plan_shards(units, self.store, self.recipe.shard_tokens, skipped)
+        if not shards and plan.examples:
+            raise no_answer_error(plan.examples, (self.folder / SKIPPED_FILE).read_bytes())
         if not shards:
-            raise no_text_error(plan.num_empty, plan.num_skipped, plan.examples)
+            raise no_text_error(plan.num_empty, plan.num_skipped)
         Records.write(self.folder / "shards.arrow", shards)
         commit_bytes(self.plan_path, orjson.dumps(asdict(plan)))
 
@@ -171,7 +179,11 @@ class Assembly:
         plan, tokenizer = self.plan, self.recipe.tokenizer
         if plan.num_skipped:
             commit_bytes(self.out / SKIPPED_FILE, (self.folder / SKIPPED_FILE).read_bytes(), self.folder)
+        files = {} if self.recipe.supervision is None else self.recipe.supervision.files
+        for name, content in files.items():
+            commit_bytes(self.out / name, content, self.folder)
         manifest = Manifest(
+            template_files={name: checksum(content).hex() for name, content in files.items()} or None,
             digest=content_digest(tokenizer.sha256, self.recipe.options, document_hashes(shards)),
             num_shards=len(rows),
             num_documents=sum(row["documents"] for row in rows),
@@ -239,7 +251,9 @@ def plan_shards(
     parts_of = [{each.part for each in slices} for slices in shards]
     num_shards = Counter(part for parts in parts_of for part in parts)
     own_parts = [sorted(part for part in parts if num_shards[part] == 1) for parts in parts_of]
-    return Plan(num_empty, num_skipped, unknown, num_scored, dict(examples)), list(map(ShardPlan, shards, own_parts))
+    return Plan(
+        num_empty, num_skipped, unknown, num_scored, {name: count for name, count in examples.items() if count}
+    ), list(map(ShardPlan, shards, own_parts))
 
 
 def _in_order(units: Iterable[Unit], store: PartStore) -> Iterator[tuple[Unit, list[PartFile]]]:

@@ -117,6 +117,7 @@ def _check(given: dict[str, Any], read: Any) -> None:
     """Look at all that the command with these options needs."""
     from data_tools.check import Storage, check_command
     from data_tools.clean.filter import choose_filters
+    from data_tools.conversations import Answers
     from data_tools.progress import show_progress
     from data_tools.ranks import Ranks
     from data_tools.tokenizer import load_tokenizer
@@ -125,6 +126,9 @@ def _check(given: dict[str, Any], read: Any) -> None:
     if "tokenizer" in given:
         ends = given["eod_token"], given["bos_token"]
         others.append(partial(load_tokenizer, given["tokenizer"].expanduser(), *ends))
+        answers = Answers.of(given)
+        read = answers.read(read)
+        others.append(partial(answers.supervision, given["tokenizer"].expanduser(), *ends))
     if "filters" in given:
         others.append(partial(choose_filters, given["filters"], given["config"] and given["config"].expanduser()))
     is_folder = "vocab_size" not in given
@@ -233,12 +237,26 @@ def tokenize(
     max_unknown: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The most of the text (a share) that may have no tokens.")
     ] = 0.01,
-    prompt_key: Annotated[str | None, typer.Option(help="The key of a prompt; with --answer-key.")] = None,
-    answer_key: Annotated[
-        str | None, typer.Option(help="The key of its answer, which alone is scored in fine-tuning.")
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Conversations: `messages`, by the tokenizer folder's chat template.")
+    ] = False,
+    messages_key: Annotated[
+        str | None, typer.Option(help="--chat: the key of the messages; `messages` unless given.")
     ] = None,
+    tools_key: Annotated[str | None, typer.Option(help="--chat: the key of tools; `tools` unless given.")] = None,
+    loss: Annotated[
+        Literal["all", "last"] | None, typer.Option(help="--chat: score all answers (if not given), or the last.")
+    ] = None,
+    train_on_roles: Annotated[
+        list[str] | None, typer.Option(help="--chat: whose messages are answers; repeatable; `assistant` unless given.")
+    ] = None,
+    chat_date: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="--chat: today, for templates that write the date.")
+    ] = None,
+    prompt_key: Annotated[str | None, typer.Option(help="The key of a prompt; with --answer-key.")] = None,
+    answer_key: Annotated[str | None, typer.Option(help="The key of its answer, which alone is scored.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Answers that end behind so many tokens of a document are dropped.")
+        int | None, typer.Option(min=2, help="Answers that end behind so many tokens of a document are left out.")
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
@@ -256,13 +274,16 @@ def tokenize(
 
     Under mpirun, or srun with an MPI, the ranks are the workers; a task of a SLURM array does its share.
     """
+    from data_tools.conversations import Answers
     from data_tools.executors import find_place
     from data_tools.progress import show_progress
-    from data_tools.supervised import choose_supervision
+    from data_tools.supervised import describe_scored
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
 
-    read, supervision = choose_supervision(read, prompt_key, answer_key, max_tokens)
+    of_chat = (chat, messages_key, tools_key, loss, train_on_roles or (), chat_date)
+    answers = Answers(*of_chat, prompt_key, answer_key, max_tokens)
+    read, supervision = answers.read(read), answers.supervision(tokenizer.expanduser(), eod_token, bos_token)
     options = TokenizeOptions(read, eod_token, bos_token, shard_tokens, supervision)
     with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
         if place is None:
@@ -280,8 +301,10 @@ def tokenize(
     )
     if manifest.unknown and manifest.unknown.characters:
         _tell(f"Warning: the tokenizer has no tokens for {manifest.unknown}")
+    if manifest.num_scored is not None:
+        _show(describe_scored(manifest))
     if manifest.num_skipped:
-        _tell(f"{manifest.num_skipped} rows could not be read and were skipped; {out / 'skipped.jsonl'} lists them.")
+        _tell(f"{manifest.num_skipped} rows were left out; {out / 'skipped.jsonl'} lists them.")
 
 
 @app.command()

@@ -21,7 +21,7 @@ from data_tools.engines import Engine
 from data_tools.executors import Advance
 from data_tools.job import committed_names
 from data_tools.readers import read_commits
-from data_tools.supervised import Example, ExampleEncoder, Supervision
+from data_tools.supervised import Encoded, Example, ExampleEncoder, Supervision
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import MAX_LISTED, Part, ReadOptions, Record, Unit
 from data_tools.work import PartStore, write_batches
@@ -144,21 +144,25 @@ class UnitEncoder:
         offsets = np.cumsum([0, *map(len, ids)])
         tokens = np.concatenate([np.empty(0, np.uint32), *ids])
         unknown = self._count_unknown(unit, documents, tokens, offsets)
-        return self._batch(documents, tokens.astype(self._dtype), offsets, [doc.scored for _, doc in pairs]), unknown
+        return self._batch(documents, tokens.astype(self._dtype), offsets, [document for _, document in pairs]), unknown
 
     def _batch(
         self,
         documents: Documents,
         tokens: npt.NDArray[Any],
         offsets: npt.NDArray[np.int64],
-        scored: list[npt.NDArray[np.uint32]] | None = None,
+        encoded: list[Encoded] | None = None,
     ) -> pa.RecordBatch:
-        """The documents as rows of a part; ``scored``: see `document_schema`."""
+        """The documents as rows of a part; ``encoded``: of examples."""
         data = tokens.data.cast("B")
         bounds = (offsets * self._dtype.itemsize).tolist()
+        scored = None if encoded is None else [each.scored for each in encoded]
         runs = [None] * len(documents) if scored is None else [each.data.cast("B") for each in scored]
         hashes = [document_hash(data[a:b], each) for (a, b), each in zip(pairwise(bounds), runs, strict=True)]
-        texts = [document.text for _, document in documents]
+        if encoded is None:
+            text_bytes = [len(d.text) if d.text.isascii() else len(d.text.encode()) for _, d in documents]
+        else:
+            text_bytes = [each.text_bytes for each in encoded]
         schema = self._schema({})
         columns = [
             pa.LargeListArray.from_arrays(offsets, pa.array(tokens), type=schema.field("tokens").type),
@@ -166,7 +170,7 @@ class UnitEncoder:
             pa.array(hashes, pa.binary(16)),
             pa.array([document.file for _, document in documents], pa.uint32()),
             pa.array([row for row, _ in documents], pa.uint64()),
-            pa.array([len(text) if text.isascii() else len(text.encode()) for text in texts], pa.uint64()),
+            pa.array(text_bytes, pa.uint64()),
             *([] if scored is None else [pa.array(scored, SCORED.type)]),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -208,7 +212,7 @@ def make_examples(
         made = []
         for row, record in batch:
             examples["read"] += 1
-            for found in supervision.examples(record):
+            for found in supervision.examples(record, examples):
                 if isinstance(found, Example):
                     made.append((row, found))
                     continue

@@ -6,10 +6,13 @@ those of its whole text, encoded once; scored is what lies in the answers' chara
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,8 +20,10 @@ import numpy.typing as npt
 import orjson
 
 from data_tools.tokenizer import TokenizerFile
-from data_tools.units import Fields, ReadOptions, Record
-from megatrain.errors import ConfigError
+from data_tools.units import Record
+from megatrain.data.format import Manifest
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import DataError
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -32,6 +37,8 @@ class Example(NamedTuple):
     """Index in the unit's files."""
     scored: Spans
     """Runs of characters, [begin, end), ascending."""
+    literal: Spans
+    """Runs of characters that stay text even if they spell control tokens."""
     scores_end: bool
     """Whether the end-of-document token is scored, where the text does not end with one of its own."""
 
@@ -55,7 +62,14 @@ class Supervision(Protocol):
         """What of it decides the tokens, for `Manifest.options`."""
         ...
 
-    def examples(self, record: Record) -> Iterator[Example | LeftOut]: ...
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """Of TEMPLATE_FILES, those that belong to the dataset."""
+        ...
+
+    def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
+        """Those of a record, and why there are none; ``counts``: see `Manifest.examples`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,9 +80,13 @@ class PromptAndAnswer:
 
     @property
     def named(self) -> dict[str, str]:
-        return {"format": "prompt_answer", **max_tokens_named(self.max_tokens)}
+        return {"examples": "prompt_answer", **max_tokens_named(self.max_tokens)}
 
-    def examples(self, record: Record) -> Iterator[Example | LeftOut]:
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        return {}
+
+    def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         prompt, answer = orjson.loads(record.text)
         if not isinstance(answer, str) or not answer:
             yield LeftOut("no_answer", "the record has no answer")
@@ -76,32 +94,37 @@ class PromptAndAnswer:
             yield LeftOut("no_prompt", "the prompt is empty: all would be scored")
         else:
             text = prompt + answer
-            yield Example(text, record.id, record.file, ((len(prompt), len(text)),), scores_end=True)
-
-
-def choose_supervision(
-    read: ReadOptions, prompt_key: str | None, answer_key: str | None, max_tokens: int | None
-) -> tuple[ReadOptions, PromptAndAnswer | None]:
-    """What to read, and what to make of it, by the options of `tokenize`. Raises ConfigError where they do not fit."""
-    if prompt_key is None and answer_key is None:
-        if max_tokens is not None:
-            raise ConfigError("--max-tokens would do nothing: plain documents are cut as they are read for training.")
-        return read, None
-    if prompt_key is None or answer_key is None:
-        raise ConfigError("--prompt-key and --answer-key belong together: give both.")
-    fields = Fields((answer_key,), is_chat=False, option="--prompt-key")
-    return replace(read, text_key=prompt_key, fields=fields), PromptAndAnswer(max_tokens)
+            yield Example(text, record.id, record.file, ((len(prompt), len(text)),), ((0, len(text)),), scores_end=True)
 
 
 def max_tokens_named(max_tokens: int | None) -> dict[str, str]:
     return {} if max_tokens is None else {"max_tokens": str(max_tokens)}
 
 
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """`Manifest.examples` in words."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items()))
+
+
+def describe_scored(manifest: Manifest) -> str:
+    """How much of a dataset is scored, and what was left out of it."""
+    share = 100 * (manifest.num_scored or 0) / manifest.num_tokens
+    return f"Scored: {manifest.num_scored} tokens ({share:.1f}%). Examples: {describe_counts(manifest.examples or {})}."
+
+
+def no_answer_error(counts: Mapping[str, int], skipped: bytes) -> DataError:
+    """For an input of which no example is left; ``skipped``: what SKIPPED_FILE would list."""
+    first = skipped.partition(b"\n")[0]
+    why = "row {row} of {file}: {problem}".format(**orjson.loads(first)) if first else "give a larger --max-tokens"
+    return DataError(f"No answer of the input is left to be scored ({describe_counts(counts)}): {why}.")
+
+
 class Encoded(NamedTuple):
-    """A document: its ids, and the runs of tokens that are scored."""
+    """A document: its ids, the runs of tokens that are scored, and the UTF-8 bytes of its text."""
 
     ids: npt.NDArray[np.uint32]
     scored: npt.NDArray[np.uint32]
+    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -113,43 +136,98 @@ class ExampleEncoder:
 
     def encode(self, examples: Sequence[Example], counts: Counter[str]) -> list[Encoded | None]:
         """The document of each; None where no answer is left of it. ``counts``: see `Manifest.examples`."""
-        encodings = self._library.encode_batch([example.text for example in examples], add_special_tokens=False)
-        return [self._document(*pair, counts) for pair in zip(examples, encodings, strict=True)]
+        found: list[Encoded | None] = [None] * len(examples)
+        for is_literal, library in ((False, self._library), (True, self._text_library)):
+            chosen = [number for number, example in enumerate(examples) if bool(example.literal) == is_literal]
+            given = [examples[n] if not is_literal else self._disguised(examples[n]) for n in chosen]
+            encodings = library.encode_batch([example.text for example in given], add_special_tokens=False)
+            for number, example, encoding in zip(chosen, given, encodings, strict=True):
+                found[number] = self._document(example, encoding, counts)
+        return found
 
     def _document(self, example: Example, encoding: Any, counts: Counter[str]) -> Encoded | None:
         ids = np.array(encoding.ids, np.uint32)
-        mask = overlapping(np.array(encoding.offsets, np.int64).reshape(-1, 2), example.scored)
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        mask = overlapping(places, example.scored)
         bos_id, eod_id = self.tokenizer.bos_id, self.tokenizer.eod_id
+        shift = 0
         if bos_id is not None and ids[:1] != [bos_id]:
-            ids, mask = np.insert(ids, 0, bos_id), np.insert(mask, 0, False)
+            ids, mask, shift = np.insert(ids, 0, bos_id), np.insert(mask, 0, False), 1
         if ids[-1:] != [eod_id]:
             ids, mask = np.append(ids, np.uint32(eod_id)), np.append(mask, example.scores_end)
         runs = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-        if self.max_tokens is None or len(ids) <= self.max_tokens:
-            return Encoded(ids, runs.astype(np.uint32))
-        return self._cut(ids, runs, counts)
+        text = example.text
+        if self.max_tokens is not None and len(ids) > self.max_tokens:
+            end = self._cut(ids, runs, counts)
+            if not end:
+                return None
+            text = text[: places[end - 1 - shift, 1]]
+            ids = ids[:end] if ids[end - 1] == eod_id else np.append(ids[:end], np.uint32(eod_id))
+            runs = runs[: 2 * int((runs[1::2] <= end).sum())]
+        return Encoded(ids, runs.astype(np.uint32), len(text.encode()))
 
-    def _cut(self, ids: npt.NDArray[np.uint32], runs: npt.NDArray[np.int64], counts: Counter[str]) -> Encoded | None:
-        """A document that is too long up to the last answer that fits as a whole, and the end of the document."""
-        eod_id = self.tokenizer.eod_id
+    def _cut(self, ids: npt.NDArray[np.uint32], runs: npt.NDArray[np.int64], counts: Counter[str]) -> int:
+        """Where a document that is too long ends: behind the last answer that fits as a whole; 0 if none does."""
         ends = runs[1::2]
-        fitting = ends[ends + (ids[ends - 1] != eod_id) <= (self.max_tokens or 0)]
-        if not len(fitting):
-            counts["no_answer_left"] += 1
-            counts["dropped_tokens"] += len(ids)
-            return None
-        counts["cut_answers" if len(fitting) < len(ends) else "cut_prompts"] += 1
-        end = fitting[-1]
-        kept = ids[:end] if ids[end - 1] == eod_id else np.append(ids[:end], np.uint32(eod_id))
-        counts["dropped_tokens"] += len(ids) - len(kept)
-        return Encoded(kept, runs[runs <= end].astype(np.uint32)[: 2 * len(fitting)])
+        is_closed = ids[ends - 1] == self.tokenizer.eod_id
+        fitting = np.flatnonzero(ends + ~is_closed <= (self.max_tokens or 0))
+        last = int(fitting[-1]) if len(fitting) else -1
+        end = int(ends[last]) if last >= 0 else 0
+        reason = "no_answer_left" if last < 0 else "cut_answers" if last < len(ends) - 1 else "cut_prompts"
+        counts[reason] += 1
+        counts["dropped_tokens"] += len(ids) - (end + int(not is_closed[last]) if end else 0)
+        return end
+
+    def _disguised(self, example: Example) -> Example:
+        """The text with the names that control tokens have for the text library, but for what is literal."""
+        edits = []
+        literal = iter([*example.literal, (len(example.text), len(example.text))])
+        begin, end = next(literal)
+        for found in self._control.finditer(example.text):
+            while end <= found.start() and end < len(example.text):
+                begin, end = next(literal)
+            if not begin <= found.start() < end:
+                edits.append((*found.span(), self._hidden[found[0]]))
+        text, scored = replaced(example.text, edits, example.scored)
+        return example._replace(text=text, scored=scored)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self.tokenizer.control, key=len, reverse=True))))
+
+    @cached_property
+    def _hidden(self) -> dict[str, str]:
+        """The name of each control token in the tokenizer for text, where it has another."""
+        ids = self._library.get_vocab(with_added_tokens=True)
+        return {token: self._text_library.id_to_token(ids[token]) for token in self.tokenizer.control}
 
     @cached_property
     def _library(self) -> Any:
-        from tokenizers import Tokenizer
+        return _without_post_processor(self.tokenizer.json)
 
-        # A post-processor only adds tokens, and leaves white space out of the offsets.
-        return Tokenizer.from_buffer(orjson.dumps({**orjson.loads(self.tokenizer.text_json), "post_processor": None}))
+    @cached_property
+    def _text_library(self) -> Any:
+        return _without_post_processor(self.tokenizer.text_json)
+
+
+def _without_post_processor(tokenizer_json: bytes) -> Any:
+    """A post-processor only adds tokens, and may leave white space out of the offsets."""
+    from tokenizers import Tokenizer as Library
+
+    description = Tokenizer(tokenizer_json, "the tokenizer").description
+    return Library.from_buffer(orjson.dumps({**description, "post_processor": None}))
+
+
+def replaced(text: str, edits: Sequence[tuple[int, int, str]], spans: Sequence[tuple[int, int]]) -> tuple[str, Spans]:
+    """The text with each [begin, end) replaced by another, and spans, whose bounds lie in none of these, in it."""
+    pieces, position = [], 0
+    for begin, end, other in edits:
+        pieces += [text[position:begin], other]
+        position = end
+    ends = [end for _, end, _ in edits]
+    grown = [0, *accumulate(len(other) - (end - begin) for begin, end, other in edits)]
+    moved = tuple((a + grown[bisect_right(ends, a)], b + grown[bisect_right(ends, b)]) for a, b in spans)
+    return "".join([*pieces, text[position:]]), moved
 
 
 def overlapping(tokens: npt.NDArray[np.int64], spans: Iterable[tuple[int, int]]) -> npt.NDArray[np.bool_]:

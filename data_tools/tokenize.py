@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_tools import job
 from data_tools.assemble import Assembly, Recipe
+from data_tools.conversations import Conversations
 from data_tools.encode import UnitEncoder
 from data_tools.engines import Engine, choose_engine
 from data_tools.executors import Advance, Place, Progress
@@ -28,7 +29,16 @@ from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Record, Unit
 from data_tools.work import PartStore
 from megatrain.atomic import commit_bytes
-from megatrain.data.format import MANIFEST_FILE, SHARD_TABLE_FILE, SKIPPED_FILE, TOKENIZER_FILE, Manifest, token_dtype
+from megatrain.data.format import (
+    MANIFEST_FILE,
+    SHARD_TABLE_FILE,
+    SKIPPED_FILE,
+    TEMPLATE_FILES,
+    TOKENIZER_FILE,
+    Manifest,
+    checksum,
+    token_dtype,
+)
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText, refuse_above
 from megatrain.errors import ConfigError, DataError
@@ -51,7 +61,7 @@ class TokenizeOptions:
     eod_token: str = EOD_TOKEN
     bos_token: str | None = None
     shard_tokens: int = DEFAULT_SHARD_TOKENS
-    supervision: PromptAndAnswer | None = None
+    supervision: PromptAndAnswer | Conversations | None = None
     """Of which answers alone are scored; with `read.fields`."""
 
 
@@ -101,7 +111,12 @@ def tokenize(
     """
     tokenizer = load_tokenizer(tokenizer_path, options.eod_token, options.bos_token)
     files = find_inputs_apart(out, inputs, options.read, effort.say)
-    origin = Origin({"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **asdict(options)}, files)
+    supervision = options.supervision
+    named = None
+    if supervision is not None:
+        named = {**supervision.named, **{name: checksum(data).hex() for name, data in supervision.files.items()}}
+    given = {**asdict(replace(options, supervision=None)), "supervision": named}
+    origin = Origin({"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **given}, files)
     folder = OutputFolder(out, out / MANIFEST_FILE, _is_made)
     if folder.is_finished and not restart:
         manifest = _finished_before(folder, origin, effort)
@@ -117,7 +132,7 @@ def tokenize(
 
 
 def _is_made(path: Path) -> bool:
-    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE}
+    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE, *TEMPLATE_FILES}
     return path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name) is not None
 
 
@@ -180,7 +195,7 @@ class _Stages:
         supervision = self.options.supervision
         named = {} if supervision is None else supervision.named
         options = {"errors": self.options.read.errors, **bos_token, **named}
-        recipe = Recipe(self.tokenizer, options, self.options.shard_tokens, has_scored=supervision is not None)
+        recipe = Recipe(self.tokenizer, options, self.options.shard_tokens, supervision)
         units = self.list_units(folder)
         assembly = Assembly(out, folder, units.store, recipe, self.origin.name)
         yield self.encode(units, assembly)

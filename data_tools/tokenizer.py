@@ -56,6 +56,8 @@ class TokenizerFile:
     bos_id: int | None
     bos_token: str | None
     control: tuple[str, ...]
+    special: tuple[str, ...]
+    """The control tokens that no message of a conversation may write."""
     loses_nothing: bool
     """Whether all text has tokens."""
 
@@ -92,6 +94,7 @@ def load_tokenizer(path: Path, eod_token: str = EOD_TOKEN, bos_token: str | None
         bos_id,
         bos_token,
         tuple(dict.fromkeys([*tokenizer.control, *ends.values()])),
+        tuple(dict.fromkeys([*tokenizer.special, *ends.values()])),
         tokenizer.loses_nothing,
     )
 

@@ -9,7 +9,7 @@ is read from its start is several units: each reader takes every n-th of its par
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -244,11 +244,8 @@ def refuse_binary(text: str, data: bytes = b"") -> None:
         raise BadInput(f"{num_odd} of {len(text)} characters are U+FFFD or NUL, so it is no UTF-8 text")
 
 
-def no_text_error(num_empty: int, num_skipped: int, examples: Mapping[str, int] | None = None) -> DataError:
+def no_text_error(num_empty: int, num_skipped: int) -> DataError:
     skipped = f"; {num_skipped} rows were skipped, see --check" if num_skipped else ""
-    if examples:
-        reasons = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in examples.items())
-        return DataError(f"No answer of the input is scored: {reasons}. `--document-errors` lists them.")
     documents = f"{num_empty} documents, all of them empty" if num_empty else "no documents in its files"
     return DataError(f"The input holds no text: {documents}{skipped}.")
 

@@ -39,6 +39,8 @@ def verify_dataset(
     problems = _check_whole_file(dataset, TOKENIZER_FILE, dataset.manifest.tokenizer_sha256)
     if dataset.manifest.skipped_checksum is not None:
         problems += _check_whole_file(dataset, SKIPPED_FILE, dataset.manifest.skipped_checksum)
+    for name, checksum in (dataset.manifest.template_files or {}).items():
+        problems += _check_whole_file(dataset, name, checksum)
     num_bytes = _num_bytes(dataset, chosen)
     num_workers = min(num_workers, 1 + num_bytes // BYTES_PER_WORKER)
     with progress("verify", num_bytes) as advance:

@@ -98,6 +98,12 @@ class ShardWriter(Reopening):
         counts: npt.NDArray[Any] = self.counting.sides[:, self.number]
         return counts
 
+    @property
+    def other_files(self) -> dict[str, bytes]:
+        """What goes along as it is."""
+        dataset = self.source.dataset
+        return {TOKENIZER_FILE: dataset.tokenizer_path.read_bytes(), **dataset.template_files()}
+
     def stages(self) -> Iterator[Stage]:
         make_folders(self.folder, len(self.corpus.tasks))
         yield Stage(f"write {self.side.side}", self.corpus.tasks["num_bytes"].tolist(), self.commit, self.write)
@@ -155,7 +161,8 @@ class ShardWriter(Reopening):
         rows = [orjson.loads(self.commit(task).read_bytes()) for task in tasks]
         with committed(self.folder / SHARD_TABLE_FILE) as path:
             write_shard_table(path, rows)
-        commit_bytes(self.folder / TOKENIZER_FILE, dataset.tokenizer_path.read_bytes())
+        for name, content in self.other_files.items():
+            commit_bytes(self.folder / name, content)
         hashes = document_hashes(map(self.staged, tasks))
         manifest = replace(
             dataset.manifest,
@@ -178,7 +185,7 @@ class ShardWriter(Reopening):
     def moves(self, target: Path) -> Iterator[tuple[Path, Path]]:
         for index, task in enumerate(np.flatnonzero(self.counts["documents"]).tolist()):
             yield target / shard_name(index), self.staged(task)
-        for name in (SHARD_TABLE_FILE, TOKENIZER_FILE, MANIFEST_FILE):
+        for name in (SHARD_TABLE_FILE, *self.other_files, MANIFEST_FILE):
             yield target / name, self.folder / name
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -11,8 +16,18 @@ import orjson
 from megatrain.errors import ConfigError, DataError
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+CLOCK = date(2024, 7, 26)
+"""The day that templates are told by ``strftime_now``: what they write does not depend on when it is written. It is
+what Llama 3's templates write where there is no clock.
+"""
+MAX_LINES = 1_000_000
+"""Lines of a template's code that run for one conversation: a template may be written so that it never ends."""
+_TEMPLATE_CODE = "<template>"  # what Jinja calls the file of compiled templates
+
 Message = Mapping[str, Any]
 """``role`` and ``content``, and whatever else a template reads."""
+Spans = Sequence[tuple[int, int]]
+"""Runs of characters, [begin, end), ascending."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +36,7 @@ class ChatTemplate:
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    clock: date = CLOCK
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes]) -> ChatTemplate | None:
@@ -34,6 +50,19 @@ class ChatTemplate:
         tokens = {key: _text(value) for key, value in settings.items() if key.endswith("_token")}
         return cls(source, {key: text for key, text in tokens.items() if text is not None})
 
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def reads_clock(self) -> bool:
+        return "strftime_now" in self.source
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether it says itself which of its text is generated, by ``{% generation %}``."""
+        return "endgeneration" in self.source
+
     def render(
         self,
         messages: Sequence[Message],
@@ -43,23 +72,67 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text; ``add_generation_prompt``: with what begins the next answer.
 
-        Raises DataError for a conversation that the template refuses, ConfigError where transformers is not installed.
+        Raises DataError for a conversation that the template refuses; ConfigError for a template that does not end, and
+        where transformers is not installed.
         """
+        return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+
+    def render_marked(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[str, Spans]:
+        """The conversation as text, and which of it the template marks as generated. Raises what ``render`` does."""
+        return self._render(messages, tools, return_assistant_tokens_mask=True)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, **how: bool
+    ) -> tuple[str, Spans]:
         try:
-            from transformers.utils.chat_template_utils import render_jinja_template
+            from transformers.utils import chat_template_utils
         except ImportError:
             raise ConfigError("Chat templates are rendered by transformers: pip install 'megatrain[chat]'.") from None
         known: dict[str, Any] = {
             **self.special_tokens,
+            **how,
             "chat_template": self.source,
             "tools": None if tools is None else list(tools),
-            "add_generation_prompt": add_generation_prompt,
         }
         try:
-            rendered: Any = render_jinja_template([[dict(message) for message in messages]], **known)
+            compiled = chat_template_utils._compile_jinja_template(self.source)  # as the renderer does, which keeps it
+            compiled.environment.globals["strftime_now"] = self.clock.strftime
+            with _bounded():
+                rendered: Any = chat_template_utils.render_jinja_template([list(map(dict, messages))], **known)
+        except ConfigError:
+            raise
         except Exception as error:  # noqa: BLE001 - a template may raise whatever its operators do
             raise DataError(f"The chat template refuses the conversation: {error}") from None
-        return str(rendered[0][0])
+        texts, marked = rendered
+        return str(texts[0]), marked[0] if marked else ()
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Let a template run for MAX_LINES lines, which is the same on every machine. Raises ConfigError behind them."""
+    left = MAX_LINES
+
+    def on_line(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise ConfigError(
+                f"The chat template does not end: {MAX_LINES:,} of its lines have run for one conversation. Use "
+                "another."
+            )
+        return on_line
+
+    def on_call(frame: FrameType, event: str, argument: object) -> Any:
+        return on_line if frame.f_code.co_filename == _TEMPLATE_CODE else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def refuse_control_tokens(messages: Sequence[Message], control: Mapping[str, int]) -> None:

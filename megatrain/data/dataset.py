@@ -160,6 +160,11 @@ class Dataset:
         advice = "Copy it again from where the dataset was made; `megatrain-data verify` checks the whole dataset."
         return Tokenizer.open(self.tokenizer_path, DataError, advice)
 
+    def template_files(self) -> dict[str, bytes]:
+        """The chat template that wrote the conversations, and what else came with its tokenizer, by file name."""
+        named = (self.manifest.template_files or {}).items()
+        return {name: self.storage.content(name, checksum).to_pybytes() for name, checksum in named}
+
     @property
     def num_shards(self) -> int:
         return self.manifest.num_shards

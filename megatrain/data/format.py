@@ -225,6 +225,8 @@ class Manifest:
     """Tokens that are scored as targets; None: all, and shards have no column `scored`."""
     examples: dict[str, int] | None = None
     """Of conversations, prompts and answers: how many were read, and what was left out or cut, by reason."""
+    template_files: dict[str, str] | None = None
+    """Those of TEMPLATE_FILES that are there, by name, and their checksums."""
     format: str = FORMAT_NAME
     format_version: int = FORMAT_VERSION
 
@@ -308,6 +310,8 @@ def _manifest_problem(body: dict[str, Any]) -> str | None:
         return "bos_id and bos_token belong together"
     if body["dtype"] != token_dtype(body["vocab_size"]).name:
         return f"dtype {body['dtype']!r} does not fit a vocabulary of {body['vocab_size']}"
+    if not set(body.get("template_files", {})) <= set(TEMPLATE_FILES):
+        return f"template_files should be of {', '.join(TEMPLATE_FILES)}"
     if not re.fullmatch("[0-9a-f]{32}", body["shard_table_checksum"]):
         return "shard_table_checksum is no checksum"
     return None

@@ -91,6 +91,15 @@ class Tokenizer:
         return found if self.unknown is None else {self.unknown: self.ids[self.unknown], **found}
 
     @cached_property
+    def special(self) -> tuple[str, ...]:
+        """The control tokens that no message may write: not those such as <think> and <tool_call>, which are added to
+        a vocabulary for models to write, and which files do not call special.
+        """
+        added = self._library.get_added_tokens_decoder().values()
+        written = {token.content for token in added if not token.special}
+        return tuple(token for token in self.control if token not in written)
+
+    @cached_property
     def added(self) -> dict[str, int]:
         """The tokens that were added to the model's own, and their ids: control tokens and others."""
         return {token.content: number for number, token in self._library.get_added_tokens_decoder().items()}
