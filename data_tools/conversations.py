@@ -108,20 +108,33 @@ class Conversations:
         return re.compile(f"({'|'.join(map(re.escape, self.special))})\\s*\\Z")
 
     @property
-    def default_system_prompt(self) -> str | None:
-        """What the template writes before a conversation without a system message, and before no other."""
+    def notes(self) -> list[str]:
+        """What the template writes of its own accord: a system prompt, and nothing that ends an answer."""
         first, answer, second = (secrets.token_hex(8) for _ in range(3))
         roles = ("user", ASSISTANT, "user")
         messages = [{"role": role, "content": text} for role, text in zip(roles, (first, answer, second), strict=True)]
         try:
             text = self.template.render(messages)
-        except DataError:
-            return None
-        before, between = text.partition(first)[0], text.partition(answer)[2].partition(second)[0]
+            (turn,) = _Rendering(self, messages[:2], None).texts([1])
+        except (DataError, _Unclear):
+            return []
+        notes = []
+        if prompt := self._own_prompt(text.partition(first)[0], text.partition(answer)[2].partition(second)[0]):
+            notes.append(f"Where no system message begins a conversation, the template writes {prompt!r}.")
+        if not any(self.closer.search(turn.text[begin:end]) for begin, end in turn.scored):
+            notes.append(
+                "Warning: no control token ends what the template writes of an answer, or {% generation %} leaves it "
+                "out: the model does not learn to stop there."
+            )
+        return notes
+
+    def _own_prompt(self, before: str, between: str) -> str:
+        """What a template writes before the first question, but not before the second."""
+        before = before.removeprefix(self.template.special_tokens.get("bos_token", ""))
         # A question's header is how both end.
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before), reversed(between), strict=False))
         written = before[: len(before) - len(list(alike))]
-        return written if re.search(r"\w", re.sub("|".join(map(re.escape, self.special)), "", written)) else None
+        return written if re.search(r"\w", re.sub("|".join(map(re.escape, self.special)), "", written)) else ""
 
 
 class _Text(NamedTuple):

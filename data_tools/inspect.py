@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_tools.executors import Progress
+from data_tools.supervised import describe_counts, scored_percent
 from megatrain.data import Dataset
 from megatrain.data.format import shard_name
 from megatrain.data.shard import Views
@@ -202,6 +203,8 @@ def describe(dataset: Dataset, document: int | None) -> dict[str, Any]:
         "bytes_per_token": dataset.text_bytes / dataset.num_tokens,
         "shards": [{"file": shard_name(index), **row} for index, row in enumerate(dataset.shard_rows())],
     }
+    if dataset.has_scored:
+        description |= {"scored_tokens": manifest.num_scored, "examples": manifest.examples}
     if document is not None:
         description["document"] = _describe_document(dataset, document)
     return description
@@ -220,6 +223,9 @@ def show(dataset: Dataset, document: int | None, counted: dict[str, Any]) -> Non
     description = describe(dataset, document or 0)
     shown, shards = description.pop("document"), description.pop("shards")
     description["unknown"] = dataset.manifest.unknown
+    if dataset.has_scored:
+        description["scored_tokens"] = f"{dataset.manifest.num_scored} ({scored_percent(dataset.manifest):.1f}%)"
+        description["examples"] = describe_counts(dataset.manifest.examples or {})
     console = OutputConsole(highlight=False, soft_wrap=True)
     for name, value in description.items():
         _show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
@@ -228,7 +234,10 @@ def show(dataset: Dataset, document: int | None, counted: dict[str, Any]) -> Non
     console.print()
     place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens"
     console.print(Text(_printable(f"Document {shown['index']}: {shown['id']} ({place})")))
-    _show_lines(console, dataset, shown["tokens"][:MAX_SHOWN_TOKENS])
+    if dataset.has_scored:
+        _show_scored(console, dataset.tokenizer, shown["tokens"][:MAX_SHOWN_TOKENS], shown["scored"])
+    else:
+        _show_lines(console, dataset, shown["tokens"][:MAX_SHOWN_TOKENS])
 
 
 def show_statistics(console: Console, described: dict[str, Any]) -> None:
@@ -266,6 +275,8 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
     except IndexError as error:
         raise ConfigError(str(error)) from None
     info = dataset.document_info(index)
+    begin, end = dataset.document_range(index)
+    scored = {"scored": dataset.scored(begin, end - begin).tolist()} if dataset.has_scored else {}
     return {
         "index": index,
         "id": info.id,
@@ -275,6 +286,7 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
         "text_bytes": info.text_bytes,
         "text": dataset.tokenizer.decode(tokens[0 if dataset.bos_id is None else 1 : -1].tolist()),
         "tokens": tokens.tolist(),
+        **scored,
     }
 
 
@@ -286,6 +298,23 @@ def _show_lines(console: Console, dataset: Dataset, tokens: list[int]) -> None:
             break
         table.add_row(Text(_printable(text)), Text(" ".join(map(str, ids))))
     console.print(table)
+
+
+def _show_scored(console: Console, tokenizer: Tokenizer, tokens: list[int], scored: list[bool]) -> None:
+    """Token by token with | between; what is scored stands in brackets, and green where the terminal has colors."""
+    line, inside = Text(), False
+    for number, (token, is_scored) in enumerate(zip(tokens, scored, strict=False)):
+        if is_scored != inside:
+            line.append("\u27e6" if is_scored else "\u27e7", "bold green")
+        elif line:
+            line.append("|", "dim")
+        text, inside = tokenizer.decode([token]), is_scored
+        if "\ufffd" in text:  # a part of a character
+            text = tokenizer.token_of(token) or text
+        line.append(printable(text).replace("\n", "\\n").replace("\t", "\\t"), "green" if is_scored else "")
+        if text.endswith("\n") or number == len(tokens) - 1:
+            console.print(line if not inside or number < len(tokens) - 1 else line.append("\u27e7", "bold green"))
+            line = Text()
 
 
 def _token_lines(tokenizer: Tokenizer, tokens: list[int]) -> Iterator[tuple[str, list[int]]]:

@@ -67,6 +67,11 @@ class Supervision(Protocol):
         """Of TEMPLATE_FILES, those that belong to the dataset."""
         ...
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before the work begins."""
+        ...
+
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         """Those of a record, and why there are none; ``counts``: see `Manifest.examples`."""
         ...
@@ -85,6 +90,10 @@ class PromptAndAnswer:
     @property
     def files(self) -> Mapping[str, bytes]:
         return {}
+
+    @property
+    def notes(self) -> list[str]:
+        return []
 
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         prompt, answer = orjson.loads(record.text)
@@ -108,8 +117,12 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 
 def describe_scored(manifest: Manifest) -> str:
     """How much of a dataset is scored, and what was left out of it."""
-    share = 100 * (manifest.num_scored or 0) / manifest.num_tokens
-    return f"Scored: {manifest.num_scored} tokens ({share:.1f}%). Examples: {describe_counts(manifest.examples or {})}."
+    scored = f"{manifest.num_scored} tokens ({scored_percent(manifest):.1f}%)"
+    return f"Scored: {scored}. Examples: {describe_counts(manifest.examples or {})}."
+
+
+def scored_percent(manifest: Manifest) -> float:
+    return 100 * (manifest.num_scored or 0) / manifest.num_tokens
 
 
 def no_answer_error(counts: Mapping[str, int], skipped: bytes) -> DataError:

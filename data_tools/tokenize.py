@@ -111,9 +111,10 @@ def tokenize(
     """
     tokenizer = load_tokenizer(tokenizer_path, options.eod_token, options.bos_token)
     files = find_inputs_apart(out, inputs, options.read, effort.say)
-    supervision = options.supervision
-    named = None
+    supervision, named = options.supervision, None
     if supervision is not None:
+        for note in supervision.notes:
+            effort.say(note)
         named = {**supervision.named, **{name: checksum(data).hex() for name, data in supervision.files.items()}}
     given = {**asdict(replace(options, supervision=None)), "supervision": named}
     origin = Origin({"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **given}, files)

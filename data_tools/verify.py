@@ -174,16 +174,16 @@ def _batch_problem(
                 f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another "
                 f"hash than the one in bytes {hash_start} to {hash_start + 16}"
             )
-    ends = np.flatnonzero(tokens == dataset.eod_id)
-    if dataset.has_scored:  # a chat template may write that token at the end of each answer
-        ends = np.intersect1d(ends, offsets[1:] - 1)
-        problem = _scored_problem(batch, offsets)
-        if problem is not None:
-            return problem
-    if not np.array_equal(ends, offsets[1:] - 1):
-        return "the end-of-document token is not the last of every document, and only there"
-    if dataset.bos_id is not None and not np.array_equal(np.flatnonzero(tokens == dataset.bos_id), offsets[:-1]):
-        return "the token that begins documents is not the first of every document, and only there"
+    if dataset.has_scored and not _runs_are_good(batch, offsets):
+        return "the runs of scored tokens of a document are not ascending, or end behind it"
+    markers = [("end-of-document token is not the last", dataset.eod_id, offsets[1:] - 1)]
+    if dataset.bos_id is not None:
+        markers.append(("token that begins documents is not the first", dataset.bos_id, offsets[:-1]))
+    for problem, marker, places in markers:
+        # A chat template may write it around each turn too.
+        found = places[tokens[places] == marker] if dataset.has_scored else np.flatnonzero(tokens == marker)
+        if not np.array_equal(found, places):
+            return f"the {problem} of every document, and only there"
     if int(tokens.max(initial=0)) >= dataset.vocab_size:
         return f"it holds a token above the vocabulary of {dataset.vocab_size}"
     return None
@@ -194,12 +194,13 @@ def _scored_runs(batch: pa.RecordBatch) -> list[memoryview | None]:
     return [None if not runs.is_valid else runs.values.to_numpy().data.cast("B") for runs in batch["scored"]]
 
 
-def _scored_problem(batch: pa.RecordBatch, offsets: npt.NDArray[np.int64]) -> str | None:
+def _runs_are_good(batch: pa.RecordBatch, offsets: npt.NDArray[np.int64]) -> bool:
+    """Whether each document's runs of scored tokens are ascending, and end in it."""
     for runs, length in zip(batch["scored"], np.diff(offsets).tolist(), strict=True):
         bounds = runs.values.to_numpy().astype(np.int64) if runs.is_valid else np.array([0, length])
         if len(bounds) % 2 or np.any(np.diff(bounds, prepend=-1, append=length + 1) < 1):
-            return "the runs of scored tokens of a document are not ascending, or end behind it"
-    return None
+            return False
+    return True
 
 
 def _hashes(dataset: Dataset) -> Iterator[pa.Array]:

@@ -182,7 +182,8 @@ class Dataset:
 
     def document_info(self, k: int) -> DocumentInfo:
         shard, batch, row = self._find_document(k)
-        columns: dict[str, Any] = shard.record_batch(batch).slice(row, 1).drop_columns(["tokens"]).to_pylist()[0]
+        known = shard.record_batch(batch).select(["id", "hash", "source", "text_bytes"])
+        columns: dict[str, Any] = known.slice(row, 1).to_pylist()[0]
         source = columns.pop("source")
         return DocumentInfo(source_file=source["file"], source_row=source["row"], **columns)
 
