@@ -32,10 +32,10 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -150,6 +150,8 @@ class DeepSpeedSharding:
                 config=settings,
                 dist_init_required=False,
             )[0]
+        # Found here: within an update DeepSpeed shows one of its groups alone.
+        self._tensor_replicas = self._find_tensor_replicas()
 
     def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
         # DeepSpeed averages over its data ranks; ours is one sum, divided once.
@@ -198,12 +200,16 @@ class DeepSpeedSharding:
         self._deepspeed.train()
 
     def slices(self) -> Iterator[MasterSlice]:
+        for place in self._places():
+            yield place.held(self._optimizer.state.get(place.buffer, {}))
+
+    def _places(self) -> Iterator[_Place]:
         """By the order in which DeepSpeed flattens parameters and cuts them; ``misplaced`` checks it."""
         rank, num_ranks = self._mpu.get_data_parallel_rank(), self._mpu.get_data_parallel_world_size()
         sizes = {name: self._model.specs[name].local_numel for name in self._parameters}
         if self._deepspeed.optimizer is self._optimizer:  # fp32 without ZeRO: the parameters themselves
             for name, parameter in self._parameters.items():
-                yield self._slice(name, 0, parameter, 0, parameter.numel())
+                yield _Place(name, 0, parameter, 0, parameter.numel())
         elif self._stage == 3:  # each parameter is cut by itself; the cuts are in buffers that no cut crosses
             buffers, offset = iter(self._buffers()), 0
             buffer = next(buffers)
@@ -212,7 +218,7 @@ class DeepSpeedSharding:
                 if offset == buffer.numel():
                     buffer, offset = next(buffers), 0
                 if (length := min(share, sizes[name] - rank * share)) > 0:
-                    yield self._slice(name, rank * share, buffer, offset, length)
+                    yield _Place(name, rank * share, buffer, offset, length)
                 offset += share
         else:  # the parameters of a group lie one after another, and are cut together
             for names, buffer in zip(self._flattened, self._buffers(), strict=True):
@@ -220,7 +226,7 @@ class DeepSpeedSharding:
                 for name in names:
                     low, high = max(place, 0), min(place + sizes[name], buffer.numel())
                     if low < high:
-                        yield self._slice(name, low - place, buffer, low, high - low)
+                        yield _Place(name, low - place, buffer, low, high - low)
                     place += -(-sizes[name] // self._alignment) * self._alignment
 
     def frozen_slices(self) -> Iterator[MasterSlice]:
@@ -228,11 +234,11 @@ class DeepSpeedSharding:
         for name, parameter in self._model.frozen().items():
             size, partition = self._model.specs[name].local_numel, getattr(parameter, "ds_tensor", None)
             if partition is None:
-                yield self._slice(name, 0, parameter, 0, size)
+                yield _Place(name, 0, parameter, 0, size).held({})
                 continue
             share = -(-size // num_ranks)
             if (length := min(share, size - rank * share)) > 0:
-                yield self._slice(name, rank * share, partition, 0, length)
+                yield _Place(name, rank * share, partition, 0, length).held({})
 
     def misplaced(self) -> str | None:
         own = self._model.parameters()
@@ -286,10 +292,34 @@ class DeepSpeedSharding:
         if self._is_approved is None:
             norm = self._norm_before_update()
             self._is_approved = math.isfinite(norm) and (self._approve is None or self._approve(norm))
-        if not self._is_approved:
-            self._hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
-            for parameter, _gradient in self._hidden:
-                parameter.grad = None
+        gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+        if self._is_approved:
+            self._share_gradients({id(buffer): gradient for buffer, gradient in gradients})
+            return
+        self._hidden = gradients
+        for parameter, _gradient in gradients:
+            parameter.grad = None
+
+    def _share_gradients(self, gradients: dict[int, Tensor]) -> None:
+        """Give tensor ranks the first one's gradient of what they hold alike. The data ranks' sums are the same number
+        in each of their groups, but not to the last bit: the order in which NCCL adds is its own, and weights would
+        drift apart. ``gradients``: by the buffer's id."""
+        for group, places in self._tensor_replicas:
+            held = [place for place in places if id(place.buffer) in gradients]
+            if held:
+                parts = [place.cut(gradients[id(place.buffer)]) for place in held]
+                shared = torch.cat(parts).to(self._groups.device)
+                dist.broadcast(shared, dist.get_process_group_ranks(group)[0], group=group)
+                torch._foreach_copy_(parts, list(torch.split(shared, [place.length for place in held])))
+
+    def _find_tensor_replicas(self) -> list[tuple[dist.ProcessGroup, list[_Place]]]:
+        """What tensor ranks hold alike."""
+        places = {place.name: place for place in self._places()}
+        return [
+            (group, [places[name] for name in names if name in places])
+            for group, names in tensor_replicas(self._model.specs, self._groups)
+            if dist.get_world_size(group) > 1
+        ]
 
     def _after_update(self, *_: Any) -> None:
         for parameter, gradient in self._hidden:
@@ -319,13 +349,6 @@ class DeepSpeedSharding:
             return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
         return [buffer for group in self._optimizer.param_groups for buffer in group["params"]]
 
-    def _slice(self, name: str, start: int, buffer: Tensor, offset: int, length: int) -> MasterSlice:
-        def cut(values: Tensor) -> Tensor:
-            return values.detach().view(-1).narrow(0, offset, length)
-
-        state = self._optimizer.state.get(buffer, {})
-        return MasterSlice(name, start, cut(buffer), {kind: cut(x) for kind, x in state.items() if kind != "step"})
-
     @torch.no_grad()
     def _add_to_tied_sum(self, weight: Tensor) -> None:
         assert self._tied_sum is not None and weight.grad is not None
@@ -351,6 +374,26 @@ class DeepSpeedSharding:
         if self._tied is not None:
             group = self._groups.embedding_group
             dist.broadcast(self._tied.detach(), dist.get_process_group_ranks(group)[0], group=group)
+
+
+class _Place(NamedTuple):
+    """Where this rank's part of a parameter lies: ``length`` elements from ``start`` on of the flattened local
+    parameter, from ``offset`` on in ``buffer``."""
+
+    name: str
+    start: int
+    buffer: Tensor
+    offset: int
+    length: int
+
+    def cut(self, values: Tensor) -> Tensor:
+        """The part of ``values``, which lie as the buffer does."""
+        return values.detach().view(-1).narrow(0, self.offset, self.length)
+
+    def held(self, state: Mapping[str, Tensor]) -> MasterSlice:
+        """The part, with the optimizer's ``state`` of the buffer."""
+        kinds = {kind: self.cut(x) for kind, x in state.items() if kind != "step"}
+        return MasterSlice(self.name, self.start, self.cut(self.buffer), kinds)
 
 
 class _Chunks(nn.Module):

@@ -18,7 +18,7 @@ from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
 from megatrain.parallel.loss_scale import DynamicLossScale
 from megatrain.parallel.pipeline import Field, Pipeline, Record
-from megatrain.parallel.replicas import Replicas, find_differences
+from megatrain.parallel.replicas import Replicas, find_differences, mend, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel
 
 WEIGHT = "weight"
@@ -41,6 +41,11 @@ class MasterSlice(NamedTuple):
     start: int
     master: Tensor
     state: Mapping[str, Tensor]
+
+    @property
+    def kinds(self) -> dict[str, Tensor]:
+        """Master weights and state by kind."""
+        return {WEIGHT: self.master, **self.state}
 
 
 class Update(NamedTuple):
@@ -189,7 +194,7 @@ class Engine:
             spec = self._specs[held.name]
             first, last = self._saved_range(spec, len(held.master))
             for shard, where in shard_views(spec, held.start + first, held.start + last) if first < last else ():
-                for kind, buffer in {WEIGHT: held.master, **held.state}.items():
+                for kind, buffer in held.kinds.items():
                     data = buffer[first:last]
                     index = where if isinstance(where, slice) else torch.from_numpy(where).to(data.device)
                     yield Fragment(shard, kind, data[index])
@@ -216,7 +221,7 @@ class Engine:
         self._sharding.reset_optimizer_state(num_updates)
         self._read(
             source,
-            [(held, {WEIGHT: held.master, **(held.state if num_updates else {})}) for held in self._sharding.slices()],
+            [(held, held.kinds if num_updates else {WEIGHT: held.master}) for held in self._sharding.slices()],
         )
 
     @torch.no_grad()
@@ -250,6 +255,11 @@ class Engine:
         """Which ranks hold weights that are not those of the others that must hold the same, in words. Collective."""
         return find_differences(self._sharding.replicas(), self.groups)
 
+    def mend_differences(self) -> None:
+        """Give ranks that must hold the same weights and optimizer state those that most of them hold. Collective."""
+        mend(self._replicated_state(), self.groups)
+        self._sharding.sync_params_from_master()
+
     @property
     def loss_scale(self) -> dict[str, float] | None:
         """The state of fp16's dynamic loss scale; None under another precision."""
@@ -281,6 +291,16 @@ class Engine:
         num_sequences, num_tokens = batch.tokens_BT.shape
         shape = num_sequences, num_tokens // self._tokens_divisor, self._hidden_size
         return {"hidden": Field(shape, self._dtype)}
+
+    def _replicated_state(self) -> Iterator[Replicas]:
+        """Master weights and optimizer state that ranks hold alike."""
+        held = {each.name: each.kinds for each in self._sharding.slices()}
+        alike = list(tensor_replicas(self._specs, self.groups))
+        if self._sharding.is_replicated:
+            alike.append((self.groups.gradient.get_group(), list(held)))
+        for group, names in alike:
+            kinds = ((f"{kind} of {name}", x) for name in names if name in held for kind, x in held[name].items())
+            yield Replicas(group, dict(kinds))
 
     def _own_share(self) -> float:
         """Of the loss sum, which the last pipeline stage has. Tensor ranks compute the same: the first of them counts.

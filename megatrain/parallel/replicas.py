@@ -64,6 +64,19 @@ def find_differences(replicas: Iterable[Replicas], groups: Groups) -> str | None
     return "; ".join(found.text(hosts) for found in dict.fromkeys(found for each, _ in every for found in each))
 
 
+@torch.no_grad()
+def mend(replicas: Iterable[Replicas], groups: Groups) -> None:
+    """Where ranks that must hold the same do not, give all of them what most hold; what the first one holds, where none
+    has a majority. Collective."""
+    for each in replicas:
+        if (found := _compare(each, groups.device)) is not None:
+            source = next((rank for rank in found.ranks if rank not in found.odd), found.ranks[0])
+            for tensor in each.tensors.values():
+                sent = tensor.to(groups.device).contiguous()
+                dist.broadcast(sent, source, group=each.group)
+                tensor.copy_(sent)
+
+
 def checksum(tensor: Tensor) -> Tensor:
     """A number below 2^62 (int64, no dimension) that any change of a single bit changes."""
     flat = tensor.detach().contiguous().view(-1)

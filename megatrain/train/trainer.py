@@ -106,6 +106,7 @@ class Trainer:
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
         self._peak = peak_flops(run.groups.device, run.config.observe.peak_flops) if observers else None
         self._first_step = progress.step
+        self._was_mended = False
         self._stragglers = StragglerDetector(run.groups)
         self._compare_at = time.monotonic() + run.config.observe.straggler_report_seconds
 
@@ -185,13 +186,23 @@ class Trainer:
                 "spikes.max_in_a_row."
             )
 
-    def _refuse_weights_that_differ(self) -> None:
-        """Raise RankError, naming the ranks, where ranks that must hold the same weights do not. Collective."""
-        if (difference := self._run.engine.find_differences()) is not None:
-            raise RankError(
-                f"After step {self.progress.step} weights differ that must be the same: {difference}. A device there "
-                "corrupts data silently. Nothing was saved since; start the run again without that node."
-            )
+    def _compare_weights(self) -> None:
+        """Where ranks that must hold the same weights do not, mend it once, and raise RankError, naming the ranks, the
+        next time. Collective."""
+        if (difference := self._run.engine.find_differences()) is None:
+            return
+        found = f"After step {self.progress.step} weights differ that must be the same: {difference}."
+        if not self._was_mended:
+            self._was_mended = True
+            self._run.engine.mend_differences()
+            if self._run.engine.find_differences() is None:
+                if self._observers is not None:
+                    self._observers.event("mended", self.progress.step, f"{found} All hold the same again.")
+                return
+        raise RankError(
+            f"{found} A device there corrupts data silently. Nothing was saved since; start the run again without that "
+            "node."
+        )
 
     def _own_flags(self) -> ControlFlags:
         """What was requested of this rank since the last step."""
@@ -251,7 +262,7 @@ class Trainer:
         due = last or on_request or in_turn
         every = self._config.train.check_replica_hash_interval
         if every is not None and (due or step % every == 0):
-            self._refuse_weights_that_differ()
+            self._compare_weights()
         if not due:
             return
         with self._watch.measure("save"):

@@ -95,7 +95,7 @@ FLIPPED = {  # layout: the parameter, and who is told to differ
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FLIPPED)
-def test_a_flipped_bit_in_replicated_weights_is_found(layout: str, pool: Pool) -> None:
+def test_a_flipped_bit_in_replicated_weights_is_mended(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     name, words = FLIPPED[layout]
     found = _figures(pool, num_ranks, parallel, precision, flipped=name)
@@ -108,3 +108,13 @@ def test_the_differing_one_of_four_ranks_is_named(pool: Pool) -> None:
     assert found["difference"] == (
         f"rank 3 ({socket.gethostname()}) differs in model.norm.weight from 3 others that must hold the same"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_tensor_ranks_share_one_gradient_of_replicated_weights(stage: int, pool: Pool) -> None:
+    """The ranks compare their weights in the end."""
+    config = parity_config(pool.data, "llama_mqa", parallel={"tensor": 2, "zero_stage": stage})
+    drifted = pool.answer(2, {"config": config, "num_steps": NUM_STEPS, "drifts": True})
+    assert drifted["difference"] is None
+    assert drifted["losses"] == pool.answer(2, {"config": config, "num_steps": NUM_STEPS})["losses"]
