@@ -248,6 +248,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
     loaded = load_config(config, overrides)
     rules.check(loaded, 1)
     preview.check_trackers(loaded, must_exist=True)
+    preview.check_tasks(loaded, must_exist=True)
     refuse_record_of_another_run(path, loaded, list(overrides))
     run_dir = Path(loaded.run.dir)
     with contextlib.ExitStack() as held:

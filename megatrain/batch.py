@@ -1,6 +1,6 @@
 """What passes from the data through the model: named records, so that later fields find their place.
 
-B: sequences in a micro-batch, T: tokens in a sequence.
+B: sequences in a micro-batch, T: tokens in a sequence, N: tokens whose successor is asked, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -34,3 +34,24 @@ class Batch(NamedTuple):
             name: None if x is None else x.to(device, non_blocking=True) for name, x in self._asdict().items()
         }
         return Batch(**moved)
+
+
+class InferenceBatch(NamedTuple):
+    """What a model in use is asked: how likely each token is after some of the batch's tokens.
+
+    ``rows_N``, ``columns_N``: which tokens these are. ``targets_N``: the tokens that follow them; None: every token of
+    the vocabulary is asked. ``cache``: keys and values of the tokens before (`megatrain.model.context`); None: there
+    are none.
+    """
+
+    tokens_BT: Tensor
+    positions_BT: Tensor
+    rows_N: Tensor
+    columns_N: Tensor
+    targets_N: Tensor | None = None
+    cache: Any = None
+
+    def to(self, device: torch.device) -> InferenceBatch:
+        """Copy every tensor to ``device``."""
+        tensors = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**tensors)

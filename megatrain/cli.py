@@ -103,7 +103,7 @@ def check(
     world_size = procs or math.prod(find_nodes(loaded, nodes, gpus_per_node))
     rules.check(loaded, world_size)
     notes = [*preview.check_origin(loaded), *not_in_transformers(loaded.model), *preview.check_data(config, loaded)]
-    notes += preview.check_trackers(loaded)
+    notes += [*preview.check_tasks(loaded), *preview.check_trackers(loaded)]
     data = rules.data_degree(loaded, world_size)
     at_most = "" if isinstance(loaded.train.global_batch_size, int) else "up to "
     typer.echo(
@@ -229,6 +229,7 @@ def train(
     _refuse_shared_gpus(num_ranks, gpus)
     rules.check(loaded, num_ranks)
     preview.check_trackers(loaded, must_exist=True)
+    preview.check_tasks(loaded, must_exist=True)
     for note in preview.check_data(config, loaded, must_exist=True):
         typer.echo(f"warning: {note}", err=True)
     preview.check_origin(preview.with_vocabulary(loaded), must_exist=True)
@@ -423,6 +424,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Solved examples before each question. Default: what each task says.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which solved examples are chosen.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="With --tasks: ask by the model's chat template.")] = False,
     out: Annotated[Path | None, typer.Option(help="With --tasks: a file for each answer, as JSON lines.")] = None,
     training_data: Annotated[
         list[str] | None,
@@ -448,8 +450,8 @@ def evaluate(
 
     if data is None and tasks is None:
         raise ConfigError("Give --data DATASET, --tasks FILE, or both.")
-    if tasks is None and (shots is not None or out is not None or training_data):
-        raise ConfigError("--shots, --out and --training-data belong to --tasks FILE.")
+    if tasks is None and (shots is not None or chat or out is not None or training_data):
+        raise ConfigError("--shots, --chat, --out and --training-data belong to --tasks FILE.")
     if data is None and seq_len is not None:
         raise ConfigError("--seq-len belongs to --data DATASET.")
     _refuse_no_folder(out)
@@ -478,6 +480,7 @@ def evaluate(
             tasks,
             shots,
             seed=seed,
+            chat=chat,
             out=out,
             rank=rank,
             tensor=tensor,

@@ -408,7 +408,13 @@ class TrainConfig(Section, check=checks.train):
     gradient_clipping: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="The largest global L2 norm of the gradient; 0.0: no clipping."
     )
-    eval_every_steps: Count = Field(default=50, description="Steps between evaluations on data.validation.")
+    eval_every_steps: Count = Field(
+        default=50, description="Steps between evaluations on data.validation and of train.tasks."
+    )
+    tasks: Path | None = Field(
+        default=None,
+        description="A YAML file of tasks, answered at each evaluation as by `megatrain eval --tasks`; null: none.",
+    )
     eval_batches: Count | None = Field(
         default=16,
         description="Global batches of an evaluation, the same ones each time; fewer where the data has fewer; null: "

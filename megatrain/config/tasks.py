@@ -17,11 +17,14 @@ Count = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 def _check(task: Task) -> list[Problem]:
+    problems = []
     wants, has = task.kind == "choices", task.choices is not None
-    if wants == has:
-        return []
-    reason = "kind choices scores each of them" if wants else f"kind {task.kind} has none; leave it out"
-    return [Problem("choices", task.choices, reason)]
+    if wants != has:
+        reason = "kind choices scores each of them" if wants else f"kind {task.kind} has none; leave it out"
+        problems.append(Problem("choices", task.choices, reason))
+    if task.chat and not task.prompt:
+        problems.append(Problem("prompt", task.prompt, "with chat it is the user's message, which may not be empty"))
+    return problems
 
 
 class Task(Section, check=_check):
@@ -40,14 +43,27 @@ class Task(Section, check=_check):
     ] = None
     shots: Annotated[int, Field(ge=0, le=1 << 10, description="Solved rows before each prompt.")] = 0
     shots_path: Annotated[Path | None, Field(description="Where they are drawn from; null: the other rows.")] = None
-    description: Annotated[str, Field(description="Before the first shot.")] = ""
+    description: Annotated[str, Field(description="Before the first shot; with chat the system message.")] = ""
+    chat: Annotated[
+        bool, Field(description="Ask by the model's chat template: each shot is a turn of user and assistant.")
+    ] = False
     delimiter: Annotated[str, Field(description="Between a prompt and its answer.")] = " "
     shots_delimiter: Annotated[str, Field(description="Between solved rows.")] = "\n\n"
     max_new_tokens: Annotated[Count, Field(description="Of kind generate.")] = 64
-    stop: Annotated[tuple[Text, ...], Field(strict=False, description="Texts that end an answer of kind generate.")] = (
-        "\n",
-    )
+    stop: Annotated[
+        tuple[Text, ...] | None,
+        Field(
+            strict=False,
+            description="Texts that end an answer of kind generate; null: a new line, with chat only the turn's end.",
+        ),
+    ] = None
     limit: Annotated[Count | None, Field(description="Only the first rows.")] = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is not None:
+            return self.stop
+        return () if self.chat else ("\n",)
 
 
 class _TaskFile(RootModel[tuple[Task, ...]]):

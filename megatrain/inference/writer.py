@@ -17,7 +17,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
-from megatrain.data.chat import ChatTemplate, Message, refuse_control_tokens
+from megatrain.data.chat import TEMPLATE, ChatTemplate, Message, refuse_control_tokens
 from megatrain.data.json_lines import read_objects
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
@@ -28,11 +28,7 @@ from megatrain.inference.assets import Assets
 from megatrain.inference.loading import load_on_rank
 from megatrain.inference.text_stream import TextStream
 from megatrain.model.beams import BeamSearch, beam_search
-from megatrain.model.decoder import Decoder
-from megatrain.model.generate import Agree, Limits, Sampling, generate, generate_batch
-
-_TOKENS_AT_ONCE = 16384
-"""Of the cache of a batch of prompts, their new tokens included."""
+from megatrain.model.generate import Agree, LanguageModel, Limits, Sampling, generate, generate_batch
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,9 @@ class Generated(NamedTuple):
 class Writer:
     """A model with what turns texts into its token ids; ``agree``: on ranks that share the model."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, assets: Assets, agree: Agree | None = None) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, assets: Assets, agree: Agree | None = None) -> None:
         self.model, self.tokenizer, self.assets, self._agree = model, tokenizer, assets, agree
+        self.template = ChatTemplate.of_files(assets.files)
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
         """With the token before them that begins a document, where the model knows one."""
@@ -71,13 +68,16 @@ class Writer:
 
         Raises ConfigError where the model came without a chat template, DataError for a conversation that it refuses.
         """
-        template = ChatTemplate.of_files(self.assets.files)
-        if template is None:
+        return self.tokenizer.encode(self.chat_text(messages))
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """See chat_ids."""
+        if self.template is None:
             raise ConfigError(
-                "The model came without a chat template (chat_template.jinja): give --prompt without --chat."
+                f"The model came without a chat template ({TEMPLATE}): ask it without --chat, and without chat: true."
             )
         refuse_control_tokens(messages, self.tokenizer.control)
-        return self.tokenizer.encode(template.render(messages, add_generation_prompt=True))
+        return self.template.render(messages, add_generation_prompt=True)
 
     def stream(self, ids: Sequence[int], settings: TextSettings, warn: Callable[[str], None]) -> Iterator[str]:
         """What the model goes on with after token ids, each character as soon as it is whole.
@@ -128,7 +128,7 @@ class Writer:
         rows = settings.beams.num_beams if settings.beams else 1
         lengths = [(len(ids) + settings.max_new_tokens) * rows for ids in whole]
         found: list[Generated | None] = [None] * len(prompts)
-        for numbers in batches_by_length(lengths, _TOKENS_AT_ONCE):
+        for numbers in batches_by_length(lengths, 2 * self.model.tokens_at_once):
             batch = [whole[number] for number in numbers]
             texts = self._searched(batch, settings) if settings.beams else self._sampled(batch, settings)
             for number, text in zip(numbers, texts, strict=True):
@@ -199,7 +199,7 @@ def open_writer(path: Location, rank: RankInfo | None = None, tensor: int = 1) -
     reader = CheckpointReader(resolve(path))
     tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
     model, groups = load_on_rank(reader, rank, tensor)
-    agree = None if groups is None or tensor == 1 else _agreement(groups)
+    agree = None if groups is None or tensor == 1 else agreement(groups)
     return Writer(model, tokenizer, Assets.of_checkpoint(reader), agree), groups
 
 
@@ -323,13 +323,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, warn: Callable[[str], None]
     return ids
 
 
-def _agreement(groups: Groups) -> Agree:
-    """The choices of the first of the tensor ranks, on all of them."""
-    source = dist.get_global_rank(groups.tensor, 0)
+def agreement(groups: Groups) -> Agree:
+    """The choices of the first of the ranks that share a model, on all of them."""
+    source = dist.get_global_rank(groups.model_parallel_group, 0)
 
     def agree(choices: list[int]) -> list[int]:
         chosen = torch.tensor(choices, device=groups.device)
-        dist.broadcast(chosen, source, group=groups.tensor)
+        dist.broadcast(chosen, source, group=groups.model_parallel_group)
         agreed: list[int] = chosen.tolist()
         return agreed
 

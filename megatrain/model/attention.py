@@ -21,7 +21,7 @@ class CoreAttention(nn.Module):
     """Causal attention within each sequence, or each document of it; takes as many heads as it is given.
 
     ``window``: how many keys a query sees at the most, the last of them its own; None: all before it. With a cache
-    there may be more keys than queries; then there is one query, and it sees the last ones.
+    there may be more keys than queries, which are the last ones.
     """
 
     # Beyond so many tokens the fused kernel is faster on a CPU too, and the probabilities would fill the memory.
@@ -35,8 +35,10 @@ class CoreAttention(nn.Module):
     def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, context: Context) -> Tensor:
         """Attend; [B, T, H, D]."""
         num_queries, window = q_BTHD.shape[1], self.window
-        if context.cache is not None and (visible := context.cache.visible(window, q_BTHD.device)) is not None:
-            return _fused(q_BTHD, k_BSGD, v_BSGD, visible)
+        if context.cache is not None:
+            visible_B1TS = context.cache.visible(num_queries, window, q_BTHD.device)
+            if visible_B1TS is not None:
+                return _fused(q_BTHD, k_BSGD, v_BSGD, visible_B1TS)
         if window is not None and num_queries == 1:
             k_BSGD, v_BSGD = k_BSGD[:, -window:], v_BSGD[:, -window:]
         if window is not None and num_queries <= window:

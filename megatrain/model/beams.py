@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from megatrain.errors import ConfigError
-from megatrain.model.context import KeyValueCache
-from megatrain.model.decoder import Decoder
-from megatrain.model.generate import Agree, Limits, SeenTokens, next_logits, refuse_no_numbers
+from megatrain.model.generate import (
+    Agree,
+    LanguageModel,
+    Limits,
+    SeenTokens,
+    make_cache,
+    next_logits,
+    refuse_no_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class _Prompt:
 
 
 def beam_search(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     limits: Limits,
     search: BeamSearch,
@@ -115,8 +121,7 @@ def beam_search(
         raise ConfigError(f"num_beams is {num_beams}, and there are {limits.num_ids} tokens: give fewer beams.")
     if limits.max_new_tokens < 1 or not prompts:
         return [[] for _ in prompts]
-    capacity = max(map(len, prompts)) + limits.max_new_tokens
-    cache = KeyValueCache(model.config.num_hidden_layers, capacity, len(prompts))
+    cache = make_cache(model, prompts, limits)
     states = [_Prompt(search, limits, [_Beam((), 0.0)]) for _ in prompts]
     active, new = list(range(len(prompts))), [list(tokens) for tokens in prompts]
     while active:

@@ -23,7 +23,7 @@ TORCH_VERSION = TorchVersion(torch.__version__)
 class KeyValueCache:
     """Keys and values of the tokens seen so far, for every layer: what generation need not compute again.
 
-    Rows may have seen different numbers of tokens. Prompts are given padded on the right, where no token before looks;
+    Rows may have seen different numbers of tokens. Tokens are given padded on the right, where no token before looks;
     what follows them takes the places of the padding. ``lengths``: how many tokens of each row every layer has stored.
     """
 
@@ -41,8 +41,6 @@ class KeyValueCache:
     def update(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values behind the old ones; return all of them, [B, S, G, D] each."""
         num_new = k_BTGD.shape[1]
-        if max(self.lengths) and num_new > 1:
-            raise ValueError("after the prompt a cache takes one token at a time")
         stored = self._layers[layer]
         if stored is None:
             shape = (k_BTGD.shape[0], self.capacity, *k_BTGD.shape[2:])
@@ -50,21 +48,23 @@ class KeyValueCache:
         end = max(self.lengths) + num_new
         for cache, new in zip(stored, (k_BTGD, v_BTGD), strict=True):
             if self.is_ragged:
-                cache[torch.arange(len(new), device=new.device), self._ends(new.device)] = new[:, 0]
+                rows_B1 = torch.arange(len(new), device=new.device).unsqueeze(1)
+                cache[rows_B1, self._places(num_new, new.device)] = new
             else:
                 cache[:, end - num_new : end] = new
         return stored[0][:, :end], stored[1][:, :end]
 
-    def visible(self, window: int | None, device: torch.device) -> Tensor | None:
-        """[B, 1, 1, S], True where the new token of a row sees a key; None where rows are alike, and it sees all."""
-        if not self.is_ragged:
+    def visible(self, num_new: int, window: int | None, device: torch.device) -> Tensor | None:
+        """[B, 1, T, S], True where a row's new token sees a key; None for prompts, whose tokens see those before them,
+        and for one new token in rows that are alike, which sees all."""
+        if max(self.lengths) == 0 or (num_new == 1 and not self.is_ragged):
             return None
-        ends_B1 = self._ends(device).unsqueeze(1)
-        keys_S = torch.arange(max(self.lengths) + 1, device=device)
-        visible_BS = keys_S <= ends_B1
+        places_BT1 = self._places(num_new, device).unsqueeze(2)
+        keys_S = torch.arange(max(self.lengths) + num_new, device=device)
+        visible_BTS = keys_S <= places_BT1
         if window is not None:
-            visible_BS &= keys_S > ends_B1 - window
-        return visible_BS[:, None, None, :]
+            visible_BTS &= keys_S > places_BT1 - window
+        return visible_BTS.unsqueeze(1)
 
     def advance(self, num_tokens: int | Sequence[int]) -> None:
         """Count tokens as seen, so many of all rows or of each, once every layer has stored them."""
@@ -81,11 +81,11 @@ class KeyValueCache:
                 index = torch.tensor(rows, device=stored[0].device)
                 self._layers[layer] = (stored[0].index_select(0, index), stored[1].index_select(0, index))
 
-    def _ends(self, device: torch.device) -> Tensor:
-        """Where each row's next token goes."""
+    def _places(self, num_new: int, device: torch.device) -> Tensor:
+        """[B, T]: where each row's next tokens go."""
         if self._ends_B is None:
             self._ends_B = torch.tensor(self.lengths, device=device)
-        return self._ends_B
+        return self._ends_B.unsqueeze(1) + torch.arange(num_new, device=device)
 
 
 class Context(NamedTuple):

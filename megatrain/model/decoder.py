@@ -1,6 +1,6 @@
 """A whole decoder on one device, or the layers of one pipeline stage, built from the family's description.
 
-B: sequences, T: tokens, C: channels, V: vocabulary.
+B: sequences, T: tokens, C: channels, V: vocabulary, N: tokens whose successor is asked.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from megatrain.batch import Batch
+from megatrain.batch import Batch, InferenceBatch
 from megatrain.families.description import Embedding
 from megatrain.model.block import DecoderLayer, build_norm
 from megatrain.model.context import Context, ContextBuilder
 from megatrain.model.dropout import Dropout
 from megatrain.model.embedding import PositionEmbedding, TokenEmbedding
-from megatrain.model.loss import OutputHead
+from megatrain.model.loss import OutputHead, token_scores
 
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
@@ -77,15 +77,25 @@ class DecoderStage(nn.Module):
         self.embedding_names = [spec.prefix for spec in specs if spec.kind == "embedding"]
         self.decoder_names = [spec.prefix for spec in specs if spec.kind == "decoder"]
 
-    def forward(self, batch: Batch, x_BTC: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch | InferenceBatch, x_BTC: Tensor | None = None) -> Tensor:
         """Through this stage's layers. ``x_BTC``: what the stage before gave; None in the first one.
 
         Gives [B, T, C]; in the last stage the sum of the cross-entropy (nats) over the batch's scored targets, an fp32
-        scalar.
+        scalar, or what an InferenceBatch asks: fp32 logits [N, V], or with its targets their `token_scores` [2, N].
         """
+        if isinstance(batch, InferenceBatch):
+            return self._answer(batch, x_BTC)
         context = self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
         x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, context)
         return x_BTC if self.head_name is None else self.head.loss_sum(x_BTC, batch.targets_BT, batch.loss_mask_BT)
+
+    def _answer(self, batch: InferenceBatch, x_BTC: Tensor | None) -> Tensor:
+        context = self.make_context(batch.positions_BT, None, None, self.dtype, batch.cache)
+        x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, context)
+        if self.head_name is None:
+            return x_BTC
+        logits_NV: Tensor = self.head(x_BTC, None, None, (batch.rows_N, batch.columns_N)).float()
+        return logits_NV if batch.targets_N is None else token_scores(logits_NV, batch.targets_N)
 
     def hidden(self, x: Tensor, context: Context) -> Tensor:
         """Token ids (the first stage's input) or activations, through all layers but the head: [B, T, C]."""
@@ -119,12 +129,21 @@ class DecoderStage(nn.Module):
 
 
 class Decoder(DecoderStage):
-    """A whole decoder: token ids to logits, or to the loss."""
+    """A whole decoder: token ids to logits, or to the loss. In use a `megatrain.model.generate.LanguageModel`."""
+
+    tokens_at_once = 8192
+    tokens_multiple = 1
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         """``seed`` is that of dropout."""
         super().__init__(config, build_layers(config, seed))
         self.tie_weights()
+
+    @torch.inference_mode()
+    def infer(self, batch: InferenceBatch) -> Tensor:
+        """See LanguageModel. The model is to be in evaluation mode."""
+        answer: Tensor = self(batch.to(self.device))
+        return answer
 
     def logits(self, tokens_BT: Tensor, context: Context) -> Tensor:
         """[B, T, V], in the type of the weights."""

@@ -8,15 +8,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from megatrain.batch import InferenceBatch
+from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.model.context import KeyValueCache
-from megatrain.model.decoder import Decoder
+
+
+class LanguageModel(Protocol):
+    """A model in use: whole on a device, or on the ranks that train it.
+
+    ``tokens_at_once``: about how many a batch may have; ``tokens_multiple``: what a batch's tokens a row are to be a
+    multiple of.
+    """
+
+    tokens_at_once: int
+    tokens_multiple: int
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def infer(self, batch: InferenceBatch) -> Tensor:
+        """fp32 logits [N, V] of what comes after each token that the batch asks about; where it has targets,
+        `megatrain.model.loss.token_scores` [2, N]. Alike on all ranks that share the model, for which it is collective.
+        """
+        ...
+
 
 Agree = Callable[[list[int]], list[int]]
 """From this rank's choices to those of all ranks that share a model."""
@@ -77,7 +98,7 @@ class Limits(NamedTuple):
     stop_ids: Collection[int] = ()
     num_ids: int | None = None
 
-    def of(self, model: Decoder, prompts: Sequence[Sequence[int]]) -> Limits:
+    def of(self, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Limits:
         """The same with the ids of the model. Raises ConfigError for an empty prompt, an id out of range, or more
         tokens than the model has positions."""
         limit, model_ids = model.config.max_position_embeddings, model.config.known_vocab_size
@@ -96,13 +117,13 @@ class Limits(NamedTuple):
                 )
                 raise ConfigError(
                     f"The prompt's {len(tokens)} tokens and {self.max_new_tokens} new ones are more than the model's "
-                    f"{limit} positions (model.max_position_embeddings): {advice}shorten the prompt."
+                    f"{limit} positions (model.max_position_embeddings): {advice}."
                 )
         return self._replace(num_ids=num_ids)
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     tokens: Sequence[int],
     limits: Limits,
     sampling: Sampling,
@@ -115,7 +136,7 @@ def generate(
 
 
 def generate_batch(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     limits: Limits,
     sampling: Sampling,
@@ -135,7 +156,7 @@ def generate_batch(
 
 
 def _steps(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     limits: Limits,
     sampling: Sampling,
@@ -144,8 +165,7 @@ def _steps(
     ended: set[int],
 ) -> Iterator[list[int | None]]:
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    capacity = max(map(len, prompts), default=0) + limits.max_new_tokens
-    cache = KeyValueCache(model.config.num_hidden_layers, capacity, len(prompts))
+    cache = make_cache(model, prompts, limits)
     seen = SeenTokens(prompts, sampling.repetition_penalty)
     active, new = list(range(len(prompts))), [list(tokens) for tokens in prompts]
     for _ in range(limits.max_new_tokens):
@@ -191,20 +211,31 @@ class SeenTokens:
         return scores_BV
 
 
-@torch.inference_mode()
-def next_logits(model: Decoder, tokens: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
+def make_cache(model: LanguageModel, prompts: Sequence[Sequence[int]], limits: Limits) -> KeyValueCache:
+    """With room for the prompts, what is to follow them, and padding."""
+    capacity = max(map(len, prompts), default=0) + limits.max_new_tokens + model.tokens_multiple - 1
+    return KeyValueCache(model.config.num_hidden_layers, capacity, len(prompts))
+
+
+def next_logits(model: LanguageModel, tokens: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
     """fp32 logits [B, V] of what comes after each row's ``tokens``, which follow those in the cache and join them."""
-    device = model.device
     sizes = [len(row) for row in tokens]
-    tokens_BT = pad_sequence([torch.tensor(row) for row in tokens], batch_first=True).to(device)
-    starts_B1 = torch.tensor(cache.lengths, device=device).unsqueeze(1)
-    positions_BT = starts_B1 + torch.arange(tokens_BT.shape[1], device=device)
-    context = model.make_context(positions_BT, None, None, model.dtype, cache)
-    x_BTC = model.hidden(tokens_BT, context)
+    tokens_BT, positions_BT = pad_rows(model, tokens, cache.lengths)
+    last_B = torch.tensor(sizes) - 1
+    logits_BV = model.infer(InferenceBatch(tokens_BT, positions_BT, torch.arange(len(sizes)), last_B, cache=cache))
     cache.advance(sizes)
-    last_BC = x_BTC[torch.arange(len(sizes), device=device), torch.tensor(sizes, device=device) - 1]
-    logits_BV: Tensor = model.head(last_BC.unsqueeze(1))[:, 0].float()
     return logits_BV
+
+
+def pad_rows(
+    model: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids and their positions, [B, T] each, padded on the right; ``starts``: the first position of each row."""
+    longest = max(map(len, rows))
+    width = longest + -longest % model.tokens_multiple
+    tokens_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    positions_BT = torch.tensor([[start] for start in starts or [0] * len(rows)]) + torch.arange(width)
+    return tokens_BT, positions_BT.clamp_(max=model.config.max_position_embeddings - 1)
 
 
 def refuse_no_numbers(logits_BV: Tensor) -> None:

@@ -28,14 +28,28 @@ class OutputHead(nn.Module):
         loss: Tensor = self(x_BTC, targets_BT, loss_mask_BT)
         return loss
 
-    def forward(self, x_BTC: Tensor, targets_BT: Tensor | None = None, loss_mask_BT: Tensor | None = None) -> Tensor:
-        """Without targets: logits, in the activations' type. With targets: what :meth:`loss_sum` says."""
+    def forward(
+        self,
+        x_BTC: Tensor,
+        targets_BT: Tensor | None = None,
+        loss_mask_BT: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Without targets: logits, in the activations' type; with ``at``, rows and columns, of these tokens alone:
+        [N, V]. With targets: what :meth:`loss_sum` says."""
         if targets_BT is None:
-            return functional.linear(x_BTC, self.weight)
+            return functional.linear(x_BTC if at is None else x_BTC[at], self.weight)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
         x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
         loss: Tensor = _LinearCrossEntropy.apply(x_NC, self.weight, targets_N, mask_N)  # type: ignore[no-untyped-call]
         return loss
+
+
+def token_scores(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """[2, N] in fp32: the log-probability of each target, and 1 where none is likelier."""
+    logits_NV = logits_NV.float()
+    scores_N = logits_NV.log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
+    return torch.stack([scores_N, (logits_NV.argmax(-1) == targets_N).float()])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatrain.observe.metrics import StepMetrics
+from megatrain.observe.metrics import StepMetrics, TaskFigures
 
 
 class Callback:
@@ -19,6 +19,9 @@ class Callback:
 
     def on_validation(self, step: int, loss: float, losses: Mapping[str, float]) -> bool | None:
         """An evaluation after ``step`` steps: the loss over data.validation, and that of each dataset by its name."""
+
+    def on_tasks(self, step: int, figures: TaskFigures) -> bool | None:
+        """train.tasks were answered after ``step`` steps: by task and metric value, stderr and n."""
 
     def on_save(self, step: int, path: str) -> bool | None:
         """The checkpoint of ``step`` is safe at ``path``."""

@@ -10,10 +10,13 @@ from megatrain.observe.goodput import goodput_of
 
 
 def figures_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a step or a validation; none of an event. What is not known is left out."""
+    """The figures of a step, a validation or train.tasks; none of an event. What is not known is left out."""
     if "event" in line:
         return {}
-    named = _of_validation(line) if "validation_loss" in line else _of_step(line)
+    if "tasks" in line:
+        named = _of_tasks(line)
+    else:
+        named = _of_validation(line) if "validation_loss" in line else _of_step(line)
     return {name: float(value) for name, value in named if isinstance(value, int | float)}
 
 
@@ -44,6 +47,12 @@ def _of_validation(line: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "validation/perplexity", math.exp(min(loss, 700.0))
     for name, of_set in _mapping(line, "validation_losses"):
         yield f"validation_loss/{name}", of_set
+
+
+def _of_tasks(line: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, figures in _mapping(line, "tasks"):
+        for metric, figure in figures.items():
+            yield f"tasks/{name}/{metric}", figure["value"]
 
 
 def _mapping(line: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:

@@ -1,7 +1,8 @@
 """The figures of a step, and the file they are kept in: RUN/metrics.jsonl, one JSON object a line.
 
-Three kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``validation_loss``, and by dataset
-``validation_losses``), and of an event (``event``, ``step``). Every line also has ``time``, in seconds since 1970. A
+Four kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``validation_loss``, and by dataset
+``validation_losses``), of train.tasks (``step``, ``tasks``: name, metric, value and standard error), and of an event
+(``event``, ``step``). Every line also has ``time``, in seconds since 1970. A
 figure that is not finite is null.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
@@ -33,12 +34,16 @@ _KINDS: Mapping[type | UnionType, str] = {
     int
     | float: "time tokens loss grad_norm lr step_seconds tokens_per_second mfu skipped memory_bytes validation_loss "
     "num_steps",
-    dict: "parts ranks goodput validation_losses",
+    dict: "parts ranks goodput validation_losses tasks",
     str: "event message",
 }
 """Of what kind the values of these keys are."""
 _TAIL_BYTES = 1 << 20
 """Weeks of the file need not be read for its last lines."""
+
+
+TaskFigures: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+"""By the names of a task and of a metric: ``value``, its standard error ``stderr``, and ``n`` examples."""
 
 
 class Spread(NamedTuple):
@@ -135,6 +140,10 @@ class MetricsWriter:
         """Append the line of a validation after ``step`` steps that took ``seconds``; ``each``: losses by dataset."""
         by_dataset = {"validation_losses": {**each}} if each else {}
         self._append({"step": step, "validation_loss": loss, **by_dataset, "seconds": seconds})
+
+    def tasks(self, step: int, figures: TaskFigures, seconds: float) -> None:
+        """Append the figures of train.tasks after ``step`` steps, and the seconds they took."""
+        self._append({"step": step, "tasks": figures, "seconds": seconds})
 
     def event(self, name: str, step: int, facts: Mapping[str, Any] | None = None) -> None:
         """Append the line of an event (start, resume, save, ...) after ``step`` steps, with what else is known."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.observe.callbacks import Callback
 from megatrain.observe.console import ProgressConsole
 from megatrain.observe.goodput import GoodputLedger
-from megatrain.observe.metrics import NUM_STEPS, MetricsWriter, StepMetrics
+from megatrain.observe.metrics import NUM_STEPS, MetricsWriter, StepMetrics, TaskFigures
 from megatrain.observe.trackers import TrackerProcess
 from megatrain.units import format_duration
 
@@ -104,6 +104,16 @@ class Observers:
         text = "".join(f" | {name} {of_set:.4f}" for name, of_set in several.items())
         self._console.line(f"step {step} | validation loss {loss:.4f}{text} ({format_duration(seconds)})")
         self._notify(callback.on_validation(step, loss, each or {}) for callback in self._callbacks)
+
+    def tasks(self, step: int, figures: TaskFigures, seconds: float) -> None:
+        """Record and show the figures of train.tasks after ``step`` steps, and the seconds they took."""
+        self._metrics.tasks(step, figures, seconds)
+        if self._tensorboard:
+            self._tensorboard.tasks(step, figures)
+        for name, of_task in figures.items():
+            text = ", ".join(f"{metric} {figure['value']:.4f}" for metric, figure in of_task.items())
+            self._console.line(f"step {step} | {name} | {text}")
+        self._notify(callback.on_tasks(step, figures) for callback in self._callbacks)
 
     def saved(self, step: int, path: object, seconds: float) -> None:
         """Record and show a checkpoint that is now safe at ``path``; training stood still for ``seconds``."""

@@ -27,6 +27,7 @@ class RunRecord:
 
     ``parts``: seconds of each part of a step. ``validation_steps`` and ``validation_losses``: one entry a validation.
     ``validation_sets``: the same two of each dataset, by its name.
+    ``tasks``: the figures of train.tasks by step, as in metrics.jsonl.
     ``events``: the lines of events, in the order they happened. ``configs``: what was trained with, by the step after
     which it began, where it changed. ``goodput``: up to the last line, where it is known.
     """
@@ -37,6 +38,7 @@ class RunRecord:
     validation_steps: Column
     validation_losses: Column
     validation_sets: Mapping[str, tuple[Column, Column]]
+    tasks: Mapping[int, Mapping[str, Mapping[str, Mapping[str, Any]]]]
     events: Sequence[Mapping[str, Any]]
     configs: Mapping[int, str]
     goodput: Goodput | None
@@ -68,6 +70,7 @@ def read_run(run_dir: Path) -> RunRecord:
     steps: dict[int, Mapping[str, Any]] = {}  # by step: where lines of one step are found twice, the later one counts
     validations: dict[int, float] = {}
     of_sets: dict[str, dict[int, float]] = {}
+    tasks: dict[int, Mapping[str, Any]] = {}
     events: list[Mapping[str, Any]] = []
     goodput = None
     for line in _read_lines(run_dir):
@@ -78,6 +81,8 @@ def read_run(run_dir: Path) -> RunRecord:
             validations[line["step"]] = _number(line["validation_loss"])
             for name, loss in (line.get("validation_losses") or {}).items():
                 of_sets.setdefault(name, {})[line["step"]] = _number(loss)
+        elif line.get("tasks"):
+            tasks[line["step"]] = line["tasks"]
         elif "loss" in line:
             steps[line["step"]] = line
     if not steps:
@@ -95,6 +100,7 @@ def read_run(run_dir: Path) -> RunRecord:
         validation_steps=steps_of_validations,
         validation_losses=losses_of_validations,
         validation_sets={name: _by_step(losses) for name, losses in of_sets.items()},
+        tasks=tasks,
         events=events,
         configs=_read_configs(run_dir),
         goodput=goodput,

@@ -14,7 +14,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatrain.observe.append import AppendFile
 from megatrain.observe.figures import figures_of
-from megatrain.observe.metrics import StepMetrics
+from megatrain.observe.metrics import StepMetrics, TaskFigures
 
 
 class TensorBoardWriter:
@@ -37,6 +37,10 @@ class TensorBoardWriter:
     def validation(self, step: int, loss: float, each: Mapping[str, float] | None = None) -> None:
         """Write the validation loss after ``step`` steps, and by its name that of ``each`` dataset."""
         self._scalars(step, figures_of({"validation_loss": loss, "validation_losses": each}))
+
+    def tasks(self, step: int, figures: TaskFigures) -> None:
+        """Write the figures of train.tasks after ``step`` steps."""
+        self._scalars(step, figures_of({"tasks": figures}))
 
     def close(self) -> None:
         self._file.close()

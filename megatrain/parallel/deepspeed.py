@@ -45,7 +45,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatrain.batch import Batch
+from megatrain.batch import Batch, InferenceBatch
 from megatrain.config import RunConfig
 from megatrain.distributed.device import has_gpu
 from megatrain.distributed.groups import Groups
@@ -113,6 +113,7 @@ class DeepSpeedSharding:
         precision, self._stage = config.train.precision, config.parallel.zero_stage
         self._groups, self._model, self._clip = groups, model, config.train.gradient_clipping
         self.is_replicated = self._stage == 0
+        self.passes_together = self._stage == 3 and groups.gradient.size() > 1
         self._is_half = precision != "fp32"
         self._has_fp32_sums = precision == "bf16" and self._stage < 2 and config.parallel.offload == "none"
         self._sums_whole = self.is_replicated and self._is_half  # here, not DeepSpeed
@@ -166,7 +167,7 @@ class DeepSpeedSharding:
         self._deepspeed.optimizer.override_loss_scale(factor / per_target)
         return per_target
 
-    def forward(self, chunk: int, x: Tensor | None, batch: Batch) -> Tensor:
+    def forward(self, chunk: int, x: Tensor | None, batch: Batch | InferenceBatch) -> Tensor:
         output: Tensor = self._deepspeed(chunk, batch, x)
         return output
 
@@ -404,7 +405,7 @@ class _Chunks(nn.Module):
         self.chunks = nn.ModuleList(model.chunks)
         self._tied = [tied]  # no second name for it
 
-    def forward(self, chunk: int, batch: Batch | None, x: Tensor | None) -> Tensor:
+    def forward(self, chunk: int, batch: Batch | InferenceBatch | None, x: Tensor | None) -> Tensor:
         if chunk == _EMBEDDING:
             (weight,) = self._tied
             assert weight is not None

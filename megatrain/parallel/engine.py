@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.batch import Batch
+from megatrain.batch import Batch, InferenceBatch
 from megatrain.config import RunConfig
 from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard_views
 from megatrain.distributed.groups import Groups
@@ -66,6 +68,8 @@ class Sharding(Protocol):
     is_replicated: bool
     """Whether each data rank holds all master weights and optimizer state (ZeRO 0), which ``slices`` then gives on
     all of them."""
+    passes_together: bool
+    """Whether a forward pass needs all data ranks, since each holds parts of the weights."""
     dynamic_scale: DynamicLossScale | None
     """fp16's loss scale, which ``step`` updates; None under another precision."""
 
@@ -74,9 +78,10 @@ class Sharding(Protocol):
         is that of the mean over ``num_targets``."""
         ...
 
-    def forward(self, chunk: int, x: Tensor | None, batch: Batch) -> Tensor:
+    def forward(self, chunk: int, x: Tensor | None, batch: Batch | InferenceBatch) -> Tensor:
         """Run the chunk of that index. ``x``: [B, T, C], what the stage before gave; None in the first virtual stage.
-        Gives [B, T, C]; in the last virtual stage the sum of the cross-entropy, an fp32 scalar."""
+        Gives [B, T, C]; in the last virtual stage the sum of the cross-entropy, an fp32 scalar, or what an
+        InferenceBatch asks."""
         ...
 
     def backward(self, chunk: int, scalar: Tensor, *, is_last_of_chunk: bool, is_last: bool) -> None:
@@ -153,12 +158,15 @@ class Engine:
         self.groups = groups
         self._specs = model.specs
         self._sharding = sharding
+        self.config = config.model
+        self.tokens_at_once = config.train.micro_batch_size * config.data.seq_len
+        self.tokens_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self._hidden_size, self._dtype = config.model.hidden_size, DTYPES[config.train.precision]
-        self._tokens_divisor = config.parallel.tensor if config.parallel.sequence else 1
         self._last_chunk = len(model.chunks) - 1 if groups.coordinate.pipeline == groups.topology.pipeline - 1 else None
         self._factor = 1.0  # by which losses are multiplied
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=groups.device)
-        self._pipeline: Pipeline[Batch] = Pipeline(
+        self._answer: Tensor | None = None  # to the last InferenceBatch, in the last virtual stage
+        self._pipeline: Pipeline[Batch | InferenceBatch] = Pipeline(
             groups.pipeline, len(model.chunks), groups.device, self._fields, self._forward, sharding.backward
         )
 
@@ -184,6 +192,42 @@ class Engine:
         with self._sharding.evaluation():
             self._pipeline.evaluate(micro_batches)
         return self._own_share()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """In this context the engine is a `megatrain.model.generate.LanguageModel`, and learns nothing. Collective.
+
+        Each copy of the model answers batches of its own. Where data ranks hold parts of the weights, each pass needs
+        all ranks: one that leaves the context takes part in the others' passes until all leave it.
+        """
+        with self._sharding.evaluation():
+            try:
+                yield
+            finally:
+                nothing = torch.zeros((1, self.tokens_multiple), dtype=torch.int64)
+                idle = InferenceBatch(nothing, nothing, nothing[:, 0], nothing[:, 0], nothing[:, 0])
+                while self._sharding.passes_together and self.groups.all_reduce_sum([0.0])[0]:
+                    self._pass(idle)
+
+    def infer(self, batch: InferenceBatch) -> Tensor:
+        """See LanguageModel. Only within ``in_use``."""
+        if self._sharding.passes_together:
+            self.groups.all_reduce_sum([1.0])
+        return self._pass(batch)
+
+    def _pass(self, batch: InferenceBatch) -> Tensor:
+        """The answer to a batch, which the last pipeline stage has, on all ranks of a copy of the model."""
+        self._pipeline.evaluate([batch])
+        answer, group = self._answer, self.groups.pipeline
+        if self.groups.topology.pipeline > 1:
+            if answer is None:
+                num_asked = len(batch.rows_N)
+                shape = (num_asked, self.config.known_vocab_size) if batch.targets_N is None else (2, num_asked)
+                answer = torch.empty(shape, device=self.groups.device)
+            dist.broadcast(answer, dist.get_global_rank(group, self.groups.topology.pipeline - 1), group=group)
+        assert answer is not None
+        self._answer = None
+        return answer
 
     def state_fragments(self) -> Iterator[Fragment]:
         """The shards of weights and optimizer state that this rank is to save: over all ranks, each element once.
@@ -275,7 +319,7 @@ class Engine:
         """Let another engine be made in this process."""
         self._sharding.close()
 
-    def _forward(self, chunk: int, record: Record | None, batch: Batch) -> Record | Tensor:
+    def _forward(self, chunk: int, record: Record | None, batch: Batch | InferenceBatch) -> Record | Tensor:
         """A chunk's forward pass for the pipeline; from the last virtual stage the loss that its backward pass begins
         with."""
         self.groups.activity.batch()
@@ -283,13 +327,16 @@ class Engine:
         output = self._sharding.forward(chunk, x_BTC, batch.to(self.groups.device))
         if chunk != self._last_chunk:
             return {"hidden": output}
+        if isinstance(batch, InferenceBatch):
+            self._answer = output.contiguous()  # as a broadcast needs it
+            return output
         self._loss_sum += output.detach()
         return output * self._factor
 
-    def _fields(self, batch: Batch) -> dict[str, Field]:
+    def _fields(self, batch: Batch | InferenceBatch) -> dict[str, Field]:
         """What passes between stages. Document ids, positions and sample ids each rank reads from the batch."""
         num_sequences, num_tokens = batch.tokens_BT.shape
-        shape = num_sequences, num_tokens // self._tokens_divisor, self._hidden_size
+        shape = num_sequences, num_tokens // self.tokens_multiple, self._hidden_size
         return {"hidden": Field(shape, self._dtype)}
 
     def _replicated_state(self) -> Iterator[Replicas]:

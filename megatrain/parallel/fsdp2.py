@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatrain.batch import Batch
+from megatrain.batch import Batch, InferenceBatch
 from megatrain.config import RunConfig
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
@@ -53,6 +53,7 @@ class FSDP2Sharding:
         train = config.train
         self._groups, self._specs, self._chunks = groups, model.specs, model.chunks
         self._stage, self._clip = config.parallel.zero_stage, train.gradient_clipping
+        self.passes_together = groups.gradient.size() > 1
         self._is_half = train.precision != "fp32"
         self.dynamic_scale = DynamicLossScale.of(train)
         self._gradient_scale = 1.0  # by which gradients are too large until the update
@@ -86,7 +87,7 @@ class FSDP2Sharding:
         self._gradient_scale = factor / per_target
         return factor
 
-    def forward(self, chunk: int, x: Tensor | None, batch: Batch) -> Tensor:
+    def forward(self, chunk: int, x: Tensor | None, batch: Batch | InferenceBatch) -> Tensor:
         """See Sharding."""
         output: Tensor = self._chunks[chunk](batch, x)
         return output

@@ -55,22 +55,28 @@ class VocabParallelHead(nn.Module):
         loss: Tensor = self(x_BTC, targets_BT, loss_mask_BT)
         return loss
 
-    def forward(self, x_BTC: Tensor, targets_BT: Tensor | None = None, loss_mask_BT: Tensor | None = None) -> Tensor:
-        """Without targets: the logits of the whole vocabulary, alike on all ranks, without gradients. With targets:
-        what ``loss_sum`` says."""
+    def forward(
+        self,
+        x_BTC: Tensor,
+        targets_BT: Tensor | None = None,
+        loss_mask_BT: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Without targets: the logits of the whole vocabulary, alike on all ranks, without gradients; with ``at``, rows
+        and columns, of these tokens alone: [N, V]. With targets: what ``loss_sum`` says."""
         if targets_BT is None:
-            return self._logits(x_BTC)
+            return self._logits(x_BTC, at)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
         loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
             x_BTC, self.weight, targets_BT.flatten(), mask_N, self._range, self._region
         )
         return loss
 
-    def _logits(self, x_BTC: Tensor) -> Tensor:
-        group = self._region.group
-        local_BTV = functional.linear(self._region.whole(x_BTC), self.weight)  # type: ignore[arg-type]
-        parts = [torch.empty_like(local_BTV) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local_BTV, group=group)
+    def _logits(self, x_BTC: Tensor, at: tuple[Tensor, Tensor] | None) -> Tensor:
+        group, x_BTC = self._region.group, self._region.whole(x_BTC)
+        local = functional.linear(x_BTC if at is None else x_BTC[at], self.weight)  # type: ignore[arg-type]
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, local, group=group)
         return torch.cat(parts, -1)[..., : self._num_ids]  # the padding lies behind the last id
 
 

@@ -44,8 +44,8 @@ def find_seen(
 
 def _texts(example: Example) -> Iterator[str]:
     """The question with each continuation, or with the answer where nothing is scored; no solved rows."""
-    for end in example.continuations or (f" {example.answer}",):
-        yield example.question + end
+    for end in example.scored or (example.answer,):
+        yield f"{example.question} {end}"
 
 
 def _runs(text: str) -> Iterator[int]:

@@ -1,9 +1,10 @@
-"""`megatrain eval --tasks`: a checkpoint's answers to tasks, by all ranks together."""
+"""Tasks answered by a model, by all ranks together: `megatrain eval --tasks`, and `train.tasks` during training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from megatrain.config.tasks import Task, read_tasks
 from megatrain.data import Dataset, open_dataset
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, DataError
 from megatrain.inference.writer import TextSettings, Writer, open_writer
 from megatrain.tasks.contamination import find_seen
 from megatrain.tasks.metrics import Metric, Outcome, judge_choices, judge_generation, judge_text, summarize
@@ -52,12 +53,29 @@ class TaskResult:
         return {"examples": len(self.skipped), "shots": self.num_shots_dropped}
 
 
+class Questions(NamedTuple):
+    """A task with its examples, in the order of its rows."""
+
+    task: Task
+    examples: Sequence[Example]
+
+
+def read_questions(path: Path, num_shots: int | None = None, *, seed: int = 0, chat: bool = False) -> list[Questions]:
+    """Those of a file of tasks. ``num_shots``: in place of each task's own; ``chat``: all tasks ask by the chat
+    template. Raises ConfigError, DataError."""
+    tasks = [task.model_copy(update={"chat": task.chat or chat}) for task in read_tasks(path)]
+    if chat and (silent := [task.name for task in tasks if not task.prompt]):
+        raise ConfigError(f"Task {silent[0]} has an empty prompt, which no user's message can be: leave out --chat.")
+    return [Questions(t, make_examples(t, t.shots if num_shots is None else num_shots, seed)) for t in tasks]
+
+
 def evaluate_tasks(
     path: Location,
     tasks: str | Path,
     num_shots: int | None = None,
     *,
     seed: int = 0,
+    chat: bool = False,
     out: Path | None = None,
     rank: RankInfo | None = None,
     tensor: int = 1,
@@ -66,18 +84,17 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Each task of the file ``tasks``, answered by the model of a checkpoint; the same on all ranks.
 
-    ``num_shots``: in place of each task's own. ``out``: a file of JSON lines for each example's answers, written by
-    rank 0. ``training_data``: datasets in which the examples are looked for. Collective over the ranks that ``rank`` is
-    one of. Raises ConfigError, DataError or CheckpointError, before the model is loaded where that can be known.
+    ``num_shots``, ``seed``, ``chat``: see `read_questions`. ``out``: a file of JSON lines for each example's answers,
+    written by rank 0. ``training_data``: datasets in which the examples are looked for. Collective over the ranks that
+    ``rank`` is one of. Raises ConfigError, DataError or CheckpointError, before the model is loaded where that can be
+    known.
     """
-    read, datasets = read_tasks(Path(tasks)), [open_dataset(path) for path in training_data]
-    asked = {task.name: make_examples(task, task.shots if num_shots is None else num_shots, seed) for task in read}
+    questions = read_questions(Path(tasks), num_shots, seed=seed, chat=chat)
+    datasets = [open_dataset(path) for path in training_data]
     writer, groups = open_writer(path, rank, tensor)
-    results = []
     with Progress(disable=not show_progress, transient=True) as progress:
-        for task in read:
-            results.append(_evaluate_task(task, asked[task.name], writer, groups, progress))
-        seen = _find_seen(asked, datasets, groups, progress) if datasets else {}
+        results = collect(questions, answer(questions, writer, groups, progress), groups)
+        seen = _find_seen(questions, datasets, groups, progress) if datasets else {}
     results = [replace(result, seen=seen.get(result.task.name)) for result in results]
     if out is not None and (rank is None or rank.rank == 0):
         commit_bytes(out, b"".join(_line(result, outcome) for result in results for outcome in result.outcomes))
@@ -94,9 +111,10 @@ def _line(result: TaskResult, outcome: Outcome) -> bytes:
 
 
 def _find_seen(
-    examples: Mapping[str, Sequence[Example]], datasets: Sequence[Dataset], groups: Groups | None, progress: Progress
+    questions: Sequence[Questions], datasets: Sequence[Dataset], groups: Groups | None, progress: Progress
 ) -> dict[str, frozenset[int]]:
     """`find_seen`, shared out to all ranks."""
+    examples = {task.name: of_task for task, of_task in questions}
     share = (0, 1) if groups is None else (groups.rank, groups.topology.world_size)
     bar = progress.add_task("training data", total=sum(dataset.num_tokens for dataset in datasets) // share[1])
     own = find_seen(examples, datasets, share, lambda count: progress.advance(bar, count))
@@ -104,30 +122,44 @@ def _find_seen(
     return {task: frozenset().union(*(each[task] for each in every)) for task in examples}
 
 
-def _evaluate_task(
-    task: Task,
-    examples: Sequence[Example],
-    writer: Writer,
-    groups: Groups | None,
-    progress: Progress,
-) -> TaskResult:
+def answer(
+    questions: Sequence[Questions], writer: Writer, groups: Groups | None, progress: Progress | None = None
+) -> list[list[Outcome]]:
+    """This rank's share of each task's examples, answered. Collective over the ranks that share a copy of the model."""
     first, step = (0, 1) if groups is None else groups.batch_share
-    mine = [_encode(task, example, writer) for example in examples[first::step]]
-    asked = [each for each in mine if each is not None]
-    bar = progress.add_task(task.name, total=sum(len(each.requests) for each in asked))
-    outcomes = _ANSWER[task.kind](task, asked, writer, lambda count: progress.advance(bar, count))
+    progress = progress or Progress(disable=True)
+    found = []
+    for task, examples in questions:
+        mine = [_encode(task, example, writer) for example in examples[first::step]]
+        asked = [each for each in mine if each is not None]
+        bar = progress.add_task(task.name, total=sum(len(each.requests) for each in asked))
+        found.append(_ANSWER[task.kind](task, asked, writer, partial(progress.advance, bar)))
+    return found
+
+
+def collect(
+    questions: Sequence[Questions], own: Sequence[Sequence[Outcome]], groups: Groups | None
+) -> list[TaskResult]:
+    """Each task's results, from those of all ranks. Collective."""
+    every = [own]
     if groups is not None:
-        given = groups.all_gather_object(outcomes if groups.coordinate.tensor == 0 else [])
-        outcomes = [outcome for of_rank in given for outcome in of_rank]
-    outcomes.sort(key=lambda outcome: outcome.example.row)
-    known = {outcome.example.row for outcome in outcomes}
+        is_first_of_copy = groups.coordinate.tensor == groups.coordinate.pipeline == 0
+        every = groups.all_gather_object(own if is_first_of_copy else [[] for _ in questions])
+    return [
+        _result(task, examples, sorted((o for each in every for o in each[number]), key=lambda o: o.example.row))
+        for number, (task, examples) in enumerate(questions)
+    ]
+
+
+def _result(task: Task, examples: Sequence[Example], outcomes: Sequence[Outcome]) -> TaskResult:
     num_shots = {example.row: len(example.shots) for example in examples}
+    answered = {outcome.example.row: len(outcome.example.shots) for outcome in outcomes}
     return TaskResult(
         task=task,
         metrics=summarize(task, outcomes),
         outcomes=outcomes,
-        skipped=[row for row in num_shots if row not in known],
-        num_shots_dropped=sum(num_shots[o.example.row] - len(o.example.shots) for o in outcomes),
+        skipped=[row for row in num_shots if row not in answered],
+        num_shots_dropped=sum(num_shots[row] - left for row, left in answered.items()),
     )
 
 
@@ -153,6 +185,8 @@ def _encode(task: Task, example: Example, writer: Writer) -> _Asked | None:
 
 def _requests(task: Task, example: Example, writer: Writer) -> list[Request]:
     """See _Asked. A context without tokens is what a document begins after: its end, or its beginning."""
+    if task.chat:
+        return _chat_requests(task, example, writer)
     if task.kind == "generate":
         return [Request(tuple(writer.begin(writer.tokenizer.encode(example.prompt))), ())]
     tokens = writer.assets.special_tokens
@@ -169,6 +203,18 @@ def _requests(task: Task, example: Example, writer: Writer) -> list[Request]:
             context = [tokens.eod.id]
         found.append(Request(tuple(context), tuple(continuation)))
     return found
+
+
+def _chat_requests(task: Task, example: Example, writer: Writer) -> list[Request]:
+    """The template writes all special tokens itself, the first one too. It is encoded with the answer, as a
+    conversation is for training, and what begins the answer is never part of it."""
+    try:
+        prompt = writer.chat_text(example.messages)
+    except DataError as error:
+        raise DataError(f"Task {task.name}, row {example.row}: {error}") from None
+    before = tuple(writer.tokenizer.encode(prompt))
+    whole = [tuple(writer.tokenizer.encode(prompt + text)) for text in example.scored]
+    return [Request(ids[: len(before)], ids[len(before) :]) for ids in whole] or [Request(before, ())]
 
 
 def _answer_choices(
@@ -195,9 +241,9 @@ def _answer_perplexity(
 def _answer_by_generation(
     task: Task, asked: Sequence[_Asked], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
-    settings = TextSettings(task.max_new_tokens, stops=task.stop)
+    settings = TextSettings(task.max_new_tokens, stops=task.stops)
     texts = writer.write([request.context for each in asked for request in each.requests], settings, advance)
-    return [judge_generation(each.example, text.text) for each, text in zip(asked, texts, strict=True)]
+    return [judge_generation(task, each.example, text.text) for each, text in zip(asked, texts, strict=True)]
 
 
 _ANSWER = {"choices": _answer_choices, "perplexity": _answer_perplexity, "generate": _answer_by_generation}

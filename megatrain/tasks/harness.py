@@ -58,7 +58,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
         ids = self._writer.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [*self._prefix, *ids]
+        begins = add_special_tokens is False or ids[:1] == self._prefix  # as a chat template begins
+        return ids if begins else [*self._prefix, *ids]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if not add_generation_prompt:
+            raise ConfigError("Under the harness megatrain begins no answers: leave out the task's gen_prefix.")
+        return self._writer.chat_text(chat_history)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The harness puts it down beside the results."""
+        if isinstance(chat_template, str):
+            raise ConfigError("Under the harness megatrain knows one chat template: give --apply_chat_template alone.")
+        template = self._writer.template
+        return template.source if chat_template and template is not None else ""
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any

@@ -47,7 +47,7 @@ def judge_choices(task: Task, example: Example, log_likelihoods: Sequence[float]
     figures = {name: float(index == example.gold) for name, index in chosen.items()}
     figures["ties"] = float(np.sum(values == values.max()) > 1)
     record = {
-        **_common(example),
+        **_common(task, example),
         "choices": list(example.choices),
         "gold": example.gold,
         "log_likelihoods": list(log_likelihoods),
@@ -60,14 +60,19 @@ def judge_text(task: Task, example: Example, log_likelihood: float, num_tokens: 
     """Of kind perplexity: nats, tokens and UTF-8 bytes of the answer."""
     _refuse_what_is_no_number(task, example, [log_likelihood])
     figures = {"nats": -log_likelihood, "tokens": float(num_tokens), "bytes": float(len(example.answer.encode()))}
-    record = {**_common(example), "answer": example.answer, "log_likelihood": log_likelihood, "is_greedy": is_greedy}
+    record = {
+        **_common(task, example),
+        "answer": example.answer,
+        "log_likelihood": log_likelihood,
+        "is_greedy": is_greedy,
+    }
     return Outcome(example, figures, record)
 
 
-def judge_generation(example: Example, text: str) -> Outcome:
+def judge_generation(task: Task, example: Example, text: str) -> Outcome:
     """Of kind generate: whether the text is the answer, spaces around both aside."""
     is_right = text.strip() == example.answer.strip()
-    record = {**_common(example), "answer": example.answer, "generated": text, "exact_match": is_right}
+    record = {**_common(task, example), "answer": example.answer, "generated": text, "exact_match": is_right}
     return Outcome(example, {"exact_match": float(is_right)}, record)
 
 
@@ -103,8 +108,9 @@ def _shaped(name: str, nats: Any) -> Any:
     return nats / math.log(2) if name == "bits_per_byte" else nats
 
 
-def _common(example: Example) -> dict[str, Any]:
-    return {"row": example.row, "prompt": example.prompt, "shots": list(example.shots)}
+def _common(task: Task, example: Example) -> dict[str, Any]:
+    prompt = {"messages": example.messages} if task.chat else {"prompt": example.prompt}
+    return {"row": example.row, **prompt, "shots": list(example.shots)}
 
 
 def _refuse_what_is_no_number(task: Task, example: Example, values: Sequence[float]) -> None:

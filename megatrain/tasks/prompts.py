@@ -11,6 +11,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatrain.config.tasks import Task
+from megatrain.data.chat import Message
 from megatrain.data.json_lines import read_objects
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError, DataError
@@ -23,18 +24,19 @@ _TEMPLATES = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, kee
 class Example(NamedTuple):
     """A row that is asked, by its number.
 
-    ``solved``: the solved rows before it, ``shots`` their numbers; ``continuations``: the texts to be scored (of kind
-    generate none), each with the delimiter before it; ``choices``: the same without; ``answer``: the right one;
-    ``gold``: its index among the choices.
+    ``solved``: the solved rows before it, questions and answers, ``shots`` their numbers; ``scored``: the texts to be
+    scored (of kind generate none); ``choices``: those to choose from; ``answer``: the right one; ``gold``: its index
+    among the choices. ``delimiter``: between a question and its answer; ``between``: between rows.
     """
 
     row: int
     description: str
-    solved: tuple[str, ...]
+    solved: tuple[tuple[str, str], ...]
     shots: tuple[int, ...]
     question: str
+    delimiter: str
     between: str
-    continuations: tuple[str, ...]
+    scored: tuple[str, ...]
     choices: tuple[str, ...]
     answer: str
     gold: int | None
@@ -43,7 +45,21 @@ class Example(NamedTuple):
     def prompt(self) -> str:
         """All that comes before the answer."""
         head = (self.description,) if self.description else ()
-        return self.between.join((*head, *self.solved, self.question))
+        solved = (f"{asked}{self.delimiter}{answer}" if asked else answer for asked, answer in self.solved)
+        return self.between.join((*head, *solved, self.question))
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """What is scored after the prompt."""
+        delimiter = self.delimiter if self.prompt else ""
+        return tuple(delimiter + text for text in self.scored)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The same prompt as a conversation: each solved row a turn, the description as system message."""
+        head = [("system", self.description)] if self.description else []
+        turns = [turn for asked, answer in self.solved for turn in (("user", asked), ("assistant", answer))]
+        return [{"role": role, "content": text} for role, text in (*head, *turns, ("user", self.question))]
 
     def with_fewer_shots(self) -> Example:
         """Without the first of the solved rows."""
@@ -76,21 +92,21 @@ def make_examples(task: Task, num_shots: int, seed: int) -> list[Example]:
         own = index if task.shots_path is None else None
         shots = _draw(f"{seed}/{task.name}/{index}", len(pool), num_shots, own)
         question, choices, answer, gold = solved.render(row, index)
-        scored = {"choices": choices, "perplexity": (answer,), "generate": ()}[task.kind]
-        example = Example(
-            row=index,
-            description=task.description,
-            solved=tuple(solved.text(pool[shot], shot) for shot in shots),
-            shots=shots,
-            question=question,
-            between=task.shots_delimiter,
-            continuations=(),
-            choices=choices,
-            answer=answer,
-            gold=gold,
+        examples.append(
+            Example(
+                row=index,
+                description=task.description,
+                solved=tuple(solved.question_and_answer(pool[shot], shot) for shot in shots),
+                shots=shots,
+                question=question,
+                delimiter=task.delimiter,
+                between=task.shots_delimiter,
+                scored={"choices": choices, "perplexity": (answer,), "generate": ()}[task.kind],
+                choices=choices,
+                answer=answer,
+                gold=gold,
+            )
         )
-        delimiter = task.delimiter if example.prompt else ""
-        examples.append(example._replace(continuations=tuple(delimiter + text for text in scored)))
     return examples
 
 
@@ -127,10 +143,9 @@ class _Solved:
             return prompt, tuple(choices), choices[int(answer)], int(answer)
         raise self._error(index, f"the answer {answer!r} is none of the choices, and no index of one")
 
-    def text(self, row: Row, index: int) -> str:
-        """A row with its answer."""
-        prompt, _, answer, _ = self.render(row, index)
-        return f"{prompt}{self._task.delimiter}{answer}" if prompt else answer
+    def question_and_answer(self, row: Row, index: int) -> tuple[str, str]:
+        question, _, answer, _ = self.render(row, index)
+        return question, answer
 
     def _template(self, key: str, text: str) -> jinja2.Template:
         try:

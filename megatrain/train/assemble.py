@@ -46,6 +46,7 @@ from megatrain.plan.flops import num_trained_parameters
 from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.stages import decoder_stages
 from megatrain.plan.this_machine import cpu_computes_bf16
+from megatrain.tasks.evaluation import Questions, read_questions
 from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768
@@ -85,6 +86,8 @@ class Run:
     """The weights that LoRA's adapters stand beside."""
     former: RunConfig | None = None
     """The config of the checkpoint that it goes on from."""
+    questions: Sequence[Questions] = ()
+    """Of train.tasks."""
     overrides: tuple[str, ...] = ()
     """The KEY=VALUE that its config was given on the command line."""
 
@@ -121,6 +124,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     config = resolve_vocabulary(config, train[0])
     augmentations = open_augmentations(config, train)
     held_out = [_concat_source(config, dataset) for dataset in validation]
+    questions = read_questions(Path(config.train.tasks)) if config.train.tasks else []
     lap("datasets")
     device = local_device(rank.local_rank)
     # The liveness monitor, which can say who is stuck, comes before the collectives' own timeout.
@@ -163,6 +167,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         validation=evaluations,
         store=store,
         findings=findings,
+        questions=questions,
     )
 
 

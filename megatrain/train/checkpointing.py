@@ -72,7 +72,7 @@ class CheckpointManager:
         """
         ended = self.finish()
         run, self._num_updates = self._run, progress.updates
-        assets = _assets(run) if run.rank.rank == 0 else run.assets
+        assets = assets_of(run) if run.rank.rank == 0 else run.assets
         self._saver.begin(
             progress.step,
             _verified_state(run.engine),
@@ -300,7 +300,8 @@ def _fill(run: Run, reader: CheckpointReader, state: StateReader, num_updates: i
         run.assets = Assets.of_checkpoint(reader)
 
 
-def _assets(run: Run) -> Assets:
+def assets_of(run: Run) -> Assets:
+    """What goes along with the weights of its checkpoints; on rank 0, where the run has what it began with."""
     dataset = run.datasets[0]
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:

@@ -78,6 +78,20 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     return [f"run.init_from: weights of {origin.folder}, the same model."]
 
 
+def check_tasks(config: RunConfig, must_exist: bool = False) -> list[str]:
+    """Refuse a file of tasks that is wrong, or whose rows are; what there is to say of it."""
+    if config.train.tasks is None:
+        return []
+    path = Path(config.train.tasks)
+    if not must_exist and not path.exists():
+        return [f"train.tasks: {path} is not here, so whether it is right is not known."]
+    from megatrain.config.tasks import read_tasks
+    from megatrain.tasks.prompts import make_examples
+
+    counts = {task.name: len(make_examples(task, task.shots, 0)) for task in read_tasks(path)}
+    return [f"train.tasks: {', '.join(f'{name} ({count:,} examples)' for name, count in counts.items())}."]
+
+
 def check_trackers(config: RunConfig, must_exist: bool = False) -> list[str]:
     """Refuse trackers whose package is not installed, if it must be; what there is to say of them."""
     missing = [name for name in config.observe.trackers if find_spec(name) is None]

@@ -15,15 +15,17 @@ from megatrain.checkpoint.lock import Lease
 from megatrain.checkpoint.saver import SaveResult, SaveStatus
 from megatrain.data.batches import TrainingBatches
 from megatrain.distributed.signals import Requests
-from megatrain.errors import CheckpointError, Diverged, Preempted, RankError
+from megatrain.errors import CheckpointError, Diverged, MegatrainError, Preempted, RankError
+from megatrain.inference.writer import Writer, agreement
 from megatrain.observe.flops import mfu, peak_flops
 from megatrain.observe.memory import peak_memory_bytes
 from megatrain.observe.metrics import METRICS_FILE, Spread, StepMetrics
 from megatrain.observe.observers import Observers
 from megatrain.parallel.engine import StepResult
 from megatrain.plan.flops import flops_per_token
+from megatrain.tasks.evaluation import answer, collect
 from megatrain.train.assemble import Run
-from megatrain.train.checkpointing import CheckpointManager
+from megatrain.train.checkpointing import CheckpointManager, assets_of
 from megatrain.train.config_record import record_start
 from megatrain.train.progress import Progress
 from megatrain.train.schedule import learning_rate
@@ -101,6 +103,7 @@ class Trainer:
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
         self._checkpoints = CheckpointManager(run, progress.updates)
+        self._writer = self._make_writer() if run.questions else None
         self._spikes = SpikeDetector(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
@@ -109,6 +112,12 @@ class Trainer:
         self._was_mended = False
         self._stragglers = StragglerDetector(run.groups)
         self._compare_at = time.monotonic() + run.config.observe.straggler_report_seconds
+
+    def _make_writer(self) -> Writer:
+        """What answers train.tasks: the engine, with the tokenizer and the small files of its checkpoints."""
+        run = self._run
+        assets = run.groups.run_on_rank0(lambda: assets_of(run))
+        return Writer(run.engine, run.datasets[0].tokenizer, assets, agreement(run.groups))
 
     def _note_part(self, part: str) -> None:
         self._run.groups.activity.enter(self.progress.step, part)
@@ -241,8 +250,11 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         run, step = self._run, self.progress.step
         self._validation_loss = None
-        due = step % self._config.train.eval_every_steps == 0 or step == self._num_steps
-        if not run.validation or not due:
+        if step % self._config.train.eval_every_steps and step != self._num_steps:
+            return
+        if self._writer is not None:
+            self._evaluate_tasks(self._writer)
+        if not run.validation:
             return
         began = time.perf_counter()
         with self._watch.measure("eval"):
@@ -254,6 +266,22 @@ class Trainer:
         if self._observers:
             losses = {name: total / counts[name] for name, total in zip(counts, sums, strict=True)}
             self._observers.validation(step, self._validation_loss, time.perf_counter() - began, losses)
+
+    def _evaluate_tasks(self, writer: Writer) -> None:
+        """On all ranks. Raises what any of them raises, as for a log-likelihood that is no number."""
+        run, began, problem, own = self._run, time.perf_counter(), None, []
+        with self._watch.measure("eval"):
+            try:
+                with run.engine.in_use():
+                    own = answer(run.questions, writer, run.groups)
+            except MegatrainError as error:
+                problem = error
+            if (first := run.groups.first_value(problem)) is not None:
+                raise first
+            results = collect(run.questions, own, run.groups)
+        if self._observers:
+            figures = {r.task.name: {name: each._asdict() for name, each in r.metrics.items()} for r in results}
+            self._observers.tasks(self.progress.step, figures, time.perf_counter() - began)
 
     def _save_if_due(self, stopping: bool, on_request: bool) -> None:
         step = self.progress.step

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from megatrain.checkpoint.manifest import Token
 from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.config import RunConfig
+from megatrain.data import Dataset
 from megatrain.data.augmentation import open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder
@@ -28,9 +30,12 @@ from megatrain.distributed.bootstrap import read_rank
 from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.errors import CheckpointError
+from megatrain.inference.assets import Assets
+from megatrain.inference.writer import Writer, agreement
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.parallel.engine import Engine
+from megatrain.tasks.evaluation import answer, collect, read_questions
 from megatrain.train.assemble import (
     build_engine,
     open_training_data,
@@ -53,6 +58,7 @@ class Case:
     moment. ``flipped``: when all is done, one bit of this parameter flips on the last rank.
     ``swapped``: of these parameters, one is taken for the other when the state is saved.
     ``drifts``: ranks that hold a weight with others have gradients of it that are a little off, but for the first one.
+    ``tasks``: a file of tasks, answered in the end.
     ``twice``: go back to the initial weights in the end, and take the first steps again."""
 
     config: dict[str, Any]
@@ -70,6 +76,7 @@ class Case:
     flipped: str | None = None
     swapped: tuple[str, str] | None = None
     drifts: bool = False
+    tasks: str | None = None
     twice: bool = False
 
 
@@ -128,6 +135,7 @@ def train(case: Case) -> dict[str, Any]:
     whole = BatchMaker(sources, config.train.micro_batch_size)
     evaluation = EvaluationBatches(whole, *groups.batch_share, NUM_VALIDATION_WINDOWS)
     (validation,) = groups.all_reduce_sum([engine.evaluate(evaluation)])
+    tasks = answer_tasks(engine, Path(case.tasks), train_sets[0]) if case.tasks else {}
     if case.swapped:
         swap_names(engine, *case.swapped)
     if case.save_after in (None, case.num_steps):
@@ -153,7 +161,18 @@ def train(case: Case) -> dict[str, Any]:
         "difference": difference,
         "problem": problem,
         "again": again,
+        "tasks": tasks,
     }
+
+
+def answer_tasks(engine: Engine, path: Path, dataset: Dataset) -> dict[str, Any]:
+    """As the trainer does."""
+    questions, groups = read_questions(path), engine.groups
+    assets = Assets().with_data(dataset.tokenizer_path.read_bytes(), Token(id=dataset.eod_id))
+    with engine.in_use():
+        own = answer(questions, Writer(engine, dataset.tokenizer, assets, agreement(groups)), groups)
+    results = collect(questions, own, groups)
+    return {result.task.name: [outcome.record for outcome in result.outcomes] for result in results}
 
 
 def take_first_steps_again(engine: Engine, config: RunConfig, batches: TrainingBatches) -> list[float]:

@@ -158,6 +158,14 @@ def test_a_batch_gives_each_prompt_its_own(model: Decoder, sampling: Sampling) -
     assert len({len(tokens) for tokens in alone}) == len(ends[stop_ids[0]])
 
 
+def test_padded_steps_give_the_same_tokens(model: Decoder) -> None:
+    """As sequence parallelism asks for them: in a batch of prompts, and of one prompt up to the last position."""
+    free, last = in_a_batch(model, GREEDY, []), list(generate(model, PROMPT, Limits(59), GREEDY))
+    model.tokens_multiple = 4
+    assert in_a_batch(model, GREEDY, []) == free
+    assert list(generate(model, PROMPT, Limits(59), GREEDY)) == last
+
+
 def test_the_caller_can_end_a_row(model: Decoder) -> None:
     ended: set[int] = set()
     seen = []

@@ -115,7 +115,7 @@ def test_shots_without_room_are_left_out(finished_run: Path, tmp_path: Path) -> 
 
 
 def example_of(choices: tuple[str, ...]) -> Example:
-    return Example(0, "", (), (), "q", "\n", choices, choices, choices[0], 0)
+    return Example(0, "", (), (), "q", " ", "\n", choices, choices, choices[0], 0)
 
 
 def test_each_normalizer_has_its_own_winner() -> None:
