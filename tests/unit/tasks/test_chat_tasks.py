@@ -8,19 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatrain.config.tasks import read_tasks
 from megatrain.errors import ConfigError, DataError
 from megatrain.inference.writer import open_writer
 from megatrain.tasks import evaluation
 from megatrain.tasks.evaluation import evaluate_tasks, read_questions
-from megatrain.train.convert import import_folder
-from tests.tokenizer_samples import llama3
 
-TEMPLATE = """{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>
-{{ message.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|assistant|>
-{% endif %}"""
 ROWS = [{"q": "the other", "a": "not", "b": "the"}, {"q": "to be", "a": "or not", "b": "be"}, {"q": "be", "a": "to"}]
 TASKS = """
 - {name: choose, kind: choices, path: PATH, prompt: "{{ q }}", answer: "0", choices: ["{{ a }}", "{{ b }}"], limit: 2,
@@ -30,30 +25,6 @@ TASKS = """
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokenizer puts a beginning before a text by itself, and whose template writes one too."""
-    hf = tmp_path_factory.mktemp("chat") / "hf"
-    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=llama3(), **names)
-    tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(hf)
-    tokenizer.save_pretrained(hf)
-    import_folder(hf, hf.parent / "checkpoint")
-    return hf
-
-
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"b": "the end", **row}) + "\n" for row in ROWS))
@@ -61,9 +32,9 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path / "tasks.yaml"
 
 
-def test_ids_are_those_of_the_chat_template(folder: Path, tasks: Path) -> None:
-    reference: Any = AutoTokenizer.from_pretrained(folder)
-    writer, _ = open_writer(folder.parent / "checkpoint")
+def test_ids_are_those_of_the_chat_template(chat_folder: Path, tasks: Path) -> None:
+    reference: Any = AutoTokenizer.from_pretrained(chat_folder)
+    writer, _ = open_writer(chat_folder.parent / "checkpoint")
     assert writer.begin([]) == [reference.bos_token_id]
     for task, examples in read_questions(tasks):
         for example in examples:
@@ -78,10 +49,10 @@ def test_ids_are_those_of_the_chat_template(folder: Path, tasks: Path) -> None:
     assert messages[-1]["content"] == "the other"
 
 
-def test_scores_and_texts_are_those_of_transformers(folder: Path, tasks: Path) -> None:
-    twin: Any = LlamaForCausalLM.from_pretrained(folder)
-    reference: Any = AutoTokenizer.from_pretrained(folder)
-    choose, text, write = evaluate_tasks(folder.parent / "checkpoint", tasks)
+def test_scores_and_texts_are_those_of_transformers(chat_folder: Path, tasks: Path) -> None:
+    twin: Any = LlamaForCausalLM.from_pretrained(chat_folder)
+    reference: Any = AutoTokenizer.from_pretrained(chat_folder)
+    choose, text, write = evaluate_tasks(chat_folder.parent / "checkpoint", tasks)
 
     def ids_of(outcome: Any) -> torch.Tensor:
         found: torch.Tensor = reference.apply_chat_template(
@@ -107,24 +78,24 @@ def test_scores_and_texts_are_those_of_transformers(folder: Path, tasks: Path) -
         assert outcome.record["generated"] == reference.decode(after, skip_special_tokens=True)
 
 
-def test_all_tasks_can_be_asked_as_chat(folder: Path, tasks: Path) -> None:
+def test_all_tasks_can_be_asked_as_chat(chat_folder: Path, tasks: Path) -> None:
     tasks.write_text(tasks.read_text().replace(", chat: true", "").replace("chat: true, ", ""))
     assert not any(task.chat for task in read_tasks(tasks))
-    asked = evaluate_tasks(folder.parent / "checkpoint", tasks, chat=True)
+    asked = evaluate_tasks(chat_folder.parent / "checkpoint", tasks, chat=True)
     assert all("messages" in outcome.record for result in asked for outcome in result.outcomes)
-    plain = evaluate_tasks(folder.parent / "checkpoint", tasks)
+    plain = evaluate_tasks(chat_folder.parent / "checkpoint", tasks)
     assert all("prompt" in outcome.record for result in plain for outcome in result.outcomes)
     assert plain[1].metrics["loss"].value != asked[1].metrics["loss"].value
 
 
-def test_what_cannot_be_asked_is_told(folder: Path, finished_run: Path, tasks: Path) -> None:
+def test_what_cannot_be_asked_is_told(chat_folder: Path, finished_run: Path, tasks: Path) -> None:
     with pytest.raises(ConfigError, match="without a chat template"):
         evaluate_tasks(finished_run, tasks)
     text = tasks.read_text()
     tasks.write_text(text.replace('prompt: "{{ q }}"', 'prompt: "{{ q }} <|eot_id|>"'))
     with pytest.raises(DataError, match=r"Task choose, row 0: .*control token <\|eot_id\|>"):
-        evaluate_tasks(folder.parent / "checkpoint", tasks)
+        evaluate_tasks(chat_folder.parent / "checkpoint", tasks)
     tasks.write_text(text.replace('perplexity, path: PATH, prompt: "{{ q }}"', "perplexity"))
     tasks.write_text(text.replace('prompt: "{{ q }}"', 'prompt: ""'))
     with pytest.raises(ConfigError, match="user's message, which may not be empty"):
-        evaluate_tasks(folder.parent / "checkpoint", tasks)
+        evaluate_tasks(chat_folder.parent / "checkpoint", tasks)

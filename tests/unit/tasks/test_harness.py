@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,38 +37,60 @@ ENDS = {
 
 
 def test_the_harness_scores_as_on_the_export(finished_run: Path, tmp_path: Path) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval")
+    export_checkpoint(finished_run, tmp_path / "hf")
+    for ours, theirs in answers(finished_run, tmp_path / "hf", tmp_path, list(ENDS)):
+        assert_equal(ours, theirs)
+
+
+def test_the_harness_asks_by_the_chat_template(chat_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    kinds, settings = ["multiple_choice", "generate_until"], {"apply_chat_template": True, "num_fewshot": 1}
+    for ours, theirs in answers(chat_folder.parent / "checkpoint", chat_folder, tmp_path, kinds, **settings):
+        assert ours["arguments"] == theirs["arguments"]
+        assert "<|assistant|>" in str(ours["arguments"])
+        assert_equal(ours, theirs)
+
+
+def answers(
+    checkpoint: Path, exported: Path, folder: Path, kinds: list[str], **settings: Any
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of each example: what the harness has of ours on the checkpoint, and of its own model on the export."""
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     from megatrain.tasks.harness import HarnessModel
 
-    export_checkpoint(finished_run, tmp_path / "hf")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
-    for kind, end in ENDS.items():
-        text = TASK.replace("KIND", kind).replace("PATH", str(tmp_path / "rows.jsonl")) + end
-        (tmp_path / f"{kind}.yaml").write_text(text)
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    names = [f"{kind}_task" for kind in ENDS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    for kind in kinds:
+        text = TASK.replace("KIND", kind).replace("PATH", str(folder / "rows.jsonl")) + ENDS[kind]
+        (folder / f"{kind}.yaml").write_text(text)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    names = [f"{kind}_task" for kind in kinds]
     found = [
-        lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True)
+        lm_eval.simple_evaluate(
+            model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True, **settings
+        )
         for model in (
-            HarnessModel(str(finished_run)),
-            HFLM(str(tmp_path / "hf"), dtype="float32", batch_size=1, device="cpu"),
+            HarnessModel(str(checkpoint)),
+            HFLM(str(exported), dtype="float32", batch_size=1, device="cpu"),
         )
     ]
     for name in names:
-        ours, theirs = (each["samples"][name] for each in found)
-        for mine, their in zip(ours, theirs, strict=True):
-            assert str(mine["target"]) == str(their["target"])
-            for one, other in zip(mine["filtered_resps"], their["filtered_resps"], strict=True):
-                if isinstance(one, tuple | list):
-                    assert one[0] == pytest.approx(other[0], abs=1e-3)
-                    assert one[1] == other[1]
-                elif isinstance(one, str):
-                    assert one == other
-                else:
-                    assert one == pytest.approx(other, abs=1e-3)
+        yield from zip(*(each["samples"][name] for each in found), strict=True)
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert str(ours["target"]) == str(theirs["target"])
+    for one, other in zip(ours["filtered_resps"], theirs["filtered_resps"], strict=True):
+        if isinstance(one, tuple | list):
+            assert one[0] == pytest.approx(other[0], abs=1e-3)
+            assert one[1] == other[1]
+        elif isinstance(one, str):
+            assert one == other
+        else:
+            assert one == pytest.approx(other, abs=1e-3)
 
 
 @pytest.mark.parametrize(
