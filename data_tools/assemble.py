@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.executors import Advance
-from data_tools.job import Records, open_committed, when_seen
+from data_tools.job import Records, open_committed
 from data_tools.supervised import Supervision, no_answer_error
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit, no_text_error
@@ -169,8 +169,7 @@ class Assembly:
 
     def finish(self) -> None:
         """Commit the table of shards, and the manifest."""
-        stats = map(self.stats_path, range(len(self.shard_plans)))
-        rows = [orjson.loads(when_seen(path, path.read_bytes)) for path in stats]
+        rows = [orjson.loads(self.stats_path(index).read_bytes()) for index in range(len(self.shard_plans))]
         shards = [self.out / shard_name(index) for index in range(len(rows))]
         for stale in set(self.out.glob("shard-*.arrow")) - set(shards):
             stale.unlink(missing_ok=True)

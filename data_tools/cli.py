@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,20 +69,10 @@ Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker proce
 CleanOut = Annotated[
     Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write to: .jsonl.zst, and .report in it.")
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Start over, whatever an earlier such command left there.")]
-ShareOption = Annotated[
-    str | None,
-    typer.Option(metavar="K/N", help="Do share K of N (K from 1) of the first stage that is not done."),
-]
-DaskOption = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS|FILE", help="Workers of a Dask cluster: tls://HOST:PORT, or a scheduler file."),
-]
-DaskPlainOption = Annotated[
-    bool, typer.Option("--dask-plain", help="Let the Dask cluster be without TLS: its network is closed.")
-]
 CleanStage = Literal["read", "index", "list", "tally", "write", "publish"]
-DedupStage = Literal[CleanStage, "sort", "compare", "cluster", "represent", "assign"]
+PairStage = Literal["read", "index", "sort", "compare", "cluster"]
+DedupStage = Literal[PairStage, CleanStage, "represent", "assign"]
+SplitStage = Literal[PairStage, "count", "number", "write-train", "write-validation", "report", "publish"]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
@@ -107,13 +98,51 @@ def _read_options(
     return ReadOptions(text_key, id_key, errors, selection=selection)
 
 
-CheckOption = Annotated[
-    bool,
-    typer.Option("--check", help="Read all inputs, try the storage, list all that is wrong, and leave nothing."),
-]
+class Running:
+    """By whom a command's units are run, and which of them: options of the command."""
+
+    def __init__(
+        self,
+        workers: Workers = None,
+        restart: Annotated[
+            bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
+        ] = False,
+        share: Annotated[
+            str | None,
+            typer.Option(metavar="K/N", help="Do share K of N (K from 1) of the first stage that is not done."),
+        ] = None,
+        stage: Annotated[
+            str | None, typer.Option(help="Do this stage alone; code 75 where an earlier one is not done.")
+        ] = None,
+        dask: Annotated[
+            str | None,
+            typer.Option(
+                metavar="ADDRESS|FILE", help="Workers of a Dask cluster: tls://HOST:PORT, or a scheduler file."
+            ),
+        ] = None,
+        dask_plain: Annotated[
+            bool, typer.Option("--dask-plain", help="Let the Dask cluster be without TLS: its network is closed.")
+        ] = False,
+    ) -> None:
+        self.workers, self.restart, self.stage = workers, restart, stage
+        self._place = share, dask, dask_plain
+
+    def place(self) -> AbstractContextManager[Place | None]:
+        from data_tools.executors import find_place
+
+        return find_place(_report, self.workers, *self._place, _tell)
 
 
-def _check(given: dict[str, Any], read: Any) -> None:
+def _check_options(
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Read all inputs, try the storage, list all that is wrong, and leave nothing."),
+    ] = False,
+) -> bool:
+    return check
+
+
+def _check(inputs: Sequence[str], out: Path, read: Any, running: Running | None = None, **given: Any) -> None:
     """Look at all that the command with these options needs."""
     from data_tools.check import Storage, check_command
     from data_tools.clean.filter import choose_filters
@@ -131,33 +160,36 @@ def _check(given: dict[str, Any], read: Any) -> None:
         others.append(partial(answers.supervision, given["tokenizer"].expanduser(), *ends))
     if "filters" in given:
         others.append(partial(choose_filters, given["filters"], given["config"] and given["config"].expanduser()))
-    is_folder = "vocab_size" not in given
-    storage = Storage(given["out"], is_folder, 1.0 if is_folder else 0.0)
-    num_workers = given.get("workers") or Ranks().num_cores()
-    check_command(given["inputs"], read, storage, others, num_workers, show_progress, _show)
+    storage = Storage(out, running is not None, 0.0 if running is None else 1.0)
+    num_workers = (running and running.workers) or Ranks().num_cores()
+    check_command(inputs, read, storage, others, num_workers, show_progress, _show)
 
 
-def reads_inputs(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `_read_options`, in place of its parameter `read`, and `--check`."""
-    own = inspect_module.signature(command, eval_str=True).parameters.values()
-    options = inspect_module.signature(_read_options, eval_str=True).parameters
-    check = inspect_module.Parameter(
-        "check", inspect_module.Parameter.KEYWORD_ONLY, default=False, annotation=CheckOption
-    )
-    parameters = [each for each in own if each.name != "read"]
-    parameters += [each.replace(kind=each.KEYWORD_ONLY) for each in options.values()] + [check]
+def reads_inputs(stages: Any = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options in place of its parameters `read` and, where it has `stages`, `running`; and `--check`."""
 
-    def run(**given: Any) -> None:
-        read = _read_options(**{name: given.pop(name) for name in options})
-        if given.pop("check"):
-            _check(given, read)
-        else:
-            command(**given, read=read)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        groups: dict[str, Callable[..., Any]] = {"running": Running, "read": _read_options, "check": _check_options}
+        if stages is None:
+            del groups["running"]
+        options = {name: inspect_module.signature(make, eval_str=True).parameters for name, make in groups.items()}
+        own = inspect_module.signature(command, eval_str=True).parameters.values()
+        parameters = [each for each in own if each.name not in groups]
+        for name, option in ((name, option) for group in options.values() for name, option in group.items()):
+            kind = option.annotation if name != "stage" else Annotated[stages | None, option.annotation.__metadata__[0]]
+            parameters.append(option.replace(kind=option.KEYWORD_ONLY, annotation=kind))
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    run.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
-    return run
+        def run(**given: Any) -> None:
+            for name, make in groups.items():
+                given[name] = make(**{option: given.pop(option) for option in options[name]})
+            (_check if given.pop("check") else command)(**given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        run.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 def _show(text: str, err: bool = False) -> None:
@@ -182,7 +214,7 @@ def corpus(
 
 
 @app.command("train-tokenizer")
-@reads_inputs
+@reads_inputs()
 def train_tokenizer_command(
     inputs: Inputs,
     vocab_size: Annotated[int, typer.Option(max=1 << 24, help="Tokens, the 256 bytes and <|endoftext|> included.")],
@@ -221,12 +253,11 @@ def train_tokenizer_command(
 
 
 @app.command()
-@reads_inputs
+@reads_inputs(Literal["encode", "plan", "shards", "manifest"])
 def tokenize(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with one.")],
     out: Annotated[Path, typer.Option(metavar="DATASET", parser=local_path, help="The dataset folder to write.")],
-    workers: Workers = None,
     shard_tokens: Annotated[int, typer.Option(min=1, max=1 << 48, help="About how many tokens a shard holds.")] = 2**28,
     eod_token: Annotated[str, typer.Option(help="The token that ends a document.")] = "<|endoftext|>",
     bos_token: Annotated[str | None, typer.Option(help="A token to begin each document with, such as <s>.")] = None,
@@ -258,24 +289,14 @@ def tokenize(
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Answers that end behind so many tokens of a document are left out.")
     ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
-    ] = False,
-    share: ShareOption = None,
-    stage: Annotated[
-        Literal["encode", "plan", "shards", "manifest"] | None,
-        typer.Option(help="Do this stage alone; code 75 where an earlier one is not done."),
-    ] = None,
-    dask: DaskOption = None,
-    dask_plain: DaskPlainOption = False,
     read: Any = None,
+    running: Any = None,
 ) -> None:
     """Turn text into a dataset. The same command again goes on where it was stopped.
 
     Under mpirun, or srun with an MPI, the ranks are the workers; a task of a SLURM array does its share.
     """
     from data_tools.conversations import Answers
-    from data_tools.executors import find_place
     from data_tools.progress import show_progress
     from data_tools.supervised import describe_scored
     from data_tools.tokenize import Effort, TokenizeOptions
@@ -285,13 +306,13 @@ def tokenize(
     answers = Answers(*of_chat, prompt_key, answer_key, max_tokens)
     read, supervision = answers.read(read), answers.supervision(tokenizer.expanduser(), eod_token, bos_token)
     options = TokenizeOptions(read, eod_token, bos_token, shard_tokens, supervision)
-    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
+    with running.place() as place:
         if place is None:
             return
         settings = (place.pool.count, engine, show_progress, lambda text: _tell(f"Warning: {text}"))
-        effort = Effort(*settings, max_unknown=max_unknown, say=_tell, place=place, stage=stage)
+        effort = Effort(*settings, max_unknown=max_unknown, say=_tell, place=place, stage=running.stage)
         with disk_full_as_data_error(out):
-            manifest = run(inputs, tokenizer.expanduser(), out, options, effort, restart=restart)
+            manifest = run(inputs, tokenizer.expanduser(), out, options, effort, restart=running.restart)
     if manifest is None:
         return
     _show(
@@ -308,7 +329,7 @@ def tokenize(
 
 
 @app.command()
-@reads_inputs
+@reads_inputs(DedupStage)
 def dedup(
     inputs: Inputs,
     out: CleanOut,
@@ -326,21 +347,12 @@ def dedup(
         Literal["connected", "representative"] | None,
         typer.Option(help="minhash: one of each connected component stays, or also what is unlike that one."),
     ] = None,
-    workers: Workers = None,
-    restart: Restart = False,
-    share: ShareOption = None,
-    stage: Annotated[
-        DedupStage | None,
-        typer.Option(help="Do this stage alone; code 75 where an earlier one is not done."),
-    ] = None,
-    dask: DaskOption = None,
-    dask_plain: DaskPlainOption = False,
     read: Any = None,
+    running: Any = None,
 ) -> None:
     """Leave out documents that are the same, or nearly, as an earlier one. The same command again goes on."""
     from data_tools.clean.dedup import DedupOptions
     from data_tools.clean.dedup import dedup as run
-    from data_tools.executors import find_place
 
     all_options: dict[str, Any] = {"threshold": threshold, "num_permutations": num_permutations, "ngram": ngram}
     all_options |= {"cluster_by": cluster_by}
@@ -349,62 +361,51 @@ def dedup(
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{named} would do nothing: it is for near duplicates, --method minhash.")
     options = DedupOptions(replace(read, whole_records=True), method, **given)
-    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
-        _clean(out, place, stage, lambda effort: run(inputs, out, options, effort, restart))
+    _clean(out, running, lambda effort: run(inputs, out, options, effort, running.restart))
 
 
 def _clean(
     out: Path,
-    place: Place | None,
-    stage: str | None,
+    running: Running,
     work: Callable[[Effort], dict[str, Any] | None],
     show: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Do a command's work in a place, unless it is a worker's that has served, and show its report (None: a list)."""
+    """Do the work of a command that cleans, or of a worker; show its report (None: in full)."""
     from data_tools.clean.report import render
     from data_tools.job import Effort
     from data_tools.progress import show_progress
 
-    if place is None:
-        return
-    effort = Effort(place.pool.count, show_progress, say=_tell, place=place, stage=stage)
-    with disk_full_as_data_error(out):
-        report = work(effort)
+    with running.place() as place:
+        if place is None:
+            return
+        effort = Effort(place.pool.count, show_progress, say=_tell, place=place, stage=running.stage)
+        with disk_full_as_data_error(out):
+            report = work(effort)
     if report is not None:
         dropped = f"This report, and the list of what was dropped: {out / '.report'}"
         _show(show(report) if show else f"{render(report)}\n{dropped}")
 
 
 @app.command("filter")
-@reads_inputs
+@reads_inputs(CleanStage)
 def filter_command(
     inputs: Inputs,
     out: CleanOut,
     filters: Annotated[str | None, typer.Option(help="Names with commas between, in order; docs/cleaning.md.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file: filters and their parameters.")] = None,
-    workers: Workers = None,
-    restart: Restart = False,
-    share: ShareOption = None,
-    stage: Annotated[
-        CleanStage | None,
-        typer.Option(help="Do this stage alone; code 75 where an earlier one is not done."),
-    ] = None,
-    dask: DaskOption = None,
-    dask_plain: DaskPlainOption = False,
     read: Any = None,
+    running: Any = None,
 ) -> None:
     """Leave out documents that a quality filter finds fault with. The same command again goes on."""
     from data_tools.clean.filter import choose_filters, filter_documents
-    from data_tools.executors import find_place
 
     chosen = choose_filters(filters, config and config.expanduser())
     read = replace(read, whole_records=True)
-    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
-        _clean(out, place, stage, lambda effort: filter_documents(inputs, out, read, chosen, effort, restart))
+    _clean(out, running, lambda effort: filter_documents(inputs, out, read, chosen, effort, running.restart))
 
 
 @app.command()
-@reads_inputs
+@reads_inputs(SplitStage)
 def split(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="Texts, as for `tokenize`; or one tokenized DATASET.")
@@ -422,12 +423,8 @@ def split(
     threshold: Annotated[
         float | None, typer.Option(help="minhash: Jaccard index of shingles from which on; 0.8 unless given.")
     ] = None,
-    workers: Workers = None,
-    restart: Restart = False,
-    share: ShareOption = None,
-    dask: DaskOption = None,
-    dask_plain: DaskPlainOption = False,
     read: Any = None,
+    running: Any = None,
 ) -> None:
     """Hold out documents for validation, by a hash of each; near duplicates stay on one side.
 
@@ -436,15 +433,13 @@ def split(
     from data_tools.clean.dedup import DedupOptions
     from data_tools.clean.split import parse_share, render
     from data_tools.clean.split import split as run
-    from data_tools.executors import find_place
 
     held_out = parse_share(validation)
     if threshold is not None and method != "minhash":
         raise ConfigError("--threshold would do nothing: it is for near duplicates, --method minhash.")
     options = DedupOptions(replace(read, whole_records=True), method, threshold or DedupOptions.threshold)
-    with find_place(_report, workers, share, dask, dask_plain, _tell) as place:
-        work = partial(run, inputs, held_out, out, options)
-        _clean(out, place, None, lambda effort: work(effort, restart), partial(render, out=out))
+    work = partial(run, inputs, held_out, out, options)
+    _clean(out, running, lambda effort: work(effort, running.restart), partial(render, out=out))
 
 
 @app.command()

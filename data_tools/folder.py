@@ -15,11 +15,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import orjson
 
-from data_tools.job import Effort, Stage, run_stages
+from data_tools.job import Effort, Stage, run_stages, when_seen
 from data_tools.origin import Origin
 from data_tools.outputs import refuse_occupied
 from data_tools.ranks import batch_job
@@ -79,12 +80,12 @@ class OutputFolder:
                 if restart:
                     self._clear()
                 if not self.is_finished:
-                    self._join(origin.command)
+                    when_seen(self.work, partial(self._join, origin.command))
                     folder = self.work / f"of-{origin.versions}"
                     folder.mkdir(exist_ok=True)
                     if not is_shared:
                         self._remove_stale(folder)
-                    if not run_stages(stages(folder), folder, effort):
+                    if not when_seen(folder, lambda: run_stages(stages(folder), folder, effort)):
                         return False
                 self._remove(self.work)
         except FileNotFoundError:

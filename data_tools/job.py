@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import pickle
 import platform
@@ -134,21 +135,34 @@ def _record_column(path: Path) -> pa.Array:
 
 
 def open_committed(path: Path) -> Any:
-    """A reader of a mapped Arrow file that another node may have committed."""
-    return when_seen(path, lambda: pa.ipc.open_file(pa.memory_map(str(path))))
+    """A reader of an Arrow file of the work, mapped."""
+    return pa.ipc.open_file(map_committed(path))
 
 
-def when_seen(path: Path, read: Callable[[], T]) -> T:
-    """What `read` gives of a file that is committed: looked for again, for a bounded time, where NFS shows it late."""
+def map_committed(path: Path) -> pa.MemoryMappedFile:
+    """A file of the work, mapped. Raises FileNotFoundError that names it, as `when_seen` needs it."""
     try:
-        return read()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):
-            raise
-    deadline = time.monotonic() + LOOK_AGAIN_SECONDS
-    while path.name not in committed_names(path.parent) and path.parent.is_dir() and time.monotonic() < deadline:
+        return pa.memory_map(str(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+
+
+def when_seen(folder: Path, action: Callable[[], T]) -> T:
+    """Do what reads committed files, and again for a bounded time where one is not there: NFS shows it late.
+
+    Not where the `folder` of the work is gone: another process has finished it.
+    """
+    deadline = math.inf
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE) or time.monotonic() > deadline or not folder.is_dir():
+                raise
+            deadline = min(deadline, time.monotonic() + LOOK_AGAIN_SECONDS)
+            if error.filename:
+                committed_names(Path(os.fsdecode(error.filename)).parent)  # a listing makes NFS look again
         time.sleep(0.25)
-    return read()
 
 
 @dataclass(frozen=True)
@@ -228,7 +242,7 @@ def _run_units(stage: Stage, numbers: Sequence[int], folder: Path, effort: Effor
     with effort.progress(stage.name, sum(stage.num_bytes[number] for number in numbers)) as advance:
         if num_workers <= 1:
             for number in numbers:
-                stage.run(number, advance)
+                when_seen(folder, partial(_run_if_missing, stage.commit, stage.run, number, advance))
             return
         run = partial(run_unit, str(write_stage(folder, stage)))
         for number, _ in run_all(place.pool, run, numbers, num_workers, advance):
@@ -253,7 +267,7 @@ def write_stage(folder: Path, stage: Stage) -> Path:
 
 @lru_cache(4)
 def _load_stage(path: Path) -> tuple[str, Callable[[int], Path], Run]:
-    content = when_seen(path, path.read_bytes)
+    content = path.read_bytes()
     if path.name != f"stage-{hashlib.sha256(content).hexdigest()}":
         raise DataError(f"{path} is damaged: its name does not fit its content. Start the same command again.")
     limit_threads(1)
@@ -276,14 +290,17 @@ def code_version() -> str:
 
 def run_unit(path: str, number: int) -> None:
     """What a worker is sent: to run the unit of this number of the stage with this specification, if it is missing."""
-    working_folder, commit, run = _load_stage(Path(path))
+    when_seen(Path(path).parent, partial(_run_unit, Path(path), number))
+
+
+def _run_unit(path: Path, number: int) -> None:
+    working_folder, commit, run = _load_stage(path)
     if str(Path.cwd()) != working_folder:
         os.chdir(working_folder)  # inputs have the names that the user gave them
-    committed = commit(number)
-    if committed.name in committed_names(committed.parent):
-        return
-    try:
-        run(number, worker_advance.get())
-    except FileNotFoundError:  # of what it reads; removed, perhaps, as the same unit was done elsewhere
-        if committed.name not in committed_names(committed.parent):
-            raise
+    _run_if_missing(commit, run, number, worker_advance.get())
+
+
+def _run_if_missing(commit: Callable[[int], Path], run: Run, number: int, advance: Advance) -> None:
+    path = commit(number)
+    if path.name not in committed_names(path.parent):
+        run(number, advance)

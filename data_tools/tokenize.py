@@ -45,6 +45,8 @@ from megatrain.errors import ConfigError, DataError
 
 SAMPLE_UNITS = 8
 SAMPLE_CHARACTERS = 1 << 16
+SAMPLE_BYTES = 1 << 18
+"""Read of a unit that can be read in pieces: JSON has some more bytes than its text has characters."""
 DEFAULT_SHARD_TOKENS = 1 << 28
 MAX_UNKNOWN_OF_SAMPLE = 0.5
 """The share of a sample without tokens from which on the work does not begin."""
@@ -259,7 +261,8 @@ def _sample(units: Sequence[Unit], options: ReadOptions) -> list[str]:
         remaining = SAMPLE_CHARACTERS
         # Broken input is reported by the worker that comes to it, when what is before it has been committed.
         with suppress(DataError):
-            for _, record in (row for part in islice(read_parts(unit, options), 1) for row in part.rows):
+            parts = islice(read_parts(unit.beginning(SAMPLE_BYTES), options), 1)
+            for _, record in (row for part in parts for row in part.rows):
                 if isinstance(record, Record):
                     texts.append(record.text[:remaining])
                     remaining -= len(texts[-1])

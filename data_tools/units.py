@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -191,6 +191,11 @@ class Unit:
     def is_seekable(self) -> bool:
         """Whether a part can be read without those before it."""
         return len(self.files) == 1 and self.files[0].kind is Kind.JSON_LINES and not self.files[0].is_streamed
+
+    def beginning(self, num_bytes: int) -> Unit:
+        """So much of the unit, if it can be read in pieces; else all of it."""
+        stop = self.start + num_bytes
+        return replace(self, stop=stop) if self.is_seekable and stop < (self.stop or 0) else self
 
     @property
     def text_bytes(self) -> int:

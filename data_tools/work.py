@@ -19,7 +19,7 @@ import pyarrow as pa
 import xxhash
 
 from data_tools.executors import Advance, LocalPool, run_all, worker_advance
-from data_tools.job import open_committed, when_seen
+from data_tools.job import open_committed
 from data_tools.units import Unit
 from megatrain.atomic import commit_bytes, committed
 
@@ -95,9 +95,7 @@ class PartStore:
         """The numbers of a finished unit's parts, and what was counted in each."""
         if unit.is_one_part:
             return [(0, _counts(self.part_path(unit, 0)))]
-        parts: list[tuple[int, dict[str, Any]]] = orjson.loads(
-            when_seen(self.marker(unit), self.marker(unit).read_bytes)
-        )
+        parts: list[tuple[int, dict[str, Any]]] = orjson.loads(self.marker(unit).read_bytes())
         return parts
 
 

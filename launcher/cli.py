@@ -156,7 +156,7 @@ def array(
         list[str],
         typer.Argument(
             metavar="-- COMMAND...",
-            help="tokenize, dedup or filter of `megatrain-data`, or `megatrain`'s sweep, with its arguments.",
+            help="tokenize, dedup, filter or split of `megatrain-data`, or `megatrain`'s sweep, with its arguments.",
         ),
     ],
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks, which share the work.")],

@@ -16,16 +16,18 @@ from launcher.options import as_comment, check_gpus, check_limit, check_passed, 
 from launcher.site import Site
 from megatrain.errors import ConfigError
 
-ARRAY_COMMANDS = {"tokenize": "data_tools", "dedup": "data_tools", "filter": "data_tools", "sweep": "megatrain"}
-"""Commands that an array of tasks can do, and whose module has them."""
 _CLEAN_STAGES = ("list", "tally", "write", "publish")
+_PAIR_STAGES = ("read", "index", "sort", "compare", "cluster")
 STAGES = {
     "tokenize": ("encode", "plan", "shards", "manifest"),
-    "dedup": ("read", "index", "sort", "compare", "cluster", *_CLEAN_STAGES),
+    "dedup": (*_PAIR_STAGES, *_CLEAN_STAGES),
     "filter": ("read", "index", *_CLEAN_STAGES),
+    "split": (*_PAIR_STAGES, "count", "number", "write-train", "write-validation", "report", "publish"),
 }
 """Of the data tools' commands, in order: a job for each, of which the tasks do their shares."""
-UNSHARED = {"plan", "manifest", "index", "cluster", "assign", "tally", "publish"}
+ARRAY_COMMANDS = {**dict.fromkeys(STAGES, "data_tools"), "sweep": "megatrain"}
+"""Commands that an array of tasks can do, and whose module has them."""
+UNSHARED = {"plan", "manifest", "index", "cluster", "assign", "tally", "number", "report", "publish"}
 """Stages of one unit."""
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 

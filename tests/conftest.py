@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.distributed.bootstrap import free_port
+from tests.cluster.lab import Lab, missing
 from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
 from tests.tiny_data import VOCAB_SIZE, make_tiny_data
@@ -103,3 +106,14 @@ def finished_run(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path_factory: 
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     two_ranks.finish(write_config(run_dir.parent / "run.yaml", finished_config(tiny_data, run_dir)))
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    folder = Path(tempfile.mkdtemp(prefix="megatrain-lab-"))
+    lab = Lab(folder, 5, slurmd_timeout=15)  # jobs take two, or four: one is spare
+    yield lab
+    lab.down()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -22,7 +22,7 @@ import xxhash
 
 from data_tools.executors import Advance
 from data_tools.inputs import InputFile
-from data_tools.job import Records, Stage, committed_names
+from data_tools.job import Records, Stage, committed_names, map_committed, open_committed
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit
 from data_tools.work import write_batches
@@ -238,7 +238,7 @@ def listed_parts(path: Path) -> list[list[int]]:
 
 
 def _metadata(path: Path) -> dict[bytes, bytes]:
-    metadata: dict[bytes, bytes] = pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata
+    metadata: dict[bytes, bytes] = open_committed(path).schema.metadata
     return metadata
 
 
@@ -392,6 +392,6 @@ def by_file(first_documents: Documents, documents: Documents) -> Iterator[tuple[
 
 def map_batches(path: Path) -> list[pa.RecordBatch]:
     """The batches of an Arrow file, mapped; the file is not held open."""
-    with pa.memory_map(str(path)) as source:
+    with map_committed(path) as source:
         reader = pa.ipc.open_file(source)
         return [reader.get_batch(number) for number in range(reader.num_record_batches)]

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from data_tools.assemble import document_hashes, num_scored, runs_of
 from data_tools.clean.attributes import Corpus, Reopening, make_folders, map_batches, work_path
 from data_tools.executors import Advance
-from data_tools.job import Stage, one_unit
+from data_tools.job import Stage
 from data_tools.work import write_batches
 from megatrain.atomic import commit_bytes, committed
 from megatrain.data import Dataset, open_dataset
@@ -104,10 +104,9 @@ class ShardWriter(Reopening):
         dataset = self.source.dataset
         return {TOKENIZER_FILE: dataset.tokenizer_path.read_bytes(), **dataset.template_files()}
 
-    def stages(self) -> Iterator[Stage]:
+    def stage(self) -> Stage:
         make_folders(self.folder, len(self.corpus.tasks))
-        yield Stage(f"write {self.side.side}", self.corpus.tasks["num_bytes"].tolist(), self.commit, self.write)
-        yield one_unit(f"finish {self.side.side}", self.folder / MANIFEST_FILE, self.finish)
+        return Stage(f"write-{self.side.side}", self.corpus.tasks["num_bytes"].tolist(), self.commit, self.write)
 
     def commit(self, task: int) -> Path:
         return work_path(self.folder, task, f"{task:06d}.json")

@@ -2,7 +2,7 @@
 
 A document's hash is that of the sketch of its text, so it is the same before and after tokenizing; a cluster of near
 duplicates has the hash of its first document. Stages: those of `dedup` up to `cluster`, then `count` (what goes to
-which side), `number`, `write train`, `write validation`, `report`, `publish`.
+which side), `number`, `write-train`, `write-validation`, `report`, `publish`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,10 @@ class Counting(Reopening):
 class SideWriter(Protocol):
     """Writes what belongs to one side."""
 
-    def stages(self) -> Iterator[Stage]: ...
+    def stage(self) -> Stage: ...
+
+    def finish(self) -> None:
+        """Commit what is to be said of all that the stage has written."""
 
     def moves(self, target: Path) -> Iterator[tuple[Path, Path]]:
         """Where each file is to be in the folder of the side, and where it lies now. What makes it whole is last."""
@@ -170,10 +173,13 @@ class TextWriter:
     folder: Path
     side: OneSide
 
-    def stages(self) -> Iterator[Stage]:
+    def stage(self) -> Stage:
         (self.folder / EXAMPLES_FOLDER).mkdir(parents=True, exist_ok=True)
         writer = OutputWriter(self.corpus, self.cleaning.read, self.folder, self.side, frozenset())
-        yield replace(writer.stage(), name=f"write {self.side.side}")
+        return replace(writer.stage(), name=f"write-{self.side.side}")
+
+    def finish(self) -> None:
+        """Nothing: texts need no list."""
 
     def moves(self, target: Path) -> Iterator[tuple[Path, Path]]:
         for _, number, name in (file for write in self.corpus.writes for file in output_files(self.corpus, write)):
@@ -209,8 +215,8 @@ def split(
                 writers[name] = TextWriter(corpus, cleaning, folder / name, side)
             else:
                 writers[name] = ShardWriter(corpus, source, folder / name, side, counting, number, cleaning.origin.name)
-            yield from writers[name].stages()
-        report = partial(_report, cleaning, counting, folder / REPORT_FILE)
+            yield writers[name].stage()
+        report = partial(_report, cleaning, counting, list(writers.values()), folder / REPORT_FILE)
         yield one_unit("report", folder / REPORT_FILE, report)
         yield one_unit("publish", cleaning.report_path, partial(_publish, cleaning, writers, folder))
 
@@ -227,7 +233,9 @@ def _dataset(inputs: Sequence[str]) -> ShardSource | None:
     return ShardSource(paths[0])
 
 
-def _report(cleaning: Cleaning, counting: Counting, path: Path) -> None:
+def _report(cleaning: Cleaning, counting: Counting, writers: list[SideWriter], path: Path) -> None:
+    for writer in writers:
+        writer.finish()
     table = counting.sides
     kinds = ("documents", "text_bytes", *(() if counting.source is None else ("tokens",)))
     sides = {name: {kind: int(table[kind][:, side].sum()) for kind in kinds} for side, name in enumerate(SIDES)}

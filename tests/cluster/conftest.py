@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster.lab import Lab, missing
+from tests.cluster.lab import Lab
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -84,17 +82,6 @@ class ClusterRun:
 
     def _has_ended(self) -> bool:
         return self.lab.job(self.number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED")
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    if (why := missing()) is not None:
-        pytest.skip(why)
-    folder = Path(tempfile.mkdtemp(prefix="megatrain-lab-"))
-    lab = Lab(folder, 5, slurmd_timeout=15)  # jobs take two, or four: one is spare
-    yield lab
-    lab.down()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

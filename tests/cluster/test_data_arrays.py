@@ -1,4 +1,4 @@
-"""The data tools as arrays of a real SLURM: a job for each stage, whose tasks share the units; the same bytes."""
+"""Arrays of a real SLURM that lose a task: the jobs behind tell, and the same array goes on to the same bytes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,6 @@ def submit_array(lab: Lab, folder: Path, words: list[str]) -> list[str]:
 def wait_for_jobs(lab: Lab, jobs: list[str]) -> None:
     for number in jobs:
         wait_until(lambda: lab.call("squeue", "-h", "-j", number) == "", 0.5)  # noqa: B023 (called at once)
-
-
-@pytest.mark.parametrize("command", ["tokenize", "dedup", "filter"])
-def test_the_tasks_of_an_array_share_the_work(command: str, lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:
-    options = {
-        "tokenize": ["--tokenizer", str(tiny_data.tokenizer)],
-        "dedup": ["--method", "minhash", "--num-permutations", "32"],
-        "filter": ["--filters", "length"],
-    }[command]
-    words = [command, str(tiny_data.prose.parent / "*.jsonl"), *options, "--out"]
-    subprocess.run([sys.executable, "-m", "data_tools", *words, "alone"], cwd=tmp_path, check=True, env=lab.environment)
-    jobs = submit_array(lab, tmp_path, [*words, "together"])
-    wait_for_jobs(lab, jobs)
-    assert folder_bytes(tmp_path / "together") == folder_bytes(tmp_path / "alone")
 
 
 def test_a_lost_array_task_is_made_up_for(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:

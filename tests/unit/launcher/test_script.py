@@ -379,7 +379,12 @@ def test_an_array_runs_a_data_tools_command(launch: Launch, tmp_path: Path) -> N
     assert shown.stdout.splitlines()[-4:] == ["--stage", "encode", "--share", "1006/1010"]
 
 
-COMMANDS = {"tokenize": data_tools.cli.tokenize, "dedup": data_tools.cli.dedup, "filter": data_tools.cli.filter_command}
+COMMANDS = {
+    "tokenize": data_tools.cli.tokenize,
+    "dedup": data_tools.cli.dedup,
+    "filter": data_tools.cli.filter_command,
+    "split": data_tools.cli.split,
+}
 
 
 @pytest.mark.parametrize("command", list(STAGES))
