@@ -95,6 +95,12 @@ def _open(entry: TrainingDataset, dataset: Dataset, seed: int, key: str) -> Augm
     fill, spans, masking = entry.fill_in_the_middle, entry.span_corruption, entry.token_masking
     if (entry.transform, fill, spans, masking) == (None, None, None, None):
         return None
+    rearranging = {"fill_in_the_middle": fill, "span_corruption": spans, "transform": entry.transform}
+    if dataset.has_scored and (found := [name for name, value in rearranging.items() if value is not None]):
+        raise ConfigError(
+            f"{key}.{found[0]}: {dataset.path} says which of its tokens are scored, and they must stay where they are: "
+            "leave it out."
+        )
     sentinels = _Sentinels(dataset)
     choices: list[tuple[float, Transform]] = []
     if fill is not None:

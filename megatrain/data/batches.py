@@ -18,7 +18,7 @@ from megatrain.batch import Batch
 from megatrain.data.augmentation import Augmentation, DocumentPart
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import DataOrder, Samples
-from megatrain.data.packing import PackedSource
+from megatrain.data.packing import PackedSource, make_plan
 from megatrain.distributed.activity import Activity
 from megatrain.errors import DataError
 
@@ -29,7 +29,7 @@ class ConcatSource:
 
     What is left at the end and fills no sample is not used. With ``document_mask``, a sample also says where documents
     begin in it, so that attention and positions can start anew there. Without ``score_after_eod``, a target that begins
-    a document does not count: what stands before it is another document.
+    a document does not count: what stands before it is another document. Nor does one that the dataset does not score.
     """
 
     dataset: Dataset
@@ -51,17 +51,21 @@ class ConcatSource:
     @property
     def all_scored(self) -> bool:
         """Whether every target of every sample counts."""
-        return self.score_after_eod
+        return self.score_after_eod and not self.dataset.has_scored
 
     def num_targets(self, indices: NDArray[np.int64]) -> int:
         """Scored targets of these samples together."""
-        if self.score_after_eod:
+        if self.all_scored:
             return len(indices) * self.seq_len
+        if self.dataset.has_scored:
+            return sum(int(np.count_nonzero(self._scored(index))) for index in indices.tolist())
         return len(indices) * self.seq_len - sum(map(self._num_begun, *_runs(indices)))
 
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text behind the scored targets of all samples."""
         count = self.num_samples * self.seq_len
+        if self.dataset.has_scored:
+            return sum(self.dataset.scored_bytes(k * self.seq_len + 1, self.seq_len) for k in range(self.num_samples))
         every = self.dataset.window_bytes(1, count)  # targets are the tokens after the first
         if self.score_after_eod:
             return every
@@ -78,9 +82,7 @@ class ConcatSource:
         """Write a sample's seq_len + 1 tokens; the document's number of each input; which targets count."""
         start = index * self.seq_len
         if scored is not None:
-            scored[:] = True
-            if not self.score_after_eod:
-                scored[self.dataset.document_starts(start + 1, self.seq_len)] = False
+            scored[:] = self._scored(index)
         tokens[:] = self.dataset.window(start, self.seq_len + 1)
         if document_ids is not None:
             begins = self.dataset.document_starts(start, self.seq_len)
@@ -98,6 +100,14 @@ class ConcatSource:
             yield DocumentPart(document, offset, begin, end)
             document, offset = document + 1, 0
 
+    def _scored(self, index: int) -> NDArray[np.bool_]:
+        """Which targets of a sample count."""
+        first = index * self.seq_len + 1
+        scored = self.dataset.scored(first, self.seq_len)
+        if not self.score_after_eod:
+            scored[self.dataset.document_starts(first, self.seq_len)] = False
+        return scored
+
     def _num_begun(self, first: int, last: int) -> int:
         """Documents that begin in the targets of samples ``first`` to ``last``."""
         at = self.dataset.document_at
@@ -106,6 +116,16 @@ class ConcatSource:
 
 SampleSource = ConcatSource | PackedSource
 """A dataset as samples of ``seq_len`` inputs and as many targets."""
+
+
+def evaluation_source(dataset: Dataset, seq_len: int, document_mask: bool, score_after_eod: bool) -> SampleSource:
+    """What is evaluated of a dataset: concat samples whatever the packing, in which every token counts.
+
+    Where it says which tokens are scored, conversations packed whole, none of which sees another.
+    """
+    if dataset.has_scored:
+        return PackedSource(dataset, make_plan(dataset, seq_len), seq_len, document_mask=True)
+    return ConcatSource(dataset, seq_len, document_mask, score_after_eod)
 
 
 class BatchMaker:
@@ -218,6 +238,11 @@ class EvaluationBatches:
         dataset = np.repeat(np.arange(len(chosen)), [len(indices) for indices in chosen])
         every = _in_order(dataset, np.concatenate(chosen))
         self.num_targets = maker.num_targets(every)
+        if self.num_targets == 0:
+            raise DataError(
+                f"Nothing is scored in the samples of {maker.sources[0].dataset.path} that are evaluated: take more of "
+                "them (train.eval_batches), or another dataset."
+            )
         per_round = maker.micro_batch_size * num_data_ranks
         share = -(-len(every) // per_round) * maker.micro_batch_size
         mine = every.rows(slice(data_rank * share, (data_rank + 1) * share))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megatrain.data.format import SHARD_TABLE_FILE, TOKENIZER_FILE, Manifest, document_schema, shard_name
 from megatrain.data.remote import Cache, RemoteFolder, is_address
-from megatrain.data.shard import Shard, Tokens
+from megatrain.data.shard import ScoredRuns, Shard, Tokens
 from megatrain.data.shard_table import Ints, ShardTable
 from megatrain.data.storage import MAPPED_SHARDS, LocalFolder
 from megatrain.data.tokenizer import Tokenizer
@@ -254,6 +254,12 @@ class Dataset:
         masks = [shard.scored(batch).mask(low, high) for shard, batch, low, high in parts]
         return np.concatenate([np.empty(0, np.bool_), *masks])
 
+    def scored_runs(self) -> Iterator[ScoredRuns]:
+        """Which tokens count as targets, a record batch at a time, of a dataset that says it."""
+        for index in range(self.num_shards):
+            shard = self.shard(index)
+            yield from map(shard.scored, range(len(shard.batches)))
+
     def num_scored(self, start: int, length: int) -> int:
         """How many tokens of [start, start + length) count as targets."""
         self._check_span(start, length)
@@ -282,6 +288,11 @@ class Dataset:
             document = tokens[offsets[last] : offsets[last + 1]]
             total -= int(text_bytes[last]) - self._bytes_before(document, high - offsets[last], text_bytes[last])
         return total
+
+    def scored_bytes(self, start: int, length: int) -> int:
+        """UTF-8 bytes of the text behind those of the tokens [start, start + length) that count as targets, by
+        ``token_bytes``."""
+        return int(self.token_bytes[self.window(start, length)[self.scored(start, length)]].sum())
 
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int64]:

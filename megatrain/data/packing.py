@@ -4,7 +4,8 @@ Ding et al., "Fewer Truncations Improve Language Modeling" (2024). A document of
 and the one after it. A document of more than seq_len tokens is first cut into chunks that fill a sample each, whose
 last target is the next chunk's first input, and a rest. Documents and rests then go, longest first, where the least
 space that holds them is left. So each pair of each document is scored once an epoch, in one sample, and no other pair
-is. A document's last token is an input as well: it has no target, and divides the document from the next.
+is. A document's last token is an input as well: it has no target, and divides the document from the next. Of datasets
+that say which tokens are scored, conversations that are too long are shortened instead (`conversations.shortened`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatrain.atomic import committed
 from megatrain.data.augmentation import DocumentPart
+from megatrain.data.conversations import Documents, Dropped, shortened
 from megatrain.data.dataset import Dataset
 from megatrain.data.format import checksum, file_checksum, map_file
 from megatrain.errors import DataError
 
 Ints = NDArray[np.int64]
 
+DROPPED = "dropped"
+"""Of a record batch of a plan: the metadata that hold what was dropped."""
 BLOCK_DOCUMENTS = 1 << 22
 """About so many documents are packed at a time, which bounds the memory that planning takes (some 160 bytes each)."""
 
@@ -95,16 +101,19 @@ class _BinsBySpace:
         return space, np.concatenate(self._bins.pop(space))
 
 
-def pack_documents(starts: Ints, lengths: Ints, seq_len: int) -> pa.RecordBatch:
-    """Samples of these documents (where each begins, and its tokens): a row of PLAN_COLUMNS each.
+def pack_documents(documents: Documents, seq_len: int) -> pa.RecordBatch:
+    """Samples of these documents: a row of PLAN_COLUMNS each.
 
-    Samples of one whole chunk come first, in the order of the documents; within a sample, chunks are in that order.
+    Those of which some tokens are not scored must fit into a sample. Samples of one whole chunk come first, in the
+    order of the documents; within a sample, chunks are in that order.
     """
+    starts, lengths, num_unscored, _ = documents
     num_whole = (lengths - 1) // seq_len
     rest = lengths - num_whole * seq_len  # in [1, seq_len]; a single token predicts nothing and is left out
     within = np.arange(num_whole.sum()) - np.repeat(np.cumsum(num_whole) - num_whole, num_whole)
     whole_starts = np.repeat(starts, num_whole) + within * seq_len
-    rest_starts, rest = (starts + num_whole * seq_len)[rest > 1], rest[rest > 1]
+    is_rest = rest > 1
+    rest_starts, rest = (starts + num_whole * seq_len)[is_rest], rest[is_rest]
     bins = best_fit(rest, seq_len)
     order = np.argsort(bins, kind="stable")
     num_bins = int(bins.max()) + 1 if len(bins) else 0
@@ -112,7 +121,9 @@ def pack_documents(starts: Ints, lengths: Ints, seq_len: int) -> pa.RecordBatch:
     offsets = np.concatenate([[0], np.cumsum(chunks)])
     chunk_start = np.concatenate([whole_starts, rest_starts[order]])
     chunk_targets = np.concatenate([np.full_like(whole_starts, seq_len), rest[order] - 1]).astype(np.int32)
-    targets = np.add.reduceat(chunk_targets, offsets[:-1]) if len(chunks) else chunk_targets
+    unscored = np.concatenate([np.repeat(num_unscored, num_whole), num_unscored[is_rest][order]])
+    scored = (chunk_targets - unscored).astype(np.int32)
+    targets = np.add.reduceat(scored, offsets[:-1]) if len(chunks) else scored
     columns = [
         pa.LargeListArray.from_arrays(offsets, chunk_start),
         pa.LargeListArray.from_arrays(offsets, chunk_targets),
@@ -133,11 +144,11 @@ class Block(NamedTuple):
 class PackingPlan:
     """Which chunks of documents each sample of a dataset holds. Made by ``open_plan``.
 
-    ``checksum``: of its content, in hexadecimal: what names the plan.
+    ``checksum``: of its content, in hexadecimal: what names the plan. ``dropped``: what is in none of its samples.
     """
 
-    def __init__(self, blocks: list[Block], checksum: str) -> None:
-        self.checksum = checksum
+    def __init__(self, blocks: list[Block], checksum: str, dropped: Dropped) -> None:
+        self.checksum, self.dropped = checksum, dropped
         self._blocks = blocks
         self._firsts = [0, *np.cumsum([len(block.targets) for block in blocks]).tolist()]
 
@@ -177,8 +188,9 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         with committed(path, single_writer=True) as unfinished:
             with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _schema(dataset, seq_len)) as writer:
-                for starts, lengths in _documents(dataset):
-                    writer.write_batch(pack_documents(starts, lengths, seq_len))
+                for documents in _documents(dataset, seq_len):
+                    dropped = {DROPPED: orjson.dumps(documents.dropped._asdict())} if dataset.has_scored else None
+                    writer.write_batch(pack_documents(documents, seq_len), custom_metadata=dropped)
             digest = file_checksum(unfinished)
             with unfinished.open("ab") as file:
                 file.write(digest)
@@ -192,7 +204,14 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
 
 def count_samples(dataset: Dataset, seq_len: int) -> int:
     """Samples that a plan for the dataset would have."""
-    return sum(pack_documents(starts, lengths, seq_len).num_rows for starts, lengths in _documents(dataset))
+    return sum(pack_documents(documents, seq_len).num_rows for documents in _documents(dataset, seq_len))
+
+
+def make_plan(dataset: Dataset, seq_len: int) -> PackingPlan:
+    """A plan in memory, for datasets that are small."""
+    found = list(_documents(dataset, seq_len))
+    blocks = [_block(pack_documents(documents, seq_len)) for documents in found]
+    return PackingPlan(blocks, "", Dropped.total(documents.dropped for documents in found))
 
 
 def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = False) -> PackingPlan:
@@ -210,10 +229,12 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = Fa
         reader = pa.ipc.open_file(body)
         if not reader.schema.equals(_schema(dataset, seq_len), check_metadata=True):
             raise DataError(f"{path} is not the packing plan of {dataset.path}. Delete it and start again.")
-        blocks = [_block(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        found = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
+        blocks = [_block(batch) for batch, _ in found]
+        dropped = (Dropped(**orjson.loads(metadata[DROPPED])) for _, metadata in found if metadata)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"The packing plan {path} cannot be read: {error}. Delete it and start again.") from None
-    return PackingPlan(blocks, digest.hex())
+    return PackingPlan(blocks, digest.hex(), Dropped.total(dropped))
 
 
 @dataclass(frozen=True)
@@ -247,6 +268,11 @@ class PackedSource:
     def num_targets(self, indices: Ints) -> int:
         return self.plan.num_targets(indices)
 
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text behind the scored targets of all samples."""
+        every = (chunk for sample in range(self.num_samples) for chunk in self.plan.chunks(sample))
+        return sum(self.dataset.scored_bytes(start + 1, num_targets) for start, num_targets in every)
+
     def fill(
         self, index: int, tokens: Ints, document_ids: NDArray[np.int32] | None, scored: NDArray[np.bool_] | None
     ) -> None:
@@ -257,7 +283,7 @@ class PackedSource:
         for number, (start, num_targets) in enumerate(self.plan.chunks(index)):
             tokens[at : at + num_targets + 1] = self.dataset.window(start, num_targets + 1)
             if scored is not None:
-                scored[at : at + num_targets] = True
+                scored[at : at + num_targets] = self.dataset.scored(start + 1, num_targets)
             if document_ids is not None:
                 document_ids[at : at + num_targets + 1] = number
             at += num_targets + 1
@@ -279,18 +305,36 @@ def _block(batch: pa.RecordBatch) -> Block:
     return Block(*(view.to_numpy() for view in views))
 
 
-def _documents(dataset: Dataset) -> Iterator[tuple[Ints, Ints]]:
-    """Where documents begin and how long they are, about BLOCK_DOCUMENTS at a time: whole record batches."""
-    base, held, lengths = 0, 0, [np.empty(0, dtype=np.int64)]
-    for some in dataset.document_lengths():
-        lengths.append(some)
-        held += len(some)
-        if held >= BLOCK_DOCUMENTS:
-            block = np.concatenate(lengths)
-            yield base + np.cumsum(block) - block, block
-            base, held, lengths = base + int(block.sum()), 0, [np.empty(0, dtype=np.int64)]
-    block = np.concatenate(lengths)
-    yield base + np.cumsum(block) - block, block
+def _documents(dataset: Dataset, seq_len: int) -> Iterator[Documents]:
+    """The documents as far as they go into samples, about BLOCK_DOCUMENTS at a time: whole record batches."""
+    held: list[Documents] = []
+    for some in _in_batches(dataset, seq_len):
+        held.append(some)
+        if sum(len(each.starts) for each in held) >= BLOCK_DOCUMENTS:
+            yield _joined(held)
+            held = []
+    yield _joined(held)
+
+
+def _in_batches(dataset: Dataset, seq_len: int) -> Iterator[Documents]:
+    base = 0
+    runs = dataset.scored_runs() if dataset.has_scored else repeat(None)
+    for lengths, scored in zip(dataset.document_lengths(), runs, strict=False):
+        found = Documents(np.cumsum(lengths) - lengths, lengths, np.zeros_like(lengths))
+        if scored is not None:
+            found = shortened(found.starts, lengths, scored, seq_len)
+        yield found._replace(starts=base + found.starts)
+        base += int(lengths.sum())
+
+
+def _joined(parts: list[Documents]) -> Documents:
+    nothing = np.empty(0, dtype=np.int64)
+    return Documents(
+        np.concatenate([nothing, *(each.starts for each in parts)]),
+        np.concatenate([nothing, *(each.lengths for each in parts)]),
+        np.concatenate([nothing, *(each.num_unscored for each in parts)]),
+        Dropped.total(each.dropped for each in parts),
+    )
 
 
 def _schema(dataset: Dataset, seq_len: int) -> pa.Schema:

@@ -64,12 +64,20 @@ class ScoredRuns(NamedTuple):
 
     def num_scored(self, low: int, high: int) -> int:
         """Scored tokens of [low, high)."""
-        return self._count_before(high) - self._count_before(low)
+        first, last = self.count_before(np.array([low, high])).tolist()
+        return int(last - first)
 
-    def _count_before(self, position: int) -> int:
-        bound = int(self.bounds.searchsorted(position, side="right"))
-        inside = position - int(self.bounds[bound - 1]) if bound % 2 else 0
-        return inside + (int(self.counts[bound - 1]) if bound else 0)
+    def count_before(self, positions: Ints) -> Ints:
+        """Scored tokens before each of these."""
+        bound = self.bounds.searchsorted(positions, side="right")
+        begun = np.where(bound % 2 == 1, positions - np.append(0, self.bounds)[bound], 0)
+        return np.append(0, self.counts)[bound] + begun
+
+    def is_inside(self, positions: Ints) -> npt.NDArray[np.bool_]:
+        """Whether a run begins before and ends behind each of these."""
+        bound = self.bounds.searchsorted(positions, side="right")
+        inside: npt.NDArray[np.bool_] = (bound % 2 == 1) & (np.append(0, self.bounds)[bound] < positions)
+        return inside
 
 
 class Shard:

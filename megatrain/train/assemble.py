@@ -16,7 +16,14 @@ from megatrain.checkpoint.stores import open_store
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
-from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, SampleSource, TrainingBatches
+from megatrain.data.batches import (
+    BatchMaker,
+    ConcatSource,
+    EvaluationBatches,
+    SampleSource,
+    TrainingBatches,
+    evaluation_source,
+)
 from megatrain.data.dataset import require_same_tokenizer
 from megatrain.data.epochs import num_steps, with_default_warmup
 from megatrain.data.order import DataOrder, SamplingSettings
@@ -123,7 +130,8 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     train, validation = open_training_data(config)
     config = resolve_vocabulary(config, train[0])
     augmentations = open_augmentations(config, train)
-    held_out = [_concat_source(config, dataset) for dataset in validation]
+    settings = config.data.seq_len, config.data.document_mask, config.data.scores_after_eod
+    held_out = [evaluation_source(dataset, *settings) for dataset in validation]
     questions = read_questions(Path(config.train.tasks)) if config.train.tasks else []
     lap("datasets")
     device = local_device(rank.local_rank)
@@ -200,11 +208,13 @@ def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Findin
 def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Groups) -> list[SampleSource]:
     """The samples of each dataset as ``data.packing`` asks for them. Collective: rank 0 plans, then all map the plans.
 
-    Validation and `megatrain eval` take concat samples whatever the packing: every token counts there.
+    Validation and `megatrain eval` take others (`batches.evaluation_source`).
     """
+    seq_len = config.data.seq_len
     if config.data.packing == "concat":
-        return [_concat_source(config, dataset) for dataset in datasets]
-    folder, seq_len = Path(config.run.dir) / "packing", config.data.seq_len
+        settings = config.data.document_mask, config.data.scores_after_eod
+        return [ConcatSource(dataset, seq_len, *settings) for dataset in datasets]
+    folder = Path(config.run.dir) / "packing"
     groups.run_on_rank0(lambda: [store_plan(dataset, seq_len, folder) for dataset in datasets])
     plans = [open_plan(dataset, seq_len, folder) for dataset in datasets]
     pairs = zip(datasets, plans, strict=True)
@@ -262,7 +272,3 @@ def computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return cpu_computes_bf16()
-
-
-def _concat_source(config: RunConfig, dataset: Dataset) -> ConcatSource:
-    return ConcatSource(dataset, config.data.seq_len, config.data.document_mask, config.data.scores_after_eod)

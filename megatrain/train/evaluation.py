@@ -15,7 +15,7 @@ from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
+from megatrain.data.batches import BatchMaker, EvaluationBatches, evaluation_source
 from megatrain.data.dataset import document_markers
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
@@ -51,7 +51,7 @@ def evaluate_checkpoint(
             "(model.max_position_embeddings)."
         )
     model, groups = load_on_rank(reader, rank, tensor)
-    source = ConcatSource(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
+    source = evaluation_source(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else groups.batch_share
     batches = EvaluationBatches(maker, *share)

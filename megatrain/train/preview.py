@@ -29,6 +29,7 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
     if not paths:
         return notes
     from megatrain.data import open_dataset
+    from megatrain.data.conversations import advice
     from megatrain.data.dataset import require_same_tokenizer
     from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
 
@@ -42,8 +43,8 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
             return [*notes, str(error)]
     require_same_tokenizer(datasets)
     resolve_vocabulary(config, datasets[0])
-    note = unused_vocabulary(config, datasets[0])
-    return notes if note is None else [*notes, note]
+    found = [unused_vocabulary(config, datasets[0]), *(advice(dataset, config.data) for dataset in datasets)]
+    return [*notes, *(note for note in found if note is not None)]
 
 
 def _elsewhere(path: str, name: str) -> str:

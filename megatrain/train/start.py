@@ -13,6 +13,7 @@ from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig
 from megatrain.config.schema import ParallelConfig
 from megatrain.data.epochs import Epochs, epochs_of
+from megatrain.data.packing import PackedSource
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
@@ -106,6 +107,10 @@ def _observed(
         for each in _epochs(run) if clock is not None else ():
             if each.warning:
                 observers.event("epochs", progress.step, each.warning)
+        for source in run.maker.sources if clock is not None else ():
+            if isinstance(source, PackedSource) and source.plan.dropped.tokens:
+                text = source.plan.dropped.text(source.seq_len)
+                observers.event("packing", progress.step, f"{source.dataset.path}: {text}")
         for complaint in complaints:
             observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
         if progress.rewinds and progress.rewinds[-1].to_step == progress.step:

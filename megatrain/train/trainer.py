@@ -158,8 +158,9 @@ class Trainer:
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._num_steps)
         with watch.measure("data"):
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
+        divisor = max(count, 1)  # samples of prompts alone have no target, and teach nothing
         with watch.measure("forward_backward"):
-            result = run.engine.train_batch(micro_batches, count, lr, self._spikes.guard(count))
+            result = run.engine.train_batch(micro_batches, divisor, lr, self._spikes.guard(divisor))
         with watch.measure("exchange"):
             # One exchange a step: the loss, what is requested, and how far the current save is.
             shared = [result.loss_sum, *self._own_flags(), *self._checkpoints.status()]
@@ -169,7 +170,7 @@ class Trainer:
             self._lease.check()  # a start left behind writes nothing more, not even metrics
         watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
         self._report_saves(self._checkpoints.advance(status))
-        loss, spike = loss_sum / count, self._spikes.spike
+        loss, spike = loss_sum / divisor, self._spikes.spike
         if spike is not None and self._config.spikes.action == "rewind":
             raise SpikeError(self.progress.step, spike)
         self.progress = self.progress.after_step(count, result.skipped, self._spikes.recent)
@@ -331,7 +332,8 @@ class Trainer:
         progress = self.progress
         if observers is None or not self._is_logged(progress.step):
             return
-        speed = step.num_targets / (seconds - parts.get("eval", 0.0) - parts.get("save", 0.0))
+        seconds_of_step = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
+        num_tokens = self._run.order.batch_size(progress.step - 1) * self._config.data.seq_len
         observers.step(
             StepMetrics(
                 step=progress.step,
@@ -341,8 +343,8 @@ class Trainer:
                 lr=step.lr,
                 skipped=progress.skipped,
                 step_seconds=seconds,
-                tokens_per_second=speed,
-                mfu=mfu(speed, self._flops_per_token, self._peak, self._run.rank.world_size),
+                tokens_per_second=step.num_targets / seconds_of_step,
+                mfu=mfu(num_tokens / seconds_of_step, self._flops_per_token, self._peak, self._run.rank.world_size),
                 memory_bytes=peak_memory_bytes(self._run.groups.device),
                 parts=parts,
                 ranks=ranks,

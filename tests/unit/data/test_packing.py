@@ -22,6 +22,7 @@ from megatrain.batch import Batch
 from megatrain.data import Dataset, open_dataset
 from megatrain.data import packing as packing_module
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, TrainingBatches
+from megatrain.data.conversations import Documents
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
 from megatrain.data.packing import PackedSource, PackingPlan, best_fit, open_plan, pack_documents, store_plan
 from megatrain.errors import DataError
@@ -87,7 +88,8 @@ def test_bins_fill_as_by_best_fit_decreasing(case: tuple[int, list[int]]) -> Non
 def test_every_pair_in_a_document_scores_once(seq_len: int, lengths: list[int]) -> None:
     sizes = np.array(lengths, dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
-    batch = pack_documents(starts, sizes, seq_len)
+    documents = Documents(starts, sizes, np.zeros_like(sizes))
+    batch = pack_documents(documents, seq_len)
     scored: list[int] = []
     for row in batch.to_pylist():
         assert row["targets"] == sum(row["piece_targets"]) > 0
@@ -104,7 +106,7 @@ def test_every_pair_in_a_document_scores_once(seq_len: int, lengths: list[int]) 
     short = (sizes > 1) & (sizes <= seq_len)
     whole = set(zip(starts[short].tolist(), sizes[short].tolist(), strict=True))
     assert whole <= pieces, "a document that fits is one piece"
-    assert batch.equals(pack_documents(starts, sizes, seq_len))
+    assert batch.equals(pack_documents(documents, seq_len))
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
