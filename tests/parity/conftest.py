@@ -13,6 +13,7 @@ import pytest
 
 from tests.parity.figures import Pool
 from tests.runs import TinyData
+from tests.supervised import make_answers
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,10 @@ def short_documents(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactor
     options = [str(source), "--tokenizer", str(tiny_data.tokenizer), "--out", str(dataset)]
     subprocess.run([sys.executable, "-m", "data_tools", "tokenize", *options], check=True, capture_output=True)
     return dataset
+
+
+@pytest.fixture(scope="session")
+def answers(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and answers; of one to some sixty tokens of a sample the loss is to be."""
+    pairs = [("What is it? " * 6, "\n"), *((f"Count to {k}: ", " ".join(map(str, range(k)))) for k in range(1, 60))]
+    return make_answers(tmp_path_factory.mktemp("answers"), pairs * 4, tiny_data.tokenizer)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_tools.supervised import PromptAndAnswer
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
-from data_tools.tokenizer import train_tokenizer
-from data_tools.units import Fields, ReadOptions
 from megatrain.config import DataConfig, RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
@@ -27,9 +21,9 @@ from megatrain.data.packing import PackedSource, open_plan, store_plan
 from megatrain.data.shard import ScoredRuns
 from megatrain.errors import ConfigError, DataError
 from tests.runs import TinyData, tiny_config
+from tests.supervised import make_answers
 
 SEQ_LEN = 48
-READ = ReadOptions(text_key="ask", fields=Fields(("say",), is_chat=False, option="--prompt-key"))
 
 Mask = NDArray[np.bool_]
 
@@ -41,12 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     rng = random.Random(5)
     pairs = [("p" * rng.randint(1, 60), "".join(rng.choices("abc", k=rng.randint(1, 40)))) for _ in range(200)]
     pairs += [("p" * (SEQ_LEN - 10), "a" * 10), ("p" * (SEQ_LEN - 10), "a" * 11)]  # just in, and just not
-    (folder / "in.jsonl").write_bytes(b"".join(orjson.dumps({"ask": ask, "say": say}) + b"\n" for ask, say in pairs))
-    train_tokenizer([str(folder / "in.jsonl")], 257, folder / "tokenizer.json", READ)  # bytes alone
-    effort = Effort(1, "tokenizers", lambda *_: nullcontext(lambda _: None), lambda _: None)
-    options = TokenizeOptions(READ, shard_tokens=4000, supervision=PromptAndAnswer())
-    tokenize([str(folder / "in.jsonl")], folder / "tokenizer.json", folder / "out", options, effort)
-    return open_dataset(folder / "out")
+    return open_dataset(make_answers(folder, pairs))
 
 
 def packed(dataset: Dataset, folder: Path) -> PackedSource:

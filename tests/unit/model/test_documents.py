@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -38,6 +39,29 @@ def test_each_document_gives_the_logits_it_gives_alone(
         blind = logits(model, tokens_BT, positions_BT)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert (blind - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("longest_blockwise", [2048, 0], ids=["blockwise", "fused"])
+@pytest.mark.parametrize("keys", [{}, {"family": "gpt2"}, {"family": "mistral", "sliding_window": 50}], ids=str)
+def test_another_documents_token_changes_no_bit(
+    keys: dict[str, Any], longest_blockwise: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoreAttention, "max_blockwise_tokens", longest_blockwise)
+    config = ModelConfig(**SIZES, **keys, initializer_range=0.1)
+    model = Decoder(config).eval()
+    init_model(model, config, seed=1)
+    positions_BT = torch.cat([torch.arange(n) for n in LENGTHS]).expand(2, -1)
+    context = model.make_context(positions_BT, _document_ids(2), None, torch.float32)
+    tokens_BT = random_batch(2, sum(LENGTHS)).tokens_BT.clone()
+    ends = [*itertools.accumulate(LENGTHS)]
+    with torch.no_grad():
+        before = model.logits(tokens_BT, context)
+        for changed, end in enumerate(ends):
+            other_BT = tokens_BT.clone()
+            other_BT[:, end - LENGTHS[changed]] = (other_BT[:, end - LENGTHS[changed]] + 1) % SIZES["vocab_size"]
+            parts = zip(before.split(LENGTHS, 1), model.logits(other_BT, context).split(LENGTHS, 1), strict=True)
+            same = [torch.equal(one, two) for one, two in parts]
+            assert same == [number != changed for number in range(len(LENGTHS))]
 
 
 def test_no_gradient_crosses_a_document_border() -> None:
