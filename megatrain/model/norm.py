@@ -42,15 +42,17 @@ class _RmsNormOnCpu(torch.autograd.Function):
         return y_BTC
 
     @staticmethod
-    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x_BTC, weight_C, scale_BT1 = ctx.saved_tensors
         normed_BTC = x_BTC * scale_BT1  # fp32, as scale_BT1 is
-        grad_weight_C = (normed_BTC * grad_BTC).flatten(0, -2).sum(0)
+        grad_weight_C = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_C = (normed_BTC * grad_BTC).flatten(0, -2).sum(0).to(weight_C.dtype)
         grad_normed_BTC = grad_BTC.float() * weight_C
         # The norm's own change takes away the part of the gradient that points along the normalised vector.
         along_BT1 = (grad_normed_BTC * normed_BTC).mean(-1, keepdim=True)
         grad_normed_BTC.sub_(normed_BTC.mul_(along_BT1)).mul_(scale_BT1)
-        return grad_normed_BTC.to(x_BTC.dtype), grad_weight_C.to(weight_C.dtype), None
+        return grad_normed_BTC.to(x_BTC.dtype), grad_weight_C, None
 
 
 class LayerNorm(nn.Module):

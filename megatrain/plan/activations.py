@@ -6,7 +6,9 @@ al. 2022 (arXiv:2205.05198). benchmarks/layouts.py measures them on CPUs.
 
 from __future__ import annotations
 
-from megatrain.families.description import Attention, Mlp
+from collections.abc import Sequence
+
+from megatrain.families.description import Attention, Linear, Mlp
 from megatrain.plan.stage_model import Chunk, StageModel, share
 
 _BLOCK_ROWS = 128  # of attention written out: megatrain.model.blockwise_attention
@@ -52,24 +54,44 @@ def _chunk(stage: StageModel, chunk: Chunk, fused: bool) -> int:
     kept += (chunk.num_layers - num_recomputed) * _layer(stage, fused, parallel.recompute == "selective")
     if family.block.attention.rotates:
         kept += tokens * model.head_size * bytes_  # cosines and sines
-    if chunk.is_first:
+    if chunk.is_first and stage.config.lora is None:
         kept += 8 * tokens * len(family.embeddings)  # ids of tokens and positions
         kept += tokens * model.hidden_size if model.hidden_dropout else 0
+    elif chunk.is_first and parallel.recompute != "full":
+        kept -= _before_gradients(stage)
     if chunk.is_last:  # the final norm's input, the head's, and the gradient of the logits
         elements = 2 * _border_elements(stage) + tokens * stage.sizes["vocab"]
         kept += elements * bytes_ + family.norm.saved_bytes * _tokens_between_blocks(stage)
     return kept
 
 
+def _before_gradients(stage: StageModel) -> int:
+    """Bytes that the first layer does not keep where the embedding is frozen: its norm, and the masks of dropout in
+    front of the adapters, have no gradient to pass on. (What precedes the first adapter in it is counted as kept.)"""
+    lora, attention = stage.config.lora, stage.config.model.description.block.attention
+    assert lora is not None
+    num_masks = (
+        sum(lora.adapts(f"{attention.name}.{linear.name}") for linear in attention.inputs) if lora.dropout else 0
+    )
+    norm_bytes = stage.config.model.description.block.attention_norm.saved_bytes * _tokens_between_blocks(stage)
+    return norm_bytes + stage.element_bytes * _border_elements(stage) + num_masks * stage.tokens * stage.sizes["hidden"]
+
+
 def _layer(stage: StageModel, fused: bool, selective: bool) -> int:
     """Bytes that a decoder layer keeps of one micro-batch."""
     model, tokens, block = stage.config.model, stage.tokens, stage.config.model.description.block
-    # The inputs of attention and MLP are gathered again in the backward pass, where the layout can.
-    num_border, num_whole = (2, 2) if stage.config.gathers_by_layer else (4, 0)
-    wide = num_whole * model.hidden_size
-    wide += _attention_elements(stage, block.attention, fused or selective) + _mlp_elements(stage, block.mlp, selective)
-    kept = stage.element_bytes * (tokens * wide + num_border * _border_elements(stage))
+    # Of the norms their inputs; what they give is gathered again in the backward pass, where the layout can.
+    kept = stage.element_bytes * (2 if stage.config.gathers_by_layer else 4) * _border_elements(stage)
     kept += (block.attention_norm.saved_bytes + block.mlp_norm.saved_bytes) * _tokens_between_blocks(stage)
+    of_token = stage.element_bytes * (
+        _attention_elements(stage, block.attention, fused or selective) + _mlp_elements(stage, block.mlp, selective)
+    )
+    of_token += _inputs(stage, block.attention.name, (block.attention.output,), is_kept=fused and not selective)
+    of_token += _inputs(stage, block.mlp.name, (block.mlp.output,))
+    if stage.config.gathers_by_layer:
+        of_token += _inputs(stage, block.attention.name, block.attention.inputs)
+        of_token += _inputs(stage, block.mlp.name, block.mlp.inputs)
+    kept += tokens * of_token
     if block.attention.head_norms:  # a statistic of each head
         num_heads = (stage.sizes["queries"] + stage.sizes["keys"]) // model.head_size
         kept += block.attention.head_norms[0].saved_bytes * tokens * num_heads
@@ -81,9 +103,9 @@ def _layer(stage: StageModel, fused: bool, selective: bool) -> int:
 
 
 def _attention_elements(stage: StageModel, attention: Attention, keeps_no_copies: bool) -> int:
-    """Elements a token that attention keeps beside its input and its probabilities."""
+    """Elements a token that attention keeps beside its input, its output and its probabilities."""
     queries, keys = stage.sizes["queries"], stage.sizes["keys"]
-    elements = 2 * queries + 2 * keys  # queries, keys, values, and the output
+    elements = queries + 2 * keys
     if attention.head_norms:
         elements += queries + keys  # before the norms
     if attention.is_fused and not keeps_no_copies:
@@ -92,9 +114,25 @@ def _attention_elements(stage: StageModel, attention: Attention, keeps_no_copies
 
 
 def _mlp_elements(stage: StageModel, mlp: Mlp, selective: bool) -> int:
-    """Elements a token that the MLP keeps beside its input: before and after the activation, and a gate in between."""
+    """Elements a token that the MLP keeps beside its input and its last product's: before the activation, and a gate
+    behind it."""
     between = 1 if mlp.is_gated and not selective else 0
-    return (len(mlp.inputs) + between + 1) * stage.sizes["ffn"]
+    return (len(mlp.inputs) + between) * stage.sizes["ffn"]
+
+
+def _inputs(stage: StageModel, block: str, linears: Sequence[Linear], *, is_kept: bool = False) -> int:
+    """Bytes a token that products keep of the input that they share, for the gradients of their weights. ``is_kept``:
+    another layer keeps it too. A frozen weight needs none, but DeepSpeed's ZeRO 3 keeps it; an adapter keeps what its
+    dropout leaves, and the mask."""
+    lora, bytes_, width = stage.config.lora, stage.element_bytes, stage.sizes[linears[0].inputs]
+    parallel = stage.config.parallel
+    is_kept = is_kept or (parallel.engine == "deepspeed" and parallel.zero_stage == 3)
+    if lora is None:
+        return bytes_ * width
+    num_adapted = sum(lora.adapts(f"{block}.{linear.name}") for linear in linears)
+    kept = bytes_ * width if is_kept or (num_adapted and not lora.dropout) else 0
+    of_adapter = bytes_ * lora.rank + ((bytes_ + 1) * width if lora.dropout else 0)
+    return kept + num_adapted * of_adapter
 
 
 def _probabilities(stage: StageModel) -> int:

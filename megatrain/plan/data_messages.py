@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.deepspeed_memory import bucket_setting, uses_bf16_optimizer
 from megatrain.plan.fsdp2_memory import message_groups
-from megatrain.plan.stage_model import StageModel
+from megatrain.plan.stage_model import StageModel, num_elements
 
 _FORWARD, _BACKWARD = 1 / 3, 2 / 3  # of a micro-batch's arithmetic
 
@@ -49,13 +49,14 @@ def data_seconds(part: StageModel, compute: float, cluster: Cluster) -> DataSeco
 def _deepspeed(part: StageModel) -> list[_Messages]:
     """Gradients in fp32, weights in their own type."""
     stage, count = part.config.parallel.zero_stage, part.num_micro_batches
-    gradients, weights = 4 * part.num_parameters, part.element_bytes * part.num_parameters
+    gradients, weights = 4 * num_elements(part.trained), part.element_bytes * num_elements(part.trained)
     if stage == 0:
         return [_unhidden(2 * gradients)]
     if stage == 1:  # DeepSpeed's BF16_Optimizer all-reduces gradients
         return [_unhidden((2 if uses_bf16_optimizer(part.config) else 1) * gradients + weights)]
     if stage == 2:
         return [_unhidden(gradients, count), _unhidden(weights)]
+    weights = part.element_bytes * part.num_parameters  # frozen ones too
     # Weights that may stay whole until the backward pass are gathered once.
     stay = part.num_parameters <= bucket_setting(part, "stage3_max_live_parameters")
     return [_unhidden(gradients + (1 if stay else 2) * weights, count)]
@@ -71,11 +72,11 @@ def _fsdp2(part: StageModel) -> list[_Messages]:
     ZeRO 2 reduces in each backward pass. ZeRO 3 gathers in each pass as well, but once the group that stays whole.
     """
     stage, count, bytes_ = part.config.parallel.zero_stage, part.num_micro_batches, part.element_bytes
-    size = part.num_parameters
+    size, trained = part.num_parameters, num_elements(part.trained)
     layer, *others = (sum(p.numel for p in group) for group in message_groups(part))
     edge = others[0] if part.is_first else layer
     gathered = _Messages(bytes_ * size, bytes_ * edge, count if stage == 3 else 1, _FORWARD)
     if stage < 3:
-        return [gathered, _Messages(4 * size, 4 * edge, count if stage == 2 else 1, _BACKWARD)]
+        return [gathered, _Messages(4 * trained, 4 * min(edge, trained), count if stage == 2 else 1, _BACKWARD)]
     again = size - (others[-1] if part.is_last else 0)
-    return [gathered, _Messages(4 * size + bytes_ * again, 4 * edge, count, _BACKWARD)]
+    return [gathered, _Messages(4 * trained + bytes_ * again, 4 * min(edge, trained), count, _BACKWARD)]

@@ -6,11 +6,11 @@ State is what it really allocates, to the byte but for the cases named at `_grad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from megatrain.config import RunConfig
 from megatrain.plan.engine_memory import STATE_BYTES, STEP_BYTES, EngineMemory, saved_elements
-from megatrain.plan.stage_model import Parameter, StageModel, share
+from megatrain.plan.stage_model import Parameter, StageModel, num_elements, share
 
 _SMALLEST_BUCKET = 1 << 20
 _LARGEST_BUCKET = 1 << 29
@@ -46,41 +46,43 @@ def uses_bf16_optimizer(config: RunConfig) -> bool:
     return parallel.zero_stage < 2 and config.train.precision == "bf16" and parallel.offload == "none"
 
 
-def _own(part: StageModel) -> list[Parameter]:
-    """What DeepSpeed updates here: without the copy of a weight that the first stage updates."""
-    return [p for p in part.parameters if not p.is_tied]
-
-
 def _flat(part: StageModel) -> tuple[int, int]:
-    """Elements of the buffers that DeepSpeed lays the parameters into, matrices and vectors apart; a data rank's share.
+    """Elements of the buffers that DeepSpeed lays what it updates into, matrices and vectors apart; a rank's share.
 
     ZeRO 3 cuts each parameter by itself; the others the buffers, whose length is a multiple of 2 for each rank.
     """
     stage, cut = part.config.parallel.zero_stage, part.data if part.config.parallel.zero_stage else 1
     if stage == 3:
-        return part.num_parameters, sum(share(p.numel, cut) * p.copies for p in part.parameters)
+        return num_elements(part.updated), _shares(part.updated, cut)
     if stage == 0 and part.config.train.precision == "fp32":  # torch's own optimizer, on the parameters themselves
-        own = sum(p.numel * p.copies for p in _own(part))
-        return own, own
-    groups = [sum(p.numel * p.copies for p in _own(part) if p.is_matrix is kind) for kind in (True, False)]
+        return num_elements(part.updated), num_elements(part.updated)
+    groups = [num_elements(p for p in part.updated if p.is_matrix is kind) for kind in (True, False)]
     whole = sum(share(size, 2 * cut) * 2 * cut for size in groups)
     return whole, whole // cut
 
 
 def _weights(part: StageModel) -> int:
     whole, mine = _flat(part)
-    return part.element_bytes * ((mine if part.config.parallel.zero_stage == 3 else whole) + _copied(part))
+    frozen = [p for p in part.parameters if not p.is_trained]
+    if part.config.parallel.zero_stage == 3:
+        return part.element_bytes * (mine + _shares(frozen, part.data))
+    return part.element_bytes * (whole + _copied(part) + num_elements(frozen))
 
 
 def _copied(part: StageModel) -> int:
-    """Elements of the copy of a tied weight, whose gradients add up beside DeepSpeed's."""
-    return part.num_parameters - sum(p.numel * p.copies for p in _own(part))
+    """Elements of the copy of a tied weight that is trained, whose gradients add up beside DeepSpeed's."""
+    return num_elements(part.trained) - num_elements(part.updated)
+
+
+def _shares(parameters: Iterable[Parameter], ways: int) -> int:
+    """Elements of a rank's shares, where each parameter is cut by itself."""
+    return sum(share(p.numel, ways) * p.copies for p in parameters)
 
 
 def _optimizer(part: StageModel) -> int:
     if part.config.parallel.zero_stage == 0 and part.config.train.precision == "fp32":  # the weights are the masters
-        return 8 * _flat(part)[0] + STEP_BYTES * sum(p.copies for p in _own(part))
-    return STATE_BYTES * _flat(part)[1] + 2 * STEP_BYTES
+        return 8 * _flat(part)[0] + STEP_BYTES * sum(p.copies for p in part.updated)
+    return STATE_BYTES * _flat(part)[1] + STEP_BYTES * len({p.is_matrix for p in part.updated})
 
 
 def _gradients(part: StageModel) -> int:
@@ -92,7 +94,7 @@ def _gradients(part: StageModel) -> int:
     whole, mine = _flat(part)
     if uses_bf16_optimizer(part.config):
         return 4 * (whole + _copied(part))
-    return 4 * (mine + _copied(part) if part.config.parallel.zero_stage >= 2 else part.num_parameters)
+    return 4 * (mine + _copied(part) if part.config.parallel.zero_stage >= 2 else num_elements(part.trained))
 
 
 def _owned(part: StageModel) -> int:
@@ -110,7 +112,7 @@ def _pass_buffers(part: StageModel) -> dict[str, int]:
     stage, bytes_, size = part.config.parallel.zero_stage, part.element_bytes, part.num_parameters
     bucket = bucket_setting(part, "reduce_bucket_size")
     is_half = bytes_ < 4
-    buffers = {"a weight's gradient": bytes_ * part.largest_parameter}
+    buffers = {"a weight's gradient": bytes_ * max(p.numel for p in part.trained)}
     if stage in (1, 2) and part.config.parallel.offload != "none":
         buffers["a gradient on its way"] = bytes_ * part.largest_parameter
     if stage == 2:  # gradients in their own type, and in fp32 as they travel
@@ -123,9 +125,9 @@ def _pass_buffers(part: StageModel) -> dict[str, int]:
 
 def _update_buffers(part: StageModel) -> dict[str, int]:
     """What DeepSpeed holds from the last backward pass to the next forward pass, beside the state."""
-    stage, data, size = part.config.parallel.zero_stage, part.data, part.num_parameters
+    stage, data, size = part.config.parallel.zero_stage, part.data, num_elements(part.trained)
     whole, mine = _flat(part)
-    matrices = sum(p.numel * p.copies for p in part.parameters if p.is_matrix)
+    matrices = num_elements(p for p in part.trained if p.is_matrix)
     if uses_bf16_optimizer(part.config):  # two buffers, copied into one message if they are not too large
         is_copied = stage == 1 and data > 1 and matrices <= _ALL_REDUCE_ELEMENTS
         return {"gradients in a message": 4 * whole if is_copied else 0}
@@ -143,4 +145,6 @@ def bucket_setting(part: StageModel, key: str) -> int:
     """A bucket of DeepSpeed's: what the user put under ``deepspeed``, or what megatrain sets."""
     given = part.config.deepspeed.get("zero_optimization", {})
     value = given.get(key) if isinstance(given, Mapping) else None
-    return int(value) if isinstance(value, (int, float)) else bucket_elements(part.num_parameters)
+    if isinstance(value, (int, float)):
+        return int(value)
+    return bucket_elements(part.num_parameters if key == "stage3_max_live_parameters" else num_elements(part.updated))

@@ -32,7 +32,6 @@ class EngineMemory(NamedTuple):
 def saved_elements(part: StageModel, held: Callable[[Parameter], int], ranks: int = 1) -> int:
     """The most elements that one of ``ranks`` that hold the same saves, of ``held`` elements of each parameter.
 
-    What tensor ranks hold alike is shared out among them too; a tied copy is not saved.
+    What tensor ranks hold alike is shared out among them too; tied copies and frozen weights are not saved.
     """
-    own = (p for p in part.parameters if not p.is_tied)
-    return sum(share(held(p), p.num_replicas * ranks) * p.copies for p in own)
+    return sum(share(held(p), p.num_replicas * ranks) * p.copies for p in part.updated)

@@ -48,12 +48,21 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {weight.name: weight.shape(sizes) for weight in weights}
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """FLOPs of forward and backward for one token: 6 a matrix parameter, and attention's 12 x layers x width x seq_len.
+def flops_of_weight(lora: LoraConfig | None) -> int:
+    """FLOPs of forward and backward for one token and one element of the model's matrices: 2 for the product, and for
+    the gradients of its input and of the weight. A frozen one has no gradient of its own (Schulman et al. 2025, "LoRA
+    Without Regret": two thirds of the operations of full fine-tuning, and the adapters')."""
+    return 6 if lora is None else 4
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, lora: LoraConfig | None = None) -> int:
+    """FLOPs of forward and backward for one token: 6 a matrix parameter, and attention's 12 x layers x width x seq_len;
+    with ``lora`` 4 a matrix parameter and 6 one of the adapters.
 
     The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation. A window
     that is shorter than ``seq_len`` stands in its place.
     """
     num_keys = min(seq_len, model.attention_window or seq_len)
     attention = 12 * model.num_hidden_layers * model.sizes["queries"] * num_keys
-    return 6 * matrix_parameters(model) + attention
+    adapters = 0 if lora is None else num_trained_parameters(model, lora)
+    return flops_of_weight(lora) * matrix_parameters(model) + 6 * adapters + attention

@@ -1,9 +1,9 @@
 """What FSDP2 holds on a rank, in bytes, as `megatrain.parallel.fsdp2` uses it.
 
 Read from torch 2.13 (`torch.distributed.fsdp._fully_shard`) and measured: tests/unit/plan/test_rank_memory.py. A rank
-has whole rows of each parameter in fp32, its master weights; rows that are not there are padded, so that all data ranks
-hold as much. Weights are gathered in the type that they compute in, and below ZeRO 3 stay so between the passes of a
-step.
+has whole rows of each parameter in fp32, its master weights, or of a frozen one in the type that it computes in; rows
+that are not there are padded, so that all data ranks hold as much. Weights are gathered in the type that they compute
+in, and below ZeRO 3 stay so between the passes of a step.
 """
 
 from __future__ import annotations
@@ -11,26 +11,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from megatrain.plan.engine_memory import STEP_BYTES, EngineMemory, saved_elements
-from megatrain.plan.stage_model import Parameter, StageModel, share
+from megatrain.plan.stage_model import Parameter, StageModel, num_elements, share
 
 
 def fsdp2_memory(part: StageModel) -> EngineMemory:
     """What is there under ``parallel.engine: fsdp2``."""
     stage, bytes_ = part.config.parallel.zero_stage, part.element_bytes
-    mine, gathered = _mine(part, part.parameters), _gathered(part, part.parameters)
-    own = [p for p in part.parameters if not p.is_tied]
-    largest = max(_gathered(part, group) for group in message_groups(part))
+    mine, frozen = _mine(part, part.trained), _mine(part, (p for p in part.parameters if not p.is_trained))
+    gathered = _gathered(part, part.parameters)
+    groups = [*message_groups(part)]
+    largest = max(_gathered(part, group) for group in groups)
+    reduced = max(_gathered(part, (p for p in group if p.is_trained)) for group in groups)
     passes = {
-        "a layer's gradients": bytes_ * largest,
-        "gradients in a message": (4 * largest + 4 * share(largest, part.data)) if part.data > 1 else 4 * largest,
+        "a layer's gradients": bytes_ * reduced,
+        "gradients in a message": (4 * reduced + 4 * share(reduced, part.data)) if part.data > 1 else 4 * reduced,
         "weights in messages": 2 * bytes_ * largest if part.data > 1 else 0,  # of a layer and the one after it
     }
     if stage == 3:
         passes["gathered weights"] = bytes_ * _whole_at_once(part)
     return EngineMemory(
-        weights=4 * mine + (bytes_ * gathered if stage < 3 else 0),
-        gradients=4 * (part.num_parameters if stage < 2 else mine),
-        optimizer=8 * _mine(part, own) + STEP_BYTES * sum(p.copies for p in own),
+        weights=4 * mine + bytes_ * frozen + (bytes_ * gathered if stage < 3 else 0),
+        gradients=4 * (num_elements(part.trained) if stage < 2 else mine),
+        optimizer=8 * _mine(part, part.updated) + STEP_BYTES * sum(p.copies for p in part.updated),
         owned=saved_elements(part, lambda p: _rows(part, p)),
         passes=passes,
         update={},

@@ -12,7 +12,7 @@ from megatrain.plan import rules
 from megatrain.plan.choice import Choice, fastest
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.fitting import changes_that_fit
-from megatrain.plan.flops import flops_per_token, num_parameters
+from megatrain.plan.flops import flops_per_token, num_parameters, num_trained_parameters
 from megatrain.plan.goodput import Failures, best_interval, goodput
 from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.memory import RankMemory, rank_memory
@@ -59,7 +59,7 @@ class RunPlan:
     @property
     def flops_per_token(self) -> int:
         """Forward and backward, without recomputation."""
-        return flops_per_token(self.config.model, self.config.data.seq_len)
+        return flops_per_token(self.config.model, self.config.data.seq_len, self.config.lora)
 
     @property
     def tokens_per_step(self) -> int:
@@ -157,6 +157,7 @@ class RunPlan:
         parallel = self.config.parallel
         return {
             "parameters": num_parameters(self.config.model),
+            "trained_parameters": num_trained_parameters(self.config.model, self.config.lora),
             "flops_per_token": self.flops_per_token,
             "world_size": self.world_size,
             "nodes": self.cluster.nodes,

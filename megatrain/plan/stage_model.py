@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from megatrain.config import ModelConfig, RunConfig
-from megatrain.families.description import SHARDED_WIDTHS, Weight, Width
+from megatrain.families.description import SHARDED_WIDTHS, Weight, Width, is_adapter
 from megatrain.plan import rules
 from megatrain.plan.pipeline_schedule import most_held
 from megatrain.plan.stages import decoder_stages
@@ -18,6 +18,7 @@ class Parameter(NamedTuple):
     """``copies`` tensors of ``num_rows`` rows each on this rank, padding of the vocabulary included.
 
     ``num_replicas``: so many tensor ranks hold the same elements. ``is_tied``: the first stage has and saves them too.
+    ``is_trained``: not frozen.
     """
 
     numel: int
@@ -26,6 +27,7 @@ class Parameter(NamedTuple):
     copies: int = 1
     num_replicas: int = 1
     is_tied: bool = False
+    is_trained: bool = True
 
 
 class Chunk(NamedTuple):
@@ -101,7 +103,8 @@ class StageModel:
         """The model's widths on one of the tensor ranks, padding of the vocabulary included."""
         model, tensor = self.config.model, self.config.parallel.tensor
         mine = {width: share(size, tensor) if width in SHARDED_WIDTHS else size for width, size in model.sizes.items()}
-        return {**mine, "keys": max(model.kv_heads // tensor, 1) * model.head_size}
+        rank = self.config.lora.rank if self.config.lora else 0
+        return {**mine, "keys": max(model.kv_heads // tensor, 1) * model.head_size, "rank": rank}
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -118,7 +121,9 @@ class StageModel:
     @cached_property
     def layer_parameters(self) -> tuple[Parameter, ...]:
         """Those of one decoder layer."""
-        return tuple(self._held(self.config.model.description.block.weights))
+        block, lora = self.config.model.description.block, self.config.lora
+        adapters = () if lora is None else block.adapter_weights(lora.adapts)
+        return tuple(self._held([*block.weights, *adapters]))
 
     @cached_property
     def head_parameters(self) -> tuple[Parameter, ...]:
@@ -132,7 +137,17 @@ class StageModel:
     @cached_property
     def num_parameters(self) -> int:
         """Elements that this rank computes with, padding of the vocabulary included."""
-        return sum(p.numel * p.copies for p in self.parameters)
+        return num_elements(self.parameters)
+
+    @cached_property
+    def trained(self) -> tuple[Parameter, ...]:
+        """Those that have a gradient."""
+        return tuple(p for p in self.parameters if p.is_trained)
+
+    @cached_property
+    def updated(self) -> tuple[Parameter, ...]:
+        """Those that the optimizer updates here: without the copy of a weight that the first stage updates."""
+        return tuple(p for p in self.trained if not p.is_tied)
 
     @property
     def largest_parameter(self) -> int:
@@ -148,6 +163,7 @@ class StageModel:
                 num_rows=weight.shape(self.sizes)[0],
                 is_matrix=weight.is_matrix,
                 num_replicas=replicas.get(weight.sharded_width, 1),
+                is_trained=self.config.lora is None or is_adapter(weight.name),
             )
 
 
@@ -163,6 +179,11 @@ def stage_models(config: RunConfig, world_size: int) -> list[StageModel]:
 @lru_cache(maxsize=64)  # the search for a layout that fits asks for the same ones hundreds of times
 def _stages(model: ModelConfig, seq_len: int, num_stages: int) -> tuple[int, ...]:
     return tuple(decoder_stages(model, seq_len, num_stages))
+
+
+def num_elements(parameters: Iterable[Parameter]) -> int:
+    """Of all together."""
+    return sum(p.numel * p.copies for p in parameters)
 
 
 def share(size: int, ways: int) -> int:

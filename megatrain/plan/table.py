@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from megatrain.config import RunConfig
 from megatrain.plan import rules
-from megatrain.plan.flops import num_parameters
+from megatrain.plan.flops import num_parameters, num_trained_parameters
 from megatrain.plan.memory import RankMemory
 from megatrain.plan.nearest import as_overrides
 from megatrain.plan.run_plan import RunPlan
@@ -40,7 +41,7 @@ def show(plan: RunPlan) -> None:
 def _head(plan: RunPlan) -> list[str]:
     config, cluster, parallel = plan.config, plan.cluster, plan.config.parallel
     return [
-        f"model    {config.model.family}, {num_parameters(config.model):,} parameters, "
+        f"model    {config.model.family}, {num_parameters(config.model):,} parameters, {_trained(config)}"
         f"{plan.flops_per_token / 1e9:,.2f} GFLOPs a token",
         f"layout   {plan.world_size:,} rank(s), {cluster.nodes:,} node(s) of {cluster.gpus_per_node} "
         f"{cluster.device.name}: data {rules.data_degree(config, plan.world_size)} x tensor {parallel.tensor} x "
@@ -48,6 +49,12 @@ def _head(plan: RunPlan) -> list[str]:
         _engine(plan),
         f"batch    {plan.tokens_per_step:,} tokens a step, in {plan.num_micro_batches} micro-batch(es){_ramp(plan)}",
     ]
+
+
+def _trained(config: RunConfig) -> str:
+    if config.lora is None:
+        return ""
+    return f"{num_trained_parameters(config.model, config.lora):,} in adapters beside them, "
 
 
 def _engine(plan: RunPlan) -> str:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from megatrain.config import RunConfig
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.data_messages import data_seconds
-from megatrain.plan.flops import flops_per_token
+from megatrain.plan.flops import flops_of_weight, flops_per_token
 from megatrain.plan.pipeline_schedule import bubble
-from megatrain.plan.stage_model import StageModel, share
+from megatrain.plan.stage_model import StageModel, num_elements, share
 
 HOST_BYTES_PER_SECOND = 25e9
 """Between a device and its share of the node's CPU memory, and within that: what PCIe of generation 4 reaches."""
@@ -117,12 +117,13 @@ class _Pass:
 def _operations(part: StageModel) -> float:
     """FLOPs of one micro-batch on a rank, with those that recomputation repeats."""
     model, parallel, seq_len = part.config.model, part.config.parallel, part.config.data.seq_len
-    head = 6 * model.hidden_size * (model.vocab_size or 0)
-    layer = (flops_per_token(model, seq_len) - head) / model.num_hidden_layers
+    of_weight = flops_of_weight(part.config.lora)
+    head = of_weight * model.hidden_size * (model.vocab_size or 0)
+    layer = (flops_per_token(model, seq_len, part.config.lora) - head) / model.num_hidden_layers
     attention = 4 * model.num_attention_heads * model.head_size * seq_len  # forward
     layers = part.num_layers * layer
     if parallel.recompute == "full":
-        layers += _num_recomputed(part) * layer / 3
+        layers += _num_recomputed(part) * layer * 2 / of_weight
     elif parallel.recompute == "selective":
         layers += part.num_layers * attention
     return part.tokens * (layers + part.is_last * head) / parallel.tensor
@@ -177,7 +178,8 @@ def _pipeline(part: StageModel, cluster: Cluster) -> float:
 def _tied(part: StageModel, cluster: Cluster) -> float:
     """The last stage sends its gradient of the table that it shares with the first one, and gets the weights back."""
     model, parallel = part.config.model, part.config.parallel
-    if parallel.pipeline == 1 or not model.tie_word_embeddings or not (part.is_first or part.is_last):
+    is_trained = model.tie_word_embeddings and part.config.lora is None
+    if parallel.pipeline == 1 or not is_trained or not (part.is_first or part.is_last):
         return 0.0
     table = part.sizes["vocab"] * model.hidden_size
     link = cluster.border_bandwidth(parallel.pipeline, parallel.tensor * part.data)
@@ -188,7 +190,7 @@ def _tied(part: StageModel, cluster: Cluster) -> float:
 
 def _update(part: StageModel, cluster: Cluster) -> float:
     is_shared = part.config.parallel.zero_stage > 0 or part.config.parallel.engine == "fsdp2"
-    mine = part.num_parameters / (part.data if is_shared else 1)
+    mine = num_elements(part.trained) / (part.data if is_shared else 1)
     if part.config.parallel.offload == "none":
         return _UPDATE_BYTES * mine / cluster.device.bytes_per_second
     moved = (4 + part.element_bytes) * mine  # gradients down, weights up

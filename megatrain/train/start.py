@@ -145,7 +145,7 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} thread(s) a rank"
     )
-    trained = f", {num_trained_parameters(config.model, config.lora):,} of them trained" if config.lora else ""
+    trained = f", {num_trained_parameters(config.model, config.lora):,} in adapters" if config.lora else ""
     count = f"{num_parameters(config.model):,} parameters{trained}"
     facts = {
         "model": f"{config.model.family}, {count}, {config.train.precision}",

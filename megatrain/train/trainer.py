@@ -106,7 +106,7 @@ class Trainer:
         self._writer = self._make_writer() if run.questions else None
         self._spikes = SpikeDetector(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
-        self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len)
+        self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len, run.config.lora)
         self._peak = peak_flops(run.groups.device, run.config.observe.peak_flops) if observers else None
         self._first_step = progress.step
         self._was_mended = False

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -11,7 +12,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatrain.config.schema import ModelConfig
+from megatrain.batch import Batch
+from megatrain.config.schema import LoraConfig, ModelConfig
+from megatrain.model.decoder import Decoder
+from megatrain.model.linear import add_adapters
 from megatrain.plan.flops import flops_per_token, matrix_parameters, num_parameters
 
 LLAMA_8B = {
@@ -114,3 +118,22 @@ def test_a_window_bounds_the_flops_of_attention():
     saved = flops_per_token(whole, 8192) - flops_per_token(windowed, 8192)
     assert saved == 12 * 32 * 32 * 128 * (8192 - 1000)
     assert flops_per_token(windowed, 512) == flops_per_token(whole, 512)
+
+
+def test_frozen_matrices_cost_no_weight_gradients():
+    """The products of both passes, counted. The formula counts one of the first layer's input, which has none."""
+    model = ModelConfig(family="llama", **SMALL, num_key_value_heads=2)
+    lora = LoraConfig(rank=4, alpha=8.0)
+    decoder = Decoder(model)
+    add_adapters(decoder, lora)
+    tokens_BT = torch.zeros((1, 16), dtype=torch.long)
+    positions_BT = torch.arange(16)[None]
+    with FlopCounterMode(display=False) as counter:
+        decoder(Batch(tokens_BT, tokens_BT, None, positions_BT, None, torch.zeros(1))).backward()
+    counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(count for name, count in counts.items() if name in ("aten.mm", "aten.addmm"))
+    attention = decoder.get_submodule(f"{decoder.decoder_names[0]}.self_attn")
+    first = [p for name, p in attention.named_parameters() if name[:2] in ("q_", "k_", "v_") and "lora_B" not in name]
+    unneeded = 2 * sum(parameter.numel() for parameter in first)
+    of_attention = flops_per_token(model, 16) - 6 * matrix_parameters(model)
+    assert products == 16 * (flops_per_token(model, 16, lora) - of_attention - unneeded), counts

@@ -33,6 +33,8 @@ MODEL = {
 GPT2 = {"family": "gpt2", "num_key_value_heads": None}
 QWEN2 = {"family": "qwen2"}
 FSDP2 = {"engine": "fsdp2"}
+LORA = {"rank": 3, "alpha": 6.0}
+DROPPING = {"rank": 5, "alpha": 6.0, "dropout": 0.1, "target_modules": ["v_proj", "down_proj", "up_proj"]}
 QWEN3 = {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
 
 
@@ -46,11 +48,13 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
     seq_len: int = 32
+    lora: dict[str, Any] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         return {
-            "run": {"dir": "unused"},
+            "run": {"dir": "unused", "init_from": "unused"},
+            "lora": self.lora,
             "model": {**MODEL, "max_position_embeddings": self.seq_len, **self.model},
             "data": {"train": [{"path": "unused"}], "seq_len": self.seq_len},
             "train": {"steps": 10, "global_batch_size": 24, "micro_batch_size": 1, "precision": self.precision},
@@ -60,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        words = [f"{key} {value}" for key, value in {**self.parallel, **self.model}.items()]
+        words = [f"{key} {value}" for key, value in {**self.parallel, **self.model, **(self.lora or {})}.items()]
         return ", ".join([self.precision, f"ZeRO {self.zero_stage}", *words, f"rank {self.rank}"])
 
     @property
@@ -92,6 +96,12 @@ CASES = [
     Case("fp16", 2, {**FSDP2, "tensor": 2}, QWEN3),
     Case("bf16", 1, {**FSDP2, "tensor": 4, "sequence": True}, QWEN2),
     Case("bf16", 3, {**FSDP2, "recompute": "full"}, {"tie_word_embeddings": False}),
+    *(Case("bf16", stage, lora=LORA) for stage in range(4)),
+    *(Case("fp32", stage, lora=DROPPING) for stage in (0, 3)),
+    Case("fp16", 1, {"tensor": 2}, GPT2, lora=LORA),
+    Case("bf16", 0, {"tensor": 4, "sequence": True, "recompute": "selective"}, QWEN2, lora=DROPPING),
+    *(Case("bf16", stage, FSDP2, lora=LORA) for stage in (1, 2, 3)),
+    Case("fp32", 1, {**FSDP2, "tensor": 2, "recompute": "selective"}, QWEN3, lora={**LORA, "dropout": 0.1}),
 ]
 STAGED = [
     *(Case("bf16", stage, {"pipeline": 2}, rank=rank) for stage in (0, 1) for rank in (0, SECOND_STAGE)),
@@ -101,6 +111,7 @@ STAGED = [
     Case("bf16", 2, {"pipeline": 2}, rank=SECOND_STAGE),
     Case("bf16", 1, {"pipeline": 2, "pipeline_chunks": 2}, {"num_hidden_layers": 5}, rank=SECOND_STAGE),
     *(Case("bf16", 3, {**FSDP2, "pipeline": 2}, rank=rank) for rank in (0, SECOND_STAGE)),
+    *(Case("bf16", 1, {"pipeline": 2}, rank=rank, lora=LORA) for rank in (0, SECOND_STAGE)),
     Case("bf16", 3, {**FSDP2, "pipeline": 2, "tensor": 2}, QWEN3, rank=SECOND_STAGE),
 ]
 
