@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.tokenize_inputs import environment, folder_bytes, write_inputs, write_tokenizer
+from tests.faults.tokenize_inputs import environment, folder_bytes, write_conversations, write_inputs, write_tokenizer
 from tests.runs import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +30,11 @@ from data_tools.clean import attributes, dedup
 attributes.TASK_BYTES, attributes.READER_CHUNKS = 20_000, 1
 dedup.MAX_RUN_DOCUMENTS, dedup.SLICE_DOCUMENTS = 100, 200
 """
+TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|endoftext|>' }}{% endfor %}"
 MINHASH = ("--method", "minhash", "--num-permutations", "32")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenize", "in", "--tokenizer", "tokenizer.json", "--shard-tokens", "1000"),
+    "chat": ("tokenize", "talks", "--chat", "--tokenizer", "tokenizer.json", "--shard-tokens", "1000"),
     "exact": ("dedup", "in"),
     "minhash": ("dedup", "in", *MINHASH),
     "representative": ("dedup", "in", *MINHASH, "--cluster-by", "representative"),
@@ -59,6 +61,8 @@ class JobFolder:
         folder = JobFolder(path)
         write_inputs(path / "in", 1)
         write_tokenizer(path / "tokenizer.json", path / "in")
+        write_conversations(path / "talks", 150)
+        (path / "chat_template.jinja").write_text(TEMPLATE)
         (path / "sitecustomize.py").write_text(PREPARE)
         ended = folder.run(folder.command("tokenize", "set"))
         assert ended.returncode == 0, ended.stderr

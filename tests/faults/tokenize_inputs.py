@@ -58,6 +58,18 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     train_tokenizer([str(folder / "a.jsonl")], 500, path, ReadOptions())
 
 
+def write_conversations(folder: Path, num_rows: int) -> None:
+    """In two kinds of file."""
+    roles = ("user", "assistant", "user", "assistant")
+    talks = [
+        {"messages": [{"role": role, "content": f"{role} {number} " * (number % 7)} for role in roles]}
+        for number in range(num_rows)
+    ]
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(b"".join(orjson.dumps(talk) + b"\n" for talk in talks))
+    pq.write_table(pa.Table.from_pylist(talks[::-1]), folder / "b.parquet", row_group_size=40)
+
+
 def tokenize_command(folder: Path, *options: object, part_bytes: int = PART_BYTES) -> list[str]:
     """The command, to be run in `folder`, with inputs and tokenizer by names that are the same for all runs."""
     (folder / "run.py").write_text(SCRIPT)
