@@ -11,7 +11,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cached_property
 from itertools import takewhile
@@ -130,11 +130,12 @@ class Conversations:
 
     def _own_prompt(self, before: str, between: str) -> str:
         """What a template writes before the first question, but not before the second."""
-        before = before.removeprefix(self.template.special_tokens.get("bos_token", ""))
-        # A question's header is how both end.
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before), reversed(between), strict=False))
-        written = before[: len(before) - len(list(alike))]
-        return written if re.search(r"\w", re.sub("|".join(map(re.escape, self.special)), "", written)) else ""
+        control = re.compile(f"({'|'.join(map(re.escape, self.special))})")
+        pieces, others = (control.split(text)[::-1] for text in (before, between))
+        # How both end is a question's header.
+        alike = list(takewhile(lambda pair: pair[0] == pair[1], zip(pieces, others, strict=False)))
+        written = "".join(pieces[len(alike) :][::-1])
+        return written if re.search(r"\w", control.sub("", written)) else ""
 
 
 class _Text(NamedTuple):
@@ -154,6 +155,8 @@ class _Rendering:
     how: Conversations
     messages: Messages
     tools: Tools
+    rendered: dict[tuple[int, bool], str] = field(default_factory=dict)
+    """By the number of messages, and with the generation prompt or without."""
 
     def texts(self, scored: list[int]) -> list[_Text]:
         """The conversation with its answers; or one text for each answer, where the template writes the turns before
@@ -189,9 +192,9 @@ class _Rendering:
 
     def _begin(self, text: str, number: int) -> int:
         """Where message ``number`` begins in a text, behind its header."""
-        if self.messages[number]["role"] == ASSISTANT and number:
+        if self.messages[number]["role"] == ASSISTANT and number and self._prompts_generation:
             context = self._render(number, add_generation_prompt=True)
-            if text.startswith(context) and context != self._prefix(number):
+            if text.startswith(context):
                 return len(context)
         # Without a generation prompt: the header is what the template writes before the content.
         mark = secrets.token_hex(16)
@@ -201,6 +204,12 @@ class _Rendering:
             raise _Unclear(f"it cannot be told where the text of message {number} begins in what the template writes")
         return len(header)
 
+    @cached_property
+    def _prompts_generation(self) -> bool:
+        """Whether the template writes something ahead of an answer that is to come."""
+        first = next(number for number, message in enumerate(self.messages) if message["role"] == ASSISTANT and number)
+        return self._render(first, add_generation_prompt=True) != self._prefix(first)
+
     def _prefix(self, end: int) -> str:
         """The first messages; a text that is none where the template refuses them."""
         try:
@@ -209,9 +218,11 @@ class _Rendering:
             return "\0"
 
     def _render(self, end: int, *, add_generation_prompt: bool = False) -> str:
-        return self.how.template.render(
-            self.messages[:end], tools=self.tools, add_generation_prompt=add_generation_prompt
-        )
+        key = end, add_generation_prompt
+        if key not in self.rendered:
+            messages, render = self.messages[:end], self.how.template.render
+            self.rendered[key] = render(messages, tools=self.tools, add_generation_prompt=add_generation_prompt)
+        return self.rendered[key]
 
 
 @dataclass(frozen=True)
@@ -309,6 +320,11 @@ class Answers:
             raise ConfigError(f"--chat-date {self.chat_date} is no date, such as {CLOCK}.") from None
         template, files = load_template(tokenizer, clock)
         special = load_tokenizer(tokenizer, eod_token, bos_token).special
+        if bos_token is not None and not template.begins_with(bos_token):
+            raise ConfigError(
+                f"--bos-token {bos_token}: the chat template does not begin with it, and so does no prompt of a "
+                "chat. Leave out --bos-token, or have the template begin with {{ bos_token }}."
+            )
         roles = tuple(self.train_on_roles) or (ASSISTANT,)
         return Conversations(template, files, special, roles, self.loss == "last", self.max_tokens)
 

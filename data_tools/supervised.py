@@ -162,6 +162,9 @@ class ExampleEncoder:
         ids = np.array(encoding.ids, np.uint32)
         places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         mask = overlapping(places, example.scored)
+        begins = np.array([begin for begin, _ in example.scored], np.int64)
+        first = places[:, 1].searchsorted(begins, side="right")  # the token that holds the first scored character
+        counts["tokens_across_borders"] += int((places[np.minimum(first, len(places) - 1), 0] < begins).sum())
         bos_id, eod_id = self.tokenizer.bos_id, self.tokenizer.eod_id
         shift = 0
         if bos_id is not None and ids[:1] != [bos_id]:

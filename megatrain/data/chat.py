@@ -63,6 +63,10 @@ class ChatTemplate:
         """Whether it says itself which of its text is generated, by ``{% generation %}``."""
         return "endgeneration" in self.source
 
+    def begins_with(self, token: str) -> bool:
+        """Whether it writes this token before a question."""
+        return self.render([{"role": "user", "content": "?"}]).startswith(token)
+
     def render(
         self,
         messages: Sequence[Message],

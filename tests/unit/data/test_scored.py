@@ -99,13 +99,18 @@ def test_scored_windows_add_up_across_shards(dataset: Dataset, tmp_path: Path) -
 def test_the_digest_covers_what_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = TokenizeOptions(READ, "<|end_of_text|>", supervision=PromptAndAnswer())
-    digests = set()
-    for number, pair in enumerate([{"ask": "to be", "say": "\nor"}, {"ask": "to", "say": " be\nor"}]):
+    digests, across = set(), []
+    pairs = [{"ask": "so", "say": " the"}, {"ask": "s", "say": "o the"}, {"ask": "so ", "say": "the"}]
+    for number, pair in enumerate(pairs):
         (folder := tmp_path / str(number)).mkdir()
         monkeypatch.chdir(folder)
-        digests.add(make(folder, [pair], options, llama3().to_str()).digest)
-    first, second = (open_dataset(tmp_path / number / "out").document(0) for number in "01")
-    assert np.array_equal(first, second)
+        manifest = make(folder, [pair], options, llama3().to_str())
+        digests.add(manifest.digest)
+        across.append((manifest.examples or {}).get("tokens_across_borders", 0))
+    opened = [open_dataset(tmp_path / number / "out") for number in "012"]
+    assert all(np.array_equal(opened[0].document(0), other.document(0)) for other in opened)
+    assert [dataset.num_scored(0, dataset.num_tokens) for dataset in opened] == [2, 3, 2]
+    assert across == [0, 0, 1]  # the token of a space and "the"
     assert len(digests) == 2
 
 

@@ -363,6 +363,7 @@ WRONG = {
     "half a pair": ("--prompt-key", "messages", 2, "belong together"),
     "both kinds": ("--chat", "--prompt-key", "a", 2, "give one of them"),
     "a limit on plain text": ("--max-tokens", 9, 2, "--max-tokens would do nothing"),
+    "a token that no prompt has": ("--chat", "--bos-token", "<think>", 2, "the chat template does not begin with it"),
     "no date": ("--chat", "--chat-date", "today", 2, "is no date"),
     "nothing left": ("--chat", "--train-on-roles", "nobody", 3, "No answer of the input is left to be scored"),
 }
