@@ -503,26 +503,30 @@ def evaluate(
 def export(
     checkpoint: CheckpointPath,
     out: Annotated[Path, typer.Option(help="The folder to make; it must not exist yet.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Of LoRA: base and adapters as one model.")] = False,
     best: Best = False,
 ) -> None:
-    """Write a checkpoint as a folder that Hugging Face transformers loads."""
+    """Write a checkpoint as a folder that Hugging Face transformers loads; LoRA's adapters as one that peft loads."""
     from megatrain.train.convert import export_checkpoint
 
-    exported = export_checkpoint(_place(checkpoint, best), out)
-    typer.echo(f"{out} is {exported.source} for transformers.")
+    exported = export_checkpoint(_place(checkpoint, best), out, merge=merge)
+    typer.echo(f"{out} is {exported.source} for {exported.reader}.")
     for note in exported.notes:
         typer.echo(note)
 
 
 @app.command("import")
 def import_command(
-    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and safetensors.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and safetensors, or of peft's adapters.")
+    ],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to make; it must not exist yet.")],
+    base: Annotated[str | None, typer.Option(help="Of peft's adapters: the checkpoint that they adapt.")] = None,
 ) -> None:
     """Make a checkpoint from a Hugging Face folder, for run.init_from, eval and generate."""
     from megatrain.train.convert import import_folder
 
-    imported = import_folder(folder, out)
+    imported = import_folder(folder, out, None if base is None else _place(base))
     typer.echo(f"{out} holds {folder}: {imported.num_parameters:,} parameters.")
     for note in imported.notes:
         typer.echo(note)

@@ -10,9 +10,9 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 import torch
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from megatrain.checkpoint.location import create, new_folder, write_all, write_file
 from megatrain.checkpoint.rank_file import DTYPE_CODES, tensor_bytes
-from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import from_transformers, not_told_apart
 from megatrain.config import ModelConfig
-from megatrain.distributed.fragment import ShardSpec
 from megatrain.errors import CheckpointError
 from megatrain.plan.flops import num_parameters
 
 CONFIG, INDEX, WEIGHTS, HEAD = "config.json", "model.safetensors.index.json", "model.safetensors", "lm_head.weight"
+Read: TypeAlias = Callable[[str, Sequence[int]], Tensor]
+"""The parameter of this name and shape, in fp32."""
 SHARD_BYTES = 2 << 30
 BATCH_BYTES = 1 << 30
 _MAX_JSON_BYTES = 64 << 20
@@ -41,14 +41,14 @@ _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias
 
 
 def export_folder(
-    reader: CheckpointReader,
+    read: Read,
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
     files: Mapping[str, bytes],
     out: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the checkpoint as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+    """Write weights as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
     ``shapes``: the model's parameters, tied ones once. Weights get the type ``dtype``, in files of at most
     ``shard_bytes`` (a larger tensor has one of its own); one tensor at a time is in memory. ``files``: what stands
@@ -56,7 +56,7 @@ def export_folder(
     damaged checkpoint or a full disk.
     """
     with new_folder(out, "exported") as unfinished:
-        _export_weights(reader, shapes, unfinished, dtype, shard_bytes)
+        _export_weights(read, shapes, unfinished, dtype, shard_bytes)
         for name, content in files.items():
             write_file(unfinished / name, content)
 
@@ -89,10 +89,10 @@ def _refuse_too_small(folder: Path, config: ModelConfig) -> None:
 def _has_head_of_its_own(folder: Path, config: ModelConfig) -> bool:
     """Whether the weights hold an output head that is not the token embedding; compared some rows at a time."""
     embedding_name = config.description.embeddings[0].name.rpartition(".")[2] + ".weight"
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
         found: dict[str, Any] = {}
         for file in _weight_files(folder):
-            tensors = opened.enter_context(_opened(folder / file))
+            tensors = stack.enter_context(opened(folder / file))
             found |= {k: tensors.get_slice(k) for k in tensors.keys() if k == HEAD or k.endswith(embedding_name)}  # noqa: SIM118
         head = found.pop(HEAD, None)
         if head is None or not found:
@@ -125,7 +125,7 @@ class HuggingFaceWeights:
         self._files = {f: [k for k in in_file if self._is_parameter(folder / f, k)] for f, in_file in keys.items()}
         types: set[str] = set()
         for file in self._files:
-            with _opened(folder / file) as tensors:
+            with opened(folder / file) as tensors:
                 types |= {self._check(folder / file, key, tensors.get_slice(key)) for key in self._files[file]}
         found = Counter(self._ours(key) for keys in self._files.values() for key in keys)
         if missing := [name for name in shapes if name not in found]:
@@ -140,7 +140,7 @@ class HuggingFaceWeights:
         batch: dict[str, Tensor] = {}
         for file, keys in self._files.items():
             for key in keys:
-                with _opened(self._folder / file) as tensors:  # opened anew: a mapping would keep all it has read
+                with opened(self._folder / file) as tensors:  # opened anew: a mapping would keep all it has read
                     tensor = tensors.get_tensor(key).float()
                 if batch and sum(other.nbytes for other in batch.values()) + tensor.nbytes > batch_bytes:
                     yield batch
@@ -222,7 +222,7 @@ def _refuse_stand_in(path: Path) -> None:
 
 
 def _export_weights(
-    reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], folder: Path, dtype: torch.dtype, shard_bytes: int
+    read: Read, shapes: Mapping[str, Sequence[int]], folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     plan: list[list[str]] = [[]]
@@ -234,13 +234,13 @@ def _export_weights(
         [WEIGHTS] if len(plan) == 1 else [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
     )
     for file, names in zip(files, plan, strict=True):
-        _write_shard(reader, {name: shapes[name] for name in names}, folder / file, dtype)
+        write_safetensors(read, {name: shapes[name] for name in names}, folder / file, dtype)
     if len(files) > 1:
         where = {name: file for file, names in zip(files, plan, strict=True) for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
 
 
-def _write_shard(reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], path: Path, dtype: torch.dtype) -> None:
+def write_safetensors(read: Read, shapes: Mapping[str, Sequence[int]], path: Path, dtype: torch.dtype) -> None:
     """A safetensors file, written tensor by tensor (the library wants all of them at once)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -253,16 +253,16 @@ def _write_shard(reader: CheckpointReader, shapes: Mapping[str, Sequence[int]], 
     with create(path) as file:
         write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
         for name, shape in shapes.items():
-            tensor = reader.read_parameter(ShardSpec.whole(name, shape), "weight").to(dtype)
-            write_all(file, tensor_bytes(tensor))
+            write_all(file, tensor_bytes(read(name, shape).to(dtype).contiguous()))
 
 
 def _keys(path: Path) -> list[str]:
-    with _opened(path) as tensors:
+    with opened(path) as tensors:
         return list(tensors.keys())
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """A safetensors file. Raises CheckpointError where it is none."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -291,5 +291,5 @@ def _weight_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_file(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

@@ -70,7 +70,10 @@ class Origin:
                 f"({as_yaml(self.lora.model_dump(mode='json'))}), or merge them: `megatrain export --merge`, then "
                 "`megatrain import`."
             )
-        theirs, ours = self.lora.model_dump(mode="json"), lora.model_dump(mode="json")
+        theirs, ours = (
+            {**each.model_dump(mode="json"), "target_modules": self.model.description.block.adapted(each.adapts)}
+            for each in (self.lora, lora)
+        )
         found = [f"{key} is {a} there and {b} here" for key, a, b in differences(theirs, ours, "lora")]
         found = [text for text in found if not text.startswith("lora.dropout ")]
         if found:

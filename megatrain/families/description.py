@@ -245,6 +245,10 @@ class Block:
         """Under their names in the layer."""
         return tuple(_named_weights(self.leaves))
 
+    def adapted(self, adapts: Callable[[str], bool]) -> list[str]:
+        """The matrices that have an adapter, by their names in the layer."""
+        return [path for path, leaf in self.leaves.items() if isinstance(leaf, Linear) and adapts(path)]
+
     def adapter_weights(self, adapts: Callable[[str], bool]) -> tuple[Weight, ...]:
         """Those of LoRA's adapters, named alike. ``adapts``: whether the matrix of a module's name has one."""
         chosen = {path: factor for path, factor in self.factors.items() if adapts(path.rpartition(".")[0])}
