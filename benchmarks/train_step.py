@@ -31,9 +31,9 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, not the one above
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from benchmarks._bare_loop import BareModel, Shape
 from benchmarks._machine import cpu_name, make_dataset
 from megatrain.config import load
 from megatrain.data import open_dataset
@@ -46,15 +46,15 @@ from megatrain.train.assemble import assemble
 from megatrain.train.checkpointing import restore
 from megatrain.train.trainer import Trainer
 
-HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, VOCAB = 512, 1376, 8, 8, 4, 8192
-SEQ_LEN, BATCH = 512, 4
+SHAPE = Shape(hidden=512, ffn=1376, layers=8, heads=8, kv_heads=4, vocab=8192, seq_len=512)
+SEQ_LEN, BATCH = SHAPE.seq_len, 4
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIPPING = 1e-3, (0.9, 0.95), 0.1, 1.0
-HEAD_DIM = HIDDEN // HEADS
 
 CONFIG = f"""
 run: {{{{dir: {{run_dir}}}}}}
-model: {{{{family: llama, hidden_size: {HIDDEN}, intermediate_size: {FFN}, num_hidden_layers: {LAYERS},
-  num_attention_heads: {HEADS}, num_key_value_heads: {KV_HEADS}, max_position_embeddings: {SEQ_LEN}}}}}
+model: {{{{family: llama, hidden_size: {SHAPE.hidden}, intermediate_size: {SHAPE.ffn},
+  num_hidden_layers: {SHAPE.layers}, num_attention_heads: {SHAPE.heads}, num_key_value_heads: {SHAPE.kv_heads},
+  max_position_embeddings: {SEQ_LEN}}}}}
 data: {{{{train: [{{{{path: {{data}}}}}}], seq_len: {SEQ_LEN}}}}}
 train: {{{{steps: 10000, global_batch_size: {{batch_size}}, micro_batch_size: {BATCH // 2}, precision: {{precision}},
   gradient_clipping: {CLIPPING}}}}}
@@ -63,63 +63,6 @@ optimizer: {{{{lr: {LEARNING_RATE}, betas: [{BETAS[0]}, {BETAS[1]}], weight_deca
 schedule: {{{{type: constant}}}}
 checkpoint: {{{{every_steps: 10000}}}}
 """
-
-
-class BareLayer(nn.Module):
-    """A pre-norm decoder layer: grouped-query attention with rotary positions, SwiGLU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(HIDDEN, eps=1e-5)
-        self.q_proj = nn.Linear(HIDDEN, HEADS * HEAD_DIM, bias=False)
-        self.k_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False)
-        self.v_proj = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False)
-        self.o_proj = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False)
-        self.mlp_norm = nn.RMSNorm(HIDDEN, eps=1e-5)
-        self.gate_proj = nn.Linear(HIDDEN, FFN, bias=False)
-        self.up_proj = nn.Linear(HIDDEN, FFN, bias=False)
-        self.down_proj = nn.Linear(FFN, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, hidden] to the same."""
-        y = self.attention_norm(x)
-        q, k, v = (
-            proj(y).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True)
-        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
-        y = self.mlp_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-class BareModel(nn.Module):
-    """A Llama-shaped decoder with a tied head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
-        self.layers = nn.ModuleList(BareLayer() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(HIDDEN, eps=1e-5)
-        frequencies = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angles = torch.outer(torch.arange(SEQ_LEN), frequencies).repeat(1, 2)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy."""
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
-        logits = F.linear(self.norm(x), self.embed.weight)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 class Turns:
@@ -186,7 +129,7 @@ def train_deepspeed(turns: Turns, precision: str, folder: Path) -> None:
     export_rank(rank)
     start_deepspeed(300.0)
     torch.manual_seed(0)
-    model = BareModel().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model = BareModel(SHAPE).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -219,7 +162,7 @@ def train_deepspeed(turns: Turns, precision: str, folder: Path) -> None:
 def train_bare(turns: Turns, precision: str, folder: Path) -> None:
     """The bare loop."""
     torch.manual_seed(0)
-    model = BareModel()
+    model = BareModel(SHAPE)
     masters = [parameter.detach().clone() for parameter in model.parameters()]
     if precision == "bf16":
         model.to(torch.bfloat16)
@@ -304,7 +247,7 @@ def compare(options: argparse.Namespace) -> None:
     with TemporaryDirectory() as folder:
         # This Python installation's own sources: real text, a real vocabulary.
         library = Path(sysconfig.get_path("stdlib"))
-        make_dataset(Path(folder), [str(library / "*.py"), str(library / "asyncio" / "*.py")], VOCAB)
+        make_dataset(Path(folder), [str(library / "*.py"), str(library / "asyncio" / "*.py")], SHAPE.vocab)
         tuned = child_environment(options.ranks, has_gpu=False)  # what `megatrain train` starts its ranks with
         reference = "bare loop" if options.ranks == 1 else "DeepSpeed alone"
         environments = {**dict.fromkeys(ENGINES, tuned), reference: tuned if options.ranks > 1 else dict(os.environ)}
@@ -323,7 +266,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def report(turns: dict[str, list[tuple[float, float]]], reference: str, options: argparse.Namespace) -> None:
     num_tokens = SEQ_LEN * BATCH * options.ranks
-    num_parameters = sum(parameter.numel() for parameter in BareModel().parameters())
+    num_parameters = sum(parameter.numel() for parameter in BareModel(SHAPE).parameters())
     print(f"{cpu_name()}, {options.ranks} rank(s), {options.threads} threads, torch {torch.__version__}, ", end="")
     print(f"{options.precision}\n{num_parameters / 1e6:.1f}M parameters, {num_tokens} tokens a step")
     print(f"{options.turns} turns of {options.steps} steps each, in alternation")

@@ -32,7 +32,7 @@ class TinyData(NamedTuple):
     tokenizer: Path
 
 
-def tiny_config(data: TinyData, run_dir: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
+def tiny_config(data: TinyData, run_dir: Path, /, **sections: Mapping[str, Any]) -> dict[str, Any]:
     """A config that trains in milliseconds a step; ``sections`` are laid over its own."""
     config: dict[str, dict[str, Any]] = {
         "run": {"dir": str(run_dir), "seed": 7},
