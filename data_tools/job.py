@@ -49,7 +49,7 @@ Run = Callable[[int, Advance], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """Units that need nothing of each other. `commit` and `run` go to the workers: both are picklable, and small."""
+    """Units that need nothing of each other. `commit` and `run` of several go to workers: picklable, and small."""
 
     name: str
     num_bytes: Sequence[int]
@@ -68,24 +68,8 @@ class Stage:
 
 
 def one_unit(name: str, path: Path, make: Callable[[], None]) -> Stage:
-    """A stage of one unit, which commits `path` by calling `make`."""
-    return Stage(name, [0], _Constant(path), _Ignoring(make))
-
-
-@dataclass(frozen=True)
-class _Constant:
-    path: Path
-
-    def __call__(self, number: int) -> Path:
-        return self.path
-
-
-@dataclass(frozen=True)
-class _Ignoring:
-    make: Callable[[], None]
-
-    def __call__(self, number: int, advance: Advance) -> None:
-        self.make()
+    """A stage of one unit, which commits `path` by calling `make`, in the process that coordinates."""
+    return Stage(name, [0], lambda number: path, lambda number, advance: make())
 
 
 def committed_names(folder: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -39,14 +40,11 @@ class Job(NamedTuple):
     pattern: str
 
     def commits(self) -> Commits:
-        """The commits of the stage, and when each was made."""
-        found = {}
-        for path in self.out.glob(f".work/{self.pattern}"):
-            try:
-                found[path] = path.stat().st_mtime_ns if path.is_file() and path.name[0] != "." else 0
-            except FileNotFoundError:  # moved on meanwhile
-                continue
-        return {path: made for path, made in found.items() if made}
+        """The commits of the stage, and when each was made; none while the work is being removed."""
+        with contextlib.suppress(FileNotFoundError):
+            paths = [path for path in self.out.glob(f".work/{self.pattern}") if path.name[0] != "." and path.is_file()]
+            return {path: path.stat().st_mtime_ns for path in paths}
+        return {}
 
     def wait_for_stage(self, process: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: len(self.commits()) >= 2 or process.poll() is not None, 0.002)

@@ -79,9 +79,7 @@ def with_variables(variables: dict[str, str], function: Callable[[], object]) ->
         function()
 
 
-@pytest.mark.parametrize(
-    ("executor", "name"), cases({("4 workers", "minhash"), ("3 Dask workers", "tokenize"), ("4 workers", "filter")})
-)
+@pytest.mark.parametrize(("executor", "name"), cases({("4 workers", "minhash"), ("3 Dask workers", "tokenize")}))
 def test_no_executor_needs_file_locks(
     executor: str,
     name: str,
@@ -98,7 +96,7 @@ def test_no_executor_needs_file_locks(
     assert job_folder.made(out) == alone(name)
 
 
-@pytest.mark.parametrize(("executor", "name"), cases({("4 workers", "tokenize"), ("shares", "split")}))
+@pytest.mark.parametrize(("executor", "name"), cases({("4 workers", "minhash"), ("shares", "tokenize")}))
 def test_files_that_are_seen_late_are_awaited(
     executor: str,
     name: str,
