@@ -5,6 +5,7 @@ Each is a `Pool`: at most a few calls for each worker are in flight. The only mo
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -262,6 +263,12 @@ def dask_pool(cluster: str, allow_plain: bool) -> Iterator[DaskPool]:
     where = {"address": cluster} if "://" in cluster else {"scheduler_file": cluster}
     if "scheduler_file" in where and not Path(cluster).is_file():
         raise ConfigError(f"--dask {cluster} is neither an address such as tls://host:8786 nor a scheduler file.")
+    for name in (
+        "distributed",
+        "distributed.client",
+        "tornado.application",
+    ):  # they show as tracebacks what is raised here too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client: Any = Client(**where, set_as_default=False)
     except (OSError, ValueError) as error:

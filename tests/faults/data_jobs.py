@@ -47,6 +47,7 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 class DaskCluster(NamedTuple):
     scheduler_file: str
+    scheduler: subprocess.Popen[bytes]
     workers: list[subprocess.Popen[bytes]]
 
 
@@ -100,7 +101,7 @@ class JobFolder:
         try:
             wait_until(file.exists)
             processes += [self.start(worker, cwd="/tmp", **more) for _ in range(num_workers)]
-            yield DaskCluster(str(file), processes[1:])
+            yield DaskCluster(str(file), processes[0], processes[1:])
         finally:
             for process in processes:
                 process.kill()
@@ -136,8 +137,8 @@ def by_ranks(folder: JobFolder, name: str, out: str) -> None:
 
 
 def by_dask(folder: JobFolder, name: str, out: str) -> None:
-    with folder.dask_cluster(3) as (file, _):
-        ended = folder.run(folder.command(name, out, "--dask", file))
+    with folder.dask_cluster(3) as cluster:
+        ended = folder.run(folder.command(name, out, "--dask", cluster.scheduler_file))
     assert ended.returncode == 0, ended.stderr
 
 

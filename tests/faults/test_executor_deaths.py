@@ -89,7 +89,7 @@ def kill_rank(job: Job, number: int) -> None:
 
 
 def kill_dask_worker(job: Job) -> None:
-    with job.folder.dask_cluster(3) as (file, workers):
+    with job.folder.dask_cluster(3) as (file, _, workers):
         process = job.folder.start([*job.command, "--dask", file])
         job.wait_for_stage(process)
         kept = job.commits()
@@ -140,6 +140,24 @@ def test_a_death_in_any_stage_changes_no_byte(
     job = Job(job_folder, job_folder.command(name, out), job_folder.path / out, STAGES[name][stage])
     VICTIMS[victim](job)
     assert job_folder.made(out) == alone(name)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+def test_a_lost_dask_scheduler_is_told(job_folder: JobFolder, alone: Callable[[str], dict[str, bytes]]) -> None:
+    command = job_folder.command("tokenize", "no scheduler")
+    job = Job(job_folder, command, job_folder.path / "no scheduler", STAGES["tokenize"]["encode"])
+    with job_folder.dask_cluster(2) as cluster:
+        words, env = [*command, "--dask", cluster.scheduler_file], job_folder.environment()
+        process = subprocess.Popen(words, cwd=job_folder.path, env=env, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: len(job.commits()) >= 2, 0.002)
+        cluster.scheduler.kill()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        assert (process.wait(timeout=60), errors.count("The Dask scheduler is gone")) == (5, 1), errors
+    assert "Traceback" not in errors
+    job.go_on(command)
+    assert job_folder.made("no scheduler") == alone("tokenize")
 
 
 @pytest.mark.slow

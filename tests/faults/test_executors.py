@@ -123,7 +123,7 @@ def own_address() -> str:
 
 @slow
 def test_a_dask_scheduler_without_tls_is_refused(job_folder: JobFolder) -> None:
-    with job_folder.dask_cluster(1, "--host", own_address()) as (file, _):
+    with job_folder.dask_cluster(1, "--host", own_address()) as (file, *_):
         command = job_folder.command("tokenize", "plain", "--dask", file)
         ended = job_folder.run(command)
         assert (ended.returncode, "is not encrypted" in ended.stderr) == (2, True), ended.stderr
@@ -143,7 +143,7 @@ def test_dask_over_tls_gives_the_same_bytes(job_folder: JobFolder, alone: Alone)
         names |= {f"{role}__CERT": certificate, f"{role}__KEY": key}
     variables = {f"DASK_DISTRIBUTED__COMM__TLS__{name}": str(path) for name, path in names.items()}
     variables["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] = "True"
-    with job_folder.dask_cluster(2, "--host", own_address(), "--protocol", "tls", **variables) as (file, _):
+    with job_folder.dask_cluster(2, "--host", own_address(), "--protocol", "tls", **variables) as (file, *_):
         assert "tls://" in Path(file).read_text()
         ended = job_folder.run(job_folder.command("tokenize", "over TLS", "--dask", file), **variables)
         assert ended.returncode == 0, ended.stderr

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -298,6 +299,18 @@ def test_a_file_address_is_kept_from_being_overwritten(tmp_path: Path, run_comma
 def test_an_input_file_knows_its_compression() -> None:
     names = {"a.JSONL.GZ": "gzip", "a.json.zst": "zstd", "a.csv.bz2": "bzip2", "a.txt.xz": "xz", "a.jsonl": None}
     assert {name: InputFile(name, 0, "", Kind.TEXT).compression for name in names} == names
+
+
+def test_a_copy_with_its_times_is_the_same(tmp_path: Path) -> None:
+    """As after a remount, which gives other inodes."""
+    path, copy = tmp_path / "a.jsonl", tmp_path / "copy"
+    path.write_bytes(LINE)
+    before = find_inputs([str(path)])[0].key
+    shutil.copy2(path, copy)
+    copy.rename(path)
+    assert find_inputs([str(path)])[0].key == before
+    os.utime(path)
+    assert find_inputs([str(path)])[0].key != before
 
 
 @needs_strace
