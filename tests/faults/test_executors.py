@@ -20,9 +20,9 @@ Alone = Callable[[str], dict[str, bytes]]
 slow, acceptance = pytest.mark.slow, pytest.mark.acceptance
 
 
-QUICK = {("4 workers", "tokenize"), ("4 MPI ranks", "tokenize")}
+QUICK = {("4 MPI ranks", "tokenize")}
 SAMPLED = {
-    *(("4 workers", "chat"), ("4 workers", "split dataset"), ("shares", "minhash"), ("4 MPI ranks", "split")),
+    *(("4 workers", "chat"), ("4 workers", "split dataset"), ("shares", "representative"), ("4 MPI ranks", "split")),
     *(("3 Dask workers", "tokenize"), ("3 Dask workers", "filter"), ("4 workers", "exact")),
 }
 """Every command, and every executor with a short one and one of many stages; the rest is left to acceptance."""

@@ -85,7 +85,7 @@ def test_workers_and_part_size_change_no_byte(
     assert all(folder == folders[0] for folder in folders[1:])
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", [pytest.param("a.jsonl", marks=pytest.mark.slow), "a.jsonl.zst"])
 def test_killed_runs_resume_and_change_no_byte(
     name: str, tmp_path: Path, documents: list[Document], tokenizer_path: Path, make_dataset: MakeDataset
 ) -> None:
@@ -204,7 +204,10 @@ def test_a_file_named_twice_is_there_twice(tmp_path: Path, documents: list[Docum
     assert twice.num_tokens == 2 * once.num_tokens
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_no_worker_outlives_the_command(
     number: signal.Signals, tmp_path: Path, documents: list[Document], tokenizer_path: Path
 ) -> None:
