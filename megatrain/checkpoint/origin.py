@@ -79,9 +79,11 @@ class Origin:
         if found:
             raise CheckpointError(f"run.init_from: {self.folder} holds other LoRA adapters: {'; '.join(found)}.")
 
-    def refuse_other_model(self, model: ModelConfig) -> None:
+    def refuse_other_model(self, model: ModelConfig, *, may_grow: bool = False) -> None:
         """Raise CheckpointError, naming each key with both values, where the weights would compute something else in
-        ``model``. A vocabulary that is not known yet is passed over."""
+        ``model``. A vocabulary that is not known yet is passed over. ``may_grow``: or that is larger."""
+        if may_grow and (model.vocab_size or 0) > (self.model.vocab_size or 0):
+            model = model.model_copy(update={"vocab_size": self.model.vocab_size})
         found = [
             f"model.{key} is {as_yaml(theirs)} there and {as_yaml(ours)} here"
             for key, theirs, ours in differences(_resolved(self.model), _resolved(model))
@@ -101,18 +103,26 @@ class Origin:
                 f"has {num_parameters(model):,}: there are tensors too many or too few."
             )
 
-    def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str) -> None:
-        """Raise CheckpointError where ``dataset`` is of another tokenizer. One that the checkpoint lacks is passed
-        over: nothing can be compared."""
+    def tokenizer(self) -> bytes | None:
+        """The checkpoint's tokenizer.json; None where it has none."""
         from megatrain.checkpoint.manifest import TOKENIZER
         from megatrain.checkpoint.store import read_small_file
 
         entry = self.manifest.file(TOKENIZER)
-        if entry and hashlib.sha256(read_small_file(self.folder, entry)).hexdigest() != tokenizer_sha256:
+        return None if entry is None else read_small_file(self.folder, entry)
+
+    def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str) -> None:
+        """Raise CheckpointError where ``dataset`` is of another tokenizer. One that the checkpoint lacks is passed
+        over: nothing can be compared."""
+        from megatrain.checkpoint.manifest import TOKENIZER
+
+        content = self.tokenizer()
+        if content is not None and hashlib.sha256(content).hexdigest() != tokenizer_sha256:
             raise CheckpointError(
                 f"run.init_from: {dataset} was tokenized with another tokenizer than that of {self.folder}: its token "
                 "ids mean other texts to these weights. Tokenize the text again with --tokenizer "
-                f"{self.folder / TOKENIZER}."
+                f"{self.folder / TOKENIZER}; if it has that one's tokens and further ones, set "
+                "run.resize_token_embeddings=true."
             )
 
 

@@ -201,6 +201,13 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if (rule := config.train.early_stopping) is not None and not config.data.validation:
         problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
     problems += lora(config)
+    if config.run.resize_token_embeddings and (config.run.init_from is None or config.lora is not None):
+        reason = "adds rows to the weights of run.init_from, which is null"
+        if config.lora is not None:
+            reason = (
+                "adds rows to the embeddings, which adapters (lora) do not train: they would stay as they are drawn"
+            )
+        problems.append(Problem("run.resize_token_embeddings", True, reason, "false"))
     if config.train.epochs is not None and not config.data.train[0].weight:
         reason = "counts how often data.train.0 is seen, whose weight is 0"
         nearest = "train.steps in its place"

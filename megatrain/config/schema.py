@@ -96,6 +96,11 @@ class RunSection(Section):
         description="A checkpoint or run folder to take the weights from, which must be of this model and tokenizer; "
         "null: initialise them from the seed.",
     )
+    resize_token_embeddings: bool = Field(
+        default=False,
+        description="Add rows to the embedding and the head of init_from for the tokens that the data's tokenizer has "
+        "beyond that of init_from; all others must be the same. The rows there are stay as they are.",
+    )
 
 
 class RopeScaling(Section, check=checks.rope_scaling):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from megatrain.config import RunConfig
 from megatrain.data.dataset import Dataset
-from megatrain.errors import ConfigError
+from megatrain.data.format import TOKENIZER_FILE
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.errors import CheckpointError, ConfigError
 
 
 def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The config with the vocabulary that the dataset's tokenizer decides, where the user left it open.
 
-    Raises ConfigError where the model knows too few ids.
+    With ``run.resize_token_embeddings`` the model gets as many ids as the tokenizer has, or keeps its own where they
+    are more. Raises ConfigError where the model knows too few ids.
     """
     given = config.model.vocab_size
-    if given is None:
+    if given is None or (config.run.resize_token_embeddings and given < dataset.vocab_size):
         model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
         return config.model_copy(update={"model": model})
     if given < dataset.vocab_size:
@@ -22,6 +25,24 @@ def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
             f"{dataset.vocab_size} or more, or leave it null."
         )
     return config
+
+
+def refuse_other_tokens(dataset: Dataset, tokenizer: bytes | None, folder: object) -> None:
+    """Raise CheckpointError where a token of the checkpoint's tokenizer has another id, or none, in the dataset's, or
+    where the checkpoint in ``folder`` has no tokenizer to compare."""
+    if tokenizer is None:
+        raise CheckpointError(
+            f"run.init_from: {folder} has no tokenizer.json, so whether the tokenizer of {dataset.path} only adds "
+            "tokens to it is not known: set run.resize_token_embeddings=false."
+        )
+    known = Tokenizer(tokenizer, f"{folder}/{TOKENIZER_FILE}", CheckpointError).ids
+    ours = dataset.tokenizer.ids
+    other = next((token for token, number in known.items() if ours.get(token) != number), None)
+    if other is not None:
+        raise CheckpointError(
+            f"run.init_from: the tokenizer of {dataset.path} is not that of {folder} with further tokens: {other!r} is "
+            f"{known[other]} there and {ours.get(other, 'no token')} here. Add tokens behind those that are there."
+        )
 
 
 def unused_vocabulary(config: RunConfig, dataset: Dataset) -> str | None:

@@ -18,6 +18,7 @@ from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention
 from megatrain.checkpoint.stores import find_store
+from megatrain.data.vocabulary import refuse_other_tokens
 from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
 from megatrain.inference.assets import Assets
@@ -26,6 +27,7 @@ from megatrain.observe.record import last_saved_step
 from megatrain.parallel.engine import Engine, StateReader
 from megatrain.plan.flops import num_trained_parameters
 from megatrain.train.assemble import Run
+from megatrain.train.new_tokens import ResizedWeights, new_rows
 from megatrain.train.progress import (
     Progress,
     former_config,
@@ -313,10 +315,14 @@ def _fitting_origin(run: Run) -> Origin:
     """The checkpoint of ``run.init_from``. Raises CheckpointError where it is of another model or tokenizer."""
     origin = find_origin(run.config)
     assert origin is not None
-    origin.refuse_other_model(run.config.model)
+    may_grow = run.config.run.resize_token_embeddings
+    origin.refuse_other_model(run.config.model, may_grow=may_grow)
     origin.refuse_other_adapters(run.config.lora)
     for dataset in run.datasets:
-        origin.refuse_other_tokenizer(dataset.path, dataset.manifest.tokenizer_sha256)
+        if may_grow:
+            refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
+        else:
+            origin.refuse_other_tokenizer(dataset.path, dataset.manifest.tokenizer_sha256)
     return origin
 
 
@@ -331,7 +337,9 @@ def _begin(run: Run) -> Progress:
         if config.lora is not None:
             run.base = origin.base
             _load_frozen(run, reader)
-        weights = run.initial_weights if config.lora is not None and origin.lora is None else reader
+        weights = (
+            run.initial_weights if config.lora is not None and origin.lora is None else _grown(run, origin, reader)
+        )
         _, problem = _on_all_ranks(run, lambda: _fill(run, reader, weights, num_updates=0))
         if problem is not None:
             raise CheckpointError(f"run.init_from cannot be used: {problem}")
@@ -341,6 +349,18 @@ def _begin(run: Run) -> Progress:
             )
     run.engine.sync_params_from_master()
     return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))
+
+
+def _grown(run: Run, origin: Origin, reader: CheckpointReader) -> StateReader:
+    """The checkpoint's weights, with rows for the tokens that it lacks: rank 0 draws them for all. Collective."""
+    if origin.model.vocab_size == run.config.model.vocab_size:
+        return reader
+    config = run.config
+    rows = _on_rank0(run, lambda: new_rows(reader, origin.model, config.model, config.run.seed))
+    if run.rank.rank == 0:
+        count = len(next(iter(rows.values())))
+        logger.warning("%s: %d rows added to %s for new tokens", origin.folder, count, ", ".join(rows))
+    return ResizedWeights(reader, rows)
 
 
 def _manifest(run: Run, progress: Progress, files: Sequence[FileEntry]) -> Manifest:

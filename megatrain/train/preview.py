@@ -70,13 +70,22 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     if (origin := find_origin(config)) is None:
         return ["run.init_from: not used any more, the run has checkpoints of its own."]
     from megatrain.data import open_dataset
+    from megatrain.data.vocabulary import refuse_other_tokens, resolve_vocabulary
 
-    origin.refuse_other_model(config.model)
+    may_grow = config.run.resize_token_embeddings
+    origin.refuse_other_model(config.model, may_grow=may_grow)
     origin.refuse_other_adapters(config.lora)
     for entry in config.data.train:
         if must_exist or Path(entry.path).exists():
-            origin.refuse_other_tokenizer(entry.path, open_dataset(entry.path).manifest.tokenizer_sha256)
-    return [f"run.init_from: weights of {origin.folder}, the same model."]
+            dataset = open_dataset(entry.path)
+            if may_grow:
+                refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
+                config = resolve_vocabulary(config, dataset)
+            else:
+                origin.refuse_other_tokenizer(entry.path, dataset.manifest.tokenizer_sha256)
+    num_new = (config.model.vocab_size or 0) - (origin.model.vocab_size or 0)
+    grown = f", with {num_new} rows more in the embedding for new tokens" if may_grow and num_new > 0 else ""
+    return [f"run.init_from: weights of {origin.folder}, the same model{grown}."]
 
 
 def check_tasks(config: RunConfig, must_exist: bool = False) -> list[str]:
@@ -121,7 +130,8 @@ def with_steps(config: RunConfig, length: Length | None) -> RunConfig:
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
     """The config with the vocabulary that the first dataset's tokenizer decides, where it leaves that open."""
-    if config.model.vocab_size is not None:
+    may_grow = config.run.resize_token_embeddings and Path(config.data.train[0].path).is_dir()
+    if config.model.vocab_size is not None and not may_grow:
         return config
     from megatrain.data import open_dataset
     from megatrain.data.vocabulary import resolve_vocabulary

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from megatrain.config import ModelConfig, RunConfig
 
 DEFAULTS = yaml.safe_load("""
-run:        {seed: 1234, init_from: null}
+run:        {seed: 1234, init_from: null, resize_token_embeddings: false}
 model:      {family: llama, intermediate_size: null, num_key_value_heads: null, head_dim: null,
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,

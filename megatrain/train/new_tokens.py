@@ -1,0 +1,80 @@
+"""Rows for the tokens that a tokenizer has beyond that of the checkpoint in ``run.init_from``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.config import ModelConfig
+from megatrain.distributed import rng
+from megatrain.distributed.fragment import FlatShard, TensorSlice
+from megatrain.model.init import normal
+from megatrain.plan.flops import parameter_shapes
+
+COVARIANCE_SCALE = 1e-9
+"""As in transformers' `resize_token_embeddings`: new rows are the mean of the old ones, all but equal."""
+_ROWS_AT_ONCE = 8192
+
+
+def new_rows(reader: CheckpointReader, before: ModelConfig, after: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """The rows that the tables of tokens (embedding, and head where it is not tied) have more in ``after``: fp32.
+
+    Each is drawn from the normal distribution of the mean of the old rows and 1e-9 of their covariance, as transformers
+    does. With x the n old rows less their mean and g standard normal, g x / sqrt(n) has that covariance: no matrix of
+    it is made. g is a function of the seed, the table's name and the row.
+    """
+    former, shapes = parameter_shapes(before), parameter_shapes(after)
+    found = {}
+    for name, shape in shapes.items():
+        if shape == former[name]:
+            continue
+        (num_old, width), num_new = former[name], shape[0] - former[name][0]
+        key = rng.stream_key(seed, f"{name}.new_rows")
+        sums, noise = torch.zeros(width, dtype=torch.float64), torch.zeros(num_new, width, dtype=torch.float64)
+        drawn = torch.zeros(num_new, 1, dtype=torch.float64)
+        for first in range(0, num_old, _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, num_old - first)
+            part = TensorSlice((first, 0), (count, width))
+            old = reader.read(FlatShard(name, (num_old, width), part, 0, part.numel), "weight").view(-1, width)
+            index = torch.arange(num_new).unsqueeze(1) * num_old + torch.arange(first, first + count)
+            g = normal(key, index.flatten()).view(num_new, count).double()
+            sums += old.double().sum(0)
+            noise += g @ old.double()
+            drawn += g.sum(1, keepdim=True)
+        mean = sums / num_old
+        found[name] = (mean + math.sqrt(COVARIANCE_SCALE / num_old) * (noise - drawn * mean)).float()
+    return found
+
+
+class ResizedWeights:
+    """A checkpoint's weights with further rows: a source of shards of the larger model."""
+
+    def __init__(self, reader: CheckpointReader, rows: Mapping[str, Tensor]) -> None:
+        self._reader, self._rows = reader, rows
+
+    def read(self, wanted: FlatShard, kind: str) -> Tensor:
+        target = torch.empty(wanted.length)
+        self.read_into(target, wanted, kind)
+        return target
+
+    def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
+        """The same into ``target``: 1-D, fp32, on the CPU, contiguous."""
+        rows = self._rows.get(wanted.name)
+        if rows is None:
+            self._reader.read_into(target, wanted, kind)
+            return
+        (first, left), (num_rows, width) = wanted.tensor_slice.offset, wanted.tensor_slice.extent
+        num_old = wanted.global_shape[0] - len(rows)
+        num_read = min(max(num_old - first, 0), num_rows)  # of the slice's rows those that are the checkpoint's
+        count = min(max(num_read * width - wanted.start, 0), wanted.length)
+        if count:
+            part = TensorSlice((first, left), (num_read, width))
+            old = FlatShard(wanted.name, (num_old, wanted.global_shape[1]), part, wanted.start, count)
+            self._reader.read_into(target[:count], old, kind)
+        added = rows[first + num_read - num_old : first + num_rows - num_old, left : left + width].flatten()
+        start = max(wanted.start - num_read * width, 0)
+        target[count:] = added[start : start + wanted.length - count]
