@@ -163,21 +163,21 @@ class _Rendering:
         the last one otherwise than it wrote them when they were the last.
         """
         roles = {self.messages[number]["role"] for number in scored}
-        if self.how.template.marks_answers and roles == {ASSISTANT}:
-            return [self._marked(scored)]
+        if self.how.template.marks_answers and roles == {ASSISTANT} and (marked := self._marked(scored)):
+            return [marked]
         whole = self._render(len(self.messages))
         if all(whole.startswith(self._prefix(number + 1)) for number in scored):
             return [self._with_answers(whole, scored)]
         ends = [number + 1 for number in scored]
         return [self._with_answers(self._render(end), [end - 1])._replace(is_part=True) for end in ends]
 
-    def _marked(self, scored: list[int]) -> _Text:
-        """The answers as the template marks them."""
+    def _marked(self, scored: list[int]) -> _Text | None:
+        """The answers as the template marks them; None where it cannot be told which mark is whose."""
         text, spans = self.how.template.render_marked(self.messages, self.tools)
         answers = [number for number, message in enumerate(self.messages) if message["role"] == ASSISTANT]
-        if answers != scored and len(spans) != len(answers):
-            raise _Unclear(f"the template marks {len(spans)} runs of text as generated, of {len(answers)} answers")
         if answers != scored:
+            if len(spans) != len(answers):
+                return None
             spans = [span for number, span in zip(answers, spans, strict=True) if number in scored]
         return _Text(text, tuple((begin, end) for begin, end in spans if begin < end), is_open=False)
 

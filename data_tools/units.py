@@ -49,9 +49,9 @@ class Fields:
 
     def text(self, values: list[Any]) -> str:
         """Raises BadInput where the first value is not what it should be."""
-        first, wanted = values[0], "a list of objects that have a role" if self.is_chat else "text"
+        first, wanted = values[0], "a list of messages with their roles" if self.is_chat else "text"
         if not (_are_messages(first) if self.is_chat else isinstance(first, str)):
-            raise BadInput(f"the value is no {wanted} but {first!r:.60}; see {self.option}")
+            raise BadInput(f"the value of {self.option} should be {wanted}, not {first!r:.60}")
         return orjson.dumps(values, default=as_text).decode()
 
 

@@ -142,6 +142,8 @@ def test_marked_templates_are_taken_at_their_word(tmp_path: Path, tokenize: Toke
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = byte_level(LLAMA3_WORDS, ["<think>", "</think>"], special)
     reference = save(tmp_path / "tok", tokenizer, (TRL / "qwen3_training.jinja").read_text())
+    last, _ = tokenize([CONVERSATIONS["several turns"]], "--chat", "--loss", "last", out="last")
+    assert scored_texts(last) == ["<think>\n\n</think>\n\nstra\u00dfe \u65e5\u672c<|im_end|>\n"]
     dataset, said = tokenize(list(CONVERSATIONS.values()), "--chat")
     assert "split into turns" not in said
     for k, turns in enumerate(CONVERSATIONS.values()):
@@ -359,6 +361,7 @@ def test_one_document_is_shown_token_by_token(tmp_path: Path, tokenize: Tokenize
 
 WRONG = {
     "a typo in the key": ("--chat", "--messages-key", "talk", 3, "no key 'talk'"),
+    "what is no conversation": ("--chat", "--messages-key", "text", 3, "should be a list of messages with their roles"),
     "options without --chat": ("--loss", "last", 2, "--loss would do nothing"),
     "half a pair": ("--prompt-key", "messages", 2, "belong together"),
     "both kinds": ("--chat", "--prompt-key", "a", 2, "give one of them"),
@@ -372,7 +375,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_told(tmp_path: Path, run_command: RunCommand, case: str) -> None:
     save(tmp_path / "tok", im_tokenizer(), CHATML)
-    source = write(tmp_path / "in.jsonl", [CONVERSATIONS["one turn"]])
+    row = {"messages": messages(CONVERSATIONS["one turn"]), "text": [{"content": "a"}]}
+    (source := tmp_path / "in.jsonl").write_bytes(orjson.dumps(row))
     *options, code, message = WRONG[case]
     command = ("tokenize", source, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "out", "--workers", 1)
     found, _, said = run_command(*command, *options)
