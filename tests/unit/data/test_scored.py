@@ -96,6 +96,15 @@ def test_scored_windows_add_up_across_shards(dataset: Dataset, tmp_path: Path) -
     verify_dataset(str(tmp_path / "out"), lambda *_: nullcontext(lambda _: None))
 
 
+def test_answers_begin_where_trl_has_them(dataset: Dataset) -> None:
+    """At the first token that the prompt alone does not have: trl.data_utils.common_prefix_length."""
+    for k, pair in enumerate(make_pairs()):
+        alone, tokens = dataset.tokenizer.encode(pair["ask"]), dataset.document(k).tolist()
+        begin, end = dataset.document_range(k)
+        first = next(n for n, token in enumerate(tokens) if alone[n : n + 1] != [token])
+        assert dataset.scored(begin, end - begin).tolist() == [number >= first for number in range(len(tokens))]
+
+
 def test_the_digest_covers_what_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = TokenizeOptions(READ, "<|end_of_text|>", supervision=PromptAndAnswer())
