@@ -87,6 +87,16 @@ class ChatTemplate:
         """The conversation as text, and which of it the template marks as generated. Raises what ``render`` does."""
         return self._render(messages, tools, return_assistant_tokens_mask=True)
 
+    def turn_end(self, control: Mapping[str, int]) -> str | None:
+        """The control token that it writes behind an answer; None where it writes none, or refuses to be asked."""
+        answer = "an answer to it"
+        try:
+            text = self.render([{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}])
+        except (ConfigError, DataError):
+            return None
+        behind = text.rpartition(answer)[2].lstrip()
+        return max((token for token in control if behind.startswith(token)), key=len, default=None)
+
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, **how: bool
     ) -> tuple[str, Spans]:

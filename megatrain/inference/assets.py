@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -15,6 +16,7 @@ from megatrain.checkpoint.manifest import TOKENIZER, SpecialTokens, Token
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import laid_over, to_transformers
 from megatrain.config import ModelConfig
+from megatrain.data.chat import ChatTemplate
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, DataError
 
@@ -70,15 +72,20 @@ class Assets:
             special_tokens = special_tokens.model_copy(update={"eod": eod})
         return cls(special_tokens, files)
 
-    def with_data(self, tokenizer_json: bytes, eod: Token, bos: Token | None = None) -> Assets:
-        """The same for a run on data of this tokenizer, whose documents end with ``eod``, and begin with ``bos``.
+    def with_data(
+        self, tokenizer_json: bytes, eod: Token, bos: Token | None = None, template_files: Mapping[str, bytes] = {}
+    ) -> Assets:
+        """The same for a run on data of this tokenizer, whose documents end with ``eod``, and begin with ``bos``; with
+        ``template_files``, what wrote its conversations.
 
         Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
         """
         known = {name: content for name, content in self.files.items() if name not in self.staying_behind}
-        update = {"eod": eod, "bos": bos or self.special_tokens.bos, "begins_with_bos": bos is not None}
-        special_tokens = self.special_tokens.model_copy(update=update)
-        return replace(self, special_tokens=special_tokens, files={**known, TOKENIZER: tokenizer_json})
+        update: dict[str, Any] = {"eod": eod, "bos": bos or self.special_tokens.bos, "begins_with_bos": bos is not None}
+        files = {**known, TOKENIZER: tokenizer_json, **template_files}
+        named = _read_special_tokens(files)
+        update |= {"pad": self.special_tokens.pad or named.pad, "unk": self.special_tokens.unk or named.unk}
+        return replace(self, special_tokens=self.special_tokens.model_copy(update=update), files=files)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -97,13 +104,21 @@ class Assets:
         """The files that no run takes along."""
         return [] if TOKENIZER in self.files else [name for name in TOKENIZER_FILES if name in self.files]
 
-    @property
+    @cached_property
+    def turn_end(self) -> Token | None:
+        """What ends an answer of a chat model."""
+        template, tokenizer = ChatTemplate.of_files(self.files), _tokenizer(self.files)
+        if template is None or tokenizer is None or (token := template.turn_end(tokenizer.control)) is None:
+            return None
+        return Token(id=tokenizer.control[token], token=token)
+
+    @cached_property
     def stop_ids(self) -> list[int]:
-        """The tokens that end what is generated: the folder's own, where that which ends a document is among them."""
+        """The tokens that end what is generated: the folder's own, where that which ends a document is among them, and
+        the end of a turn."""
         eod, theirs = self.special_tokens.eod, _folder_ids(self.files, "eos")
-        if eod is None or eod.id in theirs:
-            return theirs
-        return [eod.id]
+        ends = theirs if eod is None or eod.id in theirs else [eod.id]
+        return list(dict.fromkeys([*ends, *([self.turn_end.id] if self.turn_end else [])]))
 
 
 def exported_files(assets: Assets, model: ModelConfig, dtype: str) -> dict[str, bytes]:
@@ -134,11 +149,19 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str) -> dict[str, 
     folders_own = _by_role(_read_special_tokens(files))
     for role, token in _by_role(tokens):
         if (role, token) not in folders_own:  # it is the data's
-            for name in (CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER_MAP):
+            turn = assets.turn_end  # where a tokenizer names it as its end, a chat ends there
+            ends_turns = role == "eos" and turn is not None and turn.token == _folder_text(files, "eos")
+            by_text = () if ends_turns else (TOKENIZER_CONFIG, TOKENIZER_MAP)
+            for name in (CONFIG, GENERATION, *by_text):
                 value = changed.get(name) or _json(files, name)
                 if value is not None:
                     by_id = name in (CONFIG, GENERATION)
                     changed[name] = _naming(value, f"{role}_token_id" if by_id else f"{role}_token", token)
+    if len(assets.stop_ids) > 1 and assets.turn_end:
+        for name in (CONFIG, GENERATION):
+            value = changed.get(name) or _json(files, name) or {}
+            if not {assets.turn_end.id, assets.stop_ids[0]} <= set(_as_list(value.get("eos_token_id"))):
+                changed[name] = {**value, "eos_token_id": assets.stop_ids}
     return {**files, **{name: orjson.dumps(value, option=_JSON_STYLE) for name, value in changed.items()}}
 
 
@@ -187,8 +210,11 @@ def _folder_ids(files: Mapping[str, bytes], role: str) -> list[int]:
     if value is None:
         value = config.get(key) if key in config else _ABSENT_IDS.get(str(config.get("model_type")), {}).get(role)
     size = config.get("vocab_size")
-    ids = value if isinstance(value, list) else [value]
-    return [i for i in ids if type(i) is int and 0 <= i < (size if type(size) is int else 1 << 32)]
+    return [i for i in _as_list(value) if type(i) is int and 0 <= i < (size if type(size) is int else 1 << 32)]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _folder_text(files: Mapping[str, bytes], role: str) -> str | None:

@@ -308,7 +308,8 @@ def assets_of(run: Run) -> Assets:
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:
         bos = Token(id=dataset.bos_id, token=dataset.manifest.bos_token)
-    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos)
+    templates = next((each.template_files() for each in run.datasets if each.manifest.template_files), {})
+    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, templates)
 
 
 def _fitting_origin(run: Run) -> Origin:
