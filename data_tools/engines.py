@@ -57,14 +57,19 @@ def _build_tokenizers(tokenizer_json: bytes) -> Encode:
     def encode(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         try:
             encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # noqa: BLE001 (plain Exception, where a model needs an unknown token and has none)
-            raise ConfigError(f"The tokenizer cannot encode every text: {error}. Give it an unknown token.") from None
+        except Exception as error:  # noqa: BLE001 (plain Exception)
+            raise cannot_encode(error) from None
         ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum([len(one) for one in ids], out=offsets[1:])
         return np.concatenate([np.empty(0, np.uint32), *ids]), offsets
 
     return encode
+
+
+def cannot_encode(error: Exception) -> ConfigError:
+    """For an error of `tokenizers`, where a model needs an unknown token and has none."""
+    return ConfigError(f"The tokenizer cannot encode every text: {error}. Give it an unknown token.")
 
 
 def _build_fastokens(tokenizer_json: bytes) -> Encode:

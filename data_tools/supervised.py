@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from data_tools.engines import cannot_encode
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Record
 from megatrain.data.format import Manifest
@@ -153,7 +154,10 @@ class ExampleEncoder:
         for is_literal, library in ((False, self._library), (True, self._text_library)):
             chosen = [number for number, example in enumerate(examples) if bool(example.literal) == is_literal]
             given = [examples[n] if not is_literal else self._disguised(examples[n]) for n in chosen]
-            encodings = library.encode_batch([example.text for example in given], add_special_tokens=False)
+            try:
+                encodings = library.encode_batch([example.text for example in given], add_special_tokens=False)
+            except Exception as error:  # noqa: BLE001 (plain Exception)
+                raise cannot_encode(error) from None
             for number, example, encoding in zip(chosen, given, encodings, strict=True):
                 found[number] = self._document(example, encoding, counts)
         return found
@@ -162,14 +166,17 @@ class ExampleEncoder:
         ids = np.array(encoding.ids, np.uint32)
         places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         mask = overlapping(places, example.scored)
+        if not mask.any():  # the tokenizer has no tokens for it
+            counts["no_answer"] += 1
+            return None
         begins = np.array([begin for begin, _ in example.scored], np.int64)
         first = places[:, 1].searchsorted(begins, side="right")  # the token that holds the first scored character
         counts["tokens_across_borders"] += int((places[np.minimum(first, len(places) - 1), 0] < begins).sum())
         bos_id, eod_id = self.tokenizer.bos_id, self.tokenizer.eod_id
         shift = 0
-        if bos_id is not None and ids[:1] != [bos_id]:
+        if bos_id is not None and ids[0] != bos_id:
             ids, mask, shift = np.insert(ids, 0, bos_id), np.insert(mask, 0, False), 1
-        if ids[-1:] != [eod_id]:
+        if ids[-1] != eod_id:
             ids, mask = np.append(ids, np.uint32(eod_id)), np.append(mask, example.scores_end)
         runs = np.flatnonzero(np.diff(mask, prepend=False, append=False))
         text = example.text
@@ -180,6 +187,8 @@ class ExampleEncoder:
             text = text[: places[end - 1 - shift, 1]]
             ids = ids[:end] if ids[end - 1] == eod_id else np.append(ids[:end], np.uint32(eod_id))
             runs = runs[: 2 * int((runs[1::2] <= end).sum())]
+        for token, name in self._hidden.items() if example.literal else ():
+            text = text.replace(name, token)
         return Encoded(ids, runs.astype(np.uint32), len(text.encode()))
 
     def _cut(self, ids: npt.NDArray[np.uint32], runs: npt.NDArray[np.int64], counts: Counter[str]) -> int:

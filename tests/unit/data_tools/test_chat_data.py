@@ -217,6 +217,7 @@ def test_control_tokens_of_messages_stay_text(tmp_path: Path, tokenize: Tokenize
         assert [tokens.count(ids[token]) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")] == [5, 5, 1]
     letters = [dataset.tokenizer.decode(dataset.document(k).tolist()).replace("<|in", "<|im") for k in range(2)]
     assert letters[0] == letters[1]
+    assert dataset.document_info(0).text_bytes == dataset.document_info(1).text_bytes
 
 
 def test_tokens_that_models_write_are_tokens(tmp_path: Path, tokenize: Tokenize) -> None:
