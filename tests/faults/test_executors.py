@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import socket
 import subprocess
 import sys
@@ -132,6 +133,7 @@ def test_a_dask_scheduler_without_tls_is_refused(job_folder: JobFolder) -> None:
 
 
 @slow
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl (apt-get install openssl)")
 def test_dask_over_tls_gives_the_same_bytes(job_folder: JobFolder, alone: Alone) -> None:
     """By the certificates that Dask's own configuration names, on all sides."""
     key, certificate = job_folder.path / "key.pem", job_folder.path / "certificate.pem"
