@@ -5,13 +5,10 @@ Only what parses the command line is imported here; each command imports what it
 
 from __future__ import annotations
 
-import inspect as inspect_module
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from data_tools.kinds import Kind
+from data_tools.options import Running, Workers, reads_inputs, report_error, show_text, tell
 from data_tools.outputs import disk_full_as_data_error, local_path
-from megatrain.errors import EXIT_BUG, EXIT_DATA, ConfigError, MegatrainError
-from megatrain.terminal import printable
+from megatrain.errors import ConfigError, MegatrainError
 from megatrain.units import format_bytes
 
 if TYPE_CHECKING:
-    from data_tools.executors import Place
     from data_tools.job import Effort
 
 
@@ -65,7 +60,6 @@ Inputs = Annotated[
 DatasetArgument = Annotated[
     str, typer.Argument(metavar="DATASET", help="The folder that `tokenize` wrote, or an address of a copy.")
 ]
-Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes; one a core unless given.")]
 CleanOut = Annotated[
     Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write to: .jsonl.zst, and .report in it.")
 ]
@@ -75,129 +69,6 @@ DedupStage = Literal[PairStage, CleanStage, "represent", "assign"]
 SplitStage = Literal[PairStage, "count", "number", "write-train", "write-validation", "report", "publish"]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
-
-
-def _read_options(
-    text_key: Annotated[str, typer.Option(help="The key or column with a record's text; a.b: key b in a.")] = "text",
-    id_key: Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")] = "id",
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Read only such files; repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out such files; repeatable.")] = None,
-    format: Annotated[Kind | None, typer.Option(help="What every file holds, whatever its name.")] = None,
-    text_files: Annotated[
-        bool, typer.Option("--text-files", help="Files of folders whose kind is not known are text, a document each.")
-    ] = False,
-    errors: Annotated[
-        Literal["strict", "replace", "skip"],
-        typer.Option(help="What cannot be read: stop; stop, but keep invalid UTF-8 as U+FFFD; leave out and list."),
-    ] = "strict",
-) -> Any:
-    from data_tools.inputs import FileSelector
-    from data_tools.units import ReadOptions
-
-    selection = FileSelector(tuple(include or ()), tuple(exclude or ()), format, text_files)
-    return ReadOptions(text_key, id_key, errors, selection=selection)
-
-
-class Running:
-    """By whom a command's units are run, and which of them: options of the command."""
-
-    def __init__(
-        self,
-        workers: Workers = None,
-        restart: Annotated[
-            bool, typer.Option("--restart", help="Start over: remove what this command has made before.")
-        ] = False,
-        share: Annotated[
-            str | None,
-            typer.Option(metavar="K/N", help="Do share K of N (K from 1) of the first stage that is not done."),
-        ] = None,
-        stage: Annotated[
-            str | None, typer.Option(help="Do this stage alone; code 75 where an earlier one is not done.")
-        ] = None,
-        dask: Annotated[
-            str | None,
-            typer.Option(
-                metavar="ADDRESS|FILE", help="Workers of a Dask cluster: tls://HOST:PORT, or a scheduler file."
-            ),
-        ] = None,
-        dask_plain: Annotated[
-            bool, typer.Option("--dask-plain", help="Let the Dask cluster be without TLS: its network is closed.")
-        ] = False,
-    ) -> None:
-        self.workers, self.restart, self.stage = workers, restart, stage
-        self._place = share, dask, dask_plain
-
-    def place(self) -> AbstractContextManager[Place | None]:
-        from data_tools.executors import find_place
-
-        return find_place(_report, self.workers, *self._place, _tell)
-
-
-def _check_options(
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Read all inputs, try the storage, list all that is wrong, and leave nothing."),
-    ] = False,
-) -> bool:
-    return check
-
-
-def _check(inputs: Sequence[str], out: Path, read: Any, running: Running | None = None, **given: Any) -> None:
-    """Look at all that the command with these options needs."""
-    from data_tools.check import Storage, check_command
-    from data_tools.clean.filter import choose_filters
-    from data_tools.conversations import Answers
-    from data_tools.progress import show_progress
-    from data_tools.ranks import Ranks
-    from data_tools.tokenizer import load_tokenizer
-
-    others: list[Callable[[], object]] = []
-    if "tokenizer" in given:
-        ends = given["eod_token"], given["bos_token"]
-        others.append(partial(load_tokenizer, given["tokenizer"].expanduser(), *ends))
-        answers = Answers.of(given)
-        read = answers.read(read)
-        others.append(partial(answers.supervision, given["tokenizer"].expanduser(), *ends))
-    if "filters" in given:
-        others.append(partial(choose_filters, given["filters"], given["config"] and given["config"].expanduser()))
-    storage = Storage(out, running is not None, 0.0 if running is None else 1.0)
-    num_workers = (running and running.workers) or Ranks().num_cores()
-    check_command(inputs, read, storage, others, num_workers, show_progress, _show)
-
-
-def reads_inputs(stages: Any = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options in place of its parameters `read` and, where it has `stages`, `running`; and `--check`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        groups: dict[str, Callable[..., Any]] = {"running": Running, "read": _read_options, "check": _check_options}
-        if stages is None:
-            del groups["running"]
-        options = {name: inspect_module.signature(make, eval_str=True).parameters for name, make in groups.items()}
-        own = inspect_module.signature(command, eval_str=True).parameters.values()
-        parameters = [each for each in own if each.name not in groups]
-        for name, option in ((name, option) for group in options.values() for name, option in group.items()):
-            kind = option.annotation if name != "stage" else Annotated[stages | None, option.annotation.__metadata__[0]]
-            parameters.append(option.replace(kind=option.KEYWORD_ONLY, annotation=kind))
-
-        def run(**given: Any) -> None:
-            for name, make in groups.items():
-                given[name] = make(**{option: given.pop(option) for option in options[name]})
-            (_check if given.pop("check") else command)(**given)
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
-        run.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
-        return run
-
-    return decorate
-
-
-def _show(text: str, err: bool = False) -> None:
-    typer.echo(printable(text), err=err)
-
-
-def _tell(text: str) -> None:
-    _show(text, err=True)
 
 
 @app.command()
@@ -210,7 +81,7 @@ def corpus(
     with disk_full_as_data_error(out):
         written = make_corpus(out)
     for name, num_documents, num_bytes in written:
-        _show(f"{out / name}: {num_documents} documents, {format_bytes(num_bytes)} of text")
+        show_text(f"{out / name}: {num_documents} documents, {format_bytes(num_bytes)} of text")
 
 
 @app.command("train-tokenizer")
@@ -241,15 +112,15 @@ def train_tokenizer_command(
 
     with disk_full_as_data_error(out):
         size = train_tokenizer(
-            *(inputs, vocab_size, out, read, special_token or [], _tell),
+            *(inputs, vocab_size, out, read, special_token or [], tell),
             words=pre_tokenizer,
             split_digits=split_digits,
             sample_bytes=sample_bytes,
             progress=show_progress,
         )
     if size < vocab_size:
-        _tell(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.")
-    _show(f"{out}: {size} tokens")
+        tell(f"The text has no more pairs to merge: {size} tokens instead of {vocab_size}.")
+    show_text(f"{out}: {size} tokens")
 
 
 @app.command()
@@ -309,23 +180,23 @@ def tokenize(
     with running.place() as place:
         if place is None:
             return
-        settings = (place.pool.count, engine, show_progress, lambda text: _tell(f"Warning: {text}"))
-        effort = Effort(*settings, max_unknown=max_unknown, say=_tell, place=place, stage=running.stage)
+        settings = (place.pool.count, engine, show_progress, lambda text: tell(f"Warning: {text}"))
+        effort = Effort(*settings, max_unknown=max_unknown, say=tell, place=place, stage=running.stage)
         with disk_full_as_data_error(out):
             manifest = run(inputs, tokenizer.expanduser(), out, options, effort, restart=running.restart)
     if manifest is None:
         return
-    _show(
+    show_text(
         f"{out}: {manifest.num_documents} documents, {manifest.num_tokens} tokens ({manifest.dtype}), "
         f"{format_bytes(manifest.text_bytes)} of text, {manifest.num_shards} shards, "
         f"{manifest.num_empty_documents} empty documents left out, digest {manifest.digest}"
     )
     if manifest.unknown and manifest.unknown.characters:
-        _tell(f"Warning: the tokenizer has no tokens for {manifest.unknown}")
+        tell(f"Warning: the tokenizer has no tokens for {manifest.unknown}")
     if manifest.num_scored is not None:
-        _show(describe_scored(manifest))
+        show_text(describe_scored(manifest))
     if manifest.num_skipped:
-        _tell(f"{manifest.num_skipped} rows were left out; {out / 'skipped.jsonl'} lists them.")
+        tell(f"{manifest.num_skipped} rows were left out; {out / 'skipped.jsonl'} lists them.")
 
 
 @app.command()
@@ -378,12 +249,12 @@ def _clean(
     with running.place() as place:
         if place is None:
             return
-        effort = Effort(place.pool.count, show_progress, say=_tell, place=place, stage=running.stage)
+        effort = Effort(place.pool.count, show_progress, say=tell, place=place, stage=running.stage)
         with disk_full_as_data_error(out):
             report = work(effort)
     if report is not None:
         dropped = f"This report, and the list of what was dropped: {out / '.report'}"
-        _show(show(report) if show else f"{render(report)}\n{dropped}")
+        show_text(show(report) if show else f"{render(report)}\n{dropped}")
 
 
 @app.command("filter")
@@ -491,7 +362,7 @@ def stats(
     described = describe_statistics(opened, statistics)
     if plot is not None:
         draw(statistics, described, dataset, plot)
-        _show(f"The picture: {plot}", err=as_json)
+        show_text(f"The picture: {plot}", err=as_json)
     if as_json:
         sys.stdout.buffer.write(describe_json(described))
     else:
@@ -516,26 +387,13 @@ def verify(
     opened, num_bytes = verify_dataset(dataset, show_progress, sample=sample, seed=seed, num_workers=num_workers)
     whole = f"{opened.num_documents} documents, {opened.num_tokens} tokens"
     if sample is None:
-        _show(f"{dataset} is whole: {whole}.")
+        show_text(f"{dataset} is whole: {whole}.")
     else:
-        _show(f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {whole}), are whole.")
-
-
-def _report(error: BaseException) -> int:
-    """Say what is wrong, in one paragraph, and give the exit code for it; show a bug in full."""
-    if isinstance(error, MegatrainError):
-        _tell(f"megatrain-data: {error}")
-        return error.exit_code
-    if not isinstance(error, OSError):
-        traceback.print_exception(error)
-        return EXIT_BUG
-    what = os.strerror(error.errno) if error.errno else str(error)  # pyarrow's own text of it says the same thrice
-    _tell(f"megatrain-data: {error.filename or 'a file'}: {what.rstrip('.')}.")
-    return EXIT_DATA
+        show_text(f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {whole}), are whole.")
 
 
 def main() -> None:
     try:
         app()
     except (MegatrainError, OSError) as error:
-        sys.exit(_report(error))
+        sys.exit(report_error(error))
