@@ -249,9 +249,6 @@ def lora(config: schema.RunConfig) -> list[Problem]:
             reason = f"embeddings and the output head get no adapters{tied}"
         close = difflib.get_close_matches(target, [*known, "all-linear"], n=1, cutoff=0.5)
         problems.append(Problem(f"lora.target_modules.{number}", target, reason, next(iter(close), "all-linear")))
-    if config.parallel.offload != "none":
-        reason = "not proven with frozen weights"
-        problems.append(Problem("parallel.offload", config.parallel.offload, reason, "none"))
     return problems
 
 

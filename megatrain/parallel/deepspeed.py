@@ -231,15 +231,15 @@ class DeepSpeedSharding:
                     place += -(-sizes[name] // self._alignment) * self._alignment
 
     def frozen_slices(self) -> Iterator[MasterSlice]:
-        rank, num_ranks = self._mpu.get_data_parallel_rank(), self._mpu.get_data_parallel_world_size()
+        """Below stage 3 each data rank reads a share too, and sends it to the others, which hold whole weights."""
+        rank, num_ranks = self._groups.gradient.get_local_rank(), self._groups.gradient.size()
         for name, parameter in self._model.frozen().items():
             size, partition = self._model.specs[name].local_numel, getattr(parameter, "ds_tensor", None)
-            if partition is None:
-                yield _Place(name, 0, parameter, 0, size).held({})
-                continue
             share = -(-size // num_ranks)
-            if (length := min(share, size - rank * share)) > 0:
-                yield _Place(name, rank * share, partition, 0, length).held({})
+            start = rank * share
+            if (length := min(share, size - start)) > 0:
+                held, offset = (parameter, start) if partition is None else (partition, 0)
+                yield _Place(name, start, held, offset, length).held({})
 
     def misplaced(self) -> str | None:
         own = self._model.parameters()
@@ -258,6 +258,7 @@ class DeepSpeedSharding:
                 partition.view(-1)[: len(held.master)].copy_(held.master)
         elif self._deepspeed.optimizer is not self._optimizer:
             self._deepspeed.optimizer.update_lp_params()
+        self._send_frozen_shares()
         self._copy_tied_weight()
 
     def replicas(self) -> Iterator[Replicas]:
@@ -369,6 +370,14 @@ class DeepSpeedSharding:
             self._deepspeed.backward(seeded([weight], [total.to(weight)]), scale_wrt_gas=False)
         else:
             self._tied_sum.zero_()
+
+    def _send_frozen_shares(self) -> None:
+        """Each data rank's to the others, where all hold whole weights."""
+        group = self._groups.gradient.get_group()
+        for parameter in self._model.frozen().values() if self._stage < 3 else ():
+            shares = torch.split(parameter.detach().view(-1), -(-parameter.numel() // dist.get_world_size(group)))
+            for rank, share in zip(dist.get_process_group_ranks(group), shares, strict=False):
+                dist.broadcast(share, rank, group=group)
 
     def _copy_tied_weight(self) -> None:
         """The first stage's values to the last stage."""

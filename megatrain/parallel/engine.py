@@ -103,7 +103,7 @@ class Sharding(Protocol):
         ...
 
     def frozen_slices(self) -> Iterator[MasterSlice]:
-        """What this rank holds of weights that are not trained, each copy of a tied weight too."""
+        """What this rank reads of weights that are not trained, each copy of a tied weight too."""
         ...
 
     def misplaced(self) -> str | None:
@@ -270,7 +270,7 @@ class Engine:
 
     @torch.no_grad()
     def load_frozen(self, source: StateReader) -> None:
-        """Take the weights that are not trained from ``source``. Not collective; complete by itself."""
+        """Take the weights that are not trained from ``source``. As ``load_fragments``, which is to follow."""
         self._read(source, [(held, {WEIGHT: held.master}) for held in self._sharding.frozen_slices()])
 
     def _read(self, source: StateReader, slices: Sequence[tuple[MasterSlice, Mapping[str, Tensor]]]) -> None:

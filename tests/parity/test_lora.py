@@ -26,6 +26,8 @@ LONG = [
     *(("llama_tied", 2, sharding) for sharding in SHARDINGS),
     *(("llama_mqa", 4, {**SPLIT, "sequence": True, **sharding}) for sharding in SHARDINGS),
     *(("gpt2", 4, {**SPLIT, **sharding}) for sharding in SHARDINGS),
+    ("gpt2", 2, {"zero_stage": 2, "offload": "optimizer"}),
+    ("llama_tied", 2, {"zero_stage": 3, "offload": "all"}),
     ("llama_mqa", 4, {"tensor": 4, "sequence": True, "recompute": "selective"}),
     ("qwen3", 4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     ("gpt2_tied", 4, {"tensor": 2, "pipeline": 2, "pipeline_chunks": 2, "engine": "fsdp2"}),
