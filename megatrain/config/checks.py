@@ -72,6 +72,12 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     elif config.description.block.attention.rotates and config.head_size % 2 and not problems:
         reason = "the width of a head must be even for the rotary embedding"
         problems.append(Problem("head_dim", config.head_size, reason, str(config.head_size + 1)))
+    if config.attention not in ("auto", "math") and config.attention_dropout:
+        reason = "no fused kernel drops by seed and position, as model.attention_dropout does"
+        problems.append(Problem("attention", config.attention, reason, "auto"))
+    if config.attention == "cudnn" and config.attention_window is not None:
+        reason = "cuDNN is used without masks, which a sliding window needs"
+        problems.append(Problem("attention", config.attention, reason, "flash"))
     return problems + _of_other_families(config)
 
 

@@ -165,6 +165,12 @@ class SharedModelKeys(Section, check=checks.model):
         default=None, description="Families with rotary positions: frequencies for longer contexts."
     )
     tie_word_embeddings: bool = Field(default=True, description="The output head shares the token embedding's weight.")
+    attention: Literal["auto", "flash3", "cudnn", "flash", "math"] = Field(
+        default="auto",
+        description="The kernel of attention; auto: the first of flash3, cudnn and flash that the devices have, and "
+        "that computes there what math does; where they have none, PyTorch's choice. A kernel that is named and not "
+        "there is refused. Checkpoints and exports do not depend on it.",
+    )
     attention_dropout: Probability = Field(
         default=0.0, description="Share of attention probabilities dropped in training."
     )
@@ -409,6 +415,11 @@ class TrainConfig(Section, check=checks.train):
         default="auto",
         description="What the model computes in; auto: bf16 where all ranks' devices have units for it, else fp32. "
         "Under bf16 and fp16 the optimizer keeps fp32 weights.",
+    )
+    compile: Literal["auto", "off", "on"] = Field(
+        default="auto",
+        description="Compile each decoder layer with torch.compile before the first step; auto: on GPUs, but not under "
+        "DeepSpeed's ZeRO 3, whose hooks fetch weights within a layer.",
     )
     gradient_clipping: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="The largest global L2 norm of the gradient; 0.0: no clipping."

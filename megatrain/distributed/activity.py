@@ -7,11 +7,15 @@ from typing import NamedTuple
 
 from megatrain.distributed.naming import name_ranks
 
-PARTS = ("start", "data", "forward_backward", "exchange", "eval", "save")
+PARTS = ("start", "compile", "data", "forward_backward", "exchange", "eval", "save")
 """Of a step, in their order."""
 
 TRANSFERS = {"start": ("restoring its state", "read"), "save": ("saving", "written")}
 """Parts in which a rank waits for state to be read or written: in words, and what has become of the bytes."""
+
+
+PATIENCE_SECONDS = {"compile": 1800.0}
+"""Beyond the time after which a rank without progress is taken for stuck: of parts in which none can be seen."""
 
 
 class Activity:
@@ -40,6 +44,10 @@ class Activity:
         """
         transfers = self.num_transfers if self.part in TRANSFERS else 0
         return self.step, self.part, self.num_batches, transfers, self.num_elsewhere
+
+    @property
+    def patience_seconds(self) -> float:
+        return PATIENCE_SECONDS.get(self.part, 0.0)
 
     @property
     def step_shown(self) -> int:

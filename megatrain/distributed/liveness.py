@@ -282,7 +282,7 @@ class LivenessMonitor:
         now, before, self._progress = time.monotonic(), self._progress, self._activity.progress
         if self._progress != before:
             self._moved_at = now
-        if now > self._moved_at + self._hang_timeout:
+        if now > self._moved_at + self._hang_timeout + self._activity.patience_seconds:
             self._note_stuck()
 
     def _note_stuck(self) -> None:

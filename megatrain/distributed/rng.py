@@ -68,14 +68,28 @@ def bits_32(key: int, sample_ids_B: Tensor, shape: Sequence[int], offsets: Seque
     entry of ``offsets`` (where a rank holds a slice), on nothing else. All but the last dimension are hashed in 64
     bits; the last, where the cost is, in 32.
     """
+    hashes = _opaque_hashes if torch.compiler.is_compiling() else _hashes
+    return mix_32(*hashes(sample_ids_B, key, list(shape), list(offsets)))
+
+
+def _hashes(sample_ids_B: Tensor, key: int, shape: list[int], offsets: list[int]) -> tuple[Tensor, Tensor]:
+    """Of each index in the last dimension 32 bits; of each in all others together 64."""
     device = sample_ids_B.device
     rows = bits_64(key, sample_ids_B)
     for size, offset in zip(shape[1:-1], offsets[:-1], strict=True):
         index = torch.arange(offset, offset + size, device=device)
         rows = bits_64(key, rows.unsqueeze(-1) + index)
     columns = torch.arange(offsets[-1], offsets[-1] + shape[-1], device=device)
-    columns = mix_64(columns * signed(_GOLDEN) + key).to(torch.int32)
-    return mix_32(columns, rows)
+    return mix_64(columns * signed(_GOLDEN) + key).to(torch.int32), rows
+
+
+# The compiler computes with indices in integers that do not wrap at 64 bits, and gets other hashes (torch 2.13).
+_opaque_hashes = torch.library.custom_op("megatrain::hashes", _hashes, mutates_args=())
+
+
+@_opaque_hashes.register_fake
+def _(sample_ids_B: Tensor, key: int, shape: list[int], offsets: list[int]) -> tuple[Tensor, Tensor]:
+    return sample_ids_B.new_empty(shape[-1], dtype=torch.int32), sample_ids_B.new_empty(shape[:-1])
 
 
 def dropout(x: Tensor, probability: float, key: int, sample_ids_B: Tensor, offsets: Sequence[int]) -> Tensor:

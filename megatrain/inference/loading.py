@@ -79,6 +79,7 @@ def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
                 "global_batch_size": max(world_size // tensor, 1),
                 "micro_batch_size": 1,
                 "precision": "bf16" if has_gpu() else "fp32",
+                "compile": "off",  # lengths vary
             },
             "parallel": {"tensor": tensor, "zero_stage": 0},
             "optimizer": {"lr": 0.0},

@@ -6,22 +6,26 @@ head h // (H / G).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import sdpa_kernel
 
 from megatrain.model.blockwise_attention import Drop, blockwise_attention
 from megatrain.model.context import TORCH_VERSION, Context
 from megatrain.model.dropout import Dropout
+from megatrain.model.kernels import BACKENDS
 
 
 class CoreAttention(nn.Module):
     """Causal attention within each sequence, or each document of it; takes as many heads as it is given.
 
     ``window``: how many keys a query sees at the most, the last of them its own; None: all before it. With a cache
-    there may be more keys than queries, which are the last ones.
+    there may be more keys than queries, which are the last ones. ``kernel``: a name of ``model.attention``; auto:
+    blocks of rows on a CPU, else PyTorch's choice.
     """
 
     # Beyond so many tokens the fused kernel is faster on a CPU too, and the probabilities would fill the memory.
@@ -31,6 +35,7 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.window = window
+        self.kernel = "auto"
 
     def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, context: Context) -> Tensor:
         """Attend; [B, T, H, D]."""
@@ -38,20 +43,20 @@ class CoreAttention(nn.Module):
         if context.cache is not None:
             visible_B1TS = context.cache.visible(num_queries, window, q_BTHD.device)
             if visible_B1TS is not None:
-                return _fused(q_BTHD, k_BSGD, v_BSGD, visible_B1TS)
+                return _fused(q_BTHD, k_BSGD, v_BSGD, visible_B1TS, "auto")
         if window is not None and num_queries == 1:
             k_BSGD, v_BSGD = k_BSGD[:, -window:], v_BSGD[:, -window:]
         if window is not None and num_queries <= window:
             window = None  # it hides nothing
-        is_short = 1 < num_queries <= self.max_blockwise_tokens
-        if self.dropout.is_active or (q_BTHD.device.type == "cpu" and is_short):
+        is_written_out = self.kernel == "auto" and q_BTHD.device.type == "cpu"
+        if self.dropout.is_active or (is_written_out and 1 < num_queries <= self.max_blockwise_tokens):
             return blockwise_attention(q_BTHD, k_BSGD, v_BSGD, context.document_ids_BT, window, self._drop(context))
         if context.document_starts is not None:
             return _variable_length(q_BTHD, k_BSGD, v_BSGD, context.document_starts, window)
         mask = None
         if context.document_ids_BT is not None or window is not None:
             mask = _visible(num_queries, q_BTHD.device, context.document_ids_BT, window)
-        return _fused(q_BTHD, k_BSGD, v_BSGD, mask)
+        return _fused(q_BTHD, k_BSGD, v_BSGD, mask, self.kernel)
 
     def _drop(self, context: Context) -> Drop | None:
         if not self.dropout.is_active:
@@ -59,10 +64,23 @@ class CoreAttention(nn.Module):
         return lambda weights_BHTS, *first: self.dropout.drop(weights_BHTS, context.sample_ids_B, *first)
 
 
-def _fused(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
-    """PyTorch's own choice of kernel; causal, or where the mask is True."""
+def attend_alone(kernel: str, heads: Sequence[Tensor], has_borders: bool) -> Tensor:
+    """A kernel by itself, as kernels.Attend says; two documents, of which the second is one token longer or as long."""
+    q_BTHD, k_BTGD, v_BTGD = heads
+    if not has_borders:
+        return _fused(q_BTHD, k_BTGD, v_BTGD, None, kernel)
+    num_tokens = q_BTHD.shape[1]
+    starts = torch.tensor([0, num_tokens // 2, num_tokens], dtype=torch.int32, device=q_BTHD.device)
+    if kernel == "math":
+        return _by_borders(q_BTHD, k_BTGD, v_BTGD, starts, None, kernel)
+    return _variable_length(q_BTHD, k_BTGD, v_BTGD, starts, None)
+
+
+def _fused(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
+    """Causal, or where the mask is True."""
     q_BHTD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
-    out_BHTD = functional.scaled_dot_product_attention(
+    attend = partial(
+        functional.scaled_dot_product_attention,
         q_BHTD,
         k_BGSD,
         v_BGSD,
@@ -70,13 +88,19 @@ def _fused(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) 
         is_causal=mask is None and q_BHTD.shape[2] > 1,
         enable_gqa=q_BHTD.shape[1] != k_BGSD.shape[1],
     )
-    return out_BHTD.transpose(1, 2)
+    if kernel == "auto":
+        return attend().transpose(1, 2)
+    with sdpa_kernel(BACKENDS[kernel]):
+        return attend().transpose(1, 2)
 
 
 def _variable_length(
     q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, document_starts: Tensor, window: int | None
 ) -> Tensor:
-    """Flash attention over documents laid end to end: no mask, no work between documents. CUDA, half precision."""
+    """Flash attention over documents laid end to end: no mask, no work between documents. CUDA, half precision; on a
+    CPU its reference."""
+    if q_BTHD.device.type == "cpu":
+        return _by_borders(q_BTHD, k_BTGD, v_BTGD, document_starts, window, "auto")
     from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler, for a second
 
     num_sharing = q_BTHD.shape[2] // k_BTGD.shape[2]
@@ -97,6 +121,18 @@ def _variable_length(
     )
     assert isinstance(out_XHD, Tensor)
     return out_XHD.view(q_BTHD.shape)
+
+
+def _by_borders(
+    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, document_starts: Tensor, window: int | None, kernel: str
+) -> Tensor:
+    """What variable-length attention computes, with a mask of all pairs of tokens."""
+    q_1XHD, k_1XGD, v_1XGD = (x.flatten(0, 1).unsqueeze(0) for x in (q_BTHD, k_BTGD, v_BTGD))
+    num_tokens, device = q_1XHD.shape[1], q_BTHD.device
+    # The number of the last document that begins at or before a token; what comes behind the last begins at the end.
+    ids_X = torch.bucketize(torch.arange(num_tokens, device=device), document_starts, right=True)
+    mask = _visible(num_tokens, device, ids_X.unsqueeze(0), window)
+    return _fused(q_1XHD, k_1XGD, v_1XGD, mask, kernel).view(q_BTHD.shape)
 
 
 def _visible(num_tokens: int, device: torch.device, document_ids_BT: Tensor | None, window: int | None) -> Tensor:

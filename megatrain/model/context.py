@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from megatrain.model.kernels import TAKE_BORDERS
 from megatrain.model.rope import Rotary, RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class ContextBuilder:
     def __init__(self, config: ModelConfig) -> None:
         self._rotary_embedding = RotaryEmbedding(config) if config.description.block.attention.rotates else None
         self._window = config.attention_window
+        self.kernel = "auto"
 
     def __call__(
         self,
@@ -124,7 +126,7 @@ class ContextBuilder:
         """The context of a forward in ``dtype``."""
         rotary = self._rotary_embedding(positions_BT, dtype) if self._rotary_embedding else None
         starts = None
-        if has_variable_length_attention(positions_BT.device, dtype):
+        if takes_borders(self.kernel, positions_BT.device, dtype):
             num_tokens = positions_BT.shape[1]
             if document_ids_BT is not None:
                 starts = document_starts(document_ids_BT)
@@ -135,9 +137,16 @@ class ContextBuilder:
         return Context(positions_BT, document_ids_BT, sample_ids_B, rotary, starts, cache)
 
 
+def takes_borders(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel of ``model.attention`` is told where documents begin, rather than given a mask."""
+    return kernel in TAKE_BORDERS or (kernel == "auto" and has_variable_length_attention(device, dtype))
+
+
 def has_variable_length_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention over documents needs no dense mask: flash attention, so CUDA and half precision; torch 2.11."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and TORCH_VERSION >= "2.11"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or TORCH_VERSION < "2.11":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:

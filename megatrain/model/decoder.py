@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatrain.batch import Batch, InferenceBatch
 from megatrain.families.description import Embedding
+from megatrain.model.attention import CoreAttention
 from megatrain.model.block import DecoderLayer, build_norm
 from megatrain.model.context import Context, ContextBuilder
 from megatrain.model.dropout import Dropout
@@ -85,9 +86,12 @@ class DecoderStage(nn.Module):
         """
         if isinstance(batch, InferenceBatch):
             return self._answer(batch, x_BTC)
-        context = self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
-        x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, context)
+        x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, self.context(batch))
         return x_BTC if self.head_name is None else self.head.loss_sum(x_BTC, batch.targets_BT, batch.loss_mask_BT)
+
+    def context(self, batch: Batch) -> Context:
+        """What its layers need to know of a batch's tokens."""
+        return self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
 
     def _answer(self, batch: InferenceBatch, x_BTC: Tensor | None) -> Tensor:
         context = self.make_context(batch.positions_BT, None, None, self.dtype, batch.cache)
@@ -118,6 +122,13 @@ class DecoderStage(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def use_attention(self, kernel: str) -> None:
+        """Compute attention by a kernel of ``model.attention``."""
+        self.make_context.kernel = kernel
+        for module in self.modules():
+            if isinstance(module, CoreAttention):
+                module.kernel = kernel
 
     def tie_weights(self) -> None:
         """Let head and token embedding share one parameter, where the config says so and both are in this stage.

@@ -93,14 +93,10 @@ def _scaled(x: Tensor, scale: Tensor) -> Tensor:
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor, losses_N: Tensor, needs_gradient: bool) -> None:
     """Write each row's loss, and in place of its logits their gradient."""
-    shifted_NV = logits_NV.float()
-    if shifted_NV is logits_NV:
-        shifted_NV = logits_NV.clone()
-    shifted_NV.sub_(shifted_NV.amax(-1, keepdim=True))
-    target_logits_N1 = shifted_NV.gather(-1, targets_N.unsqueeze(-1))
-    sums_N1 = shifted_NV.exp_().sum(-1, keepdim=True)
-    torch.sub(sums_N1.log().squeeze(-1), target_logits_N1.squeeze(-1), out=losses_N)
+    log_probabilities_NV = torch.log_softmax(logits_NV, -1, dtype=torch.float32)
+    target_N1 = log_probabilities_NV.gather(-1, targets_N.unsqueeze(-1))
+    torch.neg(target_N1.squeeze(-1), out=losses_N)
     if needs_gradient:
-        torch.div(shifted_NV, sums_N1, out=shifted_NV)
-        shifted_NV.scatter_add_(-1, targets_N.unsqueeze(-1), torch.full_like(target_logits_N1, -1.0))
-        logits_NV.copy_(shifted_NV)
+        torch.exp(log_probabilities_NV, out=logits_NV)  # rounded as it is written
+        # Softmax minus one, before it is rounded: the target's probability may be near one.
+        logits_NV.scatter_(-1, targets_N.unsqueeze(-1), target_N1.expm1_().to(logits_NV.dtype))

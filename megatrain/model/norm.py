@@ -17,6 +17,8 @@ from megatrain.model.context import Context
 class RmsNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019), computed in fp32."""
 
+    has_own_cpu_kernel = True  # False: what a GPU runs, on a CPU too
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
@@ -24,7 +26,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x_BTC: Tensor, context: Context | None = None) -> Tensor:
         """Normalise each token; the context is not used."""
-        if x_BTC.device.type == "cpu":
+        if self.has_own_cpu_kernel and x_BTC.device.type == "cpu" and not torch.compiler.is_compiling():
             y_BTC: Tensor = _RmsNormOnCpu.apply(x_BTC, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return y_BTC
         return functional.rms_norm(x_BTC, self.weight.shape, self.weight, self.eps)

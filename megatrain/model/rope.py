@@ -81,10 +81,11 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     first, second = x_BTHD.chunk(2, -1)
-    out = torch.empty_like(x_BTHD, memory_format=torch.contiguous_format)
+    # Products with the cosine in one pass, then the rest in place: no `out=`, which the compiler does not take.
+    out: Tensor = (x_BTHD.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)).flatten(-2)  # type: ignore[no-untyped-call]
     out_first, out_second = out.chunk(2, -1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=direction)
+    out_first.addcmul_(second, sin, value=-direction)
+    out_second.addcmul_(first, sin, value=direction)
     return out
 
 

@@ -193,6 +193,10 @@ class DeepSpeedSharding:
             self.dynamic_scale.update(overflow=is_skipped)
         return Update(norm, is_skipped or self._is_approved is False)
 
+    def gathered(self, layer: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """See Sharding. Stage 3 gathers by itself."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         self._deepspeed.eval()

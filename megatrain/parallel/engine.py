@@ -11,13 +11,14 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatrain.batch import Batch, InferenceBatch
 from megatrain.config import RunConfig
 from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard_views
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
+from megatrain.parallel.compile import compiler_errors_told, forget_compiled, is_compiled, run_once, uncompiled
 from megatrain.parallel.loss_scale import DynamicLossScale
 from megatrain.parallel.pipeline import Field, Pipeline, Record
 from megatrain.parallel.replicas import Replicas, find_differences, mend, tensor_replicas
@@ -94,6 +95,10 @@ class Sharding(Protocol):
         rank, with a finite norm, before anything changes. Collective over all ranks."""
         ...
 
+    def gathered(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """In this context a decoder layer has the weights that it computes with. Collective over the data ranks."""
+        ...
+
     def evaluation(self) -> AbstractContextManager[None]:
         """In this context ``forward`` learns nothing: no gradients, no dropout."""
         ...
@@ -156,7 +161,8 @@ class Engine:
 
     def __init__(self, config: RunConfig, model: ShardedModel, sharding: Sharding, groups: Groups) -> None:
         self.groups = groups
-        self._specs = model.specs
+        self._chunks, self._specs = model.chunks, model.specs
+        self.is_compiled = is_compiled(config, groups.device)
         self._sharding = sharding
         self.config = config.model
         self.tokens_at_once = config.train.micro_batch_size * config.data.seq_len
@@ -200,7 +206,7 @@ class Engine:
         Each copy of the model answers batches of its own. Where data ranks hold parts of the weights, each pass needs
         all ranks: one that leaves the context takes part in the others' passes until all leave it.
         """
-        with self._sharding.evaluation():
+        with self._sharding.evaluation(), uncompiled() if self.is_compiled else contextlib.nullcontext():
             try:
                 yield
             finally:
@@ -228,6 +234,20 @@ class Engine:
         assert answer is not None
         self._answer = None
         return answer
+
+    def compile(self, batch: Batch) -> None:
+        """Where ``is_compiled``, compile what micro-batches like this one need, before the first step. Collective.
+
+        Raises ConfigError where the compiler fails.
+        """
+        with compiler_errors_told():
+            self.evaluate([batch])
+            batch = batch.to(self.groups.device)
+            for chunk in self._chunks:
+                # What differs between layers becomes a variable of their graph at the second.
+                for layer in [chunk.get_submodule(name) for name in chunk.decoder_names[:2]]:
+                    with self._sharding.gathered(layer):
+                        run_once(layer, self._fields(batch)["hidden"], chunk.context(batch))
 
     def state_fragments(self) -> Iterator[Fragment]:
         """The shards of weights and optimizer state that this rank is to save: over all ranks, each element once.
@@ -318,6 +338,8 @@ class Engine:
     def close(self) -> None:
         """Let another engine be made in this process."""
         self._sharding.close()
+        if self.is_compiled:
+            forget_compiled()
 
     def _forward(self, chunk: int, record: Record | None, batch: Batch | InferenceBatch) -> Record | Tensor:
         """A chunk's forward pass for the pipeline; from the last virtual stage the loss that its backward pass begins

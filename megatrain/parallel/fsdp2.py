@@ -118,6 +118,13 @@ class FSDP2Sharding:
         return Update(float(norm), skipped=refused or not is_finite)
 
     @contextlib.contextmanager
+    def gathered(self, layer: Any) -> Iterator[None]:
+        """See Sharding."""
+        layer.unshard()
+        yield
+        layer.reshard()
+
+    @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """See Sharding."""
         for chunk in self._chunks:

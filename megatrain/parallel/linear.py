@@ -108,14 +108,16 @@ class ColumnParallel:
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTC: Tensor, region: Region, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # Named arguments beside a variable number: where one is given for each name, the compiler takes ctx for none.
+        x_BTC, region, *weights_and_biases = arguments
         count = len(weights_and_biases) // 2
         weights_FC, biases_F = weights_and_biases[:count], weights_and_biases[count:]
         ctx.region = region
         ctx.save_for_backward(x_BTC, *weights_FC)
         whole_BTC = region.whole(x_BTC)
         return tuple(
-            functional.linear(whole_BTC, weight_FC, bias_F)  # type: ignore[arg-type]
+            functional.linear(whole_BTC, weight_FC, bias_F)
             for weight_FC, bias_F in zip(weights_FC, biases_F, strict=True)
         )
 

@@ -13,6 +13,7 @@ from torch import nn
 from megatrain.config import RunConfig
 from megatrain.distributed.fragment import ShardSpec
 from megatrain.distributed.groups import Groups
+from megatrain.parallel.compile import compile_layers, is_compiled
 from megatrain.parallel.recompute import recompute_cores, recompute_layers
 from megatrain.parallel.tensor import split_model
 
@@ -58,10 +59,12 @@ def shard_model(
             specs |= {name: ShardSpec.whole(name, parameter.shape) for name, parameter in model.named_parameters()}
         model.tie_weights()
         layers = [model.get_submodule(name) for name in model.decoder_names]
+        if config.parallel.recompute == "selective":
+            recompute_cores(layers, recomputed)
+        if is_compiled(config, groups.device):
+            compile_layers(layers)
         if config.parallel.recompute == "full":
             recompute_layers(layers, config.parallel.recompute_every)
-        elif config.parallel.recompute == "selective":
-            recompute_cores(layers, recomputed)
     names = [name for model in chunks for name, _ in model.named_parameters()]
     return ShardedModel(chunks, {name: specs[name] for name in names})
 

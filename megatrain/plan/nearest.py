@@ -20,7 +20,11 @@ MAX_CHANGES = 4
 MAX_CANDIDATES = 8
 LESS_PREFERRED = 100.0  # more than any distance
 ONE_CHANGE = 10_000.0  # more than the preferences and distances of all changes
-CHOICES = {"parallel.engine": ("deepspeed", "fsdp2"), "parallel.offload": ("none", "optimizer", "all")}
+CHOICES = {
+    "parallel.engine": ("deepspeed", "fsdp2"),
+    "parallel.offload": ("none", "optimizer", "all"),
+    "train.compile": ("auto", "off"),
+}
 
 
 def with_changes(config: RunConfig, *changes: Change) -> RunConfig:

@@ -159,9 +159,15 @@ def _check_zero(config: RunConfig, world_size: int) -> Iterator[Violation]:
 
 
 def _check_engine(config: RunConfig, world_size: int) -> Iterator[Violation]:
-    """What FSDP2 cannot do."""
+    """What each engine cannot do."""
     parallel, key = config.parallel, "parallel.engine"
     if parallel.engine == "deepspeed":
+        if parallel.zero_stage == 3 and config.train.compile == "on":
+            reason = (
+                "DeepSpeed's ZeRO 3 fetches weights by hooks within a layer, which torch.compile cannot take (under "
+                "parallel.engine fsdp2 it can)"
+            )
+            yield Violation("compile", "train.compile", reason, ("train.compile", key, "parallel.zero_stage"))
         return
     if parallel.offload != "none":
         reason = "parallel.engine fsdp2 does not offload: torch's copies to and from CPU memory race with the passes"

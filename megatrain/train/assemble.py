@@ -38,16 +38,17 @@ from megatrain.distributed.health_checks import Finding
 from megatrain.distributed.preflight import LEAST_FREE_BYTES, Folders, examine, existing
 from megatrain.distributed.rendezvous import init_process_group
 from megatrain.distributed.topology import Topology
-from megatrain.errors import RankError
+from megatrain.errors import ConfigError, RankError
 from megatrain.inference.assets import Assets
-from megatrain.model.attention import CoreAttention
+from megatrain.model.attention import CoreAttention, attend_alone
 from megatrain.model.block import Activation
 from megatrain.model.decoder import DecoderStage, LayerSpec, build_layers
 from megatrain.model.init import InitialWeights
+from megatrain.model.kernels import Use, candidates, forget_flash3, why_missing
 from megatrain.model.linear import add_adapters
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine, Sharding
-from megatrain.parallel.shard import ShardedModel, shard_model, tie_across_stages
+from megatrain.parallel.shard import DTYPES, ShardedModel, shard_model, tie_across_stages
 from megatrain.plan import rules
 from megatrain.plan.flops import num_trained_parameters
 from megatrain.plan.hardware import resolve_precision
@@ -85,6 +86,8 @@ class Run:
     validation: Mapping[str, EvaluationBatches]
     store: CheckpointStore
     findings: Sequence[Finding]
+    attention: str
+    """The kernel that computes attention, by the names of `model.attention`."""
     assets: Assets = field(default_factory=Assets)
     """What came along with the weights it has begun with; on rank 0."""
     origin: Location | None = None
@@ -159,7 +162,8 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
     config = with_default_warmup(config, num_steps(config, order))
     lap("order")
-    engine = build_engine(config, groups)
+    attention = choose_attention(config, groups)
+    engine = build_engine(config, groups, attention)
     lap("engine")
     store = open_store(Path(config.run.dir), config.checkpoint.dir)
     store.activity = groups.activity
@@ -168,6 +172,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         rank=rank,
         groups=groups,
         engine=engine,
+        attention=attention,
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
         order=order,
@@ -232,9 +237,33 @@ def sampling_settings(config: RunConfig, sources: Sequence[SampleSource]) -> Sam
     )
 
 
-def build_engine(config: RunConfig, groups: Groups) -> Engine:
-    """The model of the config under the layout of the groups. Collective; its weights are not yet filled in."""
+def choose_attention(config: RunConfig, groups: Groups) -> str:
+    """The kernel that all ranks have, as `model.attention` asks for it; auto: what the model does by itself.
+
+    Collective. Raises ConfigError where the one that is asked for is missing.
+    """
+    model = config.model
+    has_borders = config.data.document_mask or model.attention_window is not None
+    heads_per_group = model.num_attention_heads // model.kv_heads
+    dtype = DTYPES[config.train.precision]
+    use = Use(groups.device, dtype, config.data.seq_len, heads_per_group, model.head_size, has_borders)
+    for kernel in candidates(model.attention, use) if model.attention_dropout == 0 else ():
+        reason = groups.first_value(why_missing(kernel, use, attend_alone))
+        if reason is None:
+            return kernel
+        forget_flash3()  # another rank may have no such thing
+        if model.attention != "auto":
+            raise ConfigError(f"model.attention is {kernel}, which cannot be used here: {reason}. Set it to auto.")
+    return "auto"
+
+
+def build_engine(config: RunConfig, groups: Groups, attention: str | None = None) -> Engine:
+    """The model of the config under the layout of the groups. Collective; its weights are not yet filled in.
+
+    ``attention``: what ``choose_attention`` gives, where it is known.
+    """
     rules.check(config, groups.topology.world_size)
+    attention = attention or choose_attention(config, groups)
     num_ranks, rank = groups.topology.pipeline, groups.coordinate.pipeline
     num_stages = num_ranks * config.parallel.pipeline_chunks
     with torch.device("meta"):
@@ -243,6 +272,7 @@ def build_engine(config: RunConfig, groups: Groups) -> Engine:
         chunks = [DecoderStage(config.model, _stage_layers(config, specs, stage, num_stages)) for stage in stages]
         for chunk in chunks:
             add_adapters(chunk, config.lora, config.run.seed)
+            chunk.use_attention(attention)
     model = shard_model(chunks, config, groups, RECOMPUTED)
     if config.model.tie_word_embeddings and num_ranks > 1 and chunks[-1].head_name is not None:
         model = tie_across_stages(model, chunks[-1].head_name, specs[0].prefix)

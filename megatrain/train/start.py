@@ -63,6 +63,9 @@ def train(
     ledger = GoodputLedger(Path(config.run.dir), clock.began) if rank.rank == 0 else None
     progress, folder, complaints = restore(run)
     clock.lap("restore")
+    if run.engine.is_compiled and progress.step < run.num_steps:
+        _compile(run, progress)
+        clock.lap("compile")
     if rank.rank == 0:
         record_new_run(run.config)
     resumed_from = str(folder.path) if folder else None
@@ -77,6 +80,14 @@ def train(
                     run.groups.activity.enter(spike.step, "start")
                     progress, complaints = rewind(run, trainer.progress, spike)
                     resumed_from = str(run.store.path_of(progress.step))
+
+
+def _compile(run: Run, progress: Progress) -> None:
+    """Compile the layers for micro-batches like the first one, on all ranks at once."""
+    run.groups.activity.enter(progress.step, "compile")
+    with contextlib.closing(run.training_batches(run.order)) as batches:
+        run.engine.compile(batches.micro_batches(progress.step)[0])
+    run.groups.activity.enter(progress.step, "start")
 
 
 @contextlib.contextmanager
@@ -151,6 +162,7 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
         "model": f"{config.model.family}, {count}, {config.train.precision}",
         "layout": layout_in_words(config.parallel, topology),
         "device": name,
+        "kernels": _kernels_in_words(run),
         "data": ", ".join(
             f"{dataset.path} ({dataset.num_tokens:,} tokens, {each.epochs:.2f} epochs)"
             for dataset, each in zip(run.datasets, _epochs(run), strict=True)
@@ -159,6 +171,14 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
     }
     facts |= {"init_from": str(run.origin)} if run.origin else {}
     return facts | ({"resumed from": resumed_from} if resumed_from else {})
+
+
+def _kernels_in_words(run: Run) -> str:
+    """What computes attention, and whether layers are compiled."""
+    is_written_out = run.config.model.attention_dropout > 0 or run.groups.device.type == "cpu"
+    default = "in blocks of rows" if is_written_out else "PyTorch's choice"
+    attention = default if run.attention == "auto" else run.attention
+    return f"attention {attention}, layers {'compiled' if run.engine.is_compiled else 'not compiled'}"
 
 
 def layout_in_words(parallel: ParallelConfig, topology: Topology) -> str:

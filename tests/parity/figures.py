@@ -70,11 +70,14 @@ class Pool:
         self._ranks: dict[int, Ranks] = {}
         self._alone: dict[str, Figures] = {}
 
-    def train(self, world_size: int, config: dict[str, Any], num_steps: int = NUM_STEPS) -> Figures:
-        """Train on so many ranks."""
+    def train(
+        self, world_size: int, config: dict[str, Any], num_steps: int = NUM_STEPS, *, gpu_kernels: bool = False
+    ) -> Figures:
+        """Train on so many ranks. ``gpu_kernels``: as in ``worker.Case``."""
         folder = self._folder / "case"
         shutil.rmtree(folder, ignore_errors=True)
-        answer = self.answer(world_size, {"config": config, "num_steps": num_steps, "save": str(folder)})
+        case = {"config": config, "num_steps": num_steps, "save": str(folder), "gpu_kernels": gpu_kernels}
+        answer = self.answer(world_size, case)
         weights = {name: tensor for (name, kind), tensor in gather_state(folder).items() if kind == "weight"}
         return Figures(answer["losses"], answer["norms"], answer["validation"], weights)
 

@@ -165,3 +165,13 @@ def test_stages_need_not_have_equally_many_layers(num_layers, num_stages, pool: 
     model = {"num_hidden_layers": num_layers}
     config = parity_config(pool.data, "gpt2_tied", model=model, parallel={"pipeline": num_stages})
     pool.train(num_stages, config, NUM_STEPS).assert_equals(pool.alone("gpt2_tied", NUM_STEPS, model=model))
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@layouts("sequence", "fsdp2 zero 3")
+def test_a_gpus_kernels_train_the_same(documents, num_ranks, parallel, pool: Pool, short_documents: Path):
+    """Fused attention and norms, and attention by the documents' borders, beside what a CPU computes by itself."""
+    data = {"train": [{"path": str(short_documents)}], "document_mask": True} if documents else {}
+    config = parity_config(pool.data, "llama_tied", data=data, parallel=parallel, model={"attention": "flash"})
+    alone = pool.alone("llama_tied", NUM_STEPS, data=data)
+    pool.train(num_ranks, config, NUM_STEPS, gpu_kernels=True).assert_equals(alone)

@@ -33,6 +33,7 @@ from megatrain.errors import CheckpointError
 from megatrain.inference.assets import Assets
 from megatrain.inference.writer import Writer, agreement
 from megatrain.model.init import InitialWeights
+from megatrain.model.norm import RmsNorm
 from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.parallel.engine import Engine
 from megatrain.tasks.evaluation import answer, collect, read_questions
@@ -59,6 +60,7 @@ class Case:
     ``swapped``: of these parameters, one is taken for the other when the state is saved.
     ``drifts``: ranks that hold a weight with others have gradients of it that are a little off, but for the first one.
     ``tasks``: a file of tasks, answered in the end.
+    ``gpu_kernels``: attention and norms by the functions that a GPU runs.
     ``twice``: go back to the initial weights in the end, and take the first steps again."""
 
     config: dict[str, Any]
@@ -77,6 +79,7 @@ class Case:
     swapped: tuple[str, str] | None = None
     drifts: bool = False
     tasks: str | None = None
+    gpu_kernels: bool = False
     twice: bool = False
 
 
@@ -92,6 +95,7 @@ def train(case: Case) -> dict[str, Any]:
     config = RunConfig.model_validate(case.config)
     train_sets, _ = open_training_data(config)
     config = resolve_vocabulary(config, train_sets[0])
+    RmsNorm.has_own_cpu_kernel = not case.gpu_kernels
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = groups_of(topology, config.model.kv_heads)
     engine = build_engine(config, groups)
@@ -111,6 +115,8 @@ def train(case: Case) -> dict[str, Any]:
     maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
     order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
     batches = TrainingBatches(maker, order, *groups.batch_share)
+    if engine.is_compiled:
+        engine.compile(batches.micro_batches(case.first_step)[0])
     losses, norms, skipped, num_updates, saved = [], [], [], case.num_updates, {}
     problem = None
     save_step = case.first_step + (case.num_steps if case.save_after is None else case.save_after)

@@ -93,3 +93,12 @@ def test_no_random_state_is_touched() -> None:
 
 def _correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).double())[0, 1].abs().item()
+
+
+@pytest.mark.slow
+def test_compiled_dropout_drops_the_same_elements() -> None:
+    """Torch's compiler multiplies indices in integers that do not wrap, unless they are kept from it."""
+    x, samples = torch.rand(4, 16, 64), torch.arange(4) + 7
+    arguments = (x, 0.2, rng.stream_key(1, "a"), samples, (16, 0))
+    compiled = torch.compile(rng.dropout, fullgraph=True)(*arguments)
+    assert torch.equal(compiled, rng.dropout(*arguments))

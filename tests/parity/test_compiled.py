@@ -1,0 +1,74 @@
+"""Compiled layers train the model that eager ones train, under every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.figures import Pool
+from tests.parity.matrix import parity_config
+
+NUM_STEPS = 4
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
+ROWS: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
+    "one rank": (1, "llama_tied", {}, {}),
+    "zero 2, selective": (2, "gpt2", {"zero_stage": 2, "recompute": "selective"}, {}),
+    "tensor, full, dropout": (2, "llama_tied", {"tensor": 2, "recompute": "full"}, DROPOUT),
+    "sequence, selective, dropout": (
+        2,
+        "gpt2_tied",
+        {"tensor": 2, "sequence": True, "recompute": "selective"},
+        DROPOUT,
+    ),
+    "pipeline in chunks, every second": (
+        2,
+        "llama_mqa",
+        {"pipeline": 2, "pipeline_chunks": 2, "recompute": "full", "recompute_every": 2},
+        {},
+    ),
+    "fsdp2 zero 1": (2, "llama_tied", {"engine": "fsdp2"}, {}),
+    "fsdp2 zero 3, full": (2, "gpt2", {"engine": "fsdp2", "zero_stage": 3, "recompute": "full"}, DROPOUT),
+    "fsdp2 all axes": (
+        4,
+        "llama_tied",
+        {"engine": "fsdp2", "tensor": 2, "pipeline": 2, "sequence": True, "zero_stage": 3},
+        {},
+    ),
+}
+COMPILED = {"compile": "on"}
+
+
+def rows(*in_ci: str) -> pytest.MarkDecorator:
+    """All rows; those that are not ``in_ci`` in acceptance alone: a layer takes most of a minute to compile."""
+    marks = {name: () if name in in_ci else (pytest.mark.slow, pytest.mark.acceptance) for name in ROWS}
+    return pytest.mark.parametrize("row", [pytest.param(name, marks=marks[name]) for name in ROWS])
+
+
+@rows()
+def test_compiled_layers_train_as_eager_ones_do(row: str, pool: Pool) -> None:
+    num_ranks, model, parallel, dropout = ROWS[row]
+    config = parity_config(pool.data, model, parallel=parallel, model=dropout, train=COMPILED)
+    alone = pool.alone(model, NUM_STEPS, model=dropout)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.parametrize("row", ["one rank", "fsdp2 zero 3, full"])
+def test_compiled_layers_keep_documents_apart(row: str, pool: Pool, short_documents: Path) -> None:
+    num_ranks, model, parallel, _ = ROWS[row]
+    data: dict[str, Any] = {"train": [{"path": str(short_documents)}], "document_mask": True}
+    config = parity_config(pool.data, model, data=data, parallel=parallel, train=COMPILED)
+    pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone(model, NUM_STEPS, data=data))
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_compiled_layers_train_in_half_precision(precision: str, pool: Pool) -> None:
+    train = {"precision": precision, "initial_loss_scale_power": 8}
+    config = parity_config(pool.data, "llama_tied", train={**train, **COMPILED})
+    alone = pool.alone("llama_tied", NUM_STEPS, train=train)
+    pool.train(1, config, NUM_STEPS).assert_equals(alone, loss=2e-3, norm=1e-2, weight=None)
