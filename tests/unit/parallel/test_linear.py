@@ -53,7 +53,7 @@ def run(alone: dist.ProcessGroup, *, is_sequence_parallel: bool) -> tuple[Block,
     kept: list[Tensor] = []
     layers = ColumnParallel(Region(alone, is_sequence_parallel), [False, False])
     with saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
-        gate, up = layers(block, x)
+        gate, up = layers(block, x, None)
     loss = gate.square().sum() + up.sin().sum()
     with Order() as order:
         loss.backward()
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_layers_alone(alone, is_sequence_parallel):
 
 def test_frozen_weights_cost_no_product(alone):
     block, x = Block().requires_grad_(False), torch.randn(2, 3, 6, requires_grad=True)
-    gate, up = ColumnParallel(Region(alone, is_sequence_parallel=True), [False, False])(block, x)
+    gate, up = ColumnParallel(Region(alone, is_sequence_parallel=True), [False, False])(block, x, None)
     with Order() as order:
         (gate.sum() + up.sum()).backward()
     assert order.names == ["mm", "addmm_", "_reduce_scatter_base_"]
