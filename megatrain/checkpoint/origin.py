@@ -109,6 +109,9 @@ class Origin:
         from megatrain.checkpoint.store import read_small_file
 
         entry = self.manifest.file(TOKENIZER)
+        if entry is None and isinstance(self.folder, Path) and is_model_folder(str(self.folder)):
+            path = self.folder / TOKENIZER
+            return path.read_bytes() if path.is_file() else None
         return None if entry is None else read_small_file(self.folder, entry)
 
     def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str) -> None:
@@ -140,12 +143,42 @@ def find_origin(config: RunConfig) -> Origin | None:
     if any(True for _ in open_store(Path(config.run.dir), config.checkpoint.dir).names()):
         return None
     with _naming_the_key():
+        if is_model_folder(config.run.init_from):
+            return _of_model_folder(Path(config.run.init_from))
         folder = resolve(locate(config.run.init_from))
         if (problem := find_problem(folder)) is not None:
             raise CheckpointError(problem)
         manifest = read_manifest(folder)
         saved = saved_config(manifest, folder)
         return Origin(folder, manifest, saved.model, saved.lora)
+
+
+def is_model_folder(path: str) -> bool:
+    """Whether ``run.init_from`` is a Hugging Face folder, which a start imports first."""
+    from megatrain.checkpoint.manifest import MANIFEST
+
+    folder = Path(path)
+    return "://" not in path and (folder / "config.json").is_file() and not (folder / MANIFEST).exists()
+
+
+def _of_model_folder(folder: Path) -> Origin:
+    from megatrain.checkpoint.huggingface import read_config  # torch
+    from megatrain.checkpoint.manifest import Manifest
+    from megatrain.plan.flops import num_parameters
+
+    model, _ = read_config(folder)
+    manifest = Manifest(
+        step=0,
+        tokens=0,
+        parameters=num_parameters(model),
+        layout={},
+        state={},
+        config={},
+        versions={},
+        created="",
+        files=(),
+    )
+    return Origin(folder, manifest, model)
 
 
 def may_differ_table() -> str:
@@ -178,6 +211,8 @@ def _saved_model(run_dir: str | None, checkpoint_dir: str | None, init_from: str
     if own or init_from is None:
         return _newest_model(own)
     with _naming_the_key():
+        if is_model_folder(init_from):
+            return _of_model_folder(Path(init_from)).model.model_dump(mode="json")
         path = locate(init_from)
         if is_checkpoint(path):
             return _newest_model([(0, path)])

@@ -93,8 +93,8 @@ class RunSection(Section):
     )
     init_from: Path | None = Field(
         default=None,
-        description="A checkpoint or run folder to take the weights from, which must be of this model and tokenizer; "
-        "null: initialise them from the seed.",
+        description="A checkpoint, a run folder or a Hugging Face folder to take the weights from, which must be of "
+        "this model and tokenizer; null: initialise them from the seed.",
     )
     resize_token_embeddings: bool = Field(
         default=False,

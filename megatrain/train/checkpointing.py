@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatrain.checkpoint.location import Location
-from megatrain.checkpoint.manifest import FileEntry, Manifest, Token
-from megatrain.checkpoint.origin import Origin, find_origin
+from megatrain.checkpoint.manifest import FileEntry, Manifest, Token, read_manifest
+from megatrain.checkpoint.origin import Origin, find_origin, is_model_folder
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention
@@ -27,6 +28,7 @@ from megatrain.observe.record import last_saved_step
 from megatrain.parallel.engine import Engine, StateReader
 from megatrain.plan.flops import num_trained_parameters
 from megatrain.train.assemble import Run
+from megatrain.train.convert import import_folder
 from megatrain.train.new_tokens import ResizedWeights, new_rows
 from megatrain.train.progress import (
     Progress,
@@ -313,7 +315,10 @@ def assets_of(run: Run) -> Assets:
 
 
 def _fitting_origin(run: Run) -> Origin:
-    """The checkpoint of ``run.init_from``. Raises CheckpointError where it is of another model or tokenizer."""
+    """The checkpoint of ``run.init_from``. Raises CheckpointError where it is of another model or tokenizer.
+
+    A Hugging Face folder is imported into RUN/imported, again at each start before the first save.
+    """
     origin = find_origin(run.config)
     assert origin is not None
     may_grow = run.config.run.resize_token_embeddings
@@ -324,7 +329,12 @@ def _fitting_origin(run: Run) -> Origin:
             refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
         else:
             origin.refuse_other_tokenizer(dataset.path, dataset.manifest.tokenizer_sha256)
-    return origin
+    if not is_model_folder(str(origin.folder)):
+        return origin
+    out = Path(run.config.run.dir) / "imported"
+    shutil.rmtree(out, ignore_errors=True)
+    import_folder(Path(str(origin.folder)), out)
+    return replace(origin, folder=out, manifest=read_manifest(out))
 
 
 def _begin(run: Run) -> Progress:

@@ -10,8 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
+from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.lock import is_alive
 from megatrain.checkpoint.manifest import read_manifest
+from megatrain.train.convert import export_checkpoint
 from megatrain.train.progress import Progress
 from tests.faults.conftest import Copy
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
@@ -226,6 +228,30 @@ def test_weights_are_taken_from_another_runs_checkpoint(
     begun = Metrics.read(tmp_path / "run")
     assert begun.losses[0] < Metrics.read(finished_run).losses[0] - 0.02
     assert begun.events[0]["init_from"] == str(finished_run / "checkpoints" / "step-00000006")
+
+
+def test_a_hugging_face_folder_begins_a_run(
+    finished_run: Path, two_ranks: ServedRanks, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    """In several files; under any layout as from the checkpoint that it was exported from. Continued pretraining: with
+    another mixture, schedule and learning rate."""
+    folder = tmp_path / "model"
+    export_checkpoint(locate(str(finished_run)), folder, shard_bytes=30_000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    sections: dict[str, Any] = tiny_config(tiny_data, tmp_path / "run", train={"steps": 2}, optimizer={"lr": 5.0e-3})
+    sections |= {"model": "from_checkpoint", "schedule": {"type": "cosine", "warmup_steps": 1}}
+    sections["data"]["train"] = [{"path": str(tiny_data.code), "weight": 3.0}, {"path": str(tiny_data.prose)}]
+    config = write_config(tmp_path / "run.yaml", sections)
+    overrides = ("parallel.tensor=2", "run.dir=" + str(tmp_path / "other"))
+    two_ranks.finish(config, f"run.init_from={folder}", "parallel.tensor=2")
+    two_ranks.finish(config, f"run.init_from={finished_run}", *overrides)
+    imported, copied = (Metrics.read(tmp_path / name) for name in ("run", "other"))
+    assert (imported.losses, imported.norms) == (copied.losses, copied.norms)
+    assert imported.losses[0] < Metrics.read(finished_run).losses[0] - 0.02
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("10000.0", "20000.0"))
+    ended = two_ranks.train(config, f"run.init_from={folder}", f"run.dir={tmp_path / 'third'}", "model.rope_theta=5.0")
+    assert set(ended.codes) == {4}
+    assert "model.rope_theta is 20000.0 there and 5.0 here" in "".join(ended.output)
 
 
 def test_damaged_initial_weights_end_all_ranks(
