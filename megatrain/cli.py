@@ -104,7 +104,7 @@ def check(
     rules.check(loaded, world_size)
     notes = [*preview.check_origin(loaded), *not_in_transformers(loaded.model), *preview.check_data(config, loaded)]
     notes += [*preview.check_tasks(loaded), *preview.check_trackers(loaded)]
-    data = rules.data_degree(loaded, world_size)
+    length, data = preview.length(loaded), rules.data_degree(loaded, world_size)
     at_most = "" if isinstance(loaded.train.global_batch_size, int) else "up to "
     typer.echo(
         f"{config} is right on {world_size} rank(s): data {data} x tensor {loaded.parallel.tensor} x pipeline "
@@ -112,7 +112,7 @@ def check(
     )
     for note in notes:
         typer.echo(note)
-    _show_length(loaded, preview.length(loaded))
+    _show_length(loaded, length)
     is_here = nodes is None and gpus_per_node is None and device_here() == CPU
     if is_here and loaded.train.precision == "bf16" and not cpu_computes_bf16():
         typer.echo(
