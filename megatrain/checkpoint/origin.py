@@ -162,11 +162,21 @@ def is_model_folder(path: str) -> bool:
 
 
 def _of_model_folder(folder: Path) -> Origin:
-    from megatrain.checkpoint.huggingface import read_config  # torch
+    """By its config.json alone, without torch: what its weights say otherwise, the import tells."""
+    import orjson
+
     from megatrain.checkpoint.manifest import Manifest
+    from megatrain.checkpoint.transformers_config import from_transformers
     from megatrain.plan.flops import num_parameters
 
-    model, _ = read_config(folder)
+    path = folder / "config.json"
+    try:
+        keys = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(keys, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    model = from_transformers(keys, path)
     manifest = Manifest(
         step=0,
         tokens=0,

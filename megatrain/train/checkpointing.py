@@ -16,6 +16,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token, read_manifest
 from megatrain.checkpoint.origin import Origin, find_origin, is_model_folder
 from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention
 from megatrain.checkpoint.stores import find_store
@@ -334,7 +335,11 @@ def _fitting_origin(run: Run) -> Origin:
     out = Path(run.config.run.dir) / "imported"
     shutil.rmtree(out, ignore_errors=True)
     import_folder(Path(str(origin.folder)), out)
-    return replace(origin, folder=out, manifest=read_manifest(out))
+    imported = replace(
+        origin, folder=out, manifest=(manifest := read_manifest(out)), model=saved_config(manifest, out).model
+    )
+    imported.refuse_other_model(run.config.model, may_grow=may_grow)
+    return imported
 
 
 def _begin(run: Run) -> Progress:
