@@ -361,3 +361,17 @@ def test_loading_is_quick_and_imports_no_torch(tmp_path):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds(program) for _ in range(3)) - min(seconds("pass") for _ in range(3)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["lora={rank: 4, alpha: 8.0}"], "run.init_from"),
+        (["lora={rank: 4, alpha: 8.0, target_modules: [qproj]}"], "nearest: q_proj"),
+        (["lora={rank: 4, alpha: 8.0, target_modules: c_attn}"], "must be all-linear or a matrix of a llama layer"),
+        (["lora={rank: 4, alpha: 8.0, target_modules: [lm_head]}"], "here they are one weight"),
+        (["lora={rank: 4}"], "is missing; a required key"),
+    ],
+)
+def test_adapters_need_a_base_and_known_matrices(overrides, told, refused):
+    assert told in refused(*overrides)
