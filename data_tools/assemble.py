@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from data_tools.executors import Advance
 from data_tools.job import Records, open_committed
+from data_tools.memory import Memory
 from data_tools.supervised import Supervision, no_answer_error
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Unit, no_text_error
@@ -119,6 +120,7 @@ class Assembly:
     store: PartStore
     recipe: Recipe
     job: str
+    memory: Memory
 
     @property
     def plan_path(self) -> Path:
@@ -159,8 +161,13 @@ class Assembly:
         metadata = shard_metadata(self.recipe.same_for_all_shards, index, *totals)
         schema = document_schema(dtype, metadata, has_scored=self.recipe.has_scored)
         runs = runs_of((np.cumsum(lengths) - lengths) // BATCH_TOKENS)
-        batches = (_shard_batch(documents.slice(first, last - first), files, schema) for _, first, last in runs)
-        write_batches(self.out / shard_name(index), schema, batches, self.folder)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for _, first, last in runs:
+                yield _shard_batch(documents.slice(first, last - first), files, schema)
+                self.memory.release_mapped()
+
+        write_batches(self.out / shard_name(index), schema, batches(), self.folder)
         row = shard_row(self.out / shard_name(index), *totals)
         commit_bytes(self.stats_path(index), orjson.dumps(row))
         for part in plan.own_parts:

@@ -64,7 +64,7 @@ CleanOut = Annotated[
     Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write to: .jsonl.zst, and .report in it.")
 ]
 CleanStage = Literal["read", "index", "list", "tally", "write", "publish"]
-PairStage = Literal["read", "index", "sort", "compare", "cluster"]
+PairStage = Literal["read", "index", "sort", "compare", "join", "cluster"]
 DedupStage = Literal[PairStage, CleanStage, "represent", "assign"]
 SplitStage = Literal[PairStage, "count", "number", "write-train", "write-validation", "report", "publish"]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Count all of it, not a sample of 64 record batches.")]

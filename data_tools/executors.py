@@ -27,6 +27,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from data_tools.machine import cores_bound
+from data_tools.memory import NO_BOUND, Memory, bound_memory
 from data_tools.ranks import Ranks, find_ranks
 from megatrain.errors import ConfigError, MegatrainError, RankError
 
@@ -134,7 +135,10 @@ class LocalPool:
             context = get_context("spawn")  # the encoders' threads do not survive a fork
             self._others, self._num_read = set(active_children()), context.Value("q", 0)
             self._executor = ProcessPoolExecutor(self.count, context, _start_worker, (self._num_read,))
-        future = self._executor.submit(function, *arguments)
+        try:
+            future = self._executor.submit(function, *arguments)
+        except BrokenProcessPool:  # they died while there was nothing to do
+            raise self._death() from None
         self._see_workers()
         return future
 
@@ -238,6 +242,12 @@ class DaskPool:
             )
         return max(self._num_workers, 1)
 
+    @property
+    def memory_bytes(self) -> int:
+        """The least that a worker may hold before its nanny ends it; as good as no bound where there is none."""
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        return min((each["memory_limit"] or NO_BOUND.num_bytes for each in workers), default=NO_BOUND.num_bytes)
+
     def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
         return self._executor.submit(function, *arguments)
 
@@ -324,6 +334,8 @@ class Place:
 
     pool: Pool
     share: Share | None = None
+    memory: Memory = NO_BOUND
+    """Of each worker, and of this process."""
 
 
 @contextmanager
@@ -333,6 +345,7 @@ def find_place(
     share: str | None = None,
     dask: str | None = None,
     dask_plain: bool = False,
+    max_memory: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Place | None]:
     """Where this process's units run, by its options or its launcher; None for a worker, once it has served.
@@ -353,13 +366,15 @@ def find_place(
     limit_threads(min(workers or ranks.num_cores(), ranks.num_cores()) if dask is None and not ranks.uses_mpi else 1)
     if ranks.uses_mpi:
         with mpi_pool(ranks, report) as mpi:
-            yield None if mpi is None else Place(mpi)
+            yield None if mpi is None else Place(mpi, memory=bound_memory(max_memory, ranks.memory_bytes(), 1))
     elif dask is not None:
         with dask_pool(dask, dask_plain) as cluster:
-            yield Place(cluster)
+            yield Place(cluster, memory=bound_memory(max_memory, cluster.memory_bytes, 1))
     else:
         if workers is None:
             say(f"Workers: up to {ranks.num_cores()}, one a core ({cores_bound(ranks.num_local)}).")
         found = Share(ranks.rank, ranks.size, ranks.job) if ranks.size > 1 else None
-        with LocalPool(workers or ranks.num_cores()) as pool:
-            yield Place(pool, found if share is None else Share.parse(share))
+        count = workers or ranks.num_cores()
+        memory = bound_memory(max_memory, ranks.memory_bytes(), count + 1)
+        with LocalPool(count) as pool:
+            yield Place(pool, found if share is None else Share.parse(share), memory)

@@ -35,6 +35,7 @@ from data_tools.executors import (
     run_all,
     worker_advance,
 )
+from data_tools.memory import NO_BOUND, Memory
 from data_tools.units import PART_BYTES
 from megatrain.atomic import commit_bytes, commit_first
 from megatrain.errors import DataError, RankError
@@ -163,6 +164,11 @@ class Effort:
     place: Place | None = field(default=None, kw_only=True)
     stage: str | None = field(default=None, kw_only=True)
     """The one to run alone; those before it must be done."""
+
+    @property
+    def memory(self) -> Memory:
+        """What each process may hold."""
+        return NO_BOUND if self.place is None else self.place.memory
 
     @property
     def max_workers(self) -> int:

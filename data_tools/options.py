@@ -93,9 +93,13 @@ class Running:
         dask_plain: Annotated[
             bool, typer.Option("--dask-plain", help="Let the Dask cluster be without TLS: its network is closed.")
         ] = False,
+        max_memory: Annotated[
+            str | None,
+            typer.Option(metavar="SIZE", help="What each process may hold, such as 2G; 80% of its share unless given."),
+        ] = None,
     ) -> None:
         self.workers, self.restart, self.stage = workers, restart, stage
-        self._place = share, dask, dask_plain
+        self._place = share, dask, dask_plain, max_memory
 
     def place(self) -> AbstractContextManager[Place | None]:
         from data_tools.executors import find_place

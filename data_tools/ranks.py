@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.machine import num_cores
+from data_tools.machine import memory_bytes, num_cores
 from megatrain.distributed.slurm_step import find_step, read_int
 from megatrain.errors import ConfigError
 
@@ -44,6 +44,12 @@ class Ranks:
     def num_cores(self) -> int:
         """Cores for this process, one of those on this machine."""
         return num_cores(self.num_local)
+
+    def memory_bytes(self) -> int:
+        """Memory for this process and those that it starts: of the machine, its control group, or its SLURM job."""
+        node, core = (read_int(os.environ, f"SLURM_MEM_PER_{each}", 0) << 20 for each in ("NODE", "CPU"))
+        job = node or core * read_int(os.environ, "SLURM_CPUS_ON_NODE", 0)
+        return min(memory_bytes(), job or memory_bytes()) // self.num_local
 
 
 def find_ranks(environ: Mapping[str, str] | None = None) -> Ranks:

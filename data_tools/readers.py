@@ -9,6 +9,7 @@ from itertools import groupby
 from data_tools.inputs import InputFile
 from data_tools.kinds import Kind
 from data_tools.lines import read_json_lines, read_texts
+from data_tools.memory import NO_BOUND, Memory
 from data_tools.tables import read_tables, row_group_ranges
 from data_tools.units import PART_BYTES, BadInput, BadRow, Part, ReadOptions, Row, Unit
 
@@ -36,18 +37,20 @@ READERS: dict[Kind, Callable[[Unit, ReadOptions, Callable[[int], None]], Iterato
 }
 
 
-def parts_at_once(files: list[InputFile], part_bytes: int) -> int:
+def parts_at_once(files: list[InputFile], part_bytes: int, memory: Memory = NO_BOUND) -> int:
     """How many parts are to be committed as one file: the more, the larger the input."""
     num_parts = sum(Unit((file,), num_bytes=file.num_bytes).text_bytes for file in files) // part_bytes
-    return min(1 << max(num_parts // MANY_PARTS, 1).bit_length() - 1, MAX_PARTS_AT_ONCE)
+    return min(1 << max(num_parts // MANY_PARTS, 1).bit_length() - 1, memory.fitting(4 * part_bytes, MAX_PARTS_AT_ONCE))
 
 
-def plan_commits(files: list[InputFile], part_bytes: int, errors: str, num_workers: int) -> Iterator[Unit]:
+def plan_commits(
+    files: list[InputFile], part_bytes: int, errors: str, num_workers: int, memory: Memory = NO_BOUND
+) -> Iterator[Unit]:
     """Cut the files into units of one commit each, in document order; those that cannot be cut, among readers.
 
     A file has as many readers as its share of so many workers.
     """
-    at_once = parts_at_once(files, part_bytes)
+    at_once = parts_at_once(files, part_bytes, memory)
     all_bytes = max(sum(file.num_bytes for file in files), 1)
     for unit in plan_units(files, part_bytes, errors, at_once):
         unit = replace(unit, parts_at_once=at_once)

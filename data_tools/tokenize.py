@@ -200,7 +200,7 @@ class _Stages:
         options = {"errors": self.options.read.errors, **bos_token, **named}
         recipe = Recipe(self.tokenizer, options, self.options.shard_tokens, supervision)
         units = self.list_units(folder)
-        assembly = Assembly(out, folder, units.store, recipe, self.origin.name)
+        assembly = Assembly(out, folder, units.store, recipe, self.origin.name, self.effort.of_stages.memory)
         yield self.encode(units, assembly)
         yield one_unit("plan", assembly.plan_path, partial(assembly.make_plan, units))
         refuse_above(self.effort.max_unknown, assembly.plan.unknown, "the text")
@@ -213,8 +213,9 @@ class _Stages:
         """The units, as they were cut when the command was first given, and the store of their parts."""
         table = folder / "units.arrow"
         if table.name not in committed_names(folder):
-            num_workers = self.effort.of_stages.max_workers
-            units = plan_commits(self.origin.files, self.effort.part_bytes, self.options.read.errors, num_workers)
+            effort = self.effort.of_stages
+            how = (effort.part_bytes, self.options.read.errors, effort.max_workers, effort.memory)
+            units = plan_commits(self.origin.files, *how)
             Records.write(table, units)
         records = Records(table)
         stores = sorted(self.output.work.glob(f"{PARTS_FOLDER}-*"))

@@ -17,7 +17,7 @@ from launcher.site import Site
 from megatrain.errors import ConfigError
 
 _CLEAN_STAGES = ("list", "tally", "write", "publish")
-_PAIR_STAGES = ("read", "index", "sort", "compare", "cluster")
+_PAIR_STAGES = ("read", "index", "sort", "compare", "join", "cluster")
 STAGES = {
     "tokenize": ("encode", "plan", "shards", "manifest"),
     "dedup": (*_PAIR_STAGES, *_CLEAN_STAGES),

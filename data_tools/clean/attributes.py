@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +19,21 @@ import orjson
 import pyarrow as pa
 import xxhash
 
+from data_tools.assemble import runs_of
 from data_tools.executors import Advance
 from data_tools.inputs import InputFile
-from data_tools.job import Records, Stage, committed_names, map_committed, open_committed
+from data_tools.job import Records, Stage, committed_names, map_committed
+from data_tools.memory import Memory
 from data_tools.readers import plan_units, read_parts
 from data_tools.units import Part, ReadOptions, Record, Unit
-from data_tools.work import write_batches
 from megatrain.atomic import committed
 
 CHUNK_PARTS = 16
 """Parts in one file of attributes, and in one output file."""
 CHUNK_FILE_BYTES = 1 << 26
 """A file of attributes ends with the part that makes it so large: many short documents have much to be said of."""
+BATCH_DOCUMENTS = 1 << 14
+"""Whose attributes are looked at together."""
 MAX_READERS = 8
 """Units that read one file which must be read from its start, its parts in turns: more would decompress too much."""
 READER_CHUNKS = 4
@@ -41,7 +43,10 @@ TASK_BYTES = 1 << 28
 LIST_PARTS = 64
 """or so many parts of a large file of JSON lines."""
 TAGGED_CHARACTERS = 1 << 20
-"""About how much text a tagger is given at once."""
+"""About how much text a tagger is given at once,"""
+TAGGED_DOCUMENTS = 1 << 11
+"""or so many documents: rensa gives 256 numbers of 40 bytes for each."""
+LISTING = b"listing"
 FOLDER_FILES, WORK_FILES = 1000, 32
 
 Documents = npt.NDArray[np.uint64]
@@ -186,28 +191,26 @@ class Tagging:
         following = next(parts, None)
         num_earlier = 0
         while (earlier := self.earlier(path, num_earlier)).name in there:
-            for _ in listed_parts(earlier):
+            for _ in read_listing(earlier).parts:
                 following = next(parts, None)
             num_earlier += 1
+        schema = self._batch([]).schema
         while True:
-            batches: list[pa.RecordBatch] = []
-            listed: list[list[int]] = []
-            skipped = []
-            while following and len(listed) < CHUNK_PARTS and sum(each.nbytes for each in batches) < CHUNK_FILE_BYTES:
-                piece, part = following
-                counts: dict[str, Any] = {}
-                found = [self._batch(rows) for rows in part.batches(TAGGED_CHARACTERS, counts)]
-                num_documents = sum(batch.num_rows for batch in found)
-                listed.append([piece, part.number, counts["num_rows"], num_documents, counts["num_skipped"]])
-                skipped.append(counts["skipped"])
-                batches += found
-                following = next(parts, None)
-            batches = batches or [self._batch([])]
-            metadata = {"earlier": orjson.dumps(num_earlier), "parts": orjson.dumps(listed)}
-            metadata |= {"skipped": orjson.dumps(skipped)} if any(skipped) else {}
-            target = self.earlier(path, num_earlier) if following else path
-            write_batches(target, batches[0].schema.with_metadata(metadata), batches)
+            earlier, listing, size = self.earlier(path, num_earlier), Listing(num_earlier, [], []), 0
+            with committed(earlier) as unfinished, pa.ipc.new_file(str(unfinished), schema) as writer:
+                while following and len(listing.parts) < CHUNK_PARTS and size < CHUNK_FILE_BYTES:
+                    piece, part = following
+                    counts: dict[str, Any] = {}
+                    num_documents = 0
+                    for batch in self._batches(part, counts):
+                        writer.write_batch(batch)
+                        size, num_documents = size + batch.nbytes, num_documents + batch.num_rows
+                    listing.parts.append([piece, part.number, counts["num_rows"], num_documents, counts["num_skipped"]])
+                    listing.skipped.append(counts["skipped"])
+                    following = next(parts, None)
+                writer.write_batch(self._batch([]), {LISTING: orjson.dumps(tuple(listing))})
             if not following:
+                earlier.rename(path)
                 return
             num_earlier += 1
 
@@ -220,6 +223,11 @@ class Tagging:
             for part in read_parts(unit, self.options, partial(advance_share, advance, num_readers)):
                 yield index, part
 
+    def _batches(self, part: Part, counts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        for rows in part.batches(TAGGED_CHARACTERS, counts):
+            for start in range(0, len(rows), TAGGED_DOCUMENTS):
+                yield self._batch(rows[start : start + TAGGED_DOCUMENTS])
+
     def _batch(self, rows: list[tuple[int, Record]]) -> pa.RecordBatch:
         texts = [record.text for _, record in rows]
         columns = {
@@ -231,15 +239,22 @@ class Tagging:
         return pa.RecordBatch.from_pydict({**columns, **self.tagger(texts)})
 
 
-def listed_parts(path: Path) -> list[list[int]]:
-    """The parts in a file of attributes: piece of the chunk, number, rows, documents, rows skipped."""
-    parts: list[list[int]] = orjson.loads(_metadata(path)[b"parts"])
-    return parts
+class Listing(NamedTuple):
+    """What a file of attributes says of itself at its end, in a batch without documents."""
+
+    num_earlier: int
+    """Files of the same chunk before it."""
+    parts: list[list[int]]
+    """Piece of the chunk, number, rows, documents, rows skipped."""
+    skipped: list[list[tuple[int, int, str]]]
+    """For each part: see `Part.batches`."""
 
 
-def _metadata(path: Path) -> dict[bytes, bytes]:
-    metadata: dict[bytes, bytes] = open_committed(path).schema.metadata
-    return metadata
+def read_listing(path: Path) -> Listing:
+    with map_committed(path) as source:
+        reader = pa.ipc.open_file(source)
+        metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
+    return Listing(*orjson.loads(metadata[LISTING]))
 
 
 def index_parts(tagging: Tagging, corpus: Corpus, skipped_path: Path) -> None:
@@ -248,11 +263,11 @@ def index_parts(tagging: Tagging, corpus: Corpus, skipped_path: Path) -> None:
     units = np.array([_described(Unit.load(unit)) for unit in tagging.units], np.int64).reshape(-1, 4)
     for chunk in tagging.chunks:
         path = tagging.path(chunk["name"])
-        num_earlier = orjson.loads(_metadata(path)[b"earlier"])
+        last = read_listing(path)
         pieces = [Piece._make(piece) for piece in chunk["pieces"]]
-        for file in [*(tagging.earlier(path, number) for number in range(num_earlier)), path]:
+        for file in [*(tagging.earlier(path, number) for number in range(last.num_earlier)), path]:
             first = 0
-            for place, (piece, *counts) in enumerate(listed_parts(file)):
+            for place, (piece, *counts) in enumerate((last if file == path else read_listing(file)).parts):
                 numbers.extend((pieces[piece].unit, len(names), place, first, *counts))
                 first += counts[2]
             names.append(f"{file.parent.name}/{file.name}")
@@ -303,7 +318,7 @@ def _plan_writing(folder: Path, unit_of_part: npt.NDArray[np.int64], units: npt.
 
 def _skipped_lines(parts: npt.NDArray[Any], names: Sequence[str], tagging: Tagging) -> Iterator[bytes]:
     for part in parts[parts["num_skipped"] > 0]:
-        skipped = orjson.loads(_metadata(tagging.folder / names[part["file"]])[b"skipped"])[part["place"]]
+        skipped = read_listing(tagging.folder / names[part["file"]]).skipped[part["place"]]
         yield Unit.load(tagging.units[int(part["unit"])]).skipped_lines(int(part["first_row"]), skipped)
 
 
@@ -314,6 +329,7 @@ class Corpus(Reopening):
     folder: Path
     attributes: Path
     units: Records
+    memory: Memory
 
     @cached_property
     def parts(self) -> npt.NDArray[Any]:
@@ -347,10 +363,28 @@ class Corpus(Reopening):
         """Documents in the input, empty ones too."""
         return int(self.parts[-1]["first_document"] + self.parts[-1]["num_documents"]) if len(self.parts) else 0
 
+    @cached_property
+    def first_documents(self) -> Documents:
+        """Of each part."""
+        return np.ascontiguousarray(self.parts["first_document"])
+
     def columns(self, part: Any, names: list[str]) -> pa.Table:
         """Some attributes of the documents of a part."""
         table = self._attributes(int(part["file"]))
         return table.slice(int(part["first_in_file"]), int(part["num_documents"])).select(names)
+
+    def batches(self, first: int, last: int, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """Some attributes of documents [first, last), BATCH_DOCUMENTS at a time."""
+        for start in range(first, last, BATCH_DOCUMENTS):
+            stop = min(start + BATCH_DOCUMENTS, last)
+            begin = int(np.searchsorted(self.first_documents, np.uint64(start), side="right")) - 1
+            tables = []
+            for part in self.parts[begin : int(np.searchsorted(self.first_documents, np.uint64(stop)))]:
+                offset = int(part["first_document"])
+                tables.append(self.columns(part, names).slice(max(start - offset, 0), stop - max(start, offset)))
+            (batch,) = pa.concat_tables(tables).combine_chunks().to_batches()
+            yield batch
+            self.memory.release_mapped()
 
     @cached_property
     def _attributes(self) -> Callable[[int], pa.Table]:
@@ -363,8 +397,15 @@ class Corpus(Reopening):
 
     def locations(self, documents: Documents) -> list[Location]:
         """Where a few documents stand, whose numbers are ascending."""
-        found = by_file(self.parts["first_document"], documents)
-        return [each for index, _, rows in found for each in self.locations_in(self.parts[index], pa.array(rows))]
+        found = []
+        for index, begin, end in runs_of(self.parts_of(documents)):
+            rows = documents[begin:end] - self.first_documents[index]
+            found += self.locations_in(self.parts[index], pa.array(rows))
+        return found
+
+    def parts_of(self, documents: Documents) -> npt.NDArray[np.int64]:
+        """The index of the part that each document is in."""
+        return np.searchsorted(self.first_documents, documents, side="right") - 1
 
     def locations_in(self, part: Any, documents: pa.Array) -> list[Location]:
         """Where documents of a part stand, by their numbers in it."""
@@ -376,18 +417,6 @@ class Corpus(Reopening):
         name = self.unit(int(part["unit"])).files[file].name
         row += int(part["first_row"])
         return Location(f"{name}:{row}" if identity is None else identity, name, row)
-
-
-def by_file(first_documents: Documents, documents: Documents) -> Iterator[tuple[int, slice, Documents]]:
-    """In which of several files, each with the documents from a first one on, ascending documents lie.
-
-    Yields the file's index, which of the documents, and their rows in it.
-    """
-    indices = np.searchsorted(first_documents, documents, side="right") - 1
-    begins = np.flatnonzero(np.diff(indices, prepend=-1)).tolist()
-    for begin, end in pairwise([*begins, len(indices)]):
-        index = int(indices[begin])
-        yield index, slice(begin, end), documents[begin:end] - first_documents[index]
 
 
 def map_batches(path: Path) -> list[pa.RecordBatch]:

@@ -1,8 +1,9 @@
 """Pairs of documents that are duplicates, found by sorting their keys outside of memory.
 
-Runs: some parts at a time, each of their key columns sorted. Slices: one column, and one range of its values, gathered
-from all runs; documents with the same key lie side by side there, and their signatures are compared. So a process
-holds the keys of one run, or one slice, however many documents there are. It maps each run once, and holds none open.
+Runs: some documents in a row, each of their key columns sorted. Slices: one column, and one range of its values,
+gathered from all runs; documents with the same key lie side by side there, and their signatures are compared. So a
+process holds the keys of one run, or one slice, however many documents there are. It maps each run once, and holds none
+open. A pair may be found by many keys; the last stage gathers the pairs of a range of documents, each once.
 """
 
 from __future__ import annotations
@@ -12,131 +13,111 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_tools.clean.attributes import Corpus, Documents, Location, Reopening, by_file, map_batches, work_path
+from data_tools.assemble import runs_of
+from data_tools.clean.attributes import (
+    BATCH_DOCUMENTS,
+    Corpus,
+    Documents,
+    Location,
+    Reopening,
+    map_batches,
+    work_path,
+)
 from data_tools.clean.sketch import Bytes, Keys, Sketch
 from data_tools.executors import Advance
 from data_tools.job import Stage
 from data_tools.work import write_batches
-from megatrain.atomic import committed
 
 RUN_BYTES = 1 << 27
 """Of the keys of a run."""
 MAX_RUN_DOCUMENTS = 1 << 22
+SORT_BYTES = 28
+"""For each document, to sort one column."""
 SLICE_DOCUMENTS = 1 << 21
 """About how many documents one slice of a key column holds."""
+SLICE_BYTES = 100
+"""Of each of these documents, while they are compared."""
 GROUPS_OF_KEY = 1 << 7
 """Units of work for a key column: with more slices than that, a unit takes several, one after another."""
 KEY_BYTES = 12
 """Of a key and its document in a run."""
+WORKER_BYTES = 1 << 24
+"""Of keys that are worth a further worker process."""
 MAX_ROUNDS = 64
 """Documents of one key that no earlier one of these many was a duplicate of are left to their other keys."""
-COMPARED_AT_ONCE = 1 << 16
+COMPARED_AT_ONCE, FAULT_BYTES = 1 << 16, 1 << 16
+"""Pairs; and what the kernel may map of a file where one signature is read."""
 MAPPED_FILES = 1 << 14
 """Of which a process may map 65,530."""
-BATCH_DOCUMENTS = 1 << 16
+JOINED_DOCUMENTS = 1 << 22
+"""Whose pairs are gathered by one unit."""
+PAIR_BYTES = 40
+"""Of a pair that is gathered."""
 
 KEY_SCHEMA = pa.schema({"key": pa.uint64(), "document": pa.uint32()})
 """Of each batch in a file of keys: one key column, sorted; documents are counted from the run's first."""
+PAIR_SCHEMA = pa.schema({"first": pa.uint64(), "second": pa.uint64()})
+"""Of pairs: an earlier document, and one that is a duplicate of it; each batch is sorted by the second."""
 
 Pairs = npt.NDArray[np.uint64]
 """A row for each pair: an earlier document, and one that is a duplicate of it."""
 
 
-class Run(NamedTuple):
-    """Documents [first_document, first_document + num_documents), those of parts [first_part, last_part)."""
-
-    first_part: int
-    last_part: int
-    first_document: int
-    num_documents: int
-
-
 @dataclass(frozen=True)
 class Runs(Reopening):
-    """The documents of the whole input: in order, where each stands and its signature; and by their keys."""
+    """The documents of the whole input: in order, where each stands and its signature; and by their keys.
+
+    Run n holds the documents from n * `run_documents` on.
+    """
 
     corpus: Corpus
     sketch: Sketch
     folder: Path
     run_documents: int
 
-    @cached_property
-    def first_parts(self) -> list[int]:
-        """The part with which each run begins, and the one behind the last."""
-        firsts, num_documents = self.corpus.parts["first_document"], self.corpus.num_documents
-        if not num_documents:
-            return [len(firsts)]
-        # A part without documents at the end belongs to the last run.
-        numbers = np.minimum(firsts, np.uint64(num_documents - 1)) // np.uint64(self.run_documents)
-        return [*np.flatnonzero(np.diff(numbers.astype(np.int64), prepend=-1)).tolist(), len(firsts)]
-
-    @cached_property
-    def first_documents(self) -> Documents:
-        starts: Documents = self.corpus.parts["first_document"][self.first_parts[:-1]]
-        return starts
-
     def __len__(self) -> int:
-        return len(self.first_parts) - 1
+        return -(-self.corpus.num_documents // self.run_documents)
 
-    def __getitem__(self, number: int) -> Run:
-        first, last = self.first_parts[number : number + 2]
-        document = int(self.first_documents[number])
-        next_document = int(self.first_documents[number + 1]) if number + 1 < len(self) else self.corpus.num_documents
-        return Run(first, last, document, next_document - document)
+    def extent(self, number: int) -> tuple[int, int]:
+        """The first document of a run, and the one behind its last."""
+        first = number * self.run_documents
+        return first, min(first + self.run_documents, self.corpus.num_documents)
 
     def stage(self) -> Stage:
-        sizes = [
-            run.num_documents * KEY_BYTES * self.sketch.num_keys for run in map(self.__getitem__, range(len(self)))
-        ]
+        document_bytes = KEY_BYTES * self.sketch.num_keys
+        sizes = [document_bytes * (last - first) for first, last in map(self.extent, range(len(self)))]
         return Stage("sort", sizes, self.keys_path, self.sort)
 
     def documents_path(self, number: int) -> Path:
-        return work_path(self.folder, 2 * number, f"run-{number:06d}.documents")
+        return work_path(self.folder, 2 * number, f"run-{number:06d}-documents.arrow")
 
     def keys_path(self, number: int) -> Path:
-        return self.documents_path(number).with_suffix(".keys")
+        return work_path(self.folder, 2 * number, f"run-{number:06d}-keys.arrow")
 
     def sort(self, number: int, advance: Advance) -> None:
         """Commit the documents of a run, and then each of its key columns, sorted."""
-        run = self[number]
-        batches = self._attributes(run, ["id", "file", "row", "signature"])
-        first = next(batches)
-        write_batches(self.documents_path(number), first.schema, chain([first], batches))
-        keys = np.empty((self.sketch.num_keys, run.num_documents), np.uint64)
-        start = 0
-        for batch in self._attributes(run, ["keys"]):
-            keys[:, start : start + len(batch)] = batch["keys"].flatten().to_numpy().reshape(len(batch), -1).T
-            start += len(batch)
+        first, last = self.extent(number)
+        batches = self.corpus.batches(first, last, ["id", "file", "row", "signature"])
+        start = next(batches)
+        write_batches(self.documents_path(number), start.schema, chain([start], batches))
+        keys = np.empty((self.sketch.num_keys, last - first), np.uint64)
+        place = 0
+        for batch in self.corpus.batches(first, last, ["keys"]):
+            keys[:, place : place + len(batch)] = batch["keys"].flatten().to_numpy().reshape(len(batch), -1).T
+            place += len(batch)
         write_batches(self.keys_path(number), KEY_SCHEMA, map(_sorted_column, keys))
-        advance(run.num_documents * KEY_BYTES * self.sketch.num_keys)
-
-    def _attributes(self, run: Run, names: list[str]) -> Iterator[pa.RecordBatch]:
-        """Some attributes of a run's documents, in batches that are as large as they may be."""
-        tables: list[pa.Table] = []
-        size = 0
-        for index in range(run.first_part, run.last_part):
-            tables.append(self.corpus.columns(self.corpus.parts[index], names))
-            size += len(tables[-1])
-            if size >= BATCH_DOCUMENTS or index == run.last_part - 1:
-                yield from pa.concat_tables(tables).combine_chunks().to_batches()
-                tables, size = [], 0
+        advance((last - first) * KEY_BYTES * self.sketch.num_keys)
 
     @cached_property
     def _documents(self) -> Any:
-        """The batches of documents of a run, and with which document of the run each begins."""
-
-        def opened(number: int) -> tuple[list[pa.RecordBatch], Documents]:
-            batches = map_batches(self.documents_path(number))
-            sizes = np.array([len(batch) for batch in batches], np.uint64)
-            return batches, np.cumsum(sizes) - sizes
-
-        return lru_cache(MAPPED_FILES)(opened)
+        """The documents of a run: batches of BATCH_DOCUMENTS."""
+        return lru_cache(MAPPED_FILES)(lambda number: map_batches(self.documents_path(number)))
 
     @cached_property
     def keys(self) -> Any:
@@ -145,15 +126,17 @@ class Runs(Reopening):
 
     def _placed(self, documents: Documents) -> Iterator[tuple[slice, pa.RecordBatch, Documents]]:
         """In which batches ascending documents lie: which of them, the batch, and their rows in it."""
-        for number, some, rows in by_file(self.first_documents, documents):
-            batches, starts = self._documents(number)
-            for index, fewer, rows_of_batch in by_file(starts, rows):
-                yield slice(some.start + fewer.start, some.start + fewer.stop), batches[index], rows_of_batch
+        runs, rows = np.divmod(documents.astype(np.int64), self.run_documents)
+        batches, rows = np.divmod(rows, BATCH_DOCUMENTS)
+        for run, first, last in runs_of(runs):
+            for batch, begin, end in runs_of(batches[first:last]):
+                places = slice(first + begin, first + end)
+                yield places, self._documents(run)[batch], rows[places]
 
     def locations(self, documents: Documents) -> list[Location]:
         """Where documents stand, whose numbers are ascending."""
         parts = self.corpus.parts
-        indices = np.searchsorted(parts["first_document"], documents, side="right") - 1
+        indices = self.corpus.parts_of(documents)
         found = []
         for some, batch, rows in self._placed(documents):
             records = batch.select(["id", "file", "row"]).take(pa.array(rows)).to_pylist()
@@ -172,12 +155,16 @@ class Runs(Reopening):
 
     def count_equal_bytes(self, first: Documents, second: Documents) -> npt.NDArray[np.int64]:
         """In how many places the signatures of each pair of documents agree."""
-        wanted, places = np.unique(np.concatenate([first, second]), return_inverse=True)
-        signatures = self.signatures(wanted)
-        num_equal: npt.NDArray[np.int64] = (signatures[places[: len(first)]] == signatures[places[len(first) :]]).sum(
-            axis=1
-        )
-        return num_equal
+        at_once = self.corpus.memory.fitting(FAULT_BYTES, COMPARED_AT_ONCE)
+        found = [np.zeros(0, np.int64)]
+        for start in range(0, len(first), at_once):
+            block = slice(start, start + at_once)
+            wanted, places = np.unique(np.concatenate([first[block], second[block]]), return_inverse=True)
+            signatures = self.signatures(wanted)
+            ones, others = np.split(places, 2)
+            found.append((signatures[ones] == signatures[others]).sum(axis=1))
+            self.corpus.memory.release_mapped()
+        return np.concatenate(found)
 
 
 def _sorted_column(keys: Keys) -> pa.RecordBatch:
@@ -209,28 +196,58 @@ class Matching(Reopening):
     def num_groups(self) -> int:
         return min(self.num_slices, GROUPS_OF_KEY)
 
-    def stage(self) -> Stage:
-        num_units = self.runs.sketch.num_keys * self.num_groups
-        size = self.runs.corpus.num_documents * KEY_BYTES // self.num_groups
-        return Stage("compare", [size] * num_units, self.path, self.match)
-
-    def paths(self) -> list[Path]:
-        return [self.path(number) for number in range(self.runs.sketch.num_keys * self.num_groups)]
+    def stages(self) -> Iterator[Stage]:
+        num_documents, num_keys = self.runs.corpus.num_documents, self.runs.sketch.num_keys
+        max_workers = 1 + num_documents * KEY_BYTES * num_keys // WORKER_BYTES
+        sizes = [num_documents * KEY_BYTES // self.num_groups] * (num_keys * self.num_groups)
+        yield Stage("compare", sizes, self.path, self.match, max_workers)
+        yield Stage("join", [0] * len(self.pair_files), self.joined_path, self.join, max_workers)
 
     def path(self, number: int) -> Path:
         key, group = divmod(number, self.num_groups)
-        return self.folder / f"{key:03d}" / f"{group:06d}.pairs"
+        return self.folder / f"by-key-{self.num_groups}" / f"{key:03d}" / f"{group:06d}.arrow"
+
+    def joined_path(self, number: int) -> Path:
+        return work_path(self.folder / "joined", number, f"{number:06d}.arrow")
+
+    @property
+    def pair_files(self) -> list[Path]:
+        """The pairs of each range of documents."""
+        return list(map(self.joined_path, range(-(-self.runs.corpus.num_documents // JOINED_DOCUMENTS))))
 
     def match(self, number: int, advance: Advance) -> None:
-        """Commit the pairs of a key column's slices of one group."""
+        """Commit the pairs of a key column's slices of one group, those of each slice sorted."""
         key, group = divmod(number, self.num_groups)
         size = self.num_slices // self.num_groups
         bounds = [self._bounds(key, run, range(group * size, (group + 1) * size)) for run in range(len(self.runs))]
-        with committed(self.path(number)) as unfinished, unfinished.open("wb") as file:
+
+        def batches() -> Iterator[pa.RecordBatch]:
             for index in range(size):
-                for pairs in self.matches(self._gathered(key, [each[index : index + 2] for each in bounds])):
-                    file.write(pairs.tobytes())
+                pieces = self._gathered(key, [each[index : index + 2] for each in bounds])
+                yield pair_batch([*self.matches(pieces)])
+                self.runs.corpus.memory.release_mapped()
                 advance(self.runs.corpus.num_documents * KEY_BYTES // self.num_slices)
+
+        write_batches(self.path(number), PAIR_SCHEMA, batches())
+
+    def join(self, number: int, advance: Advance) -> None:
+        """Commit the pairs whose second document is in a range: each once, or, of very many, a few times."""
+        extent = np.array([number * JOINED_DOCUMENTS, (number + 1) * JOINED_DOCUMENTS], np.uint64)
+        most = self.runs.corpus.memory.fitting(PAIR_BYTES, JOINED_DOCUMENTS)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            found: list[Pairs] = []
+            for path in map(self.path, range(self.runs.sketch.num_keys * self.num_groups)):
+                for batch in map_batches(path):
+                    begin, end = np.searchsorted(batch["second"].to_numpy(), extent).tolist()
+                    found += [as_pairs(batch.slice(begin, end - begin))] * (end > begin)
+                    if sum(map(len, found)) >= most:
+                        yield pair_batch(found)
+                        found = []
+                self.runs.corpus.memory.release_mapped()
+            yield pair_batch(found)
+
+        write_batches(self.joined_path(number), PAIR_SCHEMA, batches())
 
     def _bounds(self, key: int, run: int, slices: range) -> list[int]:
         """Where each of these slices begins in a run, and where the last ends."""
@@ -269,16 +286,26 @@ class Matching(Reopening):
         size = 0
         for run, (first, last) in enumerate(bounds):
             keys, documents = (column.to_numpy()[first:last] for column in self.runs.keys(run)[key])
-            pieces.append((keys, documents.astype(np.uint64) + self.runs.first_documents[run]))
+            pieces.append((keys, documents.astype(np.uint64) + np.uint64(run * self.runs.run_documents)))
             size += last - first
             if size >= 2 * self.slice_documents or run == len(bounds) - 1:
                 yield pieces
                 pieces, size = [], 0
 
     def are_duplicates(self, first: Documents, second: Documents) -> npt.NDArray[np.bool_]:
-        blocks = [slice(start, start + COMPARED_AT_ONCE) for start in range(0, len(first), COMPARED_AT_ONCE)]
-        num_equal = [self.runs.count_equal_bytes(first[block], second[block]) for block in blocks]
-        is_same: npt.NDArray[np.bool_] = np.concatenate([np.zeros(0, np.int64), *num_equal]) >= (
-            self.runs.sketch.min_equal_bytes
-        )
+        is_same: npt.NDArray[np.bool_] = self.runs.count_equal_bytes(first, second) >= self.runs.sketch.min_equal_bytes
         return is_same
+
+
+def pair_batch(found: list[Pairs]) -> pa.RecordBatch:
+    """Pairs sorted by their second document, each once."""
+    pairs = np.concatenate([np.zeros((0, 2), np.uint64), *found])
+    pairs = pairs[np.lexsort(pairs.T)]
+    is_new = np.ones(len(pairs), bool)
+    is_new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    columns = [pa.array(np.ascontiguousarray(column)) for column in pairs[is_new].T]
+    return pa.RecordBatch.from_arrays(columns, schema=PAIR_SCHEMA)
+
+
+def as_pairs(batch: pa.RecordBatch) -> Pairs:
+    return np.stack([column.to_numpy() for column in batch.columns], axis=1)

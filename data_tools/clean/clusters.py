@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_tools.clean.attributes import Corpus, Documents, Reopening
-from data_tools.clean.candidates import Matching, Pairs
+from data_tools.clean.attributes import Corpus, Documents, Reopening, map_batches
+from data_tools.clean.candidates import PAIR_SCHEMA, Matching, pair_batch
 from data_tools.clean.output import Decisions
 from data_tools.clean.sketch import Keys
 from data_tools.executors import Advance
 from data_tools.job import Stage, one_unit
+from data_tools.work import write_batches
 from megatrain.atomic import committed
 
 BLOCK_DOCUMENTS = 1 << 20
+DOCUMENT_BYTES = 200
+"""Of each document of a block."""
 MAX_BUCKETS = 128
 """Files that are open at a time."""
 
@@ -35,8 +38,7 @@ MAX_BUCKETS = 128
 class Clustering:
     """From the pairs to, for each document, the number of the first of its cluster: a file of 8 bytes each."""
 
-    pair_files: Sequence[Path]
-    num_documents: int
+    matching: Matching
     path: Path
     member_files: Sequence[Path] = ()
     """Where what is not the first of its cluster is listed, by the number of that first."""
@@ -45,48 +47,60 @@ class Clustering:
         return one_unit("cluster", self.path, self.make)
 
     def make(self) -> None:
+        corpus = self.matching.runs.corpus
         with committed(self.path) as unfinished:
-            parents = _identity(unfinished, self.num_documents)
-            for path in self.pair_files:
-                for pairs in read_pairs(path):
-                    unite(parents, pairs[:, 0], pairs[:, 1])
-            for block in _blocks(self.num_documents):
+            parents = _identity(unfinished, corpus)
+            for path in self.matching.pair_files:
+                for first, second in read_pairs(path, corpus):
+                    unite(parents, first, second)
+            for block in _blocks(corpus):
                 find_roots(parents, block)
             parents.flush()
             if self.member_files:
-                self._list_members(parents)
+                self._list_members(parents, corpus)
 
-    def _list_members(self, parents: Documents) -> None:
+    def _list_members(self, parents: Documents, corpus: Corpus) -> None:
         with ExitStack() as opened:
             paths = [opened.enter_context(committed(path)) for path in self.member_files]
-            files = [opened.enter_context(path.open("wb")) for path in paths]
-            for block in _blocks(self.num_documents):
+            writers = [opened.enter_context(pa.ipc.new_file(str(path), PAIR_SCHEMA)) for path in paths]
+            ends = [corpus.num_documents * (bucket + 1) // len(writers) for bucket in range(len(writers))]
+            for block in _blocks(corpus):
                 firsts = parents[block]
-                members = np.stack([firsts, block], axis=1)[firsts != block]
-                members = members[np.argsort(members[:, 0], kind="stable")]
-                ends = [self.num_documents * (bucket + 1) // len(files) for bucket in range(len(files))]
-                begins = np.searchsorted(members[:, 0], np.array([0, *ends], np.uint64))
-                for file, (begin, end) in zip(files, pairwise(begins.tolist()), strict=True):
-                    file.write(members[begin:end].tobytes())
+                order = np.argsort(firsts, kind="stable")
+                order = order[firsts[order] != block[order]]
+                begins = np.searchsorted(firsts[order], np.array([0, *ends], np.uint64))
+                for writer, (begin, end) in zip(writers, pairwise(begins.tolist()), strict=True):
+                    columns = (pa.array(each[order[begin:end]]) for each in (firsts, block))
+                    writer.write_batch(pa.RecordBatch.from_arrays([*columns], schema=PAIR_SCHEMA))
 
 
-def _identity(path: Path, num_documents: int) -> np.memmap[Any, np.dtype[np.uint64]]:
+def _identity(path: Path, corpus: Corpus) -> np.memmap[Any, np.dtype[np.uint64]]:
     """A mapped file in which each document stands for itself."""
-    numbers: np.memmap[Any, np.dtype[np.uint64]] = np.memmap(path, np.uint64, "w+", shape=(max(num_documents, 1),))
-    for block in _blocks(num_documents):
+    shape = (max(corpus.num_documents, 1),)
+    numbers: np.memmap[Any, np.dtype[np.uint64]] = np.memmap(path, np.uint64, "w+", shape=shape)
+    for block in _blocks(corpus):
         numbers[block[0] : block[-1] + 1] = block
     return numbers
 
 
-def _blocks(num_documents: int) -> Iterator[Documents]:
-    starts = range(0, num_documents, BLOCK_DOCUMENTS)
-    return (np.arange(start, min(start + BLOCK_DOCUMENTS, num_documents), dtype=np.uint64) for start in starts)
+def _block_size(corpus: Corpus) -> int:
+    return corpus.memory.fitting(DOCUMENT_BYTES, BLOCK_DOCUMENTS)
 
 
-def read_pairs(path: Path) -> Iterator[Pairs]:
-    with path.open("rb") as file:
-        while len(numbers := np.fromfile(file, np.uint64, 2 * BLOCK_DOCUMENTS)):
-            yield numbers.reshape(-1, 2)
+def _blocks(corpus: Corpus) -> Iterator[Documents]:
+    """All documents, some at a time; behind each block, pages of mapped files may go."""
+    for start in range(0, corpus.num_documents, _block_size(corpus)):
+        yield np.arange(start, min(start + _block_size(corpus), corpus.num_documents), dtype=np.uint64)
+        corpus.memory.release_mapped()
+
+
+def read_pairs(path: Path, corpus: Corpus) -> Iterator[tuple[Documents, Documents]]:
+    """The first and the second documents of pairs, some at a time."""
+    for batch in map_batches(path):
+        for start in range(0, len(batch), _block_size(corpus)):
+            first, second = (column.to_numpy() for column in batch.slice(start, _block_size(corpus)).columns)
+            yield first, second
+            corpus.memory.release_mapped()
 
 
 def unite(parents: Documents, first: Documents, second: Documents) -> None:
@@ -122,43 +136,43 @@ class Representation:
     def member_files(self) -> list[Path]:
         num_documents = self.matching.runs.corpus.num_documents
         number = min(MAX_BUCKETS, 1 + num_documents // self.matching.slice_documents)
-        return [self.folder / f"{bucket:03d}.members" for bucket in range(number)]
+        return [self.folder / f"{bucket:03d}-members.arrow" for bucket in range(number)]
 
     def stages(self) -> Iterator[Stage]:
         yield Stage("represent", [0] * len(self.member_files), self._pairs_path, self.represent)
         yield one_unit("assign", self.firsts, self.assign)
 
     def _pairs_path(self, number: int) -> Path:
-        return self.folder / f"{number:03d}.pairs"
+        return self.folder / f"{number:03d}-pairs.arrow"
 
     def represent(self, number: int, advance: Advance) -> None:
-        with committed(self._pairs_path(number)) as unfinished, unfinished.open("wb") as file:
-            for pairs in self.matching.matches(self._gathered(number)):
-                file.write(pairs[pairs[:, 0] != pairs[:, 1]].tobytes())
+        pairs = (pairs[pairs[:, 0] != pairs[:, 1]] for pairs in self.matching.matches(self._gathered(number)))
+        write_batches(self._pairs_path(number), PAIR_SCHEMA, (pair_batch([each]) for each in pairs))
 
     def _gathered(self, number: int) -> Iterator[list[tuple[Keys, Documents]]]:
-        for members in read_pairs(self.member_files[number]):
-            firsts = np.unique(members[:, 0])
-            yield [(firsts, firsts), (members[:, 0], members[:, 1])]
+        for firsts, members in read_pairs(self.member_files[number], self.matching.runs.corpus):
+            own = np.unique(firsts)
+            yield [(own, own), (firsts, members)]
 
     def assign(self) -> None:
+        corpus = self.matching.runs.corpus
         with committed(self.firsts) as unfinished:
-            firsts = _identity(unfinished, self.matching.runs.corpus.num_documents)
+            firsts = _identity(unfinished, corpus)
             for number in range(len(self.member_files)):
-                for pairs in read_pairs(self._pairs_path(number)):
-                    firsts[pairs[:, 1]] = pairs[:, 0]
+                for kept, dropped in read_pairs(self._pairs_path(number), corpus):
+                    firsts[dropped] = kept
             firsts.flush()
 
 
-def cluster_sizes(path: Path, num_documents: int) -> dict[int, int]:
+def cluster_sizes(path: Path, corpus: Corpus) -> dict[int, int]:
     """How many clusters of each size above 1 there are, by a file of the first document of each one's cluster."""
     firsts = np.memmap(path, np.uint64, "r")
     sizes: Counter[int] = Counter()
     with committed(path.with_suffix(".counts")) as unfinished:
-        counts = np.memmap(unfinished, np.uint32, "w+", shape=(max(num_documents, 1),))
-        for block in _blocks(num_documents):
+        counts = np.memmap(unfinished, np.uint32, "w+", shape=(max(corpus.num_documents, 1),))
+        for block in _blocks(corpus):
             np.add.at(counts, firsts[block], 1)
-        for block in _blocks(num_documents):
+        for block in _blocks(corpus):
             values, numbers = np.unique(counts[block], return_counts=True)
             sizes.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     return {size: count for size, count in sorted(sizes.items()) if size > 1}

@@ -1,6 +1,6 @@
 """`megatrain-data dedup`: of documents that are the same, or nearly, the first in input order stays.
 
-Stages: `read` (a sketch of every document), `index`, `sort` (by keys), `compare`, `cluster`, `list` (of what is
+Stages: `read` (a sketch of every document), `index`, `sort` (by keys), `compare`, `join`, `cluster`, `list` (of what is
 dropped), `tally`, `write`, `publish`; `represent` and `assign` behind `cluster` where it is by representatives.
 """
 
@@ -14,7 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.clean.candidates import MAX_RUN_DOCUMENTS, RUN_BYTES, SLICE_DOCUMENTS, Matching, Runs
+from data_tools.clean.candidates import (
+    MAX_RUN_DOCUMENTS,
+    RUN_BYTES,
+    SLICE_BYTES,
+    SLICE_DOCUMENTS,
+    SORT_BYTES,
+    Matching,
+    Runs,
+)
 from data_tools.clean.clusters import Clustering, KeepFirst, Representation, cluster_sizes
 from data_tools.clean.job import REPORT_FILE, Cleaning
 from data_tools.clean.report import Lister, Tally
@@ -61,10 +69,12 @@ class DedupOptions:
 def find_pairs(cleaning: Cleaning, sketch: Sketch, folder: Path) -> Generator[Stage, None, Matching]:
     """The stages in which all documents are read, and those that are alike are paired; gives the pairs."""
     corpus = yield from cleaning.tag(sketch, folder)
-    runs = Runs(corpus, sketch, folder / "runs", min(MAX_RUN_DOCUMENTS, RUN_BYTES // (8 * sketch.num_keys)))
+    key_bytes = 8 * sketch.num_keys
+    run_documents = corpus.memory.fitting(key_bytes + SORT_BYTES, min(MAX_RUN_DOCUMENTS, RUN_BYTES // key_bytes))
+    runs = Runs(corpus, sketch, folder / "runs" / str(run_documents), run_documents)
     yield runs.stage()
-    matching = Matching(runs, folder / "pairs", SLICE_DOCUMENTS)
-    yield matching.stage()
+    matching = Matching(runs, folder / "pairs", corpus.memory.fitting(SLICE_BYTES, SLICE_DOCUMENTS))
+    yield from matching.stages()
     return matching
 
 
@@ -92,10 +102,10 @@ def dedup(
             if options.cluster_by == "representative":
                 representation.folder.mkdir(exist_ok=True)
                 components, members = folder / "components", representation.member_files
-                yield Clustering(matching.paths(), corpus.num_documents, components, members).stage()
+                yield Clustering(matching, components, members).stage()
                 yield from representation.stages()
             else:
-                yield Clustering(matching.paths(), corpus.num_documents, firsts).stage()
+                yield Clustering(matching, firsts).stage()
             decide = KeepFirst(firsts, f"{options.method} duplicate")
             lister = Lister(corpus, folder, decide, runs, options.method == "minhash")
             yield from cleaning.write(lister, partial(_describe, lister, runs, firsts))
@@ -109,7 +119,7 @@ def _describe(lister: Lister, runs: Runs, firsts: Path, tally: Tally) -> dict[st
         for example in reason["examples"]:
             kept, dropped = (np.array([each["document"]], np.uint64) for each in (example["kept"], example))
             example["similarity"] = round(runs.sketch.similarity(int(runs.count_equal_bytes(kept, dropped)[0])), 4)
-    sizes = cluster_sizes(firsts, runs.corpus.num_documents)
+    sizes = cluster_sizes(firsts, runs.corpus)
     described: dict[str, Any] = {"clusters": {str(size): number for size, number in sizes.items()}}
     return described | ({"chains": _chains(runs, tally)} if lister.measures else {})
 

@@ -84,7 +84,10 @@ class Cleaning:
         """The stages in which all documents are read and tagged; gives these documents."""
         attributes = folder.parent / "attributes"
         units, chunks = plan_reading(self.origin.files, self.read, self.effort.part_bytes, folder)
-        tagging, corpus = Tagging(attributes, units, chunks, self.read, tagger), Corpus(folder, attributes, units)
+        tagging, corpus = (
+            Tagging(attributes, units, chunks, self.read, tagger),
+            Corpus(folder, attributes, units, self.effort.memory),
+        )
         yield tagging.stage()
         yield one_unit("index", folder / "parts.npy", partial(index_parts, tagging, corpus, folder / SKIPPED_FILE))
         return corpus
@@ -114,7 +117,7 @@ class Cleaning:
         return one_unit("publish", self.report_path, partial(self._publish, folder))
 
     def _publish(self, folder: Path) -> None:
-        corpus = Corpus(folder, folder.parent / "attributes", Records(folder / "units.arrow"))
+        corpus = Corpus(folder, folder.parent / "attributes", Records(folder / "units.arrow"), self.effort.memory)
         reports, num_lists = self.out / REPORT_FOLDER, len(corpus.tasks)
         moves = {reports / TEXT_FILE: folder / TEXT_FILE}
         if self.read.errors == "skip":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ REPORT_FOLDER = ".report"
 EXAMPLES = 5
 """Of each reason."""
 SHOWN_CHARACTERS = 200
+LISTED_AT_ONCE = 1 << 16
+"""Dropped documents."""
 
 DROPPED_SCHEMA = pa.schema(
     {
@@ -74,32 +76,45 @@ class Lister:
     def list_dropped(self, number: int, advance: Advance) -> None:
         tally: Tally = {"text_bytes": 0, "reasons": {}, "below": 0, "least": None}
         task = self.corpus.tasks[number]
-        parts = self.corpus.parts[int(task["first_part"]) : int(task["last_part"])]
-        batches = [self._dropped(part, tally) for part in parts]
-        commit_bytes(self.tally_path(number), orjson.dumps(tally), self.work)
-        write_batches(self.list_path(number), DROPPED_SCHEMA, batches, self.work)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for part in self.corpus.parts[int(task["first_part"]) : int(task["last_part"])]:
+                yield from self._dropped(part, tally)
+                self.corpus.memory.release_mapped()
+            commit_bytes(
+                self.tally_path(number), orjson.dumps(tally), self.work
+            )  # before the list, which ends the unit
+
+        write_batches(self.list_path(number), DROPPED_SCHEMA, batches(), self.work)
         advance(int(task["num_bytes"]))
 
-    def _dropped(self, part: Any, tally: Tally) -> pa.RecordBatch:
+    def _dropped(self, part: Any, tally: Tally) -> Iterator[pa.RecordBatch]:
         """The list for a part; what is in it is added to the tally."""
         reasons, kept = self.decide(self.corpus, part)
         sizes = self.corpus.columns(part, ["text_bytes"]).column(0).to_numpy()
         tally["text_bytes"] += int(sizes.sum())
         indices = np.flatnonzero(~np.asarray(reasons.is_null()))
-        documents = indices.astype(np.uint64) + part["first_document"]
-        reasons, kept = reasons.take(pa.array(indices)), None if kept is None else kept[indices]
-        _count(tally["reasons"], documents, kept, reasons, sizes[indices])
-        rows: Sequence[Sequence[Any]] = list(zip(*self.corpus.locations_in(part, pa.array(indices)), strict=True))
-        kept_rows: Sequence[Sequence[Any]] = [[None] * len(indices)] * 3
-        if kept is not None and len(kept) and self.runs is not None:
-            numbers, inverse = np.unique(kept, return_inverse=True)
-            found = self.runs.locations(numbers)
-            kept_rows = list(zip(*(found[index] for index in inverse.tolist()), strict=True))
-            if self.measures:
-                _measure(tally, self.runs, kept, documents)
-        columns = [*(rows or [[]] * 3), reasons.cast(pa.string()), *kept_rows]
-        arrays = [pa.array(values, each.type) for values, each in zip(columns, DROPPED_SCHEMA, strict=True)]
-        return pa.RecordBatch.from_arrays(arrays, schema=DROPPED_SCHEMA)
+        for start in range(0, max(len(indices), 1), LISTED_AT_ONCE):
+            some = indices[start : start + LISTED_AT_ONCE]
+            documents = some.astype(np.uint64) + part["first_document"]
+            some_kept = None if kept is None else kept[some]
+            some_reasons = reasons.take(pa.array(some))
+            _count(tally["reasons"], documents, some_kept, some_reasons, sizes[some])
+            rows: Sequence[Sequence[Any]] = list(zip(*self.corpus.locations_in(part, pa.array(some)), strict=True))
+            kept_rows = self._kept_rows(some_kept, len(some))
+            if self.measures and some_kept is not None and self.runs is not None and len(some):
+                _measure(tally, self.runs, some_kept, documents)
+            columns = [*(rows or [[]] * 3), some_reasons.cast(pa.string()), *kept_rows]
+            arrays = [pa.array(values, each.type) for values, each in zip(columns, DROPPED_SCHEMA, strict=True)]
+            yield pa.RecordBatch.from_arrays(arrays, schema=DROPPED_SCHEMA)
+
+    def _kept_rows(self, kept: Documents | None, number: int) -> Sequence[Sequence[Any]]:
+        """Columns: where the documents stand that are kept instead."""
+        if kept is None or self.runs is None or not number:
+            return [[None] * number] * 3
+        numbers, inverse = np.unique(kept, return_inverse=True)
+        found = self.runs.locations(numbers)
+        return list(zip(*(found[index] for index in inverse.tolist()), strict=True))
 
 
 def staged_list(work: Path, number: int) -> Path:

@@ -204,7 +204,7 @@ def split(
     def stages(folder: Path) -> Iterator[Stage]:
         matching = yield from find_pairs(cleaning, sketch, folder)
         runs, corpus = matching.runs, matching.runs.corpus
-        yield Clustering(matching.paths(), corpus.num_documents, folder / "firsts").stage()
+        yield Clustering(matching, folder / "firsts").stage()
         hold_out = HoldOut(runs, folder / "firsts", validation)
         counting = Counting(corpus, hold_out, folder, source)
         yield from counting.stages()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,6 +76,18 @@ def test_a_dead_worker_is_named_by_its_signal(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="SIGKILL"):
         run_stages([Units(tmp_path, fails=2).stage], tmp_path, Effort(2, silent))
     assert run_stages(Units(tmp_path).stages(), tmp_path, Effort(2, silent))
+
+
+def test_workers_that_die_idle_are_named_too(tmp_path: Path) -> None:
+    with LocalPool(2) as pool:
+        pool.submit(os.getpid).result()
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        with pytest.raises(RankError, match="SIGKILL"):
+            while True:  # until the pool has noticed
+                pool.submit(os.getpid)
+                time.sleep(0.01)
 
 
 @pytest.mark.parametrize("tasks", ["", "7.0"], ids=["given by hand", "of one array"])

@@ -35,6 +35,7 @@ from data_tools.clean.clusters import find_roots, unite
 from data_tools.clean.dedup import DedupOptions, dedup
 from data_tools.clean.report import render
 from data_tools.clean.sketch import MinHashSketch
+from data_tools.executors import Advance
 from data_tools.job import Effort
 from data_tools.units import ReadOptions
 from megatrain.errors import ConfigError, DataError
@@ -100,8 +101,16 @@ def test_run_and_slice_sizes_change_no_byte(method: str, tmp_path: Path, monkeyp
     assert report["dropped"] > (230 if method == "minhash" else 150)
     monkeypatch.setattr(dedup_module, "MAX_RUN_DOCUMENTS", 37)
     monkeypatch.setattr(dedup_module, "SLICE_DOCUMENTS", 100)
-    for name, value in {"COMPARED_AT_ONCE": 7, "BATCH_DOCUMENTS": 10, "GROUPS_OF_KEY": 2, "MAPPED_FILES": 3}.items():
+    sizes = {
+        "COMPARED_AT_ONCE": 7,
+        "BATCH_DOCUMENTS": 10,
+        "GROUPS_OF_KEY": 2,
+        "MAPPED_FILES": 3,
+        "JOINED_DOCUMENTS": 90,
+    }
+    for name, value in sizes.items():
         monkeypatch.setattr(candidates, name, value)
+    monkeypatch.setattr(attributes, "BATCH_DOCUMENTS", 10)
     monkeypatch.setattr(clusters, "BLOCK_DOCUMENTS", 50)
     run_dedup(source, tmp_path / "pieces", method, **options)
     assert folder_bytes(tmp_path / "whole") == folder_bytes(tmp_path / "pieces")
@@ -155,15 +164,17 @@ def test_finished_work_survives_a_broken_record(tmp_path: Path, monkeypatch: pyt
     (inputs / "b.jsonl").write_bytes(b'{"text": "three"}\n')
     with pytest.raises(ConfigError, match="method"):
         run_dedup(inputs, tmp_path / "out", "minhash", part_bytes=4)
-    before = {path: path.stat().st_ino for path in tagged}
-    write_batches = attributes.write_batches
+    before = set(tagged)
+    tagged_again = []
+    read = attributes.Tagging.read
 
-    def keep_committed(path: Path, *arguments: Any) -> None:
-        assert path not in before
-        write_batches(path, *arguments)
+    def note(tagging: attributes.Tagging, number: int, advance: Advance) -> None:
+        tagged_again.append(tagging.commit(number))
+        read(tagging, number, advance)
 
-    monkeypatch.setattr(attributes, "write_batches", keep_committed)
+    monkeypatch.setattr(attributes.Tagging, "read", note)
     assert run_dedup(inputs, tmp_path / "out", part_bytes=4)["kept"] == 3
+    assert tagged_again and not before & set(tagged_again)
     assert not (tmp_path / "out" / ".work").exists()
 
 
@@ -373,7 +384,7 @@ def test_other_documents_at_the_second_reading_are_noticed(tmp_path: Path) -> No
         effort = Effort(1, silent, 100_000, stage=stage)
         return dedup([str(source)], tmp_path / "out", DedupOptions(WHOLE), effort, False)
 
-    for stage in ("read", "index", "sort", "compare", "cluster", "list", "tally"):
+    for stage in ("read", "index", "sort", "compare", "join", "cluster", "list", "tally"):
         assert run(stage) is None
     content = source.read_bytes()
     source.write_bytes(content.rpartition(b"\n{")[0].ljust(len(content) - 1) + b"\n")  # one document fewer
