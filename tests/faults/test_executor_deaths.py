@@ -23,8 +23,8 @@ STAGES = {
     "tokenize": {"encode": "parts-*/**/*.arrow", "shards": "of-*/shards-000/*.json"},
     "minhash": {
         "read": "attributes/*/*.arrow",
-        "sort": "of-*/runs/**/*.documents",
-        "compare": "of-*/pairs/**/*",
+        "sort": "of-*/runs/**/*-documents.arrow",
+        "compare": "of-*/pairs/by-key-*/**/*.arrow",
         "list": "of-*/tallies/**/*.json",
         "write": "of-*/files/**/*.zst",
     },

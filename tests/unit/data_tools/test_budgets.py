@@ -25,8 +25,9 @@ SCRIPT = f"""
 from data_tools import units
 units.PART_BYTES = {PART_BYTES}
 from data_tools import tokenize
-from data_tools.clean import attributes, dedup
+from data_tools.clean import attributes, candidates, dedup
 attributes.TASK_BYTES = 20_000
+candidates.WORKER_BYTES, candidates.JOINED_DOCUMENTS = 1, 400
 dedup.MAX_RUN_DOCUMENTS, dedup.SLICE_DOCUMENTS = 100, 400
 tokenize.BYTES_A_SECOND["tokenizers"] = 1  # so that there is work for all workers
 from data_tools.cli import main
