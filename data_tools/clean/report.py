@@ -174,7 +174,7 @@ def example_documents(tally: Tally) -> list[int]:
 def make_report(command: dict[str, Any], corpus: Corpus, tally: Tally, work: Path) -> dict[str, Any]:
     """The report, as plain data."""
     texts: dict[int, str] = {}
-    for path in sorted((work / EXAMPLES_FOLDER).iterdir()):
+    for path in sorted((work / EXAMPLES_FOLDER).glob("[!.]*")):  # not what a killed process has left unfinished
         texts.update({int(key): text for key, text in orjson.loads(path.read_bytes()).items()})
     numbers = example_documents(tally)
     locations = dict(zip(numbers, corpus.locations(np.array(numbers, np.uint64)), strict=True))

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +392,14 @@ def test_other_documents_at_the_second_reading_are_noticed(tmp_path: Path) -> No
     os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(DataError, match=r"a\.jsonl: not the same documents as when they were first read"):
         run(None)
+
+
+def test_what_a_killed_write_left_harms_no_report(tmp_path: Path) -> None:
+    source = write_records(tmp_path / "a.jsonl", ["one", "two", "one"])
+    options, effort = DedupOptions(WHOLE), Effort(1, silent)
+    for stage in ("read", "index", "sort", "compare", "join", "cluster", "list", "tally", "write"):
+        assert dedup([str(source)], tmp_path / "out", options, replace(effort, stage=stage), False) is None
+    (examples,) = tmp_path.glob("out/.work/of-*/examples")
+    (examples / ".part-000000-000000.json.1-ab.tmp").touch()
+    report = dedup([str(source)], tmp_path / "out", options, effort, False)
+    assert report is not None and report["kept"] == 2
