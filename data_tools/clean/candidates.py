@@ -57,7 +57,7 @@ MAPPED_FILES = 1 << 14
 """Of which a process may map 65,530."""
 JOINED_DOCUMENTS = 1 << 22
 """Whose pairs are gathered by one unit."""
-PAIR_BYTES = 40
+PAIR_BYTES = 80
 """Of a pair that is gathered."""
 
 KEY_SCHEMA = pa.schema({"key": pa.uint64(), "document": pa.uint32()})
@@ -236,14 +236,16 @@ class Matching(Reopening):
         most = self.runs.corpus.memory.fitting(PAIR_BYTES, JOINED_DOCUMENTS)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            found: list[Pairs] = []
+            found, size = list[Pairs](), 0
             for path in map(self.path, range(self.runs.sketch.num_keys * self.num_groups)):
                 for batch in map_batches(path):
                     begin, end = np.searchsorted(batch["second"].to_numpy(), extent).tolist()
-                    found += [as_pairs(batch.slice(begin, end - begin))] * (end > begin)
-                    if sum(map(len, found)) >= most:
+                    if end > begin:
+                        found.append(as_pairs(batch.slice(begin, end - begin)))
+                        size += end - begin
+                    if size >= most:
                         yield pair_batch(found)
-                        found = []
+                        found, size = [], 0
                 self.runs.corpus.memory.release_mapped()
             yield pair_batch(found)
 

@@ -30,8 +30,8 @@ from megatrain.atomic import committed
 BLOCK_DOCUMENTS = 1 << 20
 DOCUMENT_BYTES = 200
 """Of each document of a block."""
-MAX_BUCKETS = 128
-"""Files that are open at a time."""
+BUCKET_DOCUMENTS, MAX_BUCKETS = 1 << 21, 128
+"""Documents whose clusters one unit represents, and how many such units: as many files are open at a time."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Representation:
     @property
     def member_files(self) -> list[Path]:
         num_documents = self.matching.runs.corpus.num_documents
-        number = min(MAX_BUCKETS, 1 + num_documents // self.matching.slice_documents)
+        number = min(MAX_BUCKETS, 1 + num_documents // BUCKET_DOCUMENTS)
         return [self.folder / f"{bucket:03d}-members.arrow" for bucket in range(number)]
 
     def stages(self) -> Iterator[Stage]:

@@ -26,8 +26,8 @@ units.PART_BYTES = 4000
 from data_tools import job, tokenize
 job.LOOK_AGAIN_SECONDS = 5.0
 tokenize.BYTES_A_SECOND = dict.fromkeys(tokenize.BYTES_A_SECOND, 1.0)  # so that there is work for all workers
-from data_tools.clean import attributes, candidates, dedup
-candidates.WORKER_BYTES, candidates.JOINED_DOCUMENTS = 1, 100  # likewise
+from data_tools.clean import attributes, candidates, clusters, dedup
+candidates.WORKER_BYTES, candidates.JOINED_DOCUMENTS, clusters.BUCKET_DOCUMENTS = 1, 100, 200  # likewise
 attributes.TASK_BYTES, attributes.READER_CHUNKS = 20_000, 1
 dedup.MAX_RUN_DOCUMENTS, dedup.SLICE_DOCUMENTS = 100, 200
 """

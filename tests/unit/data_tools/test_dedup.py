@@ -325,11 +325,11 @@ def test_long_chains_are_joined_in_linear_time() -> None:
     assert min(cpu_seconds(240_000) for _ in range(3)) < 20 * min(cpu_seconds(30_000) for _ in range(3)) + 0.05
 
 
-@pytest.mark.parametrize("slice_documents", [1 << 21, 30])
+@pytest.mark.parametrize("bucket_documents", [1 << 21, 30])
 def test_representatives_keep_what_is_unlike_them(
-    slice_documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
+    bucket_documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: RunCommand
 ) -> None:
-    monkeypatch.setattr(dedup_module, "SLICE_DOCUMENTS", slice_documents)
+    monkeypatch.setattr(clusters, "BUCKET_DOCUMENTS", bucket_documents)
     texts = [" ".join(f"w{word}" for word in range(first, first + 300)) for first in range(0, 600, 6)]
     source = write_records(tmp_path / "a.jsonl", [*texts, texts[50], "alone"])
     options = ("--method", "minhash", "--cluster-by", "representative", "--workers", 1)

@@ -6,13 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
+from clean_samples import WHOLE, real_paragraphs, run_dedup, silent, write_records
 from data_samples import RunCommand, folder_bytes
 
-from data_tools import memory
-from data_tools.memory import LEAST_BYTES, Memory, bound_memory
+from data_tools import job
+from data_tools.clean import clusters
+from data_tools.clean.dedup import DedupOptions, dedup
+from data_tools.executors import LocalPool, Place, Unfinished
+from data_tools.job import Effort
+from data_tools.memory import LEAST_BYTES, OWN_BYTES, Memory, bound_memory
 from megatrain.errors import ConfigError
 
 SCRIPT = """
@@ -76,4 +82,27 @@ def test_buffers_follow_from_the_bound() -> None:
     small, large = Memory(LEAST_BYTES), Memory(8 << 30)
     assert small.fitting(100, 1 << 21) < large.fitting(100, 1 << 21) == 1 << 21
     assert small.fitting(1 << 40, 8) == 1
-    assert small.fitting(100, 1 << 21) * 100 + memory.OWN_BYTES < LEAST_BYTES
+    assert small.fitting(100, 1 << 21) * 100 + OWN_BYTES < LEAST_BYTES
+
+
+def test_the_bound_may_change_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = real_paragraphs(60, 80)
+    source = write_records(tmp_path / "in.jsonl", [*texts, *texts[::2], *(f"{text} more" for text in texts[::3])])
+    monkeypatch.setattr(clusters, "BUCKET_DOCUMENTS", 30)
+    monkeypatch.setattr(job, "LOOK_AGAIN_SECONDS", 0.0)
+    options = DedupOptions(WHOLE, "minhash", num_permutations=64, cluster_by="representative")
+    usual = run_dedup(source, tmp_path / "usual", "minhash", num_permutations=64, cluster_by="representative")
+    assert usual["dropped"] >= 30
+    bounds = cycle(Memory(OWN_BYTES + free_bytes) for free_bytes in (4_000, 20_000, 1 << 30))
+    stages = ("read", "index", "sort", "compare", "join", "cluster", "represent", "assign", "list", "tally", None)
+    for stage in stages:
+        while True:  # what is missing with one bound may be there with another
+            place = Place(LocalPool(1), memory=next(bounds))
+            effort = Effort(1, silent, 100_000, place=place, stage=stage)
+            try:
+                report = dedup([str(source)], tmp_path / "changed", options, effort, False)
+                break
+            except Unfinished:
+                continue
+    assert report == usual
+    assert folder_bytes(tmp_path / "changed") == folder_bytes(tmp_path / "usual")
