@@ -3,10 +3,10 @@
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test lint docs acceptance soak clean
+.PHONY: help setup demo test lint docs acceptance soak clean example-finetune
 
 help:  ## what can be made
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 20
 
 setup: $(READY)  ## install into .venv, at the versions of constraints.txt; TORCH=cpu, cuda or site says which torch
 
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt tools/setup.sh
 
 demo: $(READY)  ## everything once, on real text: data, training, a kill, a resume, evaluation, a sample, a report
 	@$(BIN)/python tools/demo.py demo
+
+example-finetune: $(READY)  ## LoRA on a small chat model, before and after; see examples/finetune/README.md
+	@$(BIN)/python examples/finetune/finetune.py build/example-finetune
 
 test: $(READY)  ## the tests that are run before every change
 	$(BIN)/pytest -m "not slow"

@@ -40,6 +40,23 @@ def test_a_notebook_runs_twice(notebook: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(1800)
+def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
+    script = EXAMPLES / "finetune" / "finetune.py"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(script), str(tmp_path / "work"), "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "cannot be had, and there is no" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "work" / "adapter" / "adapter_model.safetensors").exists()
+    gain = re.search(r"better by (-?[\d.]+) nats a token", done.stdout)
+    assert gain is not None, done.stdout
+    assert float(gain[1]) > 0.0
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # eight starts of a run
 def test_the_laptop_page_runs(tmp_path: Path) -> None:
     page = (EXAMPLES.parent / "docs" / "laptop.md").read_text(encoding="utf-8")
