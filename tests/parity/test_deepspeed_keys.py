@@ -48,7 +48,9 @@ def test_passed_keys_together_change_neither_training_nor_state(stage: int, pool
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["data", "offloaded", pytest.param("tensor", marks=pytest.mark.acceptance)])
+@pytest.mark.parametrize(
+    "layout", ["data", *(pytest.param(name, marks=pytest.mark.acceptance) for name in ("offloaded", "tensor"))]
+)
 @pytest.mark.parametrize(
     ("key", "value", "stage"), [(key, value, stage) for key, value, stages in ROWS for stage in stages]
 )

@@ -45,6 +45,7 @@ def peak_megabytes(folder: Path, *arguments: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_processes_stay_below_their_bound(tmp_path: Path) -> None:
     """Documents so short that 10 MB of text have 200 MB of attributes."""
     with (tmp_path / "in.jsonl").open("w") as file:
