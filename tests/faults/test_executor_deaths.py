@@ -23,7 +23,7 @@ STAGES = {
     "tokenize": {"encode": "parts-*/**/*.arrow", "shards": "of-*/shards-000/*.json"},
     "minhash": {
         "read": "attributes/*/*.arrow",
-        "sort": "of-*/runs/**/*-documents.arrow",
+        "sort": "of-*/runs/**/*-keys.arrow",
         "compare": "of-*/pairs/by-key-*/**/*.arrow",
         "list": "of-*/tallies/**/*.json",
         "write": "of-*/files/**/*.zst",
