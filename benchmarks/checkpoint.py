@@ -93,7 +93,7 @@ class Rank:
         for step in range(NUM_STEPS):
             count = batches.num_targets(step)
             result = self.run.engine.train_batch(batches.micro_batches(step), count, 1e-3)
-            progress = progress.after_step(count, result.skipped, progress.recent)
+            progress = progress.after_step(count, bool(result.skipped), progress.recent)
         batches.close()
         self.progress, self.saving = progress, CheckpointManager(self.run, progress.updates)
         self.saving.prepare()

@@ -25,7 +25,7 @@ from megatrain.distributed.bootstrap import boot_id
 from megatrain.errors import CheckpointError, Superseded
 
 LEASE_SECONDS = 15.0  # a holder on another machine that has not moved for so long is dead
-_BEAT_SECONDS = 2.0
+_BEAT_SECONDS = 1.0
 _DYING_SECONDS = 2.0  # a process that was killed holds its lock until its memory has been given back
 _LOCK = ".lock"
 
@@ -56,18 +56,14 @@ class Lease:
             os.fsync(self._file.fileno())
         unfinished.replace(run_dir / _LOCK)
         self._ended = threading.Event()
-        self._looked = time.monotonic()
+        self._superseded: str | None = None
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise Superseded if another start has taken the run over; looks once a second at most."""
-        if time.monotonic() - self._looked < 1.0:
-            return
-        self._looked = time.monotonic()
-        holder = _read_holder(self._run_dir)
-        if holder is not None and holder.token != self._token:
-            raise Superseded(f"This run has been taken over by {holder} ({self._run_dir}): this start of it ends.")
+        """Raise Superseded if another start has taken the run over, as a thread has seen, which looks every second."""
+        if self._superseded is not None:
+            raise Superseded(self._superseded)
 
     def end(self) -> None:
         self._ended.set()
@@ -82,6 +78,9 @@ class Lease:
         while not self._ended.wait(_BEAT_SECONDS):
             with contextlib.suppress(OSError):  # a distant disk must not end the run
                 os.utime(self._file.fileno())
+            holder = _read_holder(self._run_dir)
+            if holder is not None and holder.token != self._token:
+                self._superseded = f"This run has been taken over by {holder} ({self._run_dir}): this start of it ends."
 
 
 @contextlib.contextmanager

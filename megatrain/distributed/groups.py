@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatrain.distributed.activity import Activity
@@ -54,9 +55,9 @@ class Groups:
         """Which of how many shares of a batch is this rank's."""
         return self.batch.get_local_rank(), self.batch.size()
 
-    def all_reduce_sum(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float] | Tensor) -> list[float]:
         """Each value summed over all ranks, in double precision. Every rank must call it at the same point."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        totals = torch.as_tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         summed: list[float] = totals.tolist()
         return summed

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -15,6 +16,7 @@ import psutil
 STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """TERM last: whoever sees that a rank listens for it knows that it does for all."""
 SAVE_SIGNAL = signal.SIGUSR2
+_LOOK_SECONDS = 0.5
 
 
 @contextlib.contextmanager
@@ -44,6 +46,29 @@ class Requests:
     def take_save(self) -> bool:
         num_saves, self._saves = self._saves, 0
         return num_saves > 0
+
+    @contextlib.contextmanager
+    def saving_by(self, file: Path) -> Iterator[None]:
+        """In this context the ``file`` asks for a save too, and is removed. A thread looks for it: disks are slow."""
+        ended = threading.Event()
+        self._take(file)
+        thread = threading.Thread(target=self._watch, args=(file, ended), name="save-now", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _watch(self, file: Path, ended: threading.Event) -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            self._take(file)
+
+    def _take(self, file: Path) -> None:
+        with contextlib.suppress(OSError):
+            if file.exists():
+                file.unlink()
+                self._saves += 1
 
     def follow(self, supervisor: int) -> None:
         """From here on the death of process ``supervisor`` is a request to stop too: it can pass none on any more."""

@@ -117,7 +117,7 @@ class DeepSpeedSharding:
         self._is_half = precision != "fp32"
         self._has_fp32_sums = precision == "bf16" and self._stage < 2 and config.parallel.offload == "none"
         self._sums_whole = self.is_replicated and self._is_half  # here, not DeepSpeed
-        self.dynamic_scale = DynamicLossScale.of(config.train)
+        self.dynamic_scale = DynamicLossScale.of(config.train, torch.device("cpu"))  # DeepSpeed decides there
         self._rest = 1.0  # by what fp32 gradients are still to be multiplied
         self._mpu = _mpu(groups, groups.self_group if self._sums_whole else groups.gradient.get_group())
         _allocate(model, config, groups, self._mpu)
@@ -154,12 +154,12 @@ class DeepSpeedSharding:
         # Found here: within an update DeepSpeed shows one of its groups alone.
         self._tensor_replicas = self._find_tensor_replicas()
 
-    def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
+    def begin_step(self, num_micro_batches: int, num_targets: int) -> float | Tensor:
         # DeepSpeed averages over its data ranks; ours is one sum, divided once.
         per_target: float = self._mpu.get_data_parallel_world_size() / num_targets
         if not self._is_half:
             return per_target
-        factor = backward_factor(per_target, self.dynamic_scale)
+        factor = float(backward_factor(per_target, self.dynamic_scale))
         if self._has_fp32_sums:
             self._rest = per_target / factor
             return factor
@@ -190,8 +190,10 @@ class DeepSpeedSharding:
         norm = self._norm if optimizer is self._optimizer else float(engine.get_global_grad_norm())
         is_skipped = not (math.isfinite(norm) and engine.was_step_applied())
         if self.dynamic_scale is not None:
-            self.dynamic_scale.update(overflow=is_skipped)
-        return Update(norm, is_skipped or self._is_approved is False)
+            self.dynamic_scale.update(overflow=torch.tensor(is_skipped))
+        skipped = is_skipped or self._is_approved is False
+        device = self._groups.device
+        return Update(torch.full((), norm, device=device, dtype=torch.float64), torch.full((), skipped, device=device))
 
     def gathered(self, layer: nn.Module) -> contextlib.AbstractContextManager[None]:
         """See Sharding. Stage 3 gathers by itself."""

@@ -53,10 +53,10 @@ class MasterSlice(NamedTuple):
 
 class Update(NamedTuple):
     """``grad_norm``: the global gradient norm before clipping; not finite where gradients are not. ``skipped``: weights
-    and optimizer state are as they were before."""
+    and optimizer state are as they were before. Scalars on the device: to look at them is to wait for it."""
 
-    grad_norm: float
-    skipped: bool
+    grad_norm: Tensor
+    skipped: Tensor
 
 
 class Sharding(Protocol):
@@ -74,7 +74,7 @@ class Sharding(Protocol):
     dynamic_scale: DynamicLossScale | None
     """fp16's loss scale, which ``step`` updates; None under another precision."""
 
-    def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
+    def begin_step(self, num_micro_batches: int, num_targets: int) -> float | Tensor:
         """By what the loss sum of each micro-batch is to be multiplied before its backward pass, so that the gradient
         is that of the mean over ``num_targets``."""
         ...
@@ -147,12 +147,13 @@ class StateReader(Protocol):
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step. ``loss_sum``: this rank's share of the sum over all ranks of the target tokens' cross-entropy
-    (nats, before the update). ``grad_norm``: the global one, before clipping. ``skipped``: no update was made.
-    ``optimizer_seconds``: of the step's time, the part after the last backward pass."""
+    (nats, before the update). ``grad_norm``: the global one, before clipping. ``skipped``: no update was made. They are
+    scalars on the device, which may not have computed them yet. ``optimizer_seconds``: of this process's time, the part
+    after the last backward pass."""
 
-    loss_sum: float
-    grad_norm: float
-    skipped: bool
+    loss_sum: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
     optimizer_seconds: float
 
 
@@ -169,7 +170,7 @@ class Engine:
         self.tokens_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self._hidden_size, self._dtype = config.model.hidden_size, DTYPES[config.train.precision]
         self._last_chunk = len(model.chunks) - 1 if groups.coordinate.pipeline == groups.topology.pipeline - 1 else None
-        self._factor = 1.0  # by which losses are multiplied
+        self._factor: float | Tensor = 1.0  # by which losses are multiplied
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=groups.device)
         self._answer: Tensor | None = None  # to the last InferenceBatch, in the last virtual stage
         self._pipeline: Pipeline[Batch | InferenceBatch] = Pipeline(
@@ -187,12 +188,13 @@ class Engine:
         self._loss_sum.zero_()
         self._pipeline.train(micro_batches)
         began = time.perf_counter()
-        update = self._sharding.step(lr, admit and (lambda norm: admit(self._own_share(), norm)))
+        update = self._sharding.step(lr, admit and (lambda norm: admit(float(self._own_share()), norm)))
         seconds = time.perf_counter() - began
         return StepResult(self._own_share(), update.grad_norm, update.skipped, seconds)
 
-    def evaluate(self, micro_batches: Iterable[Batch]) -> float:
-        """This rank's share of the sum of the cross-entropy over the scored targets; nothing is learned."""
+    def evaluate(self, micro_batches: Iterable[Batch]) -> Tensor:
+        """This rank's share of the sum of the cross-entropy over the scored targets, a scalar on the device; nothing is
+        learned."""
         self._factor = 1.0
         self._loss_sum.zero_()
         with self._sharding.evaluation():
@@ -371,11 +373,11 @@ class Engine:
             kinds = ((f"{kind} of {name}", x) for name in names if name in held for kind, x in held[name].items())
             yield Replicas(group, dict(kinds))
 
-    def _own_share(self) -> float:
-        """Of the loss sum, which the last pipeline stage has. Tensor ranks compute the same: the first of them counts.
-        It waits for the device."""
+    def _own_share(self) -> Tensor:
+        """Of the loss sum, which the last pipeline stage has. Tensor ranks compute the same: the first of them
+        counts."""
         is_counted = self._last_chunk is not None and self.groups.coordinate.tensor == 0
-        return float(self._loss_sum) if is_counted else 0.0
+        return self._loss_sum.clone() if is_counted else torch.zeros_like(self._loss_sum)
 
     def _saved_range(self, spec: ShardSpec, length: int) -> tuple[int, int]:
         """The part of a slice that this rank saves: what several ranks hold alike is shared out among them."""

@@ -27,7 +27,7 @@ from megatrain.config import RunConfig
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
 from megatrain.parallel.engine import MasterSlice, Update
-from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
+from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor, power_of_two_below
 from megatrain.parallel.optimizer import make_optimizer, reset_state
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, tied_weight
@@ -55,8 +55,8 @@ class FSDP2Sharding:
         self._stage, self._clip = config.parallel.zero_stage, train.gradient_clipping
         self.passes_together = groups.gradient.size() > 1
         self._is_half = train.precision != "fp32"
-        self.dynamic_scale = DynamicLossScale.of(train)
-        self._gradient_scale = 1.0  # by which gradients are too large until the update
+        self.dynamic_scale = DynamicLossScale.of(train, groups.device)
+        self._gradient_scale: float | Tensor = 1.0  # by which gradients are too large until the update
         policy = MixedPrecisionPolicy(DTYPES[train.precision], torch.float32, cast_forward_inputs=False)
         shard = functools.partial(fully_shard, mesh=groups.gradient, mp_policy=policy)
         for chunk in self._chunks:  # on the meta device: memory is given to this rank's rows alone
@@ -78,14 +78,14 @@ class FSDP2Sharding:
         self._partial = partial_gradients(model.chunks, model.specs, config)
         self._tied = tied_weight(model, config, groups)
 
-    def begin_step(self, num_micro_batches: int, num_targets: int) -> float:
+    def begin_step(self, num_micro_batches: int, num_targets: int) -> float | Tensor:
         """See Sharding. In half precision a power of two (see megatrain.parallel.loss_scale)."""
         per_target = 1.0 / num_targets
         if not self._is_half:
             return per_target
-        factor = backward_factor(per_target, self.dynamic_scale)
-        self._gradient_scale = factor / per_target
-        return factor
+        rest = power_of_two_below(per_target) / per_target
+        self._gradient_scale = rest if self.dynamic_scale is None else rest * self.dynamic_scale.value
+        return backward_factor(per_target, self.dynamic_scale)
 
     def forward(self, chunk: int, x: Tensor | None, batch: Batch | InferenceBatch) -> Tensor:
         """See Sharding."""
@@ -102,20 +102,21 @@ class FSDP2Sharding:
 
     @torch.no_grad()
     def step(self, lr: float, approve: Callable[[float], bool] | None) -> Update:
-        """See Sharding. Waits for the device once: for the norm, before the update where ``approve`` asks for it, and
-        after it else."""
+        """See Sharding. It waits for the device only where ``approve`` is asked: whether to skip, and by what to clip,
+        the device decides."""
         self._sum_tied_gradients()
         self._sum_replicated_gradients()
         norm = self._gradient_norm()
-        refused = approve is not None and math.isfinite(float(norm)) and not approve(float(norm))
-        if not refused:
-            self._update(lr, norm)
+        skipped = overflow = ~norm.isfinite()
+        if approve is not None and math.isfinite(on_host := float(norm)) and not approve(on_host):
+            skipped = torch.ones_like(overflow)
+        else:
+            self._update(lr, norm, overflow)
         self._optimizer.zero_grad()
         self._copy_tied_weight()
-        is_finite = math.isfinite(float(norm))
         if self.dynamic_scale:
-            self.dynamic_scale.update(overflow=not is_finite)
-        return Update(float(norm), skipped=refused or not is_finite)
+            self.dynamic_scale.update(overflow=overflow)
+        return Update(norm, skipped)
 
     @contextlib.contextmanager
     def gathered(self, layer: Any) -> Iterator[None]:
@@ -188,15 +189,15 @@ class FSDP2Sharding:
         for module in self._modules:
             module.reshard()
 
-    def _update(self, lr: float, norm: Tensor) -> None:
+    def _update(self, lr: float, norm: Tensor, overflow: Tensor) -> None:
         """Unscale, clip and update in one pass, if the norm is finite: the device decides."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scale = torch.full_like(norm, self._gradient_scale)
+        scale = torch.ones_like(norm) * self._gradient_scale
         if self._clip > 0.0:
             scale *= ((norm + 1e-6) / self._clip).clamp(min=1.0)
         optimizer: Any = self._optimizer  # torch's fused optimizers read these, as torch.amp.GradScaler sets them
-        optimizer.grad_scale, optimizer.found_inf = scale, (~norm.isfinite()).float()
+        optimizer.grad_scale, optimizer.found_inf = scale, overflow.float()
         optimizer.step()
 
     def _gradient_norm(self) -> Tensor:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from megatrain.config import TrainConfig
 
@@ -24,52 +26,53 @@ def power_of_two_below(factor: float) -> float:
     return factor / (2.0 * mantissa)
 
 
-@dataclass
 class DynamicLossScale:
     """fp16's loss scale, as in DeepSpeed: halved at each overflow from the second one on, doubled after ``window``
-    updates without one."""
+    updates without one. Its state is kept where gradients are judged, so that nobody waits for the judgement."""
 
-    window: int
-    cur_scale: float
-    cur_iter: int = 0
-    last_overflow_iter: int = -1
-    cur_hysteresis: int = _HYSTERESIS
+    def __init__(self, window: int, scale: float, device: torch.device) -> None:
+        self._window = window
+        begun = {"cur_scale": scale, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": _HYSTERESIS}
+        self._state = {key: torch.full((), value, dtype=torch.float64, device=device) for key, value in begun.items()}
 
     @classmethod
-    def of(cls, train: TrainConfig) -> DynamicLossScale | None:
+    def of(cls, train: TrainConfig, device: torch.device) -> DynamicLossScale | None:
         """As a run begins with it; None under another precision than fp16."""
         if train.precision != "fp16":
             return None
-        return cls(train.loss_scale_window, 2.0**train.initial_loss_scale_power)
+        return cls(train.loss_scale_window, 2.0**train.initial_loss_scale_power, device)
 
-    def update(self, *, overflow: bool) -> None:
-        """After each step."""
-        if overflow:
-            if self.cur_hysteresis == 1:
-                self.cur_scale = max(self.cur_scale / 2.0, _SMALLEST)
-            else:
-                self.cur_hysteresis -= 1
-            self.last_overflow_iter = self.cur_iter
-        else:
-            num_since = self.cur_iter - self.last_overflow_iter - 1
-            if num_since > 0 and num_since % self.window == 0:
-                self.cur_hysteresis = _HYSTERESIS
-                self.cur_scale *= 2.0
-        self.cur_iter += 1
+    @property
+    def value(self) -> Tensor:
+        """fp32: a power of two."""
+        return self._state["cur_scale"].float()
+
+    def update(self, *, overflow: Tensor) -> None:
+        """After each step. ``overflow``: a bool, on the device of the state."""
+        scale, step, last, hysteresis = self._state.values()
+        num_since = step - last - 1
+        grows = (num_since > 0) & (num_since % self._window == 0) & ~overflow
+        shrinks = overflow & (hysteresis == 1)
+        scale = torch.where(shrinks, (scale / 2.0).clamp(min=_SMALLEST), scale)
+        hysteresis = hysteresis - (overflow & ~shrinks).double()
+        self._state = {
+            "cur_scale": torch.where(grows, scale * 2.0, scale),
+            "cur_iter": step + 1,
+            "last_overflow_iter": torch.where(overflow, step, last),
+            "cur_hysteresis": torch.where(grows, float(_HYSTERESIS), hysteresis),
+        }
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
-        return {key: float(getattr(self, key)) for key in _STATE}
+        """What a checkpoint keeps of it. It waits for the device."""
+        return {key: float(value) for key, value in self._state.items()}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Go on from a state that was saved."""
-        for key in state.keys() & set(_STATE):
-            setattr(self, key, state[key] if key == "cur_scale" else int(state[key]))
+        for key in state.keys() & self._state.keys():
+            self._state[key].fill_(state[key])
 
 
-_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def backward_factor(per_target: float, dynamic: DynamicLossScale | None) -> float:
+def backward_factor(per_target: float, dynamic: DynamicLossScale | None) -> float | Tensor:
     """The power of two that stands for ``per_target`` in the backward pass, fp16's ``dynamic`` scale included."""
-    return power_of_two_below(per_target * (1.0 if dynamic is None else dynamic.cur_scale))
+    factor = power_of_two_below(per_target)
+    return factor if dynamic is None else factor * dynamic.value

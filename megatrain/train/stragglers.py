@@ -47,8 +47,9 @@ class StragglerDetector:
         self._num_steps = 0
         self._in_a_row: dict[Straggler, int] = {}
 
-    def add(self, parts: Mapping[str, float]) -> None:
-        self._num_steps += 1
+    def add(self, parts: Mapping[str, float], num_steps: int) -> None:
+        """Seconds of each part of so many steps together."""
+        self._num_steps += num_steps
         for part, seconds in parts.items():
             self._sums[part] += seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import time
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from megatrain.checkpoint.lock import Lease
 from megatrain.checkpoint.saver import SaveResult, SaveStatus
@@ -27,6 +30,7 @@ from megatrain.tasks.evaluation import answer, collect
 from megatrain.train.assemble import Run
 from megatrain.train.checkpointing import CheckpointManager, assets_of
 from megatrain.train.config_record import record_start
+from megatrain.train.garbage import STEPS_BETWEEN, collected_on_request
 from megatrain.train.progress import Progress
 from megatrain.train.schedule import learning_rate
 from megatrain.train.spikes import SpikeDetector, SpikeError
@@ -38,16 +42,26 @@ SAVE_NOW = "save-now"  # a file in the run folder that asks for a checkpoint
 
 
 class ControlFlags(NamedTuple):
-    """What a step is to be followed by, on request or by the clock: the end, a save, a comparison of the ranks."""
+    """What steps are to be followed by, on request or by the clock: the end, a save, a comparison of the ranks."""
 
     stop: bool
     save: bool
     compare: bool
 
 
-class _Step(NamedTuple):
-    """What a step did, the same on all ranks."""
+class _Begun(NamedTuple):
+    """A step whose figures are still on the device."""
 
+    num_targets: int
+    divisor: int
+    lr: float
+    result: StepResult
+
+
+class _Fetched(NamedTuple):
+    """What the steps since the last fetch did, the same on all ranks; loss, norm and rate are the last one's."""
+
+    num_steps: int
     num_targets: int
     loss: float
     grad_norm: float
@@ -86,7 +100,11 @@ class Stopwatch:
 
 
 class Trainer:
-    """Trains a run from where ``progress`` stands. ``observers`` and ``lease``: on rank 0 alone."""
+    """Trains a run from where ``progress`` stands. ``observers`` and ``lease``: on rank 0 alone.
+
+    A step reads nothing back from the device. All figures and requests are fetched together, in one exchange of the
+    ranks, after each step that is logged, evaluated or saved; ``progress`` counts the steps that were fetched.
+    """
 
     def __init__(
         self,
@@ -100,6 +118,7 @@ class Trainer:
         self.progress = progress
         self._requests, self._observers, self._lease = requests, observers, lease
         self._num_steps = run.num_steps
+        self._begun: list[_Begun] = []  # since the last fetch
         self._save_now = Path(run.config.run.dir) / SAVE_NOW
         self._validation_loss: float | None = None
         self._checkpoints = CheckpointManager(run, progress.updates)
@@ -120,7 +139,11 @@ class Trainer:
         return Writer(run.engine, run.datasets[0].tokenizer, assets, agreement(run.groups))
 
     def _note_part(self, part: str) -> None:
-        self._run.groups.activity.enter(self.progress.step, part)
+        self._run.groups.activity.enter(self._num_begun, part)
+
+    @property
+    def _num_begun(self) -> int:
+        return self.progress.step + len(self._begun)
 
     def run(self) -> Progress:
         """Train to the last step, or until the validation loss does not get better.
@@ -129,57 +152,93 @@ class Trainer:
         Diverged where it is ruined or too many updates were left out in a row, SpikeError where the run is to go back
         for a spike.
         """
-        batches = self._run.training_batches(self._run.order)
-        try:
-            stopping = False
-            while not self._is_over and not stopping:
-                step = self._step(batches)
-                stopping = step.flags.stop
-                if self.progress.step == self._first_step + 1:
-                    self._checkpoints.prepare()
-                    if self._observers:
-                        record_start(self._config, self._first_step)
-                self._evaluate_if_due()
-                # Before the save: a step that a checkpoint holds is one that was logged.
-                self._report(step)
-                self._refuse_to_go_on_without_updates()
-                self._save_if_due(stopping, step.flags.save)
-        except SpikeError:
-            self._report_saves(self._checkpoints.finish())
-            self._checkpoints.close(prune=False)
-            raise
-        finally:
-            batches.close()
+        batches, stopping = self._run.training_batches(self._run.order), False
+        with contextlib.ExitStack() as held:
+            held.callback(batches.close)
+            if self._observers:
+                held.enter_context(self._requests.saving_by(self._save_now))
+            try:
+                while not self._is_over and not stopping:
+                    self._step(batches)
+                    if self._num_begun == self._first_step + 1:
+                        self._checkpoints.prepare()
+                        if self._observers:
+                            record_start(self._config, self._first_step)
+                        held.enter_context(collected_on_request())
+                    if self._is_fetch_due():
+                        stopping = self._follow(self._fetch())
+                    if self._num_begun % STEPS_BETWEEN == 0:
+                        gc.collect()
+            except SpikeError:
+                self._report_saves(self._checkpoints.finish())
+                self._checkpoints.close(prune=False)
+                raise
         self._end(stopping)
         return self.progress
 
-    def _step(self, batches: TrainingBatches) -> _Step:
-        run, step, watch = self._run, self.progress.step, self._watch
+    def _is_fetch_due(self) -> bool:
+        """Whether figures are to be looked at after the last step, the same on all ranks."""
+        config, step = self._config, self._num_begun
+        compared = config.train.check_replica_hash_interval or self._num_steps
+        every = (config.train.eval_every_steps, config.checkpoint.every_steps, compared)
+        return self._is_logged(step) or config.spikes.action != "none" or any(step % each == 0 for each in every)
+
+    def _follow(self, fetched: _Fetched) -> bool:
+        """Do what is due after these steps; whether the run is to end early."""
+        self._evaluate_if_due()
+        # Before the save: a step that a checkpoint holds is one that was logged.
+        self._report(fetched)
+        self._refuse_to_go_on_without_updates()
+        self._save_if_due(fetched.flags.stop, fetched.flags.save)
+        return fetched.flags.stop
+
+    def _step(self, batches: TrainingBatches) -> None:
+        run, step, watch = self._run, self._num_begun, self._watch
         lr = learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._num_steps)
         with watch.measure("data"):
             micro_batches, count = batches.micro_batches(step), batches.num_targets(step)
-        divisor = max(count, 1)  # samples of prompts alone have no target, and teach nothing
         with watch.measure("forward_backward"):
+            divisor = max(count, 1)  # samples of prompts alone have no target, and teach nothing
             result = run.engine.train_batch(micro_batches, divisor, lr, self._spikes.guard(divisor))
-        with watch.measure("exchange"):
-            # One exchange a step: the loss, what is requested, and how far the current save is.
-            shared = [result.loss_sum, *self._own_flags(), *self._checkpoints.status()]
-            loss_sum, *sums = run.groups.all_reduce_sum(shared)
+        watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
+        self._begun.append(_Begun(count, divisor, lr, result))
+
+    def _fetch(self) -> _Fetched:
+        """Wait for the device, once, for all that is to be known of the steps since the last time. Collective."""
+        steps = self._begun
+        with self._watch.measure("exchange"):
+            # One exchange: the figures, what is requested, and how far the current save is.
+            requested = torch.tensor([*self._own_flags(), *self._checkpoints.status()], dtype=torch.float64)
+            figures = [self._own_figures(step.result) for step in steps]
+            sums = self._run.groups.all_reduce_sum(torch.cat([*figures, requested.to(self._run.groups.device)]))
+            rows, sums = [sums[k : k + 3] for k in range(0, 3 * len(steps), 3)], sums[3 * len(steps) :]
             flags, status = ControlFlags(*(count > 0 for count in sums[:3])), SaveStatus(*sums[3:])
         if self._lease is not None:
             self._lease.check()  # a start left behind writes nothing more, not even metrics
-        watch.move(result.optimizer_seconds, "forward_backward", "optimizer")
         self._report_saves(self._checkpoints.advance(status))
-        loss, spike = loss_sum / divisor, self._spikes.spike
+        spike = self._spikes.spike
         if spike is not None and self._config.spikes.action == "rewind":
             raise SpikeError(self.progress.step, spike)
-        self.progress = self.progress.after_step(count, result.skipped, self._spikes.recent)
+        self._begun = []
+        for step, (loss_sum, _, skipped) in zip(steps, rows, strict=True):
+            self.progress = self.progress.after_step(step.num_targets, bool(skipped), self._spikes.recent)
+            if skipped:
+                self._report_skip(loss_sum / step.divisor)
         self._checkpoints.prune_if_sound(self.progress)
-        self._report_skip(loss, result)
-        return _Step(count, loss, result.grad_norm, lr, flags)
+        last, (loss_sum, norm, _) = steps[-1], rows[-1]
+        num_targets = sum(step.num_targets for step in steps)
+        return _Fetched(len(steps), num_targets, loss_sum / last.divisor, norm, last.lr, flags)
 
-    def _report_skip(self, loss: float, result: StepResult) -> None:
-        if not result.skipped or self._observers is None:
+    def _own_figures(self, result: StepResult) -> torch.Tensor:
+        """What this rank adds to the figures of a step, on the device: its share of the loss, and on rank 0 what is the
+        same on all: the norm, and whether the update was skipped."""
+        alike = [result.grad_norm, result.skipped]
+        if self._run.rank.rank:
+            alike = [torch.zeros_like(result.loss_sum)] * 2
+        return torch.stack([x.double() for x in (result.loss_sum, *alike)])
+
+    def _report_skip(self, loss: float) -> None:
+        if self._observers is None:
             return
         scale = self._run.engine.loss_scale
         lowered = f"; the loss scale is {scale['cur_scale']:g} now" if scale else ""
@@ -215,26 +274,18 @@ class Trainer:
         )
 
     def _own_flags(self) -> ControlFlags:
-        """What was requested of this rank since the last step."""
+        """What was requested of this rank since the last fetch."""
         due = self._run.rank.rank == 0 and time.monotonic() >= self._compare_at
-        compare = due and self._is_logged(self.progress.step + 1)  # the clock alone decides nothing that is logged
+        compare = due and self._is_logged(self._num_begun)  # the clock alone decides nothing that is logged
         by_callback = self._observers is not None and self._observers.is_stop_requested
-        return ControlFlags(self._requests.signal is not None or by_callback, self._is_save_requested(), compare)
-
-    def _is_save_requested(self) -> bool:
-        """Whether this rank is to save once and go on: by signal, or by RUN/save-now."""
-        by_file = self._run.rank.rank == 0 and self._save_now.exists()
-        if by_file:
-            with contextlib.suppress(OSError):
-                self._save_now.unlink()
-        return self._requests.take_save() or by_file
+        return ControlFlags(self._requests.signal is not None or by_callback, self._requests.take_save(), compare)
 
     def _is_logged(self, step: int) -> bool:
         return step % self._config.observe.log_every_steps == 0 or step == self._num_steps
 
     @property
     def _is_over(self) -> bool:
-        return self.progress.step >= self._num_steps or self._stops_early
+        return self._num_begun >= self._num_steps or self._stops_early
 
     @property
     def _stops_early(self) -> bool:
@@ -259,7 +310,8 @@ class Trainer:
             return
         began = time.perf_counter()
         with self._watch.measure("eval"):
-            sums = run.groups.all_reduce_sum([run.engine.evaluate(each) for each in run.validation.values()])
+            shares = [run.engine.evaluate(each) for each in run.validation.values()]
+            sums = run.groups.all_reduce_sum(torch.stack(shares))
         counts = {name: each.num_targets for name, each in run.validation.items()}
         self._validation_loss = sum(sums) / sum(counts.values())
         rule = self._config.train.early_stopping
@@ -324,16 +376,18 @@ class Trainer:
             before = f": all {step} steps were made before, nothing was trained" if step == self._first_step else ""
             self._observers.end("finish", step, f"training {self._why_over()}{before}")
 
-    def _report(self, step: _Step) -> None:
+    def _report(self, step: _Fetched) -> None:
         seconds, parts = self._watch.lap()
         observers = self._observers
         self._count_time(parts)
-        ranks = self._compare_ranks(parts, step.flags.compare)
+        self._stragglers.add(parts, step.num_steps)
+        ranks = self._compare_ranks(step.flags.compare)
         progress = self.progress
         if observers is None or not self._is_logged(progress.step):
             return
-        seconds_of_step = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
-        num_tokens = self._run.order.batch_size(progress.step - 1) * self._config.data.seq_len
+        training_seconds = seconds - parts.get("eval", 0.0) - parts.get("save", 0.0)
+        sizes = map(self._run.order.batch_size, range(progress.step - step.num_steps, progress.step))
+        num_tokens = sum(sizes) * self._config.data.seq_len
         observers.step(
             StepMetrics(
                 step=progress.step,
@@ -342,11 +396,11 @@ class Trainer:
                 grad_norm=step.grad_norm,
                 lr=step.lr,
                 skipped=progress.skipped,
-                step_seconds=seconds,
-                tokens_per_second=step.num_targets / seconds_of_step,
-                mfu=mfu(num_tokens / seconds_of_step, self._flops_per_token, self._peak, self._run.rank.world_size),
+                step_seconds=seconds / step.num_steps,
+                tokens_per_second=step.num_targets / training_seconds,
+                mfu=mfu(num_tokens / training_seconds, self._flops_per_token, self._peak, self._run.rank.world_size),
                 memory_bytes=peak_memory_bytes(self._run.groups.device),
-                parts=parts,
+                parts={part: each / step.num_steps for part, each in parts.items()},
                 ranks=ranks,
             )
         )
@@ -355,9 +409,8 @@ class Trainer:
         if self._observers:
             self._observers.ledger.step(parts.get("save", 0.0))
 
-    def _compare_ranks(self, parts: Mapping[str, float], now: bool) -> dict[str, Spread]:
+    def _compare_ranks(self, now: bool) -> dict[str, Spread]:
         """Of all ranks the seconds of each part, where they are compared ``now``; a straggler is named."""
-        self._stragglers.add(parts)
         if not now:
             return {}
         self._compare_at = time.monotonic() + self._config.observe.straggler_report_seconds

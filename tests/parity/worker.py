@@ -130,17 +130,17 @@ def train(case: Case) -> dict[str, Any]:
         judged: list[float] = []
         admit = functools.partial(_admit, groups, judged, step == case.refused_step)
         result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr, admit)
-        skipped.append(result.skipped)
-        (loss_sum,) = groups.all_reduce_sum([result.loss_sum])
+        skipped.append(bool(result.skipped))
+        (loss_sum,) = groups.all_reduce_sum([float(result.loss_sum)])
         losses.append(loss_sum / count)
-        norms.append(result.grad_norm)
+        norms.append(float(result.grad_norm))
         assert is_poisoned or judged in ([], [loss_sum, norms[-1]]), "judged by other figures than are shown"
-        num_updates += not result.skipped
+        num_updates += not skipped[-1]
     again = take_first_steps_again(engine, config, batches) if case.twice else []
     batches.close()
     whole = BatchMaker(sources, config.train.micro_batch_size)
     evaluation = EvaluationBatches(whole, *groups.batch_share, NUM_VALIDATION_WINDOWS)
-    (validation,) = groups.all_reduce_sum([engine.evaluate(evaluation)])
+    (validation,) = groups.all_reduce_sum([float(engine.evaluate(evaluation))])
     tasks = answer_tasks(engine, Path(case.tasks), train_sets[0]) if case.tasks else {}
     if case.swapped:
         swap_names(engine, *case.swapped)
@@ -192,7 +192,7 @@ def take_first_steps_again(engine: Engine, config: RunConfig, batches: TrainingB
             batches.num_targets(step),
         )
         result = engine.train_batch(batches.micro_batches(step), count, lr)
-        losses.append(engine.groups.all_reduce_sum([result.loss_sum])[0] / count)
+        losses.append(engine.groups.all_reduce_sum([float(result.loss_sum)])[0] / count)
     return losses
 
 

@@ -18,10 +18,10 @@ def test_the_dynamic_scale_moves_as_deepspeeds(window: int, rate: float, monkeyp
     given = {"init_scale": 2.0**6, "scale_window": window, "min_scale": 1.0, "delayed_shift": 2}
     settings = {**given, "consecutive_hysteresis": False, "raise_error_at_min_scale": False}
     theirs = loss_scaler.CreateLossScaler(torch.half, 0, dynamic_scaling=True, dynamic_loss_args=settings)
-    ours = DynamicLossScale(window, 2.0**6)
+    ours = DynamicLossScale(window, 2.0**6, torch.device("cpu"))
     chance = random.Random(window)
     for _ in range(300):
         overflow = chance.random() < rate
         theirs.update_scale(overflow)
-        ours.update(overflow=overflow)
+        ours.update(overflow=torch.tensor(overflow))
         assert ours.state() == {key: getattr(theirs, key) for key in ours.state()}
