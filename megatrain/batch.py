@@ -5,10 +5,13 @@ B: sequences in a micro-batch, T: tokens in a sequence, N: tokens whose successo
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+_ALIGNMENT = 16  # bytes, of each tensor in a piece of memory
 
 
 class Batch(NamedTuple):
@@ -19,6 +22,7 @@ class Batch(NamedTuple):
     ``positions_BT``: int64, the position of each token (within its document where documents are masked).
     ``document_ids_BT``: int32, equal for two tokens that may see one another; None: all of a sequence may.
     ``sample_ids_B``: int64, the number of each sample in the run's global order: what seeds its dropout.
+    ``document_starts``: int32, where each document begins in the B*T tokens laid end to end, and B*T; None: as above.
     """
 
     tokens_BT: Tensor
@@ -27,13 +31,32 @@ class Batch(NamedTuple):
     positions_BT: Tensor
     document_ids_BT: Tensor | None
     sample_ids_B: Tensor
+    document_starts: Tensor | None = None
+
+    def packed(self, *, pin: bool) -> Batch:
+        """The same tensors in one piece of memory, so that one copy takes them to a device. ``pin``: that copy can be
+        made without waiting for it."""
+        tensors = {name: x for name, x in self._asdict().items() if x is not None}
+        ends = [*accumulate(-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in tensors.values())]
+        memory = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pin)
+        views: dict[str, Any] = {}
+        for (name, x), begin in zip(tensors.items(), [0, *ends], strict=False):
+            views[name] = memory[begin : begin + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        return self._replace(**views)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy every tensor to ``device`` (without waiting for it, where the memory is pinned)."""
-        moved: dict[str, Any] = {
-            name: None if x is None else x.to(device, non_blocking=True) for name, x in self._asdict().items()
-        }
-        return Batch(**moved)
+        """On ``device``. What is ``packed`` is one copy, which nobody waits for where the memory is pinned."""
+        tensors = {name: x for name, x in self._asdict().items() if x is not None}
+        storages = {name: x.untyped_storage() for name, x in tensors.items()}
+        if len({storage.data_ptr() for storage in storages.values()}) > 1 or self.tokens_BT.device == device:
+            return self._replace(**{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+        whole = torch.empty(0, dtype=torch.uint8).set_(storages["tokens_BT"])
+        moved = whole.to(device, non_blocking=True)
+        views: dict[str, Any] = {}
+        for name, x in tensors.items():
+            begin = x.storage_offset() * x.itemsize
+            views[name] = moved[begin : begin + x.nbytes].view(x.dtype).view(x.shape)
+        return self._replace(**views)
 
 
 class InferenceBatch(NamedTuple):
@@ -55,3 +78,12 @@ class InferenceBatch(NamedTuple):
         """Copy every tensor to ``device``."""
         tensors = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(**tensors)
+
+
+def document_starts(document_ids_BT: Tensor) -> Tensor:
+    """Index of the first token of each document among the B*T tokens, and B*T at the end (int32). Made with the
+    batch, on the CPU: for their number a device would have to be waited for."""
+    is_start_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    is_start_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    starts = is_start_BT.flatten().nonzero().flatten().to(torch.int32)
+    return torch.nn.functional.pad(starts, (0, 1), value=document_ids_BT.numel())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatrain.batch import Batch
+from megatrain.batch import Batch, document_starts
 from megatrain.data.augmentation import Augmentation, DocumentPart
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import DataOrder, Samples
@@ -132,7 +132,7 @@ class BatchMaker:
     """Micro-batches from samples of several sources, all of one length and kind.
 
     ``augmentations``: what is done to the documents of each source; left out, as for an evaluation: nothing.
-    ``activity``: counts the samples.
+    ``activity``: counts the samples. ``pin``: batches lie in pinned memory, for a GPU.
     """
 
     def __init__(
@@ -141,8 +141,10 @@ class BatchMaker:
         micro_batch_size: int,
         augmentations: Sequence[Augmentation | None] | None = None,
         activity: Activity | None = None,
+        *,
+        pin: bool = False,
     ) -> None:
-        self._activity = activity or Activity()
+        self._activity, self._pin = activity or Activity(), pin
         self.sources = tuple(sources)
         self._augmentations = augmentations or [None] * len(sources)
         self.micro_batch_size = micro_batch_size
@@ -176,16 +178,16 @@ class BatchMaker:
         batches = []
         for first in range(0, count, self.micro_batch_size):
             rows = slice(first, first + self.micro_batch_size)
-            batches.append(
-                Batch(
-                    tokens_BT=torch.from_numpy(seen[rows, :-1].copy()),
-                    targets_BT=torch.from_numpy(tokens[rows, 1:].copy()),
-                    loss_mask_BT=None if mask is None else torch.from_numpy(mask[rows]),
-                    positions_BT=torch.from_numpy(positions[rows].copy()),
-                    document_ids_BT=None if ids is None else torch.from_numpy(ids[rows]),
-                    sample_ids_B=torch.from_numpy(samples.number[rows]),
-                )
+            batch = Batch(
+                tokens_BT=torch.from_numpy(seen[rows, :-1]),
+                targets_BT=torch.from_numpy(tokens[rows, 1:]),
+                loss_mask_BT=None if mask is None else torch.from_numpy(mask[rows]),
+                positions_BT=torch.tensor(positions[rows]),
+                document_ids_BT=None if ids is None else torch.from_numpy(ids[rows]),
+                sample_ids_B=torch.from_numpy(samples.number[rows]),
+                document_starts=None if ids is None else document_starts(torch.from_numpy(ids[rows])),
             )
+            batches.append(batch.packed(pin=self._pin))
         return batches
 
 
@@ -254,11 +256,23 @@ class EvaluationBatches:
         return -(-len(self._samples) // self._maker.micro_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        return _made_ahead(self._make())
+
+    def _make(self) -> Iterator[Batch]:
         size = self._maker.micro_batch_size
         for first in range(0, len(self._samples), size):
             scored = min(max(self._num_scored - first, 0), size)
             rows = self._samples.rows(slice(first, first + size))
             yield from self._maker.make(rows, scored if scored < size else None)
+
+
+def _made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, each made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="evaluation") as thread:
+        upcoming = thread.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = thread.submit(next, batches, None)
+            yield batch
 
 
 def _in_order(dataset: NDArray[np.int64], index: NDArray[np.int64]) -> Samples:

@@ -16,7 +16,8 @@ from megatrain.model.kernels import TAKE_BORDERS
 from megatrain.model.rope import Rotary, RotaryEmbedding
 
 if TYPE_CHECKING:
-    from megatrain.config.schema import ModelConfig
+    from megatrain.batch import document_starts
+from megatrain.config.schema import ModelConfig
 
 TORCH_VERSION = TorchVersion(torch.__version__)
 
@@ -122,14 +123,16 @@ class ContextBuilder:
         sample_ids_B: Tensor | None,
         dtype: torch.dtype,
         cache: KeyValueCache | None = None,
+        borders: Tensor | None = None,
     ) -> Context:
-        """The context of a forward in ``dtype``."""
+        """The context of a forward in ``dtype``. ``borders``: the batch's document_starts, for which the device would
+        have to be waited for else."""
         rotary = self._rotary_embedding(positions_BT, dtype) if self._rotary_embedding else None
         starts = None
         if takes_borders(self.kernel, positions_BT.device, dtype):
             num_tokens = positions_BT.shape[1]
             if document_ids_BT is not None:
-                starts = document_starts(document_ids_BT)
+                starts = document_starts(document_ids_BT) if borders is None else borders
             elif self._window is not None and self._window < num_tokens:
                 starts = torch.arange(
                     0, positions_BT.numel() + 1, num_tokens, dtype=torch.int32, device=positions_BT.device
@@ -147,11 +150,3 @@ def has_variable_length_attention(device: torch.device, dtype: torch.dtype) -> b
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or TORCH_VERSION < "2.11":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def document_starts(document_ids_BT: Tensor) -> Tensor:
-    """Index of the first token of each document among the B*T tokens, and B*T at the end (int32)."""
-    is_start_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
-    is_start_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
-    starts = is_start_BT.flatten().nonzero().flatten().to(torch.int32)
-    return torch.nn.functional.pad(starts, (0, 1), value=document_ids_BT.numel())

@@ -91,7 +91,8 @@ class DecoderStage(nn.Module):
 
     def context(self, batch: Batch) -> Context:
         """What its layers need to know of a batch's tokens."""
-        return self.make_context(batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B, self.dtype)
+        places = batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B
+        return self.make_context(*places, self.dtype, borders=batch.document_starts)
 
     def _answer(self, batch: InferenceBatch, x_BTC: Tensor | None) -> Tensor:
         context = self.make_context(batch.positions_BT, None, None, self.dtype, batch.cache)

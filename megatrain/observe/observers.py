@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatrain.observe.callbacks import Callback
 from megatrain.observe.console import ProgressConsole
@@ -19,12 +21,39 @@ from megatrain.units import format_duration
 if TYPE_CHECKING:
     from megatrain.observe.tensorboard import TensorBoardWriter
 
+T = TypeVar("T")
+
+
+class _FilesThread:
+    """Does one thing after the other, without the caller's waiting. What one of them raises, a later call raises."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="files")
+        self._waiting: deque[Future[Any]] = deque()
+
+    def do(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+        self._waiting.append(future := self._pool.submit(work, *arguments))
+        return future
+
+    def flush(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._pool.shutdown()
+
 
 class Observers:
     """Console, metrics.jsonl, TensorBoard and trackers of one run, begun at ``resume_step`` (0: from the start).
 
     ``ledger``: counts where the time goes, from before these began; left out, from now on.
-    No method raises for a disk that is full or cannot be written: the run goes on, with a warning in the log.
+    No method raises for a disk that is full or cannot be written: the run goes on, with a warning in the log. Files are
+    written by a thread, in the order of the calls: a step never waits for a disk.
     """
 
     def __init__(
@@ -44,7 +73,8 @@ class Observers:
         self.ledger = ledger or GoodputLedger(run_dir, time.time())  # before lines that count no more are dropped
         self._console = ProgressConsole(num_steps, resume_step)
         self._metrics = MetricsWriter(run_dir, resume_step)
-        self._tensorboard = _tensorboard_writer(run_dir, resume_step) if tensorboard else None
+        self._files = _FilesThread()
+        self._events = self._files.do(_tensorboard_writer, run_dir, resume_step) if tensorboard else None
         self._tracker_names, self._trackers = trackers, list[TrackerProcess]()
 
     def start(
@@ -67,7 +97,8 @@ class Observers:
         changed = {name: "was {} and is now {}".format(*values) for name, values in pairs.items()}
         self._console.start(shown | changed)
         dropped = {"num_steps_redone": self._metrics.num_dropped_steps} if self._resume_step else {}
-        self._metrics.event(
+        self._files.do(
+            self._metrics.event,
             "resume" if self._resume_step else "start",
             self._resume_step,
             {
@@ -80,16 +111,17 @@ class Observers:
             },
         )
         # They read metrics.jsonl, in which no line is now of a step that comes again.
+        self.flush()
         self._trackers = [TrackerProcess(name, self._run_dir, self._resume_step) for name in self._tracker_names]
 
     def step(self, metrics: StepMetrics) -> None:
         metrics = replace(metrics, goodput=self._goodput())
-        self._metrics.step(metrics)
-        if self._tensorboard:
-            self._tensorboard.step(metrics)
+        self._files.do(self._metrics.step, metrics)
+        if self._events:
+            self._files.do(lambda events: events.result().step(metrics), self._events)
         self._console.step(metrics)
         for tracker in self._trackers:
-            tracker.report()
+            self._files.do(tracker.report)
         self._notify(callback.on_step(metrics) for callback in self._callbacks)
 
     def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
@@ -97,19 +129,19 @@ class Observers:
 
         ``each``: the loss of each dataset by its name; shown where there are several.
         """
-        self._metrics.validation(step, loss, seconds, each)
+        self._files.do(self._metrics.validation, step, loss, seconds, each)
         several = each if each and len(each) > 1 else {}
-        if self._tensorboard:
-            self._tensorboard.validation(step, loss, several)
+        if self._events:
+            self._files.do(lambda events: events.result().validation(step, loss, several), self._events)
         text = "".join(f" | {name} {of_set:.4f}" for name, of_set in several.items())
         self._console.line(f"step {step} | validation loss {loss:.4f}{text} ({format_duration(seconds)})")
         self._notify(callback.on_validation(step, loss, each or {}) for callback in self._callbacks)
 
     def tasks(self, step: int, figures: TaskFigures, seconds: float) -> None:
         """Record and show the figures of train.tasks after ``step`` steps, and the seconds they took."""
-        self._metrics.tasks(step, figures, seconds)
-        if self._tensorboard:
-            self._tensorboard.tasks(step, figures)
+        self._files.do(self._metrics.tasks, step, figures, seconds)
+        if self._events:
+            self._files.do(lambda events: events.result().tasks(step, figures), self._events)
         for name, of_task in figures.items():
             text = ", ".join(f"{metric} {figure['value']:.4f}" for metric, figure in of_task.items())
             self._console.line(f"step {step} | {name} | {text}")
@@ -117,22 +149,23 @@ class Observers:
 
     def saved(self, step: int, path: object, seconds: float) -> None:
         """Record and show a checkpoint that is now safe at ``path``; training stood still for ``seconds``."""
-        self._metrics.event("save", step, {"path": str(path), "seconds": seconds})
+        self._files.do(self._metrics.event, "save", step, {"path": str(path), "seconds": seconds})
         self._console.line(f"step {step} | saved {path} ({format_duration(seconds)})")
         self._notify(callback.on_save(step, str(path)) for callback in self._callbacks)
 
     def event(self, name: str, step: int, message: str) -> None:
         """Record and show what else happened after ``step`` steps: skipped, straggler, ..."""
-        self._metrics.event(name, step, {"message": message})
+        self._files.do(self._metrics.event, name, step, {"message": message})
         self._console.line(f"step {step} | {message}")
         self._notify(callback.on_event(name, step, message) for callback in self._callbacks)
 
     def end(self, name: str, step: int, message: str) -> None:
         """Record and show that the run stops or finishes after ``step`` steps, and where its time went; of one that
         finishes, that it diverged, if it did."""
+        self.flush()
         if name == "finish" and (divergence := self._metrics.trend.divergence()) is not None:
             message = f"{message}, but {divergence}"
-        self._metrics.event(name, step, {"message": message, "goodput": self._goodput()})
+        self._files.do(self._metrics.event, name, step, {"message": message, "goodput": self._goodput()})
         self._console.line(f"step {step} | {message}")
         self._console.line(f"step {step} | {self.ledger.figures.text()}")
         for callback in self._callbacks:
@@ -144,11 +177,16 @@ class Observers:
     def _goodput(self) -> dict[str, float]:
         return {part: round(seconds, 3) for part, seconds in self.ledger.figures._asdict().items()}
 
+    def flush(self) -> None:
+        """Wait until all that was told is written, as far as the disk takes it."""
+        self._files.flush()
+
     def close(self) -> None:
         self._console.close()
-        self._metrics.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._files.do(self._metrics.close)
+        if self._events:
+            self._files.do(lambda events: events.result().close(), self._events)
+        self._files.close()
         for tracker in self._trackers:
             tracker.close()
 

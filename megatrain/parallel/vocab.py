@@ -100,7 +100,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         (first, count), group = vocabulary, region.group
         x_NC = region.whole(x_BTC).flatten(0, 1)
         logits_NV = x_NC @ weight_VC.t()
-        logits_NV[:, count:] = -math.inf
+        logits_NV[:, count:].fill_(-math.inf)
         if count:
             largest_N = logits_NV.amax(-1).float()
         else:

@@ -153,10 +153,9 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     sources = training_sources(config, train, groups)
     micro_batch_size = config.train.micro_batch_size
     limit = _num_samples_of_each(config, len(held_out))
+    maker = partial(BatchMaker, micro_batch_size=micro_batch_size, activity=groups.activity, pin=device.type == "cuda")
     evaluations = {
-        name: EvaluationBatches(
-            BatchMaker([source], micro_batch_size, None, groups.activity), *groups.batch_share, limit
-        )
+        name: EvaluationBatches(maker([source]), *groups.batch_share, limit)
         for name, source in zip(_names(validation), held_out, strict=True)
     }
     order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
@@ -176,7 +175,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
         order=order,
-        maker=BatchMaker(sources, micro_batch_size, augmentations, groups.activity),
+        maker=maker(sources, augmentations=augmentations),
         validation=evaluations,
         store=store,
         findings=findings,

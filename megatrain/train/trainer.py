@@ -347,6 +347,8 @@ class Trainer:
         if not due:
             return
         with self._watch.measure("save"):
+            if self._observers:
+                self._observers.flush()
             seconds = self._observers.ledger.training_seconds if self._observers else 0.0
             progress = replace(self.progress, loss_scale=self._run.engine.loss_scale, training_seconds=seconds)
             self._report_saves(self._checkpoints.begin(progress, self._validation_loss, on_request))

@@ -5,12 +5,14 @@ Starting ranks costs far more than building another engine on ranks that are up.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import sys
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from megatrain.train.assemble import (
     training_sources,
 )
 from megatrain.train.schedule import learning_rate
+from tests.parity.waits import waits_counted
 from tests.runs import die_with_parent
 
 TIMEOUT_SECONDS = 120.0
@@ -61,7 +64,8 @@ class Case:
     ``drifts``: ranks that hold a weight with others have gradients of it that are a little off, but for the first one.
     ``tasks``: a file of tasks, answered in the end.
     ``gpu_kernels``: attention and norms by the functions that a GPU runs.
-    ``twice``: go back to the initial weights in the end, and take the first steps again."""
+    ``twice``: go back to the initial weights in the end, and take the first steps again.
+    ``counts_waits``: from the second step on, of what would make a rank wait for its device."""
 
     config: dict[str, Any]
     first_step: int = 0
@@ -81,6 +85,7 @@ class Case:
     tasks: str | None = None
     gpu_kernels: bool = False
     twice: bool = False
+    counts_waits: bool = False
 
 
 @functools.cache
@@ -118,7 +123,7 @@ def train(case: Case) -> dict[str, Any]:
     if engine.is_compiled:
         engine.compile(batches.micro_batches(case.first_step)[0])
     losses, norms, skipped, num_updates, saved = [], [], [], case.num_updates, {}
-    problem = None
+    problem, waits = None, Counter[str]()
     save_step = case.first_step + (case.num_steps if case.save_after is None else case.save_after)
     for step in range(case.first_step, case.first_step + case.num_steps):
         if step == save_step:
@@ -128,8 +133,10 @@ def train(case: Case) -> dict[str, Any]:
         since = -1 if case.poisoned_step is None else step - case.poisoned_step
         is_poisoned = 0 <= since < case.num_poisoned and rank.rank == rank.world_size - 1
         judged: list[float] = []
-        admit = functools.partial(_admit, groups, judged, step == case.refused_step)
-        result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr, admit)
+        # Who is asked before an update looks at figures, and so waits.
+        admit = None if case.counts_waits else functools.partial(_admit, groups, judged, step == case.refused_step)
+        with waits_counted(waits) if case.counts_waits and step > case.first_step else contextlib.nullcontext():
+            result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr, admit)
         skipped.append(bool(result.skipped))
         (loss_sum,) = groups.all_reduce_sum([float(result.loss_sum)])
         losses.append(loss_sum / count)
@@ -168,6 +175,7 @@ def train(case: Case) -> dict[str, Any]:
         "problem": problem,
         "again": again,
         "tasks": tasks,
+        "waits": waits,
     }
 
 

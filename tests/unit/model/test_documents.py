@@ -11,10 +11,11 @@ from model_samples import SIZES, logits, random_batch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from megatrain.batch import document_starts
 from megatrain.config.schema import ModelConfig
 from megatrain.model import attention
 from megatrain.model.attention import CoreAttention
-from megatrain.model.context import TORCH_VERSION, Context, document_starts
+from megatrain.model.context import TORCH_VERSION, Context
 from megatrain.model.decoder import Decoder
 from megatrain.model.dropout import Dropout
 from megatrain.model.init import init_model
