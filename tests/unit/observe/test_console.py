@@ -91,7 +91,7 @@ def test_observers_tell_every_place_of_each_step(tmp_path, make_step, capsys):
         observers.event("finish", 2, "finished")
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.count('"loss"') == 2
-    assert '"event":"resume","step":1,"model":"llama","num_steps_redone":1' in text
+    assert '"event":"resume","step":1,"num_steps":4,"model":"llama","num_steps_redone":1' in text
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     shown = capsys.readouterr().out
     assert '"validation_loss":4.5,"validation_losses":{"code":4.0,"prose":5.0}' in text
