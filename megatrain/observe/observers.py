@@ -110,8 +110,8 @@ class Observers:
                 "goodput": self._goodput(),
             },
         )
-        # They read metrics.jsonl, in which no line is now of a step that comes again.
-        self.flush()
+        if self._tracker_names:  # they read metrics.jsonl, in which no line is now of a step that comes again
+            self.flush()
         self._trackers = [TrackerProcess(name, self._run_dir, self._resume_step) for name in self._tracker_names]
 
     def step(self, metrics: StepMetrics) -> None:

@@ -26,7 +26,7 @@ ALLOWED = {
     r".* in deepspeed\.py:(step|begin_step|_norm_before_update)": "what DeepSpeed's own step has decided on the host",
     r"_local_scalar_dense in utils\.py:(is_invalid_grad_norm|clip_tensors_by_global_norm)": "its norm, and its clip",
     r"lift_fresh in utils\.py:mask_nan_or_inf_with_val_inplace": "its mark of a norm that is not finite",
-    r"_local_scalar_dense in stage_1_and_2\.py:has_overflow": "whether it skips an update",
+    r"(item|_local_scalar_dense) in stage_1_and_2\.py:has_overflow": "whether it skips an update",
 }
 """Waits of DeepSpeed's step, and why. FSDP2 has none."""
 

@@ -3,11 +3,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatrain.batch import document_starts
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
@@ -164,3 +167,27 @@ def test_evaluation_scores_each_window_exactly_once(
         assert scored == every
         assert num_targets == total * SEQ_LEN
     assert lengths.pop()[2] == num_targets
+
+
+def test_a_batch_is_moved_by_one_copy(prose: Dataset) -> None:
+    (batch,) = BatchMaker([ConcatSource(prose, SEQ_LEN, True, score_after_eod=False)], 3).make(samples_of(np.arange(3)))
+    tensors = [x for x in batch if x is not None]
+    assert len(tensors) == len(batch)
+    assert len({x.untyped_storage().data_ptr() for x in tensors}) == 1
+    copies = Counter[str]()
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            copies[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        moved = batch.to(torch.device("meta"))
+    assert copies["aten::_to_copy"] == 1
+    assert [(x.shape, x.dtype, x.is_meta) for x in moved if x is not None] == [
+        (x.shape, x.dtype, True) for x in tensors
+    ]
+    assert all(x.is_contiguous() for x in tensors)
+    assert batch.document_starts is not None
+    assert batch.document_ids_BT is not None
+    assert batch.document_starts.tolist() == document_starts(batch.document_ids_BT).tolist()

@@ -3,12 +3,15 @@ import math
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+from megatrain.observe.append import AppendFile
 from megatrain.observe.console import ProgressConsole
+from megatrain.observe.metrics import read_lines
 from megatrain.observe.observers import Observers
 
 SCRIPT = """
@@ -97,3 +100,21 @@ def test_observers_tell_every_place_of_each_step(tmp_path, make_step, capsys):
     assert '"validation_loss":4.5,"validation_losses":{"code":4.0,"prose":5.0}' in text
     assert "step 2 | validation loss 4.5000 | code 4.0000 | prose 5.0000 (1s)" in shown
     assert shown.endswith("step 2 | finished\n")
+
+
+def test_a_step_does_not_wait_for_the_disk(tmp_path, make_step, monkeypatch):
+    answers, append = threading.Event(), AppendFile.append
+
+    def slow_append(self, record):
+        assert answers.wait(60)
+        append(self, record)
+
+    monkeypatch.setattr(AppendFile, "append", slow_append)
+    with Observers(tmp_path, num_steps=3) as observers:
+        observers.start({"model": "llama"})
+        for step in (1, 2, 3):
+            observers.step(make_step(step))
+        assert b'"loss"' not in (tmp_path / "metrics.jsonl").read_bytes()
+        answers.set()
+        observers.flush()
+        assert [line["step"] for line in read_lines(tmp_path, b'"loss"')] == [1, 2, 3]
