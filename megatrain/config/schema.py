@@ -557,7 +557,11 @@ class CheckpointConfig(Section):
 class ObserveConfig(Section, check=checks.observe):
     """What is recorded."""
 
-    log_every_steps: Count = Field(default=1, description="Steps between lines of metrics.jsonl and of the console.")
+    log_every_steps: Count = Field(
+        default=1,
+        description="Steps between lines of metrics.jsonl and of the console. A run answers a signal, and completes "
+        "a save in the background, after such a step; in between nothing is read from the device.",
+    )
     tensorboard: bool = Field(default=True, description="Write TensorBoard events too.")
     trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], Field(strict=False)] = Field(
         default=(),
