@@ -64,9 +64,10 @@ class StepMetrics:
     clipping. ``mfu``: share of the devices' peak, by all tokens of the samples, scored or not; None where the peak is
     unknown. ``skipped``: updates left out since the run began. ``parts``: seconds of each part of the step (data,
     forward_backward, exchange, optimizer, eval, save, other), together ``step_seconds``: means over the steps since
-    figures were last fetched, as is ``tokens_per_second``. ``memory_bytes``: the most that this rank has held. ``ranks``: where ranks were compared after this step, seconds of each part over all of
-    them, a step's mean since the last comparison, and of "arithmetic", the same piece of it on each. ``goodput``: where
-    all time since the first start went, in seconds, by the parts of ``observe.goodput``.
+    figures were last fetched, as is ``tokens_per_second``. ``memory_bytes``: the most that this rank has held.
+    ``ranks``: where ranks were compared after this step, seconds of each part over all of them, a step's mean since the
+    last comparison, and of "arithmetic", the same piece of it on each. ``goodput``: where all time since the first
+    start went, in seconds, by the parts of ``observe.goodput``.
     """
 
     step: int
