@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import threading
 import time
@@ -38,14 +39,16 @@ class Requests:
         """The first that asked for an end."""
         self.must_end = False
         """Whether TERM or Ctrl-C has come: launchers send TERM to the ranks that are left when one has died."""
-        self._saves = 0
+        self._saves: queue.SimpleQueue[None] = queue.SimpleQueue()  # of a thread and a signal handler
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         signal.signal(SAVE_SIGNAL, self._note_save)
 
     def take_save(self) -> bool:
-        num_saves, self._saves = self._saves, 0
-        return num_saves > 0
+        is_asked = not self._saves.empty()
+        while not self._saves.empty():
+            self._saves.get()
+        return is_asked
 
     @contextlib.contextmanager
     def saving_by(self, file: Path) -> Iterator[None]:
@@ -68,7 +71,7 @@ class Requests:
         with contextlib.suppress(OSError):
             if file.exists():
                 file.unlink()
-                self._saves += 1
+                self._saves.put(None)
 
     def follow(self, supervisor: int) -> None:
         """From here on the death of process ``supervisor`` is a request to stop too: it can pass none on any more."""
@@ -80,7 +83,7 @@ class Requests:
             signal.signal(number, signal.SIG_IGN)
 
     def _note_save(self, _number: int, _: FrameType | None) -> None:
-        self._saves += 1
+        self._saves.put(None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
