@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from megatrain.batch import document_starts
 from megatrain.model.kernels import TAKE_BORDERS
 from megatrain.model.rope import Rotary, RotaryEmbedding
 
 if TYPE_CHECKING:
-    from megatrain.batch import document_starts
-from megatrain.config.schema import ModelConfig
+    from megatrain.config.schema import ModelConfig
 
 TORCH_VERSION = TorchVersion(torch.__version__)
 
