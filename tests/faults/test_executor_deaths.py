@@ -25,6 +25,7 @@ STAGES = {
         "read": "attributes/*/*.arrow",
         "sort": "of-*/runs/**/*-keys.arrow",
         "compare": "of-*/pairs/by-key-*/**/*.arrow",
+        "join": "of-*/pairs/joined/**/*.arrow",
         "list": "of-*/tallies/**/*.json",
         "write": "of-*/files/**/*.zst",
     },
