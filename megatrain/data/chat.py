@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -149,11 +149,11 @@ def _bounded() -> Iterator[None]:
         sys.settrace(before)
 
 
-def refuse_control_tokens(messages: Sequence[Message], control: Mapping[str, int]) -> None:
-    """Raise DataError where a message's text spells a control token: it would become one."""
+def refuse_control_tokens(messages: Sequence[Message], special: Collection[str]) -> None:
+    """Raise DataError where a message's text spells one of the ``special`` tokens: it would become one."""
     for message in messages:
         content = message.get("content")
-        found = next((token for token in control if isinstance(content, str) and token in content), None)
+        found = next((token for token in special if isinstance(content, str) and token in content), None)
         if found is not None:
             raise DataError(f"A message of the role {message.get('role')} spells the control token {found}.")
 

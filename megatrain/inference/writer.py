@@ -76,7 +76,7 @@ class Writer:
             raise ConfigError(
                 f"The model came without a chat template ({TEMPLATE}): ask it without --chat, and without chat: true."
             )
-        refuse_control_tokens(messages, self.tokenizer.control)
+        refuse_control_tokens(messages, self.tokenizer.special)
         return self.template.render(messages, add_generation_prompt=True)
 
     def stream(self, ids: Sequence[int], settings: TextSettings, warn: Callable[[str], None]) -> Iterator[str]:
