@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatrain.checkpoint.manifest import Base, Manifest
 
 MAY_DIFFER: Mapping[str, str] = {
+    "attention": "another kernel computes the same, but for rounding",
     "attention_dropout": "it is used in training alone",
     "hidden_dropout": "it is used in training alone",
     "initializer_range": "the weights are there",

@@ -442,8 +442,8 @@ class TrainConfig(Section, check=checks.train):
     check_replica_hash_interval: Count | None = Field(
         default=100,
         description="Steps between comparisons of the hashes of weights that several ranks must hold alike, to find "
-        "silent data corruption; made before each save too. The first difference of a start is mended and reported, "
-        "the second one ends the run. null: none.",
+        "silent data corruption; made before each save too. A difference ends the run; between tensor ranks, where it "
+        "may be rounding, the first one is mended and reported. null: none.",
     )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="End when the loss on data.validation does not get better; null: at its last step."

@@ -276,9 +276,11 @@ class DeepSpeedSharding:
             masters = {f"master weights of {held.name}": held.master for held in self.slices()}
             yield Replicas(self._groups.gradient.get_group(), masters)
         for group, names in tensor_replicas(self._model.specs, self._groups):
-            yield Replicas(group, {name: getattr(held[name], "ds_tensor", held[name]) for name in names})
+            yield Replicas(
+                group, {name: getattr(held[name], "ds_tensor", held[name]) for name in names}, may_drift=True
+            )
         if self._tied is not None:
-            yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied})
+            yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied}, may_drift=True)
 
     def close(self) -> None:
         self._deepspeed.destroy()

@@ -21,7 +21,7 @@ from megatrain.errors import CheckpointError
 from megatrain.parallel.compile import compiler_errors_told, forget_compiled, is_compiled, run_once, uncompiled
 from megatrain.parallel.loss_scale import DynamicLossScale
 from megatrain.parallel.pipeline import Field, Pipeline, Record
-from megatrain.parallel.replicas import Replicas, find_differences, mend, tensor_replicas
+from megatrain.parallel.replicas import Differences, Replicas, find_differences, mend, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel
 
 WEIGHT = "weight"
@@ -317,12 +317,13 @@ class Engine:
         """After all ranks have loaded: give each the weights it computes with. Collective."""
         self._sharding.sync_params_from_master()
 
-    def find_differences(self) -> str | None:
-        """Which ranks hold weights that are not those of the others that must hold the same, in words. Collective."""
+    def find_differences(self) -> Differences | None:
+        """Which ranks hold weights that are not those of the others that must hold the same. Collective."""
         return find_differences(self._sharding.replicas(), self.groups)
 
     def mend_differences(self) -> None:
-        """Give ranks that must hold the same weights and optimizer state those that most of them hold. Collective."""
+        """Give tensor ranks that must hold the same weights and optimizer state those that most of them hold.
+        Collective."""
         mend(self._replicated_state(), self.groups)
         self._sharding.sync_params_from_master()
 
@@ -364,12 +365,9 @@ class Engine:
         return {"hidden": Field(shape, self._dtype)}
 
     def _replicated_state(self) -> Iterator[Replicas]:
-        """Master weights and optimizer state that ranks hold alike."""
+        """Master weights and optimizer state that tensor ranks hold alike."""
         held = {each.name: each.kinds for each in self._sharding.slices()}
-        alike = list(tensor_replicas(self._specs, self.groups))
-        if self._sharding.is_replicated:
-            alike.append((self.groups.gradient.get_group(), list(held)))
-        for group, names in alike:
+        for group, names in tensor_replicas(self._specs, self.groups):
             kinds = ((f"{kind} of {name}", x) for name in names if name in held for kind, x in held[name].items())
             yield Replicas(group, dict(kinds))
 

@@ -177,9 +177,9 @@ class FSDP2Sharding:
     def replicas(self) -> Iterator[Replicas]:
         """See Sharding. Nothing along the data axis, where each rank has other rows."""
         for group, names in tensor_replicas(self._specs, self._groups):
-            yield Replicas(group, {name: _local(self._parameters[name]) for name in names})
+            yield Replicas(group, {name: _local(self._parameters[name]) for name in names}, may_drift=True)
         if self._tied is not None:
-            yield Replicas(self._groups.embedding_group, {"the tied embedding": _local(self._tied)})
+            yield Replicas(self._groups.embedding_group, {"the tied embedding": _local(self._tied)}, may_drift=True)
 
     def close(self) -> None:
         """See Sharding. Nothing is kept outside."""

@@ -23,10 +23,12 @@ _MASK = 2**62 - 1
 
 
 class Replicas(NamedTuple):
-    """Tensors by name that all ranks of a group must hold alike."""
+    """Tensors by name that all ranks of a group must hold alike. ``may_drift``: each rank computes them by itself, and
+    kernels or sums that round otherwise may make them differ, not only a fault."""
 
     group: dist.ProcessGroup
     tensors: dict[str, Tensor]
+    may_drift: bool = False
 
 
 class Difference(NamedTuple):
@@ -35,6 +37,7 @@ class Difference(NamedTuple):
     odd: tuple[int, ...]
     ranks: tuple[int, ...]
     names: tuple[str, ...]
+    may_drift: bool
 
     def text(self, hosts: Sequence[str]) -> str:
         """In words; ``hosts``: of every rank."""
@@ -43,6 +46,13 @@ class Difference(NamedTuple):
         if self.odd == self.ranks:
             return f"ranks {odd} differ in {what}, and which of them is wrong cannot be told"
         return f"rank {odd} differs in {what} from {len(self.ranks) - len(self.odd)} others that must hold the same"
+
+
+class Differences(NamedTuple):
+    """``text``: who differs from whom in what. ``may_drift``: all of it may be rounding."""
+
+    text: str
+    may_drift: bool
 
 
 def tensor_replicas(specs: Mapping[str, ShardSpec], groups: Groups) -> Iterator[tuple[dist.ProcessGroup, list[str]]]:
@@ -54,14 +64,16 @@ def tensor_replicas(specs: Mapping[str, ShardSpec], groups: Groups) -> Iterator[
 
 
 @torch.no_grad()
-def find_differences(replicas: Iterable[Replicas], groups: Groups) -> str | None:
-    """Which ranks hold something else than the others, in words; None where none does. Collective."""
+def find_differences(replicas: Iterable[Replicas], groups: Groups) -> Differences | None:
+    """Which ranks hold something else than the others; None where none does. Collective."""
     own = [found for each in replicas if (found := _compare(each, groups.device)) is not None]
     if not groups.all_reduce_sum([float(len(own))])[0]:
         return None
     every = groups.all_gather_object((own, socket.gethostname()))
     hosts = [host for _, host in every]
-    return "; ".join(found.text(hosts) for found in dict.fromkeys(found for each, _ in every for found in each))
+    differences = list(dict.fromkeys(found for each, _ in every for found in each))
+    text = "; ".join(difference.text(hosts) for difference in differences)
+    return Differences(text, all(difference.may_drift for difference in differences))
 
 
 @torch.no_grad()
@@ -110,4 +122,5 @@ def _compare(replicas: Replicas, device: torch.device) -> Difference | None:
         for name, column in zip(replicas.tensors, torch.stack(every, 1).tolist(), strict=True)
     }
     places = sorted({place for each in odd.values() for place in each})
-    return Difference(tuple(ranks[place] for place in places), ranks, tuple(name for name in odd if odd[name]))
+    names = tuple(name for name in odd if odd[name])
+    return Difference(tuple(ranks[place] for place in places), ranks, names, replicas.may_drift)

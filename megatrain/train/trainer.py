@@ -256,12 +256,12 @@ class Trainer:
             )
 
     def _compare_weights(self) -> None:
-        """Where ranks that must hold the same weights do not, mend it once, and raise RankError, naming the ranks, the
-        next time. Collective."""
+        """Raise RankError, naming the ranks, where ranks that must hold the same weights do not. Between tensor ranks
+        that may be rounding: the first time it is mended. Collective."""
         if (difference := self._run.engine.find_differences()) is None:
             return
-        found = f"After step {self.progress.step} weights differ that must be the same: {difference}."
-        if not self._was_mended:
+        found = f"After step {self.progress.step} weights differ that must be the same: {difference.text}."
+        if difference.may_drift and not self._was_mended:
             self._was_mended = True
             self._run.engine.mend_differences()
             if self._run.engine.find_differences() is None:

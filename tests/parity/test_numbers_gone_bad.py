@@ -95,7 +95,7 @@ FLIPPED = {  # layout: the parameter, and who is told to differ
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FLIPPED)
-def test_a_flipped_bit_in_replicated_weights_is_mended(layout: str, pool: Pool) -> None:
+def test_a_flipped_bit_in_replicas_is_found(layout: str, pool: Pool) -> None:
     num_ranks, parallel, precision = LAYOUTS[layout]
     name, words = FLIPPED[layout]
     found = _figures(pool, num_ranks, parallel, precision, flipped=name)

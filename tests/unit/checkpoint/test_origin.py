@@ -50,6 +50,7 @@ OTHERS: dict[str, Any] = {
     "rope_scaling": None,
     "sliding_window": 16,
     "tie_word_embeddings": True,
+    "attention": "math",
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
     "initializer_range": 0.1,
