@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,8 @@ def make_report(command: dict[str, Any], corpus: Corpus, tally: Tally, work: Pat
     for path in sorted((work / EXAMPLES_FOLDER).glob("[!.]*")):  # not what a killed process has left unfinished
         texts.update({int(key): text for key, text in orjson.loads(path.read_bytes()).items()})
     numbers = example_documents(tally)
+    if any(number not in texts for number in numbers):  # NFS may show a file late: see data_tools.job.when_seen
+        raise FileNotFoundError(errno.ENOENT, "texts of examples are not there", str(work / EXAMPLES_FOLDER / "*"))
     locations = dict(zip(numbers, corpus.locations(np.array(numbers, np.uint64)), strict=True))
     for dropped in tally["reasons"].values():
         dropped["examples"] = [_example(document, kept, locations, texts) for _, document, kept in dropped["examples"]]
