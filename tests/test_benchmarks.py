@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_the_checkpoint_benchmark_saves_and_loads_every_way(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "checkpoint.py"
     ended = subprocess.run(

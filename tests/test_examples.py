@@ -57,6 +57,7 @@ def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(900)  # eight starts of a run
 def test_the_laptop_page_runs(tmp_path: Path) -> None:
     page = (EXAMPLES.parent / "docs" / "laptop.md").read_text(encoding="utf-8")

@@ -28,6 +28,7 @@ def wait_for_jobs(lab: Lab, jobs: list[str]) -> None:
         wait_until(lambda: lab.call("squeue", "-h", "-j", number) == "", 0.5)  # noqa: B023 (called at once)
 
 
+@pytest.mark.acceptance
 def test_a_lost_array_task_is_made_up_for(lab: Lab, tiny_data: TinyData, tmp_path: Path) -> None:
     words = ["tokenize", str(tiny_data.prose.parent / "*.jsonl"), "--tokenizer", str(tiny_data.tokenizer), "--out"]
     with lab.drained(lab.nodes):

@@ -13,7 +13,8 @@ from tests.runs import Metrics
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("via", ["srun", pytest.param("deepspeed", marks=acceptance)])
+@acceptance
+@pytest.mark.parametrize("via", ["srun", "deepspeed"])
 def test_a_lost_node_leaves_a_legal_layout_running(
     via: str, cluster_run: ClusterRun, straight: Callable[[int], Metrics]
 ) -> None:

@@ -112,7 +112,8 @@ def _is_importing(pid: int) -> bool:
     return is_known and any("libtorch" in region.path for region in process.memory_maps())
 
 
-@pytest.mark.parametrize("stopped", [[0], pytest.param([0, 1], marks=acceptance)], ids=["rank 0", "all"])
+@acceptance
+@pytest.mark.parametrize("stopped", [[0], [0, 1]], ids=["rank 0", "all"])
 def test_ranks_stopped_for_long_are_not_presumed_dead(stopped: list[int], tiny_data: TinyData, tmp_path: Path) -> None:
     train = TrainProcess(_config(tiny_data, tmp_path), 2)
     try:
