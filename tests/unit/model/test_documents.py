@@ -21,17 +21,25 @@ from megatrain.model.dropout import Dropout
 from megatrain.model.init import init_model
 
 LENGTHS = (70, 1, 131, 54)  # one that crosses a block of rows, one of a single token
+FAMILIES = [{}, {"family": "gpt2"}, {"family": "mistral", "sliding_window": 50}]
+each_family = pytest.mark.parametrize("keys", FAMILIES, ids=str)
+each_way = pytest.mark.parametrize("longest_blockwise", [2048, 0], ids=["blockwise", "fused"])
 
 
-@pytest.mark.parametrize("longest_blockwise", [2048, 0], ids=["blockwise", "fused"])
-@pytest.mark.parametrize("keys", [{}, {"family": "gpt2"}, {"family": "mistral", "sliding_window": 50}], ids=str)
+def _decoder(keys: dict[str, Any]) -> Decoder:
+    config = ModelConfig(**SIZES, **keys, initializer_range=0.1)
+    model = Decoder(config).eval()
+    init_model(model, config, seed=1)
+    return model
+
+
+@each_way
+@each_family
 def test_each_document_gives_the_logits_it_gives_alone(
     keys: dict[str, Any], longest_blockwise: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CoreAttention, "max_blockwise_tokens", longest_blockwise)
-    config = ModelConfig(**SIZES, **keys, initializer_range=0.1)
-    model = Decoder(config).eval()
-    init_model(model, config, seed=1)
+    model = _decoder(keys)
     tokens_BT = random_batch(2, sum(LENGTHS)).tokens_BT
     positions_BT = torch.cat([torch.arange(n) for n in LENGTHS]).expand(2, -1)
     with torch.no_grad():
@@ -42,15 +50,13 @@ def test_each_document_gives_the_logits_it_gives_alone(
     assert (blind - alone).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("longest_blockwise", [2048, 0], ids=["blockwise", "fused"])
-@pytest.mark.parametrize("keys", [{}, {"family": "gpt2"}, {"family": "mistral", "sliding_window": 50}], ids=str)
+@each_way
+@each_family
 def test_another_documents_token_changes_no_bit(
     keys: dict[str, Any], longest_blockwise: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CoreAttention, "max_blockwise_tokens", longest_blockwise)
-    config = ModelConfig(**SIZES, **keys, initializer_range=0.1)
-    model = Decoder(config).eval()
-    init_model(model, config, seed=1)
+    model = _decoder(keys)
     positions_BT = torch.cat([torch.arange(n) for n in LENGTHS]).expand(2, -1)
     context = model.make_context(positions_BT, _document_ids(2), None, torch.float32)
     tokens_BT = random_batch(2, sum(LENGTHS)).tokens_BT.clone()
