@@ -117,8 +117,7 @@ class Observers:
     def step(self, metrics: StepMetrics) -> None:
         metrics = replace(metrics, goodput=self._goodput())
         self._files.do(self._metrics.step, metrics)
-        if self._events:
-            self._files.do(lambda events: events.result().step(metrics), self._events)
+        self._tell_tensorboard(lambda events: events.step(metrics))
         self._console.step(metrics)
         for tracker in self._trackers:
             self._files.do(tracker.report)
@@ -131,8 +130,7 @@ class Observers:
         """
         self._files.do(self._metrics.validation, step, loss, seconds, each)
         several = each if each and len(each) > 1 else {}
-        if self._events:
-            self._files.do(lambda events: events.result().validation(step, loss, several), self._events)
+        self._tell_tensorboard(lambda events: events.validation(step, loss, several))
         text = "".join(f" | {name} {of_set:.4f}" for name, of_set in several.items())
         self._console.line(f"step {step} | validation loss {loss:.4f}{text} ({format_duration(seconds)})")
         self._notify(callback.on_validation(step, loss, each or {}) for callback in self._callbacks)
@@ -140,8 +138,7 @@ class Observers:
     def tasks(self, step: int, figures: TaskFigures, seconds: float) -> None:
         """Record and show the figures of train.tasks after ``step`` steps, and the seconds they took."""
         self._files.do(self._metrics.tasks, step, figures, seconds)
-        if self._events:
-            self._files.do(lambda events: events.result().tasks(step, figures), self._events)
+        self._tell_tensorboard(lambda events: events.tasks(step, figures))
         for name, of_task in figures.items():
             text = ", ".join(f"{metric} {figure['value']:.4f}" for metric, figure in of_task.items())
             self._console.line(f"step {step} | {name} | {text}")
@@ -177,6 +174,10 @@ class Observers:
     def _goodput(self) -> dict[str, float]:
         return {part: round(seconds, 3) for part, seconds in self.ledger.figures._asdict().items()}
 
+    def _tell_tensorboard(self, what: Callable[[TensorBoardWriter], object]) -> None:
+        if self._events:
+            self._files.do(lambda events: what(events.result()), self._events)
+
     def flush(self) -> None:
         """Wait until all that was told is written, as far as the disk takes it."""
         self._files.flush()
@@ -184,8 +185,7 @@ class Observers:
     def close(self) -> None:
         self._console.close()
         self._files.do(self._metrics.close)
-        if self._events:
-            self._files.do(lambda events: events.result().close(), self._events)
+        self._tell_tensorboard(lambda events: events.close())
         self._files.close()
         for tracker in self._trackers:
             tracker.close()
