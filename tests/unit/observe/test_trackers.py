@@ -220,6 +220,7 @@ from megatrain.observe.metrics import StepMetrics
 observers = Observers(Path({str(run_dir)!r}), 8, 0, False, trackers=["mlflow"])
 observers.start({{}})
 observers.step(StepMetrics({", ".join(f"{k}={v!r}" for k, v in vars(make_step(1)).items())}))
+observers.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", script], check=False)
