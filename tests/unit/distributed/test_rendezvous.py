@@ -89,12 +89,21 @@ AGENTS = """
     from megatrain.errors import MegatrainError
 
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0", DS_ACCELERATOR="cpu")
-    store = TCPStore("127.0.0.1", 0, is_master=True)
+    multiprocessing.set_start_method("fork")
+
+    def hold_store(ports):  # in a process of its own: what is forked beside a server's thread may inherit its locks
+        store = TCPStore("127.0.0.1", 0, is_master=True)
+        ports.put(store.port)
+        time.sleep(600)
+
+    ports = multiprocessing.SimpleQueue()
+    multiprocessing.Process(target=hold_store, args=(ports,), daemon=True).start()
+    port = ports.get()
 
     def run(rank, size, restarts, wait_seconds):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = restarts
         try:
-            init_process_group(RankInfo(rank, size, 0, 1, "test", "127.0.0.1", store.port), wait_seconds, 30.0)
+            init_process_group(RankInfo(rank, size, 0, 1, "test", "127.0.0.1", port), wait_seconds, 30.0)
         except MegatrainError:
             os._exit(1)
         time.sleep(0.5)
@@ -105,24 +114,25 @@ AGENTS = """
         process.start()
         return process
 
-    multiprocessing.set_start_method("fork")
-    def codes(*processes):
+    def check_codes(expected, *processes):
         for process in processes:
             process.join(60)
-        return [process.exitcode for process in processes]
+        codes = [process.exitcode for process in processes]
+        assert codes == expected, codes
 
-    assert codes(start(0), start(1)) == [0, 0]
+    check_codes([0, 0], start(0), start(1))
     early = start(1, restarts="0")  # a new agent's: it finds the round that is closed
     time.sleep(1.0)
-    assert codes(start(0, restarts="1"), early) == [0, 0]
+    check_codes([0, 0], start(0, restarts="1"), early)
     dead = start(0, restarts="2")  # opens a round, and dies in it
+    store = TCPStore("127.0.0.1", port)
     while int(store.add("megatrain/num_rounds", 0)) < 3:
         time.sleep(0.05)
     dead.kill()
     early, *others = [start(1, size=3), start(2, size=3, restarts="5")]
     time.sleep(2.0)
-    assert codes(start(0, size=3), early, *others) == [0, 0, 0]
-    assert codes(start(1, wait_seconds=2.0)) == [1]
+    check_codes([0, 0, 0], start(0, size=3), early, *others)
+    check_codes([1], start(1, wait_seconds=2.0))
 """
 
 
