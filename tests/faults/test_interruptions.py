@@ -90,6 +90,7 @@ def killed(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield [starts.start(_signal_rank(1, signal.SIGKILL, 11)), starts.start()]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_exits_5(killed: list[Stretch]) -> None:
     assert killed[0].code == 5, killed[0].output
     assert "Traceback" not in killed[0].output
@@ -97,6 +98,7 @@ def test_a_killed_rank_exits_5(killed: list[Stretch]) -> None:
     assert killed[0].num_orphans == 0
 
 
+@pytest.mark.slow
 def test_a_kill_changes_no_loss_or_norm(killed: list[Stretch], straight: Stretch) -> None:
     assert killed[1].code == 0, killed[1].output
     assert killed[0].saved[-1] >= 5
@@ -146,6 +148,7 @@ def test_kills_and_stops_change_no_bit_under_fsdp2(zero_stage: int, tiny_data: T
     _check_same(again.metrics, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_stop_request_during_start_is_kept(tiny_data: TinyData, tmp_path: Path) -> None:
     def interrupt(train: TrainProcess) -> None:
         wait_until(lambda: len(psutil.Process(train.process.pid).children(recursive=True)) > 0)

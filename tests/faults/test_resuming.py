@@ -168,6 +168,7 @@ def test_a_checkpoint_goes_on_under_every_layout(
         _check_continues(first, second, layouts, losses, tmp_path / str(number))
 
 
+@pytest.mark.slow
 def test_a_ramp_that_is_killed_goes_on_exactly(
     tiny_data: TinyData, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:

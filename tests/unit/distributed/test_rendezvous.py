@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import pytest
+
 from megatrain.distributed.bootstrap import free_port
 
 RANKS = """
@@ -136,6 +138,7 @@ AGENTS = """
 """
 
 
+@pytest.mark.slow
 def test_ranks_meet_whatever_their_agents_have_counted() -> None:
     """torchrun's agents hold the store from one start of the ranks to the next, and count restarts each for itself."""
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(AGENTS)], capture_output=True, text=True, timeout=120)

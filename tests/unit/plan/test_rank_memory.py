@@ -144,6 +144,7 @@ def on_either(memory: RankMemory, kind: str) -> int:
     return getattr(memory, f"{kind}_bytes") + memory.cpu.get(kind, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, *STAGED], ids=lambda case: case.name)
 def test_predicted_state_and_checkpoints_match_the_engine(case, measured):
     memory, real = rank_memory(case.part), measured[case.name]
@@ -158,6 +159,7 @@ def test_predicted_state_and_checkpoints_match_the_engine(case, measured):
         assert real["saved"] == saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradients_are_what_the_engine_allocates(case, measured):
     memory = rank_memory(case.part)
@@ -166,6 +168,7 @@ def test_gradients_are_what_the_engine_allocates(case, measured):
     assert on_device + memory.cpu.get("gradients", 0) == measured[case.name]["gradients"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.engine == "fsdp2"], ids=lambda case: case.name)
 def test_weights_come_and_go_as_planned(case, measured):
     memory = rank_memory(case.part)
@@ -173,6 +176,7 @@ def test_weights_come_and_go_as_planned(case, measured):
     assert whole == measured[case.name]["whole parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
     assert activations(case.part, on_cpu=True) == pytest.approx(measured[case.name]["activations"], rel=0.02)
