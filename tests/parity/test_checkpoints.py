@@ -82,6 +82,7 @@ QUICK = (
     ("2-zero3", "2-pipeline2-zero1", "fp32"),
     ("2-pipeline2-zero1", "2-pipeline2-zero1", "bf16"),
     ("2-pipeline2-zero1", "2-pipeline2-chunks2-zero2", "fp32"),
+    ("4-tensor2-pipeline2-sequence", "2-zero3", "bf16"),
     ("2-zero2", "2-fsdp2-zero1", "fp32"),
     ("2-fsdp2-zero1", "2-zero3", "bf16"),
 )
