@@ -1,6 +1,7 @@
 """What passes from the data through the model: named records, so that later fields find their place.
 
-B: sequences in a micro-batch, T: tokens in a sequence, N: tokens whose successor is asked, V: vocabulary.
+B: sequences in a micro-batch, T: tokens in a sequence, M: targets of a sequence, N: tokens whose successor is asked,
+V: vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ _ALIGNMENT = 16  # bytes, of each tensor in a piece of memory
 class Batch(NamedTuple):
     """One micro-batch of one data rank.
 
-    ``tokens_BT``, ``targets_BT``: int64; targets are the tokens shifted by one.
-    ``loss_mask_BT``: bool, False where a target is not scored; None: every target counts.
+    ``tokens_BT``: int64, what the model reads.
+    ``targets_BM``: int64, what it is asked, as the objective says: in next-token prediction each token's successor.
+    ``loss_mask_BM``: bool, False where a target is not scored; None: every target counts.
     ``positions_BT``: int64, the position of each token (within its document where documents are masked).
     ``document_ids_BT``: int32, equal for two tokens that may see one another; None: all of a sequence may.
     ``sample_ids_B``: int64, the number of each sample in the run's global order: what seeds its dropout.
@@ -26,8 +28,8 @@ class Batch(NamedTuple):
     """
 
     tokens_BT: Tensor
-    targets_BT: Tensor
-    loss_mask_BT: Tensor | None
+    targets_BM: Tensor
+    loss_mask_BM: Tensor | None
     positions_BT: Tensor
     document_ids_BT: Tensor | None
     sample_ids_B: Tensor

@@ -8,7 +8,7 @@ from pydantic import BaseModel, PositiveInt, ValidationError
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import MANIFEST, Manifest
-from megatrain.config import LoraConfig, ModelConfig
+from megatrain.config import LoraConfig, ModelConfig, ObjectiveConfig
 from megatrain.errors import CheckpointError
 from megatrain.plan.flops import num_trained_parameters
 
@@ -36,6 +36,7 @@ class SavedConfig(BaseModel):
     model: ModelConfig
     data: _Data
     train: _Train
+    objective: ObjectiveConfig = ObjectiveConfig()
     lora: LoraConfig | None = None
 
 

@@ -204,6 +204,9 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if config.data.seq_len > longest:
         reason = f"must be at most model.max_position_embeddings ({longest})"
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
+    if (objective := config.objective.of(config.model)) not in (known := config.model.description.objectives):
+        reason = f"family {config.model.family} is trained by {', '.join(known)}"
+        problems.append(Problem("objective.type", objective, reason, known[0]))
     if (rule := config.train.early_stopping) is not None and not config.data.validation:
         problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
     problems += lora(config)

@@ -32,7 +32,7 @@ from megatrain.config.arithmetic import LARGEST_COUNT
 from megatrain.config.batch_size import sizes_of
 from megatrain.config.problem import Problem
 from megatrain.families import FAMILIES
-from megatrain.families.description import LARGEST_SIZE, Family, Width
+from megatrain.families.description import LARGEST_SIZE, Family, ObjectiveName, Width
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -353,6 +353,19 @@ class DataConfig(Section, check=checks.data):
         return self.packing == "concat" if self.score_after_eod is None else self.score_after_eod
 
 
+class ObjectiveConfig(Section):
+    """What the model is trained for: what it reads of a sample, and what it is asked."""
+
+    type: ObjectiveName | None = Field(
+        default=None,
+        description="next_token: each token from those before it; null: what the family is trained for.",
+    )
+
+    def of(self, model: ModelConfig) -> ObjectiveName:
+        """The objective of a model, derived from its family where type is null."""
+        return self.type or model.description.objectives[0]
+
+
 class ParallelConfig(Section, check=checks.parallel):
     """How the model is laid out. The data degree is derived: world size / (tensor x pipeline)."""
 
@@ -613,6 +626,7 @@ class RunConfig(Section, check=checks.across_sections):
     run: RunSection
     model: ModelConfig
     data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     spikes: SpikesConfig = SpikesConfig()

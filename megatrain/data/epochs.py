@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatrain.config import DataConfig, RunConfig, checks
+from megatrain.config import RunConfig, checks
 from megatrain.config.problem import Problem, config_error
 from megatrain.data.dataset import Dataset, open_dataset
 from megatrain.data.order import DataOrder, SamplingSettings
-from megatrain.data.packing import count_samples
 from megatrain.errors import DataError
 
 MOST_EPOCHS = 4.0
 """Up to about so many, repeated text teaches nearly as much as new text: Muennighoff et al., "Scaling Data-Constrained
 Language Models" (2023)."""
-
-
-MOST_PACKED_DOCUMENTS = 1 << 20
-"""So many are packed in a second, only to be counted."""
 
 
 class Epochs(NamedTuple):
@@ -49,11 +44,10 @@ class Length(NamedTuple):
     epochs: list[Epochs]
 
 
-def planned_length(config: RunConfig) -> Length | None:
+def planned_length(config: RunConfig, num_samples_of: Callable[[Dataset], int]) -> Length | None:
     """That of a run from its start, by the size of its datasets; None where one of them is not on this machine.
 
-    Of datasets of many documents, packed samples are counted as if no space was left free in them. Raises ConfigError
-    as ``num_steps`` does.
+    ``num_samples_of``: what the run's objective makes of one. Raises ConfigError as ``num_steps`` does.
     """
     paths = [entry.path for entry in config.data.train]
     if not all(Path(path).is_dir() for path in paths):
@@ -62,7 +56,7 @@ def planned_length(config: RunConfig) -> Length | None:
         datasets = [open_dataset(path) for path in paths]
     except DataError:  # which a start says; a config can be right without its data
         return None
-    num_samples = tuple(max(_num_samples(config.data, dataset), 1) for dataset in datasets)
+    num_samples = tuple(max(num_samples_of(dataset), 1) for dataset in datasets)
     weights = tuple(entry.weight for entry in config.data.train)
     settings = SamplingSettings(config.train.global_batch_size, weights, config.data.seq_len, num_samples)
     order = DataOrder.begin(config.run.seed, settings)
@@ -96,12 +90,6 @@ def with_default_warmup(config: RunConfig, steps: int) -> RunConfig:
     if "warmup_steps" in schedule.model_fields_set or schedule.warmup_steps <= steps:
         return config
     return config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": steps})})
-
-
-def _num_samples(config: DataConfig, dataset: Dataset) -> int:
-    if config.packing == "best_fit" and dataset.num_documents <= MOST_PACKED_DOCUMENTS:
-        return count_samples(dataset, config.seq_len)
-    return (dataset.num_tokens - 1) // config.seq_len
 
 
 def epochs_of(order: DataOrder, num_steps: int, datasets: Sequence[Dataset]) -> list[Epochs]:

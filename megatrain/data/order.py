@@ -177,11 +177,12 @@ class Samples:
     def __len__(self) -> int:
         return len(self.number)
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Dataset, epoch and index of each."""
-        return zip(self.dataset.tolist(), self.epoch.tolist(), self.index.tolist(), strict=True)
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """Dataset, epoch, index and number of each."""
+        columns = (self.dataset, self.epoch, self.index, self.number)
+        return zip(*(column.tolist() for column in columns), strict=True)
 
-    def rows(self, rows: slice) -> Samples:
+    def rows(self, rows: slice | NDArray[np.bool_]) -> Samples:
         return Samples(self.dataset[rows], self.epoch[rows], self.index[rows], self.number[rows])
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatrain.atomic import committed
-from megatrain.data.augmentation import DocumentPart
 from megatrain.data.conversations import Documents, Dropped, shortened
 from megatrain.data.dataset import Dataset
 from megatrain.data.format import checksum, file_checksum, map_file
@@ -235,68 +233,6 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = Fa
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"The packing plan {path} cannot be read: {error}. Delete it and start again.") from None
     return PackingPlan(blocks, digest.hex(), Dropped.total(dropped))
-
-
-@dataclass(frozen=True)
-class PackedSource:
-    """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as `batches.ConcatSource` is.
-
-    What a sample's chunks leave free is filled with end-of-document tokens, behind them: not scored, seen by none of
-    them, and with ``document_mask`` a document of its own.
-    """
-
-    dataset: Dataset
-    plan: PackingPlan
-    seq_len: int
-    document_mask: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise DataError(
-                f"{self.dataset.path} has no document of two tokens or more, so nothing to predict: tokenize text."
-            )
-
-    @property
-    def num_samples(self) -> int:
-        return self.plan.num_samples
-
-    @property
-    def all_scored(self) -> bool:
-        """Ends of documents and filling are not scored."""
-        return False
-
-    def num_targets(self, indices: Ints) -> int:
-        return self.plan.num_targets(indices)
-
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the text behind the scored targets of all samples."""
-        every = (chunk for sample in range(self.num_samples) for chunk in self.plan.chunks(sample))
-        return sum(self.dataset.scored_bytes(start + 1, num_targets) for start, num_targets in every)
-
-    def fill(
-        self, index: int, tokens: Ints, document_ids: NDArray[np.int32] | None, scored: NDArray[np.bool_] | None
-    ) -> None:
-        """Write a sample's seq_len + 1 tokens, for each input the number of its chunk, and which targets count."""
-        at = number = 0
-        if scored is not None:
-            scored[:] = False
-        for number, (start, num_targets) in enumerate(self.plan.chunks(index)):
-            tokens[at : at + num_targets + 1] = self.dataset.window(start, num_targets + 1)
-            if scored is not None:
-                scored[at : at + num_targets] = self.dataset.scored(start + 1, num_targets)
-            if document_ids is not None:
-                document_ids[at : at + num_targets + 1] = number
-            at += num_targets + 1
-        tokens[at:] = self.dataset.eod_id
-        if document_ids is not None:
-            document_ids[at:] = number + 1
-
-    def parts(self, index: int) -> Iterator[DocumentPart]:
-        at = 0
-        for start, num_targets in self.plan.chunks(index):
-            document = self.dataset.document_at(start)
-            offset = start - self.dataset.document_range(document)[0]
-            yield DocumentPart(document, offset, at, at := at + num_targets + 1)
 
 
 def _block(batch: pa.RecordBatch) -> Block:

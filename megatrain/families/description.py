@@ -22,6 +22,9 @@ between the two factors of a LoRA adapter, the config's `lora.rank`."""
 ADAPTER_FACTORS = ("lora_A", "lora_B")
 """What an adapter's factors are called in the module of the matrix that it adapts: peft's names."""
 
+ObjectiveName = Literal["next_token"]
+"""What a model can be trained for: a file of megatrain/objectives."""
+
 HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {"queries": "query", "keys": "key_value"}
 SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
 """What tensor-parallel ranks share out; every rank has the other widths whole."""
@@ -152,7 +155,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention.
+    """Self-attention. ``is_causal``: a token sees those before it and itself, else all; next-token prediction needs it.
 
     ``inputs``: queries, keys and values, each by a product of its own or all by one. ``head_norms``: of the queries and
     of the keys. ``rotates``: positions enter by rotation of queries and keys. ``window_key``: the model's key that has
@@ -165,6 +168,7 @@ class Attention:
     head_norms: tuple[Norm, ...] = ()
     rotates: bool = False
     window_key: str | None = None
+    is_causal: bool = True
 
     @property
     def modules(self) -> tuple[Linear | Norm, ...]:
@@ -300,8 +304,8 @@ class Family:
     ``norm``, ``head``), and how others write it.
 
     ``summary``: what is particular to it. ``own_keys``: keys of the model that only such families have, as pydantic's
-    ``create_model`` takes them: type and Field. ``objective``: what it is trained for, which decides what attention may
-    see.
+    ``create_model`` takes them: type and Field. ``objectives``: what it can be trained for; the first where the config
+    does not say.
     """
 
     summary: str
@@ -311,7 +315,7 @@ class Family:
     head: Linear
     hugging_face: HuggingFace
     own_keys: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    objective: Literal["causal language modeling"] = "causal language modeling"
+    objectives: tuple[ObjectiveName, ...] = ("next_token",)
 
     @property
     def learns_positions(self) -> bool:

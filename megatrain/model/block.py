@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
         self.head_norm_names = [norm.name for norm in spec.head_norms]
         _attach(self, spec.modules, config)
         dropout = Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3)
-        self.core = CoreAttention(dropout, config.attention_window)
+        self.core = CoreAttention(dropout, config.attention_window, is_causal=spec.is_causal)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         projected = self.project(self, x_BTC, context.sample_ids_B)

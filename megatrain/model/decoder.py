@@ -87,7 +87,7 @@ class DecoderStage(nn.Module):
         if isinstance(batch, InferenceBatch):
             return self._answer(batch, x_BTC)
         x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, self.context(batch))
-        return x_BTC if self.head_name is None else self.head.loss_sum(x_BTC, batch.targets_BT, batch.loss_mask_BT)
+        return x_BTC if self.head_name is None else self.head.loss_sum(x_BTC, batch.targets_BM, batch.loss_mask_BM)
 
     def context(self, batch: Batch) -> Context:
         """What its layers need to know of a batch's tokens."""

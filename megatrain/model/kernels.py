@@ -32,7 +32,8 @@ _RELATIVE_ERROR = 0.03  # of a whole tensor, in half precision; fp32 is far belo
 
 @dataclass(frozen=True)
 class Use:
-    """What a run asks of a kernel. ``has_borders``: whether documents or a window end what a token sees."""
+    """What a run asks of a kernel. ``has_borders``: whether documents or a window end what a token sees. ``is_causal``:
+    a token sees none after it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -40,6 +41,7 @@ class Use:
     heads_per_group: int
     head_dim: int
     has_borders: bool
+    is_causal: bool = True
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -47,8 +49,8 @@ class Use:
         return torch.cuda.get_device_capability(self.device)
 
 
-Attend = Callable[[str, Sequence[Tensor], bool], Tensor]
-"""By a kernel's name, from queries, keys and values [1, T, heads, D], causally; or, if told, in two documents."""
+Attend = Callable[[str, Sequence[Tensor], bool, bool], Tensor]
+"""By a kernel's name, from queries, keys and values [1, T, heads, D]; if told, in two documents; if told, causally."""
 
 
 def candidates(wanted: str, use: Use) -> Sequence[str]:
@@ -123,5 +125,5 @@ def _why_wrong(kernel: str, use: Use, attend: Attend) -> str | None:
 
 def _with_gradients(kernel: str, inputs: Sequence[Tensor], grad: Tensor, use: Use, attend: Attend) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = attend(kernel, leaves, use.has_borders)
+    out = attend(kernel, leaves, use.has_borders, use.is_causal)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]

@@ -136,13 +136,15 @@ def _inputs(stage: StageModel, block: str, linears: Sequence[Linear], *, is_kept
 
 
 def _probabilities(stage: StageModel) -> int:
-    """Bytes of causal attention's probabilities, in blocks of rows: from the first key that a block sees to its end."""
+    """Bytes of attention's probabilities, in blocks of rows: from the first key that a block sees to its end, or where
+    attention is not causal to the last key."""
     seq_len = stage.config.data.seq_len
     window = stage.config.model.attention_window or seq_len
     elements = 0
     for start in range(0, seq_len, _BLOCK_ROWS):
         end = min(start + _BLOCK_ROWS, seq_len)
-        elements += (end - start) * (end - max(start - window + 1, 0))
+        last = end if stage.config.model.description.block.attention.is_causal else seq_len
+        elements += (end - start) * (last - max(start - window + 1, 0))
     heads = stage.sizes["queries"] // stage.config.model.head_size
     return stage.element_bytes * heads * stage.config.train.micro_batch_size * elements
 

@@ -15,20 +15,13 @@ from megatrain.checkpoint.store import CheckpointStore
 from megatrain.checkpoint.stores import open_store
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.augmentation import open_augmentations
-from megatrain.data.batches import (
-    BatchMaker,
-    ConcatSource,
-    EvaluationBatches,
-    SampleSource,
-    TrainingBatches,
-    evaluation_source,
-)
+from megatrain.data.augmentation import Augmentation, open_augmentations
+from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.dataset import require_same_tokenizer
 from megatrain.data.epochs import num_steps, with_default_warmup
 from megatrain.data.order import DataOrder, SamplingSettings
-from megatrain.data.packing import PackedSource, open_plan, store_plan
 from megatrain.data.remote import Cache
+from megatrain.data.sample import Source
 from megatrain.data.storage import MAPPED_SHARDS
 from megatrain.data.vocabulary import resolve_vocabulary
 from megatrain.distributed.bootstrap import RankInfo, extensions_dir
@@ -46,6 +39,8 @@ from megatrain.model.decoder import DecoderStage, LayerSpec, build_layers
 from megatrain.model.init import InitialWeights
 from megatrain.model.kernels import Use, candidates, forget_flash3, why_missing
 from megatrain.model.linear import add_adapters
+from megatrain.objectives import make_objective
+from megatrain.objectives.objective import Objective
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine, Sharding
 from megatrain.parallel.shard import DTYPES, ShardedModel, shard_model, tie_across_stages
@@ -133,8 +128,8 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     train, validation = open_training_data(config)
     config = resolve_vocabulary(config, train[0])
     augmentations = open_augmentations(config, train)
-    settings = config.data.seq_len, config.data.document_mask, config.data.scores_after_eod
-    held_out = [evaluation_source(dataset, *settings) for dataset in validation]
+    objective = make_objective(config.objective, config.model, config.data, config.run.seed)
+    held_out = [objective.evaluation_source(dataset) for dataset in validation]
     questions = read_questions(Path(config.train.tasks)) if config.train.tasks else []
     lap("datasets")
     device = local_device(rank.local_rank)
@@ -150,7 +145,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     lap("groups")
     findings = _preflight(config, rank, groups) if is_new_group else []
     lap("preflight")
-    sources = training_sources(config, train, groups)
+    sources = training_sources(objective, train, augmentations, Path(config.run.dir), groups)
     micro_batch_size = config.train.micro_batch_size
     limit = _num_samples_of_each(config, len(held_out))
     maker = partial(BatchMaker, micro_batch_size=micro_batch_size, activity=groups.activity, pin=device.type == "cuda")
@@ -175,7 +170,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
         initial_weights=InitialWeights(config.model, config.run.seed),
         datasets=train,
         order=order,
-        maker=maker(sources, augmentations=augmentations),
+        maker=maker(sources),
         validation=evaluations,
         store=store,
         findings=findings,
@@ -209,29 +204,27 @@ def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Findin
     return findings
 
 
-def training_sources(config: RunConfig, datasets: Sequence[Dataset], groups: Groups) -> list[SampleSource]:
-    """The samples of each dataset as ``data.packing`` asks for them. Collective: rank 0 plans, then all map the plans.
-
-    Validation and `megatrain eval` take others (`batches.evaluation_source`).
-    """
-    seq_len = config.data.seq_len
-    if config.data.packing == "concat":
-        settings = config.data.document_mask, config.data.scores_after_eod
-        return [ConcatSource(dataset, seq_len, *settings) for dataset in datasets]
-    folder = Path(config.run.dir) / "packing"
-    groups.run_on_rank0(lambda: [store_plan(dataset, seq_len, folder) for dataset in datasets])
-    plans = [open_plan(dataset, seq_len, folder) for dataset in datasets]
-    pairs = zip(datasets, plans, strict=True)
-    return [PackedSource(dataset, plan, seq_len, config.data.document_mask) for dataset, plan in pairs]
+def training_sources(
+    objective: Objective,
+    datasets: Sequence[Dataset],
+    augmentations: Sequence[Augmentation | None],
+    run_dir: Path,
+    groups: Groups,
+) -> list[Source]:
+    """The samples of each dataset. Collective: rank 0 plans what is packed, then all map the plans."""
+    folder = run_dir / "packing"
+    groups.run_on_rank0(lambda: objective.store_plans(datasets, folder))
+    pairs = zip(datasets, augmentations, strict=True)
+    return [objective.training_source(dataset, folder, augmentation) for dataset, augmentation in pairs]
 
 
-def sampling_settings(config: RunConfig, sources: Sequence[SampleSource]) -> SamplingSettings:
+def sampling_settings(config: RunConfig, sources: Sequence[Source]) -> SamplingSettings:
     return SamplingSettings(
         global_batch_size=config.train.global_batch_size,
         weights=tuple(entry.weight for entry in config.data.train),
         seq_len=config.data.seq_len,
         num_samples=tuple(source.num_samples for source in sources),
-        plans=tuple(source.plan.checksum for source in sources if isinstance(source, PackedSource)),
+        plans=tuple(source.plan.checksum for source in sources if source.plan is not None),
         num_new_epochs=config.data.num_new_epochs,
     )
 
@@ -243,9 +236,10 @@ def choose_attention(config: RunConfig, groups: Groups) -> str:
     """
     model = config.model
     has_borders = config.data.document_mask or model.attention_window is not None
+    is_causal = model.description.block.attention.is_causal
     heads_per_group = model.num_attention_heads // model.kv_heads
     dtype = DTYPES[config.train.precision]
-    use = Use(groups.device, dtype, config.data.seq_len, heads_per_group, model.head_size, has_borders)
+    use = Use(groups.device, dtype, config.data.seq_len, heads_per_group, model.head_size, has_borders, is_causal)
     for kernel in candidates(model.attention, use) if model.attention_dropout == 0 else ():
         reason = groups.first_value(why_missing(kernel, use, attend_alone))
         if reason is None:

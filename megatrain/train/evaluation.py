@@ -15,12 +15,13 @@ from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.batches import BatchMaker, EvaluationBatches, evaluation_source
+from megatrain.data.batches import BatchMaker, EvaluationBatches
 from megatrain.data.dataset import document_markers
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
 from megatrain.inference.loading import load_on_rank
+from megatrain.objectives import make_objective
 
 _TOKENS_AT_ONCE = 8192
 
@@ -51,7 +52,8 @@ def evaluate_checkpoint(
             "(model.max_position_embeddings)."
         )
     model, groups = load_on_rank(reader, rank, tensor)
-    source = evaluation_source(dataset, seq_len, saved.data.document_mask, saved.data.scores_after_eod)
+    settings = saved.data.model_copy(update={"seq_len": seq_len})
+    source = make_objective(saved.objective, saved.model, settings, seed=0).evaluation_source(dataset)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else groups.batch_share
     batches = EvaluationBatches(maker, *share)

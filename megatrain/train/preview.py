@@ -117,8 +117,10 @@ def length(config: RunConfig) -> Length | None:
     if not all(Path(entry.path).is_dir() for entry in config.data.train):
         return None
     from megatrain.data.epochs import planned_length
+    from megatrain.objectives import make_objective
 
-    return planned_length(config)
+    objective = make_objective(config.objective, config.model, config.data, config.run.seed)
+    return planned_length(config, objective.num_samples)
 
 
 def with_steps(config: RunConfig, length: Length | None) -> RunConfig:

@@ -13,7 +13,6 @@ from megatrain.checkpoint.lock import Lease
 from megatrain.config import RunConfig
 from megatrain.config.schema import ParallelConfig
 from megatrain.data.epochs import Epochs, epochs_of
-from megatrain.data.packing import PackedSource
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.liveness import LivenessMonitor
 from megatrain.distributed.signals import Requests
@@ -119,7 +118,7 @@ def _observed(
             if each.warning:
                 observers.event("epochs", progress.step, each.warning)
         for source in run.maker.sources if clock is not None else ():
-            if isinstance(source, PackedSource) and source.plan.dropped.tokens:
+            if source.plan is not None and source.plan.dropped.tokens:
                 text = source.plan.dropped.text(source.seq_len)
                 observers.event("packing", progress.step, f"{source.dataset.path}: {text}")
         for complaint in complaints:

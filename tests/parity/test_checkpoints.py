@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.data import open_dataset
-from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches
+from megatrain.data.batches import BatchMaker, EvaluationBatches
 from megatrain.inference.loading import load_decoder
+from megatrain.objectives.next_token import ConcatSource
 from megatrain.train.convert import export_checkpoint
 from tests.parity.figures import Pool
 from tests.parity.matrix import parity_config
@@ -218,8 +219,8 @@ def test_an_exported_layout_computes_alike_in_transformers(name: str, saves: Sav
             logits = model(batch.tokens_BT).logits
             context = ours.make_context(batch.positions_BT, None, None, torch.float32)
             torch.testing.assert_close(ours.logits(batch.tokens_BT, context), logits, atol=1e-5, rtol=1e-5)
-            total += float(functional.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), reduction="sum"))
-        count += batch.targets_BT.numel()
+            total += float(functional.cross_entropy(logits.flatten(0, 1), batch.targets_BM.flatten(), reduction="sum"))
+        count += batch.targets_BM.numel()
     assert abs(total / count - saved.validation) < 1e-5
 
 

@@ -36,6 +36,7 @@ from megatrain.inference.assets import Assets
 from megatrain.inference.writer import Writer, agreement
 from megatrain.model.init import InitialWeights
 from megatrain.model.norm import RmsNorm
+from megatrain.objectives import make_objective
 from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.parallel.engine import Engine
 from megatrain.tasks.evaluation import answer, collect, read_questions
@@ -116,8 +117,10 @@ def train(case: Case) -> dict[str, Any]:
         engine.load_fragments(InitialWeights(config.model, config.run.seed), num_updates=0)
     engine.sync_params_from_master()
     frozen = [held.master.clone() for held in engine._sharding.frozen_slices()]
-    sources = training_sources(config, train_sets, groups)
-    maker = BatchMaker(sources, config.train.micro_batch_size, open_augmentations(config, train_sets))
+    objective = make_objective(config.objective, config.model, config.data, config.run.seed)
+    augmentations = open_augmentations(config, train_sets)
+    sources = training_sources(objective, train_sets, augmentations, Path(config.run.dir), groups)
+    maker = BatchMaker(sources, config.train.micro_batch_size)
     order = DataOrder.begin(config.run.seed, sampling_settings(config, sources))
     batches = TrainingBatches(maker, order, *groups.batch_share)
     if engine.is_compiled:
@@ -145,7 +148,8 @@ def train(case: Case) -> dict[str, Any]:
         num_updates += not skipped[-1]
     again = take_first_steps_again(engine, config, batches) if case.twice else []
     batches.close()
-    whole = BatchMaker(sources, config.train.micro_batch_size)
+    unchanged = training_sources(objective, train_sets, [None] * len(train_sets), Path(config.run.dir), groups)
+    whole = BatchMaker(unchanged, config.train.micro_batch_size)
     evaluation = EvaluationBatches(whole, *groups.batch_share, NUM_VALIDATION_WINDOWS)
     (validation,) = groups.all_reduce_sum([float(engine.evaluate(evaluation))])
     tasks = answer_tasks(engine, Path(case.tasks), train_sets[0]) if case.tasks else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import Augmentation, DocumentPart, open_augmentations
-from megatrain.data.batches import BatchMaker, ConcatSource, SampleSource, TrainingBatches
+from megatrain.data.batches import BatchMaker, TrainingBatches
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
-from megatrain.data.packing import PackedSource, open_plan, store_plan
+from megatrain.data.packing import open_plan, store_plan
 from megatrain.errors import ConfigError, DataError
+from megatrain.objectives.next_token import ConcatSource, PackedSource
 from tests.tokenizer_samples import qwen3
 
+SampleSource = ConcatSource | PackedSource
 SEQ_LEN = 128
 FILL = {"fill_in_the_middle": {"rate": 0.5}}
 SPANS = {"span_corruption": {"rate": 0.5}}
@@ -68,7 +71,7 @@ def samples_of(windows: Ints, epoch: int = 0) -> Samples:
 def whole(source: SampleSource, augmentation: Augmentation | None, epoch: int = 0) -> Batch:
     """All samples of a source, transformed, in one batch."""
     every = np.arange(source.num_samples)
-    (batch,) = BatchMaker([source], len(every), [augmentation]).make(samples_of(every, epoch))
+    (batch,) = BatchMaker([replace(source, augmentation=augmentation)], len(every)).make(samples_of(every, epoch))
     return batch
 
 
@@ -134,7 +137,7 @@ def test_borders_positions_and_scored_targets_stay(
     transforms: list[dict[str, Any]], source: SampleSource, dataset: Dataset
 ) -> None:
     plain, made = whole(source, None), whole(source, opened(dataset, *transforms))
-    assert_equal(plain, made, ("loss_mask_BT", "positions_BT", "document_ids_BT", "sample_ids_B"))
+    assert_equal(plain, made, ("loss_mask_BM", "positions_BT", "document_ids_BT", "sample_ids_B"))
     assert bool((plain.tokens_BT != made.tokens_BT).any())
     is_end = plain.tokens_BT == dataset.eod_id
     assert bool((is_end == (made.tokens_BT == dataset.eod_id)).all())
@@ -142,7 +145,7 @@ def test_borders_positions_and_scored_targets_stay(
 
 def test_masking_hides_inputs_but_not_targets(source: SampleSource, dataset: Dataset) -> None:
     plain, made = whole(source, None), whole(source, opened(dataset, MASK))
-    assert_equal(plain, made, ("targets_BT",))
+    assert_equal(plain, made, ("targets_BM",))
     hidden = made.tokens_BT == sentinel_ids(dataset)["<mask>"]
     assert bool((made.tokens_BT == plain.tokens_BT)[~hidden].all())
     assert float(hidden.float().mean()) == pytest.approx(0.2, abs=0.02)
@@ -159,7 +162,8 @@ def test_transforms_depend_only_on_seed_epoch_and_document(source: SampleSource,
         share = (other.tokens_BT == first.tokens_BT).float().mean()
         assert float(share) < 0.8
     backwards = np.arange(source.num_samples)[::-1].copy()
-    (batch,) = BatchMaker([source], len(backwards), [opened(dataset, *transforms)]).make(samples_of(backwards))
+    changed = replace(source, augmentation=opened(dataset, *transforms))
+    (batch,) = BatchMaker([changed], len(backwards)).make(samples_of(backwards))
     assert bool((batch.tokens_BT.flip(0) == first.tokens_BT).all())
 
 
@@ -168,14 +172,14 @@ def test_ranks_and_resumes_see_the_same_transformed_samples(
     num_ranks: int, micro_batch_size: int, source: SampleSource, dataset: Dataset
 ) -> None:
     def found(num_ranks: int, micro_batch_size: int, order: DataOrder, steps: Sequence[int]) -> list[tuple[Any, ...]]:
-        maker = BatchMaker([source], micro_batch_size, [opened(dataset, FILL, SPANS, MASK)])
+        maker = BatchMaker([replace(source, augmentation=opened(dataset, FILL, SPANS, MASK))], micro_batch_size)
         rows, counts = [], set()
         for rank in range(num_ranks):
             batches = TrainingBatches(maker, order, rank, num_ranks)
             for step in steps:
                 counts.add((step, batches.num_targets(step)))
                 for batch in batches.micro_batches(step):
-                    lists = batch.sample_ids_B.tolist(), batch.tokens_BT.tolist(), batch.targets_BT.tolist()
+                    lists = batch.sample_ids_B.tolist(), batch.tokens_BT.tolist(), batch.targets_BM.tolist()
                     rows += [(number, tuple(a), tuple(b)) for number, a, b in zip(*lists, strict=True)]
             batches.close()
         assert len(counts) == len(steps)

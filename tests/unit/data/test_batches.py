@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.batch import document_starts
 from megatrain.data import Dataset, open_dataset
-from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, TrainingBatches
+from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
 from megatrain.errors import DataError
+from megatrain.objectives.next_token import ConcatSource
 from tests.runs import TinyData
 
 SEQ_LEN = 48
@@ -47,10 +48,10 @@ def test_windows_follow_each_other_targets_are_next_tokens(prose: Dataset) -> No
     (batch,) = BatchMaker([windows], 3).make(samples_of(chosen))
     for row, k in enumerate(chosen.tolist()):
         assert batch.tokens_BT[row].tolist() == tokens[k * SEQ_LEN : (k + 1) * SEQ_LEN].tolist()
-        assert batch.targets_BT[row].tolist() == tokens[k * SEQ_LEN + 1 : (k + 1) * SEQ_LEN + 1].tolist()
+        assert batch.targets_BM[row].tolist() == tokens[k * SEQ_LEN + 1 : (k + 1) * SEQ_LEN + 1].tolist()
         assert batch.positions_BT[row].tolist() == list(range(SEQ_LEN))
     assert batch.document_ids_BT is None
-    assert batch.loss_mask_BT is None
+    assert batch.loss_mask_BM is None
 
 
 def test_a_too_short_dataset_is_refused_by_name(tmp_path: Path, held_out: Dataset) -> None:
@@ -82,13 +83,14 @@ def test_targets_after_documents_can_be_left_out(document_mask: bool, prose: Dat
     source = ConcatSource(prose, SEQ_LEN, document_mask, score_after_eod=False)
     every = np.arange(source.num_samples)
     (batch,) = BatchMaker([source], len(every)).make(samples_of(every))
-    assert batch.loss_mask_BT is not None
+    assert batch.loss_mask_BM is not None
     begins = {prose.document_range(k)[0] for k in range(prose.num_documents)}
     expected = [[k * SEQ_LEN + 1 + t not in begins for t in range(SEQ_LEN)] for k in every.tolist()]
-    assert batch.loss_mask_BT.tolist() == expected
-    assert bool((batch.tokens_BT[~batch.loss_mask_BT] == prose.eod_id).all())
+    assert batch.loss_mask_BM.tolist() == expected
+    assert bool((batch.tokens_BT[~batch.loss_mask_BM] == prose.eod_id).all())
     inside = source.num_samples * SEQ_LEN
-    assert source.num_targets(every) == sum(map(sum, expected)) == inside - sum(0 < b <= inside for b in begins)
+    count = source.num_targets(samples_of(every))
+    assert count == sum(map(sum, expected)) == inside - sum(0 < b <= inside for b in begins)
 
 
 def test_targets_are_counted_without_making_windows(prose: Dataset) -> None:
@@ -96,8 +98,8 @@ def test_targets_are_counted_without_making_windows(prose: Dataset) -> None:
     maker, rng = BatchMaker([source], 64), np.random.default_rng(1)
     for count in (0, 1, 2, 40):
         for windows in (rng.integers(source.num_samples, size=count), 5 + np.arange(count)):
-            masks = [batch.loss_mask_BT for batch in maker.make(samples_of(windows))]
-            assert source.num_targets(windows) == sum(int(mask.sum()) for mask in masks if mask is not None)
+            masks = [batch.loss_mask_BM for batch in maker.make(samples_of(windows))]
+            assert source.num_targets(samples_of(windows)) == sum(int(mask.sum()) for mask in masks if mask is not None)
 
 
 def test_bytes_of_unscored_targets_are_not_counted(prose: Dataset) -> None:
@@ -149,7 +151,7 @@ def test_evaluation_scores_each_window_exactly_once(
         lengths.add((len(batches), len(evaluation), evaluation.num_targets))
         for batch in batches:
             mask = (
-                torch.ones_like(batch.tokens_BT, dtype=torch.bool) if batch.loss_mask_BT is None else batch.loss_mask_BT
+                torch.ones_like(batch.tokens_BT, dtype=torch.bool) if batch.loss_mask_BM is None else batch.loss_mask_BM
             )
             num_targets += int(mask.sum())
             assert bool((mask.all(dim=1) | ~mask.any(dim=1)).all())

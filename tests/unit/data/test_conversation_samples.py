@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from megatrain.config import DataConfig, RunConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import open_augmentations
-from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, evaluation_source
+from megatrain.data.batches import BatchMaker, EvaluationBatches
 from megatrain.data.conversations import Dropped, advice, shortened
 from megatrain.data.order import Samples
-from megatrain.data.packing import PackedSource, open_plan, store_plan
+from megatrain.data.packing import open_plan, store_plan
 from megatrain.data.shard import ScoredRuns
 from megatrain.errors import ConfigError, DataError
+from megatrain.objectives.next_token import ConcatSource, NextToken, PackedSource
 from tests.runs import TinyData, tiny_config
 from tests.supervised import make_answers
 
@@ -98,9 +99,9 @@ def test_each_answer_that_fits_is_scored_once(dataset: Dataset, tmp_path: Path) 
     ]
     found: list[list[int]] = []
     for batch in BatchMaker([source], 7).make(all_of(source)):
-        assert batch.loss_mask_BT is not None
+        assert batch.loss_mask_BM is not None
         assert batch.document_ids_BT is not None
-        for targets, mask, ids in zip(batch.targets_BT, batch.loss_mask_BT, batch.document_ids_BT, strict=True):
+        for targets, mask, ids in zip(batch.targets_BM, batch.loss_mask_BM, batch.document_ids_BT, strict=True):
             assert mask.any(), "each sample teaches something"
             found += [targets[mask & (ids == number)].tolist() for number in ids[mask].unique().tolist()]
     assert sorted(found) == sorted(expected)
@@ -115,9 +116,9 @@ def test_the_count_of_targets_is_the_masks(kind: str, dataset: Dataset, tmp_path
     source = packed(dataset, tmp_path) if kind == "packed" else ConcatSource(dataset, SEQ_LEN, True, kind == "concat")
     maker, every = BatchMaker([source], 4), all_of(source)
     for rows in (slice(0, 1), slice(3, 20), slice(None)):
-        masks = [batch.loss_mask_BT for batch in maker.make(every.rows(rows))]
+        masks = [batch.loss_mask_BM for batch in maker.make(every.rows(rows))]
         assert maker.num_targets(every.rows(rows)) == sum(int(mask.sum()) for mask in masks if mask is not None)
-    texts = [dataset.token_bytes[batch.targets_BT[batch.loss_mask_BT].numpy()].sum() for batch in maker.make(every)]
+    texts = [dataset.token_bytes[batch.targets_BM[batch.loss_mask_BM].numpy()].sum() for batch in maker.make(every)]
     assert source.num_bytes() == sum(texts)
 
 
@@ -125,21 +126,24 @@ def test_text_is_mixed_with_conversations(dataset: Dataset, tiny_data: TinyData,
     """In one micro-batch every target of the text counts, and of the conversation the answers."""
     sources = [ConcatSource(open_dataset(tiny_data.prose), SEQ_LEN, True, True), packed(dataset, tmp_path)]
     index = np.array([0, 0])
-    (batch,) = BatchMaker(sources, 2).make(Samples(np.array([0, 1]), index, index, np.arange(2)))
-    assert batch.loss_mask_BT is not None
-    assert batch.loss_mask_BT[0].all()
-    assert int(batch.loss_mask_BT[1].sum()) == sources[1].num_targets(index[:1]) < SEQ_LEN
+    both = Samples(np.array([0, 1]), index, index, np.arange(2))
+    (batch,) = BatchMaker(sources, 2).make(both)
+    assert batch.loss_mask_BM is not None
+    assert batch.loss_mask_BM[0].all()
+    assert int(batch.loss_mask_BM[1].sum()) == sources[1].num_targets(both.rows(slice(1, 2))) < SEQ_LEN
 
 
 def test_evaluation_packs_conversations_and_counts_answers(dataset: Dataset, tiny_data: TinyData) -> None:
-    source = evaluation_source(dataset, SEQ_LEN, False, True)
+    objective = NextToken(DataConfig.model_validate({"train": [str(dataset.path)], "seq_len": SEQ_LEN}))
+    source = objective.evaluation_source(dataset)
     batches = EvaluationBatches(BatchMaker([source], 4), 0, 1)
-    masks = [batch.loss_mask_BT for batch in batches]
+    masks = [batch.loss_mask_BM for batch in batches]
     assert batches.num_targets == sum(int(mask.sum()) for mask in masks if mask is not None)
     assert isinstance(source, PackedSource)
-    assert isinstance(evaluation_source(open_dataset(tiny_data.prose), SEQ_LEN, False, True), ConcatSource)
+    assert isinstance(objective.evaluation_source(open_dataset(tiny_data.prose)), ConcatSource)
     prompts = ConcatSource(dataset, 2)
-    nothing = next(k for k in range(prompts.num_samples) if not prompts.num_targets(np.array([k])))
+    each = (all_of(prompts).rows(slice(k, k + 1)) for k in range(prompts.num_samples))
+    nothing = next(k for k, one in enumerate(each) if not prompts.num_targets(one))
     assert nothing == 0
     with pytest.raises(DataError, match="Nothing is scored in the samples of"):
         EvaluationBatches(BatchMaker([prompts], 4), 0, 1, limit=1)

@@ -9,10 +9,11 @@ import pytest
 
 from megatrain.config import RunConfig
 from megatrain.data import open_dataset
-from megatrain.data.epochs import Epochs, epochs_of, num_steps, planned_length, with_default_warmup
+from megatrain.data.epochs import Epochs, epochs_of, num_steps, with_default_warmup
 from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.data.packing import open_plan, store_plan
 from megatrain.errors import ConfigError
+from megatrain.train import preview
 from tests.runs import TinyData, tiny_config
 
 
@@ -21,7 +22,7 @@ def test_planned_epochs_match_the_samples_seen(tiny_data: TinyData) -> None:
     windows = [(open_dataset(path).num_tokens - 1) // 64 for path in (tiny_data.prose, tiny_data.code)]
     order = DataOrder.begin(7, SamplingSettings(8, (2.0, 1.0), 64, tuple(windows)))
     seen = np.bincount(np.concatenate([order.batch(step).dataset for step in range(300)]))
-    length = planned_length(config)
+    length = preview.length(config)
     assert length is not None
     assert length.num_steps == 300
     planned = length.epochs
@@ -52,7 +53,7 @@ def test_a_config_without_its_data_has_no_epochs(tiny_data: TinyData, tmp_path: 
     for path in (str(tmp_path / "none"), "s3://nowhere/none"):
         config = tiny_config(tiny_data, tmp_path)
         config["data"]["train"][1]["path"] = path
-        assert planned_length(RunConfig.model_validate(config)) is None
+        assert preview.length(RunConfig.model_validate(config)) is None
 
 
 def by_epochs(data: TinyData, epochs: float, batch: object = 8, **sections: object) -> RunConfig:
@@ -106,6 +107,6 @@ def test_packed_samples_are_counted_before_they_are_packed(tiny_data: TinyData, 
     config = config.model_copy(update={"data": config.data.model_copy(update={"packing": "best_fit"})})
     dataset = open_dataset(tiny_data.prose)
     store_plan(dataset, 64, tmp_path)
-    length = planned_length(config)
+    length = preview.length(config)
     assert length is not None
     assert length.num_steps == -(-2 * open_plan(dataset, 64, tmp_path).num_samples // 8)

@@ -315,4 +315,4 @@ def test_only_the_named_batches_are_left_out(
 def read(order: DataOrder, steps: range, source: int) -> list[tuple[int, int]]:
     """Epoch and index of each sample of one dataset in these steps."""
     samples = (sample for step in steps for sample in order.batch(step))
-    return [(epoch, index) for dataset, epoch, index in samples if dataset == source]
+    return [(epoch, index) for dataset, epoch, index, _ in samples if dataset == source]

@@ -21,11 +21,12 @@ from data_tools.units import ReadOptions
 from megatrain.batch import Batch
 from megatrain.data import Dataset, open_dataset
 from megatrain.data import packing as packing_module
-from megatrain.data.batches import BatchMaker, ConcatSource, EvaluationBatches, TrainingBatches
+from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
 from megatrain.data.conversations import Documents
 from megatrain.data.order import DataOrder, Samples, SamplingSettings
-from megatrain.data.packing import PackedSource, PackingPlan, best_fit, open_plan, pack_documents, store_plan
+from megatrain.data.packing import PackingPlan, best_fit, open_plan, pack_documents, store_plan
 from megatrain.errors import DataError
+from megatrain.objectives.next_token import ConcatSource, PackedSource
 from tests.runs import TinyData
 
 SEQ_LEN = 64
@@ -117,13 +118,13 @@ def test_batches_hold_documents_and_score_only_their_pairs(
     every = np.arange(source.num_samples)
     scored: list[tuple[int, int]] = []
     for batch in BatchMaker([source], 7).make(samples_of(every)):
-        assert batch.loss_mask_BT is not None
-        assert torch.equal(batch.tokens_BT[:, 1:], batch.targets_BT[:, :-1]), "a target is the next input"
+        assert batch.loss_mask_BM is not None
+        assert torch.equal(batch.tokens_BT[:, 1:], batch.targets_BM[:, :-1]), "a target is the next input"
         scored += zip(
-            batch.tokens_BT[batch.loss_mask_BT].tolist(), batch.targets_BT[batch.loss_mask_BT].tolist(), strict=True
+            batch.tokens_BT[batch.loss_mask_BM].tolist(), batch.targets_BM[batch.loss_mask_BM].tolist(), strict=True
         )
         ends_BT = batch.tokens_BT == dataset.eod_id
-        assert not (batch.loss_mask_BT & ends_BT).any(), "nothing is asked behind the end of a document"
+        assert not (batch.loss_mask_BM & ends_BT).any(), "nothing is asked behind the end of a document"
         if document_mask:
             check_documents(batch, ends_BT)
         else:
@@ -133,15 +134,15 @@ def test_batches_hold_documents_and_score_only_their_pairs(
         tokens = dataset.document(k).tolist()
         pairs += pairwise(tokens)
     assert sorted(scored) == sorted(pairs)
-    assert source.num_targets(every) == len(pairs) == dataset.num_tokens - dataset.num_documents
+    assert source.num_targets(samples_of(every)) == len(pairs) == dataset.num_tokens - dataset.num_documents
 
 
 def check_documents(batch: Batch, ends_BT: torch.Tensor) -> None:
     """Documents of a sample, and the filling behind them, do not see one another."""
-    assert batch.document_ids_BT is not None and batch.loss_mask_BT is not None
+    assert batch.document_ids_BT is not None and batch.loss_mask_BM is not None
     same = batch.document_ids_BT[:, 1:] == batch.document_ids_BT[:, :-1]
     assert ends_BT[:, :-1][~same].all(), "what follows another document follows its end"
-    for ids, scored, positions in zip(batch.document_ids_BT, batch.loss_mask_BT, batch.positions_BT, strict=True):
+    for ids, scored, positions in zip(batch.document_ids_BT, batch.loss_mask_BM, batch.positions_BT, strict=True):
         for number in ids.unique():
             mine = ids == number
             assert positions[mine].tolist() == list(range(int(mine.sum()))), "positions start anew at each document"
@@ -169,7 +170,7 @@ def test_data_ranks_share_a_global_batch_of_targets(dataset: Dataset, tmp_path: 
     ranks = [TrainingBatches(BatchMaker([source], 2), order, rank, 3) for rank in range(3)]
     for step in (0, 1, 2, 20, 1000):
         counts = {rank.num_targets(step) for rank in ranks}
-        masks = [batch.loss_mask_BT for rank in ranks for batch in rank.micro_batches(step)]
+        masks = [batch.loss_mask_BM for rank in ranks for batch in rank.micro_batches(step)]
         assert counts == {sum(int(mask.sum()) for mask in masks if mask is not None)}
     for rank in ranks:
         rank.close()
@@ -178,7 +179,7 @@ def test_data_ranks_share_a_global_batch_of_targets(dataset: Dataset, tmp_path: 
 def test_evaluating_packed_samples_scores_each_target_once(dataset: Dataset, tmp_path: Path) -> None:
     source = packed(dataset, tmp_path)
     ranks = [EvaluationBatches(BatchMaker([source], 4), rank, 3) for rank in range(3)]
-    masks = [batch.loss_mask_BT for rank in ranks for batch in rank]
+    masks = [batch.loss_mask_BM for rank in ranks for batch in rank]
     expected = dataset.num_tokens - dataset.num_documents
     assert sum(int(mask.sum()) for mask in masks if mask is not None) == ranks[0].num_targets == expected
 
@@ -186,7 +187,7 @@ def test_evaluating_packed_samples_scores_each_target_once(dataset: Dataset, tmp
 def test_concat_windows_need_no_mask(dataset: Dataset) -> None:
     maker = BatchMaker([ConcatSource(dataset, SEQ_LEN)], 4)
     chosen = np.arange(8)
-    assert [batch.loss_mask_BT for batch in maker.make(samples_of(chosen))] == [None, None]
+    assert [batch.loss_mask_BM for batch in maker.make(samples_of(chosen))] == [None, None]
     assert maker.num_targets(samples_of(chosen)) == 8 * SEQ_LEN
 
 
@@ -194,9 +195,9 @@ def test_many_blocks_hold_every_pair_too(dataset: Dataset, tmp_path: Path, monke
     monkeypatch.setattr(packing_module, "BLOCK_DOCUMENTS", 50)
     source = packed(dataset, tmp_path)
     every = np.arange(source.num_samples)
-    assert source.num_targets(every) == dataset.num_tokens - dataset.num_documents
+    assert source.num_targets(samples_of(every)) == dataset.num_tokens - dataset.num_documents
     each = [sum(targets for _, targets in pieces) for pieces in all_pieces(source.plan)]
-    assert [source.num_targets(every[k : k + 1]) for k in every] == each
+    assert [source.num_targets(samples_of(every[k : k + 1])) for k in every] == each
     begins = [start for pieces in all_pieces(source.plan) for start, _ in pieces]
     assert len(begins) == len(set(begins))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatrain.batch import document_starts
 from megatrain.model.attention import CoreAttention
 from megatrain.model.blockwise_attention import BLOCK_ROWS, blockwise_attention
 from megatrain.model.context import Context
@@ -21,18 +22,19 @@ def random_heads(num_tokens: int, num_heads: int, num_groups: int, dtype: torch.
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out = functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
     return out.transpose(1, 2)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 @pytest.mark.parametrize("num_tokens", [1, BLOCK_ROWS - 1, BLOCK_ROWS, 3 * BLOCK_ROWS + 5])
-def test_output_and_gradients_equal_the_fused_kernels(num_tokens: int, num_groups: int) -> None:
+def test_output_and_gradients_equal_the_fused_kernels(num_tokens: int, num_groups: int, is_causal: bool) -> None:
     inputs = random_heads(num_tokens, 4, num_groups, torch.float64)
     grad = torch.randn_like(inputs[0])
-    ours, theirs = blockwise_attention(*inputs, None, None, None), fused(*inputs)
+    ours, theirs = blockwise_attention(*inputs, None, None, None, is_causal), fused(*inputs, is_causal)
     torch.testing.assert_close(ours, theirs)
     for mine, reference in zip(
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
@@ -79,6 +81,18 @@ def test_a_window_ends_at_a_documents_border(longest_blockwise: int, monkeypatch
     pieces = zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
     alone = [core(*piece, Context(torch.zeros(2, piece[0].shape[1]))) for piece in pieces]
     torch.testing.assert_close(together, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("way", ["blockwise", "dense mask", "borders"])
+def test_two_sided_attention_ends_at_documents_borders(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CoreAttention, "max_blockwise_tokens", 2048 if way == "blockwise" else 0)
+    q, k, v = random_heads(300, 4, 2, torch.float32)
+    lengths, core = (70, 1, 180, 49), CoreAttention(Dropout(0.0, 0, "core", 3), is_causal=False)
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(2, -1)
+    context = Context(torch.zeros(2, 300), ids, document_starts=document_starts(ids) if way == "borders" else None)
+    pieces = zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
+    alone = [fused(*piece, is_causal=False) for piece in pieces]
+    torch.testing.assert_close(core(q, k, v, context), torch.cat(alone, 1))
 
 
 def test_a_single_query_sees_the_windows_keys() -> None:

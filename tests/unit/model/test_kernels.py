@@ -31,8 +31,8 @@ def test_a_cpu_has_no_kernel_of_gpus() -> None:
 
 
 def test_a_kernel_that_is_wrong_is_refused() -> None:
-    def wrong(kernel: str, heads: Sequence[Tensor], has_borders: bool) -> Tensor:
-        return attend_alone(kernel, heads, has_borders) * (1.1 if kernel == "flash" else 1.0)
+    def wrong(kernel: str, heads: Sequence[Tensor], *how: bool) -> Tensor:
+        return attend_alone(kernel, heads, *how) * (1.1 if kernel == "flash" else 1.0)
 
     reason = why_missing("flash", make_use(), wrong)
     assert reason is not None

@@ -17,9 +17,10 @@ from megatrain.config.schema import ModelConfig
 from megatrain.data import Dataset, open_dataset
 from megatrain.data.batches import BatchMaker
 from megatrain.data.order import Samples
-from megatrain.data.packing import PackedSource, make_plan
+from megatrain.data.packing import make_plan
 from megatrain.model.decoder import Decoder
 from megatrain.model.loss import OutputHead
+from megatrain.objectives.next_token import PackedSource
 from tests.supervised import make_answers
 
 SEQ_LEN = 1200

@@ -1,0 +1,18 @@
+"""What models are trained for, one file each. A family names the objectives it can have, `objective.type` one of them.
+
+No torch: an objective makes NumPy arrays, `megatrain.data.batches` batches of them.
+"""
+
+from __future__ import annotations
+
+from megatrain.config import ModelConfig, ObjectiveConfig
+from megatrain.objectives.next_token import NextToken
+from megatrain.objectives.objective import DataSettings, Objective
+
+
+def make_objective(config: ObjectiveConfig, model: ModelConfig, data: DataSettings, seed: int) -> Objective:
+    """The objective of a run, or of a checkpoint that is evaluated. ``seed``: of what is random in training samples."""
+    kind = config.of(model)
+    if kind == "next_token":
+        return NextToken(data)
+    raise AssertionError(kind)
