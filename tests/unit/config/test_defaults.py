@@ -16,6 +16,7 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null, attention: auto}
 data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
              document_mask: false, packing: concat, score_after_eod: null, num_new_epochs: 0}
+objective:  {type: null}
 parallel:   {tensor: 1, pipeline: 1, pipeline_chunks: 1, engine: deepspeed, zero_stage: 1, sequence: false,
              recompute: none, recompute_every: 1, offload: none}
 train:      {micro_batch_size: 2, precision: auto, compile: auto, gradient_clipping: 1.0,
