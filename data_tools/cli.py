@@ -153,7 +153,7 @@ def tokenize(
         list[str] | None, typer.Option(help="--chat: whose messages are answers; repeatable; `assistant` unless given.")
     ] = None,
     chat_date: Annotated[
-        str | None, typer.Option(metavar="YYYY-MM-DD", help="--chat: today, for templates that write the date.")
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="--chat: the day that templates are told.")
     ] = None,
     prompt_key: Annotated[str | None, typer.Option(help="The key of a prompt; with --answer-key.")] = None,
     answer_key: Annotated[str | None, typer.Option(help="The key of its answer, which alone is scored.")] = None,

@@ -23,7 +23,7 @@ import orjson
 from data_tools.supervised import Example, LeftOut, PromptAndAnswer, Spans, max_tokens_named, replaced
 from data_tools.tokenizer import load_tokenizer
 from data_tools.units import Fields, ReadOptions, Record
-from megatrain.data.chat import CLOCK, ChatTemplate
+from megatrain.data.chat import CHAT_DATE, CLOCK, ChatTemplate
 from megatrain.data.format import TEMPLATE_FILES
 from megatrain.errors import ConfigError, DataError
 
@@ -59,7 +59,7 @@ class Conversations:
             "chat_template": self.template.sha256,
             "loss": "last" if self.last_only else "all",
             "train_on_roles": ",".join(self.roles),
-            **({"chat_date": self.template.clock.isoformat()} if self.template.reads_clock else {}),
+            **({CHAT_DATE: self.template.clock.isoformat()} if self.template.reads_clock else {}),
             **max_tokens_named(self.max_tokens),
         }
 
@@ -315,7 +315,7 @@ class Answers:
         if not self.chat:
             return PromptAndAnswer(self.max_tokens) if self.prompt_key else None
         try:
-            clock = CLOCK if self.chat_date is None else date.fromisoformat(self.chat_date)
+            clock = None if self.chat_date is None else date.fromisoformat(self.chat_date)
         except ValueError:
             raise ConfigError(f"--chat-date {self.chat_date} is no date, such as {CLOCK}.") from None
         template, files = load_template(tokenizer, clock)
@@ -329,8 +329,11 @@ class Answers:
         return Conversations(template, files, special, roles, self.loss == "last", self.max_tokens)
 
 
-def load_template(tokenizer: Path, clock: date) -> tuple[ChatTemplate, dict[str, bytes]]:
-    """The chat template beside a tokenizer.json, and the files that it is from. Raises ConfigError."""
+def load_template(tokenizer: Path, clock: date | None) -> tuple[ChatTemplate, dict[str, bytes]]:
+    """The chat template beside a tokenizer.json, and the files that it is from. Raises ConfigError.
+
+    ``clock``: the day that it is told; None: the folder's own.
+    """
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     files = {name: (folder / name).read_bytes() for name in TEMPLATE_FILES if (folder / name).is_file()}
     template = ChatTemplate.of_files(files)
@@ -339,4 +342,4 @@ def load_template(tokenizer: Path, clock: date) -> tuple[ChatTemplate, dict[str,
             f"{folder} has no chat template: put a chat_template.jinja beside its tokenizer.json, or give a folder "
             "that AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) of transformers wrote."
         )
-    return replace(template, clock=clock), files
+    return template if clock is None else replace(template, clock=clock), files

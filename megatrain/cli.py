@@ -613,6 +613,9 @@ def inspect_checkpoint(path: CheckpointPath, as_json: AsJson = False) -> None:
         typer.echo(f"{name:11} {figures[name]}")
     if (base := figures["base"]) is not None:
         typer.echo(f"{'adapters of':11} {base['path']}, {base['parameters']:,} parameters, digest {base['digest']}")
+    if (chat := figures["chat"]) is not None:
+        day = f", told {chat['date']}" if chat["date"] else ""
+        typer.echo(f"{'chat':11} template {chat['template_sha256']}{day}")
     for entry in figures["files"]:
         typer.echo(f"{entry['bytes']:>15,}  {entry['checksum']}  {entry['file']}")
 

@@ -69,7 +69,8 @@ def describe(path: Location) -> dict[str, Any]:
     folder = resolve(path)
     manifest = read_manifest(folder)
     described = manifest.model_dump(
-        mode="json", include={"step", "tokens", "parameters", "layout", "created", "versions", "special_tokens", "base"}
+        mode="json",
+        include={"step", "tokens", "parameters", "layout", "created", "versions", "special_tokens", "chat", "base"},
     )
     files = [entry.model_dump() for entry in manifest.files]
     return {"path": str(folder), **described, "files": files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from pathlib import PurePosixPath
 from typing import Any
@@ -62,6 +63,16 @@ class SpecialTokens(BaseModel):
     unk: Token | None = None
 
 
+class Chat(BaseModel):
+    """The chat template beside the weights. ``template_sha256``: of its Jinja text. ``date``: the day that it is told,
+    where it asks for one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    template_sha256: str
+    date: datetime.date | None = None
+
+
 class Base(BaseModel):
     """The checkpoint whose weights LoRA's adapters stand beside. ``digest``: its `Manifest.weights_digest`."""
 
@@ -79,6 +90,7 @@ class Manifest(BaseModel):
     ``state``: what the trainer needs to go on, besides tensors. ``config``: the resolved config of the run.
     ``validation_loss``: at this step, where it was evaluated. ``on_request``: somebody asked for it, so it stays.
     ``special_tokens``: of the tokenizer beside it; None in checkpoints of versions that did not keep them.
+    ``chat``: None where there is no chat template, and in checkpoints of versions that did not keep it.
     ``base``: of one that holds LoRA's adapters alone, which ``parameters`` counts.
     """
 
@@ -97,6 +109,7 @@ class Manifest(BaseModel):
     validation_loss: float | None = None
     on_request: bool = False
     special_tokens: SpecialTokens | None = None
+    chat: Chat | None = None
     base: Base | None = None
 
     @field_validator("files")

@@ -107,13 +107,17 @@ class Origin:
     def tokenizer(self) -> bytes | None:
         """The checkpoint's tokenizer.json; None where it has none."""
         from megatrain.checkpoint.manifest import TOKENIZER
+
+        return self.files([TOKENIZER]).get(TOKENIZER)
+
+    def files(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Those of these small files that lie beside the weights."""
         from megatrain.checkpoint.store import read_small_file
 
-        entry = self.manifest.file(TOKENIZER)
-        if entry is None and isinstance(self.folder, Path) and is_model_folder(str(self.folder)):
-            path = self.folder / TOKENIZER
-            return path.read_bytes() if path.is_file() else None
-        return None if entry is None else read_small_file(self.folder, entry)
+        if isinstance(self.folder, Path) and is_model_folder(str(self.folder)):
+            return {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
+        entries = [entry for entry in map(self.manifest.file, names) if entry is not None]
+        return {entry.file: read_small_file(self.folder, entry) for entry in entries}
 
     def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str) -> None:
         """Raise CheckpointError where ``dataset`` is of another tokenizer. One that the checkpoint lacks is passed

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from types import FrameType
 from typing import Any
 
 import orjson
@@ -20,9 +17,8 @@ CLOCK = date(2024, 7, 26)
 """The day that templates are told by ``strftime_now``: what they write does not depend on when it is written. It is
 what Llama 3's templates write where there is no clock.
 """
-MAX_LINES = 1_000_000
-"""Lines of a template's code that run for one conversation: a template may be written so that it never ends."""
-_TEMPLATE_CODE = "<template>"  # what Jinja calls the file of compiled templates
+CHAT_DATE = "chat_date"
+"""The key of tokenizer_config.json under which an export keeps another day, which its model was trained with."""
 
 Message = Mapping[str, Any]
 """``role`` and ``content``, and whatever else a template reads."""
@@ -40,7 +36,7 @@ class ChatTemplate:
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes]) -> ChatTemplate | None:
-        """That of a tokenizer folder's files; None where it has none."""
+        """That of a tokenizer folder's files, with the day that an export keeps; None where it has none."""
         settings = orjson.loads(files.get(TOKENIZER_CONFIG, b"{}"))
         source = files[TEMPLATE].decode() if TEMPLATE in files else settings.get("chat_template")
         if isinstance(source, list):  # several by name
@@ -48,7 +44,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             return None
         tokens = {key: _text(value) for key, value in settings.items() if key.endswith("_token")}
-        return cls(source, {key: text for key, text in tokens.items() if text is not None})
+        return cls(source, {key: text for key, text in tokens.items() if text is not None}, _day(settings))
 
     @property
     def sha256(self) -> str:
@@ -76,8 +72,8 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text; ``add_generation_prompt``: with what begins the next answer.
 
-        Raises DataError for a conversation that the template refuses; ConfigError for a template that does not end, and
-        where transformers is not installed.
+        Raises DataError for a conversation that the template refuses; ConfigError for a template that does not end or
+        makes too much text, and where transformers is not installed.
         """
         return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
 
@@ -100,20 +96,24 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, **how: bool
     ) -> tuple[str, Spans]:
+        from megatrain.data.bounded_template import bind, bounded
+
         try:
             from transformers.utils import chat_template_utils
         except ImportError:
             raise ConfigError("Chat templates are rendered by transformers: pip install 'megatrain[chat]'.") from None
+        # A template of the renderer's own, which it compiles and keeps by this name; bind has it do as this one does.
+        name = f"{{# {{% generation %}} {self.sha256} #}}"
         known: dict[str, Any] = {
             **self.special_tokens,
             **how,
-            "chat_template": self.source,
+            "chat_template": name,
             "tools": None if tools is None else list(tools),
         }
         try:
-            compiled = chat_template_utils._compile_jinja_template(self.source)  # as the renderer does, which keeps it
-            compiled.environment.globals["strftime_now"] = self.clock.strftime
-            with _bounded():
+            sandbox = bind(chat_template_utils._compile_jinja_template(name), self.source)
+            sandbox.globals["strftime_now"] = self.clock.strftime
+            with bounded(sandbox):
                 rendered: Any = chat_template_utils.render_jinja_template([list(map(dict, messages))], **known)
         except ConfigError:
             raise
@@ -123,32 +123,6 @@ class ChatTemplate:
         return str(texts[0]), marked[0] if marked else ()
 
 
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Let a template run for MAX_LINES lines, which is the same on every machine. Raises ConfigError behind them."""
-    left = MAX_LINES
-
-    def on_line(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        left -= event == "line"
-        if left < 0:
-            raise ConfigError(
-                f"The chat template does not end: {MAX_LINES:,} of its lines have run for one conversation. Use "
-                "another."
-            )
-        return on_line
-
-    def on_call(frame: FrameType, event: str, argument: object) -> Any:
-        return on_line if frame.f_code.co_filename == _TEMPLATE_CODE else None
-
-    before = sys.gettrace()
-    sys.settrace(on_call)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
 def refuse_control_tokens(messages: Sequence[Message], special: Collection[str]) -> None:
     """Raise DataError where a message's text spells one of the ``special`` tokens: it would become one."""
     for message in messages:
@@ -156,6 +130,13 @@ def refuse_control_tokens(messages: Sequence[Message], special: Collection[str])
         found = next((token for token in special if isinstance(content, str) and token in content), None)
         if found is not None:
             raise DataError(f"A message of the role {message.get('role')} spells the control token {found}.")
+
+
+def _day(settings: Mapping[str, Any]) -> date:
+    try:
+        return date.fromisoformat(settings[CHAT_DATE])
+    except (KeyError, TypeError, ValueError):
+        return CLOCK
 
 
 def _text(token: Any) -> str | None:

@@ -13,6 +13,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatrain.data.chat import CHAT_DATE
 from megatrain.data.format import SHARD_TABLE_FILE, TOKENIZER_FILE, Manifest, document_schema, shard_name
 from megatrain.data.remote import Cache, RemoteFolder, is_address
 from megatrain.data.shard import ScoredRuns, Shard, Tokens
@@ -164,6 +166,17 @@ class Dataset:
         """The chat template that wrote the conversations, and what else came with its tokenizer, by file name."""
         named = (self.manifest.template_files or {}).items()
         return {name: self.storage.content(name, checksum).to_pybytes() for name, checksum in named}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The SHA-256 of the chat template that wrote the conversations; None where none did."""
+        return self.manifest.options.get("chat_template")
+
+    @property
+    def chat_date(self) -> date | None:
+        """The day that the chat template was told, where it asked for one."""
+        day = self.manifest.options.get(CHAT_DATE)
+        return None if day is None else date.fromisoformat(day)
 
     @property
     def num_shards(self) -> int:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from typing import Any
 
 import orjson
 
-from megatrain.checkpoint.manifest import TOKENIZER, SpecialTokens, Token
+from megatrain.checkpoint.manifest import TOKENIZER, Chat, SpecialTokens, Token
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import laid_over, to_transformers
 from megatrain.config import ModelConfig
-from megatrain.data.chat import ChatTemplate
+from megatrain.data.chat import CHAT_DATE, ChatTemplate
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, DataError
 
@@ -48,10 +49,12 @@ _ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
 
 @dataclass(frozen=True)
 class Assets:
-    """What goes along with the weights. ``files``: name to content, of CARRIED."""
+    """What goes along with the weights. ``files``: name to content, of CARRIED. ``chat_date``: the day that the chat
+    template is told; None: the folder's own, or CLOCK."""
 
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    chat_date: date | None = None
 
     @classmethod
     def of_folder(cls, files: Mapping[str, bytes]) -> Assets:
@@ -63,8 +66,9 @@ class Assets:
         """Those of a checkpoint. Raises CheckpointError where a file is not what was written."""
         manifest = reader.manifest
         files = {entry.file: reader.read_file(entry.file) for entry in manifest.files if entry.file in CARRIED}
+        chat_date = manifest.chat.date if manifest.chat is not None else None
         if manifest.special_tokens is not None:
-            return cls(manifest.special_tokens, files)
+            return cls(manifest.special_tokens, files, chat_date)
         special_tokens = _read_special_tokens(files)  # an older version wrote it, which kept none
         tokenizer = _tokenizer(files)
         if special_tokens.eod is None and tokenizer is not None and _FORMER_EOD in tokenizer.ids:
@@ -73,10 +77,15 @@ class Assets:
         return cls(special_tokens, files)
 
     def with_data(
-        self, tokenizer_json: bytes, eod: Token, bos: Token | None = None, template_files: Mapping[str, bytes] = {}
+        self,
+        tokenizer_json: bytes,
+        eod: Token,
+        bos: Token | None = None,
+        template_files: Mapping[str, bytes] = {},
+        chat_date: date | None = None,
     ) -> Assets:
         """The same for a run on data of this tokenizer, whose documents end with ``eod``, and begin with ``bos``; with
-        ``template_files``, what wrote its conversations.
+        ``template_files``, what wrote its conversations, on ``chat_date``.
 
         Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
         """
@@ -85,7 +94,22 @@ class Assets:
         files = {**known, TOKENIZER: tokenizer_json, **template_files}
         named = _read_special_tokens(files)
         update |= {"pad": self.special_tokens.pad or named.pad, "unk": self.special_tokens.unk or named.unk}
-        return replace(self, special_tokens=self.special_tokens.model_copy(update=update), files=files)
+        special_tokens = self.special_tokens.model_copy(update=update)
+        return Assets(special_tokens, files, chat_date if template_files else self.chat_date)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, told the day that its conversations were written on."""
+        template = ChatTemplate.of_files(self.files)
+        return template if template is None or self.chat_date is None else replace(template, clock=self.chat_date)
+
+    @property
+    def chat(self) -> Chat | None:
+        """What a checkpoint records of the chat template."""
+        if self.template is None:
+            return None
+        day = self.template.clock if self.template.reads_clock else None
+        return Chat(template_sha256=self.template.sha256, date=day)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -94,10 +118,17 @@ class Assets:
 
     @property
     def notes(self) -> list[str]:
-        bos, tokenizer = self.special_tokens.bos, _tokenizer(self.files)
-        if bos is None or not self.prompt_ids or tokenizer is None or _begins_with(bos, self.files, tokenizer):
-            return []
-        return [f"the data's documents begin with {bos.token}, which transformers does not put there: prompts need it."]
+        bos, tokenizer, notes = self.special_tokens.bos, _tokenizer(self.files), []
+        if bos is not None and self.prompt_ids and tokenizer and not _begins_with(bos, self.files, tokenizer):
+            notes = [
+                f"the data's documents begin with {bos.token}, which transformers does not put there: prompts need it."
+            ]
+        if self.chat is not None and self.chat.date is not None:
+            notes.append(
+                f"the chat template writes the date: here {self.chat.date}, as in the conversations of the data; "
+                "transformers tells it today's."
+            )
+        return notes
 
     @property
     def staying_behind(self) -> list[str]:
@@ -107,8 +138,10 @@ class Assets:
     @cached_property
     def turn_end(self) -> Token | None:
         """What ends an answer of a chat model."""
-        template, tokenizer = ChatTemplate.of_files(self.files), _tokenizer(self.files)
-        if template is None or tokenizer is None or (token := template.turn_end(tokenizer.control)) is None:
+        tokenizer = _tokenizer(self.files)
+        if self.template is None or tokenizer is None:
+            return None
+        if (token := self.template.turn_end(tokenizer.control)) is None:
             return None
         return Token(id=tokenizer.control[token], token=token)
 
@@ -157,6 +190,10 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str) -> dict[str, 
                 if value is not None:
                     by_id = name in (CONFIG, GENERATION)
                     changed[name] = _naming(value, f"{role}_token_id" if by_id else f"{role}_token", token)
+    template, known = assets.template, ChatTemplate.of_files(files)
+    if template and known and template.reads_clock and template.clock != known.clock:
+        settings = changed.get(TOKENIZER_CONFIG) or _json(files, TOKENIZER_CONFIG) or {}
+        changed[TOKENIZER_CONFIG] = {**settings, CHAT_DATE: template.clock.isoformat()}
     if len(assets.stop_ids) > 1 and assets.turn_end:
         for name in (CONFIG, GENERATION):
             value = changed.get(name) or _json(files, name) or {}

@@ -17,7 +17,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
-from megatrain.data.chat import TEMPLATE, ChatTemplate, Message, refuse_control_tokens
+from megatrain.data.chat import TEMPLATE, Message, refuse_control_tokens
 from megatrain.data.json_lines import read_objects
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText
@@ -57,7 +57,7 @@ class Writer:
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, assets: Assets, agree: Agree | None = None) -> None:
         self.model, self.tokenizer, self.assets, self._agree = model, tokenizer, assets, agree
-        self.template = ChatTemplate.of_files(assets.files)
+        self.template = assets.template
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
         """With the token before them that begins a document, where the model knows one."""

@@ -86,6 +86,7 @@ class CheckpointManager:
                     "validation_loss": validation_loss,
                     "on_request": on_request,
                     "special_tokens": assets.special_tokens,
+                    "chat": assets.chat,
                 }
             ),
             [*assets.files.items()],
@@ -311,8 +312,9 @@ def assets_of(run: Run) -> Assets:
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:
         bos = Token(id=dataset.bos_id, token=dataset.manifest.bos_token)
-    templates = next((each.template_files() for each in run.datasets if each.manifest.template_files), {})
-    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, templates)
+    talks = next((each for each in run.datasets if each.manifest.template_files), None)
+    chat = (talks.template_files(), talks.chat_date) if talks is not None else ()
+    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat)
 
 
 def _fitting_origin(run: Run) -> Origin:

@@ -141,6 +141,7 @@ def _manifest(model: ModelConfig, config: Mapping[str, Any], size: int, assets: 
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files=(),
         special_tokens=assets.special_tokens,
+        chat=assets.chat,
     )
 
 

@@ -44,6 +44,13 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
     require_same_tokenizer(datasets)
     resolve_vocabulary(config, datasets[0])
     found = [unused_vocabulary(config, datasets[0]), *(advice(dataset, config.data) for dataset in datasets)]
+    talks = [dataset for dataset in datasets if dataset.chat_template is not None]
+    for other in talks[1:]:
+        if (other.chat_template, other.chat_date) != (talks[0].chat_template, talks[0].chat_date):
+            found.append(
+                f"{other.path} was written by another chat template than {talks[0].path}, or on another day: the run's "
+                f"checkpoints have that of {talks[0].path}."
+            )
     return [*notes, *(note for note in found if note is not None)]
 
 
@@ -70,9 +77,12 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     if (origin := find_origin(config)) is None:
         return ["run.init_from: not used any more, the run has checkpoints of its own."]
     from megatrain.data import open_dataset
+    from megatrain.data.chat import ChatTemplate
+    from megatrain.data.format import TEMPLATE_FILES
     from megatrain.data.vocabulary import refuse_other_tokens, resolve_vocabulary
 
-    may_grow = config.run.resize_token_embeddings
+    may_grow, notes = config.run.resize_token_embeddings, []
+    template = ChatTemplate.of_files(origin.files(TEMPLATE_FILES))
     origin.refuse_other_model(config.model, may_grow=may_grow)
     origin.refuse_other_adapters(config.lora)
     for entry in config.data.train:
@@ -83,9 +93,14 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
                 config = resolve_vocabulary(config, dataset)
             else:
                 origin.refuse_other_tokenizer(entry.path, dataset.manifest.tokenizer_sha256)
+            if template is not None and dataset.chat_template not in (None, template.sha256):
+                notes.append(
+                    f"run.init_from: {entry.path} was written by another chat template than that of {origin.folder}: "
+                    "the weights know the turns of that one, and the run's checkpoints get the dataset's."
+                )
     num_new = (config.model.vocab_size or 0) - (origin.model.vocab_size or 0)
     grown = f", with {num_new} rows more in the embedding for new tokens" if may_grow and num_new > 0 else ""
-    return [f"run.init_from: weights of {origin.folder}, the same model{grown}."]
+    return [f"run.init_from: weights of {origin.folder}, the same model{grown}.", *notes]
 
 
 def check_tasks(config: RunConfig, must_exist: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatrain.data.chat import ChatTemplate, refuse_control_tokens
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.errors import DataError
+from megatrain.errors import ConfigError, DataError
 from tests.tokenizer_samples import llama3, qwen3
 
 PLAIN = """{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>
@@ -62,6 +62,52 @@ def test_what_a_template_refuses_is_told(tmp_path: Path) -> None:
 def test_a_hostile_template_runs_nothing(hostile: str) -> None:
     with pytest.raises(DataError, match="refuses the conversation"):
         ChatTemplate(hostile).render(ASKED)
+
+
+GROWING = "{% set ns = namespace(x=BEGIN) %}{% for i in range(60) %}{% set ns.x = ns.x OPERATOR ns.x %}{% endfor %}"
+LARGE = {
+    "a product": "{{ 'a' * 10**9 }}",
+    "a product of what is written": "{% set n = 10**9 %}{{ messages[0].role * n }}",
+    "a list": "{{ ['a'] * 10**9 }}",
+    "a number": "{{ 7 ** (10**10) }}",
+    "a number of numbers": GROWING.replace("BEGIN", "7").replace("OPERATOR", "*"),
+    "a sum": GROWING.replace("BEGIN", "'a'").replace("OPERATOR", "+"),
+    "a concatenation": GROWING.replace("BEGIN", "'a'").replace("OPERATOR", "~"),
+    "a method": "{{ 'a'.ljust(10**9) }}",
+    "replaced": "{{ ('a' * 10**5).replace('a', 'b' * 10**5) }}",
+    "joined": "{{ ('a' * 10**5).join(['b'] * 10**5) }}",
+    "a width": "{{ '%1000000000d' % 1 }}",
+    "a width of its own": "{{ '%*d' % (10**9, 1) }}",
+    "a format": "{{ '{:1000000000}'.format('a') }}",
+    "a format in a format": "{{ '{:{}}'.format('a', 10**9) }}",
+    "bytes": "{{ (1).to_bytes(10**9, 'big') }}",
+    "a filter": "{{ 'a' | center(10**9) }}",
+    "a filter with the sandbox": "{{ ('a' * 10**5) | replace('a', 'b' * 10**5) }}",
+    "mapped": "{{ (['a'] * 999) | map('center', 10**6) | list | length }}",
+    "all that is written": "{% set a = 'a' * 10**6 %}{% for i in range(999) %}{{ a }}{% endfor %}",
+    "all that a macro writes": "{% set a = 'a' * 10**6 %}{% macro m() %}{% for i in range(999) %}{{ a }}{% endfor %}"
+    "{% endmacro %}{{ m() | length }}",
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_template_makes_no_unbounded_text(kind: str) -> None:
+    template = ChatTemplate(LARGE[kind])
+    for render in (template.render, template.render_marked):
+        with pytest.raises(ConfigError, match="makes too much text: more than 268,435,456 characters"):
+            render(ASKED)
+
+
+def test_operators_of_templates_mean_what_they_do(tmp_path: Path) -> None:
+    source = """{{ 1 + 2 * 3 ** 2 % 5 }} {{ 'a' * 3 ~ 1 ~ none ~ [2] }} {{ '%5.1f|%s' % (1.25, 'b') }}
+{{- '{:>4}'.format(17) ~ '{0}{0}'.format(1700000000) }} {{ [1] + [2] }} {{ 1700000000 * 1000000 }} {{ 5 | string ~ 1 }}
+{%- macro m(a) %}<{{ a }}>{% endmacro %}{{ m('c') ~ ('d' | center(5)) ~ (['e', 'f'] | join('-')) ~ -3 }} {{ 2 * 1.5 }}
+{{- 'gg'.replace('g', 'h') ~ (messages | tojson(indent=1)) ~ (messages | map(attribute='role') | join(',')) }}"""
+    files = folder(tmp_path, llama3(), source)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    found = ChatTemplate.of_files(files)
+    assert found is not None
+    assert found.render(ASKED) == reference.apply_chat_template(ASKED, tokenize=False)
 
 
 def test_a_message_cannot_write_control_tokens() -> None:

@@ -10,12 +10,15 @@ import orjson
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from megatrain.data import open_dataset
 from megatrain.inference.writer import TextSettings, open_writer
 from tests.runs import TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 from tests.tokenizer_samples import qwen3
 
-TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+TEMPLATE = """<|im_start|>system
+{{ strftime_now('%d %B %Y') }}<|im_end|>
+{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
@@ -38,6 +41,7 @@ def test_an_overfitted_model_ends_its_turns(tokens, tiny_data: TinyData, one_ran
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "talks.jsonl").write_bytes(orjson.dumps({"messages": TALK}) + b"\n")
     words = ["tokenize", "talks.jsonl", "--chat", "--tokenizer", "tokenizer", "--eod-token", "<|endoftext|>"]
+    words += ["--chat-date", "2031-05-06"]
     subprocess.run([sys.executable, "-m", "data_tools", *words, "--out", "talks"], check=True, cwd=tmp_path)
     config = tiny_config(
         tiny_data,
@@ -56,6 +60,9 @@ def test_an_overfitted_model_ends_its_turns(tokens, tiny_data: TinyData, one_ran
     )
     one_rank.finish(write_config(tmp_path / "run.yaml", config))
     writer, _ = open_writer(tmp_path / "run")
+    document = open_dataset(tmp_path / "talks").document(0).tolist()
+    asked = writer.chat_ids(TALK[:1])
+    assert document[: len(asked)] == asked  # on the day of the data
     for answered in (1, 3):  # the second question is asked behind an answer that holds a token of the vocabulary
         (written,) = writer.write([writer.chat_ids(TALK[:answered])], TextSettings(60))
         assert (written.text, written.reason) == (TALK[answered]["content"], "stop")
