@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -182,7 +183,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """output(activation(inputs[0](x))), or gated output(activation(inputs[0](x)) * inputs[1](x)) (Shazeer 2020)."""
+    """output(activation(inputs[0](x))), or gated output(activation(inputs[0](x)) * inputs[1](x)) (Shazeer 2020).
+
+    ``name``: empty where its matrices have no module of their own in the layer.
+    """
 
     name: str
     inputs: tuple[Linear, ...]
@@ -220,11 +224,15 @@ class Block:
     norms_last: bool = False
 
     @property
+    def branches(self) -> Mapping[str, tuple[Norm, Attention | Mlp]]:
+        """What is added to the residual stream, in order, by its role: a norm and what follows it."""
+        return {"attention": (self.attention_norm, self.attention), "mlp": (self.mlp_norm, self.mlp)}
+
+    @property
     def modules(self) -> tuple[Module, ...]:
         """In the order of their parameters."""
-        if self.norms_last:
-            return self.attention, self.mlp, self.attention_norm, self.mlp_norm
-        return self.attention_norm, self.attention, self.mlp_norm, self.mlp
+        norms, parts = zip(*self.branches.values(), strict=True)
+        return (*parts, *norms) if self.norms_last else tuple(chain(*self.branches.values()))
 
     @cached_property
     def leaves(self) -> Mapping[str, Linear | Norm]:
@@ -236,7 +244,7 @@ class Block:
             if isinstance(module, Norm):
                 yield module.name, module
             else:
-                yield from ((f"{module.name}.{inner.name}", inner) for inner in module.modules)
+                yield from ((_path(module, inner), inner) for inner in module.modules)
 
     @cached_property
     def factors(self) -> Mapping[str, Linear]:
@@ -261,12 +269,17 @@ class Block:
     @property
     def residual_projections(self) -> tuple[str, ...]:
         """The modules that write to the residual stream."""
-        return tuple(f"{module.name}.{module.output.name}" for module in (self.attention, self.mlp))
+        return tuple(_path(part, part.output) for _, part in self.branches.values())
 
 
 def is_adapter(parameter: str) -> bool:
     """Whether a parameter of this name is an adapter's."""
     return parameter.rpartition(".")[0].rpartition(".")[2] in ADAPTER_FACTORS
+
+
+def _path(module: Attention | Mlp, inner: Linear | Norm) -> str:
+    """The name in the layer of a part of ``module``."""
+    return f"{module.name}.{inner.name}".removeprefix(".")
 
 
 def _named_weights(modules: Mapping[str, Linear | Norm]) -> Iterator[Weight]:

@@ -44,9 +44,9 @@ class Activation(nn.Module):
         return y_BTF if up_BTF is None else y_BTF * up_BTF
 
 
-def project_each(block: SelfAttention | Mlp, x_BTC: Tensor, sample_ids_B: Tensor | None) -> Sequence[Tensor]:
+def project_each(linears: Sequence[nn.Module], x_BTC: Tensor, sample_ids_B: Tensor | None) -> Sequence[Tensor]:
     """The products of a block's input with each of its first matrices, in the family's order."""
-    return [getattr(block, name)(x_BTC, sample_ids_B) for name in block.input_names]
+    return [linear(x_BTC, sample_ids_B) for linear in linears]
 
 
 class SelfAttention(nn.Module):
@@ -66,12 +66,13 @@ class SelfAttention(nn.Module):
         self.core = CoreAttention(dropout, config.attention_window, is_causal=spec.is_causal)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        projected = self.project(self, x_BTC, context.sample_ids_B)
+        inputs = [self.get_submodule(name) for name in self.input_names]
+        projected = self.project(inputs, x_BTC, context.sample_ids_B)
         if len(projected) == 1:  # queries, keys and values side by side
             projected = projected[0].chunk(3, -1)
         q_BTHD, k_BTGD, v_BTGD = (torch.unflatten(y, -1, (-1, self.head_dim)) for y in projected)
         if self.head_norm_names:
-            query_norm, key_norm = (getattr(self, name) for name in self.head_norm_names)
+            query_norm, key_norm = (self.get_submodule(name) for name in self.head_norm_names)
             q_BTHD, k_BTGD = query_norm(q_BTHD), key_norm(k_BTGD)
         if self.rotates:
             assert context.rotary is not None
@@ -79,51 +80,63 @@ class SelfAttention(nn.Module):
         if context.cache is not None:
             k_BTGD, v_BTGD = context.cache.update(self.layer, k_BTGD, v_BTGD)
         y_BTHD = self.core(q_BTHD, k_BTGD, v_BTGD, context)
-        return getattr(self, self.output_name)(y_BTHD.flatten(2), context.sample_ids_B)  # type: ignore[no-any-return]
+        return self.get_submodule(self.output_name)(y_BTHD.flatten(2), context.sample_ids_B)  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
-    """The MLP, plain or gated. ``project``: as in SelfAttention."""
+    """The MLP, plain or gated. ``project``: as in SelfAttention. ``home``: the module that has its matrices, where it
+    is another one."""
 
-    def __init__(self, config: ModelConfig, spec: description.Mlp) -> None:
+    def __init__(self, config: ModelConfig, spec: description.Mlp, home: nn.Module | None = None) -> None:
         super().__init__()
         self.project = project_each
         self.input_names = [linear.name for linear in spec.inputs]
         self.output_name = spec.output.name
-        _attach(self, spec.modules, config)
+        self._home = [home or self]  # in a list: no second name for the matrices
+        _attach(self._home[0], spec.modules, config)
         self.activation = Activation(spec.activation)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        y_BTF = self.activation(*self.project(self, x_BTC, context.sample_ids_B))
-        return getattr(self, self.output_name)(y_BTF, context.sample_ids_B)  # type: ignore[no-any-return]
+        linear = self._home[0].get_submodule
+        inputs = [linear(name) for name in self.input_names]
+        y_BTF = self.activation(*self.project(inputs, x_BTC, context.sample_ids_B))
+        return linear(self.output_name)(y_BTF, context.sample_ids_B)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer: attention and MLP, each with a norm before it, added to the residual stream."""
+    """One layer of a stack: attention and MLP, each with a norm before it, added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, block: description.Block, layer: int, seed: int) -> None:
         super().__init__()
-        self.spec = block = config.description.block
         prefix = f"{block.prefix}.{layer}"
+        paths: dict[description.Module, str] = {}
         for module in block.modules:
+            paths[module] = path = module.name or "mlp"
             if isinstance(module, description.Attention):
-                path = f"{prefix}.{module.name}"
-                self.add_module(module.name, SelfAttention(config, module, layer, seed, path))
+                attach(self, path, SelfAttention(config, module, layer, seed, f"{prefix}.{path}"))
             elif isinstance(module, description.Mlp):
-                self.add_module(module.name, Mlp(config, module))
+                attach(self, path, Mlp(config, module, None if module.name else self))
             else:
-                self.add_module(module.name, build_norm(module, config))
-        self.attention_dropout = Dropout(config.hidden_dropout, seed, f"{prefix}.attention_dropout")
-        self.mlp_dropout = Dropout(config.hidden_dropout, seed, f"{prefix}.mlp_dropout")
+                attach(self, path, build_norm(module, config))
+        self.branches = [(paths[norm], paths[part], f"{role}_dropout") for role, (norm, part) in block.branches.items()]
+        for _, _, name in self.branches:
+            self.add_module(name, Dropout(config.hidden_dropout, seed, f"{prefix}.{name}"))
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        block = self.spec
-        normed_BTC = getattr(self, block.attention_norm.name)(x_BTC)
-        y_BTC = getattr(self, block.attention.name)(normed_BTC, context)
-        x_BTC = x_BTC + self.attention_dropout(y_BTC, context.sample_ids_B)
-        normed_BTC = getattr(self, block.mlp_norm.name)(x_BTC)
-        y_BTC = getattr(self, block.mlp.name)(normed_BTC, context)
-        return x_BTC + self.mlp_dropout(y_BTC, context.sample_ids_B)  # type: ignore[no-any-return]
+        for norm, part, dropout in self.branches:
+            y_BTC = self.get_submodule(part)(self.get_submodule(norm)(x_BTC), context)
+            x_BTC = x_BTC + self.get_submodule(dropout)(y_BTC, context.sample_ids_B)
+        return x_BTC
+
+
+def attach(parent: nn.Module, path: str, module: nn.Module) -> None:
+    """Register a module under a dotted path, so that state_dict() has the canonical names."""
+    *outer, name = path.split(".")
+    for part in outer:
+        if not hasattr(parent, part):
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    parent.add_module(name, module)
 
 
 def build_norm(norm: description.Norm, config: ModelConfig) -> nn.Module:
@@ -139,6 +152,6 @@ def _build_linear(linear: description.Linear, config: ModelConfig) -> nn.Module:
 def _attach(parent: nn.Module, modules: tuple[description.Linear | description.Norm, ...], config: ModelConfig) -> None:
     for module in modules:
         if isinstance(module, description.Linear):
-            parent.add_module(module.name, _build_linear(module, config))
+            attach(parent, module.name, _build_linear(module, config))
         else:
-            parent.add_module(module.name, build_norm(module, config))
+            attach(parent, module.name, build_norm(module, config))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatrain.batch import Batch, InferenceBatch
 from megatrain.families.description import Embedding
 from megatrain.model.attention import CoreAttention
-from megatrain.model.block import DecoderLayer, build_norm
+from megatrain.model.block import DecoderLayer, attach, build_norm
 from megatrain.model.context import Context, ContextBuilder
 from megatrain.model.dropout import Dropout
 from megatrain.model.embedding import PositionEmbedding, TokenEmbedding
@@ -47,7 +47,7 @@ def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
     prefix = family.block.prefix
     return [
         *embeddings,
-        *(LayerSpec(f"{prefix}.{i}", "decoder", partial(DecoderLayer, config, i, seed)) for i in numbers),
+        *(LayerSpec(f"{prefix}.{i}", "decoder", partial(DecoderLayer, config, family.block, i, seed)) for i in numbers),
         LayerSpec(family.norm.name, "norm", partial(build_norm, family.norm, config)),
         LayerSpec(family.head.name, "head", partial(OutputHead, vocab_size, config.hidden_size)),
     ]
@@ -72,7 +72,8 @@ class DecoderStage(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.make_context = ContextBuilder(config)
-        attach_layers(self, specs)
+        for spec in specs:
+            attach(self, spec.prefix, spec.build())
         self.body_names = [spec.prefix for spec in specs if spec.kind != "head"]
         self.head_name = next((spec.prefix for spec in specs if spec.kind == "head"), None)
         self.embedding_names = [spec.prefix for spec in specs if spec.kind == "embedding"]
@@ -161,15 +162,3 @@ class Decoder(DecoderStage):
         """[B, T, V], in the type of the weights."""
         logits_BTV: Tensor = self.head(self.hidden(tokens_BT, context))
         return logits_BTV
-
-
-def attach_layers(parent: nn.Module, specs: Sequence[LayerSpec]) -> None:
-    """Build the layers and register each under its dotted prefix, so that state_dict() has the canonical names."""
-    for spec in specs:
-        *path, name = spec.prefix.split(".")
-        module = parent
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        module.add_module(name, spec.build())

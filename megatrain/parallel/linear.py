@@ -87,19 +87,14 @@ def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class ColumnParallel:
-    """Computes the products of a block's input with its first matrices, each of which holds some of the outputs.
+    """Computes the products of a block's input with its first matrices, each of which holds some of the outputs."""
 
-    ``is_transposed``: of each, whether its weight is [in, out], as in a Conv1D.
-    """
+    def __init__(self, region: Region) -> None:
+        self._region = region
 
-    def __init__(self, region: Region, is_transposed: Sequence[bool]) -> None:
-        self._region, self._is_transposed = region, tuple(is_transposed)
-
-    def __call__(self, block: Any, x_BTC: Tensor, sample_ids_B: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(self, linears: Sequence[Any], x_BTC: Tensor, sample_ids_B: Tensor | None) -> tuple[Tensor, ...]:
         """A product [B, T, F] for each matrix; of all tokens, where ``x_BTC`` has this rank's. None has an adapter."""
-        linears = [getattr(block, name) for name in block.input_names]
-        pairs = zip(linears, self._is_transposed, strict=True)
-        weights = [linear.weight.t() if is_transposed else linear.weight for linear, is_transposed in pairs]
+        weights = [linear.weight.t() if linear.is_conv1d else linear.weight for linear in linears]
         products: tuple[Tensor, ...] = _ColumnParallel.apply(  # type: ignore[no-untyped-call]
             x_BTC, self._region, *weights, *(linear.bias for linear in linears)
         )

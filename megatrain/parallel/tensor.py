@@ -34,7 +34,6 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
     """Cut ``model`` (a DecoderStage on the meta device) in place; each parameter's spec, by name."""
     specs: dict[str, ShardSpec] = {}
     region = Region(groups.tensor, config.parallel.sequence)
-    blocks: dict[str, list[bool]] = {}
     for name, module in list(model.named_modules()):
         split = config.model.description.split_of(name)
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -44,16 +43,13 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
             module.register_parameter(key, nn.Parameter(empty, parameter.requires_grad))
         if split is None or split.kind in ("shared", "factor"):
             continue
-        parent_name = name.rpartition(".")[0]
-        if split.kind == "column":
-            blocks.setdefault(parent_name, []).append(split.weight_dim == 1)
-        elif split.kind == "row":
+        if split.kind == "row":
             module.reduce = region.reduce
-        else:
+        elif split.kind == "vocab":
             kind = VocabParallelHead if name == model.head_name else VocabParallelEmbedding
             model.set_submodule(name, kind(module, specs[f"{name}.weight"], region))
-    for name, is_transposed in blocks.items():
-        _begin_block(model.get_submodule(name), is_transposed, region, config)
+    for block in [module for module in model.modules() if hasattr(module, "project")]:
+        _begin_block(block, region, config)
     if region.is_sequence_parallel and model.decoder_names and model.decoder_names[0].endswith(".0"):
         _before(model.get_submodule(model.decoder_names[0]), scatter_to_sequence_parallel_region, region.group)
     _set_dropout_offsets(model, config, groups)
@@ -124,13 +120,13 @@ def _slice(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSl
     return TensorSlice(offset, tuple(count if d == dim else size for d, size in enumerate(shape)))
 
 
-def _begin_block(block: Any, is_transposed: Sequence[bool], region: Region, config: RunConfig) -> None:
+def _begin_block(block: Any, region: Region, config: RunConfig) -> None:
     """Have the input of a block's column-parallel layers made whole, and its gradient summed."""
     if config.gathers_by_layer:
         enter = gather_from_sequence_parallel_region if region.is_sequence_parallel else copy_to_tensor_parallel_region
         _before(block, enter, region.group)
     else:
-        block.project = ColumnParallel(region, is_transposed)
+        block.project = ColumnParallel(region)
 
 
 def _before(module: nn.Module, collective: Callable[..., Tensor], group: dist.ProcessGroup) -> None:

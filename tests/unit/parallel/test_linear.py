@@ -12,18 +12,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatrain.model.linear import Linear
 from megatrain.parallel.linear import ColumnParallel, Region
 
 
 class Block(nn.Module):
     """Two matrices of one input, the second one without a bias."""
 
-    input_names = ("gate_proj", "up_proj")
-
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.gate_proj, self.up_proj = nn.Linear(6, 8), nn.Linear(6, 10, bias=False)
+        self.gate_proj, self.up_proj = Linear(6, 8, bias=True), Linear(6, 10, bias=False)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [self.gate_proj, self.up_proj]
 
 
 class Order(TorchDispatchMode):
@@ -51,9 +56,9 @@ def run(alone: dist.ProcessGroup, *, is_sequence_parallel: bool) -> tuple[Block,
     """Both passes: the block, its input, all tensors kept for the backward pass, and that pass's order."""
     block, x = Block(), torch.randn(2, 3, 6, requires_grad=True)
     kept: list[Tensor] = []
-    layers = ColumnParallel(Region(alone, is_sequence_parallel), [False, False])
+    layers = ColumnParallel(Region(alone, is_sequence_parallel))
     with saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
-        gate, up = layers(block, x, None)
+        gate, up = layers(block.linears, x, None)
     loss = gate.square().sum() + up.sin().sum()
     with Order() as order:
         loss.backward()
@@ -90,7 +95,7 @@ def test_gradients_are_those_of_the_layers_alone(alone, is_sequence_parallel):
 
 def test_frozen_weights_cost_no_product(alone):
     block, x = Block().requires_grad_(False), torch.randn(2, 3, 6, requires_grad=True)
-    gate, up = ColumnParallel(Region(alone, is_sequence_parallel=True), [False, False])(block, x, None)
+    gate, up = ColumnParallel(Region(alone, is_sequence_parallel=True))(block.linears, x, None)
     with Order() as order:
         (gate.sum() + up.sum()).backward()
     assert order.names == ["mm", "addmm_", "_reduce_scatter_base_"]
