@@ -6,7 +6,7 @@ slow. Rank 0 sees a death once, and tells all.
 
 A rank that gets nothing done for ``train.hang_timeout_seconds`` tells rank 0, which asks all where they stand. All dump
 the stacks of their threads into their logs and answer, but for those that are stopped: by that the one that is stuck is
-known.
+known. The time in which the rank itself was suspended (`scontrol suspend`, SIGSTOP) does not count.
 
 The connections are there from a rank's first second, before torch is imported: what waits for a rank that died as it
 started would wait for long. Rank 0 leaves in RUN/logs where it listens.
@@ -39,6 +39,7 @@ from megatrain.distributed.peer import Peer
 from megatrain.errors import Preempted
 
 _POLL_SECONDS, _FIRST_POLL_SECONDS, _CONNECT_SECONDS = 0.25, 0.02, 5.0
+_SUSPENDED_SECONDS = 1.0  # between two looks of this process: it was suspended
 _GATHER_SECONDS = 1.0  # others may have died with it
 _RENEW_SECONDS = 5.0  # before all have joined: what was found may have been rank 0 of an earlier start, as it ended
 _FAILED_SECONDS = 10.0  # a rank that ends with an error of its own has told it; the others have it too, or soon notice
@@ -92,6 +93,7 @@ class LivenessMonitor:
         self._token = secrets.token_hex(8)  # rank 0's: who does not know it is a stranger
         self._activity, self._log, self._hang_timeout = Activity(), Path(), math.inf
         self._progress, self._moved_at = self._activity.progress, time.monotonic()
+        self._looked_at = self._moved_at
         self._stuck_at: float | None = None
         self._positions: dict[int, Position] = {}
         self._selector = selectors.DefaultSelector()
@@ -280,8 +282,11 @@ class LivenessMonitor:
 
     def _look_for_progress(self) -> None:
         now, before, self._progress = time.monotonic(), self._progress, self._activity.progress
+        suspended, self._looked_at = now - self._looked_at, now
         if self._progress != before:
             self._moved_at = now
+        elif suspended > _SUSPENDED_SECONDS:
+            self._moved_at += suspended
         if now > self._moved_at + self._hang_timeout + self._activity.patience_seconds:
             self._note_stuck()
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -222,6 +223,17 @@ def test_a_stopped_rank_is_named_by_the_others(stopped: int, ranks: Ranks) -> No
     named = "rank 0, which does not answer," if stopped == 0 else f"rank 3 on {socket.gethostname()}, stopped or gone,"
     for rank in set(range(NUM_RANKS)) - {stopped}:
         assert f"the others wait for {named}" in ranks.hears(rank)
+
+
+@pytest.mark.slow
+def test_a_suspended_job_goes_on_once_resumed(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "HANG_SECONDS", 5.0)
+    _stand(ranks)
+    pids = [process.pid or 0 for process in ranks.processes.values()]
+    for number, seconds in ((signal.SIGCONT, 1.0), (signal.SIGSTOP, 6.0), (signal.SIGCONT, 3.0)):
+        for pid in pids:
+            os.kill(pid, number)
+        assert ranks.hear_nothing(*range(NUM_RANKS), for_seconds=seconds)
 
 
 def test_a_rank_alone_needs_nobody(tmp_path: Path) -> None:
