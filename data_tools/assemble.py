@@ -8,11 +8,11 @@ is written down first: then a part can be deleted as soon as the shards that its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,7 @@ import pyarrow.compute as pc
 from data_tools.executors import Advance
 from data_tools.job import Records, open_committed
 from data_tools.memory import Memory
-from data_tools.supervised import Supervision, no_answer_error
-from data_tools.tokenizer import TokenizerFile
-from data_tools.units import Unit, no_text_error
+from data_tools.units import Unit
 from data_tools.work import PartFile, PartStore, write_batches
 from megatrain.atomic import commit_bytes, committed
 from megatrain.data.format import (
@@ -33,45 +31,53 @@ from megatrain.data.format import (
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
     SKIPPED_FILE,
-    Manifest,
     Unknown,
-    checksum,
-    content_digest,
     count_scored,
-    document_schema,
     file_checksum,
     shard_metadata,
     shard_name,
-    token_dtype,
 )
 from megatrain.data.shard_table import shard_row, write_shard_table
+from megatrain.errors import DataError
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What, beside the documents, goes into a dataset's files."""
-
-    tokenizer: TokenizerFile
-    options: dict[str, str]
-    shard_tokens: int
-    supervision: Supervision | None = None
+class Recipe(Protocol):
+    """What, beside the rows, goes into a dataset's files. A row is a document of text, or an image."""
 
     @property
-    def has_scored(self) -> bool:
-        return self.supervision is not None
+    def shard_tokens(self) -> int:
+        """Of text, tokens of a shard; of images, bytes."""
 
     @property
     def same_for_all_shards(self) -> dict[str, Any]:
-        """What each shard says of the tokenizer."""
-        tokenizer = self.tokenizer
-        bos = {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id, "bos_token": tokenizer.bos_token}
-        return {
-            "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "eod_id": tokenizer.eod_id,
-            "eod_token": tokenizer.eod_token,
-            **bos,
-        }
+        """What the metadata of each shard says."""
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """What lies beside the shards, by name."""
+
+    def schema(self, metadata: dict[str, Any]) -> pa.Schema:
+        """Of a shard: columns of content, id, hash and source, and others."""
+
+    def nothing_error(self, plan: Plan, skipped: bytes) -> DataError:
+        """What to say where there is no row; ``skipped``: the rows that were left out."""
+
+    def manifest(self, made: Made, plan: Plan) -> bytes:
+        """The manifest of what was made."""
+
+
+class Made(NamedTuple):
+    """What was made of the rows: the shards, the rows of the table of them, and the checksums."""
+
+    shards: list[Path]
+    rows: list[dict[str, Any]]
+    job: str
+    shard_table_checksum: str
+    skipped_checksum: str | None
+
+    def total(self, column: str) -> int:
+        """Of a column of the table of shards."""
+        return sum(row[column] for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -140,10 +146,8 @@ class Assembly:
         """Plan the shards of units that are all finished, and commit the plan."""
         with committed(self.folder / SKIPPED_FILE) as path, path.open("wb") as skipped:
             plan, shards = plan_shards(units, self.store, self.recipe.shard_tokens, skipped)
-        if not shards and plan.examples:
-            raise no_answer_error(plan.examples, (self.folder / SKIPPED_FILE).read_bytes())
         if not shards:
-            raise no_text_error(plan.num_empty, plan.num_skipped)
+            raise self.recipe.nothing_error(plan, (self.folder / SKIPPED_FILE).read_bytes())
         Records.write(self.folder / "shards.arrow", shards)
         commit_bytes(self.plan_path, orjson.dumps(asdict(plan)))
 
@@ -156,10 +160,9 @@ class Assembly:
         plan = ShardPlan.load(self.shard_plans[index])
         documents, files = self._documents(plan.slices)
         lengths = _lengths(documents)
-        totals = len(lengths), int(lengths.sum()), int(pc.sum(documents["text_bytes"]).as_py())
-        dtype = token_dtype(self.recipe.tokenizer.vocab_size)
-        metadata = shard_metadata(self.recipe.same_for_all_shards, index, *totals)
-        schema = document_schema(dtype, metadata, has_scored=self.recipe.has_scored)
+        text_bytes = int(pc.sum(documents["text_bytes"]).as_py()) if "text_bytes" in documents.schema.names else 0
+        totals = len(lengths), int(lengths.sum()), text_bytes
+        schema = self.recipe.schema(shard_metadata(self.recipe.same_for_all_shards, index, *totals))
         runs = runs_of((np.cumsum(lengths) - lengths) // BATCH_TOKENS)
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -182,37 +185,14 @@ class Assembly:
             stale.unlink(missing_ok=True)
         with committed(self.out / SHARD_TABLE_FILE, self.folder) as path:
             write_shard_table(path, rows)
-        plan, tokenizer = self.plan, self.recipe.tokenizer
+        plan, skipped_checksum = self.plan, None
         if plan.num_skipped:
             commit_bytes(self.out / SKIPPED_FILE, (self.folder / SKIPPED_FILE).read_bytes(), self.folder)
-        files = {} if self.recipe.supervision is None else self.recipe.supervision.files
-        for name, content in files.items():
+            skipped_checksum = file_checksum(self.out / SKIPPED_FILE).hex()
+        for name, content in self.recipe.files.items():
             commit_bytes(self.out / name, content, self.folder)
-        manifest = Manifest(
-            template_files={name: checksum(content).hex() for name, content in files.items()} or None,
-            digest=content_digest(tokenizer.sha256, self.recipe.options, document_hashes(shards)),
-            num_shards=len(rows),
-            num_documents=sum(row["documents"] for row in rows),
-            num_tokens=sum(row["tokens"] for row in rows),
-            text_bytes=sum(row["text_bytes"] for row in rows),
-            num_empty_documents=plan.num_empty,
-            num_skipped=plan.num_skipped or None,
-            skipped_checksum=file_checksum(self.out / SKIPPED_FILE).hex() if plan.num_skipped else None,
-            num_scored=plan.num_scored if self.recipe.has_scored else None,
-            examples=plan.examples if self.recipe.has_scored else None,
-            unknown=plan.unknown,
-            dtype=token_dtype(tokenizer.vocab_size).name,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            eod_token=tokenizer.eod_token,
-            bos_id=tokenizer.bos_id,
-            bos_token=tokenizer.bos_token,
-            tokenizer_sha256=tokenizer.sha256,
-            options=self.recipe.options,
-            job=self.job,
-            shard_table_checksum=file_checksum(self.out / SHARD_TABLE_FILE).hex(),
-        )
-        commit_bytes(self.out / MANIFEST_FILE, manifest.dump(), self.folder)
+        made = Made(shards, rows, self.job, file_checksum(self.out / SHARD_TABLE_FILE).hex(), skipped_checksum)
+        commit_bytes(self.out / MANIFEST_FILE, self.recipe.manifest(made, plan), self.folder)
 
     def _documents(self, slices: Iterable[Slice]) -> tuple[pa.Table, pa.Array]:
         """The mapped documents of slices, and their files: `file` is the index in these, `row` counts in the file."""
@@ -284,11 +264,11 @@ def _shards_of(part: PartFile, position: int, shard_tokens: int) -> Iterable[tup
 def _shard_batch(documents: pa.Table, files: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
     """One record batch of a shard, its buffers new: Arrow pads what it writes of a slice with what lies behind it."""
     columns = (pa.concat_arrays(column.chunks) for column in documents.columns)
-    tokens, ids, hashes, file, row, text_bytes, *scored = columns
+    content, ids, hashes, file, row, *others = columns
     file = files.take(file)
     ids = pc.coalesce(ids, pc.binary_join_element_wise(file, row.cast(pa.string()), ":"))
     source = pa.StructArray.from_arrays([file, row], fields=list(schema.field("source").type))
-    return pa.RecordBatch.from_arrays([tokens, ids, hashes, source, text_bytes, *scored], schema=schema)
+    return pa.RecordBatch.from_arrays([content, ids, hashes, source, *others], schema=schema)
 
 
 def document_hashes(shards: Iterable[Path]) -> Iterator[pa.Array]:
@@ -307,8 +287,8 @@ def _batches(shards: Iterable[Path]) -> Iterator[pa.RecordBatch]:
 
 
 def _lengths(documents: pa.Table) -> npt.NDArray[np.int64]:
-    """Tokens of each document."""
-    lengths: npt.NDArray[np.int64] = pc.list_value_length(documents["tokens"]).to_numpy()
+    """Tokens of each document, or bytes of each image."""
+    lengths: npt.NDArray[np.int64] = pc.list_value_length(documents.column(0)).to_numpy()
     return lengths
 
 

@@ -17,10 +17,10 @@ import psutil
 from data_tools.clean.report import REPORT_FOLDER
 from data_tools.executors import Advance, Progress
 from data_tools.folder import WORK_FOLDER
-from data_tools.inputs import FileSelector, find_inputs
+from data_tools.inputs import FileSelector, InputFile, find_inputs
 from data_tools.outputs import NO_ROOM, refuse_occupied, refuse_overlap
 from data_tools.readers import plan_units, read_parts
-from data_tools.units import BadRow, ReadOptions, Record, Unit
+from data_tools.units import BadRow, ImageRecord, ReadOptions, Record, Unit
 from data_tools.work import run_tasks
 from megatrain.data.format import MANIFEST_FILE
 from megatrain.errors import ConfigError, DataError, MegatrainError
@@ -30,6 +30,9 @@ TRIAL = bytes(range(256)) * 256
 KEEP_SIZE = 1
 """Of fallocate: room is reserved, and nothing written."""
 IN_MEMORY = ("tmpfs", "ramfs")
+
+
+Resolve = Callable[[ReadOptions, list[InputFile]], tuple[ReadOptions, list[InputFile]]]
 
 
 class Checked(NamedTuple):
@@ -44,7 +47,7 @@ def check_unit(options: ReadOptions, unit: Unit, advance: Advance) -> Checked:
     num_documents = 0
     problems: dict[str, list[str]] = {}
     for _, row in (row for part in read_parts(unit, options, keep_bad_rows=True) for row in part.rows):
-        num_documents += isinstance(row, Record)
+        num_documents += isinstance(row, Record | ImageRecord)
         if isinstance(row, BadRow):
             found = problems.setdefault(unit.files[row.file].name, [])
             found.append("" if found else str(row.error()))
@@ -69,15 +72,21 @@ def check_command(
     num_workers: int,
     progress: Progress,
     say: Callable[[str], None],
+    resolve: Resolve | None = None,
 ) -> None:
     """Look at all that a command needs: its inputs, read as it would; the storage; and whatever `others` look at.
 
     Tells of each file that the command would stop at, and of all else that is wrong. Raises an error where something
-    is. Nothing that is written stays.
+    is. Nothing that is written stays. `resolve`: completes the options by the files, and picks those of rows.
     """
     problems: list[MegatrainError] = []
     named = [each for each in inputs if _passes(partial(find_inputs, [each], *_selection(options)), problems)]
     files = find_inputs(named, *_selection(options), say) if named else []
+    if resolve is not None:
+        try:
+            options, files = resolve(options, files)
+        except MegatrainError as error:
+            problems, files = [*problems, error], []
     units = list(plan_units(files, errors="skip"))
     needed = int(storage.bytes_per_text * sum(unit.text_bytes for unit in units))
     _passes(partial(refuse_overlap, storage.out, named, files), problems)
@@ -85,6 +94,7 @@ def check_command(
     _passes(partial(_check_storage, storage.out, needed), problems)
     for check in others:
         _passes(check, problems)
+    rows_are = "documents" if resolve is None else "images"
     num_documents, unreadable = _check_units(units, options, num_workers, progress)
     for found in unreadable.values():
         say(f"{found[0]} ({len(found)} rows of this file cannot be read.)" if len(found) > 1 else found[0])
@@ -93,14 +103,14 @@ def check_command(
         problems.append(
             DataError(
                 f"{len(unreadable)} of {len(files)} files have something that cannot be read, {rows} rows in all; "
-                f"{num_documents} documents can. --errors skip leaves such rows out."
+                f"{num_documents} {rows_are} can. --errors skip leaves such rows out."
             )
         )
     for problem in problems[:-1]:
         say(str(problem))
     if problems:
         raise problems[-1]
-    say(f"All of it can be read: {num_documents} documents.")
+    say(f"All of it can be read: {num_documents} {rows_are}.")
 
 
 def _selection(options: ReadOptions) -> tuple[FileSelector, str]:

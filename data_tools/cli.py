@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from data_tools.options import Running, Workers, reads_inputs, report_error, show_text, tell
+from data_tools.options import Running, Workers, image_options, reads_inputs, report_error, show_text, tell
 from data_tools.outputs import disk_full_as_data_error, local_path
 from megatrain.errors import ConfigError, MegatrainError
 from megatrain.units import format_bytes
@@ -58,11 +58,13 @@ Inputs = Annotated[
     ),
 ]
 DatasetArgument = Annotated[
-    str, typer.Argument(metavar="DATASET", help="The folder that `tokenize` wrote, or an address of a copy.")
+    str,
+    typer.Argument(metavar="DATASET", help="The folder that `tokenize` or `images` wrote, or an address of a copy."),
 ]
 CleanOut = Annotated[
     Path, typer.Option(metavar="DIR", parser=local_path, help="The folder to write to: .jsonl.zst, and .report in it.")
 ]
+DatasetStage = Literal["encode", "plan", "shards", "manifest"]
 CleanStage = Literal["read", "index", "list", "tally", "write", "publish"]
 PairStage = Literal["read", "index", "sort", "compare", "join", "cluster"]
 DedupStage = Literal[PairStage, CleanStage, "represent", "assign"]
@@ -124,7 +126,7 @@ def train_tokenizer_command(
 
 
 @app.command()
-@reads_inputs(Literal["encode", "plan", "shards", "manifest"])
+@reads_inputs(DatasetStage)
 def tokenize(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder with one.")],
@@ -197,6 +199,48 @@ def tokenize(
         show_text(describe_scored(manifest))
     if manifest.num_skipped:
         tell(f"{manifest.num_skipped} rows were left out; {out / 'skipped.jsonl'} lists them.")
+
+
+@app.command()
+@reads_inputs(DatasetStage, image_options)
+def images(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Files, folders, globs and fsspec URLs: .png, .jpg and others in a folder for each label; .parquet; "
+            "IDX files.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DATASET", parser=local_path, help="The dataset folder to write.")],
+    label_names: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The names of the labels, one a line; found unless given.")
+    ] = None,
+    shard_bytes: Annotated[int, typer.Option(min=1, max=1 << 48, help="About how many bytes a shard holds.")] = 2**28,
+    read: Any = None,
+    running: Any = None,
+) -> None:
+    """Pack images and their labels into a dataset. The same command again goes on where it was stopped."""
+    from data_tools.images import ImageOptions, pack_images
+    from data_tools.inspect_images import describe_labels
+    from data_tools.job import Effort
+    from data_tools.progress import show_progress
+
+    with running.place() as place:
+        if place is None:
+            return
+        effort = Effort(place.pool.count, show_progress, say=tell, place=place, stage=running.stage)
+        with disk_full_as_data_error(out):
+            options = ImageOptions(read, label_names, shard_bytes)
+            manifest = pack_images(inputs, out, options, effort, restart=running.restart)
+    if manifest is None:
+        return
+    show_text(
+        f"{out}: {manifest.num_images} images, {format_bytes(manifest.num_bytes)}, {manifest.num_shards} shards, "
+        f"{describe_labels(manifest)}, digest {manifest.digest}"
+    )
+    if manifest.num_skipped:
+        tell(f"{manifest.num_skipped} images were left out; {out / 'skipped.jsonl'} lists them.")
 
 
 @app.command()
@@ -316,16 +360,26 @@ def split(
 @app.command()
 def inspect(
     dataset: DatasetArgument,
-    document: Annotated[int | None, typer.Option(metavar="K", help="Document K (from 0), text and tokens.")] = None,
+    document: Annotated[
+        int | None, typer.Option(metavar="K", help="Document K (from 0), text and tokens; or image K.")
+    ] = None,
     everything: EverythingOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What a dataset holds: counts, lengths, sources, and a document as text beside its tokens."""
-    from data_tools.inspect import count, describe, describe_json, describe_statistics, show
-    from data_tools.progress import show_progress
-    from megatrain.data import open_dataset
+    """What a dataset holds: counts, lengths, sources, and a document as text beside its tokens.
 
-    opened = open_dataset(dataset)
+    Of images: labels and sizes.
+    """
+    from data_tools.inspect import count, describe, describe_json, describe_statistics, show
+    from data_tools.inspect_images import describe_images, show_images
+    from data_tools.progress import show_progress
+    from megatrain.data.images import ImageDataset, open_either
+
+    opened = open_either(dataset)
+    if isinstance(opened, ImageDataset):
+        described = describe_images(opened, document, show_progress, everything=everything)
+        sys.stdout.buffer.write(describe_json(described)) if as_json else show_images(described)
+        return
     counted = describe_statistics(opened, count(opened, show_progress, everything=everything))
     if as_json:
         sys.stdout.buffer.write(describe_json({**describe(opened, document), **counted}))
@@ -385,11 +439,12 @@ def verify(
 
     num_workers = workers or Ranks().num_cores()
     opened, num_bytes = verify_dataset(dataset, show_progress, sample=sample, seed=seed, num_workers=num_workers)
-    whole = f"{opened.num_documents} documents, {opened.num_tokens} tokens"
     if sample is None:
-        show_text(f"{dataset} is whole: {whole}.")
+        show_text(f"{dataset} is whole: {opened.contents}.")
     else:
-        show_text(f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {whole}), are whole.")
+        show_text(
+            f"{dataset}: {format_bytes(num_bytes)} of record batches, a sample (of {opened.contents}), are whole."
+        )
 
 
 def main() -> None:

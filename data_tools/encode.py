@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from data_tools.dataset_job import pack_parts
 from data_tools.engines import Engine
 from data_tools.executors import Advance
-from data_tools.job import committed_names
-from data_tools.readers import read_commits
 from data_tools.supervised import Encoded, Example, ExampleEncoder, Supervision
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import MAX_LISTED, Part, ReadOptions, Record, Unit
@@ -77,15 +76,8 @@ class UnitEncoder:
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
-        """Commit the parts of the unit that are not there, as it goes; record it as finished at the end."""
-        numbers = []
-        for part in read_commits(unit, self._options, advance):
-            numbers.append(part.number)
-            path = self._store.part_path(unit, part.number)
-            if path.name not in committed_names(path.parent):
-                self._commit(unit, part)
-        if not unit.is_one_part:
-            self._store.finish_unit(unit, numbers)
+        """Commit the parts of the unit that are not there."""
+        pack_parts(self._store, unit, self._options, advance, partial(self._commit, unit))
 
     def _commit(self, unit: Unit, part: Part) -> None:
         counts: dict[str, Any] = {"num_empty": 0}

@@ -46,6 +46,11 @@ class FileSelector:
     text_files: bool = False
     """Whether files of a folder whose kind is not known are documents."""
 
+    @property
+    def advice(self) -> str:
+        """How to have files read whose kind is not known."""
+        return "What is text is taken by --text-files, or by a glob that names it. "
+
     def selects(self, name: str) -> bool:
         return not _fits(name, self.exclude) and (not self.include or _fits(name, self.include))
 
@@ -188,15 +193,17 @@ def find_inputs(
     """
     if "" in arguments:
         raise ConfigError("An input is an empty text (an unset variable?). Give a file, a folder, a glob or a URL.")
+    selection = selection or FileSelector()
+    advice = selection.advice
     files: list[InputFile] = []
     passed_over: dict[str, tuple[str, str]] = {}
     for argument in arguments:
         passed_here: dict[str, tuple[str, str]] = {}
-        found = list(_find(argument, selection or FileSelector(), text_key, passed_here))
+        found = list(_find(argument, selection, text_key, passed_here))
         if not found:
             raise DataError(
-                f"Input {argument} names no file{' that is read' if passed_here else ''}. {_passed(passed_here)}"
-                "Give a file, a folder with files, a glob or a URL."
+                f"Input {argument} names no file{' that is read' if passed_here else ''}. "
+                f"{_passed(passed_here, advice)}Give a file, a folder with files, a glob or a URL."
             )
         files += found
         passed_over |= passed_here
@@ -205,19 +212,18 @@ def find_inputs(
     size = sum(file.num_bytes for file in files)
     again = len(files) - len({file.name for file in files})
     twice = f"Read more than once, as more than one input names them: {again}. " if again else ""
-    say(f"Input: {len(files)} files ({listed}), {format_bytes(size)}. {twice}{_passed(passed_over)}".strip())
+    say(f"Input: {len(files)} files ({listed}), {format_bytes(size)}. {twice}{_passed(passed_over, advice)}".strip())
     return files
 
 
-def _passed(passed_over: Mapping[str, tuple[str, str]]) -> str:
+def _passed(passed_over: Mapping[str, tuple[str, str]], advice: str) -> str:
     """What was left out, by what it is and why, and how to have it."""
     if not passed_over:
         return ""
     counts = sorted(Counter(passed_over.values()).items())
     listed = ", ".join(f"{number} {what}" + (f" ({why})" if why else "") for (what, why), number in counts)
     is_unknown = any(why == UNKNOWN_KIND for _, why in passed_over.values())
-    advice = "What is text is taken by --text-files, or by a glob that names it. " if is_unknown else ""
-    return f"Passed over: {listed}. {advice}"
+    return f"Passed over: {listed}. {advice if is_unknown else ''}"
 
 
 def _find(

@@ -228,8 +228,8 @@ def show(dataset: Dataset, document: int | None, counted: dict[str, Any]) -> Non
         description["examples"] = describe_counts(dataset.manifest.examples or {})
     console = OutputConsole(highlight=False, soft_wrap=True)
     for name, value in description.items():
-        _show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    _show_figure(console, "shards", f"{len(shards)}, {format_bytes(sum(shard['bytes'] for shard in shards))}")
+        show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    show_figure(console, "shards", f"{len(shards)}, {format_bytes(sum(shard['bytes'] for shard in shards))}")
     show_statistics(console, counted)
     console.print()
     place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens"
@@ -244,8 +244,8 @@ def show_statistics(console: Console, described: dict[str, Any]) -> None:
     counted, lengths = described["counted"], described["tokens_per_document"]
     whole = counted["record_batches"] == counted["of_record_batches"]
     extent = "all" if whole else f"a sample: {counted['record_batches']} of {counted['of_record_batches']}"
-    _show_figure(console, "counted", f"{extent} record batches, {counted['tokens']} tokens")
-    _show_figure(console, "tokens_per_document", ", ".join(f"{name} {value:.6g}" for name, value in lengths.items()))
+    show_figure(console, "counted", f"{extent} record batches, {counted['tokens']} tokens")
+    show_figure(console, "tokens_per_document", ", ".join(f"{name} {value:.6g}" for name, value in lengths.items()))
     table = Table("document tokens", "documents", "", "tokens", show_edge=False, box=None)
     most = max(entry["documents"] for entry in described["length_histogram"])
     for entry in described["length_histogram"]:
@@ -265,7 +265,7 @@ def show_statistics(console: Console, described: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _show_figure(console: Console, name: str, value: str) -> None:
+def show_figure(console: Console, name: str, value: str) -> None:
     console.print(Text(_printable(f"{name.replace('_', ' '):<20} {value}")))
 
 

@@ -42,6 +42,7 @@ from megatrain.errors import DataError, RankError
 
 LOOK_AGAIN_SECONDS = 30.0
 """How long a file that another node has committed may take to be seen over NFS."""
+ANY_WORKERS = 1 << 20
 SCHEMA = pa.schema({"record": pa.large_binary()})
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Stage:
     commit: Callable[[int], Path]
     """The file that a unit commits last."""
     run: Run
-    max_workers: int = 1 << 20
+    max_workers: int = ANY_WORKERS
     """More workers would cost more to start than they bring."""
 
     def missing(self) -> list[int]:

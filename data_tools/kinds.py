@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Kind(str, Enum):
-    """How documents lie in a file. The values are those of `--format`."""
+    """How documents or images lie in a file. Those of text are the values of `--format`."""
 
     JSON_LINES = "jsonl"
     JSON = "json"
@@ -18,6 +18,8 @@ class Kind(str, Enum):
     PARQUET = "parquet"
     ARROW = "arrow"
     TEXT = "text"
+    IMAGE = "image"
+    IDX = "idx"
 
 
 class Compression(str, Enum):
@@ -46,7 +48,10 @@ COMPRESSIONS = {
     ".bz2": Compression.BZIP2,
     ".xz": Compression.XZ,
 }
-STREAMED = (Kind.JSON, Kind.CSV, Kind.TSV, Kind.TEXT)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
+WHOLE_FILES = (Kind.TEXT, Kind.IMAGE)
+"""A file is one document, or one image."""
+STREAMED = (Kind.JSON, Kind.CSV, Kind.TSV, Kind.IDX, *WHOLE_FILES)
 """Read from the beginning to the end, never from the middle; so is whatever is compressed."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB = ("http://", "https://")

@@ -18,6 +18,7 @@ from data_tools.units import (
     MAX_DOCUMENT_BYTES,
     BadInput,
     BadRow,
+    Fields,
     Part,
     ReadOptions,
     Record,
@@ -188,7 +189,7 @@ def _parse_line(line: memoryview, options: ReadOptions, head: bytes) -> Record |
     text = pop_key(record, options.text_key, _MISSING)
     if text is _MISSING:
         raise BadInput(f"the record has no key {options.text_key!r}, its keys are {keys}; see {options.key_option}")
-    if options.fields is not None:
+    if isinstance(options.fields, Fields):
         text = options.fields.text([text, *(pop_key(record, key) for key in options.fields.keys)])
     if not isinstance(text, str):
         raise BadInput(f"{options.text_key!r} should be text, not {text!r:.40}")

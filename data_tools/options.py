@@ -23,6 +23,7 @@ from megatrain.terminal import printable
 if TYPE_CHECKING:
     from data_tools.executors import Place
 
+TextFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes; one a core unless given.")]
 
 
@@ -47,12 +48,12 @@ def report_error(error: BaseException) -> int:
     return EXIT_DATA
 
 
-def _read_options(
+def text_options(
     text_key: Annotated[str, typer.Option(help="The key or column with a record's text; a.b: key b in a.")] = "text",
     id_key: Annotated[str, typer.Option(help="The key or column that holds a record's id, if it has one.")] = "id",
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Read only such files; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out such files; repeatable.")] = None,
-    format: Annotated[Kind | None, typer.Option(help="What every file holds, whatever its name.")] = None,
+    format: Annotated[TextFormat | None, typer.Option(help="What every file holds, whatever its name.")] = None,
     text_files: Annotated[
         bool, typer.Option("--text-files", help="Files of folders whose kind is not known are text, a document each.")
     ] = False,
@@ -64,8 +65,29 @@ def _read_options(
     from data_tools.inputs import FileSelector
     from data_tools.units import ReadOptions
 
-    selection = FileSelector(tuple(include or ()), tuple(exclude or ()), format, text_files)
+    kind = None if format is None else Kind(format)
+    selection = FileSelector(tuple(include or ()), tuple(exclude or ()), kind, text_files)
     return ReadOptions(text_key, id_key, errors, selection=selection)
+
+
+def image_options(
+    image_key: Annotated[str, typer.Option(help="The column of a table with the images: bytes, or {bytes, path}.")] = (
+        "image"
+    ),
+    label_key: Annotated[str, typer.Option(help="The column with their labels: numbers or names.")] = "label",
+    id_key: Annotated[str, typer.Option(help="The column that holds an image's id, if there is one.")] = "id",
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Read only such files; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out such files; repeatable.")] = None,
+    errors: Annotated[
+        Literal["strict", "skip"], typer.Option(help="What cannot be read: stop; leave out and list.")
+    ] = "strict",
+) -> Any:
+    """What `images` reads of its inputs."""
+    from data_tools.image_files import ImageFields, ImageSelector
+    from data_tools.units import ReadOptions
+
+    selection = ImageSelector(tuple(include or ()), tuple(exclude or ()))
+    return ReadOptions(image_key, id_key, errors, selection=selection, fields=ImageFields(label_key))
 
 
 class Running:
@@ -121,6 +143,7 @@ def _check(inputs: Sequence[str], out: Path, read: Any, running: Running | None 
     from data_tools.check import Storage, check_command
     from data_tools.clean.filter import choose_filters
     from data_tools.conversations import Answers
+    from data_tools.image_files import resolve_images
     from data_tools.progress import show_progress
     from data_tools.ranks import Ranks
     from data_tools.tokenizer import load_tokenizer
@@ -136,14 +159,17 @@ def _check(inputs: Sequence[str], out: Path, read: Any, running: Running | None 
         others.append(partial(choose_filters, given["filters"], given["config"] and given["config"].expanduser()))
     storage = Storage(out, running is not None, 0.0 if running is None else 1.0)
     num_workers = (running and running.workers) or Ranks().num_cores()
-    check_command(inputs, read, storage, others, num_workers, show_progress, show_text)
+    resolve = partial(resolve_images, names_file=given["label_names"]) if "label_names" in given else None
+    check_command(inputs, read, storage, others, num_workers, show_progress, show_text, resolve)
 
 
-def reads_inputs(stages: Any = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def reads_inputs(
+    stages: Any = None, read: Callable[..., Any] = text_options
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command options in place of its parameters `read` and, where it has `stages`, `running`; and `--check`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        groups: dict[str, Callable[..., Any]] = {"running": Running, "read": _read_options, "check": _check_options}
+        groups: dict[str, Callable[..., Any]] = {"running": Running, "read": read, "check": _check_options}
         if stages is None:
             del groups["running"]
         options = {name: inspect_module.signature(make, eval_str=True).parameters for name, make in groups.items()}

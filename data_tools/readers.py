@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
 
+from data_tools.image_files import read_idx, read_image
 from data_tools.inputs import InputFile
-from data_tools.kinds import Kind
+from data_tools.kinds import WHOLE_FILES, Kind
 from data_tools.lines import read_json_lines, read_texts
 from data_tools.memory import NO_BOUND, Memory
 from data_tools.tables import read_tables, row_group_ranges
@@ -34,6 +35,8 @@ READERS: dict[Kind, Callable[[Unit, ReadOptions, Callable[[int], None]], Iterato
     Kind.PARQUET: read_tables,
     Kind.ARROW: read_tables,
     Kind.TEXT: read_texts,
+    Kind.IMAGE: read_image,
+    Kind.IDX: read_idx,
 }
 
 
@@ -68,7 +71,7 @@ def plan_units(
     """Cut the files into units, in document order; where they can be read from the middle, into small ones."""
     for is_small, group in groupby(files, key=lambda file: _is_small(file, part_bytes)):
         run = list(group)
-        if is_small and (len(run) >= MIN_FILES or run[0].kind is Kind.TEXT):
+        if is_small and (len(run) >= MIN_FILES or run[0].kind in WHOLE_FILES):
             yield from _group_files(run, part_bytes)
             continue
         for file in run:
@@ -77,9 +80,10 @@ def plan_units(
 
 
 def _is_small(file: InputFile, part_bytes: int) -> str:
-    """Which of the files beside it a file may be in one unit with: texts, or other small ones; none if it is large."""
-    if file.kind is Kind.TEXT:
-        return "texts"
+    """Which of the files beside it a file may be in one unit with: texts, images, or other small ones; none if it is
+    large."""
+    if file.kind in WHOLE_FILES:
+        return file.kind.value
     return "small" if file.num_bytes * SMALL_FILES_IN_PART <= part_bytes else ""
 
 

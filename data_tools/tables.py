@@ -112,9 +112,11 @@ def _table_rows(
             continue
         for row, (text, identity, extra) in enumerate(zip(*columns, strict=True), start=first_row):
             try:
-                document = _document(text, options) if options.fields is None else options.fields.text(text)
                 identity = decode(identity, options) if isinstance(identity, bytes) else identity
-                yield Record(document, identity, 0, extra)
+                if options.fields is None:
+                    yield Record(_document(text, options), identity, 0, extra)
+                else:
+                    yield options.fields.record(text, identity, extra)
             except BadInput as error:
                 yield BadRow(str(error), partial(BadInput, f"{file.name}, row {row}: {error}."))
         advance(batch.nbytes)

@@ -1,47 +1,43 @@
-"""From text to a dataset: every part of the input encoded and committed, then the shards put together.
-
-Stages: `encode` (units of the input), `plan` (which documents go into which shard), `shards`, `manifest`.
-"""
+"""From text to a dataset of tokens: what decides its bytes, and which encoder makes them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from data_tools import job
-from data_tools.assemble import Assembly, Recipe
+from data_tools.assemble import Made, Plan, document_hashes
 from data_tools.conversations import Conversations
+from data_tools.dataset_job import make_dataset
 from data_tools.encode import UnitEncoder
 from data_tools.engines import Engine, choose_engine
-from data_tools.executors import Advance, Place, Progress
-from data_tools.folder import OutputFolder
-from data_tools.job import Records, Stage, committed_names, one_unit
+from data_tools.executors import Place, Progress
+from data_tools.job import ANY_WORKERS
 from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart
-from data_tools.readers import plan_commits, read_parts
-from data_tools.supervised import PromptAndAnswer
+from data_tools.readers import read_parts
+from data_tools.supervised import PromptAndAnswer, Supervision, no_answer_error
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
-from data_tools.units import PART_BYTES, ReadOptions, Record, Unit
+from data_tools.units import PART_BYTES, ReadOptions, Record, Unit, no_text_error
 from data_tools.work import PartStore
 from megatrain.atomic import commit_bytes
 from megatrain.data.format import (
-    MANIFEST_FILE,
-    SHARD_TABLE_FILE,
-    SKIPPED_FILE,
-    TEMPLATE_FILES,
     TOKENIZER_FILE,
     Manifest,
     checksum,
+    content_digest,
+    document_schema,
     token_dtype,
 )
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.unknown_text import UnknownText, refuse_above
-from megatrain.errors import ConfigError, DataError
+from megatrain.errors import DataError
 
 SAMPLE_UNITS = 8
 SAMPLE_CHARACTERS = 1 << 16
@@ -50,9 +46,6 @@ SAMPLE_BYTES = 1 << 18
 DEFAULT_SHARD_TOKENS = 1 << 28
 MAX_UNKNOWN_OF_SAMPLE = 0.5
 """The share of a sample without tokens from which on the work does not begin."""
-PARTS_FOLDER = "parts"
-FILES_IN_FOLDER = 500
-"""About; at most 1,000."""
 
 
 @dataclass(frozen=True)
@@ -120,126 +113,120 @@ def tokenize(
         named = {**supervision.named, **{name: checksum(data).hex() for name, data in supervision.files.items()}}
     given = {**asdict(replace(options, supervision=None)), "supervision": named}
     origin = Origin({"inputs": list(inputs), "tokenizer_sha256": tokenizer.sha256, **given}, files)
-    folder = OutputFolder(out, out / MANIFEST_FILE, _is_made)
-    if folder.is_finished and not restart:
-        manifest = _finished_before(folder, origin, effort)
-        folder.close()
-        return manifest
-    if folder.is_finished and Manifest.load(out).job[:32] != origin.command_name:
-        raise ConfigError(
-            f"--restart replaces only what the same command has made, and another one made {out}. "
-            "Give another --out, or delete that folder."
-        )
-    stages = _Stages(folder, origin, tokenizer, options, effort)
-    return Manifest.load(out) if folder.run(origin, effort.of_stages, restart, stages) else None
-
-
-def _is_made(path: Path) -> bool:
-    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE, *TEMPLATE_FILES}
-    return path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name) is not None
-
-
-def _finished_before(folder: OutputFolder, origin: Origin, effort: Effort) -> Manifest:
-    """The manifest of the finished dataset, if this very command made it of these very inputs."""
-    out = folder.out
+    text = _Text(tokenizer, options, effort)
+    if not make_dataset(out, origin, files, text, effort.of_stages, restart=restart):
+        return None
     manifest = Manifest.load(out)
-    way_out = "Give another --out, or delete that folder."
-    origin.refuse_other(manifest.job, folder.finished, f"{out} already holds a dataset", way_out)
-    if manifest.unknown is not None:
+    if manifest.unknown is not None:  # of a dataset that was there already, too
         refuse_above(effort.max_unknown, manifest.unknown, f"the text, of which {out} is made")
     return manifest
 
 
 @dataclass(frozen=True)
-class _Units:
-    """The units of the input, by number, and where what is made of them lies."""
+class TextRecipe:
+    """What, beside the documents, goes into the files of a dataset of text."""
 
-    table: Records
-    store: PartStore
+    tokenizer: TokenizerFile
+    options: dict[str, str]
+    shard_tokens: int
+    supervision: Supervision | None = None
 
-    def __getitem__(self, number: int) -> Unit:
-        return Unit.load(self.table[number])
+    @property
+    def has_scored(self) -> bool:
+        return self.supervision is not None
 
-    def __iter__(self) -> Iterator[Unit]:
-        return map(Unit.load, self.table)
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        return {} if self.supervision is None else self.supervision.files
 
-    def commit(self, number: int) -> Path:
-        return self.store.commit(self[number])
+    @property
+    def same_for_all_shards(self) -> dict[str, Any]:
+        """What each shard says of the tokenizer."""
+        tokenizer = self.tokenizer
+        bos = {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id, "bos_token": tokenizer.bos_token}
+        return {
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id,
+            "eod_token": tokenizer.eod_token,
+            **bos,
+        }
+
+    def schema(self, metadata: dict[str, Any]) -> pa.Schema:
+        return document_schema(token_dtype(self.tokenizer.vocab_size), metadata, has_scored=self.has_scored)
+
+    def nothing_error(self, plan: Plan, skipped: bytes) -> DataError:
+        if plan.examples:
+            return no_answer_error(plan.examples, skipped)
+        return no_text_error(plan.num_empty, plan.num_skipped)
+
+    def manifest(self, made: Made, plan: Plan) -> bytes:
+        tokenizer = self.tokenizer
+        return Manifest(
+            template_files={name: checksum(content).hex() for name, content in self.files.items()} or None,
+            digest=content_digest(tokenizer.sha256, self.options, document_hashes(made.shards)),
+            num_shards=len(made.shards),
+            num_documents=made.total("documents"),
+            num_tokens=made.total("tokens"),
+            text_bytes=made.total("text_bytes"),
+            num_empty_documents=plan.num_empty,
+            num_skipped=plan.num_skipped or None,
+            skipped_checksum=made.skipped_checksum,
+            num_scored=plan.num_scored if self.has_scored else None,
+            examples=plan.examples if self.has_scored else None,
+            unknown=plan.unknown,
+            dtype=token_dtype(tokenizer.vocab_size).name,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            eod_token=tokenizer.eod_token,
+            bos_id=tokenizer.bos_id,
+            bos_token=tokenizer.bos_token,
+            tokenizer_sha256=tokenizer.sha256,
+            options=self.options,
+            job=made.job,
+            shard_table_checksum=made.shard_table_checksum,
+        ).dump()
 
 
 @dataclass(frozen=True)
-class _Encoding:
-    """Encodes units, until the shards are planned: parts may be gone from then on."""
+class _Text:
+    """The contents of a dataset of text."""
 
-    units: _Units
-    encoder: UnitEncoder
-    plan_path: Path
-
-    def __call__(self, number: int, advance: Advance) -> None:
-        if self.plan_path.name not in committed_names(self.plan_path.parent):
-            self.encoder(self.units[number], advance)
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """The stages of the command, called with the folder for what depends on these very inputs."""
-
-    output: OutputFolder
-    origin: Origin
     tokenizer: TokenizerFile
     options: TokenizeOptions
     effort: Effort
 
-    def __call__(self, folder: Path) -> Iterator[Stage]:
-        out = self.output.out
-        if not (out / TOKENIZER_FILE).exists():
-            commit_bytes(out / TOKENIZER_FILE, self.tokenizer.json, folder)
+    @property
+    def read(self) -> ReadOptions:
+        return self.options.read
+
+    @property
+    def recipe(self) -> TextRecipe:
         bos_token = {"bos_token": self.options.bos_token} if self.options.bos_token else {}
         supervision = self.options.supervision
         named = {} if supervision is None else supervision.named
         options = {"errors": self.options.read.errors, **bos_token, **named}
-        recipe = Recipe(self.tokenizer, options, self.options.shard_tokens, supervision)
-        units = self.list_units(folder)
-        assembly = Assembly(out, folder, units.store, recipe, self.origin.name, self.effort.of_stages.memory)
-        yield self.encode(units, assembly)
-        yield one_unit("plan", assembly.plan_path, partial(assembly.make_plan, units))
-        refuse_above(self.effort.max_unknown, assembly.plan.unknown, "the text")
-        shard_bytes = self.options.shard_tokens * token_dtype(self.tokenizer.vocab_size).itemsize
-        num_bytes = [shard_bytes] * len(assembly.shard_plans)
-        yield Stage("shards", num_bytes, assembly.stats_path, assembly.write_shard)
-        yield one_unit("manifest", self.output.finished, assembly.finish)
+        return TextRecipe(self.tokenizer, options, self.options.shard_tokens, supervision)
 
-    def list_units(self, folder: Path) -> _Units:
-        """The units, as they were cut when the command was first given, and the store of their parts."""
-        table = folder / "units.arrow"
-        if table.name not in committed_names(folder):
-            effort = self.effort.of_stages
-            how = (effort.part_bytes, self.options.read.errors, effort.max_workers, effort.memory)
-            units = plan_commits(self.origin.files, *how)
-            Records.write(table, units)
-        records = Records(table)
-        stores = sorted(self.output.work.glob(f"{PARTS_FOLDER}-*"))
-        num_folders = int(stores[0].name.rpartition("-")[2]) if stores else -(-len(records) // FILES_IN_FOLDER)
-        store = PartStore(self.output.work / f"{PARTS_FOLDER}-{num_folders}", max(num_folders, 1))
-        store.make_folders()
-        return _Units(records, store)
+    @property
+    def shard_bytes(self) -> int:
+        return self.options.shard_tokens * token_dtype(self.tokenizer.vocab_size).itemsize
 
-    def encode(self, units: _Units, assembly: Assembly) -> Stage:
-        """The stage of encoding; it has nothing to do once the shards are planned."""
-        is_planned = assembly.plan_path.name in committed_names(assembly.folder)
-        listed = [] if is_planned else list(units)
-        stage = Stage("encode", [unit.num_bytes for unit in listed], units.commit, lambda number, advance: None)
-        missing = [listed[number] for number in stage.missing()]
-        if not missing:
-            return stage
+    def begin(self, out: Path, folder: Path) -> None:
+        if not (out / TOKENIZER_FILE).exists():
+            commit_bytes(out / TOKENIZER_FILE, self.tokenizer.json, folder)
+
+    def packer(self, store: PartStore, missing: list[Unit]) -> tuple[UnitEncoder, int]:
         supervision = self.options.supervision
         engine = self.choose_engine(missing) if supervision is None else Engine("tokenizers", self.tokenizer.text_json)
-        encoder = UnitEncoder(units.store, self.tokenizer, self.options.read, engine, supervision)
-        stage = replace(stage, run=_Encoding(units, encoder, assembly.plan_path))
+        encoder = UnitEncoder(store, self.tokenizer, self.options.read, engine, supervision)
         if not self.effort.worker_seconds:
-            return stage
+            return encoder, ANY_WORKERS
         seconds = sum(unit.text_bytes / unit.num_readers for unit in missing) / BYTES_A_SECOND[engine.name]
-        return replace(stage, max_workers=int(seconds / self.effort.worker_seconds))
+        return encoder, int(seconds / self.effort.worker_seconds)
+
+    def refuse(self, plan: Plan) -> None:
+        refuse_above(self.effort.max_unknown, plan.unknown, "the text")
 
     def choose_engine(self, units: list[Unit]) -> Engine:
         """The engine for these units. Raises DataError where the tokenizer does not know most of a sample of them."""

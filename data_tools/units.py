@@ -12,13 +12,13 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 import xxhash
 
 from data_tools.inputs import FileSelector, InputFile
-from data_tools.kinds import LFS_POINTER, Kind, magic_name
+from data_tools.kinds import LFS_POINTER, WHOLE_FILES, Kind, magic_name
 from megatrain.errors import DataError
 
 PART_BYTES = 16 << 20
@@ -47,6 +47,10 @@ class Fields:
     option: str
     """The option that gives `text_key`."""
 
+    def record(self, values: list[Any], identity: str | None, extra: dict[str, Any]) -> Record:
+        """Of the values of `text_key` and `keys`. Raises BadInput."""
+        return Record(self.text(values), identity, 0, extra)
+
     def text(self, values: list[Any]) -> str:
         """Raises BadInput where the first value is not what it should be."""
         first, wanted = values[0], "a list of messages with their roles" if self.is_chat else "text"
@@ -59,6 +63,18 @@ def _are_messages(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(each, dict) and isinstance(each.get("role"), str) for each in value
     )
+
+
+class AnyFields(Protocol):
+    """What of each record is read: `Fields`, or those of images."""
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+
+    @property
+    def option(self) -> str: ...
+
+    def record(self, values: list[Any], identity: str | None, extra: dict[str, Any]) -> Record | ImageRecord: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class ReadOptions:
     whole_records: bool = False
     """Whether a record's other keys are read as well."""
     selection: FileSelector = field(default_factory=FileSelector)
-    fields: Fields | None = None
+    fields: AnyFields | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -98,6 +114,29 @@ class Record(NamedTuple):
     extra: dict[str, Any] = {}  # noqa: RUF012 (never written to)
     """The record's other keys, with `whole_records`."""
 
+    @property
+    def size(self) -> int:
+        """Characters of text."""
+        return len(self.text)
+
+
+class ImageRecord(NamedTuple):
+    """One image as it stands in a file."""
+
+    image: bytes
+    """Of a file that `decode_image` reads."""
+    label: int
+    shape: tuple[int, int, int]
+    """Height, width and channels."""
+    id: str | None
+    file: int = 0
+    """Index in the unit's files."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the image's file."""
+        return len(self.image)
+
 
 class BadRow(NamedTuple):
     """A row that cannot be read, or all that is left of a file."""
@@ -114,7 +153,7 @@ class BadRow(NamedTuple):
         return BadRow(str(error), partial(BadInput, str(error)))
 
 
-Row = Record | BadRow | None
+Row = Record | ImageRecord | BadRow | None
 """None is a row without a document: a blank line."""
 
 
@@ -128,13 +167,13 @@ class Part(NamedTuple):
     rows: Iterator[tuple[int, Row]]
     """Each with its number: in its file where the unit has several, else in the part."""
 
-    def batches(self, num_characters: int, counts: dict[str, Any]) -> Iterator[list[tuple[int, Record]]]:
-        """The documents and the numbers of their rows, about so many characters at a time.
+    def batches(self, max_size: int, counts: dict[str, Any]) -> Iterator[list[tuple[int, Any]]]:
+        """The documents or images and the numbers of their rows, of about this size together at a time.
 
         `counts` gets `num_rows`, `num_skipped`, and `skipped`: file, row and problem of the first MAX_LISTED.
         """
         counts |= {"num_rows": 0, "num_skipped": 0, "skipped": []}
-        batch: list[tuple[int, Record]] = []
+        batch: list[tuple[int, Any]] = []
         size = 0
         for number, row in self.rows:
             counts["num_rows"] += 1
@@ -143,8 +182,8 @@ class Part(NamedTuple):
                 counts["skipped"] += [[row.file, number, row.problem]][: MAX_LISTED - len(counts["skipped"])]
             elif row is not None:
                 batch.append((number, row))
-                size += len(row.text)
-            if size >= num_characters:
+                size += row.size
+            if size >= max_size:
                 yield batch
                 batch, size = [], 0
         if batch:
@@ -178,7 +217,7 @@ class Unit:
     @property
     def is_one_part(self) -> bool:
         """Whether all of it is committed as one file."""
-        if len(self.files) > 1 or self.files[0].kind is Kind.TEXT:
+        if len(self.files) > 1 or self.files[0].kind in WHOLE_FILES:
             return True
         return self.is_seekable and self.num_bytes <= self.part_bytes * self.parts_at_once
 

@@ -13,9 +13,11 @@ import xxhash
 
 from data_tools.executors import Advance, Progress
 from data_tools.work import run_tasks
-from megatrain.data import Dataset, open_dataset
+from megatrain.data import Dataset
 from megatrain.data.format import SKIPPED_FILE, TOKENIZER_FILE, content_digest, document_hash, is_content, shard_name
-from megatrain.data.shard import Views
+from megatrain.data.image_format import image_digest, label_bytes
+from megatrain.data.images import AnyDataset, ImageDataset, open_either
+from megatrain.data.shard import Tokens, Views
 from megatrain.data.shard_table import BatchMetadata
 from megatrain.errors import DataError
 
@@ -28,19 +30,16 @@ BYTES_PER_WORKER = 64 << 20
 
 def verify_dataset(
     path: str, progress: Progress, *, sample: int | None = None, seed: int = 0, num_workers: int = 1
-) -> tuple[Dataset, int]:
+) -> tuple[AnyDataset, int]:
     """Check a dataset, or a sample of its record batches, with its manifest, table and tokenizer; bytes looked at.
 
     Checked are checksums, structure, each document's hash, and, if all is read, the digest computed anew. Raises
     DataError that names each damaged file; in a shard also record batch, document and range of bytes.
     """
-    dataset = open_dataset(path)
+    dataset = open_either(path)
+    dataset.table  # noqa: B018 (what is wrong with it is told first)
     chosen = _chosen_batches(dataset, sample, seed)
-    problems = _check_whole_file(dataset, TOKENIZER_FILE, dataset.manifest.tokenizer_sha256)
-    if dataset.manifest.skipped_checksum is not None:
-        problems += _check_whole_file(dataset, SKIPPED_FILE, dataset.manifest.skipped_checksum)
-    for name, checksum in (dataset.manifest.template_files or {}).items():
-        problems += _check_whole_file(dataset, name, checksum)
+    problems = [problem for name, checksum in _files(dataset) for problem in _check_whole_file(dataset, name, checksum)]
     num_bytes = _num_bytes(dataset, chosen)
     num_workers = min(num_workers, 1 + num_bytes // BYTES_PER_WORKER)
     with progress("verify", num_bytes) as advance:
@@ -48,17 +47,33 @@ def verify_dataset(
         found = run_tasks(partial(check, dataset, chosen), shards, num_workers, advance)
     problems += [problem for problems_of_shard in found for problem in problems_of_shard]
     if chosen is None and not problems:
-        digest = content_digest(dataset.manifest.tokenizer_sha256, dataset.manifest.options, _hashes(dataset))
+        digest = _digest(dataset)
         if digest != dataset.digest:
             problems.append(f"{path}: the digest of its documents is {digest}, the manifest says {dataset.digest}")
     if problems:
         more = f" (and {len(problems) - MAX_REPORTED} more)" if len(problems) > MAX_REPORTED else ""
         listed = "; ".join(problems[:MAX_REPORTED])
-        raise DataError(f"{path} is damaged: {listed}{more}. Copy these files again, or tokenize again.")
+        raise DataError(f"{path} is damaged: {listed}{more}. Copy these files again, or make the dataset again.")
     return dataset, num_bytes
 
 
-def _check_whole_file(dataset: Dataset, name: str, checksum: str) -> list[str]:
+def _files(dataset: AnyDataset) -> Iterator[tuple[str, str]]:
+    """What lies beside the shards: names and checksums."""
+    if isinstance(dataset, Dataset):
+        yield TOKENIZER_FILE, dataset.manifest.tokenizer_sha256
+        yield from (dataset.manifest.template_files or {}).items()
+    if dataset.manifest.skipped_checksum is not None:
+        yield SKIPPED_FILE, dataset.manifest.skipped_checksum
+
+
+def _digest(dataset: AnyDataset) -> str:
+    """Computed anew."""
+    if isinstance(dataset, ImageDataset):
+        return image_digest(dataset.label_names, dataset.hashes())
+    return content_digest(dataset.manifest.tokenizer_sha256, dataset.manifest.options, dataset.hashes())
+
+
+def _check_whole_file(dataset: AnyDataset, name: str, checksum: str) -> list[str]:
     try:
         is_whole = is_content(dataset.storage.content(name, checksum), checksum)
     except DataError as error:
@@ -66,7 +81,7 @@ def _check_whole_file(dataset: Dataset, name: str, checksum: str) -> list[str]:
     return [] if is_whole else [f"{dataset.path}/{name}: its checksum is not the one in the manifest"]
 
 
-def _chosen_batches(dataset: Dataset, sample: int | None, seed: int) -> dict[int, list[int]] | None:
+def _chosen_batches(dataset: AnyDataset, sample: int | None, seed: int) -> dict[int, list[int]] | None:
     """The record batches of each shard that are to be checked; None: all bytes of all shards."""
     num_batches = int(dataset.table.batch_starts[-1])
     if sample is None or sample >= num_batches:
@@ -79,14 +94,14 @@ def _chosen_batches(dataset: Dataset, sample: int | None, seed: int) -> dict[int
     return chosen
 
 
-def _num_bytes(dataset: Dataset, chosen: dict[int, list[int]] | None) -> int:
+def _num_bytes(dataset: AnyDataset, chosen: dict[int, list[int]] | None) -> int:
     if chosen is None:
         return int(dataset.table.rows["bytes"].to_numpy().sum())
     batches = {shard: dataset.table.batches(shard) for shard in chosen}
     return sum(batches[shard][number].num_bytes for shard, numbers in chosen.items() for number in numbers)
 
 
-def check(dataset: Dataset, chosen: dict[int, list[int]] | None, shard: int, advance: Advance) -> list[str]:
+def check(dataset: AnyDataset, chosen: dict[int, list[int]] | None, shard: int, advance: Advance) -> list[str]:
     """What is wrong with a shard, or with the chosen record batches of it."""
     problems = []
     try:
@@ -104,7 +119,7 @@ def check(dataset: Dataset, chosen: dict[int, list[int]] | None, shard: int, adv
     return problems
 
 
-def check_shard(dataset: Dataset, shard: int) -> list[str]:
+def check_shard(dataset: AnyDataset, shard: int) -> list[str]:
     """What is wrong with a shard: each of its record batches, what lies before and behind them, and its size."""
     batches, name = dataset.table.batches(shard), shard_name(shard)
     size = dataset.table.num_bytes(shard)
@@ -132,7 +147,7 @@ def check_shard(dataset: Dataset, shard: int) -> list[str]:
 
 
 def check_batch(
-    dataset: Dataset, shard: int, batches: Sequence[BatchMetadata], number: int, data: pa.Buffer
+    dataset: AnyDataset, shard: int, batches: Sequence[BatchMetadata], number: int, data: pa.Buffer
 ) -> list[str]:
     """What is wrong with a record batch, given its bytes: the first damaged document, or the whole range of bytes."""
     expected = batches[number]
@@ -147,33 +162,53 @@ def check_batch(
     except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
         problem = f"{extent} cannot be read ({_first_line(error)})"
     if problem is None and not is_whole:
-        problem = f"{extent} are not what was written, though the tokens are"
+        problem = f"{extent} are not what was written, though the {_kind(dataset)[1]} are"
     return [] if problem is None else [f"{where}: {problem}"]
 
 
+def _kind(dataset: AnyDataset) -> tuple[str, str]:
+    """What a row is called, and what it consists of."""
+    return ("image", "bytes") if isinstance(dataset, ImageDataset) else ("document", "tokens")
+
+
 def _batch_problem(
-    batch: pa.RecordBatch, dataset: Dataset, expected: BatchMetadata, address: int, first_document: int
+    batch: pa.RecordBatch, dataset: AnyDataset, expected: BatchMetadata, address: int, first_document: int
 ) -> str | None:
     """The first thing wrong with the content of a record batch whose bytes lie at ``address``."""
+    row, parts = _kind(dataset)
     if (batch.num_rows, len(batch.column(0).values)) != (expected.num_documents, expected.num_tokens):
-        return f"it does not hold {expected.num_documents} documents and {expected.num_tokens} tokens"
+        return f"it does not hold {expected.num_documents} {row}s and {expected.num_tokens} {parts}"
     tokens, offsets = Views.of(batch)
     if np.any(np.diff(offsets) < 1):
-        return "it has a document without tokens"
+        return f"it has a {row} without {parts}"
     data = tokens.data.cast("B")
     bounds = (offsets * tokens.itemsize).tolist()
     hashes = batch["hash"].to_pylist()
-    runs = _scored_runs(batch) if dataset.has_scored else [None] * len(hashes)
+    behind = _hashed_behind(batch, dataset)
     for document, ((first, last), written) in enumerate(zip(pairwise(bounds), hashes, strict=True), first_document):
-        if document_hash(data[first:last], runs[document - first_document]) != written:
+        if document_hash(data[first:last], behind[document - first_document]) != written:
             start = expected.offset + tokens.ctypes.data - address
             hash_start = (
                 expected.offset + batch["hash"].buffers()[1].address - address + 16 * (document - first_document)
             )
             return (
-                f"document {document} of the shard (tokens in bytes {start + first} to {start + last}) has another "
+                f"{row} {document} of the shard ({parts} in bytes {start + first} to {start + last}) has another "
                 f"hash than the one in bytes {hash_start} to {hash_start + 16}"
             )
+    if isinstance(dataset, ImageDataset):
+        return _label_problem(batch, dataset)
+    return _text_problem(batch, dataset, tokens, offsets)
+
+
+def _label_problem(batch: pa.RecordBatch, dataset: ImageDataset) -> str | None:
+    if int(batch["label"].to_numpy().max(initial=0)) >= len(dataset.label_names):
+        return f"it holds a label above the {len(dataset.label_names)} that have names"
+    return None
+
+
+def _text_problem(
+    batch: pa.RecordBatch, dataset: Dataset, tokens: Tokens, offsets: npt.NDArray[np.int64]
+) -> str | None:
     if dataset.has_scored and not _runs_are_good(batch, offsets):
         return "the runs of scored tokens of a document are not ascending, or end behind it"
     markers = [("end-of-document token is not the last", dataset.eod_id, offsets[1:] - 1)]
@@ -189,8 +224,12 @@ def _batch_problem(
     return None
 
 
-def _scored_runs(batch: pa.RecordBatch) -> list[memoryview | None]:
-    """The bytes of each document's runs of scored tokens."""
+def _hashed_behind(batch: pa.RecordBatch, dataset: AnyDataset) -> Sequence[memoryview | None]:
+    """What goes into the hash of each row behind its content: labels of images; runs of scored tokens."""
+    if isinstance(dataset, ImageDataset):
+        return [memoryview(label_bytes(label)) for label in batch["label"].to_pylist()]
+    if not dataset.has_scored:
+        return [None] * batch.num_rows
     return [None if not runs.is_valid else runs.values.to_numpy().data.cast("B") for runs in batch["scored"]]
 
 
@@ -201,12 +240,6 @@ def _runs_are_good(batch: pa.RecordBatch, offsets: npt.NDArray[np.int64]) -> boo
         if len(bounds) % 2 or np.any(np.diff(bounds, prepend=-1, append=length + 1) < 1):
             return False
     return True
-
-
-def _hashes(dataset: Dataset) -> Iterator[pa.Array]:
-    for index in range(dataset.num_shards):
-        shard = dataset.shard(index)
-        yield from (shard.record_batch(number)["hash"] for number in range(len(shard.batches)))
 
 
 def _problem(error: DataError) -> str:

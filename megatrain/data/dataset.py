@@ -9,12 +9,10 @@ and after a fork.
 
 from __future__ import annotations
 
-import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import date
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.chat import CHAT_DATE
-from megatrain.data.format import SHARD_TABLE_FILE, TOKENIZER_FILE, Manifest, document_schema, shard_name
-from megatrain.data.remote import Cache, RemoteFolder, is_address
+from megatrain.data.format import TOKENIZER_FILE, Manifest, document_schema
+from megatrain.data.remote import Cache, RemoteFolder
 from megatrain.data.shard import ScoredRuns, Shard, Tokens
-from megatrain.data.shard_table import Ints, ShardTable
+from megatrain.data.shard_table import Ints
+from megatrain.data.sharded import ShardedDataset, open_storage
 from megatrain.data.storage import MAPPED_SHARDS, LocalFolder
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import DataError
@@ -45,10 +44,9 @@ def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards
     ``max_mapped_shards``: all datasets of a process together may map some 65,000 regions.
     Raises DataError where it is missing, unfinished, damaged, or something else.
     """
-    if is_address(path):
-        return Dataset(RemoteFolder(str(path).rstrip("/"), cache or Cache()))
-    dataset = Dataset(LocalFolder(Path(path), max_mapped_shards))
-    dataset.table  # noqa: B018 (mapped and checked now: it is there at once, and what is wrong with it is told early)
+    dataset = Dataset(open_storage(path, cache, max_mapped_shards))
+    if isinstance(dataset.storage, LocalFolder):
+        dataset.table  # noqa: B018 (mapped and checked now: it is there at once, what is wrong with it is told early)
     return dataset
 
 
@@ -75,50 +73,30 @@ def document_markers(manifest: Manifest) -> str:
     return f"ends its documents with {manifest.eod_token} (id {manifest.eod_id}){begin}"
 
 
-@dataclass(frozen=True)
-class DocumentInfo:
-    """What is stored of a document beside its tokens."""
-
-    id: str
-    hash: bytes
-    source_file: str
-    source_row: int
-    text_bytes: int
-
-
-class Dataset:
+class Dataset(ShardedDataset):
     """The documents of a dataset, laid end to end. Made by `open_dataset`.
 
     Positions and lengths count tokens. Arrays are read-only views of the memory map wherever that is possible.
     """
 
+    manifest: Manifest
+
     def __init__(self, storage: LocalFolder | RemoteFolder) -> None:
-        self.storage = storage
-        self.path = storage.path
-        """The folder or address, as the user gave it."""
-        self.manifest: Manifest = storage.manifest()
-        self.dtype: np.dtype[Any] = np.dtype(self.manifest.dtype)
-        self.schema = document_schema(self.dtype, has_scored=self.has_scored)
-        """Columns of a record batch."""
-        self.shard = lru_cache(storage.num_open_shards)(partial(_open_shard, weakref.ref(self)))
-        """Shard number `index`; those that were not used for longest are let go."""
+        manifest = Manifest.parse(*storage.manifest())
+        self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
+        has_scored = manifest.num_scored is not None
+        super().__init__(storage, manifest, document_schema(self.dtype, has_scored=has_scored))
         self._near: dict[int, tuple[int, int, Tokens]] = {}
         """By position >> NEAR_BITS, the record batch that was read there last: its first position, the one behind its
         last, and its tokens; MAX_NEAR of them. Emptied when a shard is opened, as another one may be let go."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset, (self.storage,)
-
-    @cached_property
-    def table(self) -> ShardTable:
-        """What each shard holds. Raises DataError where that is damaged or cannot be had."""
-        data = self.storage.content(SHARD_TABLE_FILE, self.manifest.shard_table_checksum)
-        return ShardTable.read(f"{self.path}/{SHARD_TABLE_FILE}", data, self.manifest)
+    def shard_opens(self) -> None:
+        self._near.clear()
 
     @property
-    def num_documents(self) -> int:
-        """Documents, the empty ones not counted: they were left out."""
-        return self.manifest.num_documents
+    def contents(self) -> str:
+        """In words."""
+        return f"{self.num_documents} documents, {self.num_tokens} tokens"
 
     @property
     def num_tokens(self) -> int:
@@ -132,10 +110,6 @@ class Dataset:
     def has_scored(self) -> bool:
         """Whether some tokens do not count as targets: prompts, and what a chat template writes around answers."""
         return self.manifest.num_scored is not None
-
-    @property
-    def digest(self) -> str:
-        return self.manifest.digest
 
     @property
     def eod_id(self) -> int:
@@ -178,27 +152,11 @@ class Dataset:
         day = self.manifest.options.get(CHAT_DATE)
         return None if day is None else date.fromisoformat(day)
 
-    @property
-    def num_shards(self) -> int:
-        return self.manifest.num_shards
-
-    def shard_rows(self) -> list[dict[str, int]]:
-        """For each shard its documents, tokens and bytes on disk."""
-        rows: list[dict[str, int]] = self.table.rows.select(["documents", "tokens", "bytes"]).to_pylist()
-        return rows
-
     def document(self, k: int) -> Tokens:
         """The tokens of document k, its end-of-document token included. IndexError where there is no document k."""
         shard, batch, row = self._find_document(k)
         tokens, offsets = shard.views(batch)
         return tokens[offsets[row] : offsets[row + 1]]
-
-    def document_info(self, k: int) -> DocumentInfo:
-        shard, batch, row = self._find_document(k)
-        known = shard.record_batch(batch).select(["id", "hash", "source", "text_bytes"])
-        columns: dict[str, Any] = known.slice(row, 1).to_pylist()[0]
-        source = columns.pop("source")
-        return DocumentInfo(source_file=source["file"], source_row=source["row"], **columns)
 
     def document_range(self, k: int) -> tuple[int, int]:
         """First position of document k, and the first one behind it."""
@@ -343,27 +301,8 @@ class Dataset:
         behind = self.token_bytes[document]
         return int(text_bytes) * int(behind[:count].sum()) // max(int(behind.sum()), 1)
 
-    def _find_document(self, k: int) -> tuple[Shard, int, int]:
-        """The shard of document k, the record batch in it, and the row in that."""
-        if not 0 <= k < self.num_documents:
-            raise IndexError(f"There is no document {k} in {self.path}: it has {self.num_documents}, counted from 0.")
-        index = bisect_right(self.table.document_starts, k) - 1
-        shard, row = self.shard(index), k - self.table.document_starts[index]
-        batch = shard.batch_of_document(row)
-        return shard, batch, row - shard.document_starts[batch]
-
     def _check_span(self, start: int, length: int) -> None:
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(
                 f"Tokens [{start}, {start + length}) are not in {self.path}: it has {self.num_tokens} tokens."
             )
-
-
-def _open_shard(reference: weakref.ref[Dataset], index: int) -> Shard:
-    """Shard ``index`` of a dataset, which it does not refer to: maps go in the moment that nobody uses them."""
-    dataset = reference()
-    assert dataset is not None, "its own table of shards calls this"
-    dataset._near.clear()
-    name, table, storage = shard_name(index), dataset.table, dataset.storage
-    read = storage.shard(name, table.num_bytes(index))
-    return Shard(f"{dataset.path}/{name}", table.batches(index), dataset.schema, read, storage.num_open_batches)

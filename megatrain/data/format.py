@@ -33,6 +33,7 @@ import xxhash
 from megatrain.errors import DataError
 
 FORMAT_NAME = "megatrain-dataset"
+IMAGE_FORMAT_NAME = "megatrain-images"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -42,6 +43,12 @@ TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "special_token
 """What a tokenizer folder says of how conversations are written, beside tokenizer.json."""
 BATCH_TOKENS = 1 << 20
 """A document belongs to record batch (its first token's position in the shard) // BATCH_TOKENS."""
+MADE_BY = {
+    FORMAT_NAME: "tokenized text (`megatrain-data tokenize`)",
+    IMAGE_FORMAT_NAME: "images (`megatrain-data images`)",
+}
+"""What each kind of dataset holds, and what makes it."""
+OTHER_CHECKSUM = "its checksum does not match its content"
 
 MAX_MANIFEST_BYTES = 1 << 20
 _UNKNOWN_TYPES = {"tokens": int, "characters": int, "of_characters": int, "example": str}
@@ -232,9 +239,7 @@ class Manifest:
 
     def dump(self) -> bytes:
         """The bytes of manifest.json, its own checksum included."""
-        # What is None is left out, as in manifests of versions that did not know of it.
-        body = {name: value for name, value in asdict(self).items() if value is not None}
-        return canonical_json({**body, "checksum": checksum(canonical_json(body)).hex()})
+        return dump_manifest(asdict(self))
 
     @staticmethod
     def load(folder: Path) -> Manifest:
@@ -242,65 +247,85 @@ class Manifest:
 
         Raises DataError where the folder is missing, is no dataset, or its manifest is not what was written.
         """
-        path = folder / MANIFEST_FILE
-        try:
-            with path.open("rb") as file:
-                data = file.read(MAX_MANIFEST_BYTES + 1)
-        except OSError as error:
-            raise DataError(_not_a_dataset(folder, error)) from None
-        return Manifest.parse(str(path), data)
+        return Manifest.parse(str(folder / MANIFEST_FILE), read_manifest(folder))
 
     @staticmethod
     def parse(path: str, data: bytes) -> Manifest:
         """Check the bytes of a manifest.json; ``path`` names it in messages. Raises DataError."""
-        broken = f"{path} is damaged or is no megatrain manifest"
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise DataError(f"{broken}: it is far too long. Copy it again, or tokenize again.")
-        try:
-            body = orjson.loads(data)
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{broken}: it is not JSON ({error}). Copy it again, or tokenize again.") from None
-        if not isinstance(body, dict) or body.get("format") != FORMAT_NAME:
-            raise DataError(f"{broken}: it does not say format {FORMAT_NAME!r}. Give the folder `tokenize` wrote.")
-        if body.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"{path} says format version {body.get('format_version')!r}; this megatrain reads version "
-                f"{FORMAT_VERSION}. If it was copied whole, use the megatrain that wrote it, or tokenize again."
-            )
-        body.pop("checksum", None)
-        problem = _manifest_problem(body)
-        if problem:
-            raise DataError(f"{broken}: {problem}. Copy it again, or tokenize again.")
+        body = manifest_body(path, data, FORMAT_NAME)
+        refuse_manifest(path, _manifest_problem(body))
         manifest = Manifest(**{**body, "unknown": Unknown(**body["unknown"]) if "unknown" in body else None})
-        if manifest.dump() != data:
-            raise DataError(f"{broken}: its checksum does not match its content. Copy it again, or tokenize again.")
+        refuse_manifest(path, None if manifest.dump() == data else OTHER_CHECKSUM)
         return manifest
+
+
+def dump_manifest(values: dict[str, Any]) -> bytes:
+    """The bytes of a manifest.json of these values, its own checksum included."""
+    # What is None is left out, as in manifests of versions that did not know of it.
+    body = {name: value for name, value in values.items() if value is not None}
+    return canonical_json({**body, "checksum": checksum(canonical_json(body)).hex()})
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The bytes of a dataset's manifest.json. Raises DataError where the folder is missing or is no dataset."""
+    try:
+        with (folder / MANIFEST_FILE).open("rb") as file:
+            return file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise DataError(_not_a_dataset(folder, error)) from None
+
+
+def refuse_manifest(path: str, problem: str | None) -> None:
+    """Raise DataError where there is a problem with a manifest."""
+    if problem:
+        broken = f"{path} is damaged or is no megatrain manifest"
+        raise DataError(f"{broken}: {problem}. Copy it again, or make the dataset again.")
+
+
+def manifest_body(path: str, data: bytes, wanted: str | None = None) -> dict[str, Any]:
+    """What a manifest says, its checksum left out. ``wanted``: the format that it should have (None: any).
+
+    Raises DataError where it is none, or of another format or version.
+    """
+    refuse_manifest(path, "it is far too long" if len(data) > MAX_MANIFEST_BYTES else None)
+    body: object = None
+    try:
+        body = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        refuse_manifest(path, f"it is not JSON ({error})")
+    found = body.get("format") if isinstance(body, dict) else None
+    if not isinstance(body, dict) or found not in MADE_BY:
+        raise DataError(
+            f"{path} is damaged or is no megatrain manifest: it does not say format {wanted or FORMAT_NAME!r}. Give a "
+            "folder that `megatrain-data` wrote."
+        )
+    if wanted is not None and found != wanted:
+        folder = path.removesuffix(f"/{MANIFEST_FILE}")
+        raise DataError(f"{folder} is a dataset of {MADE_BY[found]}. One of {MADE_BY[wanted]} is needed here.")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} says format version {body.get('format_version')!r}; this megatrain reads version "
+            f"{FORMAT_VERSION}. If it was copied whole, use the megatrain that wrote it, or make the dataset again."
+        )
+    body.pop("checksum", None)
+    return body
 
 
 def _not_a_dataset(folder: Path, error: OSError) -> str:
     if not folder.exists():
-        return f"There is no dataset at {folder}. Give the folder that `megatrain-data tokenize --out` wrote."
+        return f"There is no dataset at {folder}. Give the folder that `megatrain-data tokenize` or `images` wrote."
     if isinstance(error, FileNotFoundError) and (folder / ".work").is_dir():
-        return f"{folder} is an unfinished dataset. Run the `megatrain-data tokenize` command that began it again."
+        return f"{folder} is an unfinished dataset. Run the `megatrain-data` command that began it again."
     return (
         f"{folder} is no dataset: {MANIFEST_FILE} cannot be read ({error.strerror}). "
-        "Give the folder that `megatrain-data tokenize --out` wrote."
+        "Give the folder that `megatrain-data tokenize` or `images` wrote."
     )
 
 
 def _manifest_problem(body: dict[str, Any]) -> str | None:
     """What is wrong with the values of a manifest, whoever wrote it."""
-    types: dict[str, type] = {"int": int, "str": str, "dict[str, str]": dict, "dict[str, int]": dict, "Unknown": dict}
-    expected = {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(Manifest)}
-    optional = {field.name for field in fields(Manifest) if field.default is None}
-    if not set(expected) - optional <= set(body) <= set(expected):
-        return f"its keys should be {', '.join(sorted(expected))}"
-    for name, value in body.items():
-        kind = expected[name]
-        if type(value) is not kind:
-            return f"{name} should be a {kind.__name__}, not {value!r:.80}"
-        if isinstance(value, int) and not 0 <= value < 2**62:
-            return f"{name} is {value}, which cannot be"
+    if problem := values_problem(body, Manifest):
+        return problem
     for marker in ("eod_id", "bos_id"):
         if not 0 < body["vocab_size"] <= 2**32 or body.get(marker, 0) >= body["vocab_size"]:
             return f"vocab_size {body['vocab_size']} and {marker} {body.get(marker)} cannot both be right"
@@ -312,6 +337,23 @@ def _manifest_problem(body: dict[str, Any]) -> str | None:
         return f"dtype {body['dtype']!r} does not fit a vocabulary of {body['vocab_size']}"
     if not set(body.get("template_files", {})) <= set(TEMPLATE_FILES):
         return f"template_files should be of {', '.join(TEMPLATE_FILES)}"
+    return None
+
+
+def values_problem(body: dict[str, Any], manifest: type) -> str | None:
+    """What is wrong with keys and types of a manifest's values: those of the fields of the class ``manifest``."""
+    types: dict[str, type] = {"int": int, "str": str, "Unknown": dict, "list[str]": list}
+    types |= {"dict[str, str]": dict, "dict[str, int]": dict}
+    expected = {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(manifest)}
+    optional = {field.name for field in fields(manifest) if field.default is None}
+    if not set(expected) - optional <= set(body) <= set(expected):
+        return f"its keys should be {', '.join(sorted(expected))}"
+    for name, value in body.items():
+        kind = expected[name]
+        if type(value) is not kind:
+            return f"{name} should be a {kind.__name__}, not {value!r:.80}"
+        if isinstance(value, int) and not 0 <= value < 2**62:
+            return f"{name} is {value}, which cannot be"
     if not re.fullmatch("[0-9a-f]{32}", body["shard_table_checksum"]):
         return "shard_table_checksum is no checksum"
     return None
@@ -330,8 +372,12 @@ def content_digest(tokenizer_sha256: str, options: dict[str, str], hashes: Itera
 
     It names tokens, document boundaries, tokenizer and options; not input format, shard size, ids, file names, workers.
     """
-    header = {"format_version": FORMAT_VERSION, "options": options, "tokenizer_sha256": tokenizer_sha256}
-    digest = hashlib.sha256(canonical_json(header))
+    return digest_of({"options": options, "tokenizer_sha256": tokenizer_sha256}, hashes)
+
+
+def digest_of(decisive: dict[str, Any], hashes: Iterable[pa.Array]) -> str:
+    """SHA-256 over what is decisive for a dataset's meaning, and the 16-byte hashes of its documents or images."""
+    digest = hashlib.sha256(canonical_json({"format_version": FORMAT_VERSION, **decisive}))
     for batch in hashes:
         digest.update(memoryview(batch.buffers()[1])[16 * batch.offset : 16 * (batch.offset + len(batch))])
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from megatrain.atomic import commit_bytes
-from megatrain.data.format import MANIFEST_FILE, Manifest, is_content, map_file
+from megatrain.data.format import MANIFEST_FILE, is_content, map_file
 from megatrain.data.storage import BatchReader
 from megatrain.errors import ConfigError, DataError
 
@@ -134,10 +134,9 @@ class RemoteFolder:
     num_open_shards: int = OPEN_SHARDS
     num_open_batches: int | None = OPEN_BATCHES
 
-    def manifest(self) -> Manifest:
-        """The manifest as it is at this moment."""
-        address = f"{self.path}/{MANIFEST_FILE}"
-        return Manifest.parse(address, self._fetch(MANIFEST_FILE, None, None))
+    def manifest(self) -> tuple[str, bytes]:
+        """The address of manifest.json, and its bytes as they are at this moment."""
+        return f"{self.path}/{MANIFEST_FILE}", self._fetch(MANIFEST_FILE, None, None)
 
     def content(self, name: str, checksum_hex: str, start: int | None = None, stop: int | None = None) -> pa.Buffer:
         """A file or bytes [start, stop) of it, from the cache or else from its address."""

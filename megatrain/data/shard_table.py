@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from megatrain.data.format import SHARD_TABLE_SCHEMA, Manifest, checksum, map_file
+from megatrain.data.image_format import ImageManifest
 from megatrain.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -90,7 +91,7 @@ class ShardTable:
     rows: pa.RecordBatch
 
     @staticmethod
-    def read(path: str | Path, data: pa.Buffer, manifest: Manifest) -> ShardTable:
+    def read(path: str | Path, data: pa.Buffer, manifest: Manifest | ImageManifest) -> ShardTable:
         """Check the bytes of shards.arrow: they are those that the manifest names, and its totals are theirs."""
         advice = "Copy the dataset again, or tokenize again."
         try:

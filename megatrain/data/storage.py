@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from megatrain.data.format import Manifest, map_file
+from megatrain.data.format import MANIFEST_FILE, map_file, read_manifest
 from megatrain.data.shard_table import BatchMetadata
 from megatrain.errors import DataError
 
@@ -32,8 +32,9 @@ class LocalFolder:
     num_open_shards: int = MAPPED_SHARDS
     num_open_batches: int | None = None
 
-    def manifest(self) -> Manifest:
-        return Manifest.load(self.path)
+    def manifest(self) -> tuple[str, bytes]:
+        """The path of manifest.json, and its bytes."""
+        return str(self.path / MANIFEST_FILE), read_manifest(self.path)
 
     def content(self, name: str, checksum_hex: str) -> pa.Buffer:
         """The bytes of the file of this name and checksum. Here whoever reads it compares the checksum."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults.tokenize_inputs import environment, folder_bytes, write_conversations, write_inputs, write_tokenizer
+from tests.image_samples import make_images, write_folder, write_parquet
 from tests.runs import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "representative": ("dedup", "in", *MINHASH, "--cluster-by", "representative"),
     "filter": ("filter", "in", "--filters", "length,gopher_repetition"),
     "split": ("split", "in", "--validation", "0.3", "--method", "exact"),
+    "images": ("images", "images", "images.parquet", "--shard-bytes", "10000"),
     "split dataset": ("split", "set", "--validation", "0.3", "--method", "exact"),
 }
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -64,6 +66,8 @@ class JobFolder:
         write_inputs(path / "in", 1)
         write_tokenizer(path / "tokenizer.json", path / "in")
         write_conversations(path / "talks", 150)
+        write_folder(path / "images", make_images(40))
+        write_parquet(path / "images.parquet", make_images(40), labels="names")
         (path / "chat_template.jinja").write_text(TEMPLATE)
         (path / "sitecustomize.py").write_text(PREPARE)
         ended = folder.run(folder.command("tokenize", "set"))

@@ -25,6 +25,7 @@ QUICK = {("4 MPI ranks", "tokenize")}
 SAMPLED = {
     *(("4 workers", "chat"), ("4 workers", "split dataset"), ("shares", "representative"), ("4 MPI ranks", "split")),
     *(("3 Dask workers", "tokenize"), ("3 Dask workers", "filter"), ("4 workers", "exact")),
+    ("4 workers", "images"),
 }
 """Every command, and every executor with a short one and one of many stages; the rest is left to acceptance."""
 
