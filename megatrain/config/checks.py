@@ -172,8 +172,18 @@ def spikes(config: schema.SpikesConfig) -> list[Problem]:
 
 
 def schedule(config: schema.ScheduleConfig) -> list[Problem]:
-    """decay_steps belongs to wsd."""
-    return [] if config.type == "wsd" else unused(config, ("decay_steps",), "used with type: wsd only")
+    """decay_steps belongs to wsd; stable_steps to inverse_sqrt, which falls from its first step on without any."""
+    problems = [] if config.type == "wsd" else unused(config, ("decay_steps",), "used with type: wsd only")
+    if config.type != "inverse_sqrt":
+        return problems + unused(config, ("stable_steps",), "used with type: inverse_sqrt only")
+    warmup, stable = config.warmup_steps, config.stable_steps
+    if stable is None and warmup == 0:
+        reason = "must be given for inverse_sqrt without warm-up (schedule.warmup_steps is 0)"
+        problems.append(Problem("stable_steps", None, reason, "10000"))
+    if stable is not None and stable < warmup:
+        reason = f"includes the warm-up: must be at least schedule.warmup_steps ({warmup})"
+        problems.append(Problem("stable_steps", stable, reason, str(warmup)))
+    return problems
 
 
 def with_default_warmup(given: Any) -> Any:

@@ -32,7 +32,7 @@ from megatrain.config.arithmetic import LARGEST_COUNT
 from megatrain.config.batch_size import sizes_of
 from megatrain.config.problem import Problem
 from megatrain.families import FAMILIES
-from megatrain.families.description import LARGEST_SIZE, Family, ObjectiveName, Width
+from megatrain.families.description import LARGEST_SIZE, Family, ObjectiveName, WeightKind, Width
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -519,15 +519,26 @@ class OptimizerConfig(Section):
     )
     eps: Annotated[float, Field(gt=0.0)] = Field(default=1.0e-8, description="Added to the root of the running square.")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.1, description="Decoupled weight decay of the matrices; biases and norms have none."
+        default=0.1, description="Decoupled weight decay of all weights but for no_weight_decay."
     )
+    no_weight_decay: Annotated[tuple[WeightKind, ...], Field(strict=False)] = Field(
+        default=("norms", "biases", "positions"),
+        description="The kinds of weights that do not decay: norms (with their biases), biases (all others), positions "
+        "(their embeddings), embeddings (all others; a tied head is one of them), matrices (all else).",
+    )
+
+    def decays(self, kind: WeightKind) -> bool:
+        """Whether weights of this kind do, if there is any decay."""
+        return kind not in self.no_weight_decay
 
 
 class ScheduleConfig(Section, check=checks.schedule):
     """The learning rate over the steps."""
 
-    type: Literal["cosine", "wsd", "linear", "constant"] = Field(
-        default="cosine", description="After the warm-up; wsd: warm-up, stable, then a linear decay."
+    type: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = Field(
+        default="cosine",
+        description="After the warm-up; wsd: warm-up, stable, then a linear decay; inverse_sqrt: after n steps "
+        "lr x sqrt(stable_steps / max(n, stable_steps)), whatever train.steps is.",
     )
     warmup_steps: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] = Field(
         default=checks.DEFAULT_WARMUP_STEPS,
@@ -535,9 +546,15 @@ class ScheduleConfig(Section, check=checks.schedule):
         "the run.",
     )
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        default=0.1, description="The last learning rate as a share of the peak; constant has no use for it."
+        default=0.1,
+        description="The last learning rate as a share of the peak; constant and inverse_sqrt do not use it.",
     )
     decay_steps: Count | None = Field(default=None, description="wsd: steps of the decay; null: a fifth of all.")
+    stable_steps: Count | None = Field(
+        default=None,
+        description="inverse_sqrt: steps, those of the warm-up included, before the rate falls; null: warmup_steps, as "
+        "in Vaswani et al. 2017. T5's: warmup_steps 0, stable_steps 10000.",
+    )
 
 
 class CheckpointConfig(Section):

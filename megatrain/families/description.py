@@ -26,6 +26,9 @@ ADAPTER_FACTORS = ("lora_A", "lora_B")
 ObjectiveName = Literal["next_token"]
 """What a model can be trained for: a file of megatrain/objectives."""
 
+WeightKind = Literal["norms", "biases", "positions", "embeddings", "matrices"]
+"""What a weight is for: it decides whether it decays (`optimizer.no_weight_decay`)."""
+
 HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {"queries": "query", "keys": "key_value"}
 SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
 """What tensor-parallel ranks share out; every rank has the other widths whole."""
@@ -36,6 +39,7 @@ class Weight(NamedTuple):
 
     name: str
     dims: tuple[tuple[Width, ...], ...]
+    kind: WeightKind = "matrices"
 
     def shape(self, sizes: Mapping[Width, int]) -> tuple[int, ...]:
         return tuple(sum(sizes[width] for width in dim) for dim in self.dims)
@@ -80,7 +84,8 @@ class Embedding:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        return (Weight(f"{self.name}.weight", ((self.rows,), ("hidden",))),)
+        kind: WeightKind = "positions" if self.rows == "positions" else "embeddings"
+        return (Weight(f"{self.name}.weight", ((self.rows,), ("hidden",)), kind),)
 
     @property
     def split(self) -> Split | None:
@@ -103,7 +108,7 @@ class Linear:
     @property
     def weights(self) -> tuple[Weight, ...]:
         dims = ((self.inputs,), self.outputs) if self.is_conv1d else (self.outputs, (self.inputs,))
-        bias = (Weight(f"{self.name}.bias", (self.outputs,)),) if self.bias else ()
+        bias = (Weight(f"{self.name}.bias", (self.outputs,), "biases"),) if self.bias else ()
         return (Weight(f"{self.name}.weight", dims), *bias)
 
     @property
@@ -137,7 +142,7 @@ class Norm:
     @property
     def weights(self) -> tuple[Weight, ...]:
         names = ("weight",) if self.kind == "rms" else ("weight", "bias")
-        return tuple(Weight(f"{self.name}.{name}", ((self.width,),)) for name in names)
+        return tuple(Weight(f"{self.name}.{name}", ((self.width,),), "norms") for name in names)
 
     @property
     def split(self) -> Split | None:
@@ -346,9 +351,24 @@ class Family:
         """The layers before and after the blocks, in order."""
         return (*self.embeddings, self.norm, self.head)
 
+    def kind_of(self, parameter: str) -> WeightKind:
+        """Of a parameter by its canonical name, which of a tied head is the embedding's."""
+        return "matrices" if is_adapter(parameter) else self._kinds[self._in_block(parameter) or parameter]
+
+    @cached_property
+    def _kinds(self) -> Mapping[str, WeightKind]:
+        """By name; those of a block by their names in the layer."""
+        outer = (weight for layer in self.outer_layers for weight in layer.weights)
+        return {weight.name: weight.kind for weight in (*outer, *self.block.weights)}
+
+    def _in_block(self, name: str) -> str:
+        """The name in its layer of what a layer has; empty for all else."""
+        before, _, inside = name.partition(f"{self.block.prefix}.")
+        return "" if before else inside.partition(".")[2]
+
     def split_of(self, module_name: str) -> Split | None:
         """How the module of this canonical name is cut; None: not at all."""
-        in_block = module_name.removeprefix(f"{self.block.prefix}.").partition(".")[2]
+        in_block = self._in_block(module_name)
         outer = next((layer for layer in self.outer_layers if layer.name == module_name), None)
         found = outer or self.block.leaves.get(in_block) or self.block.factors.get(in_block)
         return found.split if found else None

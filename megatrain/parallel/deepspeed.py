@@ -128,7 +128,7 @@ class DeepSpeedSharding:
         if self._tied is not None and groups.coordinate.pipeline:
             self._tied_sum = torch.zeros_like(self._tied, dtype=torch.float32)
             self._tied.register_post_accumulate_grad_hook(self._add_to_tied_sum)  # type: ignore[no-untyped-call]
-        self._optimizer = make_optimizer(config.optimizer, self._parameters, model.specs)
+        self._optimizer = make_optimizer(config, self._parameters, model.specs)
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._flattened = [[names[id(p)] for p in group["params"]] for group in self._optimizer.param_groups]
         zero: Any = config.deepspeed.get("zero_optimization", {})

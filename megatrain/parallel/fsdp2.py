@@ -74,7 +74,7 @@ class FSDP2Sharding:
         self._parameters, self._own, self._frozen = model.parameters(), model.updated(), model.frozen()
         assert all(isinstance(p, DTensor) for p in self._parameters.values())
         assert all(p.dtype == torch.float32 for p in self._own.values())
-        self._optimizer = make_optimizer(config.optimizer, self._own, self._specs)
+        self._optimizer = make_optimizer(config, self._own, self._specs)
         self._partial = partial_gradients(model.chunks, model.specs, config)
         self._tied = tied_weight(model, config, groups)
 

@@ -7,21 +7,27 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from megatrain.config import OptimizerConfig
+from megatrain.config import RunConfig
 from megatrain.distributed.fragment import ShardSpec
 
 
 def make_optimizer(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ShardSpec]
+    config: RunConfig, parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ShardSpec]
 ) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices decay, vectors (norms and biases) do not. Torch's fused one, the fastest here."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    """AdamW in two groups: what decays, and what ``optimizer.no_weight_decay`` names. Torch's fused one, the fastest
+    here."""
+    optimizer, family = config.optimizer, config.model.description
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in parameters.items():
-        (matrices if len(specs[name].global_shape) > 1 else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        (decaying if optimizer.decays(family.kind_of(specs[name].name)) else others).append(parameter)
+    groups = [{"params": decaying, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        [group for group in groups if group["params"]],
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        fused=True,
     )
 
 

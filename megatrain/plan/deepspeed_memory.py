@@ -47,7 +47,8 @@ def uses_bf16_optimizer(config: RunConfig) -> bool:
 
 
 def _flat(part: StageModel) -> tuple[int, int]:
-    """Elements of the buffers that DeepSpeed lays what it updates into, matrices and vectors apart; a rank's share.
+    """Elements of the buffers that DeepSpeed lays what it updates into, each of the optimizer's groups into one; a
+    rank's share.
 
     ZeRO 3 cuts each parameter by itself; the others the buffers, whose length is a multiple of 2 for each rank.
     """
@@ -56,9 +57,16 @@ def _flat(part: StageModel) -> tuple[int, int]:
         return num_elements(part.updated), _shares(part.updated, cut)
     if stage == 0 and part.config.train.precision == "fp32":  # torch's own optimizer, on the parameters themselves
         return num_elements(part.updated), num_elements(part.updated)
-    groups = [num_elements(p for p in part.updated if p.is_matrix is kind) for kind in (True, False)]
-    whole = sum(share(size, 2 * cut) * 2 * cut for size in groups)
+    whole = sum(share(size, 2 * cut) * 2 * cut for size in _groups(part.updated))
     return whole, whole // cut
+
+
+def _groups(parameters: Iterable[Parameter]) -> list[int]:
+    """Elements of each of the optimizer's groups."""
+    sizes = dict.fromkeys((True, False), 0)
+    for p in parameters:
+        sizes[p.decays] += p.numel * p.copies
+    return [size for size in sizes.values() if size]
 
 
 def _weights(part: StageModel) -> int:
@@ -82,7 +90,7 @@ def _shares(parameters: Iterable[Parameter], ways: int) -> int:
 def _optimizer(part: StageModel) -> int:
     if part.config.parallel.zero_stage == 0 and part.config.train.precision == "fp32":  # the weights are the masters
         return 8 * _flat(part)[0] + STEP_BYTES * sum(p.copies for p in part.updated)
-    return STATE_BYTES * _flat(part)[1] + STEP_BYTES * len({p.is_matrix for p in part.updated})
+    return STATE_BYTES * _flat(part)[1] + STEP_BYTES * len(_groups(part.updated))
 
 
 def _gradients(part: StageModel) -> int:
@@ -127,9 +135,9 @@ def _update_buffers(part: StageModel) -> dict[str, int]:
     """What DeepSpeed holds from the last backward pass to the next forward pass, beside the state."""
     stage, data, size = part.config.parallel.zero_stage, part.data, num_elements(part.trained)
     whole, mine = _flat(part)
-    matrices = num_elements(p for p in part.trained if p.is_matrix)
-    if uses_bf16_optimizer(part.config):  # two buffers, copied into one message if they are not too large
-        is_copied = stage == 1 and data > 1 and matrices <= _ALL_REDUCE_ELEMENTS
+    if uses_bf16_optimizer(part.config):  # a buffer a group, copied into one message if the first is not too large
+        first, *others = _groups(part.trained)
+        is_copied = stage == 1 and data > 1 and others and first <= _ALL_REDUCE_ELEMENTS
         return {"gradients in a message": 4 * whole if is_copied else 0}
     if stage == 0 and part.element_bytes == 4:
         largest = _ALL_REDUCE_ELEMENTS + part.largest_parameter

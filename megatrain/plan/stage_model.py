@@ -17,13 +17,13 @@ from megatrain.plan.stages import decoder_stages
 class Parameter(NamedTuple):
     """``copies`` tensors of ``num_rows`` rows each on this rank, padding of the vocabulary included.
 
-    ``num_replicas``: so many tensor ranks hold the same elements. ``is_tied``: the first stage has and saves them too.
-    ``is_trained``: not frozen.
+    ``decays``: the optimizer has a group of those that do, and one of the others. ``num_replicas``: so many tensor
+    ranks hold the same elements. ``is_tied``: the first stage has and saves them too. ``is_trained``: not frozen.
     """
 
     numel: int
     num_rows: int
-    is_matrix: bool
+    decays: bool
     copies: int = 1
     num_replicas: int = 1
     is_tied: bool = False
@@ -161,7 +161,7 @@ class StageModel:
             yield Parameter(
                 numel=weight.numel(self.sizes),
                 num_rows=weight.shape(self.sizes)[0],
-                is_matrix=weight.is_matrix,
+                decays=self.config.optimizer.decays(weight.kind),
                 num_replicas=replicas.get(weight.sharded_width, 1),
                 is_trained=self.config.lora is None or is_adapter(weight.name),
             )

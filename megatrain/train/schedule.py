@@ -12,7 +12,9 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, num_steps: i
 
     It rises linearly over the warm-up, reaching ``peak`` in its last step, then goes down to ``peak * min_lr_ratio`` in
     the last step: along half a cosine (Loshchilov and Hutter 2017), along a line, or, for wsd, along a line over the
-    last ``decay_steps`` alone (Hu et al. 2024, MiniCPM); constant stays.
+    last ``decay_steps`` alone (Hu et al. 2024, MiniCPM); constant stays. inverse_sqrt depends on no last step: with
+    n = ``step`` + 1 it is ``peak * sqrt(stable_steps / max(n, stable_steps))`` (Vaswani et al. 2017, whose
+    ``stable_steps`` are the warm-up; Raffel et al. 2020, T5, without warm-up).
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -20,6 +22,9 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, num_steps: i
     first, last = schedule.warmup_steps, num_steps - 1
     if schedule.type == "constant":
         return peak
+    if schedule.type == "inverse_sqrt":
+        stable = schedule.stable_steps or schedule.warmup_steps
+        return peak * math.sqrt(stable / max(step + 1, stable))
     if schedule.type == "wsd":
         decay = schedule.decay_steps or max(1, num_steps // 5)
         first = max(first, num_steps - decay, 1) - 1

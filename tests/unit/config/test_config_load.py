@@ -167,6 +167,9 @@ def test_a_wrong_value_is_refused_with_the_nearest(refused, override, expected):
         (["schedule.warmup_steps=201"], "must be at most train.steps (200); nearest: 200"),
         (["schedule.type=wsd", "schedule.decay_steps=190"], "(200 - 20); nearest: 180"),
         (["schedule.decay_steps=10"], "used with type: wsd only"),
+        (["schedule.stable_steps=10"], "used with type: inverse_sqrt only"),
+        (["schedule.type=inverse_sqrt", "schedule.stable_steps=10"], "(20); nearest: 20"),
+        (["schedule.type=inverse_sqrt", "schedule.warmup_steps=0"], "null given; must be given for inverse_sqrt"),
         (
             ["schedule.type=wsd", "schedule.warmup_steps=200", "schedule.decay_steps=5"],
             "train.steps - schedule.warmup_steps (200 - 200)\n",

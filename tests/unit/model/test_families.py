@@ -23,6 +23,18 @@ def test_modules_have_the_described_parameters(family: Any, tied: bool) -> None:
     assert num_parameters(config) == sum(torch.Size(shape).numel() for shape in built.values())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_has_a_kind(family: Any, tied: bool) -> None:
+    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=tied)
+    for name, parameter in Decoder(config).named_parameters():
+        kind = config.description.kind_of(name)
+        assert (kind in ("norms", "biases")) == (parameter.dim() == 1), name
+        assert (kind == "norms") == any(part in name for part in ("norm", "ln_")), name
+        assert (kind == "positions") == name.endswith("wpe.weight"), name
+        assert (kind == "embeddings") == name.endswith(("wte.weight", "embed_tokens.weight")), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_but_learned_positions_is_split(family: Any) -> None:
     config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)

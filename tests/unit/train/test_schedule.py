@@ -5,14 +5,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_inverse_sqrt_schedule
 
 from megatrain.config import ScheduleConfig
 from megatrain.train.schedule import learning_rate
 
 PEAK = 2.0
 TYPES = ("cosine", "wsd", "linear", "constant")
+ALL_TYPES = (*TYPES, "inverse_sqrt")
 
 
 def rates(num_steps: int, **keys: Any) -> list[float]:
@@ -20,7 +23,7 @@ def rates(num_steps: int, **keys: Any) -> list[float]:
     return [learning_rate(schedule, PEAK, step, num_steps) for step in range(num_steps)]
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", ALL_TYPES)
 def test_warm_up_rises_evenly_to_the_peak(kind: str) -> None:
     assert rates(20, type=kind, warmup_steps=4)[:4] == [0.5, 1.0, 1.5, 2.0]
 
@@ -42,7 +45,7 @@ def test_a_run_of_one_step_has_the_peak(kind: str, warmup: int) -> None:
     assert rates(1, type=kind, warmup_steps=warmup) == [PEAK]
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", ALL_TYPES)
 def test_a_warm_up_of_full_length_only_rises(kind: str) -> None:
     assert rates(4, type=kind, warmup_steps=4) == [0.5, 1.0, 1.5, 2.0]
 
@@ -69,6 +72,35 @@ def test_wsd_decays_over_a_fifth_by_default() -> None:
     found = rates(20, type="wsd", warmup_steps=0, min_lr_ratio=0.5)
     assert found[:16] == [PEAK] * 16
     assert found[16:] == pytest.approx([1.75, 1.5, 1.25, 1.0])
+
+
+@pytest.mark.parametrize("warmup", [1, 7, 40])
+def test_inverse_square_root_is_that_of_transformers(warmup: int) -> None:
+    """Its steps count from 0 and its warm-up begins at a rate of 0: our first step is its second."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    theirs = get_inverse_sqrt_schedule(optimizer, num_warmup_steps=warmup)
+    found = []
+    for _ in range(200):
+        optimizer.step()
+        theirs.step()
+        found += theirs.get_last_lr()
+    assert rates(200, type="inverse_sqrt", warmup_steps=warmup) == pytest.approx(found, rel=1e-12)
+
+
+def test_inverse_square_root_is_that_of_the_papers() -> None:
+    vaswani = [64**-0.5 * min(n**-0.5, n * 25**-1.5) for n in range(1, 201)]
+    scale = PEAK / (64**-0.5 * 25**-0.5)
+    found = rates(200, type="inverse_sqrt", warmup_steps=25)
+    assert found == pytest.approx([scale * rate for rate in vaswani], rel=1e-12)
+    t5 = [PEAK * 100**0.5 / math.sqrt(max(n, 100)) for n in range(1, 401)]
+    assert rates(400, type="inverse_sqrt", warmup_steps=0, stable_steps=100) == pytest.approx(t5, rel=1e-12)
+
+
+def test_inverse_square_root_knows_no_last_step() -> None:
+    keys: dict[str, Any] = {"type": "inverse_sqrt", "warmup_steps": 4, "stable_steps": 9}
+    assert rates(50, **keys) == rates(500, **keys)[:50]
+    assert rates(36, **keys)[3:9] == [PEAK] * 6
+    assert rates(36, **keys)[-1] == pytest.approx(PEAK / 2)
 
 
 @given(
