@@ -426,6 +426,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Decides which solved examples are chosen.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="With --tasks: ask by the model's chat template.")] = False,
     out: Annotated[Path | None, typer.Option(help="With --tasks: a file for each answer, as JSON lines.")] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="With --tasks: what --out wrote for another model, to compare with by paired bootstrap."),
+    ] = None,
     training_data: Annotated[
         list[str] | None,
         typer.Option(help="A dataset to look for the tasks' examples in, by runs of 13 words; may be repeated."),
@@ -450,8 +454,8 @@ def evaluate(
 
     if data is None and tasks is None:
         raise ConfigError("Give --data DATASET, --tasks FILE, or both.")
-    if tasks is None and (shots is not None or chat or out is not None or training_data):
-        raise ConfigError("--shots, --chat, --out and --training-data belong to --tasks FILE.")
+    if tasks is None and (shots is not None or chat or out or baseline or training_data):
+        raise ConfigError("--shots, --chat, --out, --baseline and --training-data belong to --tasks FILE.")
     if data is None and seq_len is not None:
         raise ConfigError("--seq-len belongs to --data DATASET.")
     _refuse_no_folder(out)
@@ -473,7 +477,7 @@ def evaluate(
             typer.echo(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value:,}")
     if tasks is not None:
         from megatrain.tasks.evaluation import evaluate_tasks
-        from megatrain.tasks.report import show_results
+        from megatrain.tasks.report import show_results, to_json
 
         results = evaluate_tasks(
             place,
@@ -482,17 +486,13 @@ def evaluate(
             seed=seed,
             chat=chat,
             out=out,
+            baseline=baseline,
             rank=rank,
             tensor=tensor,
             training_data=training_data or (),
             show_progress=show_progress,
         )
-        by_name = {result.task.name: result for result in results}
-        figures["tasks"] = {
-            name: {metric: value._asdict() for metric, value in result.figures.items()}
-            for name, result in by_name.items()
-        }
-        figures["left_out"] = {name: result.left_out for name, result in by_name.items()}
+        figures |= to_json(results)
         if is_first and not as_json:
             show_results(results)
     if is_first and as_json:

@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, RootModel, ValidationError
 
 from megatrain.config import document
+from megatrain.config.checks import unused
 from megatrain.config.explain import explain
 from megatrain.config.problem import Problem, config_error
 from megatrain.config.schema import Path, Section, Text
 from megatrain.errors import ConfigError
 
+TextScore = Literal["bleu", "chrf", "chrf++"]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
@@ -22,6 +24,8 @@ def _check(task: Task) -> list[Problem]:
     if wants != has:
         reason = "kind choices scores each of them" if wants else f"kind {task.kind} has none; leave it out"
         problems.append(Problem("choices", task.choices, reason))
+    if task.kind != "generate":
+        problems += unused(task, ("metrics",), f"of kind generate only (it is {task.kind})")
     if task.chat and not task.prompt:
         problems.append(Problem("prompt", task.prompt, "with chat it is the user's message, which may not be empty"))
     return problems
@@ -56,6 +60,14 @@ class Task(Section, check=_check):
             strict=False,
             description="Texts that end an answer of kind generate; null: a new line, with chat only the turn's end.",
         ),
+    ] = None
+    metrics: Annotated[
+        tuple[Literal["exact_match"] | TextScore, ...],
+        Field(strict=False, min_length=1, description="Of kind generate; chrf++ is chrF with words (word_order 2)."),
+    ] = ("exact_match",)
+    cluster: Annotated[
+        Text | None,
+        Field(description="A template; rows for which it is the same text are drawn together by the bootstrap."),
     ] = None
     limit: Annotated[Count | None, Field(description="Only the first rows.")] = None
 

@@ -42,8 +42,9 @@ _TAIL_BYTES = 1 << 20
 """Weeks of the file need not be read for its last lines."""
 
 
-TaskFigures: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float | None]]]
-"""By the names of a task and of a metric: ``value``, its standard error ``stderr``, and ``n`` examples."""
+TaskFigures: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""By the names of a task and of a metric: ``value``, its standard error ``stderr``, ``n`` examples, and what else there
+is of it (`megatrain.tasks.metrics.Metric`)."""
 
 
 class Spread(NamedTuple):

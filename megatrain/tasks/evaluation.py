@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
 from megatrain.inference.writer import TextSettings, Writer, open_writer
+from megatrain.tasks.baseline import Baseline
 from megatrain.tasks.contamination import find_seen
 from megatrain.tasks.metrics import Metric, Outcome, judge_choices, judge_generation, judge_text, summarize
 from megatrain.tasks.prompts import Example, encode_pair, make_examples
@@ -30,7 +31,8 @@ from megatrain.tasks.scoring import Request, score
 class TaskResult:
     """A task, answered. ``skipped``: examples that are longer than the model's context without any solved row: no
     figure counts them. ``num_shots_dropped``: solved rows that prompts had no room for.
-    ``seen``: rows of which a run of 13 words is in the training data; None: it was not looked for."""
+    ``seen``: rows of which a run of 13 words is in the training data; None: it was not looked for. ``differences``: the
+    metrics less those of a baseline, where there is one."""
 
     task: Task
     metrics: Mapping[str, Metric]
@@ -38,6 +40,7 @@ class TaskResult:
     skipped: Sequence[int]
     num_shots_dropped: int
     seen: frozenset[int] | None = None
+    differences: Mapping[str, Metric] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, Metric]:
@@ -77,6 +80,7 @@ def evaluate_tasks(
     seed: int = 0,
     chat: bool = False,
     out: Path | None = None,
+    baseline: Path | None = None,
     rank: RankInfo | None = None,
     tensor: int = 1,
     training_data: Sequence[str] = (),
@@ -85,17 +89,20 @@ def evaluate_tasks(
     """Each task of the file ``tasks``, answered by the model of a checkpoint; the same on all ranks.
 
     ``num_shots``, ``seed``, ``chat``: see `read_questions`. ``out``: a file of JSON lines for each example's answers,
-    written by rank 0. ``training_data``: datasets in which the examples are looked for. Collective over the ranks that
-    ``rank`` is one of. Raises ConfigError, DataError or CheckpointError, before the model is loaded where that can be
-    known.
+    written by rank 0; ``baseline``: such a file of another model, to compare with. ``training_data``: datasets in which
+    the examples are looked for. Collective over the ranks that ``rank`` is one of. Raises ConfigError, DataError or
+    CheckpointError, before the model is loaded where that can be known.
     """
     questions = read_questions(Path(tasks), num_shots, seed=seed, chat=chat)
+    answers = None if baseline is None else Baseline(baseline)
     datasets = [open_dataset(path) for path in training_data]
     writer, groups = open_writer(path, rank, tensor)
     with Progress(disable=not show_progress, transient=True) as progress:
         results = collect(questions, answer(questions, writer, groups, progress), groups)
         seen = _find_seen(questions, datasets, groups, progress) if datasets else {}
     results = [replace(result, seen=seen.get(result.task.name)) for result in results]
+    if answers is not None:
+        results = [replace(r, differences=answers.compare(r.task, r.outcomes)) for r in results]
     if out is not None and (rank is None or rank.rank == 0):
         commit_bytes(out, b"".join(_line(result, outcome) for result in results for outcome in result.outcomes))
     if groups is not None:
@@ -107,7 +114,8 @@ def _line(result: TaskResult, outcome: Outcome) -> bytes:
     """An example's JSON line."""
     row = outcome.example.row
     seen = {} if result.seen is None else {"seen_in_training": row in result.seen}
-    return orjson.dumps({"task": result.task.name, **outcome.record, **seen}, option=orjson.OPT_APPEND_NEWLINE)
+    line = {"task": result.task.name, **outcome.record, **seen, "figures": outcome.figures}
+    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _find_seen(

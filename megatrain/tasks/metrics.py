@@ -1,18 +1,17 @@
-"""From scored examples to the figures of a task, each with its standard error."""
+"""From scored examples to the figures of a task, each with its standard error and confidence interval."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatrain.config.tasks import Task
 from megatrain.errors import CheckpointError
+from megatrain.tasks.bootstrap import Figure, Floats, bootstrap, difference, mean, ratio
 from megatrain.tasks.prompts import Example
-
-SAMPLES = 1000
 
 
 class Outcome(NamedTuple):
@@ -24,11 +23,20 @@ class Outcome(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """``value``, its standard error (None where one example is all), and over how many examples."""
+    """``value``, its standard error and the ends of its 95% confidence interval (None where one example is all), over
+    how many examples, and sacrebleu's signature where the figure is one of its."""
 
     value: float
     stderr: float | None
     n: int
+    confidence_interval: tuple[float, float] | None = None
+    signature: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what there is not of most figures."""
+        optional = {"confidence_interval": self.confidence_interval, "signature": self.signature}
+        known = {key: value for key, value in optional.items() if value is not None}
+        return {"value": self.value, "stderr": self.stderr, "n": self.n, **known}
 
 
 def judge_choices(task: Task, example: Example, log_likelihoods: Sequence[float], num_tokens: Sequence[int]) -> Outcome:
@@ -77,35 +85,56 @@ def judge_generation(task: Task, example: Example, text: str) -> Outcome:
 
 
 def summarize(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
-    """The metrics of a task: means over its examples; of perplexity, ratios of sums, with errors by bootstrap over
-    the examples."""
+    """The metrics of a task over its examples, with errors by bootstrap; the standard error of a mean of examples that
+    do not come in clusters is the one that follows from their variance."""
     if not outcomes:
         return {}
+    metrics = _with_errors(task, outcomes, figures_of(task, outcomes))
+    for name in metrics.keys() & outcomes[0].figures if task.cluster is None and len(outcomes) > 1 else ():
+        values = [outcome.figures[name] for outcome in outcomes]
+        metrics[name] = metrics[name]._replace(stderr=float(np.std(values, ddof=1) / math.sqrt(len(values))))
+    return metrics
+
+
+def compare(task: Task, outcomes: Sequence[Outcome], baseline: Sequence[Outcome]) -> dict[str, Metric]:
+    """The metrics less those of ``baseline``, another model's answers to the same examples in the same order; errors by
+    paired bootstrap."""
+    if not outcomes:
+        return {}
+    ours, theirs = figures_of(task, outcomes), figures_of(task, baseline)
+    return _with_errors(task, outcomes, {name: difference(ours[name], theirs[name]) for name in ours})
+
+
+def _with_errors(task: Task, outcomes: Sequence[Outcome], figures: Mapping[str, Figure]) -> dict[str, Metric]:
+    clusters = None if task.cluster is None else [outcome.example.cluster for outcome in outcomes]
+    metrics = {}
+    for (name, figure), sampled in zip(figures.items(), bootstrap([*figures.values()], clusters), strict=True):
+        stderr, interval = (None, None) if sampled is None else (sampled.stderr, (sampled.low, sampled.high))
+        metrics[name] = Metric(figure.value, stderr, len(outcomes), interval, figure.signature)
+    return metrics
+
+
+def figures_of(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    """By the names of the task's metrics."""
     columns = {name: np.array([o.figures[name] for o in outcomes]) for name in outcomes[0].figures}
-    if task.kind != "perplexity":
-        return {name: _mean(values) for name, values in columns.items()}
-    draws = np.random.default_rng(0).integers(len(outcomes), size=(SAMPLES, len(outcomes)))
-    return dict(_ratios(columns, draws))
+    if task.kind == "choices":
+        return {name: mean(values) for name, values in columns.items()}
+    if task.kind == "perplexity":
+        per_token = ratio(columns["nats"], columns["tokens"])
+        return {
+            "loss": per_token,
+            "perplexity": per_token._replace(of_sums=lambda sums: math.exp(min(per_token.of_sums(sums), 700.0))),
+            "bits_per_byte": ratio(columns["nats"] / math.log(2), columns["bytes"]),
+        }
+    return {name: _of_texts(name, columns, outcomes) for name in task.metrics}
 
 
-def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> Metric:
-    n = len(values)
-    return Metric(float(values.mean()), float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None, n)
+def _of_texts(name: Any, columns: Mapping[str, Floats], outcomes: Sequence[Outcome]) -> Figure:
+    if name in columns:
+        return mean(columns[name])
+    from megatrain.tasks.text_scores import text_score  # sacrebleu, a tenth of a second for those who use it
 
-
-def _ratios(columns: Mapping[str, Any], draws: Any) -> Iterator[tuple[str, Metric]]:
-    n = len(draws[0])
-    for name, per in (("loss", "tokens"), ("perplexity", "tokens"), ("bits_per_byte", "bytes")):
-        value = float(_shaped(name, columns["nats"].sum() / columns[per].sum()))
-        sampled = _shaped(name, columns["nats"][draws].sum(1) / columns[per][draws].sum(1))
-        yield name, Metric(value, float(sampled.std(ddof=1)) if n > 1 else None, n)
-
-
-def _shaped(name: str, nats: Any) -> Any:
-    """From nats a token, or a byte."""
-    if name == "perplexity":
-        return np.exp(np.minimum(nats, 700.0))
-    return nats / math.log(2) if name == "bits_per_byte" else nats
+    return text_score(name, [o.record["generated"] for o in outcomes], [o.example.answer for o in outcomes])
 
 
 def _common(task: Task, example: Example) -> dict[str, Any]:

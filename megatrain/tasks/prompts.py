@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,8 @@ class Example(NamedTuple):
 
     ``solved``: the solved rows before it, questions and answers, ``shots`` their numbers; ``scored``: the texts to be
     scored (of kind generate none); ``choices``: those to choose from; ``answer``: the right one; ``gold``: its index
-    among the choices. ``delimiter``: between a question and its answer; ``between``: between rows.
+    among the choices. ``delimiter``: between a question and its answer; ``between``: between rows. ``cluster``: of the
+    examples that are drawn together where a figure's error is estimated; None: it is one by itself.
     """
 
     row: int
@@ -40,6 +43,7 @@ class Example(NamedTuple):
     choices: tuple[str, ...]
     answer: str
     gold: int | None
+    cluster: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -105,6 +109,7 @@ def make_examples(task: Task, num_shots: int, seed: int) -> list[Example]:
                 choices=choices,
                 answer=answer,
                 gold=gold,
+                cluster=solved.cluster(row, index),
             )
         )
     return examples
@@ -119,16 +124,15 @@ class _Solved:
         given = task.choices
         self._list = self._expression(given) if isinstance(given, str) else None
         self._choices = [self._template("choices", text) for text in given] if isinstance(given, tuple) else []
+        self._cluster = None if task.cluster is None else self._template("cluster", task.cluster)
 
     def render(self, row: Row, index: int) -> tuple[str, tuple[str, ...], str, int | None]:
         """Prompt, choices, answer, and the answer's index among the choices."""
-        try:
+        with self._failures_told(index):
             prompt, answer = self._prompt.render(row), self._answer.render(row)
             choices = [template.render(row) for template in self._choices]
             if self._list is not None:
                 choices = self._list(**row)
-        except Exception as error:  # noqa: BLE001 - a template may raise whatever its operators do
-            raise self._error(index, f"a template fails: {error}") from None
         if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
             raise self._error(index, "choices is no list of texts")
         if self._task.kind != "choices":
@@ -146,6 +150,17 @@ class _Solved:
     def question_and_answer(self, row: Row, index: int) -> tuple[str, str]:
         question, _, answer, _ = self.render(row, index)
         return question, answer
+
+    def cluster(self, row: Row, index: int) -> str | None:
+        with self._failures_told(index):
+            return None if self._cluster is None else self._cluster.render(row)
+
+    @contextlib.contextmanager
+    def _failures_told(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a template may raise whatever its operators do
+            raise self._error(index, f"a template fails: {error}") from None
 
     def _template(self, key: str, text: str) -> jinja2.Template:
         try:

@@ -333,7 +333,7 @@ class Trainer:
                 raise first
             results = collect(run.questions, own, run.groups)
         if self._observers:
-            figures = {r.task.name: {name: each._asdict() for name, each in r.metrics.items()} for r in results}
+            figures = {r.task.name: {name: each.to_json() for name, each in r.metrics.items()} for r in results}
             self._observers.tasks(self.progress.step, figures, time.perf_counter() - began)
 
     def _save_if_due(self, stopping: bool, on_request: bool) -> None:

@@ -1,0 +1,36 @@
+"""BLEU (Papineni et al. 2002) and chrF (Popovic 2015) by sacrebleu, which makes and compares n-grams as papers report
+them, and says how in its signature (Post 2018).
+
+What a score is made of, counts of n-grams in each text, is summed over any sample of texts: see bootstrap. sacrebleu
+has these counts under names of its own: ``_extract_corpus_statistics`` and ``_compute_score_from_stats``, as its own
+paired tests use them; tests/unit/tasks/test_text_scores.py compares them with its ``corpus_score``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from megatrain.config.tasks import TextScore
+from megatrain.tasks.bootstrap import Figure, Floats
+
+_METRICS: Mapping[TextScore, Callable[[], Any]] = {
+    "bleu": BLEU,
+    "chrf": lambda: CHRF(word_order=0),
+    "chrf++": lambda: CHRF(word_order=2),
+}
+
+
+def text_score(name: TextScore, texts: Sequence[str], references: Sequence[str]) -> Figure:
+    """From 0 to 100, of texts as they are to be read (detokenized), each beside its one reference."""
+    metric = _METRICS[name]()
+    counts = np.array(metric._extract_corpus_statistics(texts, [references]), dtype=np.float64)
+
+    def of_sums(sums: Floats) -> float:
+        return float(metric._compute_score_from_stats(sums.tolist()).score)
+
+    return Figure(counts, of_sums, str(metric.get_signature()))
