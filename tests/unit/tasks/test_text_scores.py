@@ -72,7 +72,7 @@ def test_texts_with_new_lines_stay_one_text() -> None:
     assert figure.value == pytest.approx(sacrebleu.corpus_bleu(texts, [references]).score, abs=1e-9)
 
 
-def test_errors_are_those_of_the_own_bootstrap_of_sacrebleu() -> None:
+def test_errors_are_those_of_sacrebleus_bootstrap() -> None:
     (ours,) = bootstrap([text_score("bleu", TEXTS, REFERENCES)])
     theirs = BLEU().corpus_score(TEXTS, [REFERENCES], n_bootstrap=1000)
     assert ours is not None
