@@ -160,8 +160,13 @@ def plan(
     ] = None,
     network_gbits: Annotated[float, _number("Network of each GPU to other nodes, Gbit/s one way.")] = 400.0,
     efficiency: Annotated[
-        float, _number("Share of its peak FLOP/s that a GPU reaches: an assumption, better measured.", max=1.0)
-    ] = 0.5,
+        float | None,
+        _number(
+            "Share of its peak FLOP/s at which a GPU computes, where it was measured. Default: worked out from the "
+            "operations of each layer and their shapes.",
+            max=1.0,
+        ),
+    ] = None,
     mtbf_hours_per_node: Annotated[float, _number("Mean hours between failures of one node.")] = 6300.0,
     checkpoint_seconds: Annotated[
         float | None,

@@ -9,6 +9,7 @@ from typing import Any
 from megatrain.config import RunConfig
 from megatrain.config.batch_size import Phase, num_samples_until, phases
 from megatrain.plan import rules
+from megatrain.plan.arithmetic import micro_batch_seconds, operations
 from megatrain.plan.choice import Choice, fastest
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.fitting import changes_that_fit
@@ -87,6 +88,14 @@ class RunPlan:
     def mfu(self) -> float:
         """Fraction of the dense bf16 peak of all devices."""
         return self.tokens_per_second * self.flops_per_token / (self.world_size * self.cluster.device.half_flops)
+
+    @cached_property
+    def efficiency(self) -> float:
+        """Share of its peak at which a device of the slowest stage computes."""
+        rates = self.cluster.rates(self.config.train.precision)
+        parts = stage_models(self.config, self.world_size)
+        seconds, slowest = max((micro_batch_seconds(part, rates), part.stage) for part in parts)
+        return operations(parts[slowest]) / seconds / rates.peak
 
     @property
     def days(self) -> float | None:
@@ -178,7 +187,7 @@ class RunPlan:
             "problems": self.problems,
             "pipeline_bubble": pipeline_bubble(self.config, self.num_micro_batches),
             "ranks": [rank.to_json() for rank in self.ranks],
-            "efficiency": self.cluster.efficiency,
+            "efficiency": self.efficiency,
             "tokens_per_step": self.tokens_per_step,
             "steps": self.config.train.steps,
             "tokens": self.tokens,

@@ -103,7 +103,7 @@ def _rest(plan: RunPlan) -> list[str]:
     in_node = max(sum(rank.cpu.values()) for rank in plan.ranks) * plan.cluster.gpus_per_node
     return [
         f"CPU      {format_bytes(in_node)} of a node at the most: the copy that a save makes, and what is offloaded",
-        f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.cluster.efficiency:.0%} of peak: {spent}",
+        f"step     {time.step:,.3f} s, an estimate with arithmetic at {plan.efficiency:.0%} of peak: {spent}",
         f"speed    {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}: {long}",
         f"failures one in {failures.mtbf / 3600:,.1f} hours, {failures.restart:,.0f} s to restart, "
         f"{failures.checkpoint:,.2f} s a save",

@@ -1,19 +1,19 @@
 """How long a step takes: an estimate, by a model that is simple enough to check by hand.
 
-A rank computes at ``efficiency`` times the peak of its device; that share is assumed, or measured (the `mfu` of a short
-run on one device), everything else follows from the config:
+Everything follows from the config and the devices:
 
-- Operations are those of `flops_per_token`, and what recomputation repeats, of this rank's part of each layer.
-- A message takes its bytes over the bandwidth of the link that its group's ring must pass, without latency. Bytes are
-  those of docs/parallelism.md, where they were measured for each engine. Of tensor parallelism's, those of a backward
-  pass are hidden by the products beside them; of those between data ranks, what the passes hide is in
-  megatrain.plan.data_messages.
+- Arithmetic takes what the shapes of a rank's part of each layer make of it (megatrain.plan.arithmetic), or, where
+  ``efficiency`` is given, its operations at that share of the device's peak. Operations are those of `flops_per_token`,
+  and what recomputation repeats.
+- A message takes its bytes over the share that collectives reach of the bandwidth of the link that its group's ring
+  must pass, without latency. Bytes are those of docs/parallelism.md, where they were measured for each engine. Of
+  tensor parallelism's, those of a backward pass are hidden by the products beside them; of those between data ranks,
+  what the passes hide is in megatrain.plan.data_messages.
 - 1F1B and interleaved: the micro-batches go through the slowest rank one after the other, and a part of one through all
   (Narayanan et al. 2021, arXiv:2104.04473).
 - The update reads and writes this rank's share of the state once, at the memory's bandwidth.
 
-What is left out: the latency of messages and kernels (small models are slower than this says), waiting for data,
-evaluation and logging.
+What is left out: the latency of messages, waiting for data, evaluation and logging.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatrain.config import RunConfig
+from megatrain.plan.arithmetic import Rates, micro_batch_seconds, num_recomputed
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.data_messages import data_seconds
-from megatrain.plan.flops import flops_of_weight, flops_per_token
 from megatrain.plan.pipeline_schedule import bubble
-from megatrain.plan.stage_model import StageModel, num_elements, share
+from megatrain.plan.stage_model import StageModel, num_elements
 
 HOST_BYTES_PER_SECOND = 25e9
 """Between a device and its share of the node's CPU memory, and within that: what PCIe of generation 4 reaches."""
@@ -108,28 +108,12 @@ class _Pass:
 
     @classmethod
     def of(cls, part: StageModel, cluster: Cluster) -> _Pass:
-        precision = part.config.train.precision
-        rate = cluster.device.peak_flops(precision) * cluster.efficiency
-        waited, hidden = _tensor(part, cluster, rate)
-        return cls(_operations(part) / rate, waited, _pipeline(part, cluster), hidden)
+        rates = cluster.rates(part.config.train.precision)
+        waited, hidden = _tensor(part, cluster, rates)
+        return cls(micro_batch_seconds(part, rates), waited, _pipeline(part, cluster), hidden)
 
 
-def _operations(part: StageModel) -> float:
-    """FLOPs of one micro-batch on a rank, with those that recomputation repeats."""
-    model, parallel, seq_len = part.config.model, part.config.parallel, part.config.data.seq_len
-    of_weight = flops_of_weight(part.config.lora)
-    head = of_weight * model.hidden_size * (model.vocab_size or 0)
-    layer = (flops_per_token(model, seq_len, part.config.lora) - head) / model.num_hidden_layers
-    attention = 4 * model.num_attention_heads * model.head_size * seq_len  # forward
-    layers = part.num_layers * layer
-    if parallel.recompute == "full":
-        layers += _num_recomputed(part) * layer * 2 / of_weight
-    elif parallel.recompute == "selective":
-        layers += part.num_layers * attention
-    return part.tokens * (layers + part.is_last * head) / parallel.tensor
-
-
-def _tensor(part: StageModel, cluster: Cluster, rate: float) -> tuple[float, float]:
+def _tensor(part: StageModel, cluster: Cluster, rates: Rates) -> tuple[float, float]:
     """Seconds of messages that are waited for, and of those that the backward pass hides.
 
     A layer has four all-reduces of a [B, T, hidden] tensor (Megatron-LM), each of two halves: a scatter and a gather.
@@ -142,12 +126,12 @@ def _tensor(part: StageModel, cluster: Cluster, rate: float) -> tuple[float, flo
         return 0.0, 0.0
     half = _border(part) * (size - 1) / size / cluster.bandwidth(size, 1)
     losses = 2 * 12 * part.tokens * part.is_last * (size - 1) / size / cluster.bandwidth(size, 1)  # 3 numbers a token
-    halves = 4 * part.num_layers + 2 * (_num_recomputed(part) + part.is_first)
+    halves = 4 * part.num_layers + 2 * (num_recomputed(part) + part.is_first)
     if parallel.sequence:
-        halves += 2 * part.num_layers + _num_recomputed(part) + part.is_first + part.is_last
+        halves += 2 * part.num_layers + num_recomputed(part) + part.is_first + part.is_last
     waited, hidden = half * halves + losses, 0.0
     for outputs, count in _column_outputs(part):
-        product = 2 * part.tokens * part.config.model.hidden_size * outputs / rate
+        product = rates.product(part.tokens, part.config.model.hidden_size, outputs)
         sent = [half, half] if parallel.sequence else [2 * half]
         if part.config.gathers_by_layer:
             waited += count * (half if parallel.sequence else 2 * half)
@@ -200,11 +184,3 @@ def _update(part: StageModel, cluster: Cluster) -> float:
 def _border(part: StageModel) -> int:
     """Bytes of one [B, T, hidden] tensor, whole."""
     return part.tokens * part.config.model.hidden_size * part.element_bytes
-
-
-def _num_recomputed(part: StageModel) -> int:
-    """Layers whose forward pass is made twice."""
-    parallel = part.config.parallel
-    if parallel.recompute != "full":
-        return 0
-    return sum(share(count, parallel.recompute_every) for count in part.chunk_layers)

@@ -72,7 +72,7 @@ def test_a_recipe_fits_its_devices(megatrain: Megatrain, recipe: Path) -> None:
     device = "rtx4090" if recipe.stem in SMALL_GPU else "h100"
     found = plan(megatrain, recipe, "--nodes", nodes, "--gpus-per-node", gpus, "--device", device)
     assert found["problems"] == []
-    assert 0.2 < found["mfu"] < found["efficiency"] == 0.5
+    assert 0.2 < found["mfu"] < found["efficiency"] < 0.7
 
 
 def test_what_does_not_fit_gets_a_working_suggestion(megatrain: Megatrain) -> None:

@@ -39,7 +39,7 @@ def cluster_of(recipe: str) -> Cluster:
     options = dict(zip(words[2::2], words[3::2], strict=True))
     nodes, gpus = int(options["--nodes"]), int(options["--gpus-per-node"])
     assert nodes * gpus == named_world_size(recipe)
-    return Cluster.of(nodes, gpus, options.get("--device", "h100"), 400.0, 0.5)
+    return Cluster.of(nodes, gpus, options.get("--device", "h100"), 400.0)
 
 
 def plan_of(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
