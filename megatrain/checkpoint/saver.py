@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
+from megatrain.checkpoint.arena import Arena, Place
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest
 from megatrain.checkpoint.rank_file import rank_file_name, read_written, write_rank_file
@@ -66,7 +66,7 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._state: Literal["idle", "writing", "committing"] = "idle"
         self._future: Future[Any] | None = None
-        self._copies: dict[tuple[FlatShard, str], Tensor] = {}
+        self._arena = Arena()
         self._preparation: Future[None] | None = None
         self._manifest: Callable[[Sequence[FileEntry]], Manifest] | None = None
         self._files: tuple[tuple[str, bytes], ...] = ()
@@ -81,17 +81,12 @@ class CheckpointSaver:
         return self._state != "idle"
 
     def prepare(self, fragments: Iterable[Fragment]) -> None:
-        """Make the memory that copies of ``fragments`` will go to, in the background.
-
-        Memory that was never written to takes five times as long to copy into: the first save would stand still for it.
-        """
-        needed = [(_key(f), f.data.shape, f.data.dtype, f.data.is_cuda) for f in fragments]
-
-        def touch() -> None:
-            for key, shape, dtype, pinned in needed:
-                self._copies[key] = _memory(shape, dtype, pinned).zero_()
-
-        self._preparation = self._thread.submit(touch)
+        """Make the memory that copies of ``fragments`` will go to, in the background."""
+        places, is_on_gpu = [], False
+        for fragment in fragments:
+            places.append(Place(_key(fragment), fragment.data.shape, fragment.data.dtype))
+            is_on_gpu = is_on_gpu or fragment.data.is_cuda
+        self._preparation = self._thread.submit(self._arena.reserve, places, pin=is_on_gpu)
 
     def begin(
         self,
@@ -110,7 +105,9 @@ class CheckpointSaver:
             self._preparation.result()
         copied: Future[list[Fragment]] = Future()
         try:
-            copies = [self._copy(fragment) for fragment in fragments]
+            copies = [f._replace(data=self._arena.copy(_key(f), f.data)) for f in fragments]
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.current_stream().synchronize()  # one wait for all copies
             copied.set_result(copies)
             self._activity.begin_transfer(sum(copy.data.nbytes for copy in copies))
         except CheckpointError as error:
@@ -161,18 +158,13 @@ class CheckpointSaver:
         if prune:
             self.prune()
         self._thread.shutdown(wait=True)
+        self._arena.close()
 
     def _end(self, path: Location | None) -> SaveResult:
         self._state, self._future = "idle", None
         if path is None and self._rank == 0:
             self._thread.submit(self._clean_up, self._store.abandon, self._step)
         return SaveResult(self._step, path, self._stall, time.perf_counter() - self._began)
-
-    def _copy(self, fragment: Fragment) -> Fragment:
-        key, data = _key(fragment), fragment.data
-        if key not in self._copies:
-            self._copies[key] = _memory(data.shape, data.dtype, data.is_cuda)
-        return fragment._replace(data=self._copies[key].copy_(data))
 
     def _write(self, copied: Future[list[Fragment]]) -> None:
         fragments = copied.result()
@@ -229,7 +221,3 @@ def _refuse_non_finite(fragment: Fragment) -> None:
 
 def _key(fragment: Fragment) -> tuple[FlatShard, str]:
     return fragment.shard, fragment.kind
-
-
-def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=pinned)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import megatrain
+from megatrain.checkpoint.arena import Arena
 from megatrain.checkpoint.stores import find_store
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 
@@ -137,3 +138,13 @@ def test_an_export_computes_what_the_run_does(tiny_data: TinyData, tmp_path: Pat
     with torch.no_grad():
         logits = theirs(torch.tensor([ids], device=device)).logits[0].cpu()
     torch.testing.assert_close(ours.float().cpu(), logits, atol=1e-5, rtol=1e-4)
+
+
+def test_copies_of_a_save_are_pinned_without_rounding() -> None:
+    arena, state = Arena(), torch.arange(3 << 20, dtype=torch.float32, device="cuda")
+    copy = arena.copy("weight", state)
+    torch.cuda.synchronize()
+    assert copy.is_pinned()
+    assert torch.equal(copy, state.cpu())
+    assert arena.num_bytes == state.nbytes  # 12 MiB, no 16
+    arena.close()
