@@ -14,7 +14,7 @@ from megatrain.config.problem import Problem, config_error
 from megatrain.config.schema import Path, Section, Text
 from megatrain.errors import ConfigError
 
-TextScore = Literal["bleu", "chrf", "chrf++"]
+TextScore = Literal["edit_similarity", "bleu", "chrf", "chrf++"]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 
 

@@ -132,7 +132,7 @@ def figures_of(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
 def _of_texts(name: Any, columns: Mapping[str, Floats], outcomes: Sequence[Outcome]) -> Figure:
     if name in columns:
         return mean(columns[name])
-    from megatrain.tasks.text_scores import text_score  # sacrebleu, a tenth of a second for those who use it
+    from megatrain.tasks.text_scores import text_score  # libraries that take a tenth of a second, for those who ask
 
     return text_score(name, [o.record["generated"] for o in outcomes], [o.example.answer for o in outcomes])
 

@@ -55,6 +55,11 @@ def test_scores_are_those_of_sacrebleu() -> None:
     assert metrics["exact_match"].signature is None
 
 
+def test_edit_similarity_counts_insertions_and_deletions() -> None:
+    pairs = outcomes_of(["  abcd\n", "abxd", ""], ["abcd", "abcd", "abcd"], metrics=["edit_similarity"])
+    assert summarize(*pairs)["edit_similarity"].value == pytest.approx((1.0 + 0.75 + 0.0) / 3)
+
+
 def test_one_right_line_of_two_is_not_all() -> None:
     """References are a list for each set of them, not one for each text."""
     texts, references = ["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "two entirely other words"]
