@@ -29,7 +29,7 @@ _SACREBLEU: Mapping[TextScore, Callable[[], Any]] = {
 
 
 def text_score(name: TextScore, texts: Sequence[str], references: Sequence[str]) -> Figure:
-    """Of texts, each beside its one reference. By sacrebleu from 0 to 100, of texts as they are to be read (detokenized).
+    """Of texts, each beside its one reference. sacrebleu's: from 0 to 100, of texts as they are read (detokenized).
 
     edit_similarity: from 0 to 1, the mean share of characters that need neither be put in nor taken out (that of the
     longest common subsequence in both), spaces around both texts aside; CrossCodeEval's and RepoBench's.
