@@ -30,6 +30,8 @@ from megatrain.errors import ConfigError, DataError
 ASSISTANT = "assistant"
 OWN_WEIGHT = ("weight", "train")
 """Keys of a message that say whether it is scored, whatever its role: OpenAI's (0 or 1), and axolotl's."""
+MAX_MESSAGES_RENDERED = 1 << 22
+"""Of one conversation, over all of its answers: about a minute."""
 
 Messages = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -66,12 +68,11 @@ class Conversations:
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         given, tools = orjson.loads(record.text)
         messages = [{key: value for key, value in message.items() if value is not None} for message in given]
-        scored = self._scored(messages)
-        if not any(map(_says_something, map(messages.__getitem__, scored))):
-            yield LeftOut("no_answer", "no message that is to be scored says anything")
-            return
         try:
-            tools = orjson.loads(tools) if isinstance(tools, str) else tools
+            scored, tools = self._scored(messages), _as_tools(tools)
+            if not any(map(_says_something, map(messages.__getitem__, scored))):
+                yield LeftOut("no_answer", "no message that is to be scored says anything")
+                return
             disguise = _Disguise.of(self.special, [messages, tools])
             counts["spelled_control_tokens"] += disguise.is_needed
             rendering = _Rendering(self, disguise.put_on(messages), disguise.put_on(tools) or None)
@@ -79,7 +80,7 @@ class Conversations:
             counts["split_into_turns"] += len(texts) > 1 or texts[0].is_part
         except DataError as error:
             yield LeftOut("rejected", str(error))
-        except (_Unclear, orjson.JSONDecodeError) as error:
+        except _Unclear as error:
             yield LeftOut("unclear", str(error))
         else:
             for text in texts:
@@ -97,7 +98,9 @@ class Conversations:
         """The numbers of the messages that are scored; their own weights are taken off them."""
         chosen = []
         for number, message in enumerate(messages):
-            own = [message.pop(key) for key in OWN_WEIGHT if isinstance(message.get(key), bool | int | float)]
+            own = [message.pop(key) for key in OWN_WEIGHT if key in message]
+            if any(weight not in (0, 1) for weight in own):
+                raise DataError(f"The weight of message {number} is {own[0]!r}: 0 or 1 says whether it is scored.")
             if own[0] if own else message["role"] in self.roles:
                 chosen.append(number)
         return chosen[-1:] if self.last_only else chosen
@@ -161,10 +164,26 @@ class _Rendering:
     def texts(self, scored: list[int]) -> list[_Text]:
         """The conversation with its answers; or one text for each answer, where the template writes the turns before
         the last one otherwise than it wrote them when they were the last.
+
+        Raises DataError where the template knows no content in parts, and shows it as Python does.
         """
+        texts = self._texts(scored)
+        for content in (message.get("content") for message in self.messages):
+            if content and isinstance(content, list | dict) and any(str(content) in found.text for found in texts):
+                raise DataError(
+                    "The chat template does not know content in parts: give it as text, or another template."
+                )
+        return texts
+
+    def _texts(self, scored: list[int]) -> list[_Text]:
         roles = {self.messages[number]["role"] for number in scored}
         if self.how.template.marks_answers and roles == {ASSISTANT} and (marked := self._marked(scored)):
             return [marked]
+        if len(scored) * len(self.messages) > MAX_MESSAGES_RENDERED:
+            raise DataError(
+                f"It is too long to find {len(scored):,} answers in {len(self.messages):,} messages, each of which is "
+                "rendered with all before it: shorten it, or use a template with {% generation %}, or --loss last."
+            )
         whole = self._render(len(self.messages))
         if all(whole.startswith(self._prefix(number + 1)) for number in scored):
             return [self._with_answers(whole, scored)]
@@ -198,7 +217,9 @@ class _Rendering:
                 return len(context)
         # Without a generation prompt: the header is what the template writes before the content.
         mark = secrets.token_hex(16)
-        marked = [*self.messages[:number], {**self.messages[number], "content": mark}]
+        message = self.messages[number]
+        content = [{"type": "text", "text": mark}] if isinstance(message.get("content"), list) else mark
+        marked = [*self.messages[:number], {**message, "content": content}]
         header, found, _ = self.how.template.render(marked, tools=self.tools).partition(mark)
         if not found or not text.startswith(header):
             raise _Unclear(f"it cannot be told where the text of message {number} begins in what the template writes")
@@ -260,6 +281,17 @@ class _Disguise:
         edits = [(*found.span(), tokens[found[0]]) for found in re.finditer("|".join(tokens), text)]
         restored, moved = replaced(text, edits, [*spans, *(edit[:2] for edit in edits)])
         return restored, moved[len(spans) :], moved[: len(spans)]
+
+
+def _as_tools(given: Any) -> Tools:
+    """The tools of a record: a list of JSON schemas, or that list as text. Raises DataError for anything else."""
+    try:
+        tools = orjson.loads(given) if isinstance(given, str) else given
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"Its tools are no JSON: {error}.") from None
+    if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return tools
+    raise DataError(f"Its tools are no list of JSON schemas: {tools!r:.80}.")
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:

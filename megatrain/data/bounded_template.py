@@ -22,7 +22,7 @@ from jinja2.visitor import NodeTransformer
 
 from megatrain.errors import ConfigError
 
-MAX_LINES = 1_000_000
+MAX_LINES, LINES_OF_A_MESSAGE = 1_000_000, 100
 MAX_CHARACTERS = 1 << 28
 """Of all texts that are made on the way, together: some hundred times a context of a million tokens."""
 _CODE = "<template>"  # what Jinja calls the file of compiled templates
@@ -148,9 +148,10 @@ def bind(template: Template, source: str) -> _BoundedSandbox:
 
 
 @contextmanager
-def bounded(sandbox: _BoundedSandbox) -> Iterator[None]:
+def bounded(sandbox: _BoundedSandbox, num_messages: int) -> Iterator[None]:
     """Let a template do as much as it may, which is the same on every machine. Raises ConfigError beyond that."""
-    left, sandbox.num_left = MAX_LINES, MAX_CHARACTERS
+    most = max(MAX_LINES, LINES_OF_A_MESSAGE * num_messages)
+    left, sandbox.num_left = most, MAX_CHARACTERS
 
     def on_line(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal left
@@ -159,8 +160,7 @@ def bounded(sandbox: _BoundedSandbox) -> Iterator[None]:
             sandbox.count(argument)
         if left < 0:
             raise ConfigError(
-                f"The chat template does not end: {MAX_LINES:,} of its lines have run for one conversation. Use "
-                "another."
+                f"The chat template does not end: {most:,} of its lines have run for one conversation. Use another."
             )
         return on_line
 

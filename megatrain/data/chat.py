@@ -113,7 +113,7 @@ class ChatTemplate:
         try:
             sandbox = bind(chat_template_utils._compile_jinja_template(name), self.source)
             sandbox.globals["strftime_now"] = self.clock.strftime
-            with bounded(sandbox):
+            with bounded(sandbox, len(messages)):
                 rendered: Any = chat_template_utils.render_jinja_template([list(map(dict, messages))], **known)
         except ConfigError:
             raise

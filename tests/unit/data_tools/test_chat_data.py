@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data_tools import conversations
 from data_tools.supervised import overlapping
 from megatrain.data import Dataset, open_dataset
 from tests.tokenizer_samples import LLAMA3_WORDS, byte_level, llama2
@@ -295,6 +296,42 @@ def test_conversations_left_out_are_listed(tmp_path: Path, tokenize: Tokenize) -
     assert [entry["row"] for entry in listed] == [1, 2, 3]
     assert "roles must alternate" in listed[2]["problem"]
     assert "3 rows were left out" in said
+
+
+def test_records_that_make_no_sense_are_left_out(
+    tmp_path: Path, tokenize: Tokenize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    save(tmp_path / "tok", im_tokenizer(), "{% for message in messages %}" + turn + "{% endfor %}")
+    monkeypatch.setattr(conversations, "MAX_MESSAGES_RENDERED", 9)
+    talk = messages([("user", "a"), ("assistant", "b")])
+    parts = [{"type": "text", "text": "a"}]
+    rows: dict[str, dict[str, Any]] = {
+        "": {"messages": talk},
+        "no message that is to be scored": {"messages": []},
+        "no list of JSON schemas: 5": {"messages": talk, "tools": 5},
+        "no list of JSON schemas: [1]": {"messages": talk, "tools": "[1]"},
+        "tools are no JSON": {"messages": talk, "tools": "f(x)"},
+        "weight of message 1 is 0.5": {"messages": [talk[0], {**talk[1], "weight": 0.5}]},
+        "does not know content in parts": {"messages": [{"role": "user", "content": parts}, talk[1]]},
+        "too long to find 3 answers in 6 messages": {"messages": talk * 3},
+    }
+    (tmp_path / "in.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows.values()))
+    dataset, _ = tokenize(tmp_path / "in.jsonl", "--chat")
+    assert dataset.num_documents == 1
+    listed = [orjson.loads(line)["problem"] for line in (tmp_path / "out" / "skipped.jsonl").read_bytes().splitlines()]
+    assert [words for words, problem in zip([*rows][1:], listed, strict=True) if words not in problem] == []
+
+
+def test_content_in_parts_is_written_by_templates_that_know_it(tmp_path: Path, tokenize: Tokenize) -> None:
+    parts = "{% for part in message.content %}{{ part.text }}{% endfor %}"
+    whole = "{% for message in messages %}<|im_start|>{{ message.role }}\n" + parts + "<|im_end|>\n{% endfor %}"
+    save(tmp_path / "tok", im_tokenizer(), whole)
+    talk = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "a"), ("assistant", "b"))
+    ]
+    assert scored_texts(tokenize([talk], "--chat")[0]) == ["b<|im_end|>"]
 
 
 def test_a_long_conversation_ends_with_a_whole_answer(tmp_path: Path, tokenize: Tokenize) -> None:
