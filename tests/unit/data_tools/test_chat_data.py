@@ -323,7 +323,7 @@ def test_records_that_make_no_sense_are_left_out(
     assert [words for words, problem in zip([*rows][1:], listed, strict=True) if words not in problem] == []
 
 
-def test_content_in_parts_is_written_by_templates_that_know_it(tmp_path: Path, tokenize: Tokenize) -> None:
+def test_answers_in_parts_are_found(tmp_path: Path, tokenize: Tokenize) -> None:
     parts = "{% for part in message.content %}{{ part.text }}{% endfor %}"
     whole = "{% for message in messages %}<|im_start|>{{ message.role }}\n" + parts + "<|im_end|>\n{% endfor %}"
     save(tmp_path / "tok", im_tokenizer(), whole)
