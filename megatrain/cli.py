@@ -218,30 +218,66 @@ def train(
     The ranks are started by the `deepspeed` launcher. For several machines, see `megatrain-launch`.
     """
     from megatrain.checkpoint.lock import folders_of, refuse_if_locked
-    from megatrain.distributed.bootstrap import gpu_request, job_identity, visible_gpus
+    from megatrain.distributed.bootstrap import job_identity, visible_gpus
     from megatrain.distributed.supervisor import launch
     from megatrain.plan import rules
     from megatrain.train import preview
 
     loaded = _load(config, overrides)
-    gpus = len(visible_gpus())
-    if not gpus and (asked := gpu_request()) is not None:
-        raise ConfigError(
-            f"started for GPUs ({asked}), but {socket.gethostname()} shows none: no /dev/nvidia*, or "
-            "CUDA_VISIBLE_DEVICES hides them. Look at the driver there; to train on CPUs, export DS_ACCELERATOR=cpu."
-        )
-    num_ranks = procs or max(gpus, 1)
-    _refuse_shared_gpus(num_ranks, gpus)
+    num_ranks = _num_local_ranks(procs)
     rules.check(loaded, num_ranks)
     preview.check_trackers(loaded, must_exist=True)
     preview.check_tasks(loaded, must_exist=True)
-    for note in preview.check_data(config, loaded, must_exist=True):
-        typer.echo(f"warning: {note}", err=True)
+    _check_data(config, loaded)
     preview.check_origin(preview.with_vocabulary(loaded), must_exist=True)
     run_dir = Path(loaded.run.dir)
     for folder in folders_of(run_dir, loaded.checkpoint.dir):
         refuse_if_locked(folder, job_identity())
-    raise typer.Exit(launch(config, overrides or (), num_ranks, run_dir, has_gpu=gpus > 0))
+    raise typer.Exit(launch(config, overrides or (), num_ranks, run_dir, has_gpu=bool(visible_gpus())))
+
+
+@app.command("profile")
+def profile_command(
+    config: Config,
+    overrides: Overrides = None,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start on this machine. Default: one for each GPU, or one.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to profile, after some to warm up.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for the traces; it must not hold a profile. Default: RUN/profile.")
+    ] = None,
+) -> None:
+    """Show where the time and the memory of a step go, by part and by kernel, and write a trace for Perfetto.
+
+    Trains some steps from initial weights, and changes nothing of the run. Under srun, mpirun or torchrun, the ranks
+    that these start are profiled. The trace of each pipeline stage's first rank is rank-*.json.gz, which
+    https://ui.perfetto.dev opens.
+    """
+    from megatrain.distributed.bootstrap import export_rank, read_rank
+    from megatrain.plan import rules
+    from megatrain.train import preview
+
+    loaded, rank = _load(config, overrides), read_rank()
+    out = out or Path(loaded.run.dir) / "profile"
+    is_started = rank.launcher != "none"
+    num_ranks = rank.world_size if is_started else _num_local_ranks(procs)
+    rules.check(loaded, num_ranks)
+    preview.check_profile_folder(out)
+    if not is_started:
+        _check_data(config, loaded)
+        raise typer.Exit(_run_on_ranks(num_ranks))
+    from megatrain.distributed.binding import bind
+
+    bind(rank)
+    export_rank(rank)  # before torch is loaded
+    from megatrain.observe.profile import show
+    from megatrain.train.profile import profile
+
+    found = profile(loaded, rank, steps, out)
+    if rank.rank == 0:
+        show(found)
+        typer.echo(f"\ntrace    {out / found[0].trace}: open it in https://ui.perfetto.dev")
 
 
 @app.command()
@@ -710,6 +746,28 @@ def _run_on_ranks(num_ranks: int) -> int:
     gpus = len(visible_gpus())
     _refuse_shared_gpus(num_ranks, gpus)
     return run_ranks([sys.executable, "-m", "megatrain", *sys.argv[1:]], num_ranks, has_gpu=gpus > 0)
+
+
+def _check_data(config: str, loaded: RunConfig) -> None:
+    from megatrain.train import preview
+
+    for note in preview.check_data(config, loaded, must_exist=True):
+        typer.echo(f"warning: {note}", err=True)
+
+
+def _num_local_ranks(procs: int | None) -> int:
+    """Ranks to train with on this machine. Raises ConfigError where they cannot have the GPUs that they are for."""
+    from megatrain.distributed.bootstrap import gpu_request, visible_gpus
+
+    gpus = len(visible_gpus())
+    if not gpus and (asked := gpu_request()) is not None:
+        raise ConfigError(
+            f"started for GPUs ({asked}), but {socket.gethostname()} shows none: no /dev/nvidia*, or "
+            "CUDA_VISIBLE_DEVICES hides them. Look at the driver there; to train on CPUs, export DS_ACCELERATOR=cpu."
+        )
+    num_ranks = procs or max(gpus, 1)
+    _refuse_shared_gpus(num_ranks, gpus)
+    return num_ranks
 
 
 def _refuse_shared_gpus(num_ranks: int, gpus: int) -> None:

@@ -161,6 +161,7 @@ def export_rank(info: RankInfo) -> None:
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # Torch warns of each attempt to connect, with a stack of its own; what a user can act on is said by us.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler tells each time that it begins
 
 
 def hosts_store(info: RankInfo) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from megatrain.batch import Batch, InferenceBatch
 from megatrain.config import RunConfig
@@ -23,6 +24,7 @@ from megatrain.parallel.loss_scale import DynamicLossScale
 from megatrain.parallel.pipeline import Field, Pipeline, Record
 from megatrain.parallel.replicas import Differences, Replicas, find_differences, mend, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel
+from megatrain.ranges import BACKWARD, FORWARD, OPTIMIZER, name_modules
 
 WEIGHT = "weight"
 
@@ -174,7 +176,7 @@ class Engine:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=groups.device)
         self._answer: Tensor | None = None  # to the last InferenceBatch, in the last virtual stage
         self._pipeline: Pipeline[Batch | InferenceBatch] = Pipeline(
-            groups.pipeline, len(model.chunks), groups.device, self._fields, self._forward, sharding.backward
+            groups.pipeline, len(model.chunks), groups.device, self._fields, self._forward, self._backward
         )
 
     def train_batch(
@@ -188,7 +190,8 @@ class Engine:
         self._loss_sum.zero_()
         self._pipeline.train(micro_batches)
         began = time.perf_counter()
-        update = self._sharding.step(lr, admit and (lambda norm: admit(float(self._own_share()), norm)))
+        with record_function(OPTIMIZER):
+            update = self._sharding.step(lr, admit and (lambda norm: admit(float(self._own_share()), norm)))
         seconds = time.perf_counter() - began
         return StepResult(self._own_share(), update.grad_norm, update.skipped, seconds)
 
@@ -250,6 +253,10 @@ class Engine:
                 for layer in [chunk.get_submodule(name) for name in chunk.decoder_names[:2]]:
                     with self._sharding.gathered(layer):
                         run_once(layer, self._fields(batch)["hidden"], chunk.context(batch))
+
+    def name_modules(self) -> list[str]:
+        """Let a profiler's trace name the modules: see `megatrain.ranges.name_modules`."""
+        return name_modules(self._chunks, is_compiled=self.is_compiled)
 
     def state_fragments(self) -> Iterator[Fragment]:
         """The shards of weights and optimizer state that this rank is to save: over all ranks, each element once.
@@ -349,7 +356,8 @@ class Engine:
         with."""
         self.groups.activity.batch()
         x_BTC = None if record is None else record["hidden"]
-        output = self._sharding.forward(chunk, x_BTC, batch.to(self.groups.device))
+        with record_function(FORWARD):
+            output = self._sharding.forward(chunk, x_BTC, batch.to(self.groups.device))
         if chunk != self._last_chunk:
             return {"hidden": output}
         if isinstance(batch, InferenceBatch):
@@ -357,6 +365,10 @@ class Engine:
             return output
         self._loss_sum += output.detach()
         return output * self._factor
+
+    def _backward(self, chunk: int, scalar: Tensor, *, is_last_of_chunk: bool, is_last: bool) -> None:
+        with record_function(BACKWARD):
+            self._sharding.backward(chunk, scalar, is_last_of_chunk=is_last_of_chunk, is_last=is_last)
 
     def _fields(self, batch: Batch | InferenceBatch) -> dict[str, Field]:
         """What passes between stages. Document ids, positions and sample ids each rank reads from the batch."""

@@ -15,8 +15,10 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatrain.plan.pipeline_schedule import Action, Exchange, Pass, evaluation_schedule, source, training_schedule
+from megatrain.ranges import MESSAGES
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -89,7 +91,8 @@ class Pipeline(Generic[MicroBatch]):
         remaining = [len(micro_batches)] * self._num_chunks
         for action in actions:
             if isinstance(action, Exchange):
-                self._messages.exchange(action, lambda index: self._fields(micro_batches[index]))
+                with record_function(MESSAGES):
+                    self._messages.exchange(action, lambda index: self._fields(micro_batches[index]))
             elif action.kind == "forward":
                 self._run_forward(action, micro_batches[action.micro_batch], begun)
             else:
@@ -175,8 +178,9 @@ class _Messages:
     def take(self, message: Pass) -> Record:
         """The result of a pass on another rank, once it is there."""
         record, works = self._received.pop(message)
-        for work in works:
-            work.wait()
+        with record_function(MESSAGES):
+            for work in works:
+                work.wait()
         return record
 
     def exchange(self, exchange: Exchange, fields_of: Callable[[int], Mapping[str, Field]]) -> None:
@@ -209,7 +213,9 @@ class _Messages:
 
     def finish(self) -> None:
         """Wait for all that was sent."""
-        self._release(0)
+        if self._sent:
+            with record_function(MESSAGES):
+                self._release(0)
 
     def _release(self, num_in_flight: int) -> None:
         while len(self._sent) > num_in_flight:

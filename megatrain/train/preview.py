@@ -15,6 +15,8 @@ from megatrain.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from megatrain.data.epochs import Length
 
+PROFILE_FILE = "profile.json"
+
 
 def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[str]:
     """Refuse datasets that are missing or broken (if they must exist), not alike, or with more ids than the vocabulary,
@@ -124,6 +126,14 @@ def check_trackers(config: RunConfig, must_exist: bool = False) -> list[str]:
     if missing and must_exist:
         raise ConfigError(text)
     return [text] if missing else []
+
+
+def check_profile_folder(out: Path) -> None:
+    """Refuse a folder for a profile that is a file, or that holds one."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: name a folder for the profile, which need not exist.")
+    if (out / PROFILE_FILE).exists():
+        raise ConfigError(f"--out {out} holds a profile already: name another folder, or remove it.")
 
 
 def length(config: RunConfig) -> Length | None:

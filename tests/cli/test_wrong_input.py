@@ -33,6 +33,8 @@ def place(tiny_data: TinyData, finished_run: Path, tmp_path: Path) -> Place:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.yaml").write_text("run: {dir: [")
     (tmp_path / "empty.yaml").touch()
+    (tmp_path / "profiled").mkdir()
+    (tmp_path / "profiled" / "profile.json").touch()
     shutil.copytree(tiny_data.prose, tmp_path / "unfinished")
     (tmp_path / "unfinished" / "manifest.json").unlink()
     torn = tmp_path / "torn" / "checkpoints" / "step-00000006"
@@ -57,6 +59,10 @@ USAGE: dict[str, tuple[Arguments, str]] = {
     "ranks that do not divide": (lambda p: ["train", p.config, "--procs", 3], "global_batch_size"),
     "no ranks": (lambda p: ["train", p.config, "--procs", 0], "--procs"),
     "ranks said twice": (lambda p: ["check", p.config, "--procs", 2, "--nodes", 2], "--procs"),
+    "no step to profile": (lambda p: ["profile", p.config, "--steps", 0], "--steps"),
+    "a file for a profile": (lambda p: ["profile", p.config, "--out", p.config], "is a file"),
+    "a layout that cannot be profiled": (lambda p: ["profile", p.config, "--procs", 3], "global_batch_size"),
+    "a profile in the way": (lambda p: ["profile", p.config, "--out", p.folder / "profiled"], "holds a profile"),
     "no prompt": (lambda p: ["generate", p.run], "--prompt"),
     "a negative temperature": (lambda p: ["generate", p.run, "--prompt", "a", "--temperature", -1], "--temperature"),
     "a top-p of 0": (lambda p: ["generate", p.run, "--prompt", "a", "--top-p", 0], "top_p"),

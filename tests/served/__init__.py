@@ -35,11 +35,18 @@ class ServedRanks:
 
     def train(self, config: Path, *overrides: str) -> Ended:
         """What `python -m megatrain.train CONFIG OVERRIDES` does on every rank."""
+        return self._run(str(config), *overrides)
+
+    def profile(self, config: Path, out: Path, *arguments: str) -> Ended:
+        """What `megatrain profile CONFIG --out OUT ARGUMENTS` does on every rank."""
+        return self._run("profile", str(config), "--out", str(out), *arguments)
+
+    def _run(self, *words: str) -> Ended:
         if not self._processes:
             self._start()
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(json.dumps([str(config), *overrides]) + "\n")
+            process.stdin.write(json.dumps(words) + "\n")
             process.stdin.flush()
         answers = self._answers()
         if not all(answers):

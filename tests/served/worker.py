@@ -1,4 +1,5 @@
-"""A rank that runs the trainer's own entry point for each line of its standard input, and answers a line to each."""
+"""A rank that runs the trainer's own entry point, or `megatrain profile`, for each line of its standard input, and
+answers a line to each."""
 
 from __future__ import annotations
 
@@ -11,9 +12,21 @@ import sys
 
 import torch
 
+from megatrain import cli
 from megatrain.parallel.deepspeed import forget_globals
 from megatrain.train.__main__ import main
 from tests.runs import die_with_parent
+
+
+def _run(words: list[str]) -> int:
+    if words[0] != "profile":
+        return main(words)
+    sys.argv = ["megatrain", *words]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def serve() -> None:
@@ -25,7 +38,7 @@ def serve() -> None:
     for line in sys.stdin:
         output = io.StringIO()
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            code = main(json.loads(line))
+            code = _run(json.loads(line))
         forget_globals()
         gc.collect()
         answers.write(json.dumps({"code": code, "output": output.getvalue()}) + "\n")
