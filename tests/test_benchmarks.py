@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import timeline
+from benchmarks.gpu import TINY, config_of
+from megatrain.config import RunConfig
+from megatrain.plan.flops import matrix_parameters
+
 
 @pytest.mark.slow
 @pytest.mark.acceptance
@@ -43,3 +48,27 @@ def test_planned_speed_is_near_published_runs() -> None:
     for name, middle, largest in medians:
         assert float(middle) <= 12.0, name
         assert float(largest) <= 34.0, name
+
+
+def test_the_timeline_counts_a_step_as_formulas_do() -> None:
+    config = RunConfig.model_validate(config_of(TINY, 2, Path(), "run", "fsdp2", "bf16"))
+    operations = timeline.trace_step(config)
+    num_tokens = timeline.NUM_MICRO_BATCHES * 2 * TINY.seq_len
+    products = sum(each.flops for each in operations if each.name == "mm")
+    assert products == 6 * matrix_parameters(config.model) * num_tokens
+    causal = sum(each.flops for each in operations) - products
+    assert causal == 7 / 6 * 6 * TINY.layers * TINY.hidden * TINY.seq_len * num_tokens
+    rates = timeline.Rates(1e12, 1e12, 1e9)
+    eager, compiled = timeline.eager(operations, rates), timeline.compiled(operations, rates)
+    assert {*eager} == {*compiled} >= {"embedding", "norms", "layers: attention", "head and loss", "norm, update, cast"}
+    assert compiled["head and loss"] == eager["head and loss"]
+    assert compiled["layers: products"].flops == eager["layers: products"].flops
+    assert timeline.total(compiled).bytes < 0.9 * timeline.total(eager).bytes
+
+
+def test_the_timeline_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["timeline.py", "--tiny", "--device", "b200"])
+    timeline.main()
+    shown = capsys.readouterr().out
+    assert "not measured: b200" in shown
+    assert "| MFU |" in shown
