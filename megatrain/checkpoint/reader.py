@@ -34,6 +34,8 @@ class CheckpointReader:
     damage raises CheckpointError naming file and bytes. A checkpoint of adapters is read with its base's weights.
     """
 
+    is_computed = False
+
     def __init__(self, folder: Location, near: tuple[int, int] | None = None, activity: Activity | None = None) -> None:
         self.folder = folder
         self._near, self._activity = near, activity

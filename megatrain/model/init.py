@@ -25,15 +25,18 @@ from megatrain.distributed.fragment import FlatShard, TensorSlice
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
 
-# Elements made at once on a CPU: their 64-bit counters stay in its cache.
-CHUNK_ELEMENTS = 1 << 16
+CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 16, 1 << 22
+"""Made at once: on a CPU their 64-bit counters stay in its cache, on a GPU kernels take longer than their start."""
 
 _TABLE_BITS = 14  # intervals of the table, as a power of two
 _FRACTION_BITS = 24  # what an fp32 holds exactly
 
 
 class InitialWeights:
-    """The initial weights as a source of shards: like a checkpoint that is computed instead of read."""
+    """The initial weights as a source of shards: like a checkpoint that is computed instead of read, on the device that
+    has them."""
+
+    is_computed = True
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._config, self._seed = config, seed
@@ -45,19 +48,21 @@ class InitialWeights:
         return out
 
     def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
-        """The same into ``target``: 1-D, fp32, on the CPU."""
+        """The same into ``target``: 1-D, fp32, on any device, which computes them."""
         if kind != "weight":
             raise ValueError(f"there is no initial {kind}")
-        for first in range(0, wanted.length, CHUNK_ELEMENTS):
-            last = min(first + CHUNK_ELEMENTS, wanted.length)
-            index = _global_index(torch.arange(wanted.start + first, wanted.start + last), wanted)
+        size = CHUNK_ELEMENTS if target.is_cpu else _GPU_CHUNK_ELEMENTS
+        for first in range(0, wanted.length, size):
+            last = min(first + size, wanted.length)
+            local = torch.arange(wanted.start + first, wanted.start + last, device=target.device)
+            index = _global_index(local, wanted)
             target[first:last] = self._values(index, wanted.name, wanted.global_shape)
 
     def _values(self, index: Tensor, name: str, shape: Sequence[int]) -> Tensor:
         if len(shape) == 1:  # norms and biases
-            return torch.full(index.shape, 0.0 if name.endswith(".bias") else 1.0)
+            return torch.full(index.shape, 0.0 if name.endswith(".bias") else 1.0, device=index.device)
         if name.endswith(".lora_B.weight"):  # so that the first step begins from the base model
-            return torch.zeros(index.shape)
+            return torch.zeros(index.shape, device=index.device)
         if name.endswith(".lora_A.weight"):  # peft's: kaiming_uniform_ with a = sqrt(5), over all inputs of the matrix
             return uniform(rng.stream_key(self._seed, name), index).mul_(1.0 / math.sqrt(shape[1]))
         return normal(rng.stream_key(self._seed, name), index).mul_(standard_deviation(name, self._config))
@@ -70,7 +75,9 @@ def init_model(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         shard = FlatShard(name, shape, TensorSlice((0,) * len(shape), shape), 0, parameter.numel())
-        parameter.copy_(weights.read(shard, "weight").view(shape))
+        values = torch.empty(parameter.numel(), device=parameter.device)
+        weights.read_into(values, shard, "weight")
+        parameter.copy_(values.view(shape))
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:

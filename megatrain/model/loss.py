@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# fp32 work space of the softmax: small enough to stay in the cache of a CPU core, large enough to fill a GPU.
-_WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+from megatrain.fp32 import scaled, softmax_blocks
 
 
 class OutputHead(nn.Module):
@@ -64,9 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits_NV = x_NC @ weight_VC.t()
         needs_gradient = any(ctx.needs_input_grad)
         losses_N = torch.empty(len(x_NC), dtype=torch.float32, device=x_NC.device)
-        num_rows = max(1, _WORKSPACE_BYTES.get(x_NC.device.type, 256 << 20) // (4 * logits_NV.shape[1]))
-        for start in range(0, len(x_NC), num_rows):
-            rows = slice(start, start + num_rows)
+        for rows in softmax_blocks(logits_NV):
             _cross_entropy(logits_NV[rows], targets_N[rows], losses_N[rows], needs_gradient)
         if mask_N is not None:
             losses_N.mul_(mask_N)
@@ -80,15 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_NC, weight_VC, grad_NV = ctx.saved_tensors
         # The scale goes to the small factors, before the sum over tokens: in fp16 that sum might overflow without it.
-        grad_x_NC = _scaled(grad_NV @ weight_VC, grad) if ctx.needs_input_grad[0] else None
-        grad_weight_VC = grad_NV.t() @ _scaled(x_NC, grad) if ctx.needs_input_grad[1] else None
+        grad_x_NC = scaled(grad_NV @ weight_VC, grad) if ctx.needs_input_grad[0] else None
+        grad_weight_VC = grad_NV.t() @ scaled(x_NC, grad) if ctx.needs_input_grad[1] else None
         return grad_x_NC, grad_weight_VC, None, None
-
-
-def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    # In fp32: a scale rounded to bf16 would make every gradient of the model wrong by the same 0.2%. Engines pass a
-    # power of two, which loses no bit (megatrain.parallel.loss_scale).
-    return (x.float() * scale).to(x.dtype)
 
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor, losses_N: Tensor, needs_gradient: bool) -> None:

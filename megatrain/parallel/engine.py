@@ -137,12 +137,11 @@ class Sharding(Protocol):
 class StateReader(Protocol):
     """Where state comes from: a checkpoint, or the computed initial weights."""
 
-    def read(self, wanted: FlatShard, kind: str) -> Tensor:
-        """The elements of a shard: 1-D, fp32, on the CPU."""
-        ...
+    is_computed: bool
+    """Whether it needs no file, and ``read_into`` takes a target on a GPU, which computes it."""
 
     def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
-        """The same into ``target``: 1-D, fp32, on the CPU, contiguous."""
+        """Write the elements of a shard into ``target``: 1-D, fp32, contiguous, on the CPU."""
         ...
 
 
@@ -309,12 +308,15 @@ class Engine:
             spec = self._specs[held.name]
             for shard, where in shard_views(spec, held.start, held.start + len(held.master)):
                 for kind, target in kinds.items():
-                    in_place = isinstance(where, slice) and target.is_cpu and target.dtype == torch.float32
-                    if in_place and target.is_contiguous():
+                    is_within_reach = target.is_cpu or source.is_computed
+                    in_place = isinstance(where, slice) and target.dtype == torch.float32 and target.is_contiguous()
+                    if in_place and is_within_reach:
                         source.read_into(target[where], shard, kind)
                     else:
+                        read = torch.empty(shard.length, device=target.device if is_within_reach else "cpu")
+                        source.read_into(read, shard, kind)
                         index = where if isinstance(where, slice) else torch.from_numpy(where).to(target.device)
-                        target[index] = source.read(shard, kind).to(target)
+                        target[index] = read.to(target)
                     activity.transfer(shard.length * torch.float32.itemsize)
             for target in kinds.values():
                 _clear_padding(spec, held.start, target)

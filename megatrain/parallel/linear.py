@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from megatrain.fp32 import scaled
 from megatrain.parallel.collectives import (
     all_gather_sequence,
     begin_all_gather_sequence,
@@ -79,11 +80,6 @@ class Region:
                 if needs_weights[index]:
                     found[index] = grad_BTF.flatten(0, 1).t() @ whole_NC
         return [summing() if summing else None, *found]
-
-
-def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """``x`` times ``scale`` in fp32, rounded once, for the reasons of megatrain.model.loss."""
-    return x if scale is None else (x.float() * scale).to(x.dtype)
 
 
 class ColumnParallel:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatrain.distributed.fragment import ShardSpec
+from megatrain.fp32 import softmax_blocks
 from megatrain.parallel.collectives import reduce_from_tensor_parallel_region
 from megatrain.parallel.linear import Region
-
-_WORKSPACE_ELEMENTS = 1 << 22
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -110,7 +109,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         is_here_N = (local_N >= 0) & (local_N < count)
         local_N = local_N * is_here_N
         sums_2N = torch.zeros((2, len(x_NC)), dtype=torch.float32, device=x_NC.device)
-        for rows in _blocks(logits_NV):
+        for rows in softmax_blocks(logits_NV):
             shifted_NV = logits_NV[rows] - largest_N[rows].unsqueeze(-1)  # in fp32: the wider type wins
             sums_2N[1, rows] = shifted_NV.gather(-1, local_N[rows].unsqueeze(-1)).squeeze(-1).nan_to_num(neginf=0.0)
             sums_2N[0, rows] = shifted_NV.exp_().sum(-1)
@@ -118,11 +117,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         dist.all_reduce(sums_2N, group=group)
         losses_N = sums_2N[0].log() - sums_2N[1]
         if any(ctx.needs_input_grad):
-            for rows in _blocks(logits_NV):
-                shifted_NV = (logits_NV[rows] - largest_N[rows].unsqueeze(-1)).exp_()
-                shifted_NV.div_(sums_2N[0, rows].unsqueeze(-1))
-                one_hot_N1 = -is_here_N[rows].unsqueeze(-1).float()
-                logits_NV[rows] = shifted_NV.scatter_add_(-1, local_N[rows].unsqueeze(-1), one_hot_N1)
+            normalizer_N1 = (largest_N + sums_2N[0].log()).unsqueeze(-1)
+            for rows in softmax_blocks(logits_NV):
+                _gradients(logits_NV[rows], local_N[rows], is_here_N[rows], normalizer_N1[rows])
             if mask_N is not None:
                 logits_NV.mul_(mask_N.unsqueeze(-1))
             ctx.region = region
@@ -137,11 +134,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+def _gradients(logits_NV: Tensor, targets_N: Tensor, is_here_N: Tensor, normalizer_N1: Tensor) -> None:
+    """Write the softmax in place of the logits; minus one for the targets that are here, before that is rounded."""
+    targets_N1 = targets_N.unsqueeze(-1)
+    log_probabilities_NV = logits_NV - normalizer_N1
+    target_N1 = log_probabilities_NV.gather(-1, targets_N1)
+    torch.exp(log_probabilities_NV, out=logits_NV)
+    gradient_N1 = torch.where(is_here_N.unsqueeze(-1), target_N1.expm1(), target_N1.exp())
+    logits_NV.scatter_(-1, targets_N1, gradient_N1.to(logits_NV.dtype))
+
+
 def _vocabulary(spec: ShardSpec) -> tuple[int, int]:
     """First token id and number of ids that a rank holds."""
     return (spec.slices[0].offset[0], spec.slices[0].extent[0]) if spec.slices else (0, 0)
-
-
-def _blocks(logits_NV: Tensor) -> list[slice]:
-    num_rows = max(1, _WORKSPACE_ELEMENTS // max(1, logits_NV.shape[1]))
-    return [slice(start, start + num_rows) for start in range(0, len(logits_NV), num_rows)]

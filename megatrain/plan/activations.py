@@ -12,8 +12,8 @@ from megatrain.families.description import Attention, Linear, Mlp
 from megatrain.plan.stage_model import Chunk, StageModel, share
 
 _BLOCK_ROWS = 128  # of attention written out: megatrain.model.blockwise_attention
-_SOFTMAX_BYTES = 256 << 20  # fp32 work space of the loss on a GPU: megatrain.model.loss
-_VOCAB_PARALLEL_SOFTMAX_BYTES = 16 << 20  # the same where the vocabulary is cut: megatrain.parallel.vocab
+LARGEST_SOFTMAX_BYTES = 256 << 20
+"""fp32 work space of the loss on a GPU (megatrain.fp32); less where the GPU has under 64 GiB."""
 
 
 def activations(stage: StageModel, *, on_cpu: bool = False) -> int:
@@ -32,8 +32,7 @@ def working_set(stage: StageModel) -> dict[str, int]:
     elif stage.config.parallel.recompute == "selective" and not is_fused(stage):
         held["a recomputed attention"] = _probabilities(stage)
     if stage.is_last:
-        workspace = _SOFTMAX_BYTES if stage.config.parallel.tensor == 1 else _VOCAB_PARALLEL_SOFTMAX_BYTES
-        held["softmax in fp32"] = min(workspace, 4 * tokens * stage.sizes["vocab"])
+        held["softmax in fp32"] = min(LARGEST_SOFTMAX_BYTES, 4 * tokens * stage.sizes["vocab"])
     return held
 
 

@@ -44,8 +44,8 @@ _KERNEL_SECONDS = 3e-6
 """Between the work of a kernel and that of the next one."""
 _EAGER_KERNELS = 3
 """Times as many, and as many passes over memory, where layers are not compiled: as measured with and without."""
-_LOSS_BYTES = 12
-"""Moved for each logit between the head's product and its gradients' (megatrain.model.loss)."""
+_LOSS_BYTES, _VOCAB_PARALLEL_LOSS_BYTES = 12, 32
+"""Moved for each logit between the head's product and its gradients', which are in one rank or cut among several."""
 _SUM_BYTES = 10
 """Moved for each trained parameter and micro-batch: its gradient is read and added up in fp32."""
 
@@ -216,7 +216,8 @@ def _ends(part: StageModel, rates: Rates) -> float:
         seconds += rates.product(part.tokens, vocab, hidden) + rates.product(part.tokens, hidden, vocab)
         if part.config.lora is None:
             seconds += rates.product(vocab, hidden, part.tokens)
-        seconds += rates.moved(_LOSS_BYTES * part.tokens * vocab, 6)
+        of_logit = _LOSS_BYTES if part.config.parallel.tensor == 1 else _VOCAB_PARALLEL_LOSS_BYTES
+        seconds += rates.moved(of_logit * part.tokens * vocab, 6)
     return seconds
 
 

@@ -53,13 +53,10 @@ def new_rows(reader: CheckpointReader, before: ModelConfig, after: ModelConfig, 
 class ResizedWeights:
     """A checkpoint's weights with further rows: a source of shards of the larger model."""
 
+    is_computed = False
+
     def __init__(self, reader: CheckpointReader, rows: Mapping[str, Tensor]) -> None:
         self._reader, self._rows = reader, rows
-
-    def read(self, wanted: FlatShard, kind: str) -> Tensor:
-        target = torch.empty(wanted.length)
-        self.read_into(target, wanted, kind)
-        return target
 
     def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
         """The same into ``target``: 1-D, fp32, on the CPU, contiguous."""

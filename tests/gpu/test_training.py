@@ -16,6 +16,9 @@ import torch
 import megatrain
 from megatrain.checkpoint.arena import Arena
 from megatrain.checkpoint.stores import find_store
+from megatrain.config import ModelConfig
+from megatrain.distributed.fragment import FlatShard, TensorSlice
+from megatrain.model.init import InitialWeights
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -148,3 +151,12 @@ def test_copies_of_a_save_are_pinned_without_rounding() -> None:
     assert torch.equal(copy, state.cpu())
     assert arena.num_bytes == state.nbytes  # 12 MiB, no 16
     arena.close()
+
+
+def test_initial_weights_have_the_cpus_bits() -> None:
+    config = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    part = TensorSlice((100, 35), (1500, 600))
+    shard = FlatShard("model.layers.1.self_attn.q_proj.weight", (2000, 700), part, 3, part.numel - 3)
+    source, made = InitialWeights(config, 1), torch.empty(shard.length, device="cuda")
+    source.read_into(made, shard, "weight")
+    assert torch.equal(made.cpu(), source.read(shard, "weight"))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
 from model_samples import SIZES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatrain.config.schema import ModelConfig
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice, shard_views
 from megatrain.distributed.rng import stream_key
 from megatrain.model.decoder import Decoder
-from megatrain.model.init import InitialWeights, normal, standard_deviation
+from megatrain.model.init import InitialWeights, _quantiles, normal, standard_deviation
 
 CONFIG = ModelConfig(**SIZES)
 NAME = "model.layers.1.self_attn.q_proj.weight"
@@ -127,3 +130,28 @@ def test_norms_biases_and_matrices_start_as_specified(family: str) -> None:
             assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
         else:
             assert parameter.std().item() == pytest.approx(standard_deviation(name, config), rel=0.05), name
+
+
+class _Devices(TorchDispatchMode):
+    """Notes where each result of an operation is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("name", [NAME, "model.norm.weight", "h.0.attn.c_attn.bias", f"{NAME[:-7]}.lora_A.weight"])
+def test_weights_are_made_where_they_go(name: str) -> None:
+    """As on a GPU, to which nothing is copied: the meta device stands for it. tests/gpu compares the bits."""
+    shape = (300, 700) if name.endswith((".q_proj.weight", ".lora_A.weight")) else (700,)
+    part = TensorSlice((100,) + (35,) * (len(shape) - 1), (150,) + (600,) * (len(shape) - 1))
+    shard, meta = FlatShard(name, shape, part, 3, part.numel - 3), torch.device("meta")
+    _quantiles(meta)  # the one thing that is made on the CPU
+    with _Devices() as devices:
+        InitialWeights(CONFIG, 1).read_into(torch.empty(shard.length, device=meta), shard, "weight")
+    assert devices.seen == {"meta"}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatrain.distributed.fragment import ShardSpec
+from megatrain.fp32 import softmax_blocks
 from megatrain.model.loss import OutputHead
 from megatrain.parallel.linear import Region
 from megatrain.parallel.vocab import VocabParallelHead
@@ -28,6 +29,12 @@ def head_and_inputs(
     return head.to(dtype), x_BTC.to(dtype).requires_grad_(), targets_BT, mask_BT
 
 
+def cut(head: OutputHead, alone: dist.ProcessGroup) -> VocabParallelHead:
+    """Among one rank."""
+    spec = ShardSpec.whole("head", head.weight.shape)
+    return VocabParallelHead(head, spec, Region(alone, is_sequence_parallel=False))
+
+
 def reference_loss(head: OutputHead, x_BTC: Tensor, targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     logits = head(x_BTC).float()
     if mask_BT is not None:
@@ -35,10 +42,12 @@ def reference_loss(head: OutputHead, x_BTC: Tensor, targets_BT: Tensor, mask_BT:
     return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
 
+@pytest.mark.parametrize("kind", ["whole", "cut"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_fp32_loss_and_gradients_equal_cross_entropy(masked: bool) -> None:
+def test_fp32_loss_and_gradients_equal_cross_entropy(masked: bool, kind: str, alone: dist.ProcessGroup) -> None:
     head, x, targets, mask = head_and_inputs()
-    loss = head.loss_sum(x, targets, mask if masked else None)
+    assert len(softmax_blocks(x.new_empty(x.shape[0] * x.shape[1], 20000))) > 1
+    loss = (cut(head, alone) if kind == "cut" else head).loss_sum(x, targets, mask if masked else None)
     expected = reference_loss(head, x, targets, mask if masked else None)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     ours = torch.autograd.grad(loss / 7, [x, head.weight])
@@ -55,11 +64,7 @@ def test_bfloat16_gradients_are_scaled_in_fp32(kind: str, num_targets: int, alon
     exact_head.load_state_dict(head.state_dict())
     exact_x = x.detach().float().requires_grad_()
     expected = reference_loss(exact_head, exact_x, targets, mask)
-    if kind == "cut":
-        head = VocabParallelHead(
-            head, ShardSpec.whole("head", head.weight.shape), Region(alone, is_sequence_parallel=False)
-        )
-    loss = head.loss_sum(x, targets, mask)
+    loss = (cut(head, alone) if kind == "cut" else head).loss_sum(x, targets, mask)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     ours = torch.autograd.grad(loss / num_targets, [x, head.weight])
