@@ -98,7 +98,7 @@ def evaluate_tasks(
     datasets = [open_dataset(path) for path in training_data]
     writer, groups = open_writer(path, rank, tensor)
     with Progress(disable=not show_progress, transient=True) as progress:
-        results = collect(questions, answer(questions, writer, groups, progress), groups)
+        results = collect(questions, answer(ask(questions, writer, groups), writer, progress), groups)
         seen = _find_seen(questions, datasets, groups, progress) if datasets else {}
     results = [replace(result, seen=seen.get(result.task.name)) for result in results]
     if answers is not None:
@@ -130,18 +130,24 @@ def _find_seen(
     return {task: frozenset().union(*(each[task] for each in every)) for task in examples}
 
 
-def answer(
-    questions: Sequence[Questions], writer: Writer, groups: Groups | None, progress: Progress | None = None
-) -> list[list[Outcome]]:
-    """This rank's share of each task's examples, answered. Collective over the ranks that share a copy of the model."""
+def ask(questions: Sequence[Questions], writer: Writer, groups: Groups | None) -> list[Asked]:
+    """This rank's share of each task's examples as token ids. Raises ConfigError, DataError for one that cannot be
+    asked."""
     first, step = (0, 1) if groups is None else groups.batch_share
-    progress = progress or Progress(disable=True)
     found = []
     for task, examples in questions:
         mine = [_encode(task, example, writer) for example in examples[first::step]]
-        asked = [each for each in mine if each is not None]
-        bar = progress.add_task(task.name, total=sum(len(each.requests) for each in asked))
-        found.append(_ANSWER[task.kind](task, asked, writer, partial(progress.advance, bar)))
+        found.append(Asked(task, [each for each in mine if each is not None]))
+    return found
+
+
+def answer(asked: Sequence[Asked], writer: Writer, progress: Progress | None = None) -> list[list[Outcome]]:
+    """What was asked, answered. Collective over the ranks that share a copy of the model."""
+    progress = progress or Progress(disable=True)
+    found = []
+    for task, examples in asked:
+        bar = progress.add_task(task.name, total=sum(len(each.requests) for each in examples))
+        found.append(_ANSWER[task.kind](task, examples, writer, partial(progress.advance, bar)))
     return found
 
 
@@ -171,28 +177,35 @@ def _result(task: Task, examples: Sequence[Example], outcomes: Sequence[Outcome]
     )
 
 
-class _Asked(NamedTuple):
+class _AskedExample(NamedTuple):
     """An example and its token ids: a request a continuation; of kind generate one, whose continuation is empty."""
 
     example: Example
     requests: Sequence[Request]
 
 
-def _encode(task: Task, example: Example, writer: Writer) -> _Asked | None:
+class Asked(NamedTuple):
+    """A task with those of its examples that a rank answers."""
+
+    task: Task
+    examples: Sequence[_AskedExample]
+
+
+def _encode(task: Task, example: Example, writer: Writer) -> _AskedExample | None:
     """The example with as many of its solved rows as the context has room for; None where it has none for itself."""
     num_new = task.max_new_tokens if task.kind == "generate" else -1  # the last token of a continuation is not read
     while True:
         requests = _requests(task, example, writer)
         longest = max(len(request.context) + len(request.continuation) for request in requests)
         if longest + num_new <= writer.model.config.max_position_embeddings:
-            return _Asked(example, requests)
+            return _AskedExample(example, requests)
         if not example.shots:
             return None
         example = example.with_fewer_shots()
 
 
 def _requests(task: Task, example: Example, writer: Writer) -> list[Request]:
-    """See _Asked. A context without tokens is what a document begins after: its end, or its beginning."""
+    """See _AskedExample. A context without tokens is what a document begins after: its end, or its beginning."""
     if task.chat:
         return _chat_requests(task, example, writer)
     if task.kind == "generate":
@@ -226,7 +239,7 @@ def _chat_requests(task: Task, example: Example, writer: Writer) -> list[Request
 
 
 def _answer_choices(
-    task: Task, asked: Sequence[_Asked], writer: Writer, advance: Callable[[int], None]
+    task: Task, asked: Sequence[_AskedExample], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
     scores = iter(score(writer.model, [request for each in asked for request in each.requests], advance))
     outcomes = []
@@ -237,7 +250,7 @@ def _answer_choices(
 
 
 def _answer_perplexity(
-    task: Task, asked: Sequence[_Asked], writer: Writer, advance: Callable[[int], None]
+    task: Task, asked: Sequence[_AskedExample], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
     scores = score(writer.model, [request for each in asked for request in each.requests], advance)
     return [
@@ -247,7 +260,7 @@ def _answer_perplexity(
 
 
 def _answer_by_generation(
-    task: Task, asked: Sequence[_Asked], writer: Writer, advance: Callable[[int], None]
+    task: Task, asked: Sequence[_AskedExample], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
     settings = TextSettings(task.max_new_tokens, stops=task.stops)
     texts = writer.write([request.context for each in asked for request in each.requests], settings, advance)

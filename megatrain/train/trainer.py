@@ -26,7 +26,7 @@ from megatrain.observe.metrics import METRICS_FILE, Spread, StepMetrics
 from megatrain.observe.observers import Observers
 from megatrain.parallel.engine import StepResult
 from megatrain.plan.flops import flops_per_token
-from megatrain.tasks.evaluation import answer, collect
+from megatrain.tasks.evaluation import Asked, answer, ask, collect
 from megatrain.train.assemble import Run
 from megatrain.train.checkpointing import CheckpointManager, assets_of
 from megatrain.train.config_record import record_start
@@ -123,6 +123,7 @@ class Trainer:
         self._validation_loss: float | None = None
         self._checkpoints = CheckpointManager(run, progress.updates)
         self._writer = self._make_writer() if run.questions else None
+        self._asked = self._ask(self._writer) if self._writer else []
         self._spikes = SpikeDetector(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
         self._flops_per_token = flops_per_token(run.config.model, run.config.data.seq_len, run.config.lora)
@@ -137,6 +138,17 @@ class Trainer:
         run = self._run
         assets = run.groups.run_on_rank0(lambda: assets_of(run))
         return Writer(run.engine, run.datasets[0].tokenizer, assets, agreement(run.groups))
+
+    def _ask(self, writer: Writer) -> list[Asked]:
+        """train.tasks as token ids: one that cannot be asked is told before the first step."""
+        asked, problem = [], None
+        try:
+            asked = ask(self._run.questions, writer, self._run.groups)
+        except MegatrainError as error:
+            problem = error
+        if (first := self._run.groups.first_value(problem)) is not None:
+            raise first
+        return asked
 
     def _note_part(self, part: str) -> None:
         self._run.groups.activity.enter(self._num_begun, part)
@@ -326,7 +338,7 @@ class Trainer:
         with self._watch.measure("eval"):
             try:
                 with run.engine.in_use():
-                    own = answer(run.questions, writer, run.groups)
+                    own = answer(self._asked, writer)
             except MegatrainError as error:
                 problem = error
             if (first := run.groups.first_value(problem)) is not None:

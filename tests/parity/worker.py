@@ -39,7 +39,7 @@ from megatrain.model.norm import RmsNorm
 from megatrain.objectives import make_objective
 from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.parallel.engine import Engine
-from megatrain.tasks.evaluation import answer, collect, read_questions
+from megatrain.tasks.evaluation import answer, ask, collect, read_questions
 from megatrain.train.assemble import (
     build_engine,
     open_training_data,
@@ -188,7 +188,8 @@ def answer_tasks(engine: Engine, path: Path, dataset: Dataset) -> dict[str, Any]
     questions, groups = read_questions(path), engine.groups
     assets = Assets().with_data(dataset.tokenizer_path.read_bytes(), Token(id=dataset.eod_id))
     with engine.in_use():
-        own = answer(questions, Writer(engine, dataset.tokenizer, assets, agreement(groups)), groups)
+        writer = Writer(engine, dataset.tokenizer, assets, agreement(groups))
+        own = answer(ask(questions, writer, groups), writer)
     results = collect(questions, own, groups)
     return {result.task.name: [outcome.record for outcome in result.outcomes] for result in results}
 

@@ -65,6 +65,18 @@ def test_figures_are_those_of_the_checkpoints(
     assert "after step 6" in (tmp_path / "report.html").read_text()
 
 
+def test_tasks_that_cannot_be_asked_fail_early(
+    tasks: Path, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    """The data came without a chat template: the first step is not begun."""
+    tasks.write_text(tasks.read_text().replace("kind: generate", "kind: generate, chat: true"))
+    train = {"steps": 6, "eval_every_steps": 6, "tasks": str(tasks)}
+    ended = two_ranks.train(write_config(tmp_path / "c.yaml", tiny_config(tiny_data, tmp_path / "run", train=train)))
+    assert ended.codes == [2, 2]
+    assert "The model came without a chat template" in "".join(ended.output)
+    assert "step 1" not in "".join(ended.output)
+
+
 def test_a_wrong_file_of_tasks_fails_early(tasks: Path, tiny_data: TinyData, tmp_path: Path) -> None:
     def check(path: Path, must_exist: bool = False) -> list[str]:
         config = tiny_config(tiny_data, tmp_path / "run")
