@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks._bare_loop import BareModel, Shape
+from benchmarks._gpu_models import MODELS, TINY, VOCAB, config_of
 from benchmarks._machine import cpu_name, make_dataset
 from megatrain.config import RunConfig, load
 from megatrain.data import open_dataset
@@ -47,47 +48,11 @@ from megatrain.train.assemble import assemble
 from megatrain.train.checkpointing import restore
 from megatrain.train.trainer import Trainer
 
-VOCAB = 32000
-MODELS: dict[str, tuple[Shape, int]] = {  # and the sequences of a micro-batch, of which a step has two
-    "160m": (Shape(768, 2304, 20, 6, 2, VOCAB, 2048), 16),
-    "0.5b": (Shape(1280, 4480, 24, 10, 2, VOCAB, 2048), 8),
-    "1.5b": (Shape(2048, 5632, 32, 16, 4, VOCAB, 2048), 4),
-    "3b": (Shape(2560, 8192, 36, 20, 4, VOCAB, 4096), 1),
-}
 TARGET_MFU = {"160m": 0.40, "0.5b": 0.47, "1.5b": 0.55, "3b": 0.57}
 """On one H100 in bf16, from published figures."""
-TINY = Shape(64, 128, 2, 4, 2, 512, 64)
 NUM_WARM = 4
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
-
-
-def config_of(shape: Shape, micro_batch: int, folder: Path, run: str, engine: str, precision: str) -> dict[str, Any]:
-    """A run of the bare loop's model."""
-    return {
-        "run": {"dir": str(folder / run)},
-        "model": {
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.ffn,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "max_position_embeddings": shape.seq_len,
-            "vocab_size": shape.vocab,
-        },
-        "data": {"train": [{"path": str(folder / "data")}], "seq_len": shape.seq_len},
-        "train": {
-            "steps": 10000,
-            "global_batch_size": 2 * micro_batch,
-            "micro_batch_size": micro_batch,
-            "precision": precision,
-        },
-        "parallel": {"engine": engine, "zero_stage": 1},
-        "optimizer": {"lr": 1.0e-4},
-        "schedule": {"type": "constant", "warmup_steps": 1},
-        "checkpoint": {"every_steps": 10000},
-        "observe": {"tensorboard": False},
-    }
 
 
 class Enough(Exception):

@@ -3,14 +3,14 @@
 A step of each model of `benchmarks/gpu.py` is traced at its real shapes on the meta device, whose tensors have no
 memory, with a GPU's kernels for attention and norms: the project's own layers, head and loss, forward and backward, the
 fp32 sums of gradients, their norm, fused AdamW. Each operation of the trace takes what is longer: its FLOPs at the
-device's rate, or the bytes that it reads and writes at the memory's bandwidth (the roofline; Williams et al. 2009). The
-shares of these rates that kernels reach are assumptions, and options.
+device's rate, or the bytes that it reads and writes at the memory's bandwidth (the roofline; Williams et al. 2009). How
+much of these rates kernels reach is what `megatrain plan` assumes (megatrain/plan/arithmetic.py).
 
 - eager: every operation reads its operands from memory and writes its results to it.
 - compiled: within decoder layers, what stands between two products is one kernel: it reads what comes from outside and
   writes what is needed later. What the backward pass alone needs of single elements is computed there again.
 
-    python benchmarks/timeline.py [--models 160m 0.5b 1.5b 3b] [--device h100] [--products 0.75] [--attention 0.55]
+    python benchmarks/timeline.py [--models 160m 0.5b 1.5b 3b] [--device h100]
 
 Prints Markdown tables, those of docs/performance.md.
 """
@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks._bare_loop import Shape
-from benchmarks.gpu import MODELS, TINY, config_of
+from benchmarks._gpu_models import MODELS, TINY, config_of
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.model.attention import CoreAttention
@@ -47,11 +47,14 @@ from megatrain.model.embedding import TokenEmbedding
 from megatrain.model.linear import Linear
 from megatrain.model.loss import OutputHead
 from megatrain.model.norm import RmsNorm
+from megatrain.plan.arithmetic import Rates
 from megatrain.plan.flops import flops_per_token, num_parameters
 from megatrain.plan.hardware import Device, find_device
 
 aten: Any = torch.ops.aten
 NUM_MICRO_BATCHES = 2
+ATTENTION_SHARE = 0.85
+"""Of the rate of products, as plan has it for flash attention that uses the device's own instructions."""
 FLASH, FLASH_BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
 PARTS: dict[type[nn.Module], str] = {
     TokenEmbedding: "embedding",
@@ -84,6 +87,8 @@ class Operation:
     reads: dict[int, int]
     writes: dict[int, int]
     is_alone: bool
+    product: tuple[int, int, int] | None
+    """m, n and k of [m, k] x [k, n]."""
 
     @property
     def is_fused(self) -> bool:
@@ -142,7 +147,9 @@ class Trace(TorchDispatchMode):
         read = [x for x in given if not (is_filled and any(x is y for y in changed))]
         flops = _flops(func, name, args, kwargs, result)
         is_alone = flops > 0 or name.startswith(("_foreach", "_fused_adam", "embedding"))
-        self.operations.append(Operation(name, self.place, flops, _sizes(read), _sizes([*made, *changed]), is_alone))
+        sizes = _sizes(read), _sizes([*made, *changed])
+        product = (args[0].shape[0], args[1].shape[1], args[0].shape[1]) if name == "mm" else None
+        self.operations.append(Operation(name, self.place, flops, *sizes, is_alone, product))
         return result
 
 
@@ -256,15 +263,6 @@ def trace_step(config: RunConfig) -> list[Operation]:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Of a device, as kernels reach them: FLOP/s of products and of attention, bytes/s; seconds to launch a kernel."""
-
-    products: float
-    attention: float
-    memory: float
-
-
-@dataclass(frozen=True)
 class Cost:
     """Of a part: kernels, FLOPs, bytes, seconds."""
 
@@ -280,8 +278,12 @@ class Cost:
 def cost(operation: Operation, rates: Rates) -> Cost:
     """By itself."""
     num_bytes = sum(operation.reads.values()) + sum(operation.writes.values())
-    rate = rates.attention if operation.name in (FLASH, FLASH_BACKWARD) else rates.products
-    seconds = max(operation.flops / rate, num_bytes / rates.memory)
+    if operation.product is not None:
+        seconds = rates.product(*operation.product)
+    elif operation.flops:
+        seconds = rates.moved(0) + operation.flops / (rates.products * ATTENTION_SHARE)
+    else:
+        seconds = rates.moved(num_bytes)
     return Cost(1, operation.flops, num_bytes, seconds)
 
 
@@ -313,8 +315,8 @@ def compiled(operations: Sequence[Operation], rates: Rates) -> dict[str, Cost]:
             whole = sum(each.bytes for each in alone)
             for each, by_itself in zip(run, alone, strict=True):
                 share = num_bytes * by_itself.bytes / whole if whole else 0.0
-                costs[each.place.part] += Cost(0, 0.0, share, share / rates.memory)
-            costs[run[0].place.part] += Cost(1)
+                costs[each.place.part] += Cost(0, 0.0, share, rates.moved(share, 0))
+            costs[run[0].place.part] += Cost(1, seconds=rates.moved(0))
             run = []
         if operation is not None:
             costs[operation.place.part] += cost(operation, rates)
@@ -400,23 +402,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--tiny", action="store_true", help="one tiny model")
     parser.add_argument("--device", default="h100", help="a name of megatrain/plan/hardware.py")
-    parser.add_argument("--products", type=float, default=0.75, help="share of the peak that products reach")
-    parser.add_argument("--attention", type=float, default=0.55, help="share of the peak that attention reaches")
-    parser.add_argument("--memory", type=float, default=0.9, help="share of the memory's bandwidth")
     options = parser.parse_args()
     if (device := find_device(options.device)) is None:
         sys.exit(f"--device {options.device} is not in megatrain/plan/hardware.py.")
-    rates = Rates(
-        device.half_flops * options.products,
-        device.half_flops * options.attention,
-        device.bytes_per_second * options.memory,
-    )
+    rates = Rates(device, "bf16", None)
     models = {"tiny": (TINY, 2)} if options.tiny else {name: MODELS[name] for name in options.models}
-    peak, bandwidth = f"{device.half_flops / 1e12:g} TFLOP/s", f"{device.bytes_per_second / 1e12:g} TB/s"
-    print(
-        f"Arithmetic, not measured: {device.name}, products at {options.products:.0%} of {peak}, attention at "
-        f"{options.attention:.0%}, memory at {options.memory:.0%} of {bandwidth}\n"
-    )
+    peak, bandwidth = f"{rates.products / 1e12:.0f} TFLOP/s", f"{rates.bytes_per_second / 1e12:.2f} TB/s"
+    print(f"Arithmetic, not measured: {device.name}, products at {peak} at the most, memory at {bandwidth}\n")
     show({name: Timeline.of(*model, rates) for name, model in models.items()}, device)
 
 

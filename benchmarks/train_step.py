@@ -1,15 +1,15 @@
-"""How fast is megatrain, under each engine, beside a bare PyTorch loop of the same model, or on several ranks beside
-DeepSpeed alone?
+"""How fast is megatrain, under each engine, eager and compiled, beside bare PyTorch loops of the same model, eager and
+compiled, or on several ranks beside DeepSpeed alone?
 
 Each has processes of its own, in the environment that its users start it in; they train the same decoder (27M
 parameters, 2,048 tokens a step on each rank, fused AdamW, clipping 1.0) in alternation, so that what else the machine
 does meets all alike.
 megatrain goes through its real assembly and loop: config, memory-mapped dataset, engine, metrics and TensorBoard, with
-ZeRO 1. What it is compared with is written by hand: eager, tokens already in memory, no logging. On one rank a loop
-with bf16 weights and fp32 master weights; on several `deepspeed.initialize` with ZeRO 1 and fp32 sums of gradients, as
-DeepSpeed is used by itself.
+ZeRO 1. What it is compared with is written by hand: tokens already in memory, no logging. On one rank a loop with bf16
+weights and fp32 master weights, eager and with each layer compiled, of which the faster one counts; on several
+`deepspeed.initialize` with ZeRO 1 and fp32 sums of gradients, as DeepSpeed is used by itself.
 
-    python benchmarks/train_step.py [--ranks 1] [--precision bf16] [--threads 2] [--turns 8] [--steps 4]
+    python benchmarks/train_step.py [--ranks 1] [--precision bf16] [--threads 2] [--turns 8] [--steps 4] [--compile on]
 
 Prints the median time of a step of each, and the ratio of their rates: above 1, megatrain is faster.
 """
@@ -57,7 +57,7 @@ model: {{{{family: llama, hidden_size: {SHAPE.hidden}, intermediate_size: {SHAPE
   max_position_embeddings: {SEQ_LEN}}}}}
 data: {{{{train: [{{{{path: {{data}}}}}}], seq_len: {SEQ_LEN}}}}}
 train: {{{{steps: 10000, global_batch_size: {{batch_size}}, micro_batch_size: {BATCH // 2}, precision: {{precision}},
-  gradient_clipping: {CLIPPING}}}}}
+  gradient_clipping: {CLIPPING}, compile: '{{compile}}'}}}}
 parallel: {{{{zero_stage: 1, engine: {{engine}}}}}}
 optimizer: {{{{lr: {LEARNING_RATE}, betas: [{BETAS[0]}, {BETAS[1]}], weight_decay: {WEIGHT_DECAY}}}}}
 schedule: {{{{type: constant}}}}
@@ -102,12 +102,13 @@ class PacedObservers(Observers):
         self._turns.step_done()
 
 
-def train_megatrain(turns: Turns, precision: str, folder: Path, engine: str) -> None:
+def train_megatrain(turns: Turns, precision: str, folder: Path, engine: str, compiled: str) -> None:
     """A rank of megatrain, put together as `megatrain train` does it, with its metrics and TensorBoard."""
     rank = read_rank()
     export_rank(rank)
-    run_dir, config_file = folder / f"run_{engine}", folder / f"config_{engine}_{rank.rank}.yaml"
-    sizes = {"batch_size": BATCH * rank.world_size, "precision": precision, "engine": engine}
+    run_dir = folder / f"run_{engine}_{compiled}"
+    config_file = folder / f"config_{engine}_{compiled}_{rank.rank}.yaml"
+    sizes = {"batch_size": BATCH * rank.world_size, "precision": precision, "engine": engine, "compile": compiled}
     config_file.write_text(CONFIG.format(run_dir=run_dir, data=folder / "data", **sizes))
     run = assemble(load(config_file), rank)
     progress, _, _ = restore(run)
@@ -159,10 +160,12 @@ def train_deepspeed(turns: Turns, precision: str, folder: Path) -> None:
         turns.step_done()
 
 
-def train_bare(turns: Turns, precision: str, folder: Path) -> None:
+def train_bare(turns: Turns, precision: str, folder: Path, *, is_compiled: bool) -> None:
     """The bare loop."""
     torch.manual_seed(0)
     model = BareModel(SHAPE)
+    for layer in model.layers if is_compiled else ():
+        layer.compile()
     masters = [parameter.detach().clone() for parameter in model.parameters()]
     if precision == "bf16":
         model.to(torch.bfloat16)
@@ -192,8 +195,18 @@ def train_bare(turns: Turns, precision: str, folder: Path) -> None:
         turns.step_done()
 
 
-ENGINES = {f"megatrain, {engine}": partial(train_megatrain, engine=engine) for engine in ("deepspeed", "fsdp2")}
-WORKERS = {**ENGINES, "DeepSpeed alone": train_deepspeed, "bare loop": train_bare}
+ENGINES = {
+    f"megatrain, {engine}{', compiled' * (compiled == 'on')}": partial(
+        train_megatrain, engine=engine, compiled=compiled
+    )
+    for engine in ("deepspeed", "fsdp2")
+    for compiled in ("off", "on")
+}
+BARE = {
+    "bare loop": partial(train_bare, is_compiled=False),
+    "bare loop, compiled": partial(train_bare, is_compiled=True),
+}
+WORKERS = {**ENGINES, "DeepSpeed alone": train_deepspeed, **BARE}
 
 
 class Worker:
@@ -249,8 +262,10 @@ def compare(options: argparse.Namespace) -> None:
         library = Path(sysconfig.get_path("stdlib"))
         make_dataset(Path(folder), [str(library / "*.py"), str(library / "asyncio" / "*.py")], SHAPE.vocab)
         tuned = child_environment(options.ranks, has_gpu=False)  # what `megatrain train` starts its ranks with
-        reference = "bare loop" if options.ranks == 1 else "DeepSpeed alone"
-        environments = {**dict.fromkeys(ENGINES, tuned), reference: tuned if options.ranks > 1 else dict(os.environ)}
+        references = ["DeepSpeed alone"] if options.ranks > 1 else list(BARE)
+        environment = tuned if options.ranks > 1 else dict(os.environ)
+        chosen = [name for name in ENGINES if ("on" if name.endswith("compiled") else "off") in options.compile]
+        environments = {**dict.fromkeys(chosen, tuned), **dict.fromkeys(references, environment)}
         workers = {name: Worker(name, dict(env), options, Path(folder)) for name, env in environments.items()}
         for worker in workers.values():
             worker.turn(3)  # threads, buffers and the optimizer's state come into being
@@ -261,6 +276,7 @@ def compare(options: argparse.Namespace) -> None:
                 turns[name].append(workers[name].turn(options.steps))
         for worker in workers.values():
             worker.end()
+    reference = min(references, key=lambda name: statistics.median(wall for wall, _ in turns[name]))
     report(turns, reference, options)
 
 
@@ -272,8 +288,8 @@ def report(turns: dict[str, list[tuple[float, float]]], reference: str, options:
     print(f"{options.turns} turns of {options.steps} steps each, in alternation")
     for name, measured in turns.items():
         wall, cpu = (statistics.median(column) for column in zip(*measured, strict=True))
-        print(f"{name:<21} {wall:.3f} s a step, {num_tokens / wall:,.0f} tokens/s, {cpu:.3f} CPU-s a step (medians)")
-    for name in ENGINES:
+        print(f"{name:<30} {wall:.3f} s a step, {num_tokens / wall:,.0f} tokens/s, {cpu:.3f} CPU-s a step (medians)")
+    for name in [name for name in turns if name in ENGINES]:
         pairs = list(zip(turns[name], turns[reference], strict=True))
         ratios = [other[0] / mine[0] for mine, other in pairs]
         cpu_ratio = statistics.median(other[1] / mine[1] for mine, other in pairs)
@@ -290,6 +306,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off", "on"], help="of megatrain")
     parser.add_argument("--worker", nargs=3, metavar=("NAME", "FOLDER", "FD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import timeline
-from benchmarks.gpu import TINY, config_of
+from benchmarks._gpu_models import TINY, config_of
 from megatrain.config import RunConfig
 from megatrain.plan.flops import matrix_parameters
+from megatrain.plan.hardware import DEVICES
 
 
 @pytest.mark.slow
@@ -58,7 +59,7 @@ def test_the_timeline_counts_a_step_as_formulas_do() -> None:
     assert products == 6 * matrix_parameters(config.model) * num_tokens
     causal = sum(each.flops for each in operations) - products
     assert causal == 7 / 6 * 6 * TINY.layers * TINY.hidden * TINY.seq_len * num_tokens
-    rates = timeline.Rates(1e12, 1e12, 1e9)
+    rates = timeline.Rates(DEVICES[0], "bf16", None)
     eager, compiled = timeline.eager(operations, rates), timeline.compiled(operations, rates)
     assert {*eager} == {*compiled} >= {"embedding", "norms", "layers: attention", "head and loss", "norm, update, cast"}
     assert compiled["head and loss"] == eager["head and loss"]
