@@ -59,7 +59,8 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds of a step that a part of it took: of operations by phase, and of waiting for the first of them.
+    """Seconds of a step that a part of it took: operations by phase (``outside``: in neither pass), and ``idle``, in
+    which the device had nothing to do before the part's next operation.
 
     ``kept_bytes``: what the forward passes of a step left allocated, for the backward passes. ``peak_bytes``: the most
     that was allocated while it was at work; on a CPU beyond what was there before.

@@ -79,9 +79,9 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _apart(config: RunConfig, scratch: Path) -> RunConfig:
-    """The same run in another folder, from initial weights."""
+    """The same run in another folder."""
     changed = {
-        "run": config.run.model_copy(update={"dir": str(scratch), "init_from": None}),
+        "run": config.run.model_copy(update={"dir": str(scratch)}),
         "checkpoint": config.checkpoint.model_copy(update={"dir": None}),
     }
     return config.model_copy(update=changed)
