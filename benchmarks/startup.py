@@ -2,7 +2,8 @@
 
 First the real command, with 1, 2, 4, 8 and 16 ranks on this machine: until the first line of a step is in
 metrics.jsonl, by the parts that the run itself records. Where ranks share cores the wall's clock grows with them; the
-CPU seconds of one rank do not. Sockets: TCP connections of rank 0 at its first step.
+CPU seconds of one rank do not. The floor: as many processes at once that only import torch and DeepSpeed, right after.
+Sockets: TCP connections of rank 0 at its first step.
 
 Then one rank of many, over torch's fake process group: what it computes by itself, and the collectives it takes part
 in. Each costs log n messages on the critical path, so none of their numbers may grow with the ranks.
@@ -72,7 +73,18 @@ def start_for_real(folder: Path, num_ranks: int) -> dict[str, float]:
     }
     process.terminate()
     process.wait()
-    return seen
+    floor = import_alone(num_ranks)
+    return {**seen, "floor": floor, "all / floor": seen["all"] / floor}
+
+
+def import_alone(num_processes: int) -> float:
+    """Seconds until so many processes, all at once, have imported what each rank cannot do without."""
+    command = [sys.executable, "-c", "import torch, deepspeed"]
+    environment, began = {**os.environ, "DS_ACCELERATOR": "cpu"}, time.time()
+    processes = [subprocess.Popen(command, env=environment) for _ in range(num_processes)]
+    for process in processes:
+        process.wait()
+    return time.time() - began
 
 
 def start_as_one_of_many(folder: Path, layout: str, num_ranks: int) -> dict[str, float]:

@@ -215,7 +215,8 @@ def train(
 ) -> None:
     """Train on this machine. The same command again resumes from the newest good checkpoint.
 
-    The ranks are started by the `deepspeed` launcher. For several machines, see `megatrain-launch`.
+    For several machines, see `megatrain-launch`. Any launcher starts the ranks as well: `deepspeed --module
+    megatrain.train CONFIG`, `torchrun -m megatrain.train CONFIG`, `srun` or `mpirun python -m megatrain.train CONFIG`.
     """
     from megatrain.checkpoint.lock import folders_of, refuse_if_locked
     from megatrain.distributed.bootstrap import job_identity, visible_gpus

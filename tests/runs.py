@@ -128,12 +128,9 @@ class TrainProcess:
         found = {}
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
-            if self._config in line and "megatrain.train" in line and "-m" in line and "--module" not in line:
-                try:
-                    if "deepspeed.launcher" not in " ".join(line):
-                        found[int(process.environ()["RANK"])] = process
-                except (psutil.Error, KeyError):
-                    continue
+            if self._config in line and "megatrain.train" in line and "-m" in line:
+                with contextlib.suppress(psutil.Error, KeyError):
+                    found[int(process.environ()["RANK"])] = process
         return found
 
     def wait_for_step(self, step: int) -> None:

@@ -1,8 +1,8 @@
 """What `make demo` runs: everything megatrain does, once, on real text, in a folder of its own.
 
 Each command is shown before it runs and can be typed by hand in that folder. Half-way through training one rank is
-killed with SIGKILL, and the same command is given again. A demo that was broken off goes on at the next start; one that
-came to its end starts over.
+killed with SIGKILL, and the run is started again, by DeepSpeed's launcher. A demo that was broken off goes on at the next
+start; one that came to its end starts over.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import psutil
 import yaml
 
 from megatrain.config import recipes
+from megatrain.distributed.bootstrap import child_environment
 from megatrain.errors import EXIT_RANK
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ class Demo:
         config = yaml.safe_load(recipes.text(RECIPE))
         self._run_dir = config["run"]["dir"]
         self._num_steps, self._save_every = config["train"]["steps"], config["checkpoint"]["every_steps"]
-        # On every machine alike: the ranks share the CPU even where there are GPUs.
         commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self._environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": commands}
+        # On every machine the ranks share the CPU, even where there are GPUs, and under every launcher alike.
+        shared = child_environment(NUM_RANKS, has_gpu=False)
+        self._environment |= {name: shared[name] for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
 
     def run(self) -> None:
         """All of it."""
@@ -74,7 +77,9 @@ class Demo:
 
     def _train(self) -> dict[int, tuple[float, float]]:
         """Train, be killed, train on; the losses that were computed twice, by step."""
-        command = ["megatrain", "train", RECIPE, "--procs", str(NUM_RANKS), "observe.log_every_steps=5"]
+        options = [RECIPE, "observe.log_every_steps=5"]
+        command = ["megatrain", "train", "--procs", str(NUM_RANKS), *options]
+        other = ["deepspeed", "--quiet", "--num_accelerators", str(NUM_RANKS), "--module", "megatrain.train", *options]
         # A little behind the checkpoint at half-way, so that steps are lost and done again.
         halfway = self._num_steps // 2 // self._save_every * self._save_every
         lost: dict[int, float] = {}
@@ -85,8 +90,8 @@ class Demo:
                 if _wait(process) != EXIT_RANK:
                     sys.exit(f"Training should have ended with code {EXIT_RANK} when a rank was killed.")
                 lost = self._losses()
-        with self._stage("resume", "The same command again: it goes on from the newest checkpoint"):
-            self._command(*command)
+        with self._stage("resume", "Again, by DeepSpeed's launcher this time: it goes on from the newest checkpoint"):
+            self._command(*other)
         return self.done_twice(lost)
 
     def done_twice(self, lost: Mapping[int, float]) -> dict[int, tuple[float, float]]:

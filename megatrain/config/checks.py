@@ -217,6 +217,9 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if (objective := config.objective.of(config.model)) not in (known := config.model.description.objectives):
         reason = f"family {config.model.family} is trained by {', '.join(known)}"
         problems.append(Problem("objective.type", objective, reason, known[0]))
+    if config.train.deterministic and config.model.attention == "cudnn":
+        reason = "cuDNN's backward pass is not deterministic, as train.deterministic asks for"
+        problems.append(Problem("model.attention", "cudnn", reason, "flash"))
     if (rule := config.train.early_stopping) is not None and not config.data.validation:
         problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
     problems += lora(config)

@@ -434,6 +434,11 @@ class TrainConfig(Section, check=checks.train):
         description="Compile each decoder layer with torch.compile before the first step; auto: on GPUs, but not under "
         "DeepSpeed's ZeRO 3, whose hooks fetch weights within a layer.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="On GPUs too, the same losses to the last bit each time the same layout runs on the same kind of "
+        "devices; slower. What cannot be deterministic is refused. On CPUs it is so anyway.",
+    )
     gradient_clipping: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="The largest global L2 norm of the gradient; 0.0: no clipping."
     )

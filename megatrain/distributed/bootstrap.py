@@ -194,6 +194,13 @@ def child_environment(num_ranks: int, *, has_gpu: bool, launched_at: float | Non
     return env
 
 
+def local_rank_variables(rank: int, num_ranks: int) -> dict[str, str]:
+    """What a launcher sets for one of ``num_ranks`` ranks, all on this machine, beside ``child_environment``."""
+    number, size = str(rank), str(num_ranks)
+    variables = {"RANK": number, "WORLD_SIZE": size, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": size}
+    return {**variables, "MASTER_ADDR": _THIS_HOST}
+
+
 def supervisor_pid(environ: Mapping[str, str] | None = None) -> int | None:
     """The process on this host that watches over this rank (`megatrain train`, a batch script, torchrun's agent); None
     without one.

@@ -28,6 +28,7 @@ class Cause(Enum):
     BUSY = "the GPU is taken"
     UNREACHABLE = "another rank is unreachable"
     LOST_PEER = "lost the others"
+    NONDETERMINISTIC = "an operation is not deterministic"
     WRONG_USE = "the ranks disagree"
     UNKNOWN = "the ranks cannot communicate"
 
@@ -66,6 +67,12 @@ _MEANINGS = (
         r"out of memory|(can't|cannot) allocate memory|Failed to CUDA calloc|STATUS_ALLOC_FAILED|std::bad_alloc",
         EXIT_USAGE,
         "",
+    ),
+    _means(
+        Cause.NONDETERMINISTIC,
+        r"does not have a deterministic implementation|this operation is not deterministic",
+        EXIT_USAGE,
+        "train.deterministic allows none such: do without what computes it, or set train.deterministic to false.",
     ),
     _means(
         Cause.DUPLICATE_GPU,

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -26,7 +26,7 @@ def find_ranks(is_ours: Callable[[psutil.Process], bool]) -> list[psutil.Process
     return found
 
 
-def signal_one(ranks: list[psutil.Process], number: int) -> bool:
+def signal_one(ranks: Sequence[psutil.Process], number: int) -> bool:
     """Send a signal to the first rank that listens for it, which tells the others; whether there is one yet.
 
     One that does not listen would die of it. Python itself catches SIGINT from the start, and would end with a
@@ -40,7 +40,7 @@ def signal_one(ranks: list[psutil.Process], number: int) -> bool:
     return False
 
 
-def kill_stopped(ranks: list[psutil.Process]) -> None:
+def kill_stopped(ranks: Sequence[psutil.Process]) -> None:
     """KILL those stopped by SIGSTOP, of a run that has failed: they answer nobody, and all would wait."""
     for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -48,18 +48,22 @@ def kill_stopped(ranks: list[psutil.Process]) -> None:
                 process.kill()
 
 
-def kill(ranks: list[psutil.Process]) -> None:
+def kill(ranks: Sequence[psutil.Process]) -> None:
     for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-def end(ranks: list[psutil.Process]) -> None:
-    """Ask ranks to save and stop; KILL those that do not in a minute."""
-    kill_stopped(ranks)
+def terminate(ranks: Sequence[psutil.Process]) -> None:
     for process in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
+
+
+def end(ranks: Sequence[psutil.Process]) -> None:
+    """Ask ranks to save and stop; KILL those that do not in a minute."""
+    kill_stopped(ranks)
+    terminate(ranks)
     _, alive = psutil.wait_procs(ranks, timeout=_GRACE_SECONDS)
     kill(alive)
 

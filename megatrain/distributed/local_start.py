@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO, Any
 
-from megatrain.distributed.bootstrap import child_environment
+from megatrain.distributed.bootstrap import child_environment, local_rank_variables
 from megatrain.errors import EXIT_OK, EXIT_RANK
 
 _POLL_SECONDS = 0.05
@@ -25,15 +25,14 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, has_gpu: bool) -> int:
     Rank 0 speaks. Of the others, the first that failed has its say; then all end.
     """
     before = signal.signal(signal.SIGTERM, _end)
-    env = {**child_environment(num_ranks, has_gpu=has_gpu), "MASTER_ADDR": "127.0.0.1"}
-    env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    env = child_environment(num_ranks, has_gpu=has_gpu)
     ranks: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as files:
         told = [files.enter_context(tempfile.TemporaryFile()) for _ in range(num_ranks)]
         try:
             for number in range(num_ranks):
                 output: dict[str, Any] = {} if number == 0 else {"stdout": subprocess.DEVNULL, "stderr": told[number]}
-                here = {**env, "RANK": str(number), "LOCAL_RANK": str(number)}
+                here = {**env, **local_rank_variables(number, num_ranks)}
                 ranks.append(subprocess.Popen(command, env=here, **output))
             failed = _first_to_fail(ranks)
             return EXIT_OK if failed is None else _explain(failed, ranks, told[failed])

@@ -25,7 +25,7 @@ from megatrain.distributed.bootstrap import RankInfo, agents_hold_store, hosts_s
 from megatrain.distributed.device import DeviceAssignment, assigned_device, find_conflict, has_gpu
 from megatrain.errors import MegatrainError, RankError
 
-_RETRY_SECONDS, _LOOK_SECONDS, _LEAVE_SECONDS = 0.5, 1.0, 10.0
+_FIRST_RETRY_SECONDS, _RETRY_SECONDS, _LOOK_SECONDS, _LEAVE_SECONDS = 0.02, 0.5, 1.0, 10.0
 _NUM_ROUNDS = "megatrain/num_rounds"
 _JOINED, _NUM_JOINS = "megatrain/{}/joined/{}", "megatrain/{}/num_joins/{}"
 _NUM_JOINED, _ALL_JOINED, _CLOSED = "megatrain/{}/num_joined", "megatrain/{}/all_joined", "megatrain/{}/closed"
@@ -94,7 +94,7 @@ def _serve_store(rank: RankInfo, deadline: float) -> TCPStore:
 
 def _connect(rank: RankInfo, deadline: float) -> TCPStore:
     """Connect to rank 0's store; not before somebody listens, for torch would complain of each attempt."""
-    began = time.monotonic()
+    began, pause = time.monotonic(), _FIRST_RETRY_SECONDS
     while True:
         try:
             socket.create_connection((rank.master_addr, rank.master_port), _RETRY_SECONDS).close()
@@ -108,7 +108,8 @@ def _connect(rank: RankInfo, deadline: float) -> TCPStore:
                     f"each other at that address? Its log and the launcher's output tell; then start the run "
                     f"again.{stale}"
                 ) from None
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, _RETRY_SECONDS)
     try:
         return _open_store(rank, deadline)
     except RuntimeError:
@@ -151,6 +152,7 @@ def _open_store(rank: RankInfo, deadline: float) -> TCPStore:
 def _rendezvous(rank: RankInfo, store: Store, deadline: float) -> int:
     """Wait until all ranks are there, and agree on what they compute; the number of their round."""
     began, round_number, assignment = time.monotonic(), 0, assigned_device()
+    pause = _FIRST_RETRY_SECONDS
     try:
         if rank.rank == 0:
             round_number = store.add(_NUM_ROUNDS, 1)
@@ -166,7 +168,8 @@ def _rendezvous(rank: RankInfo, store: Store, deadline: float) -> int:
                 round_number = newest
                 _join_round(rank, store, round_number, assignment)
             elif not round_number:
-                time.sleep(_RETRY_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, _RETRY_SECONDS)
         conflict = orjson.loads(store.get(_CLOSED.format(round_number)))
         _leave(rank, store, round_number)
     except RuntimeError as error:

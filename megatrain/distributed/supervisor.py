@@ -1,67 +1,84 @@
-"""Starts the local `deepspeed` launcher for `megatrain train`, passes signals on to the ranks, keeps the first cause.
+"""Starts the ranks of `megatrain train` on this machine, passes signals on to them, keeps the first cause.
 
-The launcher alone would leave orphans when it is sent a signal, and answer with whichever code it saw first.
+The ranks are told what the `deepspeed` launcher would tell them. That launcher loads torch and DeepSpeed before it
+starts the first rank, which takes as long as the ranks' own imports, and it ends ranks in the middle of their save.
 """
 
 from __future__ import annotations
 
-import base64
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import orjson
 import psutil
 
 from megatrain.distributed import failures, local_ranks
-from megatrain.distributed.bootstrap import child_environment, start_name, visible_gpus
+from megatrain.distributed.bootstrap import child_environment, local_rank_variables, start_name
 from megatrain.distributed.signals import SAVE_SIGNAL, STOP_SIGNALS
 from megatrain.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RANK
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.05
+_NOTICE_SECONDS = 1.0
+"""For the others to notice by themselves that a rank has ended, and to end in good order, before they get TERM."""
 _END_SECONDS = 12.0
-"""For the others to end after one has failed. The launcher asks them one after the other, half a minute each."""
+"""For them to end after a cause has been recorded."""
+_LONGEST_END_SECONDS = 31.0
+"""The same where none has been, or where all are ending because they were asked to."""
 
 
 def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path, *, has_gpu: bool) -> int:
+    """Train on so many ranks of this machine; the exit code of the first cause."""
     failures.forget(run_dir)
-    env = child_environment(num_ranks, has_gpu=has_gpu, launched_at=local_ranks.process_began())
-    # What `deepspeed` itself starts on each node: it would load torch once more, only to find that there is one.
-    nodes = {"localhost": visible_gpus()[:num_ranks] if has_gpu else list(range(num_ranks))}
-    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--no_local_rank", "--log_level=critical"]
-    command += [f"--world_info={base64.urlsafe_b64encode(orjson.dumps(nodes)).decode()}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={env['MASTER_PORT']}"]
-    command += ["--module", local_ranks.TRAINER, config, *overrides]
     requested: list[int] = []
     for number in (*STOP_SIGNALS, SAVE_SIGNAL):
         signal.signal(number, lambda got, _frame: requested.append(got))
-    # A session of its own: Ctrl-C reaches the ranks through us alone, once.
-    launcher = subprocess.Popen(command, env=env, start_new_session=True)
-    failed_at: float | None = None
+    env = child_environment(num_ranks, has_gpu=has_gpu, launched_at=local_ranks.process_began())
+    command = [sys.executable, "-u", "-m", local_ranks.TRAINER, config, *overrides]
+    ranks: list[psutil.Popen] = []
     try:
-        while launcher.poll() is None:
-            # To a rank: the launcher would answer a signal by killing the ranks in the middle of their save.
-            if requested and local_ranks.signal_one(_ranks(launcher.pid), requested[0]):
-                requested.pop(0)
-            if (first := failures.read(run_dir, start_name(env))) is not None:
-                local_ranks.kill_stopped(_ranks(launcher.pid))
-                failed_at = failed_at or time.monotonic()
-                if first.exit_code != EXIT_PREEMPTED and time.monotonic() > failed_at + _END_SECONDS:
-                    local_ranks.kill(_ranks(launcher.pid))
-            time.sleep(_POLL_SECONDS)
+        for rank in range(num_ranks):
+            here = {**env, **local_rank_variables(rank, num_ranks)}
+            # A session of its own: Ctrl-C reaches the ranks through us alone, once.
+            ranks.append(psutil.Popen(command, env=here, start_new_session=True))
+        status = _watch(ranks, requested, lambda: failures.read(run_dir, start_name(env)))
     finally:
-        orphans = _ranks(launcher.pid)
-        local_ranks.end(orphans)
-    return resolve_exit_code(launcher.returncode, len(orphans), failures.read(run_dir, start_name(env)))
+        local_ranks.end([process for process in ranks if process.poll() is None])
+    return resolve_exit_code(status, 0, failures.read(run_dir, start_name(env)))
 
 
-def _ranks(launcher: int) -> list[psutil.Process]:
-    """The trainers of the launcher's session (it may have ended before them)."""
-    return local_ranks.find_ranks(lambda process: os.getsid(process.pid) == launcher)
+def _watch(
+    ranks: Sequence[psutil.Popen], requested: list[int], first_failure: Callable[[], failures.Failure | None]
+) -> int:
+    """Wait until all ranks have ended; the exit code of the first that ended with another than 0.
+
+    ``requested``: signals to pass on, which come in meanwhile.
+    """
+    status, failed_at, is_told = 0, None, False
+    while alive := [rank for rank in ranks if rank.poll() is None]:
+        # To one of them, which tells the others.
+        if requested and local_ranks.signal_one(alive, requested[0]):
+            requested.pop(0)
+        status = status or _first_code(ranks)
+        first = first_failure()
+        if status or first is not None:
+            failed_at = failed_at or time.monotonic()
+            seconds = time.monotonic() - failed_at
+            if first is not None:
+                local_ranks.kill_stopped(alive)
+            if status and not is_told and seconds > _NOTICE_SECONDS:
+                local_ranks.terminate(alive)
+                is_told = True
+            is_recorded = first is not None and first.exit_code != EXIT_PREEMPTED
+            if seconds > (_END_SECONDS if is_recorded else _LONGEST_END_SECONDS):
+                local_ranks.kill(alive)
+        time.sleep(_POLL_SECONDS)
+    return status or _first_code(ranks)
+
+
+def _first_code(ranks: Sequence[psutil.Popen]) -> int:
+    return next((rank.returncode for rank in ranks if rank.returncode), 0)
 
 
 def resolve_exit_code(status: int, num_orphans: int, first: failures.Failure | None) -> int:

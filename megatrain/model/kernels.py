@@ -86,6 +86,8 @@ def _needs(kernel: str, use: Use) -> str | None:
         return None
     if use.device.type != "cuda":
         return None if kernel == "flash" else "it needs a GPU, and this is a CPU"
+    if kernel == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        return "its backward pass is not deterministic"
     if kernel == "cudnn" and use.has_borders:
         return "it is used without masks, which documents and windows need"
     if use.dtype not in (torch.bfloat16, torch.float16):
@@ -116,6 +118,10 @@ def _why_wrong(kernel: str, use: Use, attend: Attend) -> str | None:
         found = _with_gradients(kernel, inputs, grad, use, attend)
     except RuntimeError as error:
         return str(error).strip().partition("\n")[0]
+    if torch.are_deterministic_algorithms_enabled():
+        again = _with_gradients(kernel, inputs, grad, use, attend)
+        if not all(map(torch.equal, found, again)):
+            return "it does not compute the same bits twice"
     exact = _with_gradients("math", [x.float() for x in inputs], grad.float(), use, attend)
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
     if all(error < _RELATIVE_ERROR for error in errors):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,7 +75,7 @@ class Observers:
         self._console = ProgressConsole(num_steps, resume_step)
         self._metrics = MetricsWriter(run_dir, resume_step)
         self._files = _FilesThread()
-        self._events = self._files.do(_tensorboard_writer, run_dir, resume_step) if tensorboard else None
+        self._has_tensorboard = tensorboard
         self._tracker_names, self._trackers = trackers, list[TrackerProcess]()
 
     def start(
@@ -175,8 +176,15 @@ class Observers:
         return {part: round(seconds, 3) for part, seconds in self.ledger.figures._asdict().items()}
 
     def _tell_tensorboard(self, what: Callable[[TensorBoardWriter], object]) -> None:
-        if self._events:
-            self._files.do(lambda events: what(events.result()), self._events)
+        if self._has_tensorboard:
+            self._files.do(lambda: what(self._tensorboard))
+
+    @cached_property
+    def _tensorboard(self) -> TensorBoardWriter:
+        """Made by the files' thread behind the first step's lines: it takes long to import."""
+        from megatrain.observe.tensorboard import TensorBoardWriter
+
+        return TensorBoardWriter(self._run_dir, self._resume_step)
 
     def flush(self) -> None:
         """Wait until all that was told is written, as far as the disk takes it."""
@@ -197,12 +205,6 @@ class Observers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _tensorboard_writer(run_dir: Path, resume_step: int) -> TensorBoardWriter:
-    from megatrain.observe.tensorboard import TensorBoardWriter  # takes long, and the other ranks need none
-
-    return TensorBoardWriter(run_dir, resume_step)
 
 
 def _in_short(value: object) -> str:

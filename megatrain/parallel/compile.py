@@ -18,6 +18,7 @@ What is used of torch's compiler beside what it documents:
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,6 +30,7 @@ from megatrain.config import RunConfig
 from megatrain.errors import ConfigError
 from megatrain.parallel.pipeline import Field
 
+CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 MAX_GRAPHS = 32
 """Of one kind of layer. A batch's sizes give three at most (the first, one sequence, any other), each with and without
 gradients, with and without documents."""
@@ -37,10 +39,16 @@ gradients, with and without documents."""
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compile each layer's forward pass, at its first call, and its backward pass at the first of those."""
     import torch._dynamo.config as settings
+    import torch._inductor.config as inductor
 
     settings.fail_on_recompile_limit_hit = True
     settings.allow_unspec_int_on_nn_module = True
     settings.recompile_limit = MAX_GRAPHS
+    if torch.are_deterministic_algorithms_enabled() and not hasattr(inductor, "deterministic"):
+        raise ConfigError(
+            f"train.deterministic is true, but the compiler of torch {torch.__version__} times kernels and takes the "
+            "quickest: set train.compile to off, or install a later torch."
+        )
     for layer in layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True)  # its name and its hooks stay what they were
 
@@ -71,7 +79,8 @@ def compiler_errors_told() -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         what = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"torch.compile failed: {what}. Train with train.compile=off.") from error
+        folder = f" It compiles into {os.environ[CACHE_DIR]}." if "Errno" in what and CACHE_DIR in os.environ else ""
+        raise ConfigError(f"torch.compile failed: {what}.{folder} Train with train.compile=off.") from error
 
 
 def uncompiled() -> AbstractContextManager[None]:

@@ -56,7 +56,7 @@ from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
 from megatrain.parallel.optimizer import make_optimizer, reset_state
 from megatrain.parallel.pipeline import seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
-from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, tied_weight
+from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, allocate_own, tied_weight
 from megatrain.parallel.tensor import mark_parameters
 
 OLDEST = "0.19.8"
@@ -461,11 +461,10 @@ def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: Any) 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     data = groups.gradient.get_group()
     for chunk in model.chunks:
-        chunk.to(dtype)
         for module in list(chunk.modules()):
             chunk.tie_weights()  # a tied head takes the embedding's weight, once that is there
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                module.to_empty(device=groups.device)
+                allocate_own(module, dtype, groups.device)
                 deepspeed.zero.Init(
                     module=module, data_parallel_group=data, config_dict_or_path=settings, dtype=dtype, mpu=mpu
                 )

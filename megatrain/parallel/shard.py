@@ -88,6 +88,16 @@ def tied_weight(model: ShardedModel, config: RunConfig, groups: Groups) -> nn.Pa
 def allocate(chunks: Sequence[Model], dtype: torch.dtype, device: torch.device) -> None:
     """Memory for every parameter, not yet filled."""
     for chunk in chunks:
-        chunk.to(dtype)
-        chunk.to_empty(device=device)
-        chunk.tie_weights()  # to_empty gave each module a weight of its own
+        for module in chunk.modules():
+            allocate_own(module, dtype, device)
+        chunk.tie_weights()  # by now each module has a weight of its own
+
+
+def allocate_own(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """The same for what is the module's own, without its submodules'.
+
+    As ``to_empty`` does, for which torch computes on the meta device in Python, and loads sympy.
+    """
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+        setattr(module, name, nn.Parameter(memory, parameter.requires_grad))

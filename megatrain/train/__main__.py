@@ -1,4 +1,4 @@
-"""The trainer as a module: what every launcher starts, once a rank. `megatrain train` starts it through `deepspeed`.
+"""The trainer as a module: what every launcher starts, once a rank, and `megatrain train` too.
 
 deepspeed --module megatrain.train CONFIG [KEY=VALUE...]       srun ... python -m megatrain.train CONFIG
 """

@@ -25,6 +25,7 @@ from megatrain.data.sample import Source
 from megatrain.data.storage import MAPPED_SHARDS
 from megatrain.data.vocabulary import resolve_vocabulary
 from megatrain.distributed.bootstrap import RankInfo, extensions_dir
+from megatrain.distributed.determinism import set_deterministic
 from megatrain.distributed.device import local_device
 from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.health_checks import Finding
@@ -41,6 +42,7 @@ from megatrain.model.kernels import Use, candidates, forget_flash3, why_missing
 from megatrain.model.linear import add_adapters
 from megatrain.objectives import make_objective
 from megatrain.objectives.objective import Objective
+from megatrain.parallel.compile_cache import CompiledGraphs, settle_compile
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine, Sharding
 from megatrain.parallel.shard import DTYPES, ShardedModel, shard_model, tie_across_stages
@@ -89,6 +91,8 @@ class Run:
     """The checkpoint that its first weights were taken from, in this start."""
     base: Base | None = None
     """The weights that LoRA's adapters stand beside."""
+    compiled: CompiledGraphs | None = None
+    """What its layers have become, once they are compiled."""
     former: RunConfig | None = None
     """The config of the checkpoint that it goes on from."""
     questions: Sequence[Questions] = ()
@@ -132,6 +136,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     held_out = [objective.evaluation_source(dataset) for dataset in validation]
     questions = read_questions(Path(config.train.tasks)) if config.train.tasks else []
     lap("datasets")
+    set_deterministic(config.train.deterministic)
     device = local_device(rank.local_rank)
     # The liveness monitor, which can say who is stuck, comes before the collectives' own timeout.
     patience_seconds = 1.5 * config.train.hang_timeout_seconds + 60.0
@@ -157,6 +162,7 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     config = with_default_warmup(config, num_steps(config, order))
     lap("order")
     attention = choose_attention(config, groups)
+    config = settle_compile(config, rank, groups)
     engine = build_engine(config, groups, attention)
     lap("engine")
     store = open_store(Path(config.run.dir), config.checkpoint.dir)

@@ -22,6 +22,7 @@ from megatrain.observe.callbacks import Callback
 from megatrain.observe.goodput import GoodputLedger
 from megatrain.observe.logs import adopt_logger, log_path
 from megatrain.observe.observers import Observers
+from megatrain.parallel.compile_cache import compiled_graphs
 from megatrain.plan.flops import num_parameters, num_trained_parameters
 from megatrain.train.assemble import Run, assemble, computes_bf16
 from megatrain.train.checkpointing import restore, rewind
@@ -86,6 +87,7 @@ def _compile(run: Run, progress: Progress) -> None:
     run.groups.activity.enter(progress.step, "compile")
     with contextlib.closing(run.training_batches(run.order)) as batches:
         run.engine.compile(batches.micro_batches(progress.step)[0])
+    run.compiled = compiled_graphs()
     run.groups.activity.enter(progress.step, "start")
 
 
@@ -177,7 +179,9 @@ def _kernels_in_words(run: Run) -> str:
     is_written_out = run.config.model.attention_dropout > 0 or run.groups.device.type == "cpu"
     default = "in blocks of rows" if is_written_out else "PyTorch's choice"
     attention = default if run.attention == "auto" else run.attention
-    return f"attention {attention}, layers {'compiled' if run.engine.is_compiled else 'not compiled'}"
+    compiled = f"compiled: {run.compiled.text}" if run.compiled else "not compiled"
+    deterministic = ", deterministic" if run.config.train.deterministic else ""
+    return f"attention {attention}, layers {compiled}{deterministic}"
 
 
 def layout_in_words(parallel: ParallelConfig, topology: Topology) -> str:

@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import pytest
 
 from megatrain.checkpoint.stores import find_store
@@ -163,11 +162,6 @@ def _signal_command(number: int) -> Callable[[Soak], None]:
     return lambda soak: soak.train.process.send_signal(number)
 
 
-def _kill_launcher(soak: Soak) -> None:
-    for process in psutil.Process(soak.train.process.pid).children():
-        process.kill()
-
-
 def _flip_in_newest_checkpoint(soak: Soak) -> None:
     newest = [checkpoint for checkpoint in find_store(soak.run_dir).list() if checkpoint.good][-1]
     path = Path(str(newest.path)) / f"rank-{soak.chance.randrange(2):05d}.safetensors"
@@ -203,7 +197,6 @@ FULL_DISK = "the disk of the checkpoints was full"
 FAULTS = {
     "one rank was killed": Fault(_signal_ranks(signal.SIGKILL), 5, KILLED),
     "all ranks were killed": Fault(_signal_ranks(signal.SIGKILL, 0, 1), 5, "Start the run again"),
-    "the launcher was killed": Fault(_kill_launcher, 5, "launcher died"),
     "the command was killed": Fault(_signal_command(signal.SIGKILL), -signal.SIGKILL),
     "the command got TERM": Fault(_signal_command(signal.SIGTERM), 75, "state saved"),
     "one rank got USR1": Fault(_signal_ranks(signal.SIGUSR1), 75, "state saved"),

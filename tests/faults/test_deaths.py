@@ -41,7 +41,7 @@ MOMENTS: dict[str, tuple[dict[str, dict[str, object]], Callable[[TrainProcess], 
     "a save": (SAVES_MOST, lambda train: train.wait_for_step(3)),
     "an evaluation": (EVALUATES_MOST, lambda train: train.wait_for_step(3)),
 }
-EARLY = ("its first moment", "imports")  # rank 0 may not know it yet: then the launcher's TERM tells the others
+EARLY = ("its first moment", "imports")  # rank 0 may not know it yet: then TERM tells the others
 SAMPLE = [("imports", 2, 1), ("a step", 4, 0)]
 ALL = [(moment, num_ranks, rank) for moment in MOMENTS for num_ranks in (2, 4) for rank in (0, num_ranks - 1)]
 

@@ -168,20 +168,6 @@ def test_killing_the_command_makes_ranks_save_and_end(tiny_data: TinyData, tmp_p
 
 
 @pytest.mark.slow
-def test_killing_the_launcher_makes_ranks_save_and_end(tiny_data: TinyData, tmp_path: Path) -> None:
-    def interrupt(train: TrainProcess) -> None:
-        train.wait_for_step(3)
-        for process in psutil.Process(train.process.pid).children(recursive=True):
-            if "deepspeed.launcher.launch" in process.cmdline():
-                process.kill()
-
-    stretch = Starts(tiny_data, tmp_path, num_steps=1000).start(interrupt)
-    assert (stretch.code, stretch.num_orphans) == (5, 0), stretch.output
-    assert 3 < stretch.metrics.steps[-1] < 1000
-    assert stretch.saved[-1] == stretch.metrics.steps[-1]
-
-
-@pytest.mark.slow
 def test_a_start_superseded_by_requeue_commits_nothing(tiny_data: TinyData, straight: Stretch, tmp_path: Path) -> None:
     starts = Starts(tiny_data, tmp_path)
     left_behind = TrainProcess(starts.config, 2, environment={"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"})

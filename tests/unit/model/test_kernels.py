@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -57,3 +57,24 @@ def test_documents_leave_cudnn_out() -> None:
     assert list(candidates("auto", make_use(GPU))) == ["flash3", "cudnn", "flash"]
     assert list(candidates("auto", make_use(GPU, has_borders=True))) == ["flash3", "flash"]
     assert list(candidates("auto", make_use(CPU))) == []
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_cudnn_is_refused_where_bits_count(deterministic: None) -> None:
+    assert why_missing("cudnn", make_use(GPU), attend_alone) == "its backward pass is not deterministic"
+
+
+def test_a_kernel_that_varies_is_refused(deterministic: None) -> None:
+    calls = iter(range(10))
+
+    def varying(kernel: str, heads: Sequence[Tensor], has_borders: bool) -> Tensor:
+        return attend_alone(kernel, heads, has_borders) * (1 + next(calls) * 2**-7)
+
+    assert why_missing("flash", make_use(), varying) == "it does not compute the same bits twice"
+    assert why_missing("flash", make_use(), attend_alone) is None
