@@ -1,8 +1,8 @@
 """What `make demo` runs: everything megatrain does, once, on real text, in a folder of its own.
 
 Each command is shown before it runs and can be typed by hand in that folder. Half-way through training one rank is
-killed with SIGKILL, and the run is started again, by DeepSpeed's launcher. A demo that was broken off goes on at the next
-start; one that came to its end starts over.
+killed with SIGKILL, and the run is started again, by DeepSpeed's launcher. A demo that was broken off goes on at the
+next start; one that came to its end starts over.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from megatrain.config import RunConfig
 from megatrain.errors import ConfigError
 from megatrain.parallel.pipeline import Field
 
+BACKEND = "inductor"
 CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 MAX_GRAPHS = 32
 """Of one kind of layer. A batch's sizes give three at most (the first, one sequence, any other), each with and without
@@ -50,7 +51,8 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
             "quickest: set train.compile to off, or install a later torch."
         )
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True)  # its name and its hooks stay what they were
+        # In its place, so that the layer's name and its hooks stay what they were.
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend=BACKEND)
 
 
 def is_compiled(config: RunConfig, device: torch.device) -> bool:

@@ -70,13 +70,11 @@ class Pool:
         self._ranks: dict[int, Ranks] = {}
         self._alone: dict[str, Figures] = {}
 
-    def train(
-        self, world_size: int, config: dict[str, Any], num_steps: int = NUM_STEPS, *, gpu_kernels: bool = False
-    ) -> Figures:
-        """Train on so many ranks. ``gpu_kernels``: as in ``worker.Case``."""
+    def train(self, world_size: int, config: dict[str, Any], num_steps: int = NUM_STEPS, **how: Any) -> Figures:
+        """Train on so many ranks. ``how``: ``gpu_kernels`` or ``backend``, as in ``worker.Case``."""
         folder = self._folder / "case"
         shutil.rmtree(folder, ignore_errors=True)
-        case = {"config": config, "num_steps": num_steps, "save": str(folder), "gpu_kernels": gpu_kernels}
+        case = {"config": config, "num_steps": num_steps, "save": str(folder), **how}
         answer = self.answer(world_size, case)
         weights = {name: tensor for (name, kind), tensor in gather_state(folder).items() if kind == "weight"}
         return Figures(answer["losses"], answer["norms"], answer["validation"], weights)

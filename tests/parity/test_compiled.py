@@ -40,13 +40,20 @@ ROWS: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
 COMPILED = {"compile": "on"}
 
 
-def rows(*in_ci: str) -> pytest.MarkDecorator:
-    """All rows; those that are not ``in_ci`` in acceptance alone: a layer takes most of a minute to compile."""
-    marks = {name: () if name in in_ci else (pytest.mark.slow, pytest.mark.acceptance) for name in ROWS}
-    return pytest.mark.parametrize("row", [pytest.param(name, marks=marks[name]) for name in ROWS])
+TRACED = "aot_eager_decomp_partition"
+"""What inductor is given, the forward and the backward graph in its primitive operations, run one by one."""
 
 
-@rows()
+@pytest.mark.slow
+def test_traced_layers_train_as_eager_ones_do(pool: Pool) -> None:
+    """The sample for CI: all but the generation of code, which takes a C++ compiler most of a minute."""
+    config = parity_config(pool.data, "llama_tied", parallel={"tensor": 2, "sequence": True}, train=COMPILED)
+    pool.train(2, config, NUM_STEPS, backend=TRACED).assert_equals(pool.alone("llama_tied", NUM_STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.parametrize("row", ROWS)
 def test_compiled_layers_train_as_eager_ones_do(row: str, pool: Pool) -> None:
     num_ranks, model, parallel, dropout = ROWS[row]
     config = parity_config(pool.data, model, parallel=parallel, model=dropout, train=COMPILED)

@@ -37,6 +37,7 @@ from megatrain.inference.writer import Writer, agreement
 from megatrain.model.init import InitialWeights
 from megatrain.model.norm import RmsNorm
 from megatrain.objectives import make_objective
+from megatrain.parallel import compile as compiling
 from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.parallel.engine import Engine
 from megatrain.tasks.evaluation import answer, ask, collect, read_questions
@@ -52,6 +53,7 @@ from tests.runs import die_with_parent
 
 TIMEOUT_SECONDS = 120.0
 NUM_VALIDATION_WINDOWS = 5
+INDUCTOR = compiling.BACKEND
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Case:
     ``tasks``: a file of tasks, answered in the end.
     ``gpu_kernels``: attention and norms by the functions that a GPU runs.
     ``twice``: go back to the initial weights in the end, and take the first steps again.
+    ``backend``: of torch.compile, in place of its own.
     ``counts_waits``: from the second step on, of what would make a rank wait for its device."""
 
     config: dict[str, Any]
@@ -86,6 +89,7 @@ class Case:
     tasks: str | None = None
     gpu_kernels: bool = False
     twice: bool = False
+    backend: str | None = None
     counts_waits: bool = False
 
 
@@ -102,6 +106,7 @@ def train(case: Case) -> dict[str, Any]:
     train_sets, _ = open_training_data(config)
     config = resolve_vocabulary(config, train_sets[0])
     RmsNorm.has_own_cpu_kernel = not case.gpu_kernels
+    compiling.BACKEND = case.backend or INDUCTOR
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
     groups = groups_of(topology, config.model.kv_heads)
     engine = build_engine(config, groups)
