@@ -19,7 +19,7 @@ data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 6871947
 objective:  {type: null}
 parallel:   {tensor: 1, pipeline: 1, pipeline_chunks: 1, engine: deepspeed, zero_stage: 1, sequence: false,
              recompute: none, recompute_every: 1, offload: none}
-train:      {micro_batch_size: 2, precision: auto, compile: auto, gradient_clipping: 1.0,
+train:      {micro_batch_size: 2, precision: auto, compile: auto, deterministic: false, gradient_clipping: 1.0,
              epochs: null, eval_every_steps: 50, tasks: null, eval_batches: 16, hang_timeout_seconds: 600,
              check_replica_hash_interval: 100, early_stopping: null,
              initial_loss_scale_power: 16, loss_scale_window: 1000}
