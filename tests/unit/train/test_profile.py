@@ -59,11 +59,15 @@ def test_the_parts_sum_to_the_step(tiny_data: TinyData, one_rank: ServedRanks, t
 @pytest.mark.parametrize(
     ("parallel", "train"),
     [
-        ({"tensor": 2, "sequence": True, "engine": "fsdp2", "recompute": "selective"}, {}),
-        ({"pipeline": 2}, {}),
-        ({"engine": "fsdp2", "zero_stage": 3, "recompute": "full"}, {"compile": "on"}),
+        pytest.param({"tensor": 2, "sequence": True, "engine": "fsdp2", "recompute": "selective"}, {}, id="tensor"),
+        pytest.param({"pipeline": 2}, {}, id="pipeline"),
+        pytest.param(
+            {"engine": "fsdp2", "zero_stage": 3, "recompute": "full"},
+            {"compile": "on"},
+            id="compiled",
+            marks=pytest.mark.acceptance,
+        ),
     ],
-    ids=["tensor", "pipeline", "compiled"],
 )
 def test_each_stage_of_a_layout_is_profiled(
     parallel: dict[str, Any], train: dict[str, Any], tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
