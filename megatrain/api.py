@@ -157,22 +157,23 @@ class Model:
         return Writer(self.module, self.tokenizer, self._assets), self.tokenizer
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, *, best: bool = False) -> Model:
+def load(path: str | Path, dtype: torch.dtype | None = None, *, best: bool = False, ema: bool = False) -> Model:
     """The model in a checkpoint or a run folder (its newest good checkpoint), here or at an address; in a Hugging Face
     folder; or of a config or a recipe's name: then with its initial weights.
 
     ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. ``best``: of a run, the checkpoint with the lowest
-    validation loss. Raises CheckpointError where there is no model or it is
-    damaged, ConfigError for a config that is wrong or whose vocabulary is not known.
+    validation loss. ``ema``: with the averaged weights of a run that keeps them (`optimizer.ema_decay`). Raises
+    CheckpointError where there is no model or it is damaged, ConfigError for a config that is wrong or whose vocabulary
+    is not known.
     """
     place = locate(path)
-    if isinstance(place, Path) and not best:
+    if isinstance(place, Path) and not (best or ema):
         config = recipes.find(path).expanduser()
         if config.suffix in (".yaml", ".yml") and config.is_file() and not place.is_dir():
             return _initial(load_config(config), dtype)
         if (place / huggingface.CONFIG).is_file() and not is_checkpoint(place):
             return _from_huggingface(place, dtype)
-    reader = CheckpointReader((resolve_best if best else resolve)(place))
+    reader = CheckpointReader((resolve_best if best else resolve)(place), ema=ema)
     assets = Assets.of_checkpoint(reader)
     return Model(reader.saved.model, load_decoder(reader, dtype), _tokenizer(assets, reader.folder), assets)
 

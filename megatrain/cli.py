@@ -49,6 +49,7 @@ CheckpointPath = Annotated[
     ),
 ]
 Best = Annotated[bool, typer.Option("--best", help="Of a run folder, the checkpoint with the lowest validation loss.")]
+Ema = Annotated[bool, typer.Option("--ema", help="With the averaged weights (optimizer.ema_decay).")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
 
@@ -352,6 +353,7 @@ def generate(
         int | None, typer.Option(min=1, help="The same as --procs: all of these ranks are tensor ranks.")
     ] = None,
     best: Best = False,
+    ema: Ema = False,
 ) -> None:
     """Continue a prompt, or each prompt in a file, with a trained model.
 
@@ -402,7 +404,9 @@ def generate(
 
     if prompts is not None and out is not None:
         show_progress = sys.stderr.isatty() and is_first
-        lines = generate_file(place, prompts, settings, warn=warnings.append, rank=rank, show_progress=show_progress)
+        lines = generate_file(
+            place, prompts, settings, warn=warnings.append, rank=rank, ema=ema, show_progress=show_progress
+        )
         warn()
         if is_first:
             commit_bytes(out, lines)
@@ -411,14 +415,14 @@ def generate(
         if num_ranks > 1 and prompt is None:
             raise ConfigError("A conversation on several ranks needs its turn from --prompt.")
         turns, has_answered = _asked_turns() if prompt is None else [prompt], False
-        for answer in chat(place, turns, settings, system=system, warn=warnings.append, rank=rank):
+        for answer in chat(place, turns, settings, system=system, warn=warnings.append, rank=rank, ema=ema):
             has_answered = True
             _show(answer if is_first else iter(collections.deque(answer, maxlen=0)), warn)
         if prompt is not None and not has_answered:
             raise DataError(" ".join(warnings))
         warn()
         return
-    texts = generate_text(place, prompt or "", settings, warn=warnings.append, rank=rank)
+    texts = generate_text(place, prompt or "", settings, warn=warnings.append, rank=rank, ema=ema)
     if not is_first:
         collections.deque(texts, maxlen=0)  # its part of the work; rank 0 shows the text
         return
@@ -486,6 +490,7 @@ def evaluate(
         int, typer.Option(min=1, help="Ranks that share one copy of the model, where it is too large for one.")
     ] = 1,
     best: Best = False,
+    ema: Ema = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a checkpoint: loss, perplexity and bits per byte on a dataset, or scores on tasks.
@@ -513,7 +518,9 @@ def evaluate(
     if data is not None:
         from megatrain.train.evaluation import evaluate_checkpoint
 
-        figures = evaluate_checkpoint(place, data, seq_len, show_progress=show_progress, rank=rank, tensor=tensor)
+        figures = evaluate_checkpoint(
+            place, data, seq_len, show_progress=show_progress, rank=rank, tensor=tensor, ema=ema
+        )
     if is_first and not as_json:
         for name, value in figures.items():
             typer.echo(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value:,}")
@@ -531,6 +538,7 @@ def evaluate(
             baseline=baseline,
             rank=rank,
             tensor=tensor,
+            ema=ema,
             training_data=training_data or (),
             show_progress=show_progress,
         )
@@ -547,11 +555,12 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to make; it must not exist yet.")],
     merge: Annotated[bool, typer.Option("--merge", help="Of LoRA: base and adapters as one model.")] = False,
     best: Best = False,
+    ema: Ema = False,
 ) -> None:
     """Write a checkpoint as a folder that Hugging Face transformers loads; LoRA's adapters as one that peft loads."""
     from megatrain.train.convert import export_checkpoint
 
-    exported = export_checkpoint(_place(checkpoint, best), out, merge=merge)
+    exported = export_checkpoint(_place(checkpoint, best), out, merge=merge, ema=ema)
     typer.echo(f"{out} is {exported.source} for {exported.reader}.")
     for note in exported.notes:
         typer.echo(note)

@@ -112,6 +112,11 @@ class Manifest(BaseModel):
     chat: Chat | None = None
     base: Base | None = None
 
+    @property
+    def has_average(self) -> bool:
+        """Whether it holds averaged weights too (`optimizer.ema_decay`)."""
+        return self.config.get("optimizer", {}).get("ema_decay") is not None
+
     @field_validator("files")
     @classmethod
     def _each_once(cls, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:

@@ -16,8 +16,8 @@ from megatrain.checkpoint.rank_file import RankFile, StoredShard, copy_into, is_
 from megatrain.checkpoint.saved_config import SavedConfig, saved_config
 from megatrain.checkpoint.store import read_small_file
 from megatrain.distributed.activity import Activity
-from megatrain.distributed.fragment import FlatShard, ShardSpec, shard_views
-from megatrain.errors import CheckpointError, Unreachable
+from megatrain.distributed.fragment import AVERAGE, WEIGHT, FlatShard, ShardSpec, shard_views
+from megatrain.errors import CheckpointError, ConfigError, Unreachable
 from megatrain.families.description import is_adapter
 
 _FILES_IN_USE = 16
@@ -27,19 +27,33 @@ _STILL_OPEN_ELSEWHERE = ".nfs"
 
 class CheckpointReader:
     """One checkpoint. ``near``: the number of the rank that reads, and of how many. ``activity``: told of each block.
+    ``ema``: its averaged weights stand for its weights.
 
     Files are opened when a shard is not found in those already open, from the reader's own position among the ranks
     outwards: a rank's share lies about there under every layout. So under the layout that wrote it each rank opens its
     own file alone, and under another its neighbours', not those of thousands. What is read is checked block by block;
     damage raises CheckpointError naming file and bytes. A checkpoint of adapters is read with its base's weights.
+    Raises ConfigError for ``ema`` where no average was kept.
     """
 
     is_computed = False
 
-    def __init__(self, folder: Location, near: tuple[int, int] | None = None, activity: Activity | None = None) -> None:
+    def __init__(
+        self,
+        folder: Location,
+        near: tuple[int, int] | None = None,
+        activity: Activity | None = None,
+        *,
+        ema: bool = False,
+    ) -> None:
         self.folder = folder
-        self._near, self._activity = near, activity
+        self._near, self._activity, self._ema = near, activity, ema
         self.manifest: Manifest = read_manifest(folder)
+        if ema and not self.manifest.has_average:
+            raise ConfigError(
+                f"{folder} holds no averaged weights: its run was trained without optimizer.ema_decay. Take the "
+                "weights as they are (without --ema)."
+            )
         entries = [entry for entry in self.manifest.files if is_rank_file(entry.file)]
         self._unopened = _nearest_last(entries, near)
         self._found: dict[tuple[str, str], list[tuple[RankFile, StoredShard]]] = defaultdict(list)
@@ -90,6 +104,7 @@ class CheckpointReader:
             assert self.base is not None
             self.base.read_into(target, wanted, kind)
             return
+        kind = AVERAGE if self._ema and kind == WEIGHT else kind
         missing = wanted.length
         for file, stored in self._candidates(wanted.name, kind):
             if stored.shard.global_shape != wanted.global_shape:

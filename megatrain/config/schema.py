@@ -532,6 +532,13 @@ class OptimizerConfig(Section):
         "(their embeddings), embeddings (all others; a tied head is one of them), matrices (all else).",
     )
 
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        default=None,
+        description="Keep an exponential moving average of the weights in fp32, for eval, generate and export with "
+        "--ema: after update n, average x d + weight x (1 - d) with d = min(ema_decay, (1 + n) / (10 + n)). null: "
+        "none.",
+    )
+
     def decays(self, kind: WeightKind) -> bool:
         """Whether weights of this kind do, if there is any decay."""
         return kind not in self.no_weight_decay

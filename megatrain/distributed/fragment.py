@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
+WEIGHT = "weight"
+AVERAGE = "ema"
+
 
 @dataclass(frozen=True)
 class TensorSlice:
@@ -89,7 +92,8 @@ class FlatShard:
 class Fragment(NamedTuple):
     """One shard of a parameter's state on this rank.
 
-    ``kind``: "weight" (the fp32 master, or the weight itself), or the name of an optimizer state ("exp_avg", ...).
+    ``kind``: WEIGHT (the fp32 master, or the weight itself), AVERAGE (of the weights over the updates), or the name of
+    another optimizer state ("exp_avg", ...).
     ``data``: 1-D tensor of ``shard.length`` elements, a view of the engine's memory where it is contiguous there.
     """
 

@@ -194,9 +194,11 @@ def batches_by_length(lengths: Sequence[int], tokens_at_once: int) -> Iterator[l
         order = order[size:]
 
 
-def open_writer(path: Location, rank: RankInfo | None = None, tensor: int = 1) -> tuple[Writer, Groups | None]:
-    """The model of a checkpoint on this rank; see `load_on_rank`."""
-    reader = CheckpointReader(resolve(path))
+def open_writer(
+    path: Location, rank: RankInfo | None = None, tensor: int = 1, *, ema: bool = False
+) -> tuple[Writer, Groups | None]:
+    """The model of a checkpoint on this rank; see `load_on_rank`. ``ema``: with its averaged weights."""
+    reader = CheckpointReader(resolve(path), ema=ema)
     tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
     model, groups = load_on_rank(reader, rank, tensor)
     agree = None if groups is None or tensor == 1 else agreement(groups)
@@ -210,14 +212,15 @@ def generate_text(
     *,
     warn: Callable[[str], None],
     rank: RankInfo | None = None,
+    ema: bool = False,
 ) -> Iterator[str]:
     """Yield the prompt, then what the model goes on with, piece by piece as it can be shown.
 
     Raises ConfigError for a prompt with bytes that are no text. ``warn`` hears of characters that have no tokens, and
     in the end of a context that was full before the text had come to its end. Collective over the ranks that ``rank``
-    is one of, which share each of the model's matrices and all yield the same.
+    is one of, which share each of the model's matrices and all yield the same. ``ema``: with the averaged weights.
     """
-    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
+    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size, ema=ema)
     texts = writer.stream(writer.begin(encode_prompt(writer.tokenizer, prompt, warn)), settings, warn)
     yield prompt
     yield from texts
@@ -233,12 +236,13 @@ def chat(
     system: str | None = None,
     warn: Callable[[str], None],
     rank: RankInfo | None = None,
+    ema: bool = False,
 ) -> Iterator[Iterator[str]]:
     """Yield the answer to each of a user's ``turns``, piece by piece; the next turn is asked for once it is read.
 
     A turn that the template refuses is left out, and ``warn`` hears why. Collective, as `generate_text`.
     """
-    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
+    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size, ema=ema)
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
         asked = [*messages, {"role": "user", "content": turn}]
@@ -267,6 +271,7 @@ def generate_file(
     *,
     warn: Callable[[str], None],
     rank: RankInfo | None = None,
+    ema: bool = False,
     show_progress: bool = False,
 ) -> bytes:
     """JSON lines: each prompt of a file with what the model goes on with. Collective, as `generate_text`.
@@ -275,7 +280,7 @@ def generate_file(
     along.
     """
     rows = _read_prompts(prompts)
-    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size)
+    writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size, ema=ema)
     ids = [writer.begin(encode_prompt(writer.tokenizer, row["prompt"], warn)) for row in rows]
     with Progress(disable=not show_progress, transient=True) as progress:
         bar = progress.add_task("generating", total=len(rows))

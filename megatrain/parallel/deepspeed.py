@@ -53,7 +53,7 @@ from megatrain.errors import ConfigError
 from megatrain.parallel.deepspeed_config import deepspeed_config, offload_settings
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
-from megatrain.parallel.optimizer import make_optimizer, reset_state
+from megatrain.parallel.optimizer import make_optimizer, reset_state, state_kinds
 from megatrain.parallel.pipeline import seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, allocate_own, tied_weight
@@ -129,6 +129,7 @@ class DeepSpeedSharding:
             self._tied_sum = torch.zeros_like(self._tied, dtype=torch.float32)
             self._tied.register_post_accumulate_grad_hook(self._add_to_tied_sum)  # type: ignore[no-untyped-call]
         self._optimizer = make_optimizer(config, self._parameters, model.specs)
+        self._state_kinds = state_kinds(config.optimizer)
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._flattened = [[names[id(p)] for p in group["params"]] for group in self._optimizer.param_groups]
         zero: Any = config.deepspeed.get("zero_optimization", {})
@@ -254,7 +255,7 @@ class DeepSpeedSharding:
     @torch.no_grad()
     def reset_optimizer_state(self, num_updates: int) -> None:
         for buffer in self._buffers():
-            reset_state(self._optimizer.state[buffer], buffer, num_updates)
+            reset_state(self._optimizer.state[buffer], buffer, self._state_kinds, num_updates)
 
     @torch.no_grad()
     def sync_params_from_master(self) -> None:

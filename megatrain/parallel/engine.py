@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch.profiler import record_function
 
 from megatrain.batch import Batch, InferenceBatch
 from megatrain.config import RunConfig
-from megatrain.distributed.fragment import FlatShard, Fragment, ShardSpec, shard_views
+from megatrain.distributed.fragment import AVERAGE, WEIGHT, FlatShard, Fragment, ShardSpec, shard_views
 from megatrain.distributed.groups import Groups
 from megatrain.errors import CheckpointError
 from megatrain.parallel.compile import compiler_errors_told, forget_compiled, is_compiled, run_once, uncompiled
@@ -25,8 +26,6 @@ from megatrain.parallel.pipeline import Field, Pipeline, Record
 from megatrain.parallel.replicas import Differences, Replicas, find_differences, mend, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel
 from megatrain.ranges import BACKWARD, FORWARD, OPTIMIZER, name_modules
-
-WEIGHT = "weight"
 
 Admit: TypeAlias = Callable[[float, float], bool]
 """Asked on every rank before an update, with this rank's share of the loss sum and the global gradient norm: whether to
@@ -284,9 +283,9 @@ class Engine:
             )
 
     @torch.no_grad()
-    def load_fragments(self, source: StateReader, num_updates: int) -> None:
+    def load_fragments(self, source: StateReader, num_updates: int, *, has_average: bool = True) -> None:
         """Take the weights from ``source``, and the optimizer's state too if it has made ``num_updates`` > 0 (else it
-        is as before the first step).
+        is as before the first step). Where it ``has_average`` not, an average of the weights begins with them.
 
         Not collective: where no rank's ``source`` has failed, ``sync_params_from_master`` completes it.
         """
@@ -294,6 +293,7 @@ class Engine:
         self._read(
             source,
             [(held, held.kinds if num_updates else {WEIGHT: held.master}) for held in self._sharding.slices()],
+            {} if has_average else {AVERAGE: WEIGHT},
         )
 
     @torch.no_grad()
@@ -301,13 +301,20 @@ class Engine:
         """Take the weights that are not trained from ``source``. As ``load_fragments``, which is to follow."""
         self._read(source, [(held, {WEIGHT: held.master}) for held in self._sharding.frozen_slices()])
 
-    def _read(self, source: StateReader, slices: Sequence[tuple[MasterSlice, Mapping[str, Tensor]]]) -> None:
+    def _read(
+        self,
+        source: StateReader,
+        slices: Sequence[tuple[MasterSlice, Mapping[str, Tensor]]],
+        stand_ins: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """``stand_ins``: by a kind of state, the one that is read in its place."""
         activity = self.groups.activity
         activity.begin_transfer(sum(x.numel() for _, kinds in slices for x in kinds.values()) * torch.float32.itemsize)
         for held, kinds in slices:
             spec = self._specs[held.name]
             for shard, where in shard_views(spec, held.start, held.start + len(held.master)):
-                for kind, target in kinds.items():
+                for own_kind, target in kinds.items():
+                    kind = stand_ins.get(own_kind, own_kind)
                     is_within_reach = target.is_cpu or source.is_computed
                     in_place = isinstance(where, slice) and target.dtype == torch.float32 and target.is_contiguous()
                     if in_place and is_within_reach:

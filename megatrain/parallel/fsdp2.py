@@ -28,7 +28,7 @@ from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor, power_of_two_below
-from megatrain.parallel.optimizer import make_optimizer, reset_state
+from megatrain.parallel.optimizer import make_optimizer, reset_state, state_kinds
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, tied_weight
 from megatrain.parallel.tensor import partial_gradients
@@ -75,6 +75,7 @@ class FSDP2Sharding:
         assert all(isinstance(p, DTensor) for p in self._parameters.values())
         assert all(p.dtype == torch.float32 for p in self._own.values())
         self._optimizer = make_optimizer(config, self._own, self._specs)
+        self._state_kinds = state_kinds(config.optimizer)
         self._partial = partial_gradients(model.chunks, model.specs, config)
         self._tied = tied_weight(model, config, groups)
 
@@ -166,7 +167,7 @@ class FSDP2Sharding:
     def reset_optimizer_state(self, num_updates: int) -> None:
         """See Sharding."""
         for parameter in self._own.values():
-            reset_state(self._optimizer.state[parameter], parameter, num_updates)
+            reset_state(self._optimizer.state[parameter], parameter, self._state_kinds, num_updates)
 
     @torch.no_grad()
     def sync_params_from_master(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from megatrain.config import RunConfig
-from megatrain.plan.engine_memory import STATE_BYTES, STEP_BYTES, EngineMemory, saved_elements
+from megatrain.plan.engine_memory import STEP_BYTES, EngineMemory, saved_elements, weight_state_bytes
 from megatrain.plan.stage_model import Parameter, StageModel, num_elements, share
 
 _SMALLEST_BUCKET = 1 << 20
@@ -88,9 +88,10 @@ def _shares(parameters: Iterable[Parameter], ways: int) -> int:
 
 
 def _optimizer(part: StageModel) -> int:
+    bytes_ = weight_state_bytes(part.config)
     if part.config.parallel.zero_stage == 0 and part.config.train.precision == "fp32":  # the weights are the masters
-        return 8 * _flat(part)[0] + STEP_BYTES * sum(p.copies for p in part.updated)
-    return STATE_BYTES * _flat(part)[1] + STEP_BYTES * len(_groups(part.updated))
+        return (bytes_ - 4) * _flat(part)[0] + STEP_BYTES * sum(p.copies for p in part.updated)
+    return bytes_ * _flat(part)[1] + STEP_BYTES * len(_groups(part.updated))
 
 
 def _gradients(part: StageModel) -> int:

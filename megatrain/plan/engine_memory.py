@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from megatrain.config import RunConfig
 from megatrain.plan.stage_model import Parameter, StageModel, share
 
 STEP_BYTES = 4
 """torch's AdamW counts the steps of each of its tensors in one of fp32."""
-STATE_BYTES = 12
-"""Master weight, running mean, running square."""
 
 
 class EngineMemory(NamedTuple):
@@ -27,6 +26,11 @@ class EngineMemory(NamedTuple):
     passes: Mapping[str, int]
     update: Mapping[str, int]
     cpu: Mapping[str, int]
+
+
+def weight_state_bytes(config: RunConfig) -> int:
+    """Of a weight: its master, running mean and running square, and where it is kept, its average."""
+    return 4 * (3 if config.optimizer.ema_decay is None else 4)
 
 
 def saved_elements(part: StageModel, held: Callable[[Parameter], int], ranks: int = 1) -> int:

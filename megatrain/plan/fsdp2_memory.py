@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from megatrain.plan.engine_memory import STEP_BYTES, EngineMemory, saved_elements
+from megatrain.plan.engine_memory import STEP_BYTES, EngineMemory, saved_elements, weight_state_bytes
 from megatrain.plan.stage_model import Parameter, StageModel, num_elements, share
 
 
 def fsdp2_memory(part: StageModel) -> EngineMemory:
     """What is there under ``parallel.engine: fsdp2``."""
     stage, bytes_ = part.config.parallel.zero_stage, part.element_bytes
+    state_bytes = weight_state_bytes(part.config) - 4  # the masters are the weights
     mine, frozen = _mine(part, part.trained), _mine(part, (p for p in part.parameters if not p.is_trained))
     gathered = _gathered(part, part.parameters)
     groups = [*message_groups(part)]
@@ -32,7 +33,7 @@ def fsdp2_memory(part: StageModel) -> EngineMemory:
     return EngineMemory(
         weights=4 * mine + bytes_ * frozen + (bytes_ * gathered if stage < 3 else 0),
         gradients=4 * (num_elements(part.trained) if stage < 2 else mine),
-        optimizer=8 * _mine(part, part.updated) + STEP_BYTES * sum(p.copies for p in part.updated),
+        optimizer=state_bytes * _mine(part, part.updated) + STEP_BYTES * sum(p.copies for p in part.updated),
         owned=saved_elements(part, lambda p: _rows(part, p)),
         passes=passes,
         update={},

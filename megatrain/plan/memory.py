@@ -12,7 +12,7 @@ from typing import Any
 
 from megatrain.plan.activations import activations, working_set
 from megatrain.plan.deepspeed_memory import deepspeed_memory
-from megatrain.plan.engine_memory import STATE_BYTES
+from megatrain.plan.engine_memory import weight_state_bytes
 from megatrain.plan.fsdp2_memory import fsdp2_memory
 from megatrain.plan.stage_model import StageModel
 
@@ -76,7 +76,7 @@ def rank_memory(part: StageModel) -> RankMemory:
         activations_bytes=activations(part),
         passes=_present({**working_set(part), **held.passes, "sent and received": _in_messages(part)}),
         update=_present(held.update),
-        cpu={"checkpoint copy": STATE_BYTES * held.owned, **held.cpu},
+        cpu={"checkpoint copy": weight_state_bytes(part.config) * held.owned, **held.cpu},
     )
 
 

@@ -30,6 +30,7 @@ from megatrain.plan.stage_model import StageModel, num_elements
 HOST_BYTES_PER_SECOND = 25e9
 """Between a device and its share of the node's CPU memory, and within that: what PCIe of generation 4 reaches."""
 _UPDATE_BYTES = 30  # a parameter: gradient, master weight and both means read, the last three and the weight written
+_AVERAGE_BYTES = 12  # master weight and average read, the average written
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,11 @@ def _tied(part: StageModel, cluster: Cluster) -> float:
 def _update(part: StageModel, cluster: Cluster) -> float:
     is_shared = part.config.parallel.zero_stage > 0 or part.config.parallel.engine == "fsdp2"
     mine = num_elements(part.trained) / (part.data if is_shared else 1)
+    update_bytes = _UPDATE_BYTES + (0 if part.config.optimizer.ema_decay is None else _AVERAGE_BYTES)
     if part.config.parallel.offload == "none":
-        return _UPDATE_BYTES * mine / cluster.device.bytes_per_second
+        return update_bytes * mine / cluster.device.bytes_per_second
     moved = (4 + part.element_bytes) * mine  # gradients down, weights up
-    return (moved + _UPDATE_BYTES * mine) / HOST_BYTES_PER_SECOND
+    return (moved + update_bytes * mine) / HOST_BYTES_PER_SECOND
 
 
 def _border(part: StageModel) -> int:

@@ -83,20 +83,21 @@ def evaluate_tasks(
     baseline: Path | None = None,
     rank: RankInfo | None = None,
     tensor: int = 1,
+    ema: bool = False,
     training_data: Sequence[str] = (),
     show_progress: bool = False,
 ) -> list[TaskResult]:
     """Each task of the file ``tasks``, answered by the model of a checkpoint; the same on all ranks.
 
     ``num_shots``, ``seed``, ``chat``: see `read_questions`. ``out``: a file of JSON lines for each example's answers,
-    written by rank 0; ``baseline``: such a file of another model, to compare with. ``training_data``: datasets in which
-    the examples are looked for. Collective over the ranks that ``rank`` is one of. Raises ConfigError, DataError or
-    CheckpointError, before the model is loaded where that can be known.
+    written by rank 0; ``baseline``: such a file of another model, to compare with. ``ema``: with the averaged weights.
+    ``training_data``: datasets in which the examples are looked for. Collective over the ranks that ``rank`` is one of.
+    Raises ConfigError, DataError or CheckpointError, before the model is loaded where that can be known.
     """
     questions = read_questions(Path(tasks), num_shots, seed=seed, chat=chat)
     answers = None if baseline is None else Baseline(baseline)
     datasets = [open_dataset(path) for path in training_data]
-    writer, groups = open_writer(path, rank, tensor)
+    writer, groups = open_writer(path, rank, tensor, ema=ema)
     with Progress(disable=not show_progress, transient=True) as progress:
         results = collect(questions, answer(ask(questions, writer, groups), writer, progress), groups)
         seen = _find_seen(questions, datasets, groups, progress) if datasets else {}

@@ -47,6 +47,7 @@ from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine, Sharding
 from megatrain.parallel.shard import DTYPES, ShardedModel, shard_model, tie_across_stages
 from megatrain.plan import rules
+from megatrain.plan.engine_memory import weight_state_bytes
 from megatrain.plan.flops import num_trained_parameters
 from megatrain.plan.hardware import resolve_precision
 from megatrain.plan.stages import decoder_stages
@@ -56,9 +57,6 @@ from megatrain.train.start_clock import StartClock
 
 MAPPED_SHARDS_IN_ALL = 32_768
 """Half of the regions that Linux lets a process map unless told otherwise (vm.max_map_count)."""
-
-STATE_BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: the weights in fp32, exp_avg and exp_avg_sq."""
 
 SHORTEST_WAIT_SECONDS = 60.0
 """For ranks that have not come: one may start much later than another where nodes are busy."""
@@ -201,7 +199,7 @@ def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Findin
     """What is bad about the ranks, and does not keep a run from starting. Collective; raises RankError for the rest."""
     num_saved = 0 if config.checkpoint.dir else num_trained_parameters(config.model, config.lora)
     folders = Folders(
-        Path(config.run.dir), existing(extensions_dir()), max(STATE_BYTES_PER_PARAMETER * num_saved, LEAST_FREE_BYTES)
+        Path(config.run.dir), existing(extensions_dir()), max(weight_state_bytes(config) * num_saved, LEAST_FREE_BYTES)
     )
     findings, _ = examine(groups, rank, folders)
     fatal = "; ".join(finding.text for finding in findings if finding.is_fatal)

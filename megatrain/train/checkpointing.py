@@ -301,7 +301,7 @@ def _check_progress(run: Run, manifest: Manifest) -> Progress:
 
 def _fill(run: Run, reader: CheckpointReader, state: StateReader, num_updates: int) -> None:
     """Take ``state`` into the engine, and on rank 0 the files beside a checkpoint into the run."""
-    run.engine.load_fragments(state, num_updates)
+    run.engine.load_fragments(state, num_updates, has_average=reader.manifest.has_average)
     if run.rank.rank == 0:
         run.assets = Assets.of_checkpoint(reader)
 

@@ -41,13 +41,14 @@ class Converted(NamedTuple):
 
 
 def export_checkpoint(
-    path: Location, out: Path, shard_bytes: int = huggingface.SHARD_BYTES, *, merge: bool = False
+    path: Location, out: Path, shard_bytes: int = huggingface.SHARD_BYTES, *, merge: bool = False, ema: bool = False
 ) -> Converted:
     """A folder for transformers; of a checkpoint of LoRA's adapters one for peft, or with ``merge`` the adapted model.
 
-    Merged weights are summed in fp32, and rounded once to the type that the run computed in; adapters stay fp32.
+    ``ema``: of the averaged weights. Merged weights are summed in fp32, and rounded once to the type that the run
+    computed in; adapters stay fp32.
     """
-    reader = CheckpointReader(resolve(path))
+    reader = CheckpointReader(resolve(path), ema=ema)
     saved = reader.saved
     assets, notes = Assets.of_checkpoint(reader), not_in_transformers(saved.model)
     if merge and saved.lora is None:

@@ -34,15 +34,16 @@ def evaluate_checkpoint(
     show_progress: bool,
     rank: RankInfo | None = None,
     tensor: int = 1,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
     ``seq_len``: tokens a window, the model's context at most; None: as many as the model was trained on. The same
     targets count as in training. Collective over the ranks that ``rank`` is one of, all with the same figures;
-    ``tensor``: so many of them share each of the model's matrices.
+    ``tensor``: so many of them share each of the model's matrices. ``ema``: with the averaged weights.
     """
     dataset = open_dataset(data)
-    reader = CheckpointReader(resolve(path))
+    reader = CheckpointReader(resolve(path), ema=ema)
     saved = reader.saved
     _check_tokenizer(dataset, reader)
     seq_len = seq_len or saved.data.seq_len

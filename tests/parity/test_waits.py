@@ -34,7 +34,8 @@ ALLOWED = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_waits_for_no_device(name: str, pool: Pool) -> None:
     num_ranks, parallel, train, data = CASES[name]
-    config = parity_config(pool.data, "llama_tied", parallel=parallel, train=train, data=data)
+    sections = {"parallel": parallel, "train": train, "data": data, "optimizer": {"ema_decay": 0.9}}
+    config = parity_config(pool.data, "llama_tied", **sections)
     found = pool.answer(num_ranks, {"config": config, "num_steps": 3, "counts_waits": True})["waits"]
     reasons = ALLOWED if "deepspeed" in name else {}
     unnamed = {wait: count for wait, count in found.items() if not any(re.fullmatch(each, wait) for each in reasons)}

@@ -115,7 +115,7 @@ def train(case: Case) -> dict[str, Any]:
         let_gradients_drift(engine)
     if case.load:
         reader = CheckpointReader(Path(case.load), near=(rank.rank, rank.world_size))
-        engine.load_fragments(reader, num_updates=case.num_updates)
+        engine.load_fragments(reader, case.num_updates, has_average=reader.manifest.has_average)
         if case.loss_scale and engine.loss_scale:
             engine.load_loss_scale(case.loss_scale)
     else:

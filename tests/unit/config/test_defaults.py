@@ -26,7 +26,7 @@ train:      {micro_batch_size: 2, precision: auto, compile: auto, deterministic:
 spikes:     {action: none, window_steps: 128, num_deviations: 8.0, rewind_steps: 100, margin_batches: 10,
              max_in_a_row: 50}
 optimizer:  {type: adamw, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1,
-             no_weight_decay: [norms, biases, positions]}
+             no_weight_decay: [norms, biases, positions], ema_decay: null}
 lora:       null
 schedule:   {type: cosine, warmup_steps: 20, min_lr_ratio: 0.1, decay_steps: null, stable_steps: null}
 checkpoint: {every_steps: 50, keep: 3, keep_every_steps: null, keep_best: 0, dir: null, background: true}

@@ -35,6 +35,7 @@ QWEN2 = {"family": "qwen2"}
 FSDP2 = {"engine": "fsdp2"}
 LORA = {"rank": 3, "alpha": 6.0}
 DROPPING = {"rank": 5, "alpha": 6.0, "dropout": 0.1, "target_modules": ["v_proj", "down_proj", "up_proj"]}
+AVERAGED = {"ema_decay": 0.99}
 QWEN3 = {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
 
 
@@ -49,6 +50,7 @@ class Case:
     rank: int = 0
     seq_len: int = 32
     lora: dict[str, Any] | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -58,13 +60,14 @@ class Case:
             "model": {**MODEL, "max_position_embeddings": self.seq_len, **self.model},
             "data": {"train": [{"path": "unused"}], "seq_len": self.seq_len},
             "train": {"steps": 10, "global_batch_size": 24, "micro_batch_size": 1, "precision": self.precision},
-            "optimizer": {"lr": 1.0e-3},
+            "optimizer": {"lr": 1.0e-3, **self.optimizer},
             "parallel": {"zero_stage": self.zero_stage, **self.parallel},
         }
 
     @property
     def name(self) -> str:
-        words = [f"{key} {value}" for key, value in {**self.parallel, **self.model, **(self.lora or {})}.items()]
+        sections = {**self.parallel, **self.model, **(self.lora or {}), **self.optimizer}
+        words = [f"{key} {value}" for key, value in sections.items()]
         return ", ".join([self.precision, f"ZeRO {self.zero_stage}", *words, f"rank {self.rank}"])
 
     @property
@@ -102,6 +105,10 @@ CASES = [
     Case("bf16", 0, {"tensor": 4, "sequence": True, "recompute": "selective"}, QWEN2, lora=DROPPING),
     *(Case("bf16", stage, FSDP2, lora=LORA) for stage in (1, 2, 3)),
     Case("fp32", 1, {**FSDP2, "tensor": 2, "recompute": "selective"}, QWEN3, lora={**LORA, "dropout": 0.1}),
+    *(Case("bf16", stage, optimizer=AVERAGED) for stage in (0, 1, 3)),
+    Case("fp32", 0, optimizer=AVERAGED),
+    Case("bf16", 2, {"offload": "optimizer"}, GPT2, optimizer={**AVERAGED, "no_weight_decay": ["embeddings"]}),
+    Case("bf16", 1, {**FSDP2, "tensor": 2}, GPT2, optimizer=AVERAGED),
 ]
 STAGED = [
     *(Case("bf16", stage, {"pipeline": 2}, rank=rank) for stage in (0, 1) for rank in (0, SECOND_STAGE)),
