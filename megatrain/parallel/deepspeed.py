@@ -57,7 +57,7 @@ from megatrain.parallel.optimizer import make_optimizer, reset_state, state_kind
 from megatrain.parallel.pipeline import seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, allocate_own, tied_weight
-from megatrain.parallel.tensor import mark_parameters
+from megatrain.parallel.tensor import partial_gradients, sum_in_backward
 
 OLDEST = "0.19.8"
 _TORCH_LINEAR = functional.linear
@@ -121,8 +121,13 @@ class DeepSpeedSharding:
         self._rest = 1.0  # by what fp32 gradients are still to be multiplied
         self._mpu = _mpu(groups, groups.self_group if self._sums_whole else groups.gradient.get_group())
         _allocate(model, config, groups, self._mpu)
-        mark_parameters(model.chunks, model.specs, config, groups)
+        for name, parameter in model.parameters().items():
+            # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
+            spec: Any = model.specs[name]
+            marked: Any = parameter
+            marked.model_parallel = spec.num_replicas < groups.topology.tensor and spec.replica == 0
         self._parameters = model.updated()
+        self._partial = self._find_partial(config)
         self._tied = tied_weight(model, config, groups)
         self._tied_sum: Tensor | None = None  # of the gradients of its copy, which is out of the optimizer
         if self._tied is not None and groups.coordinate.pipeline:
@@ -183,7 +188,8 @@ class DeepSpeedSharding:
         self._send_tied_gradient()
         if self._has_fp32_sums:
             torch._foreach_mul_(optimizer.get_grads_for_reduction()[0], self._rest)
-        for gradient in self._whole_gradients() if self._sums_whole else ():
+        self._sum_partial_gradients()
+        for gradient in self._whole_gradients().values() if self._sums_whole else ():
             dist.all_reduce(gradient, group=self._groups.gradient.get_group())
         self._approve, self._is_approved = approve, None
         engine.step()
@@ -287,12 +293,42 @@ class DeepSpeedSharding:
         self._deepspeed.destroy()
         forget_globals()
 
-    def _whole_gradients(self) -> Iterator[Tensor]:
+    def _whole_gradients(self) -> dict[str, Tensor]:
+        """By name the sums of this rank's micro-batches, flat; of stage 0, and of stage 1 with fp32 sums."""
         optimizer = self._deepspeed.optimizer
-        if self._has_fp32_sums:
-            yield from optimizer.get_grads_for_reduction()[0]
-        else:
-            yield from (optimizer.get_gradient_for_reduction(parameter) for parameter in self._parameters.values())
+        if self._has_fp32_sums:  # the parameters of a group lie one after another
+            found: dict[str, Tensor] = {}
+            for names, flat in zip(self._flattened, optimizer.get_grads_for_reduction()[0], strict=True):
+                found |= zip(names, flat.split([self._parameters[name].numel() for name in names]), strict=True)
+            return found
+        if optimizer is self._optimizer:
+            return {name: p.grad.view(-1) for name, p in self._parameters.items() if p.grad is not None}
+        return {name: optimizer.get_gradient_for_reduction(p).view(-1) for name, p in self._parameters.items()}
+
+    def _find_partial(self, config: RunConfig) -> list[tuple[dist.ProcessGroup, list[str]]]:
+        """The parameters of which each tensor rank computes a part of the gradient, to be summed once a step. Where
+        DeepSpeed has cut the sums by then, each part is summed as it is computed, and there are none."""
+        names = partial_gradients(self._model.chunks, self._model.specs, config)
+        partial = [
+            (group, [name for name in alike if name in names and name in self._parameters])
+            for group, alike in tensor_replicas(self._model.specs, self._groups)
+            if dist.get_world_size(group) > 1
+        ]
+        if self.is_replicated or self._has_fp32_sums:
+            return partial
+        for group, alike in partial:
+            sum_in_backward((self._parameters[name] for name in alike), group)
+        return []
+
+    def _sum_partial_gradients(self) -> None:
+        """In one message for each group, in the type that gradients add up in."""
+        for group, names in self._partial:
+            whole = self._whole_gradients()
+            parts = [whole[name] for name in names]
+            if parts:
+                total = torch.cat(parts)
+                dist.all_reduce(total, group=group)
+                torch._foreach_copy_(parts, list(torch.split(total, [len(part) for part in parts])))
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The last moment before an update: its gradient is summed, measured and clipped, and no weight is changed yet.

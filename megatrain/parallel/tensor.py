@@ -10,7 +10,7 @@ B: sequences, T: tokens, N: B * T, C: channels, V: vocabulary (this rank's part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,24 +68,16 @@ def partial_gradients(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], con
     return parts | on_tokens if config.parallel.sequence else parts
 
 
-def mark_parameters(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], config: RunConfig, groups: Groups) -> None:
-    """Mark whether this rank counts a parameter in the gradient norm, and sum gradients that are partial."""
-    size, summed = groups.topology.tensor, partial_gradients(chunks, specs, config)
-    for name, parameter in ((name, p) for model in chunks for name, p in model.named_parameters()):
-        num_replicas = specs[name].num_replicas
-        # DeepSpeed counts a parameter on the first tensor rank alone, unless it is marked.
-        parameter.model_parallel = num_replicas < size and specs[name].replica == 0
-        if name in summed and parameter.requires_grad:
-            _sum_gradients(parameter, groups.tensor if num_replicas == size else groups.kv_replica_group)
+def sum_in_backward(parameters: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Have partial gradients summed over ``group`` as they are computed: a message for each, and each micro-batch."""
 
-
-def _sum_gradients(parameter: Tensor, group: dist.ProcessGroup) -> None:
     def hook(grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total
 
-    parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+    for parameter in parameters:
+        parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _shard_spec(path: str, parameter: Tensor, split: Split | None, model: ModelConfig, groups: Groups) -> ShardSpec:

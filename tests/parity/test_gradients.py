@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.parity.figures import Pool, gather_state
-from tests.parity.matrix import ENGINES, parity_config
+from tests.parity.matrix import ENGINES, NUM_LAYERS, SEQUENCES, parity_config
 
 BATCH = 20  # on two ranks: one micro-batch of 10, two of 5, five of 2
 BETA1 = 0.9
@@ -56,3 +56,28 @@ def test_the_updating_gradient_is_clipped_as_configured(
         updating = sum(float(mean.norm()) ** 2 for mean in means) ** 0.5 / (1 - BETA1)
         assert updating == pytest.approx(clipping or norm, rel=1e-4)
         assert all(mean.any() for mean in means)  # no parameter is left out
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "zero_stage", "further"),
+    [
+        ("fsdp2", "fp32", 1, 0),
+        ("deepspeed", "fp32", 0, 0),
+        ("deepspeed", "bf16", 1, 0),
+        ("deepspeed", "fp32", 2, 2 * NUM_LAYERS + 1),  # DeepSpeed cuts its sums at once: a message for each norm
+        pytest.param("deepspeed", "fp16", 0, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_norms_gradients_are_one_message_a_step(engine, precision, zero_stage, further, pool: Pool) -> None:
+    """Under sequence parallelism. What else is all-reduced in a micro-batch: the embedding, and twice the loss."""
+    parallel = {"engine": engine, "zero_stage": zero_stage, "tensor": 2, "sequence": True}
+    found = {}
+    for num_micro_batches in (1, 4):
+        train = {"precision": precision, "micro_batch_size": SEQUENCES // num_micro_batches}
+        config = parity_config(pool.data, "llama_tied", parallel=parallel, train=train)
+        answer = pool.answer(2, {"config": config, "num_steps": 2, "counts_waits": True})
+        found[num_micro_batches] = answer["messages"]["allreduce_"], answer["losses"], answer["norms"]
+    (once, *figures), (four_times, *others) = found[1], found[4]
+    assert four_times - once == 3 * (3 + further)
+    for ours, theirs in zip(figures, others, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5 if precision == "fp32" else 0.02)

@@ -27,19 +27,21 @@ _OWN = ("/megatrain/", "/deepspeed/", "/torch/distributed/", "/torch/optim/", "/
 
 
 @contextlib.contextmanager
-def waits_counted(found: Counter[str]) -> Iterator[None]:
-    """Count in ``found``, by operation and by the function that asks for it, what this thread's code does here."""
-    with _Methods(found), _Operators(found):
+def waits_counted(found: Counter[str], messages: Counter[str]) -> Iterator[None]:
+    """Count in ``found``, by operation and by the function that asks for it, what this thread's code does here; in
+    ``messages`` its collectives, by name."""
+    with _Methods(found), _Operators(found, messages):
         yield
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self, found: Counter[str]) -> None:
+    def __init__(self, found: Counter[str], messages: Counter[str]) -> None:
         super().__init__()
-        self._found = found
+        self._found, self._messages = found, messages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
+        namespace, _, name = func._schema.name.partition("::")
+        self._messages[name] += namespace == "c10d"
         by_mask = name in _BY_MASK and any(
             each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
         )

@@ -69,7 +69,7 @@ class Case:
     ``gpu_kernels``: attention and norms by the functions that a GPU runs.
     ``twice``: go back to the initial weights in the end, and take the first steps again.
     ``backend``: of torch.compile, in place of its own.
-    ``counts_waits``: from the second step on, of what would make a rank wait for its device."""
+    ``counts_waits``: from the second step on, of what would make a rank wait for its device, and of its messages."""
 
     config: dict[str, Any]
     first_step: int = 0
@@ -131,7 +131,7 @@ def train(case: Case) -> dict[str, Any]:
     if engine.is_compiled:
         engine.compile(batches.micro_batches(case.first_step)[0])
     losses, norms, skipped, num_updates, saved = [], [], [], case.num_updates, {}
-    problem, waits = None, Counter[str]()
+    problem, waits, messages = None, Counter[str](), Counter[str]()
     save_step = case.first_step + (case.num_steps if case.save_after is None else case.save_after)
     for step in range(case.first_step, case.first_step + case.num_steps):
         if step == save_step:
@@ -143,7 +143,8 @@ def train(case: Case) -> dict[str, Any]:
         judged: list[float] = []
         # Who is asked before an update looks at figures, and so waits.
         admit = None if case.counts_waits else functools.partial(_admit, groups, judged, step == case.refused_step)
-        with waits_counted(waits) if case.counts_waits and step > case.first_step else contextlib.nullcontext():
+        is_counted = case.counts_waits and step > case.first_step
+        with waits_counted(waits, messages) if is_counted else contextlib.nullcontext():
             result = engine.train_batch(batches.micro_batches(step), math.nan if is_poisoned else count, lr, admit)
         skipped.append(bool(result.skipped))
         (loss_sum,) = groups.all_reduce_sum([float(result.loss_sum)])
@@ -185,6 +186,7 @@ def train(case: Case) -> dict[str, Any]:
         "again": again,
         "tasks": tasks,
         "waits": waits,
+        "messages": messages,
     }
 
 
