@@ -175,7 +175,9 @@ def _attention(part: StageModel, rates: Rates) -> tuple[float, float]:
         forward, backward = (rates.moved(part.element_bytes / 2 * bytes_ * pairs, 5) for bytes_ in _MATH_BYTES)
         return 2 * product + forward, 4 * product + backward
     window = min(seq_len, model.attention_window or seq_len)
-    pairs = heads * (window * seq_len - window * (window - 1) / 2)
+    pairs = heads * window * seq_len
+    if model.description.block.attention.is_causal:
+        pairs -= heads * window * (window - 1) / 2
     exponentials = pairs / (_EXPONENTIALS * device.units)
     is_older = model.attention == "flash" and device.half_flops > _AMPERE_FLOPS * device.units
     share_of_products = _ATTENTION_SHARE * (_FLASH_2_SHARE if is_older else 1.0)

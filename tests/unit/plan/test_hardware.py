@@ -71,3 +71,9 @@ def test_figures_are_of_a_plausible_size(device):
 def test_the_plan_never_imports_torch():
     script = "import sys, megatrain.plan.hardware, megatrain.plan.flops; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_device_says_how_it_computes_products():
+    for device in DEVICES:
+        assert 40 <= device.units <= 304, device.name
+        assert 0.5 < device.product_share < 0.9, device.name
