@@ -100,7 +100,11 @@ def end_job(config: RunConfig, status: int, tries: int) -> tuple[str, int]:
         # A rank says so only when the state of all is saved, whatever its launcher made of it.
         replace(restarts, was_asked=True).write(run_dir)
         return "requeue", EXIT_PREEMPTED
-    code = resolve_exit_code(status, len(orphans), first)
+    if orphans and first is None:
+        sys.stderr.write("What had started the ranks died; they have been stopped.\n")
+        code = EXIT_RANK
+    else:
+        code = resolve_exit_code(status, first)
     if code != EXIT_RANK:
         return "stop", code
     is_left = restarts.next(newest_step(run_dir, config.checkpoint.dir)).num_fruitless < tries

@@ -45,7 +45,7 @@ def launch(config: str, overrides: Sequence[str], num_ranks: int, run_dir: Path,
         status = _watch(ranks, requested, lambda: failures.read(run_dir, start_name(env)))
     finally:
         local_ranks.end([process for process in ranks if process.poll() is None])
-    return resolve_exit_code(status, 0, failures.read(run_dir, start_name(env)))
+    return resolve_exit_code(status, failures.read(run_dir, start_name(env)))
 
 
 def _watch(
@@ -81,15 +81,13 @@ def _first_code(ranks: Sequence[psutil.Popen]) -> int:
     return next((rank.returncode for rank in ranks if rank.returncode), 0)
 
 
-def resolve_exit_code(status: int, num_orphans: int, first: failures.Failure | None) -> int:
-    """A launcher's status in our codes: the first cause counts, not what followed it. Standard error tells why."""
-    if status == 0 and not num_orphans and first is None:
+def resolve_exit_code(status: int, first: failures.Failure | None) -> int:
+    """A rank's or a launcher's status in our codes: the first cause counts, not what followed it. Standard error tells
+    why."""
+    if status == 0 and first is None:
         return 0
     if first is not None and first.exit_code != EXIT_PREEMPTED:
         return first.exit_code
-    if num_orphans:
-        sys.stderr.write("The `deepspeed` launcher died; its ranks have been stopped. Start the run again.\n")
-        return EXIT_RANK
     if first is not None:
         if status == EXIT_PREEMPTED:
             return EXIT_PREEMPTED
