@@ -24,7 +24,7 @@ from megatrain.errors import ConfigError
 
 MAX_LINES, LINES_OF_A_MESSAGE = 1_000_000, 100
 MAX_CHARACTERS = 1 << 28
-"""Of all texts that are made on the way, together: some hundred times a context of a million tokens."""
+"""Of all texts that are made on the way, together: some sixty times a context of a million tokens."""
 _CODE = "<template>"  # what Jinja calls the file of compiled templates
 _METHODS = {"center", "expandtabs", "format", "format_map", "join", "ljust", "replace", "rjust", "to_bytes"}
 _METHODS |= {"translate", "zfill"}
