@@ -46,7 +46,6 @@ from megatrain.observe.goodput import Goodput
 from megatrain.observe.logs import setup_logging
 from megatrain.observe.record import CONFIG_FILE, RunRecord, read_run
 from megatrain.plan import rules
-from megatrain.plan.flops import parameter_shapes
 from megatrain.train.config_record import refuse_record_of_another_run
 
 __all__ = ["Callback", "Model", "Run", "load", "open_run", "train"]
@@ -288,7 +287,7 @@ def _from_huggingface(folder: Path, dtype: torch.dtype | None) -> Model:
     module = empty_decoder(config, dtype)
     parameters = dict(module.named_parameters())
     with torch.no_grad():
-        for tensors in huggingface.HuggingFaceWeights(folder, parameter_shapes(config)).batches():
+        for tensors in huggingface.HuggingFaceWeights(folder, config).batches():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
     assets = Assets.of_folder(huggingface.read_files(folder, CARRIED))

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     ``document_ids_BT``: int32, equal for two tokens that may see one another; None: all of a sequence may.
     ``sample_ids_B``: int64, the number of each sample in the run's global order: what seeds its dropout.
     ``document_starts``: int32, where each document begins in the B*T tokens laid end to end, and B*T; None: as above.
+    ``target_places_BM``: int64, the token of its sequence that each target is asked at; None: one at each token.
     """
 
     tokens_BT: Tensor
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     document_ids_BT: Tensor | None
     sample_ids_B: Tensor
     document_starts: Tensor | None = None
+    target_places_BM: Tensor | None = None
 
     def packed(self, *, pin: bool) -> Batch:
         """The same tensors in one piece of memory, so that one copy takes them to a device. ``pin``: that copy can be

@@ -22,6 +22,11 @@ def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else (x.float() * scale).to(x.dtype)
 
 
+def sum_of_rows(grad_NV: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of a bias, in fp32 and rounded once."""
+    return (grad_NV.sum(0, dtype=torch.float32) * scale).to(grad_NV.dtype)
+
+
 def softmax_blocks(logits_NV: Tensor) -> list[slice]:
     """Rows of logits whose softmax in fp32 is computed at once: as many as the device's work space holds."""
     num_rows = max(1, _softmax_bytes(logits_NV.device) // (4 * max(1, logits_NV.shape[1])))

@@ -19,6 +19,7 @@ from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.distributed.bootstrap import free_port
 from tests.cluster.lab import Lab, missing
+from tests.masked_data import make_masked_data
 from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
 from tests.tiny_data import VOCAB_SIZE, make_tiny_data
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Prose (this Python's help topics), code (two modules of its library) and held-out prose, with one tokenizer."""
     return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def masked_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Documents that begin with [CLS] and end with [SEP], in several shards."""
+    return make_masked_data(tmp_path_factory.mktemp("masked"))
 
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<mask>", *(f"<extra_id_{k}>" for k in range(20)))

@@ -24,9 +24,9 @@ from megatrain.checkpoint.rank_file import DTYPE_CODES, tensor_bytes
 from megatrain.checkpoint.transformers_config import from_transformers, not_told_apart
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
-from megatrain.plan.flops import num_parameters
+from megatrain.plan.flops import num_parameters, parameter_shapes
 
-CONFIG, INDEX, WEIGHTS, HEAD = "config.json", "model.safetensors.index.json", "model.safetensors", "lm_head.weight"
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 Read: TypeAlias = Callable[[str, Sequence[int]], Tensor]
 """The parameter of this name and shape, in fp32."""
 SHARD_BYTES = 2 << 30
@@ -38,11 +38,13 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_FILE_BYTES = 256 << 20
 # Buffers that older versions of transformers saved beside the weights.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$")
+_OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
+"""Of norms, as models of TensorFlow and the first versions of transformers have them."""
 
 
 def export_folder(
     read: Read,
-    shapes: Mapping[str, Sequence[int]],
+    model: ModelConfig,
     dtype: torch.dtype,
     files: Mapping[str, bytes],
     out: Path,
@@ -50,13 +52,17 @@ def export_folder(
 ) -> None:
     """Write weights as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    ``shapes``: the model's parameters, tied ones once. Weights get the type ``dtype``, in files of at most
-    ``shard_bytes`` (a larger tensor has one of its own); one tensor at a time is in memory. ``files``: what stands
-    beside them. The folder appears when it is whole. Raises ConfigError where ``out`` exists, CheckpointError for a
-    damaged checkpoint or a full disk.
+    Tied weights are there once. They get the type ``dtype``, in files of at most ``shard_bytes`` (a larger tensor has
+    one of its own); one tensor at a time is in memory. ``files``: what stands beside them. The folder appears when it
+    is whole. Raises ConfigError where ``out`` exists, CheckpointError for a damaged checkpoint or a full disk.
     """
+    renamed = model.description.hugging_face.parameters
+    ours = {theirs: name for name, theirs in renamed.items()}
+    shapes = {renamed.get(name, name): shape for name, shape in parameter_shapes(model).items()}
+    if not model.tie_word_embeddings:  # then both of the names are read, each as a weight of its own
+        shapes |= {name: shapes[theirs] for theirs, name in ours.items()}
     with new_folder(out, "exported") as unfinished:
-        _export_weights(read, shapes, unfinished, dtype, shard_bytes)
+        _export_weights(lambda name, shape: read(ours.get(name, name), shape), shapes, unfinished, dtype, shard_bytes)
         for name, content in files.items():
             write_file(unfinished / name, content)
 
@@ -89,12 +95,13 @@ def _refuse_too_small(folder: Path, config: ModelConfig) -> None:
 def _has_head_of_its_own(folder: Path, config: ModelConfig) -> bool:
     """Whether the weights hold an output head that is not the token embedding; compared some rows at a time."""
     embedding_name = config.description.embeddings[0].name.rpartition(".")[2] + ".weight"
+    head_name = f"{config.description.head.name}.weight"
     with contextlib.ExitStack() as stack:
         found: dict[str, Any] = {}
         for file in _weight_files(folder):
             tensors = stack.enter_context(opened(folder / file))
-            found |= {k: tensors.get_slice(k) for k in tensors.keys() if k == HEAD or k.endswith(embedding_name)}  # noqa: SIM118
-        head = found.pop(HEAD, None)
+            found |= {k: tensors.get_slice(k) for k in tensors.keys() if k == head_name or k.endswith(embedding_name)}  # noqa: SIM118
+        head = found.pop(head_name, None)
         if head is None or not found:
             return False
         embedding = next(iter(found.values()))
@@ -109,19 +116,28 @@ def _has_head_of_its_own(folder: Path, config: ModelConfig) -> bool:
 
 
 class HuggingFaceWeights:
-    """The weights of a folder, of which only the headers are read at first.
+    """The weights of ``model`` in a folder, of which only the headers are read at first.
 
-    ``shapes``: the model's parameters. Raises CheckpointError, naming file and tensor, where one is missing, unknown,
+    Raises CheckpointError, naming file and tensor, where one is missing, unknown,
     of another shape, of a type that is no plain floating point, or where a file is damaged.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-        self._folder, self._shapes = folder, shapes
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        known = model.description.hugging_face
+        self._folder, self._shapes = folder, (shapes := parameter_shapes(model))
+        self._renamed = {theirs: name for name, theirs in known.parameters.items()}
+        self._unread = re.compile("|".join((_BUFFERS.pattern, *(f"^{pattern}$" for pattern in known.unread))))
+        self._head = f"{model.description.head.name}.weight"
         self._embedding = next(iter(shapes))
         self._prefix = self._embedding.partition(".")[0] + "."
         keys = {file: _keys(folder / file) for file in _weight_files(folder)}
-        names = {self._ours(key) for in_file in keys.values() for key in in_file if key != HEAD}
-        self._drops_head = HEAD not in shapes and self._embedding in names  # the same as the embedding, by read_config
+        every = {key for in_file in keys.values() for key in in_file}
+        names = {self._ours(key) for key in every if key != self._head}
+        # What is there under another name too: a tied head, by read_config, and what they name otherwise, which is ours
+        # where the two are tied, else theirs.
+        both = {theirs for theirs, name in self._renamed.items() if {theirs, name} <= every}
+        self._dropped = {self._renamed[key] for key in both} if model.tie_word_embeddings else both
+        self._dropped |= {self._head} if self._head not in shapes and self._embedding in names else set()
         self._files = {f: [k for k in in_file if self._is_parameter(folder / f, k)] for f, in_file in keys.items()}
         types: set[str] = set()
         for file in self._files:
@@ -149,16 +165,19 @@ class HuggingFaceWeights:
         yield batch
 
     def _ours(self, key: str) -> str:
-        if key == HEAD and HEAD not in self._shapes:  # tied, under the other of its names
+        for old, new in _OLD_ENDS.items():
+            key = key.removesuffix(old) + new if key.endswith(old) else key
+        key = self._renamed.get(key, key)
+        if key == self._head and self._head not in self._shapes:  # tied, under the other of its names
             return self._embedding
         return key if key in self._shapes else self._prefix + key  # a base model's names lack the prefix
 
     def _is_parameter(self, path: Path, key: str) -> bool:
-        if key == HEAD and self._drops_head:
+        if key in self._dropped:
             return False
         if self._ours(key) in self._shapes:
             return True
-        if not _BUFFERS.search(key):
+        if not self._unread.search(key) and not self._unread.search(self._prefix + key):
             raise CheckpointError(f"{path}: {key} is no tensor of the model that {CONFIG} describes.")
         return False
 

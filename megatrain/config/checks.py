@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.config.arithmetic import divisors_around, multiples_around
 from megatrain.config.batch_size import BatchSize
 from megatrain.config.deepspeed_keys import deepspeed
-from megatrain.config.problem import Problem, alternatives
+from megatrain.config.problem import Problem, alternatives, as_yaml
 from megatrain.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatrain.config.schema import Section
 
 DEFAULT_WARMUP_STEPS = 20
+SHORTEST_ALONE = 3
 
 
 def unused(section: Section, keys: tuple[str, ...], why: str) -> list[Problem]:
@@ -214,9 +215,7 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if config.data.seq_len > longest:
         reason = f"must be at most model.max_position_embeddings ({longest})"
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
-    if (objective := config.objective.of(config.model)) not in (known := config.model.description.objectives):
-        reason = f"family {config.model.family} is trained by {', '.join(known)}"
-        problems.append(Problem("objective.type", objective, reason, known[0]))
+    problems += objective(config)
     if config.train.deterministic and config.model.attention == "cudnn":
         reason = "cuDNN's backward pass is not deterministic, as train.deterministic asks for"
         problems.append(Problem("model.attention", "cudnn", reason, "flash"))
@@ -248,6 +247,43 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
         left_out = Problem("deepspeed", dict(config.deepspeed), reason, "deepspeed left out", is_value=False)
         return [*problems, left_out]
     return [*problems, *deepspeed(config.deepspeed)]
+
+
+def objective(config: schema.RunConfig) -> list[Problem]:
+    """The family can be trained for it. Where documents are read from both sides, each is by itself, unchanged."""
+    kind, known, problems = config.objective.of(config.model), config.model.description.objectives, []
+    if kind not in known:
+        reason = f"family {config.model.family} is trained by {', '.join(known)}"
+        return [Problem("objective.type", kind, reason, known[0])]
+    if kind != "masked_lm":
+        own = config.objective.masked_lm
+        found = unused(own, tuple(type(own).model_fields), f"used with objective masked_lm only (it is {kind})")
+        return [each.below("objective.masked_lm.") for each in found]
+    for key, needed in (("packing", "best_fit"), ("document_mask", True)):
+        if (value := getattr(config.data, key)) != needed:
+            reason = "masked_lm reads each document of a sample by itself"
+            problems.append(Problem(f"data.{key}", value, reason, as_yaml(needed)))
+    for number, dataset in enumerate(config.data.train):
+        for key in ("fill_in_the_middle", "span_corruption", "token_masking", "transform"):
+            if (value := getattr(dataset, key)) is not None:
+                reason = "masked_lm hides tokens itself, and changes no document"
+                problems.append(Problem(f"data.train.{number}.{key}", str(value), reason, "null"))
+    if config.data.seq_len < SHORTEST_ALONE:
+        reason = "a sample of masked_lm has a token and what begins and ends its document"
+        problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(SHORTEST_ALONE)))
+    if config.train.tasks is not None:
+        reason = "tasks are answered by models that write, and masked_lm trains none"
+        problems.append(Problem("train.tasks", config.train.tasks, reason, "null"))
+    return problems
+
+
+def masked_lm(config: schema.MaskedLMConfig) -> list[Problem]:
+    """What is masked and what is random are shares of one whole."""
+    left = round(1.0 - config.mask_replace_prob, 6)
+    if config.random_replace_prob <= left:
+        return []
+    reason = f"must be at most 1 - mask_replace_prob ({left:g})"
+    return [Problem("random_replace_prob", config.random_replace_prob, reason, f"{left:g}")]
 
 
 def lora(config: schema.RunConfig) -> list[Problem]:

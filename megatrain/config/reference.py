@@ -70,11 +70,11 @@ def _tables(path: str, record: type[Section]) -> list[str]:
     for name, field in record.model_fields.items():
         default = "required" if field.is_required() else f"`{as_yaml(field.default)}`".replace("|", "\\|")
         inner = record_of(field.annotation)
-        if inner is not None and not is_section(field):
+        if inner is not None:
             below = f"{path}.{name}.N" if is_list(field) else f"{path}.{name}"
-            allowed = (
-                f"a list of [{below}](#{_anchor(below)})" if is_list(field) else f"[keys](#{_anchor(below)}), null"
-            )
+            keys = f"[keys](#{_anchor(below)})" if is_section(field) else f"[keys](#{_anchor(below)}), null"
+            allowed = f"a list of [{below}](#{_anchor(below)})" if is_list(field) else keys
+            default = "its own" if is_section(field) else default
             inner_tables += _tables(below, inner)
         else:
             allowed = _allowed(properties[name])

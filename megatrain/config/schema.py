@@ -132,7 +132,7 @@ class SharedModelKeys(Section, check=checks.model):
 
     family: FamilyName = Field(
         default="llama",
-        description="Which decoder: " + "; ".join(f"{name}: {each.summary}" for name, each in FAMILIES.items()) + ".",
+        description="Which model: " + "; ".join(f"{name}: {each.summary}" for name, each in FAMILIES.items()) + ".",
     )
     hidden_size: Size = Field(description="Width of the residual stream.")
     intermediate_size: Size | None = Field(
@@ -230,6 +230,7 @@ class SharedModelKeys(Section, check=checks.model):
             "ffn": self.ffn_size,
             "head": self.head_size,
             "positions": self.max_position_embeddings,
+            "segments": getattr(self, "type_vocab_size", 0),
             "vocab": self.vocab_size or 0,
         }
 
@@ -353,17 +354,41 @@ class DataConfig(Section, check=checks.data):
         return self.packing == "concat" if self.score_after_eod is None else self.score_after_eod
 
 
+class MaskedLMConfig(Section, check=checks.masked_lm):
+    """Masked language modeling: which tokens are hidden and asked, by the names of Hugging Face's data collator."""
+
+    mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.15, description="Share of a sample's tokens that are asked."
+    )
+    mask_replace_prob: Share = Field(default=0.8, description="Of these, the share that mask_token stands for.")
+    random_replace_prob: Share = Field(
+        default=0.1, description="The share that a random token stands for; the rest stays as it is."
+    )
+    whole_word_mask: bool = Field(default=False, description="All tokens of a word are asked, or none.")
+    mask_token: Text = Field(default="[MASK]", description="A control token of the tokenizer.")
+
+    def most_targets(self, seq_len: int) -> int:
+        """Targets of a sample of one document, which has the most; two of its tokens begin and end it."""
+        return max(round((seq_len - 2) * self.mlm_probability), 1)
+
+
 class ObjectiveConfig(Section):
     """What the model is trained for: what it reads of a sample, and what it is asked."""
 
     type: ObjectiveName | None = Field(
         default=None,
-        description="next_token: each token from those before it; null: what the family is trained for.",
+        description="next_token: each token from those before it; masked_lm: hidden tokens from those on either side; "
+        "null: what the family is trained for.",
     )
+    masked_lm: MaskedLMConfig = Field(default=MaskedLMConfig(), description="How masked_lm chooses and hides tokens.")
 
     def of(self, model: ModelConfig) -> ObjectiveName:
         """The objective of a model, derived from its family where type is null."""
         return self.type or model.description.objectives[0]
+
+    def most_targets(self, model: ModelConfig, seq_len: int) -> int:
+        """Targets of a sample, scored or not."""
+        return self.masked_lm.most_targets(seq_len) if self.of(model) == "masked_lm" else seq_len
 
 
 class ParallelConfig(Section, check=checks.parallel):
@@ -674,6 +699,11 @@ class RunConfig(Section, check=checks.across_sections):
     @classmethod
     def _short_run_warms_up_no_longer_than_it_is(cls, given: Any) -> Any:
         return checks.with_default_warmup(given)
+
+    @property
+    def asked_share(self) -> float:
+        """The share of a sample's tokens that the head is asked at."""
+        return self.objective.most_targets(self.model, self.data.seq_len) / self.data.seq_len
 
     @property
     def gathers_by_layer(self) -> bool:

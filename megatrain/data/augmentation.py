@@ -101,7 +101,7 @@ def _open(entry: TrainingDataset, dataset: Dataset, seed: int, key: str) -> Augm
             f"{key}.{found[0]}: {dataset.path} says which of its tokens are scored, and they must stay where they are: "
             "leave it out."
         )
-    sentinels = _Sentinels(dataset)
+    sentinels = Sentinels(dataset)
     choices: list[tuple[float, Transform]] = []
     if fill is not None:
         names = ("prefix_token", "middle_token", "suffix_token")
@@ -120,7 +120,7 @@ def _open(entry: TrainingDataset, dataset: Dataset, seed: int, key: str) -> Augm
     return Augmentation(dataset, seed, function, tuple(choices), mask)
 
 
-class _Sentinels:
+class Sentinels:
     """The added tokens of a dataset's tokenizer that no text became, but for those that begin and end documents."""
 
     def __init__(self, dataset: Dataset) -> None:

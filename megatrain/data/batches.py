@@ -70,6 +70,7 @@ class BatchMaker:
             document_ids_BT=document_ids_BT,
             sample_ids_B=torch.from_numpy(numbers),
             document_starts=None if document_ids_BT is None else document_starts(document_ids_BT),
+            target_places_BM=_stack([row.target_places_M for row in rows]),
         )
 
 
@@ -132,7 +133,8 @@ class EvaluationBatches:
         mine = every.rows(slice(data_rank * share, (data_rank + 1) * share))
         self._num_scored = len(mine)
         filling = np.zeros(share - len(mine), dtype=np.int64)
-        self._samples = _in_order(np.append(mine.dataset, filling), np.append(mine.index, filling))
+        columns = (mine.dataset, mine.epoch, mine.index, mine.number)
+        self._samples = Samples(*(np.append(column, filling) for column in columns))
 
     def __len__(self) -> int:
         return -(-len(self._samples) // self._maker.micro_batch_size)

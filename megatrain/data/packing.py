@@ -6,13 +6,17 @@ last target is the next chunk's first input, and a rest. Documents and rests the
 space that holds them is left. So each pair of each document is scored once an epoch, in one sample, and no other pair
 is. A document's last token is an input as well: it has no target, and divides the document from the next. Of datasets
 that say which tokens are scored, conversations that are too long are shortened instead (`conversations.shortened`).
+
+Where a sample's documents are read from both sides (`ALONE`), a piece of a document is not continued in another sample:
+each has the tokens that begin and end a document around it, and its targets are all tokens between them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -106,19 +110,34 @@ def pack_documents(documents: Documents, seq_len: int) -> pa.RecordBatch:
     order of the documents; within a sample, chunks are in that order.
     """
     starts, lengths, num_unscored, _ = documents
-    num_whole = (lengths - 1) // seq_len
-    rest = lengths - num_whole * seq_len  # in [1, seq_len]; a single token predicts nothing and is left out
+    # A rest has [1, seq_len] tokens; a single one predicts nothing and is left out.
+    return _pack(starts, lengths - 1, num_unscored, seq_len, seq_len, num_beside=1)
+
+
+def pack_alone(documents: Documents, seq_len: int) -> pa.RecordBatch:
+    """The same of documents each of which is read by itself. They begin and end with a token that is no target."""
+    starts, lengths, num_unscored, _ = documents
+    return _pack(starts + 1, lengths - 2, num_unscored, seq_len - 2, seq_len, num_beside=2)
+
+
+def _pack(
+    starts: Ints, num_targets: Ints, num_unscored: Ints, most_targets: int, seq_len: int, num_beside: int
+) -> pa.RecordBatch:
+    """Cut documents of so many targets into chunks of ``most_targets`` and a rest, and pack the rests, each of which
+    takes ``num_beside`` places more than it has targets."""
+    num_whole = num_targets // most_targets
+    rest = num_targets - num_whole * most_targets
     within = np.arange(num_whole.sum()) - np.repeat(np.cumsum(num_whole) - num_whole, num_whole)
-    whole_starts = np.repeat(starts, num_whole) + within * seq_len
-    is_rest = rest > 1
-    rest_starts, rest = (starts + num_whole * seq_len)[is_rest], rest[is_rest]
-    bins = best_fit(rest, seq_len)
+    whole_starts = np.repeat(starts, num_whole) + within * most_targets
+    is_rest = rest > 0
+    rest_starts, rest = (starts + num_whole * most_targets)[is_rest], rest[is_rest]
+    bins = best_fit(rest + num_beside, seq_len)
     order = np.argsort(bins, kind="stable")
     num_bins = int(bins.max()) + 1 if len(bins) else 0
     chunks = np.concatenate([np.ones_like(whole_starts), np.bincount(bins, minlength=num_bins)])
     offsets = np.concatenate([[0], np.cumsum(chunks)])
     chunk_start = np.concatenate([whole_starts, rest_starts[order]])
-    chunk_targets = np.concatenate([np.full_like(whole_starts, seq_len), rest[order] - 1]).astype(np.int32)
+    chunk_targets = np.concatenate([np.full_like(whole_starts, most_targets), rest[order]]).astype(np.int32)
     unscored = np.concatenate([np.repeat(num_unscored, num_whole), num_unscored[is_rest][order]])
     scored = (chunk_targets - unscored).astype(np.int32)
     targets = np.add.reduceat(scored, offsets[:-1]) if len(chunks) else scored
@@ -128,6 +147,20 @@ def pack_documents(documents: Documents, seq_len: int) -> pa.RecordBatch:
         pa.array(targets),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(PLAN_COLUMNS))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A way to cut documents into chunks. ``name``: in the names of plans' files and in their metadata."""
+
+    name: str
+    pack: Callable[[Documents, int], pa.RecordBatch]
+
+
+IN_STREAM = Packing("", pack_documents)
+"""For next-token prediction: the plans that have always been."""
+ALONE = Packing("alone", pack_alone)
+"""For models that read a document from both sides."""
 
 
 class Block(NamedTuple):
@@ -145,8 +178,8 @@ class PackingPlan:
     ``checksum``: of its content, in hexadecimal: what names the plan. ``dropped``: what is in none of its samples.
     """
 
-    def __init__(self, blocks: list[Block], checksum: str, dropped: Dropped) -> None:
-        self.checksum, self.dropped = checksum, dropped
+    def __init__(self, blocks: list[Block], checksum: str, dropped: Dropped, seq_len: int) -> None:
+        self.checksum, self.dropped, self.seq_len = checksum, dropped, seq_len
         self._blocks = blocks
         self._firsts = [0, *np.cumsum([len(block.targets) for block in blocks]).tolist()]
 
@@ -164,31 +197,33 @@ class PackingPlan:
         rows = slice(block.offsets[row], block.offsets[row + 1])
         return zip(block.chunk_start[rows].tolist(), block.chunk_targets[rows].tolist(), strict=True)
 
-    def num_targets(self, samples: Ints) -> int:
+    def num_targets(self, samples: Ints) -> Ints:
+        """Of each of the samples."""
         index = np.searchsorted(self._firsts, samples, side="right") - 1
-        total = 0
+        counts = np.empty(len(samples), dtype=np.int64)
         for number in np.unique(index).tolist():
             rows = samples[index == number] - self._firsts[number]
-            total += int(self._blocks[number].targets[rows].sum(dtype=np.int64))
-        return total
+            counts[index == number] = self._blocks[number].targets[rows]
+        return counts
 
 
-def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
+def store_plan(dataset: Dataset, seq_len: int, folder: Path, packing: Packing = IN_STREAM) -> bool:
     """See to it that ``folder`` holds a whole plan of this dataset; whether it had to be made. For one process alone.
 
     A plan depends on the dataset's content and seq_len only. Raises DataError where it cannot be written.
     """
-    path = _plan_path(dataset, seq_len, folder)
+    path = _plan_path(dataset, seq_len, folder, packing)
     with suppress(DataError):
-        open_plan(dataset, seq_len, folder, verify=True)
+        open_plan(dataset, seq_len, folder, packing, verify=True)
         return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with committed(path, single_writer=True) as unfinished:
-            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _schema(dataset, seq_len)) as writer:
+            schema = _schema(dataset, seq_len, packing)
+            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
                 for documents in _documents(dataset, seq_len):
                     dropped = {DROPPED: orjson.dumps(documents.dropped._asdict())} if dataset.has_scored else None
-                    writer.write_batch(pack_documents(documents, seq_len), custom_metadata=dropped)
+                    writer.write_batch(packing.pack(documents, seq_len), custom_metadata=dropped)
             digest = file_checksum(unfinished)
             with unfinished.open("ab") as file:
                 file.write(digest)
@@ -200,24 +235,26 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path) -> bool:
     return True
 
 
-def count_samples(dataset: Dataset, seq_len: int) -> int:
+def count_samples(dataset: Dataset, seq_len: int, packing: Packing = IN_STREAM) -> int:
     """Samples that a plan for the dataset would have."""
-    return sum(pack_documents(documents, seq_len).num_rows for documents in _documents(dataset, seq_len))
+    return sum(packing.pack(documents, seq_len).num_rows for documents in _documents(dataset, seq_len))
 
 
-def make_plan(dataset: Dataset, seq_len: int) -> PackingPlan:
+def make_plan(dataset: Dataset, seq_len: int, packing: Packing = IN_STREAM) -> PackingPlan:
     """A plan in memory, for datasets that are small."""
     found = list(_documents(dataset, seq_len))
-    blocks = [_block(pack_documents(documents, seq_len)) for documents in found]
-    return PackingPlan(blocks, "", Dropped.total(documents.dropped for documents in found))
+    blocks = [_block(packing.pack(documents, seq_len)) for documents in found]
+    return PackingPlan(blocks, "", Dropped.total(documents.dropped for documents in found), seq_len)
 
 
-def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = False) -> PackingPlan:
+def open_plan(
+    dataset: Dataset, seq_len: int, folder: Path, packing: Packing = IN_STREAM, *, verify: bool = False
+) -> PackingPlan:
     """Map the plan that ``store_plan`` left. Raises DataError where there is none or it belongs to something else.
 
     ``verify``: also where it is not what was written, by the checksum that its last bytes are.
     """
-    path = _plan_path(dataset, seq_len, folder)
+    path = _plan_path(dataset, seq_len, folder, packing)
     try:
         buffer = map_file(path)
         body_bytes = max(buffer.size - CHECKSUM_BYTES, 0)
@@ -225,14 +262,14 @@ def open_plan(dataset: Dataset, seq_len: int, folder: Path, *, verify: bool = Fa
         if verify and checksum(body) != digest:
             raise DataError(f"The packing plan {path} is damaged. Delete it and start again.")
         reader = pa.ipc.open_file(body)
-        if not reader.schema.equals(_schema(dataset, seq_len), check_metadata=True):
+        if not reader.schema.equals(_schema(dataset, seq_len, packing), check_metadata=True):
             raise DataError(f"{path} is not the packing plan of {dataset.path}. Delete it and start again.")
         found = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
         blocks = [_block(batch) for batch, _ in found]
         dropped = (Dropped(**orjson.loads(metadata[DROPPED])) for _, metadata in found if metadata)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"The packing plan {path} cannot be read: {error}. Delete it and start again.") from None
-    return PackingPlan(blocks, digest.hex(), Dropped.total(dropped))
+    return PackingPlan(blocks, digest.hex(), Dropped.total(dropped), seq_len)
 
 
 def _block(batch: pa.RecordBatch) -> Block:
@@ -273,10 +310,12 @@ def _joined(parts: list[Documents]) -> Documents:
     )
 
 
-def _schema(dataset: Dataset, seq_len: int) -> pa.Schema:
+def _schema(dataset: Dataset, seq_len: int, packing: Packing) -> pa.Schema:
     names = {"packing_plan": PLAN_VERSION, "digest": dataset.digest, "seq_len": seq_len}
+    names |= {"packing": packing.name} if packing.name else {}
     return pa.schema(PLAN_COLUMNS, metadata={name: str(value) for name, value in names.items()})
 
 
-def _plan_path(dataset: Dataset, seq_len: int, folder: Path) -> Path:
-    return folder / f"{dataset.digest}-{seq_len}.arrow"
+def _plan_path(dataset: Dataset, seq_len: int, folder: Path, packing: Packing) -> Path:
+    kind = f"-{packing.name}" if packing.name else ""
+    return folder / f"{dataset.digest}-{seq_len}{kind}.arrow"

@@ -26,6 +26,7 @@ class Sample(NamedTuple):
     loss_mask_M: NDArray[np.bool_] | None
     positions_T: Ints
     document_ids_T: NDArray[np.int32] | None
+    target_places_M: Ints | None = None
 
 
 class Source(Protocol):

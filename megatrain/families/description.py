@@ -6,24 +6,24 @@ FLOPs, memory, the tensor-parallel table, the modules, Hugging Face folders, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from math import prod
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 
-Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "vocab", "rank"]
+Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "segments", "vocab", "rank"]
 """A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
-the MLP's inside, of one head, of the positions and of the vocabulary. `ModelConfig.sizes` has the numbers; of "rank",
-between the two factors of a LoRA adapter, the config's `lora.rank`."""
+the MLP's inside, of one head, of the positions, of the segments and of the vocabulary. `ModelConfig.sizes` has the
+numbers; of "rank", between the two factors of a LoRA adapter, the config's `lora.rank`."""
 
 ADAPTER_FACTORS = ("lora_A", "lora_B")
 """What an adapter's factors are called in the module of the matrix that it adapts: peft's names."""
 
-ObjectiveName = Literal["next_token"]
+ObjectiveName = Literal["next_token", "masked_lm"]
 """What a model can be trained for: a file of megatrain/objectives."""
 
 WeightKind = Literal["norms", "biases", "positions", "embeddings", "matrices"]
@@ -77,10 +77,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A vector for each token id ("vocab") or each position; the vectors of several embeddings are added up."""
+    """A vector for each token id ("vocab"), position or segment; the vectors of several embeddings are added up."""
 
     name: str
-    rows: Literal["vocab", "positions"]
+    rows: Literal["vocab", "positions", "segments"]
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -196,7 +196,7 @@ class Mlp:
     name: str
     inputs: tuple[Linear, ...]
     output: Linear
-    activation: Literal["silu", "gelu_tanh"]
+    activation: Literal["silu", "gelu", "gelu_tanh"]
 
     @property
     def modules(self) -> tuple[Linear, ...]:
@@ -216,9 +216,10 @@ Module: TypeAlias = Attention | Mlp | Norm
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: x + attention(norm(x)), then x + mlp(norm(x)). ``prefix``: what stands before its number.
+    """A layer: x + attention(norm(x)), then x + mlp(norm(x)). ``prefix``: what stands before its number.
 
-    ``norms_last``: in the order of the parameters the norms come behind both.
+    ``is_post_norm``: norm(x + attention(x)), then norm(x + mlp(x)). ``norms_last``: in the order of the parameters the
+    norms come behind both.
     """
 
     prefix: str
@@ -227,6 +228,7 @@ class Block:
     mlp_norm: Norm
     mlp: Mlp
     norms_last: bool = False
+    is_post_norm: bool = False
 
     @property
     def branches(self) -> Mapping[str, tuple[Norm, Attention | Mlp]]:
@@ -236,8 +238,10 @@ class Block:
     @property
     def modules(self) -> tuple[Module, ...]:
         """In the order of their parameters."""
-        norms, parts = zip(*self.branches.values(), strict=True)
-        return (*parts, *norms) if self.norms_last else tuple(chain(*self.branches.values()))
+        if self.norms_last:
+            norms, parts = zip(*self.branches.values(), strict=True)
+            return (*parts, *norms)
+        return tuple(chain(*(pair[::-1] if self.is_post_norm else pair for pair in self.branches.values())))
 
     @cached_property
     def leaves(self) -> Mapping[str, Linear | Norm]:
@@ -287,10 +291,32 @@ def _path(module: Attention | Mlp, inner: Linear | Norm) -> str:
     return f"{module.name}.{inner.name}".removeprefix(".")
 
 
+_Layer = TypeVar("_Layer")
+
+
+def _present(layer: _Layer | None) -> tuple[_Layer, ...]:
+    return () if layer is None else (layer,)
+
+
 def _named_weights(modules: Mapping[str, Linear | Norm]) -> Iterator[Weight]:
     for path, module in modules.items():
         parent = path.removesuffix(module.name)
         yield from (weight._replace(name=parent + weight.name) for weight in module.weights)
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What stands before the head: norm(activation(linear(x))), of what a target is asked at."""
+
+    name: str
+    linear: Linear
+    activation: Literal["gelu"]
+    norm: Norm
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        inner = (*self.linear.weights, *self.norm.weights)
+        return tuple(weight._replace(name=f"{self.name}.{weight.name}") for weight in inner)
 
 
 @dataclass(frozen=True)
@@ -300,9 +326,11 @@ class HuggingFace:
     ``architecture``: its class. ``names``: ours to theirs. ``required``: what of theirs must have one value for the
     layers to be ours; so it is written, too. ``absent``: what transformers takes for a key of theirs that is left out;
     sizes that are not here must be given. ``aliases``: names of ours that its config.json may have too, and that come
-    before theirs. ``copies``: further keys of theirs that have the value of one of ours. ``constants``: what else is
-    written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not ours, or None.
-    ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
+    before theirs. ``parameters``: those of ours that have another name there, and what that is. ``unread``: patterns of
+    names of tensors that its folders may have and the model does not. ``copies``: further keys of theirs that have the
+    value of one of ours. ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in,
+    why its layers are not ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise,
+    each in a sentence.
     """
 
     architecture: str
@@ -310,6 +338,8 @@ class HuggingFace:
     required: Mapping[str, Any]
     absent: Mapping[str, Any]
     aliases: tuple[str, ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda theirs: None
@@ -318,22 +348,30 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class Family:
-    """All that is known of a family: its layers in order (``embeddings``, ``block`` as often as the config says,
-    ``norm``, ``head``), and how others write it.
+    """All that is known of a family: its layers in order (``embeddings`` and ``embedding_norm``, ``block`` as often as
+    the config says, ``norm``, ``head_transform`` and ``head``), and how others write it.
 
-    ``summary``: what is particular to it. ``own_keys``: keys of the model that only such families have, as pydantic's
-    ``create_model`` takes them: type and Field. ``objectives``: what it can be trained for; the first where the config
-    does not say.
+    ``asks_at_places``: of a sample only some tokens are asked, which the batch names, not each. ``summary``: what is
+    particular to it. ``own_keys``: keys of the model that only such families have, as pydantic's ``create_model`` takes
+    them: type and Field. ``objectives``: what it can be trained for; the first where the config does not say.
     """
 
     summary: str
     embeddings: tuple[Embedding, ...]
     block: Block
-    norm: Norm
+    norm: Norm | None
     head: Linear
     hugging_face: HuggingFace
+    embedding_norm: Norm | None = None
+    head_transform: HeadTransform | None = None
+    asks_at_places: bool = False
     own_keys: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     objectives: tuple[ObjectiveName, ...] = ("next_token",)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether it writes texts: it does not see what comes after a token."""
+        return self.block.attention.is_causal
 
     @property
     def learns_positions(self) -> bool:
@@ -342,14 +380,24 @@ class Family:
     @property
     def some_keys(self) -> set[str]:
         """Those of the model's keys that this family reads and others may not."""
-        norms = (leaf for leaf in (*self.block.leaves.values(), self.norm) if isinstance(leaf, Norm))
+        norms = (leaf for leaf in (*self.block.leaves.values(), *self.outer_layers) if isinstance(leaf, Norm))
         rotary = ("rope_theta", "rope_scaling") if self.block.attention.rotates else ()
         return {*(norm.eps_key for norm in norms), *rotary, *self.own_keys}
 
     @property
-    def outer_layers(self) -> tuple[Embedding | Norm | Linear, ...]:
+    def first_layers(self) -> tuple[Embedding | Norm, ...]:
+        """The layers before the blocks, in order."""
+        return (*self.embeddings, *_present(self.embedding_norm))
+
+    @property
+    def last_layers(self) -> tuple[Norm | HeadTransform | Linear, ...]:
+        """The layers behind the blocks, in order; the head is the last."""
+        return (*_present(self.norm), *_present(self.head_transform), self.head)
+
+    @property
+    def outer_layers(self) -> tuple[Embedding | Norm | HeadTransform | Linear, ...]:
         """The layers before and after the blocks, in order."""
-        return (*self.embeddings, self.norm, self.head)
+        return (*self.first_layers, *self.last_layers)
 
     def kind_of(self, parameter: str) -> WeightKind:
         """Of a parameter by its canonical name, which of a tied head is the embedding's."""
@@ -369,6 +417,7 @@ class Family:
     def split_of(self, module_name: str) -> Split | None:
         """How the module of this canonical name is cut; None: not at all."""
         in_block = self._in_block(module_name)
-        outer = next((layer for layer in self.outer_layers if layer.name == module_name), None)
-        found = outer or self.block.leaves.get(in_block) or self.block.factors.get(in_block)
+        outer: Iterable[Embedding | Linear] = (*self.embeddings, self.head)
+        first = next((layer for layer in outer if layer.name == module_name), None)
+        found = first or self.block.leaves.get(in_block) or self.block.factors.get(in_block)
         return found.split if found else None

@@ -154,9 +154,9 @@ class Assets:
         return list(dict.fromkeys([*ends, *([self.turn_end.id] if self.turn_end else [])]))
 
 
-def exported_files(assets: Assets, model: ModelConfig, dtype: str) -> dict[str, bytes]:
+def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: str | None = None) -> dict[str, bytes]:
     """The files of a Hugging Face folder beside its weights: what came along as it was, but for a model or an end of
-    text that have become others. ``dtype``: torch's name of the weights' type.
+    text that have become others. ``dtype``: torch's name of the weights' type. ``mask_token``: of an encoder.
 
     A special token that is not known is null in config.json: left out, transformers would take one of its own.
     """
@@ -179,6 +179,10 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str) -> dict[str, 
             "clean_up_tokenization_spaces": False,
             **{f"{role}_token": token.token for role, token in _by_role(tokens) if token.token is not None},
         }
+        if not model.description.can_generate:
+            ends = {"cls": tokens.bos, "sep": tokens.eod}
+            texts = {**{role: token and token.token for role, token in ends.items()}, "mask": mask_token}
+            changed[TOKENIZER_CONFIG] |= {f"{role}_token": text for role, text in texts.items() if text is not None}
     folders_own = _by_role(_read_special_tokens(files))
     for role, token in _by_role(tokens):
         if (role, token) not in folders_own:  # it is the data's

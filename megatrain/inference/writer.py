@@ -28,7 +28,15 @@ from megatrain.inference.assets import Assets
 from megatrain.inference.loading import load_on_rank
 from megatrain.inference.text_stream import TextStream
 from megatrain.model.beams import BeamSearch, beam_search
-from megatrain.model.generate import Agree, LanguageModel, Limits, Sampling, generate, generate_batch
+from megatrain.model.generate import (
+    Agree,
+    LanguageModel,
+    Limits,
+    Sampling,
+    generate,
+    generate_batch,
+    require_generative,
+)
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,7 @@ def open_writer(
 ) -> tuple[Writer, Groups | None]:
     """The model of a checkpoint on this rank; see `load_on_rank`. ``ema``: with its averaged weights."""
     reader = CheckpointReader(resolve(path), ema=ema)
+    require_generative(reader.saved.model)
     tokenizer = Tokenizer(reader.read_file(TOKENIZER), reader.folder / TOKENIZER, CheckpointError)
     model, groups = load_on_rank(reader, rank, tensor)
     agree = None if groups is None or tensor == 1 else agreement(groups)

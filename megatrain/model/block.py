@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
+    "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
 
@@ -104,10 +105,12 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer of a stack: attention and MLP, each with a norm before it, added to the residual stream."""
+    """One layer of a stack: attention and MLP, each with a norm before it, added to the residual stream; or each with a
+    norm behind the sum."""
 
     def __init__(self, config: ModelConfig, block: description.Block, layer: int, seed: int) -> None:
         super().__init__()
+        self.is_post_norm = block.is_post_norm
         prefix = f"{block.prefix}.{layer}"
         paths: dict[description.Module, str] = {}
         for module in block.modules:
@@ -124,8 +127,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         for norm, part, dropout in self.branches:
-            y_BTC = self.get_submodule(part)(self.get_submodule(norm)(x_BTC), context)
+            read_BTC = x_BTC if self.is_post_norm else self.get_submodule(norm)(x_BTC)
+            y_BTC = self.get_submodule(part)(read_BTC, context)
             x_BTC = x_BTC + self.get_submodule(dropout)(y_BTC, context.sample_ids_B)
+            x_BTC = self.get_submodule(norm)(x_BTC) if self.is_post_norm else x_BTC
         return x_BTC
 
 

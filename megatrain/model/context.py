@@ -98,6 +98,7 @@ class Context(NamedTuple):
     is shorter than the sequences, and there are no documents, where each sequence does. None where the device has no
     attention over sequences of unequal length.
     ``cache``: keys and values of earlier tokens; None while training.
+    ``segments_BT``: int64, which segment of its document a token is in (BERT's token types); None: all in the first.
     """
 
     positions_BT: Tensor
@@ -106,6 +107,7 @@ class Context(NamedTuple):
     rotary: Rotary | None = None
     document_starts: Tensor | None = None
     cache: KeyValueCache | None = None
+    segments_BT: Tensor | None = None
 
 
 class ContextBuilder:

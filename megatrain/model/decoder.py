@@ -1,6 +1,6 @@
-"""A whole decoder on one device, or the layers of one pipeline stage, built from the family's description.
+"""A whole model on one device, or the layers of one pipeline stage, built from the family's description.
 
-B: sequences, T: tokens, C: channels, V: vocabulary, N: tokens whose successor is asked.
+B: sequences, T: tokens, C: channels, M: targets of a sequence, V: vocabulary, N: tokens whose successor is asked.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.batch import Batch, InferenceBatch
-from megatrain.families.description import Embedding
+from megatrain.families.description import Embedding, HeadTransform, Linear, Norm
 from megatrain.model.attention import CoreAttention
-from megatrain.model.block import DecoderLayer, attach, build_norm
+from megatrain.model.block import Activation, DecoderLayer, attach, build_norm
 from megatrain.model.context import Context, ContextBuilder
 from megatrain.model.dropout import Dropout
-from megatrain.model.embedding import PositionEmbedding, TokenEmbedding
+from megatrain.model.embedding import EmbeddingNorm, PositionEmbedding, SegmentEmbedding, TokenEmbedding
+from megatrain.model.generate import require_generative
 from megatrain.model.loss import OutputHead, token_scores
 
 if TYPE_CHECKING:
@@ -31,33 +32,67 @@ class LayerSpec:
     """A layer of the stack: ``prefix`` + "." + a parameter's name in it is the parameter's canonical name.
 
     Every layer is called as ``layer(x, context)`` and returns the next x (the first takes token ids), but for the head,
-    which takes x alone: ``head(x)`` gives logits, ``head.loss_sum(x, targets, loss_mask)`` the loss.
+    and what transforms its input, which take x alone: ``head(x)`` gives logits, ``head.loss_sum(x, targets,
+    loss_mask)`` the loss.
     """
 
     prefix: str
-    kind: Literal["embedding", "decoder", "norm", "head"]
+    kind: Literal["embedding", "decoder", "norm", "transform", "head"]
     build: Callable[[], nn.Module]
 
 
 def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
     """The stack of the config's family, in order; nothing is built yet. ``seed`` is that of dropout."""
     family, vocab_size = config.description, config.known_vocab_size
-    embeddings = [LayerSpec(e.name, "embedding", partial(_embedding, config, seed, e)) for e in family.embeddings]
+    embeddings = [LayerSpec(e.name, "embedding", partial(_embedding, config, seed, e)) for e in family.first_layers]
     numbers = range(config.num_hidden_layers)
     prefix = family.block.prefix
     return [
         *embeddings,
         *(LayerSpec(f"{prefix}.{i}", "decoder", partial(DecoderLayer, config, family.block, i, seed)) for i in numbers),
-        LayerSpec(family.norm.name, "norm", partial(build_norm, family.norm, config)),
-        LayerSpec(family.head.name, "head", partial(OutputHead, vocab_size, config.hidden_size)),
+        *(_last_layer(config, layer) for layer in family.last_layers[:-1]),
+        LayerSpec(family.head.name, "head", partial(OutputHead, vocab_size, config.hidden_size, family.head.bias)),
     ]
 
 
-def _embedding(config: ModelConfig, seed: int, embedding: Embedding) -> nn.Module:
-    is_last = embedding is config.description.embeddings[-1]
-    dropout = Dropout(config.hidden_dropout, seed, embedding.name) if is_last else None
-    kind = TokenEmbedding if embedding.rows == "vocab" else PositionEmbedding
-    return kind(config.sizes[embedding.rows], config.hidden_size, dropout)
+def _embedding(config: ModelConfig, seed: int, layer: Embedding | Norm) -> nn.Module:
+    """The last one drops."""
+    dropout = Dropout(config.hidden_dropout, seed, layer.name)
+    if isinstance(layer, Norm):
+        return EmbeddingNorm(config.hidden_size, getattr(config, layer.eps_key), dropout)
+    is_last = layer is config.description.first_layers[-1]
+    kinds = {"vocab": TokenEmbedding, "positions": PositionEmbedding, "segments": SegmentEmbedding}
+    return kinds[layer.rows](config.sizes[layer.rows], config.hidden_size, dropout if is_last else None)
+
+
+def _last_layer(config: ModelConfig, layer: Norm | HeadTransform | Linear) -> LayerSpec:
+    if isinstance(layer, Norm):
+        return LayerSpec(layer.name, "norm", partial(build_norm, layer, config))
+    assert isinstance(layer, HeadTransform)
+    return LayerSpec(layer.name, "transform", partial(TransformedInput, config, layer))
+
+
+class TransformedInput(nn.Module):
+    """What a head reads: norm(activation(linear(x))). An ``nn.Linear`` gets no adapter, as the head gets none."""
+
+    def __init__(self, config: ModelConfig, spec: HeadTransform) -> None:
+        super().__init__()
+        self.linear_name, self.norm_name = spec.linear.name, spec.norm.name
+        self.add_module(self.linear_name, nn.Linear(config.hidden_size, config.hidden_size, spec.linear.bias))
+        self.add_module(self.norm_name, build_norm(spec.norm, config))
+        self.activation = Activation(spec.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.get_submodule(self.linear_name)(x))
+        return self.get_submodule(self.norm_name)(x)  # type: ignore[no-any-return]
+
+
+class TargetPicker(nn.Module):
+    """The activations that targets are asked at: so many of each sequence, which no device has to count."""
+
+    def forward(self, x_BTC: Tensor, places_BM: Tensor) -> Tensor:
+        rows_B1 = torch.arange(len(x_BTC), device=x_BTC.device).unsqueeze(1)
+        return x_BTC[rows_B1, places_BM]  # unlike gather, keeps no x for the backward pass
 
 
 class DecoderStage(nn.Module):
@@ -74,8 +109,11 @@ class DecoderStage(nn.Module):
         self.make_context = ContextBuilder(config)
         for spec in specs:
             attach(self, spec.prefix, spec.build())
-        self.body_names = [spec.prefix for spec in specs if spec.kind != "head"]
+        self.body_names = [spec.prefix for spec in specs if spec.kind not in ("transform", "head")]
+        self.transform_name = next((spec.prefix for spec in specs if spec.kind == "transform"), None)
         self.head_name = next((spec.prefix for spec in specs if spec.kind == "head"), None)
+        self.last_names = [spec.prefix for spec in specs if spec.kind in ("norm", "transform", "head")]
+        self.pick = TargetPicker() if config.description.asks_at_places and self.head_name else None
         self.embedding_names = [spec.prefix for spec in specs if spec.kind == "embedding"]
         self.decoder_names = [spec.prefix for spec in specs if spec.kind == "decoder"]
 
@@ -88,7 +126,26 @@ class DecoderStage(nn.Module):
         if isinstance(batch, InferenceBatch):
             return self._answer(batch, x_BTC)
         x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, self.context(batch))
-        return x_BTC if self.head_name is None else self.head.loss_sum(x_BTC, batch.targets_BM, batch.loss_mask_BM)
+        if self.head_name is None:
+            return x_BTC
+        return self.head.loss_sum(self._at_targets(x_BTC, batch), batch.targets_BM, batch.loss_mask_BM)
+
+    def target_scores(self, batch: Batch) -> Tensor:
+        """The `token_scores` [2, B * M] of a batch's targets, scored or not; of a whole model."""
+        x_BTC = self.hidden(batch.tokens_BT, self.context(batch))
+        logits_BMV: Tensor = self.head(self._at_targets(x_BTC, batch))
+        return token_scores(logits_BMV.flatten(0, 1), batch.targets_BM.flatten())
+
+    def _at_targets(self, x_BTC: Tensor, batch: Batch) -> Tensor:
+        """What the head reads of the last layer's activations, for each target."""
+        if self.pick is None:
+            return x_BTC
+        assert batch.target_places_BM is not None
+        return self.transformed(self.pick(x_BTC, batch.target_places_BM))
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """Activations as the head reads them."""
+        return x if self.transform_name is None else self.get_submodule(self.transform_name)(x)
 
     def context(self, batch: Batch) -> Context:
         """What its layers need to know of a batch's tokens."""
@@ -96,6 +153,7 @@ class DecoderStage(nn.Module):
         return self.make_context(*places, self.dtype, borders=batch.document_starts)
 
     def _answer(self, batch: InferenceBatch, x_BTC: Tensor | None) -> Tensor:
+        require_generative(self.config)
         context = self.make_context(batch.positions_BT, None, None, self.dtype, batch.cache)
         x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, context)
         if self.head_name is None:
@@ -160,5 +218,5 @@ class Decoder(DecoderStage):
 
     def logits(self, tokens_BT: Tensor, context: Context) -> Tensor:
         """[B, T, V], in the type of the weights."""
-        logits_BTV: Tensor = self.head(self.hidden(tokens_BT, context))
+        logits_BTV: Tensor = self.head(self.transformed(self.hidden(tokens_BT, context)))
         return logits_BTV

@@ -1,4 +1,4 @@
-"""The layers before the first decoder layer: tokens, and where a family learns them positions, to activations.
+"""The layers before the blocks: tokens, and where a family learns them positions and segments, to activations.
 
 B: sequences, T: tokens, C: channels.
 """
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from megatrain.model.context import Context
 from megatrain.model.dropout import Dropout
+from megatrain.model.norm import LayerNorm
 
 
 class TokenEmbedding(nn.Module):
@@ -39,3 +40,33 @@ class PositionEmbedding(nn.Module):
         """Add the positions' vectors."""
         y_BTC = x_BTC + functional.embedding(context.positions_BT, self.weight)
         return y_BTC if self.dropout is None else self.dropout(y_BTC, context.sample_ids_B)
+
+
+class SegmentEmbedding(nn.Module):
+    """A vector for each segment of a document, added to those before."""
+
+    def __init__(self, num_segments: int, size: int, dropout: Dropout | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_segments, size))
+        self.dropout = dropout
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """Add the segments' vectors; documents of one segment have the first one's."""
+        segments_BT = context.segments_BT
+        if segments_BT is None:
+            segments_BT = torch.zeros_like(context.positions_BT)
+        y_BTC = x_BTC + functional.embedding(segments_BT, self.weight)
+        return y_BTC if self.dropout is None else self.dropout(y_BTC, context.sample_ids_B)
+
+
+class EmbeddingNorm(LayerNorm):
+    """Normalises the sum of the embeddings, before their dropout."""
+
+    def __init__(self, size: int, eps: float, dropout: Dropout) -> None:
+        super().__init__(size, eps)
+        self.dropout = dropout
+
+    def forward(self, x_BTC: Tensor, context: Context | None = None) -> Tensor:
+        """Normalise each token."""
+        assert context is not None
+        return self.dropout(super().forward(x_BTC), context.sample_ids_B)  # type: ignore[no-any-return]

@@ -39,6 +39,15 @@ class LanguageModel(Protocol):
         ...
 
 
+def require_generative(config: ModelConfig) -> None:
+    """Raise ConfigError for a model that reads texts from both sides, and so writes none."""
+    if not config.description.can_generate:
+        raise ConfigError(
+            f"A {config.family} reads a text from both sides, and cannot generate or answer tasks: `megatrain eval "
+            "--data` evaluates it."
+        )
+
+
 Agree = Callable[[list[int]], list[int]]
 """From this rank's choices to those of all ranks that share a model."""
 

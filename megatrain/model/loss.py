@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatrain.fp32 import scaled, softmax_blocks
+from megatrain.fp32 import scaled, softmax_blocks, sum_of_rows
 
 
 class OutputHead(nn.Module):
     """Activations to logits, one for each token id."""
 
-    def __init__(self, vocab_size: int, size: int) -> None:
+    def __init__(self, vocab_size: int, size: int, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
+        self.bias = nn.Parameter(torch.empty(vocab_size)) if has_bias else None
 
     def loss_sum(self, x_BTC: Tensor, targets_BT: Tensor, loss_mask_BT: Tensor | None) -> Tensor:
         """Sum over the scored targets of their cross-entropy in nats: an fp32 scalar."""
@@ -37,10 +38,12 @@ class OutputHead(nn.Module):
         """Without targets: logits, in the activations' type; with ``at``, rows and columns, of these tokens alone:
         [N, V]. With targets: what :meth:`loss_sum` says."""
         if targets_BT is None:
-            return functional.linear(x_BTC if at is None else x_BTC[at], self.weight)
+            return functional.linear(x_BTC if at is None else x_BTC[at], self.weight, self.bias)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
         x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
-        loss: Tensor = _LinearCrossEntropy.apply(x_NC, self.weight, targets_N, mask_N)  # type: ignore[no-untyped-call]
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x_NC, self.weight, self.bias, targets_N, mask_N
+        )
         return loss
 
 
@@ -52,15 +55,19 @@ def token_scores(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Head and cross-entropy in one: sum over n of logsumexp(x_n W^T) - (x_n W^T)[target_n].
+    """Head and cross-entropy in one: sum over n of logsumexp(x_n W^T + b) - (x_n W^T + b)[target_n].
 
     The logits exist once, in the type of the weights, and their gradient (softmax minus one-hot) replaces them in
     place; the softmax itself is computed in fp32, a few rows at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, mask_N: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, mask_N: Tensor | None
+    ) -> Tensor:
         logits_NV = x_NC @ weight_VC.t()
+        if bias_V is not None:
+            logits_NV += bias_V
         needs_gradient = any(ctx.needs_input_grad)
         losses_N = torch.empty(len(x_NC), dtype=torch.float32, device=x_NC.device)
         for rows in softmax_blocks(logits_NV):
@@ -74,12 +81,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_NC, weight_VC, grad_NV = ctx.saved_tensors
         # The scale goes to the small factors, before the sum over tokens: in fp16 that sum might overflow without it.
         grad_x_NC = scaled(grad_NV @ weight_VC, grad) if ctx.needs_input_grad[0] else None
         grad_weight_VC = grad_NV.t() @ scaled(x_NC, grad) if ctx.needs_input_grad[1] else None
-        return grad_x_NC, grad_weight_VC, None, None
+        grad_bias_V = sum_of_rows(grad_NV, grad) if ctx.needs_input_grad[2] else None
+        return grad_x_NC, grad_weight_VC, grad_bias_V, None, None
 
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor, losses_N: Tensor, needs_gradient: bool) -> None:

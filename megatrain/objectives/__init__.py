@@ -6,6 +6,7 @@ No torch: an objective makes NumPy arrays, `megatrain.data.batches` batches of t
 from __future__ import annotations
 
 from megatrain.config import ModelConfig, ObjectiveConfig
+from megatrain.objectives.masked_lm import MaskedLM
 from megatrain.objectives.next_token import NextToken
 from megatrain.objectives.objective import DataSettings, Objective
 
@@ -13,6 +14,6 @@ from megatrain.objectives.objective import DataSettings, Objective
 def make_objective(config: ObjectiveConfig, model: ModelConfig, data: DataSettings, seed: int) -> Objective:
     """The objective of a run, or of a checkpoint that is evaluated. ``seed``: of what is random in training samples."""
     kind = config.of(model)
-    if kind == "next_token":
-        return NextToken(data)
-    raise AssertionError(kind)
+    if kind == "masked_lm":
+        return MaskedLM(data, config.masked_lm, seed)
+    return NextToken(data)

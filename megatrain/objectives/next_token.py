@@ -19,10 +19,7 @@ from megatrain.data.order import Samples
 from megatrain.data.packing import PackingPlan, count_samples, make_plan, open_plan, store_plan
 from megatrain.data.sample import Ints, Sample, Source
 from megatrain.errors import DataError
-from megatrain.objectives.objective import DataSettings
-
-MOST_PACKED_DOCUMENTS = 1 << 20
-"""So many are packed in a second, only to be counted."""
+from megatrain.objectives.objective import MOST_PACKED_DOCUMENTS, DataSettings
 
 
 class NextToken:
@@ -187,7 +184,7 @@ class PackedSource:
         return False
 
     def num_targets(self, samples: Samples) -> int:
-        return self.plan.num_targets(samples.index)
+        return int(self.plan.num_targets(samples.index).sum())
 
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text behind the scored targets of all samples."""

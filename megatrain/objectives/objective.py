@@ -10,6 +10,9 @@ from megatrain.data.augmentation import Augmentation
 from megatrain.data.dataset import Dataset
 from megatrain.data.sample import Source
 
+MOST_PACKED_DOCUMENTS = 1 << 20
+"""So many are packed in a second, only to be counted."""
+
 
 class DataSettings(Protocol):
     """What of ``data:`` decides how datasets are cut into samples, in a config or in a checkpoint."""

@@ -44,6 +44,12 @@ def scatter_to_sequence_parallel_region(x_BTC: Tensor, group: dist.ProcessGroup)
     return _Split.apply(x_BTC, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def gather_alike_from_sequence_parallel_region(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-gather the shards of the sequence, where all ranks go on with the whole alike; its gradient, which is then
+    alike too, is split."""
+    return _GatherAlike.apply(x_BTC, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -91,14 +97,22 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        # A copy: a view would keep the whole sequence alive.
-        return x_BTC.chunk(dist.get_world_size(group), 1)[dist.get_rank(group)].clone(
-            memory_format=torch.contiguous_format
-        )
+        return _own_shard(x_BTC, group)
 
     @staticmethod
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None]:
         return all_gather_sequence(grad_BTC, ctx.group), None
+
+
+class _GatherAlike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_sequence(x_BTC, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None]:
+        return _own_shard(grad_BTC, ctx.group), None
 
 
 def all_gather_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -126,6 +140,12 @@ def begin_reduce_scatter_sequence(x_BTC: Tensor, group: dist.ProcessGroup) -> Pe
     shard = torch.empty_like(shards[: x_BTC.shape[0]])
     work = dist.reduce_scatter_tensor(shard, shards, group=group, async_op=_overlaps())
     return _pending(work, lambda: shard)
+
+
+def _own_shard(x_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # A copy: a view would keep the whole sequence alive.
+    shards = x_BTC.chunk(dist.get_world_size(group), 1)
+    return shards[dist.get_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
 def _pending(work: dist.Work | None, result: Pending) -> Pending:

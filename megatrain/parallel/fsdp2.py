@@ -253,7 +253,7 @@ def _local(tensor: Tensor | None) -> Tensor:
 
 
 def _shard_layers(chunk: Any, shard: Callable[..., Any], *, frees: bool) -> None:
-    """Make groups of messages: of each decoder layer, of the embeddings, of the last norm and the head; what is left
+    """Make groups of messages: of each decoder layer, of the embeddings, of the last layers; what is left
     (tied weights, which torch asks to be in one group) goes with the chunk. ``frees``: weights after a forward pass,
     but for those that the backward pass begins with."""
     for name in chunk.decoder_names:
@@ -263,5 +263,5 @@ def _shard_layers(chunk: Any, shard: Callable[..., Any], *, frees: bool) -> None
         if embeddings:
             shard(embeddings, reshard_after_forward=frees)
         if chunk.head_name is not None:
-            shard([chunk.get_submodule(chunk.body_names[-1]), chunk.head], reshard_after_forward=False)
+            shard([chunk.get_submodule(name) for name in chunk.last_names], reshard_after_forward=False)
     shard(chunk, reshard_after_forward=False)

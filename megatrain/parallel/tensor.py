@@ -23,6 +23,7 @@ from megatrain.distributed.groups import Groups
 from megatrain.families.description import Split
 from megatrain.parallel.collectives import (
     copy_to_tensor_parallel_region,
+    gather_alike_from_sequence_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -34,6 +35,8 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
     """Cut ``model`` (a DecoderStage on the meta device) in place; each parameter's spec, by name."""
     specs: dict[str, ShardSpec] = {}
     region = Region(groups.tensor, config.parallel.sequence)
+    # Where targets are picked from the sequences of all ranks, the head's input is whole on each of them.
+    head_region = region if model.pick is None else Region(groups.tensor, is_sequence_parallel=False)
     for name, module in list(model.named_modules()):
         split = config.model.description.split_of(name)
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -46,12 +49,14 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
         if split.kind == "row":
             module.reduce = region.reduce
         elif split.kind == "vocab":
-            kind = VocabParallelHead if name == model.head_name else VocabParallelEmbedding
-            model.set_submodule(name, kind(module, specs[f"{name}.weight"], region))
+            cut = (VocabParallelHead, head_region) if name == model.head_name else (VocabParallelEmbedding, region)
+            model.set_submodule(name, cut[0](module, specs[f"{name}.weight"], cut[1]))
     for block in [module for module in model.modules() if hasattr(module, "project")]:
         _begin_block(block, region, config)
     if region.is_sequence_parallel and model.decoder_names and model.decoder_names[0].endswith(".0"):
         _before(model.get_submodule(model.decoder_names[0]), scatter_to_sequence_parallel_region, region.group)
+    if region.is_sequence_parallel and model.pick is not None:
+        _before(model.pick, gather_alike_from_sequence_parallel_region, region.group)
     _set_dropout_offsets(model, config, groups)
     return specs
 
@@ -59,11 +64,12 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
 def partial_gradients(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], config: RunConfig) -> set[str]:
     """The parameters that several tensor ranks hold alike while each computes a part of the gradient.
 
-    Under sequence parallelism those are all whole parameters but for the embeddings: they are applied to this rank's
-    tokens alone.
+    Under sequence parallelism those are all whole parameters but for the embeddings and what transforms the head's
+    input: the others are applied to this rank's tokens alone.
     """
-    embeddings = {f"{name}.weight" for model in chunks for name in model.embedding_names}
-    on_tokens = {name for name, spec in specs.items() if spec.num_replicas > 1 and name not in embeddings}
+    outer = [name for model in chunks for name in (*model.embedding_names, model.transform_name) if name is not None]
+    applied_to_all = tuple(f"{name}." for name in outer)
+    on_tokens = {name for name, spec in specs.items() if spec.num_replicas > 1 and not name.startswith(applied_to_all)}
     parts = {name for name, spec in specs.items() if spec.is_partial_grad}
     return parts | on_tokens if config.parallel.sequence else parts
 

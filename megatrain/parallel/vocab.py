@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatrain.distributed.fragment import ShardSpec
-from megatrain.fp32 import softmax_blocks
+from megatrain.fp32 import softmax_blocks, sum_of_rows
 from megatrain.parallel.collectives import reduce_from_tensor_parallel_region
 from megatrain.parallel.linear import Region
 
@@ -45,7 +45,7 @@ class VocabParallelHead(nn.Module):
 
     def __init__(self, head: nn.Module, spec: ShardSpec, region: Region) -> None:
         super().__init__()
-        self.weight = head.weight
+        self.weight, self.bias = head.weight, head.bias
         self._range, self._region = _vocabulary(spec), region
         self._num_ids = spec.global_shape[0]
 
@@ -67,20 +67,20 @@ class VocabParallelHead(nn.Module):
             return self._logits(x_BTC, at)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
         loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x_BTC, self.weight, targets_BT.flatten(), mask_N, self._range, self._region
+            x_BTC, self.weight, self.bias, targets_BT.flatten(), mask_N, self._range, self._region
         )
         return loss
 
     def _logits(self, x_BTC: Tensor, at: tuple[Tensor, Tensor] | None) -> Tensor:
         group, x_BTC = self._region.group, self._region.whole(x_BTC)
-        local = functional.linear(x_BTC if at is None else x_BTC[at], self.weight)  # type: ignore[arg-type]
+        local = functional.linear(x_BTC if at is None else x_BTC[at], self.weight, self.bias)  # type: ignore[arg-type]
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, local, group=group)
         return torch.cat(parts, -1)[..., : self._num_ids]  # the padding lies behind the last id
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Sum over n of logsumexp(x_n W^T) - (x_n W^T)[target_n], where W's rows are spread over the ranks.
+    """Sum over n of logsumexp(x_n W^T + b) - (x_n W^T + b)[target_n], where rows of W and b are spread over the ranks.
 
     Each rank sends its largest logit, its sum of exponentials and, if it has it, the target's logit: 3 numbers a token.
     x is this rank's tokens under sequence parallelism, else all.
@@ -91,6 +91,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any,
         x_BTC: Tensor,
         weight_VC: Tensor,
+        bias_V: Tensor | None,
         targets_N: Tensor,
         mask_N: Tensor | None,
         vocabulary: tuple[int, int],
@@ -99,6 +100,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         (first, count), group = vocabulary, region.group
         x_NC = region.whole(x_BTC).flatten(0, 1)
         logits_NV = x_NC @ weight_VC.t()
+        if bias_V is not None:
+            logits_NV += bias_V
         logits_NV[:, count:].fill_(-math.inf)
         if count:
             largest_N = logits_NV.amax(-1).float()
@@ -131,7 +134,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         x_BTC, weight_VC, grad_NV = ctx.saved_tensors
         grad_BTV = grad_NV.unflatten(0, (len(x_BTC), -1))
         grads = ctx.region.gradients([grad_BTV], x_BTC, [weight_VC], ctx.needs_input_grad[:2], grad)
-        return *grads, None, None, None, None
+        grad_bias_V = sum_of_rows(grad_NV, grad) if ctx.needs_input_grad[2] else None
+        return *grads, grad_bias_V, None, None, None, None
 
 
 def _gradients(logits_NV: Tensor, targets_N: Tensor, is_here_N: Tensor, normalizer_N1: Tensor) -> None:

@@ -32,7 +32,7 @@ def working_set(stage: StageModel) -> dict[str, int]:
     elif stage.config.parallel.recompute == "selective" and not is_fused(stage):
         held["a recomputed attention"] = _probabilities(stage)
     if stage.is_last:
-        held["softmax in fp32"] = min(LARGEST_SOFTMAX_BYTES, 4 * tokens * stage.sizes["vocab"])
+        held["softmax in fp32"] = min(LARGEST_SOFTMAX_BYTES, 4 * stage.targets * stage.sizes["vocab"])
     return held
 
 
@@ -55,13 +55,26 @@ def _chunk(stage: StageModel, chunk: Chunk, fused: bool) -> int:
         kept += tokens * model.head_size * bytes_  # cosines and sines
     if chunk.is_first and stage.config.lora is None:
         kept += 8 * tokens * len(family.embeddings)  # ids of tokens and positions
+        if family.embedding_norm is not None:
+            kept += tokens * (model.hidden_size * bytes_ + family.embedding_norm.saved_bytes)
         kept += tokens * model.hidden_size if model.hidden_dropout else 0
     elif chunk.is_first and parallel.recompute != "full":
         kept -= _before_gradients(stage)
-    if chunk.is_last:  # the final norm's input, the head's, and the gradient of the logits
-        elements = 2 * _border_elements(stage) + tokens * stage.sizes["vocab"]
-        kept += elements * bytes_ + family.norm.saved_bytes * _tokens_between_blocks(stage)
+    if chunk.is_last:
+        kept += _before_loss(stage)
     return kept
+
+
+def _before_loss(stage: StageModel) -> int:
+    """Bytes that the layers behind the blocks keep: what the head reads, and the gradient of the logits."""
+    model, bytes_, family = stage.config.model, stage.element_bytes, stage.config.model.description
+    kept = 0
+    if family.norm is not None:
+        kept += bytes_ * _border_elements(stage) + family.norm.saved_bytes * _tokens_between_blocks(stage)
+    if (transform := family.head_transform) is not None:  # inputs of the product, of the activation, of the norm
+        kept += stage.targets * (3 * bytes_ * model.hidden_size + transform.norm.saved_bytes)
+    read = stage.targets * model.hidden_size if family.asks_at_places else _border_elements(stage)
+    return kept + bytes_ * (read + stage.targets * stage.sizes["vocab"])
 
 
 def _before_gradients(stage: StageModel) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatrain.families.description import Linear
-from megatrain.plan.flops import flops_of_weight, flops_per_token
+from megatrain.plan.flops import flops_of_head, flops_of_weight, flops_per_token
 from megatrain.plan.hardware import Device
 from megatrain.plan.stage_model import StageModel, num_elements, share
 
@@ -115,9 +115,10 @@ def micro_batch_seconds(part: StageModel, rates: Rates) -> float:
 def operations(part: StageModel) -> float:
     """FLOPs of one micro-batch on a rank, with those that recomputation repeats."""
     model, parallel, seq_len = part.config.model, part.config.parallel, part.config.data.seq_len
-    of_weight = flops_of_weight(part.config.lora)
-    head = of_weight * model.hidden_size * (model.vocab_size or 0)
-    layer = (flops_per_token(model, seq_len, part.config.lora) - head) / model.num_hidden_layers
+    lora, asked = part.config.lora, part.config.asked_share
+    of_weight = flops_of_weight(lora)
+    head = flops_of_head(model, lora, asked)
+    layer = (flops_per_token(model, seq_len, lora, asked) - head) / model.num_hidden_layers
     attention = 4 * model.num_attention_heads * model.head_size * seq_len  # forward
     layers = part.num_layers * layer
     if parallel.recompute == "full":
@@ -215,11 +216,11 @@ def _ends(part: StageModel, rates: Rates) -> float:
     if part.is_first:
         seconds += rates.moved(6 * part.element_bytes * part.tokens * hidden, 3)
     if part.is_last:
-        seconds += rates.product(part.tokens, vocab, hidden) + rates.product(part.tokens, hidden, vocab)
+        seconds += rates.product(part.targets, vocab, hidden) + rates.product(part.targets, hidden, vocab)
         if part.config.lora is None:
-            seconds += rates.product(vocab, hidden, part.tokens)
+            seconds += rates.product(vocab, hidden, part.targets)
         of_logit = _LOSS_BYTES if part.config.parallel.tensor == 1 else _VOCAB_PARALLEL_LOSS_BYTES
-        seconds += rates.moved(of_logit * part.tokens * vocab, 6)
+        seconds += rates.moved(of_logit * part.targets * vocab, 6)
     return seconds
 
 

@@ -8,9 +8,16 @@ from megatrain.config.schema import LoraConfig, ModelConfig
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Parameters that every token is multiplied with: all projections, and the output head whether tied or not."""
+    """Parameters that tokens are multiplied with: all projections, and the output head whether tied or not."""
     layer = sum(weight.numel(model.sizes) for weight in model.description.block.weights if weight.is_matrix)
-    return model.num_hidden_layers * layer + model.hidden_size * model.known_vocab_size
+    return model.num_hidden_layers * layer + head_parameters(model)
+
+
+def head_parameters(model: ModelConfig) -> int:
+    """Of them, those of the head, and of what transforms its input."""
+    model.known_vocab_size  # noqa: B018 (raises where it is not known)
+    weights = (weight for layer in model.description.last_layers for weight in layer.weights if weight.is_matrix)
+    return sum(weight.numel(model.sizes) for weight in weights)
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -41,10 +48,11 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int,
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name and shape of every parameter, in order, tied ones once."""
     family, sizes = model.description, model.sizes
-    weights = [weight for embedding in family.embeddings for weight in embedding.weights]
+    weights = [weight for layer in family.first_layers for weight in layer.weights]
     for number in range(model.num_hidden_layers):
         weights += [w._replace(name=f"{family.block.prefix}.{number}.{w.name}") for w in family.block.weights]
-    weights += [*family.norm.weights, *(() if model.tie_word_embeddings else family.head.weights)]
+    weights += [weight for layer in family.last_layers[:-1] for weight in layer.weights]
+    weights += family.head.weights[int(model.tie_word_embeddings) :]  # the matrix comes first
     return {weight.name: weight.shape(sizes) for weight in weights}
 
 
@@ -55,9 +63,15 @@ def flops_of_weight(lora: LoraConfig | None) -> int:
     return 6 if lora is None else 4
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, lora: LoraConfig | None = None) -> int:
+def flops_of_head(model: ModelConfig, lora: LoraConfig | None, asked: float) -> int:
+    """Of ``flops_per_token`` the head's."""
+    flops = flops_of_weight(lora) * head_parameters(model)
+    return flops if asked == 1.0 else round(flops * asked)
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, lora: LoraConfig | None = None, asked: float = 1.0) -> int:
     """FLOPs of forward and backward for one token: 6 a matrix parameter, and attention's 12 x layers x width x seq_len;
-    with ``lora`` 4 a matrix parameter and 6 one of the adapters.
+    with ``lora`` 4 a matrix parameter and 6 one of the adapters. ``asked``: the share of the tokens that the head sees.
 
     The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation. A window
     that is shorter than ``seq_len`` stands in its place.
@@ -65,4 +79,5 @@ def flops_per_token(model: ModelConfig, seq_len: int, lora: LoraConfig | None = 
     num_keys = min(seq_len, model.attention_window or seq_len)
     attention = 12 * model.num_hidden_layers * model.sizes["queries"] * num_keys
     adapters = 0 if lora is None else num_trained_parameters(model, lora)
-    return flops_of_weight(lora) * matrix_parameters(model) + 6 * adapters + attention
+    in_layers = flops_of_weight(lora) * (matrix_parameters(model) - head_parameters(model))
+    return in_layers + flops_of_head(model, lora, asked) + 6 * adapters + attention

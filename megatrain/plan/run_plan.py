@@ -60,7 +60,8 @@ class RunPlan:
     @property
     def flops_per_token(self) -> int:
         """Forward and backward, without recomputation."""
-        return flops_per_token(self.config.model, self.config.data.seq_len, self.config.lora)
+        config = self.config
+        return flops_per_token(config.model, config.data.seq_len, config.lora, config.asked_share)
 
     @property
     def tokens_per_step(self) -> int:

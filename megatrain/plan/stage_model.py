@@ -86,6 +86,12 @@ class StageModel:
         return self.config.train.micro_batch_size * self.config.data.seq_len
 
     @property
+    def targets(self) -> int:
+        """Of a micro-batch, scored or not."""
+        config = self.config
+        return config.train.micro_batch_size * config.objective.most_targets(config.model, config.data.seq_len)
+
+    @property
     def border_bytes(self) -> int:
         """Of what travels between stages, on each tensor rank: [B, T, hidden], with sequence parallelism its part."""
         parallel = self.config.parallel
@@ -115,8 +121,8 @@ class StageModel:
     @cached_property
     def embedding_parameters(self) -> tuple[Parameter, ...]:
         """Those of the embeddings, on the first rank."""
-        embeddings = self.config.model.description.embeddings if self.is_first else ()
-        return tuple(self._held(weight for embedding in embeddings for weight in embedding.weights))
+        layers = self.config.model.description.first_layers if self.is_first else ()
+        return tuple(self._held(weight for layer in layers for weight in layer.weights))
 
     @cached_property
     def layer_parameters(self) -> tuple[Parameter, ...]:
@@ -127,12 +133,14 @@ class StageModel:
 
     @cached_property
     def head_parameters(self) -> tuple[Parameter, ...]:
-        """Those of the final norm and the head, on the last rank; on an only one a tied head has none."""
+        """Those of the final norm and the head, on the last rank; an only one has a tied head's matrix already."""
         if not self.is_last:
             return ()
         family, is_tied = self.config.model.description, self.config.model.tie_word_embeddings
-        head = [] if is_tied and self.is_first else self._held(family.head.weights)
-        return (*self._held(family.norm.weights), *(p._replace(is_tied=is_tied) for p in head))
+        before = self._held(weight for layer in family.last_layers[:-1] for weight in layer.weights)
+        matrix, *bias = self._held(family.head.weights)
+        head = [] if is_tied and self.is_first else [matrix._replace(is_tied=is_tied)]
+        return (*before, *head, *bias)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -170,15 +178,15 @@ class StageModel:
 def stage_models(config: RunConfig, world_size: int) -> list[StageModel]:
     """Each stage's: all that is different between ranks of a legal layout."""
     num_ranks, num_chunks = config.parallel.pipeline, config.parallel.pipeline_chunks
-    counts = _stages(config.model, config.data.seq_len, num_ranks * num_chunks)
+    counts = _stages(config.model, config.data.seq_len, num_ranks * num_chunks, config.asked_share)
     data = rules.data_degree(config, world_size)
     num_micro_batches = rules.num_micro_batches(config, world_size)
     return [StageModel(config, rank, counts[rank::num_ranks], data, num_micro_batches) for rank in range(num_ranks)]
 
 
 @lru_cache(maxsize=64)  # the search for a layout that fits asks for the same ones hundreds of times
-def _stages(model: ModelConfig, seq_len: int, num_stages: int) -> tuple[int, ...]:
-    return tuple(decoder_stages(model, seq_len, num_stages))
+def _stages(model: ModelConfig, seq_len: int, num_stages: int, asked: float) -> tuple[int, ...]:
+    return tuple(decoder_stages(model, seq_len, num_stages, asked))
 
 
 def num_elements(parameters: Iterable[Parameter]) -> int:

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from functools import cache
 
 from megatrain.config import ModelConfig
-from megatrain.plan.flops import flops_per_token
+from megatrain.plan.flops import flops_of_head, flops_per_token
 
 
-def decoder_stages(model: ModelConfig, seq_len: int, num_stages: int) -> list[int]:
+def decoder_stages(model: ModelConfig, seq_len: int, num_stages: int, asked: float = 1.0) -> list[int]:
     """Decoder layers of each stage, in order. The first has the embedding too, the last the final norm and the head.
 
-    Costs are the FLOPs of a token: the head's are those of several layers where the vocabulary is large.
+    Costs are the FLOPs of a token: the head's are those of several layers where the vocabulary is large. ``asked``: the
+    share of the tokens that the head sees.
     """
-    head = 6 * model.hidden_size * (model.vocab_size or 0)
-    layer = (flops_per_token(model, seq_len) - head) / model.num_hidden_layers if model.vocab_size else 1.0
+    if not model.vocab_size:
+        return balance([1.0] * model.num_hidden_layers, 0, num_stages)
+    head = flops_of_head(model, None, asked)
+    layer = (flops_per_token(model, seq_len, None, asked) - head) / model.num_hidden_layers
     return balance([layer] * model.num_hidden_layers, head, num_stages)
 
 

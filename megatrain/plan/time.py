@@ -126,7 +126,7 @@ def _tensor(part: StageModel, cluster: Cluster, rates: Rates) -> tuple[float, fl
     if size == 1:
         return 0.0, 0.0
     half = _border(part) * (size - 1) / size / cluster.bandwidth(size, 1)
-    losses = 2 * 12 * part.tokens * part.is_last * (size - 1) / size / cluster.bandwidth(size, 1)  # 3 numbers a token
+    losses = 2 * 12 * part.targets * part.is_last * (size - 1) / size / cluster.bandwidth(size, 1)  # 3 numbers a token
     halves = 4 * part.num_layers + 2 * (num_recomputed(part) + part.is_first)
     if parallel.sequence:
         halves += 2 * part.num_layers + num_recomputed(part) + part.is_first + part.is_last

@@ -286,10 +286,10 @@ def _sharding(config: RunConfig, model: ShardedModel, groups: Groups) -> Shardin
 
 def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:
     """Those of a virtual stage: consecutive decoder layers, and what comes before the first and after the last."""
-    counts = decoder_stages(config.model, config.data.seq_len, num_stages)
+    counts = decoder_stages(config.model, config.data.seq_len, num_stages, config.asked_share)
     first = sum(counts[:stage])
     before = [spec for spec in specs if spec.kind == "embedding"] if stage == 0 else []
-    after = [spec for spec in specs if spec.kind in ("norm", "head")] if stage == num_stages - 1 else []
+    after = [spec for spec in specs if spec.kind in ("norm", "transform", "head")] if stage == num_stages - 1 else []
     decoders = [spec for spec in specs if spec.kind == "decoder"]
     return [*before, *decoders[first : first + counts[stage]], *after]
 

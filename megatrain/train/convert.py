@@ -24,7 +24,7 @@ from megatrain.config import LoraConfig, ModelConfig
 from megatrain.distributed.fragment import Fragment, ShardSpec, shard_views
 from megatrain.errors import ConfigError
 from megatrain.inference.assets import CARRIED, TOKENIZER_FILES, Assets, exported_files
-from megatrain.plan.flops import adapter_shapes, num_parameters, num_trained_parameters, parameter_shapes
+from megatrain.plan.flops import adapter_shapes, num_parameters, num_trained_parameters
 from megatrain.version import __version__
 
 _EVALUATION_TOKENS = 1024
@@ -57,9 +57,10 @@ def export_checkpoint(
         _export_adapter(reader, saved.lora, assets, out)
         return Converted(reader.folder, reader.manifest.parameters, [*_beside(reader), *notes, *assets.notes], "peft")
     dtype = huggingface.DTYPES[saved.train.precision]
-    files = exported_files(assets, saved.model, str(dtype).removeprefix("torch."))
+    mask_token = saved.objective.masked_lm.mask_token if saved.objective.of(saved.model) == "masked_lm" else None
+    files = exported_files(assets, saved.model, str(dtype).removeprefix("torch."), mask_token)
     read = partial(adapters.read_merged, reader)
-    huggingface.export_folder(read, parameter_shapes(saved.model), dtype, files, out, shard_bytes)
+    huggingface.export_folder(read, saved.model, dtype, files, out, shard_bytes)
     return Converted(reader.folder, num_parameters(saved.model), [*notes, *assets.notes])
 
 
@@ -100,7 +101,7 @@ def import_folder(folder: Path, out: Path, base: Location | None = None) -> Conv
         raise ConfigError(f"--base belongs to a folder of peft's: {folder} has no {adapters.ADAPTER_CONFIG}.")
     config, notes = huggingface.read_config(folder)
     assets = Assets.of_folder(huggingface.read_files(folder, CARRIED))
-    weights = huggingface.HuggingFaceWeights(folder, parameter_shapes(config))
+    weights = huggingface.HuggingFaceWeights(folder, config)
     if others := huggingface.left_out(folder, CARRIED):
         notes.append(f"left out: {', '.join(others)}.")
     with new_folder(out, "imported") as unfinished:

@@ -6,10 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.progress import track
+from torch import Tensor
 
+from megatrain.batch import Batch
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
@@ -21,7 +24,9 @@ from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
 from megatrain.inference.loading import load_on_rank
+from megatrain.model.decoder import Decoder
 from megatrain.objectives import make_objective
+from megatrain.tasks.bootstrap import Floats, bootstrap, ratio
 
 _TOKENS_AT_ONCE = 8192
 
@@ -38,9 +43,11 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
-    ``seq_len``: tokens a window, the model's context at most; None: as many as the model was trained on. The same
-    targets count as in training. Collective over the ranks that ``rank`` is one of, all with the same figures;
-    ``tensor``: so many of them share each of the model's matrices. ``ema``: with the averaged weights.
+    Of a model that is asked some tokens alone, in place of bits per byte and bytes, the share of them that it finds,
+    with its 95% interval by bootstrap over the windows. ``seq_len``: tokens a window, the model's context at most;
+    None: as many as the model was trained on. The same targets count as in training. Collective over the ranks that
+    ``rank`` is one of, all with the same figures; ``tensor``: so many of them share each of the model's matrices.
+    ``ema``: with the averaged weights.
     """
     dataset = open_dataset(data)
     reader = CheckpointReader(resolve(path), ema=ema)
@@ -58,31 +65,45 @@ def evaluate_checkpoint(
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else groups.batch_share
     batches = EvaluationBatches(maker, *share)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    shown = track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True)
     with torch.inference_mode():
-        for batch in track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True):
-            total += model(batch.to(model.device))
-    return {**_figures(_sum(float(total), groups), batches.num_targets, source.num_bytes()), "seq_len": seq_len}
+        answers = torch.cat([_answers(model, batch.to(model.device)) for batch in shown])
+    sums = _of_all_ranks(answers.cpu().numpy(), groups)
+    loss = float(sums[:, 0].sum()) / batches.num_targets
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    figures |= _accuracy(sums) if model.pick else _bits_per_byte(loss * batches.num_targets, source.num_bytes())
+    return {**figures, "tokens": batches.num_targets, "seq_len": seq_len}
 
 
-def _figures(total: float, num_targets: int, num_bytes: int) -> dict[str, Any]:
-    loss = total / num_targets
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan,
-        "tokens": num_targets,
-        "bytes": num_bytes,
-    }
+def _answers(model: Decoder, batch: Batch) -> Tensor:
+    """Sums over the scored targets, fp64: [1, 1], the batch's loss; or where a model is asked some tokens alone, of
+    each sample [B, 3]: loss, targets that are found, targets."""
+    if model.pick is None:
+        loss: Tensor = model(batch)
+        return loss.double().view(1, 1)
+    scores_BM, is_found_BM = model.target_scores(batch).view(2, *batch.targets_BM.shape).double()
+    mask_BM = torch.ones_like(scores_BM) if batch.loss_mask_BM is None else batch.loss_mask_BM.double()
+    return torch.stack([(x_BM * mask_BM).sum(1) for x_BM in (-scores_BM, is_found_BM, torch.ones_like(mask_BM))], 1)
 
 
-def _sum(total: float, groups: Groups | None) -> float:
-    """Of all ranks; those along the tensor axis have computed the same."""
+def _of_all_ranks(sums: Floats, groups: Groups | None) -> Floats:
+    """Those along the tensor axis have computed the same."""
     if groups is None:
-        return total
-    (every,) = groups.all_reduce_sum([total if groups.coordinate.tensor == 0 else 0.0])
+        return sums
+    every = groups.all_gather_object(sums if groups.coordinate.tensor == 0 else sums[:0])
     dist.destroy_process_group()
-    return every
+    return np.concatenate(every)
+
+
+def _accuracy(sums: Floats) -> dict[str, float]:
+    figure = ratio(*sums[sums[:, 2] > 0][:, 1:].T)
+    (sampled,) = bootstrap([figure])
+    errors = {} if sampled is None else {f"accuracy_{name}": value for name, value in sampled._asdict().items()}
+    return {"accuracy": figure.value, **errors}
+
+
+def _bits_per_byte(total: float, num_bytes: int) -> dict[str, float]:
+    return {"bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan, "bytes": num_bytes}
 
 
 def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:

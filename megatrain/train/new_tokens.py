@@ -11,7 +11,7 @@ from torch import Tensor
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.config import ModelConfig
 from megatrain.distributed import rng
-from megatrain.distributed.fragment import FlatShard, TensorSlice
+from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice
 from megatrain.model.init import normal
 from megatrain.plan.flops import parameter_shapes
 
@@ -25,12 +25,16 @@ def new_rows(reader: CheckpointReader, before: ModelConfig, after: ModelConfig, 
 
     Each is drawn from the normal distribution of the mean of the old rows and 1e-9 of their covariance, as transformers
     does. With x the n old rows less their mean and g standard normal, g x / sqrt(n) has that covariance: no matrix of
-    it is made. g is a function of the seed, the table's name and the row.
+    it is made. g is a function of the seed, the table's name and the row. Of a head's bias [rows, 1], the mean.
     """
     former, shapes = parameter_shapes(before), parameter_shapes(after)
     found = {}
     for name, shape in shapes.items():
         if shape == former[name]:
+            continue
+        if len(shape) == 1:
+            old = reader.read_parameter(ShardSpec.whole(name, former[name]), "weight")
+            found[name] = old.double().mean().float().expand(shape[0] - former[name][0], 1)
             continue
         (num_old, width), num_new = former[name], shape[0] - former[name][0]
         key = rng.stream_key(seed, f"{name}.new_rows")
@@ -64,13 +68,14 @@ class ResizedWeights:
         if rows is None:
             self._reader.read_into(target, wanted, kind)
             return
-        (first, left), (num_rows, width) = wanted.tensor_slice.offset, wanted.tensor_slice.extent
+        offset, extent, num_dims = wanted.tensor_slice.offset, wanted.tensor_slice.extent, len(wanted.global_shape)
+        (first, left), (num_rows, width) = (*offset, 0)[:2], (*extent, 1)[:2]
         num_old = wanted.global_shape[0] - len(rows)
         num_read = min(max(num_old - first, 0), num_rows)  # of the slice's rows those that are the checkpoint's
         count = min(max(num_read * width - wanted.start, 0), wanted.length)
         if count:
-            part = TensorSlice((first, left), (num_read, width))
-            old = FlatShard(wanted.name, (num_old, wanted.global_shape[1]), part, wanted.start, count)
+            part = TensorSlice((first, left)[:num_dims], (num_read, width)[:num_dims])
+            old = FlatShard(wanted.name, (num_old, *wanted.global_shape[1:]), part, wanted.start, count)
             self._reader.read_into(target[:count], old, kind)
         added = rows[first + num_read - num_old : first + num_rows - num_old, left : left + width].flatten()
         start = max(wanted.start - num_read * width, 0)

@@ -15,6 +15,7 @@ from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.config import ModelConfig
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice
 from megatrain.train.evaluation import evaluate_checkpoint
 from megatrain.train.new_tokens import ResizedWeights, new_rows
@@ -130,8 +131,6 @@ def test_any_slice_of_a_grown_table_is_read() -> None:
 
 def test_new_rows_spread_as_those_of_transformers(finished_run: Path) -> None:
     """Of many rows mean and covariance are those that transformers draws from; head and embedding each have theirs."""
-    from megatrain.config import ModelConfig
-
     model = ModelConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=1, vocab_size=50)
     model = model.model_copy(update={"tie_word_embeddings": False})
     torch.manual_seed(3)
@@ -146,3 +145,32 @@ def test_new_rows_spread_as_those_of_transformers(finished_run: Path) -> None:
         torch.testing.assert_close(spread.mean(0), torch.zeros(4).double(), atol=0.2, rtol=0)
         covariance = torch.cov(old.double().T, correction=0)
         torch.testing.assert_close(torch.cov(spread.T), covariance, atol=0.1 * float(covariance.abs().max()), rtol=0.1)
+
+
+class Biased(Table):
+    """A checkpoint of one table and one bias."""
+
+    def __init__(self, rows: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__(rows)
+        self._bias = bias
+
+    def read_parameter(self, spec: ShardSpec, kind: str) -> torch.Tensor:
+        return self._bias
+
+    def read_into(self, target: torch.Tensor, wanted: FlatShard, kind: str) -> None:
+        first = wanted.tensor_slice.offset[0] + wanted.start
+        target[:] = self._bias[first : first + wanted.length]
+
+
+def test_a_grown_heads_bias_gets_the_mean() -> None:
+    """As in transformers, of each slice that a tensor rank may ask for."""
+    model = ModelConfig(family="bert", hidden_size=4, num_hidden_layers=1, num_attention_heads=1, vocab_size=50)
+    reader, name = Biased(torch.randn(50, 4), torch.randn(50)), "cls.predictions.decoder.bias"
+    rows = new_rows(reader, model, model.model_copy(update={"vocab_size": 53}), 7)  # type: ignore[arg-type]
+    assert list(rows) == ["bert.embeddings.word_embeddings.weight", name]
+    whole = torch.cat([reader._bias, reader._bias.mean().expand(3)])
+    for first, last in ((0, 27), (27, 53), (51, 53)):
+        read = torch.empty(last - first - 1)
+        wanted = FlatShard(name, (53,), TensorSlice((first,), (last - first,)), 1, last - first - 1)
+        ResizedWeights(reader, rows).read_into(read, wanted, "weight")  # type: ignore[arg-type]
+        torch.testing.assert_close(read, whole[first + 1 : last])

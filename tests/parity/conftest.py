@@ -17,8 +17,11 @@ from tests.supervised import make_answers
 
 
 @pytest.fixture(scope="session")
-def pool(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    ranks = Pool(tiny_data, tmp_path_factory.mktemp("weights"))
+def pool(
+    tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Pool]:
+    folder = tmp_path_factory.mktemp("weights")
+    ranks = Pool(tiny_data, folder, lambda: request.getfixturevalue("masked_data"))
     yield ranks
     ranks.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ import torch
 
 from megatrain.checkpoint.rank_file import RankFile, copy_into, read_written
 from megatrain.distributed.fragment import FlatShard, TensorSlice
-from tests.parity.matrix import parity_config
+from tests.parity.matrix import ENCODERS, parity_config
 from tests.parity.ranks import Ranks
 from tests.runs import TinyData
 
 # Adam turns a gradient that is zero but for rounding into a full step. So it is with the bias of attention's keys,
 # which adds the same to all logits of a query: softmax does not see it.
-KEY_BIAS = "attn.c_attn.bias"
+KEY_BIASES = ("attn.c_attn.bias", "attention.self.key.bias")
 NUM_STEPS = 8  # two of warm-up, and six in which a difference would grow
 
 
@@ -64,11 +65,17 @@ class Figures:
 class Pool:
     """Ranks in every number, started when they are first asked for, and what one rank computed of each config."""
 
-    def __init__(self, data: TinyData, folder: Path) -> None:
+    def __init__(self, data: TinyData, folder: Path, data_of_encoders: Callable[[], TinyData]) -> None:
         self.data = data
+        self._data_of_encoders = data_of_encoders
         self._folder = folder
         self._ranks: dict[int, Ranks] = {}
         self._alone: dict[str, Figures] = {}
+
+    def config(self, model: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
+        """A ``parity_config`` on data that suits the model."""
+        data = self._data_of_encoders() if model in ENCODERS else self.data
+        return parity_config(data, model, **{"run": {"dir": str(self._folder / "run")}, **sections})
 
     def train(self, world_size: int, config: dict[str, Any], num_steps: int = NUM_STEPS, **how: Any) -> Figures:
         """Train on so many ranks. ``how``: ``gpu_kernels`` or ``backend``, as in ``worker.Case``."""
@@ -86,7 +93,7 @@ class Pool:
     def alone(self, model: str, num_steps: int = NUM_STEPS, /, **sections: dict[str, Any]) -> Figures:
         """What one rank computes, without ZeRO and recomputation, in one micro-batch."""
         train = {"micro_batch_size": 8, **sections.pop("train", {})}
-        config = parity_config(self.data, model, parallel={"zero_stage": 0}, train=train, **sections)
+        config = self.config(model, parallel={"zero_stage": 0}, train=train, **sections)
         key = json.dumps([config, num_steps], sort_keys=True)
         if key not in self._alone:
             self._alone[key] = self.train(1, config, num_steps)
@@ -118,7 +125,9 @@ def gather_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 def _seen(name: str, weight: torch.Tensor) -> torch.Tensor:
     """The part of a parameter that the loss depends on."""
-    if not name.endswith(KEY_BIAS):
+    if not name.endswith(KEY_BIASES):
         return weight
+    if name.endswith("key.bias"):  # none of it
+        return torch.ones(1)
     query, _, value = weight.chunk(3)
     return torch.cat([query, value])

@@ -29,6 +29,14 @@ FURTHER_MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 10,
     },
 }
+# Trained by masked language modeling, on documents that are packed each alone.
+# Of wider initial weights: from 0.02, one bias has a gradient near Adam's eps, which rounding turns into another step,
+# on one rank in two micro-batches as well.
+_BERT = {"family": "bert", "num_key_value_heads": None, "initializer_range": 0.05}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {**_BERT, "tie_word_embeddings": True},
+    "bert_untied": {**_BERT, "tie_word_embeddings": False},
+}
 DEGREES = (1, 2, 4)
 WORLD_SIZES = (2, 4, 8)
 ZERO_STAGES = (0, 1, 2, 3)
@@ -98,10 +106,11 @@ class Case:
 def parity_config(data: TinyData, model: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A tiny model that every degree up to 4 divides; ``sections`` are laid over it."""
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
-    kind = {**MODELS, **FURTHER_MODELS}[model]
+    kind = {**MODELS, **FURTHER_MODELS, **ENCODERS}[model]
+    packed = {"packing": "best_fit", "document_mask": True} if model in ENCODERS else {}
     own: dict[str, dict[str, Any]] = {
         "model": {**size, "max_position_embeddings": 64, "vocab_size": ODD_VOCABULARY, **kind},
-        "data": {"seq_len": 32},
+        "data": {"seq_len": 32, **packed},
         "train": {"steps": 12, "global_batch_size": SEQUENCES},
     }
     config = tiny_config(data, Path("unused"))

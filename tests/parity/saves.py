@@ -17,7 +17,7 @@ from megatrain.checkpoint.rank_file import read_written
 from megatrain.config import RunConfig
 from megatrain.plan.flops import num_parameters
 from tests.parity.figures import Pool, gather_state
-from tests.parity.matrix import SEQUENCES, parity_config
+from tests.parity.matrix import SEQUENCES
 
 NUM_STEPS_BEFORE, NUM_STEPS_AFTER = 2, 2
 
@@ -36,7 +36,7 @@ class Layout:
         data = self.num_ranks // (self.parallel.get("tensor", 1) * self.parallel.get("pipeline", 1))
         size = max(SEQUENCES // data // 2, 1)
         parallel = {"zero_stage": 0, **self.parallel}
-        return parity_config(pool.data, model, parallel=parallel, train={"micro_batch_size": size, **train})
+        return pool.config(model, parallel=parallel, train={"micro_batch_size": size, **train})
 
     def __str__(self) -> str:
         return self.name

@@ -44,6 +44,7 @@ SAMPLE = (
     Layout("2-fsdp2-zero1", 2, {"engine": "fsdp2", "zero_stage": 1}, "gpt2_tied"),
     Layout("2-zero2-optimizer-offloaded", 2, {"zero_stage": 2, "offload": "optimizer"}, "llama_tied"),
     Layout("2-tensor2", 2, {"tensor": 2}, "qwen3"),
+    Layout("2-tensor2-sequence", 2, {"tensor": 2, "sequence": True}, "bert"),
     Layout("2-zero1", 2, {"zero_stage": 1}, "llama"),
     Layout(
         "4-fsdp2-tensor2-sequence-zero3",
@@ -84,6 +85,7 @@ QUICK = (
     ("2-pipeline2-zero1", "2-pipeline2-zero1", "bf16"),
     ("2-pipeline2-zero1", "2-pipeline2-chunks2-zero2", "fp32"),
     ("4-tensor2-pipeline2-sequence", "2-zero3", "bf16"),
+    ("2-tensor2-sequence", "2-tensor2-sequence", "fp32"),
     ("2-zero2", "2-fsdp2-zero1", "fp32"),
     ("2-fsdp2-zero1", "2-zero3", "bf16"),
 )

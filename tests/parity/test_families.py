@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests.parity.figures import Pool
-from tests.parity.matrix import parity_config
 
 slow = pytest.mark.slow
 NUM_STEPS = 5
@@ -22,6 +21,16 @@ NUM_STEPS = 5
         pytest.param("qwen2", 4, {"tensor": 2, "pipeline": 2, "recompute": "full"}, marks=slow),
         ("qwen3", 2, {"tensor": 2}),
         ("qwen3", 2, {"pipeline": 2}),
+        ("bert", 2, {"tensor": 2, "sequence": True, "recompute": "full"}),
+        ("bert", 2, {"pipeline": 2}),
+        pytest.param("bert", 2, {"zero_stage": 3}, marks=slow),
+        pytest.param("bert", 2, {"zero_stage": 2, "recompute": "selective"}, marks=slow),
+        pytest.param("bert", 2, {"engine": "fsdp2", "pipeline": 2, "pipeline_chunks": 2}, marks=slow),
+        pytest.param("bert", 4, {"tensor": 2, "pipeline": 2, "sequence": True}, marks=slow),
+        pytest.param("bert", 4, {"tensor": 4, "zero_stage": 3}, marks=slow),
+        pytest.param("bert", 4, {"engine": "fsdp2", "tensor": 2, "zero_stage": 3, "sequence": True}, marks=slow),
+        pytest.param("bert_untied", 4, {"tensor": 2, "pipeline": 2}, marks=slow),
+        pytest.param("bert_untied", 2, {"engine": "fsdp2", "zero_stage": 3}, marks=slow),
         ("mistral", 2, {"tensor": 2, "sequence": True}),
         pytest.param("mistral", 2, {"pipeline": 2}, marks=slow),
         pytest.param("mistral", 4, {"tensor": 2, "pipeline": 2, "recompute": "selective"}, marks=slow),
@@ -34,5 +43,5 @@ NUM_STEPS = 5
     ],
 )
 def test_a_layout_trains_as_one_rank_does(model: str, num_ranks: int, parallel: dict[str, Any], pool: Pool) -> None:
-    config = parity_config(pool.data, model, parallel=parallel)
+    config = pool.config(model, parallel=parallel)
     pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone(model, NUM_STEPS))

@@ -13,10 +13,14 @@ run:        {seed: 1234, init_from: null, resize_token_embeddings: false}
 model:      {family: llama, intermediate_size: null, num_key_value_heads: null, head_dim: null,
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
-             rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null, attention: auto}
+             rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null, attention: auto,
+             type_vocab_size: 2}
 data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
              document_mask: false, packing: concat, score_after_eod: null, num_new_epochs: 0}
-objective:  {type: null}
+objective:
+  type: null
+  masked_lm: {mlm_probability: 0.15, mask_replace_prob: 0.8, random_replace_prob: 0.1, whole_word_mask: false,
+              mask_token: "[MASK]"}
 parallel:   {tensor: 1, pipeline: 1, pipeline_chunks: 1, engine: deepspeed, zero_stage: 1, sequence: false,
              recompute: none, recompute_every: 1, offload: none}
 train:      {micro_batch_size: 2, precision: auto, compile: auto, deterministic: false, gradient_clipping: 1.0,

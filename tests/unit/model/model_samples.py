@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from megatrain.batch import Batch
 from megatrain.config.schema import ModelConfig
@@ -28,12 +28,15 @@ def twin(config: ModelConfig) -> PreTrainedModel:
     keys = {theirs: getattr(config, ours) for ours, theirs in known.names.items()}
     keys |= {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings, **known.constants}
     keys |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.05}
+    if known.names.get("intermediate_size", "intermediate_size") == "intermediate_size":
+        keys["intermediate_size"] = config.ffn_size
     if config.description.block.attention.rotates:
         rope = {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.model_dump()
         keys["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
-        keys |= {"intermediate_size": config.ffn_size, "head_dim": config.head_size}
+        keys |= {"head_dim": config.head_size}
         keys["num_key_value_heads"] = config.kv_heads
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.family, **keys), torch_dtype=torch.float32)
+    kind = AutoModelForCausalLM if config.description.block.attention.is_causal else AutoModelForMaskedLM
+    model = kind.from_config(AutoConfig.for_model(config.family, **keys), torch_dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -44,7 +47,9 @@ def twin(config: ModelConfig) -> PreTrainedModel:
 def decoder_like(twin_model: PreTrainedModel, config: ModelConfig) -> Decoder:
     """A Decoder with the twin's weights."""
     model = Decoder(config)
-    model.load_state_dict(twin_model.state_dict())
+    parameters = config.description.hugging_face.parameters
+    theirs = {name: x for name, x in twin_model.state_dict().items() if name not in parameters.values()}
+    model.load_state_dict(theirs)
     return model.eval()
 
 
@@ -56,8 +61,9 @@ def logits(model: Decoder, tokens_BT: Tensor, positions_BT: Tensor | None = None
 
 
 def random_batch(num_sequences: int, num_tokens: int, vocab_size: int = SIZES["vocab_size"]) -> Batch:
-    """A batch of whole sequences, the same at every call."""
+    """A batch of whole sequences, the same at every call: the successor of each token is asked, at that token."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (num_sequences, num_tokens + 1), generator=generator)
     positions_BT = torch.arange(num_tokens).expand(num_sequences, -1)
-    return Batch(tokens[:, :-1], tokens[:, 1:], None, positions_BT, None, torch.arange(num_sequences) + 100)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, positions_BT, None, torch.arange(num_sequences) + 100)
+    return batch._replace(target_places_BM=positions_BT)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks._layout_rank import Held, _batch, _live_tensors
+from megatrain.batch import Batch
 from megatrain.config import RunConfig
 from megatrain.distributed.bootstrap import RankInfo, export_rank, free_port
 from megatrain.distributed.fragment import FlatShard
@@ -36,6 +37,15 @@ class Zeros:
         target.zero_()
 
 
+def _asked(batch: Batch, config: RunConfig) -> Batch:
+    """Of a model that is asked at places: as many of them as its objective has."""
+    if not config.model.description.asks_at_places:
+        return batch
+    num_targets = config.objective.most_targets(config.model, config.data.seq_len)
+    places_BM = torch.arange(num_targets).expand(len(batch.tokens_BT), -1).contiguous()
+    return batch._replace(targets_BM=batch.targets_BM[:, :num_targets].contiguous(), target_places_BM=places_BM)
+
+
 def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
     """Bytes of each kind that a rank's engine holds, and of what it would save."""
     mesh = Topology.of(world_size, config.parallel.tensor, config.parallel.pipeline)
@@ -48,7 +58,7 @@ def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
         train = config.train
         shape = (train.micro_batch_size, config.data.seq_len)
         count = train.global_batch_size // (train.micro_batch_size * mesh.data)
-        batches = [_batch(shape, config.model.vocab_size or 0, seed) for seed in range(count)]
+        batches = [_asked(_batch(shape, config.model.vocab_size or 0, seed), config) for seed in range(count)]
         with held.watch():
             engine.train_batch(batches, count * shape[0] * shape[1], 1e-4)
     else:

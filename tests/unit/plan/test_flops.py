@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from megatrain.batch import Batch
-from megatrain.config.schema import LoraConfig, ModelConfig
+from megatrain.config.schema import LoraConfig, ModelConfig, ObjectiveConfig
 from megatrain.model.decoder import Decoder
 from megatrain.model.linear import add_adapters
 from megatrain.plan.flops import flops_per_token, matrix_parameters, num_parameters
@@ -96,6 +96,18 @@ def test_gpt2_has_as_many_parameters_as_in_transformers(tied, intermediate):
 def test_the_124m_gpt2_has_the_published_size():
     keys = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 1024}
     assert num_parameters(ModelConfig(family="gpt2", vocab_size=50257, **keys)) == 124_439_808
+
+
+def test_the_base_bert_has_the_published_size():
+    """Of transformers' BertForMaskedLM. Of a sample's 512 tokens, 15% of the 510 of text go through the head."""
+    keys = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 512}
+    model = ModelConfig(family="bert", vocab_size=30522, **keys)
+    assert num_parameters(model) == 109_514_298
+    layers, head = 12 * (4 * 768**2 + 2 * 768 * 3072), 768**2 + 768 * 30522
+    asked = ObjectiveConfig().most_targets(model, 512) / 512
+    assert asked == 76 / 512
+    expected = 6 * layers + 6 * head * 76 / 512 + 12 * 12 * 768 * 512
+    assert flops_per_token(model, 512, asked=asked) == pytest.approx(expected, abs=1)
 
 
 def test_matrix_parameters_count_linear_layers_and_tied_heads():

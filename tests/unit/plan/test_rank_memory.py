@@ -32,6 +32,8 @@ MODEL = {
 }
 GPT2 = {"family": "gpt2", "num_key_value_heads": None}
 QWEN2 = {"family": "qwen2"}
+BERT = {"family": "bert", "num_key_value_heads": None}
+ALONE = {"packing": "best_fit", "document_mask": True}
 FSDP2 = {"engine": "fsdp2"}
 LORA = {"rank": 3, "alpha": 6.0}
 DROPPING = {"rank": 5, "alpha": 6.0, "dropout": 0.1, "target_modules": ["v_proj", "down_proj", "up_proj"]}
@@ -58,7 +60,11 @@ class Case:
             "run": {"dir": "unused", "init_from": "unused"},
             "lora": self.lora,
             "model": {**MODEL, "max_position_embeddings": self.seq_len, **self.model},
-            "data": {"train": [{"path": "unused"}], "seq_len": self.seq_len},
+            "data": {
+                "train": [{"path": "unused"}],
+                "seq_len": self.seq_len,
+                **(ALONE if self.model.get("family") == "bert" else {}),
+            },
             "train": {"steps": 10, "global_batch_size": 24, "micro_batch_size": 1, "precision": self.precision},
             "optimizer": {"lr": 1.0e-3, **self.optimizer},
             "parallel": {"zero_stage": self.zero_stage, **self.parallel},
@@ -94,6 +100,9 @@ CASES = [
     Case("bf16", 1, {"recompute": "full"}, {"tie_word_embeddings": False}),
     Case("bf16", 1, {"recompute": "selective"}, GPT2),
     Case("bf16", 1, {}, {"family": "mistral", "sliding_window": 40}, seq_len=300),  # of three blocks of rows
+    Case("bf16", 1, {}, BERT, seq_len=300),
+    Case("bf16", 3, {"tensor": 2}, BERT),
+    Case("bf16", 1, {**FSDP2, "tensor": 4, "sequence": True}, {**BERT, "hidden_dropout": 0.1}),
     *(Case("bf16", stage, FSDP2) for stage in range(4)),
     *(Case("fp32", stage, FSDP2) for stage in (1, 3)),
     Case("fp16", 2, {**FSDP2, "tensor": 2}, QWEN3),
@@ -114,6 +123,7 @@ STAGED = [
     *(Case("bf16", stage, {"pipeline": 2}, rank=rank) for stage in (0, 1) for rank in (0, SECOND_STAGE)),
     Case("bf16", 1, {"pipeline": 2, "tensor": 2}, QWEN3, rank=SECOND_STAGE),
     Case("fp32", 0, {"pipeline": 2}, GPT2),
+    *(Case("bf16", 1, {"pipeline": 2}, BERT, rank=rank) for rank in (0, SECOND_STAGE)),
     Case("bf16", 1, {"pipeline": 3, "tensor": 4}),
     Case("bf16", 2, {"pipeline": 2}, rank=SECOND_STAGE),
     Case("bf16", 1, {"pipeline": 2, "pipeline_chunks": 2}, {"num_hidden_layers": 5}, rank=SECOND_STAGE),
@@ -189,7 +199,7 @@ def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
     assert activations(case.part, on_cpu=True) == pytest.approx(measured[case.name]["activations"], rel=0.02)
 
 
-@pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN2, QWEN3], ids=str)
+@pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN2, QWEN3, BERT], ids=str)
 def test_parameters_of_all_ranks_make_the_model(model):
     (whole,) = stage_models(RunConfig.model_validate(Case("bf16", 1, {}, model).config), 1)
     assert whole.num_parameters == num_parameters(whole.config.model)

@@ -1,0 +1,222 @@
+"""Masked language modeling: some tokens of each document are hidden from the model, and asked (Devlin et al. 2018).
+
+A sample holds documents, or pieces of those that are too long, each alone: it begins with the token that begins
+documents ([CLS]), ends with the one that ends them ([SEP]), and neither attention nor positions cross its border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megatrain.config import MaskedLMConfig
+from megatrain.data.augmentation import Augmentation, Sentinels
+from megatrain.data.dataset import Dataset
+from megatrain.data.order import Samples
+from megatrain.data.packing import ALONE, PackingPlan, count_samples, make_plan, open_plan, store_plan
+from megatrain.data.sample import Ints, Sample, Source
+from megatrain.data.words import Words
+from megatrain.errors import DataError
+from megatrain.objectives.objective import MOST_PACKED_DOCUMENTS, DataSettings
+
+NUM_MARKERS = 2
+"""Tokens around each piece of a document: the one that begins it and the one that ends it."""
+
+
+class MaskedLM:
+    """The objective of an encoder."""
+
+    def __init__(self, data: DataSettings, config: MaskedLMConfig, seed: int) -> None:
+        self._seq_len, self._config, self._seed = data.seq_len, config, seed
+
+    def num_samples(self, dataset: Dataset) -> int:
+        if dataset.num_documents <= MOST_PACKED_DOCUMENTS:
+            return count_samples(dataset, self._seq_len, ALONE)
+        return dataset.num_tokens // self._seq_len
+
+    def store_plans(self, datasets: Sequence[Dataset], folder: Path) -> None:
+        for dataset in datasets:
+            _refuse_unsuited(dataset)
+            store_plan(dataset, self._seq_len, folder, ALONE)
+
+    def training_source(self, dataset: Dataset, folder: Path, augmentation: Augmentation | None) -> Source:
+        assert augmentation is None, "megatrain.config.checks refuses them"
+        return MaskedSource(dataset, open_plan(dataset, self._seq_len, folder, ALONE), self._config, self._seed)
+
+    def evaluation_source(self, dataset: Dataset) -> Source:
+        """Each run is asked the same tokens, whatever its seed."""
+        _refuse_unsuited(dataset)
+        return MaskedSource(dataset, make_plan(dataset, self._seq_len, ALONE), self._config, seed=0)
+
+
+def _refuse_unsuited(dataset: Dataset) -> None:
+    if dataset.bos_id is None:
+        raise DataError(
+            f"{dataset.path} has no token that begins its documents, which masked language modeling needs: tokenize "
+            "the text with --bos-token '[CLS]' --eod-token '[SEP]', or what they are called in the tokenizer."
+        )
+    if dataset.has_scored:
+        raise DataError(
+            f"{dataset.path} says which of its tokens are scored, and masked language modeling chooses them itself: "
+            "tokenize plain text."
+        )
+
+
+class _Layout(NamedTuple):
+    """A sample before anything is hidden. ``is_text``: of each token, whether it is none that begins, ends or fills."""
+
+    tokens: Ints
+    positions: Ints
+    document_ids: NDArray[np.int32]
+    is_text: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """``text_ids``: of tokens that text becomes, which are those that can be asked, and put in another's place.
+    ``is_text``: of each id, whether it is one of them."""
+
+    mask_id: int
+    text_ids: Ints
+    is_text: NDArray[np.bool_]
+    words: Words
+
+    @staticmethod
+    def of(dataset: Dataset, config: MaskedLMConfig) -> _Vocabulary:
+        tokenizer, size = dataset.tokenizer, dataset.vocab_size
+        is_text = np.zeros(size, dtype=np.bool_)
+        is_text[[number for token, number in tokenizer.ids.items() if number < size]] = True
+        markers = [number for number in (dataset.bos_id, dataset.eod_id) if number is not None]
+        is_text[[*tokenizer.control.values(), *markers]] = False
+        mask_id = Sentinels(dataset).id_of(config.mask_token, "objective.masked_lm.mask_token")
+        return _Vocabulary(mask_id, np.flatnonzero(is_text), is_text, Words(tokenizer, size))
+
+
+@dataclass(frozen=True)
+class MaskedSource:
+    """A dataset packed into samples of ``plan.seq_len`` tokens, of which some are hidden, chosen by ``seed`` and place.
+
+    Each sample has ``num_slots`` targets, so that devices need not count them; those that its documents do not fill are
+    not scored.
+    """
+
+    dataset: Dataset
+    plan: PackingPlan
+    config: MaskedLMConfig
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise DataError(f"{self.dataset.path} has no text to hide tokens of: tokenize text.")
+        self._vocabulary  # noqa: B018 (what is wrong with the tokenizer is told before the first step)
+
+    @property
+    def seq_len(self) -> int:
+        return self.plan.seq_len
+
+    @property
+    def num_samples(self) -> int:
+        return self.plan.num_samples
+
+    @property
+    def all_scored(self) -> bool:
+        return False
+
+    @property
+    def num_slots(self) -> int:
+        """Targets of a sample at the most."""
+        return self.config.most_targets(self.seq_len)
+
+    def num_targets(self, samples: Samples) -> int:
+        """By the plan; of whole words, and where some text is unknown to the tokenizer, by making the samples."""
+        unknown = self.dataset.manifest.unknown
+        if self.config.whole_word_mask or unknown is None or unknown.tokens:
+            places = zip(samples.index.tolist(), samples.number.tolist(), strict=True)
+            return sum(len(self._chosen(self._layout(index), number)) for index, number in places)
+        return int(self._num_chosen(self.plan.num_targets(samples.index)).sum())
+
+    def num_bytes(self) -> int:
+        """None: hidden tokens are asked beside those on either side, so that bits per byte would mean nothing."""
+        return 0
+
+    def sample(self, index: int, epoch: int, number: int) -> Sample:
+        layout = self._layout(index)
+        chosen = self._chosen(layout, number)
+        slots = np.zeros((2, self.num_slots), dtype=np.int64)
+        slots[:, : len(chosen)] = chosen, layout.tokens[chosen]
+        return Sample(
+            tokens_T=self._hidden(layout.tokens, chosen, number),
+            targets_M=slots[1],
+            loss_mask_M=np.arange(self.num_slots) < len(chosen),
+            positions_T=layout.positions,
+            document_ids_T=layout.document_ids,
+            target_places_M=slots[0],
+        )
+
+    def _layout(self, index: int) -> _Layout:
+        """Its free space is a document of its own."""
+        dataset, length = self.dataset, self.seq_len
+        tokens = np.full(length, dataset.eod_id, dtype=np.int64)
+        positions, document_ids = np.arange(length), np.empty(length, dtype=np.int32)
+        is_text = np.zeros(length, dtype=np.bool_)
+        at = number = 0
+        for number, (start, count) in enumerate(self.plan.chunks(index)):
+            end = at + count + NUM_MARKERS
+            assert dataset.bos_id is not None
+            tokens[at], tokens[at + 1 : end - 1] = dataset.bos_id, dataset.window(start, count)
+            is_text[at + 1 : end - 1] = True
+            positions[at:end] -= at
+            document_ids[at:end] = number
+            at = end
+        positions[at:] -= at
+        document_ids[at:] = number + 1
+        return _Layout(tokens, positions, document_ids, is_text)
+
+    def _chosen(self, layout: _Layout, number: int) -> Ints:
+        """The tokens that are asked, by their place in the sample, in order."""
+        random = self._random("chosen", number)
+        candidates = np.flatnonzero(layout.is_text & self._vocabulary.is_text[layout.tokens])
+        count = min(int(self._num_chosen(layout.is_text.sum())), len(candidates))
+        if not self.config.whole_word_mask:
+            return np.sort(random.permutation(candidates)[:count])
+        is_begin = np.ones(len(candidates), dtype=np.bool_)
+        is_begin[1:] = (np.diff(candidates) > 1) | ~self._vocabulary.words.continues(layout.tokens[candidates])
+        word, lengths = np.cumsum(is_begin) - 1, np.diff(np.flatnonzero(np.append(is_begin, True)))
+        is_chosen: NDArray[np.bool_] = np.zeros(len(lengths), dtype=np.bool_)
+        for each in random.permutation(len(lengths)).tolist():
+            is_chosen[each] = lengths[each] <= count
+            count -= int(lengths[each]) * int(is_chosen[each])
+            if not count:
+                break
+        chosen: Ints = candidates[is_chosen[word]]
+        return chosen
+
+    def _hidden(self, tokens: Ints, chosen: Ints, number: int) -> Ints:
+        """What the model reads: of the chosen tokens most are the mask, some are random, and the rest stays."""
+        random, config = self._random("hidden", number), self.config
+        kind, replacement = random.random(len(chosen)), random.choice(self._vocabulary.text_ids, len(chosen))
+        is_mask = kind < config.mask_replace_prob
+        is_random = ~is_mask & (kind < config.mask_replace_prob + config.random_replace_prob)
+        seen: Ints = tokens.copy()
+        seen[chosen[is_mask]] = self._vocabulary.mask_id
+        seen[chosen[is_random]] = replacement[is_random]
+        return seen
+
+    def _num_chosen(self, num_tokens: Ints | np.int64) -> Ints:
+        """Of so many tokens of text, at least one."""
+        return np.maximum(np.rint(num_tokens * self.config.mlm_probability), 1).astype(np.int64)
+
+    def _random(self, name: str, number: int) -> np.random.Generator:
+        key = xxhash.xxh3_128_intdigest(f"masked_lm/{name}/{number}".encode(), self.seed)
+        return np.random.Generator(np.random.Philox(key=key))
+
+    @cached_property
+    def _vocabulary(self) -> _Vocabulary:
+        return _Vocabulary.of(self.dataset, self.config)
