@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from data_tools.supervised import Example, LeftOut, PromptAndAnswer, Spans, max_tokens_named, replaced
+from data_tools.supervised import Example, LeftOut, PromptAndAnswer, SourceAndTarget, Spans, max_tokens_named, replaced
 from data_tools.tokenizer import load_tokenizer
 from data_tools.units import Fields, ReadOptions, Record
 from megatrain.data.chat import CHAT_DATE, CLOCK, ChatTemplate
@@ -310,6 +310,8 @@ class Answers:
     chat_date: str | None = None
     prompt_key: str | None = None
     answer_key: str | None = None
+    source_key: str | None = None
+    target_key: str | None = None
     max_tokens: int | None = None
 
     @classmethod
@@ -321,13 +323,23 @@ class Answers:
         """With what is read of each record. Raises ConfigError where options do not belong together."""
         given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value}
         of_chat = {"--messages-key", "--tools-key", "--loss", "--train-on-roles", "--chat-date"} & given.keys()
-        of_pairs = {"--prompt-key", "--answer-key"} & given.keys()
+        of_answers = {"--prompt-key", "--answer-key"} & given.keys()
+        of_pairs = of_answers | ({"--source-key", "--target-key"} & given.keys())
         if of_chat and not self.chat:
             raise ConfigError(f"{', '.join(sorted(of_chat))} would do nothing: it is for conversations, --chat.")
         if self.chat and of_pairs:
-            raise ConfigError("--chat reads conversations, --prompt-key and --answer-key pairs: give one of them.")
-        if len(of_pairs) == 1:
-            raise ConfigError("--prompt-key and --answer-key belong together: give both.")
+            raise ConfigError(
+                "--chat reads conversations, --prompt-key and --answer-key, or --source-key and --target-key, pairs: "
+                "give one of them."
+            )
+        if len(of_answers) == 1 or len(of_pairs - of_answers) == 1:
+            raise ConfigError(
+                "--prompt-key and --answer-key belong together, and so do --source-key and --target-key: give both."
+            )
+        if len(of_pairs) == 4:
+            raise ConfigError(
+                "--prompt-key makes examples for a decoder, --source-key for an encoder: give one of them."
+            )
         if self.max_tokens is not None and not (self.chat or of_pairs):
             raise ConfigError("--max-tokens would do nothing: plain documents are cut as they are read for training.")
         if not self.chat and not of_pairs:
@@ -337,13 +349,16 @@ class Answers:
         if self.chat:
             kind = Fields((self.tools_key or "tools",), is_chat=True, option="--messages-key")
             return replace(read, text_key=self.messages_key or "messages", fields=kind)
-        kind = Fields((self.answer_key or "",), is_chat=False, option="--prompt-key")
-        return replace(read, text_key=self.prompt_key or "", fields=kind)
+        first, second = (self.prompt_key, self.answer_key) if of_answers else (self.source_key, self.target_key)
+        kind = Fields((second or "",), is_chat=False, option="--prompt-key" if of_answers else "--source-key")
+        return replace(read, text_key=first or "", fields=kind)
 
     def supervision(
         self, tokenizer: Path, eod_token: str, bos_token: str | None
-    ) -> Conversations | PromptAndAnswer | None:
+    ) -> Conversations | PromptAndAnswer | SourceAndTarget | None:
         """What makes the examples. Raises ConfigError where the tokenizer has no chat template."""
+        if self.source_key:
+            return SourceAndTarget(eod_token, self.max_tokens)
         if not self.chat:
             return PromptAndAnswer(self.max_tokens) if self.prompt_key else None
         try:

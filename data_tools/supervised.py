@@ -107,6 +107,39 @@ class PromptAndAnswer:
             yield Example(text, record.id, record.file, ((len(prompt), len(text)),), ((0, len(text)),), scores_end=True)
 
 
+@dataclass(frozen=True)
+class SourceAndTarget:
+    """A source and its target, for an encoder and a decoder: both end with ``eod_token``, and each is encoded by
+    itself. Scored: the target."""
+
+    eod_token: str
+    max_tokens: int | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        return {"examples": "source_target", **max_tokens_named(self.max_tokens)}
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        return {}
+
+    @property
+    def notes(self) -> list[str]:
+        return []
+
+    def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
+        source, target = orjson.loads(record.text)
+        if not isinstance(target, str) or not target:
+            yield LeftOut("no_answer", "the record has no target")
+        elif not source:
+            yield LeftOut("no_prompt", "the source is empty")
+        else:
+            text = f"{source}{self.eod_token}{target}"
+            begin = len(text) - len(target)
+            literal = ((0, len(source)), (begin, len(text)))
+            yield Example(text, record.id, record.file, ((begin, len(text)),), literal, scores_end=True)
+
+
 def max_tokens_named(max_tokens: int | None) -> dict[str, str]:
     return {} if max_tokens is None else {"max_tokens": str(max_tokens)}
 

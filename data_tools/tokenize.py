@@ -22,7 +22,7 @@ from data_tools.job import ANY_WORKERS
 from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart
 from data_tools.readers import read_parts
-from data_tools.supervised import PromptAndAnswer, Supervision, no_answer_error
+from data_tools.supervised import PromptAndAnswer, SourceAndTarget, Supervision, no_answer_error
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Record, Unit, no_text_error
 from data_tools.work import PartStore
@@ -56,7 +56,7 @@ class TokenizeOptions:
     eod_token: str = EOD_TOKEN
     bos_token: str | None = None
     shard_tokens: int = DEFAULT_SHARD_TOKENS
-    supervision: PromptAndAnswer | Conversations | None = None
+    supervision: PromptAndAnswer | SourceAndTarget | Conversations | None = None
     """Of which answers alone are scored; with `read.fields`."""
 
 

@@ -38,7 +38,7 @@ from megatrain.inference.assets import CARRIED, Assets
 from megatrain.inference.loading import empty_decoder, load_decoder
 from megatrain.inference.writer import TextSettings, Writer, encode_prompt
 from megatrain.model.beams import BeamSearch, beam_search
-from megatrain.model.decoder import Decoder
+from megatrain.model.encoder_decoder import EncoderDecoder, WholeModel
 from megatrain.model.generate import Limits, Sampling, generate
 from megatrain.model.init import init_model
 from megatrain.observe.callbacks import Callback
@@ -62,7 +62,7 @@ class Model:
     """
 
     config: ModelConfig
-    module: Decoder
+    module: WholeModel
     tokenizer: Tokenizer | None
     _assets: Assets = field(default_factory=Assets, repr=False)
 
@@ -71,6 +71,8 @@ class Model:
 
         Raises ConfigError for ids out of range, and for more tokens than the model has positions.
         """
+        if isinstance(self.module, EncoderDecoder):
+            raise ConfigError(f"A {self.config.family} reads a source and a target: call its module, not logits.")
         try:  # a copy: what is read from a dataset is read-only
             tokens = torch.as_tensor(ids if isinstance(ids, Tensor) else np.array(ids), device=self.module.device)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -143,6 +145,8 @@ class Model:
         return result
 
     def _ids_after(self, ids: list[int], settings: TextSettings) -> list[int]:
+        if isinstance(self.module, EncoderDecoder):
+            raise ConfigError(f"A {self.config.family} reads a source: give the prompt as text.")
         limits = Limits(settings.max_new_tokens, self._assets.stop_ids)
         if settings.beams is None:
             return list(generate(self.module, ids, limits, settings.sampling, settings.seed))

@@ -26,6 +26,8 @@ class Batch(NamedTuple):
     ``sample_ids_B``: int64, the number of each sample in the run's global order: what seeds its dropout.
     ``document_starts``: int32, where each document begins in the B*T tokens laid end to end, and B*T; None: as above.
     ``target_places_BM``: int64, the token of its sequence that each target is asked at; None: one at each token.
+    ``source_tokens_BS``, ``source_positions_BS``, ``source_document_ids_BS``: what an encoder reads, if there is one; a
+    token of the target sees the source that has its document's id.
     """
 
     tokens_BT: Tensor
@@ -36,6 +38,9 @@ class Batch(NamedTuple):
     sample_ids_B: Tensor
     document_starts: Tensor | None = None
     target_places_BM: Tensor | None = None
+    source_tokens_BS: Tensor | None = None
+    source_positions_BS: Tensor | None = None
+    source_document_ids_BS: Tensor | None = None
 
     def packed(self, *, pin: bool) -> Batch:
         """The same tensors in one piece of memory, so that one copy takes them to a device. ``pin``: that copy can be
@@ -68,7 +73,8 @@ class InferenceBatch(NamedTuple):
 
     ``rows_N``, ``columns_N``: which tokens these are. ``targets_N``: the tokens that follow them; None: every token of
     the vocabulary is asked. ``cache``: keys and values of the tokens before (`megatrain.model.context`); None: there
-    are none.
+    are none. ``source_tokens_BS``, ``source_lengths_B``: what an encoder reads, padded on the right; not needed where
+    the cache has what it made of them.
     """
 
     tokens_BT: Tensor
@@ -77,6 +83,8 @@ class InferenceBatch(NamedTuple):
     columns_N: Tensor
     targets_N: Tensor | None = None
     cache: Any = None
+    source_tokens_BS: Tensor | None = None
+    source_lengths_B: Tensor | None = None
 
     def to(self, device: torch.device) -> InferenceBatch:
         """Copy every tensor to ``device``."""

@@ -36,8 +36,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PRECISIONS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_FILE_BYTES = 256 << 20
-# Buffers that older versions of transformers saved beside the weights.
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$")
+# What older versions of transformers saved beside the weights: buffers, and of T5 second names and an unused table.
+_BUFFERS = re.compile(
+    r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$"
+    r"|^(encoder|decoder)\.embed_tokens\.weight$|\.EncDecAttention\.relative_attention_bias\.weight$"
+)
 _OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 """Of norms, as models of TensorFlow and the first versions of transformers have them."""
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
 from megatrain.families import FAMILIES
+from megatrain.families.description import Family
 
 _NAMED_ALIKE = ("vocab_size", "tie_word_embeddings", "initializer_range")  # by every family
 _ABSENT = {"tie_word_embeddings": False, "initializer_range": 0.02}
@@ -29,8 +30,9 @@ def to_transformers(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "intermediate_size": config.ffn_size,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
+        "num_decoder_layers": config.num_layers(family.decoder),
     }
-    names = {**{key: key for key in _NAMED_ALIKE}, **known.names}
+    names = {**{key: key for key in _named_alike(family)}, **known.names}
     rope = {"rope_theta": config.rope_theta, "rope_scaling": values.get("rope_scaling")}
     return {
         "architectures": [known.architecture],
@@ -42,6 +44,12 @@ def to_transformers(config: ModelConfig, dtype: str) -> dict[str, Any]:
         **known.constants,
         **known.required,
     }
+
+
+def _named_alike(family: Family) -> list[str]:
+    """The keys that have one name here and there, of those that the family has."""
+    has_own_values = family.initial_deviation is not None
+    return [key for key in _NAMED_ALIKE if not (has_own_values and key == "initializer_range")]
 
 
 def laid_over(theirs: Mapping[str, Any], config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -71,6 +79,12 @@ def not_in_transformers(config: ModelConfig) -> list[str]:
             f"transformers has no hidden_dropout in {config.family}: an export does not have that of "
             f"{config.hidden_dropout}."
         )
+    rates = known.names.get("attention_dropout"), known.names.get("hidden_dropout")
+    if rates[0] == rates[1] and config.attention_dropout != config.hidden_dropout:
+        notes.append(
+            f"transformers has one rate of dropout in {config.family}, {rates[0]}: an export has that of "
+            f"hidden_dropout ({config.hidden_dropout}), not that of attention_dropout ({config.attention_dropout})."
+        )
     return notes
 
 
@@ -91,12 +105,12 @@ def from_transformers(theirs: Mapping[str, Any], path: Path) -> ModelConfig:
         if theirs.get(key, needed) != needed:
             raise CheckpointError(f"{path}: {key} is {theirs[key]!r}; only {needed!r} can be imported.")
     aliased = {known.names[alias]: theirs[alias] for alias in known.aliases if alias in theirs}
-    given = {**_ABSENT, **known.absent, **theirs, **aliased}
+    given = {**_ABSENT, **known.absent, **known.implied(theirs), **theirs, **aliased}
     missing = [key for key in known.names.values() if key not in given]
     missing += ["vocab_size"] if given.get("vocab_size") is None else []
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: the model's shape is not known.")
-    ours = {"family": name, **{key: given[key] for key in _NAMED_ALIKE}}
+    ours = {"family": name, **{key: given[key] for key in _named_alike(FAMILIES[name])}}
     ours |= {key: given[their_key] for key, their_key in known.names.items()}
     ours["attention_dropout"] = ours["attention_dropout"] or 0.0
     try:

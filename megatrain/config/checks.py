@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatrain.config.arithmetic import divisors_around, multiples_around
 from megatrain.config.batch_size import BatchSize
+from megatrain.config.corruption import corrupted_lengths
 from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.problem import Problem, alternatives, as_yaml
 from megatrain.families import FAMILIES
@@ -76,10 +77,28 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     if config.attention not in ("auto", "math") and config.attention_dropout:
         reason = "no fused kernel drops by seed and position, as model.attention_dropout does"
         problems.append(Problem("attention", config.attention, reason, "auto"))
+    if config.attention not in ("auto", "math") and config.description.block.attention.relative_bias:
+        reason = f"no fused kernel adds the trained bias of family {config.family}"
+        problems.append(Problem("attention", config.attention, reason, "auto"))
     if config.attention == "cudnn" and config.attention_window is not None:
         reason = "cuDNN is used without masks, which a sliding window needs"
         problems.append(Problem("attention", config.attention, reason, "flash"))
-    return problems + _of_other_families(config)
+    return problems + relative_bias(config) + _of_other_families(config)
+
+
+def relative_bias(config: schema.ModelConfig) -> list[Problem]:
+    """Half of the ranges of distances are of one distance each, in both directions of an encoder."""
+    table = config.description.block.attention.relative_bias
+    if table is None:
+        return []
+    num_buckets, distance = config.sizes["buckets"], getattr(config, table.distance_key)
+    if num_buckets % 4:
+        nearest = alternatives(multiples_around(num_buckets, 4))
+        return [Problem("relative_attention_num_buckets", num_buckets, "must be divisible by 4", nearest)]
+    if distance <= num_buckets // 2:
+        reason = f"must be more than half of relative_attention_num_buckets ({num_buckets})"
+        return [Problem(table.distance_key, distance, reason, str(num_buckets // 2 + 1))]
+    return []
 
 
 def _of_other_families(config: schema.ModelConfig) -> list[Problem]:
@@ -102,7 +121,7 @@ def fill_in_the_middle(config: schema.FillInTheMiddle) -> list[Problem]:
     return [Problem(key, tokens[key], "another sentinel has this token already") for key in twice]
 
 
-def span_corruption(config: schema.SpanCorruption) -> list[Problem]:
+def spans(config: schema.Spans) -> list[Problem]:
     if config.sentinel_token.count("{}") == 1:
         return []
     reason = "must have {} for the number of the sentinel"
@@ -219,6 +238,7 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if config.train.deterministic and config.model.attention == "cudnn":
         reason = "cuDNN's backward pass is not deterministic, as train.deterministic asks for"
         problems.append(Problem("model.attention", "cudnn", reason, "flash"))
+    problems += objective(config)
     if (rule := config.train.early_stopping) is not None and not config.data.validation:
         problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
     problems += lora(config)
@@ -250,15 +270,30 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
 
 
 def objective(config: schema.RunConfig) -> list[Problem]:
-    """The family can be trained for it. Where documents are read from both sides, each is by itself, unchanged."""
-    kind, known, problems = config.objective.of(config.model), config.model.description.objectives, []
+    """The family must have it; and how it makes samples is not said by the keys of another one."""
+    kind, known = config.objective.of(config.model), config.model.description.objectives
     if kind not in known:
         reason = f"family {config.model.family} is trained by {', '.join(known)}"
         return [Problem("objective.type", kind, reason, known[0])]
-    if kind != "masked_lm":
-        own = config.objective.masked_lm
-        found = unused(own, tuple(type(own).model_fields), f"used with objective masked_lm only (it is {kind})")
-        return [each.below("objective.masked_lm.") for each in found]
+    problems, own = [], config.objective
+    if kind != "sequence_to_sequence":
+        problems += _unused_below(
+            "objective.", own, ("target_len",), f"used with sequence_to_sequence only (it is {kind})"
+        )
+    for name, section in (("masked_lm", own.masked_lm), ("span_corruption", own.span_corruption)):
+        if kind != name:
+            why = f"used with objective {name} only (it is {kind})"
+            problems += _unused_below(f"objective.{name}.", section, tuple(type(section).model_fields), why)
+    if kind == "masked_lm":
+        problems += _masked_samples(config)
+    elif kind != "next_token":
+        problems += _pairs(config, kind)
+    return problems
+
+
+def _masked_samples(config: schema.RunConfig) -> list[Problem]:
+    """Where documents are read from both sides, each is by itself, unchanged."""
+    problems = []
     for key, needed in (("packing", "best_fit"), ("document_mask", True)):
         if (value := getattr(config.data, key)) != needed:
             reason = "masked_lm reads each document of a sample by itself"
@@ -277,6 +312,29 @@ def objective(config: schema.RunConfig) -> list[Problem]:
     return problems
 
 
+def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:
+    """What an encoder with its decoder is trained on is cut into samples in a way of its own."""
+    problems = []
+    why = f"not read where objective.type is {kind}"
+    problems += _unused_below("data.", config.data, ("document_mask", "packing", "score_after_eod"), why)
+    for number, dataset in enumerate(config.data.train):
+        keys = ("fill_in_the_middle", "span_corruption", "token_masking", "transform")
+        problems += _unused_below(f"data.train.{number}.", dataset, keys, why)
+    if config.train.tasks is not None:
+        reason = "are answered by models with one sequence, not by an encoder and a decoder"
+        problems.append(Problem("train.tasks", config.train.tasks, reason, "null"))
+    if kind == "span_corruption":
+        problems += _corruption(config.data.seq_len, config.objective.span_corruption)
+    if config.train.precision == "fp16" and config.model.description.block.attention.relative_bias:
+        reason = f"overflows in the layers of family {config.model.family}"
+        problems.append(Problem("train.precision", "fp16", reason, "bf16"))
+    longest = config.model.max_position_embeddings
+    if (target_len := config.target_len or 0) > longest:
+        reason = f"must be at most model.max_position_embeddings ({longest})"
+        problems.append(Problem("objective.target_len", target_len, reason, str(longest)))
+    return problems
+
+
 def masked_lm(config: schema.MaskedLMConfig) -> list[Problem]:
     """What is masked and what is random are shares of one whole."""
     left = round(1.0 - config.mask_replace_prob, 6)
@@ -286,11 +344,28 @@ def masked_lm(config: schema.MaskedLMConfig) -> list[Problem]:
     return [Problem("random_replace_prob", config.random_replace_prob, reason, f"{left:g}")]
 
 
+def _corruption(seq_len: int, spans: schema.Spans) -> list[Problem]:
+    """There must be a text whose source fills a sample."""
+    if seq_len < 3:
+        return [Problem("data.seq_len", seq_len, "must hold a token that stays, a sentinel and the end", "3")]
+    if corrupted_lengths(seq_len, spans).source == seq_len:
+        return []
+    reason = f"spans so short leave no token between them where {spans.corrupted} of the text is in spans"
+    return [Problem("objective.span_corruption.mean_span_tokens", spans.mean_span_tokens, reason, "3.0")]
+
+
+def _unused_below(prefix: str, section: Section, keys: tuple[str, ...], why: str) -> list[Problem]:
+    return [problem.below(prefix) for problem in unused(section, keys, why)]
+
+
 def lora(config: schema.RunConfig) -> list[Problem]:
     """Adapters change given weights, and stand beside matrices that the family has."""
     if config.lora is None:
         return []
     problems = []
+    if config.model.description.encoder is not None:
+        reason = f"family {config.model.family} has an encoder and a decoder, whose matrices get no adapters"
+        return [Problem("lora", config.lora.model_dump(), reason, "null")]
     if config.run.init_from is None:
         problems.append(Problem("run.init_from", None, "names the checkpoint whose weights lora adapts"))
     family = config.model.description

@@ -30,9 +30,10 @@ from pydantic_core import PydanticCustomError
 from megatrain.config import checks
 from megatrain.config.arithmetic import LARGEST_COUNT
 from megatrain.config.batch_size import sizes_of
+from megatrain.config.corruption import corrupted_lengths
 from megatrain.config.problem import Problem
 from megatrain.families import FAMILIES
-from megatrain.families.description import LARGEST_SIZE, Family, ObjectiveName, WeightKind, Width
+from megatrain.families.description import LARGEST_SIZE, Family, ObjectiveName, Stack, WeightKind, Width
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -140,7 +141,7 @@ class SharedModelKeys(Section, check=checks.model):
         description="Width inside the MLP; null: 4 x hidden_size, in a gated MLP 8/3 x hidden_size, rounded up to a "
         "multiple of 256.",
     )
-    num_hidden_layers: Size = Field(description="Decoder layers.")
+    num_hidden_layers: Size = Field(description="Layers; of a family with an encoder, those of the encoder.")
     num_attention_heads: Size = Field(description="Query heads of a layer.")
     num_key_value_heads: Size | None = Field(
         default=None, description="Key and value heads of a layer (grouped-query attention); null: num_attention_heads."
@@ -232,7 +233,13 @@ class SharedModelKeys(Section, check=checks.model):
             "positions": self.max_position_embeddings,
             "segments": getattr(self, "type_vocab_size", 0),
             "vocab": self.vocab_size or 0,
+            "heads": self.num_attention_heads,
+            "buckets": getattr(self, "relative_attention_num_buckets", 0),
         }
+
+    def num_layers(self, stack: Stack) -> int:
+        """Layers of one of the family's stacks."""
+        return getattr(self, stack.layers_key) or self.num_hidden_layers
 
 
 if TYPE_CHECKING:
@@ -259,17 +266,22 @@ class FillInTheMiddle(Section, check=checks.fill_in_the_middle):
     suffix_token: Text = Field(default="<|fim_suffix|>", description="A control token of the tokenizer.")
 
 
-class SpanCorruption(Section, check=checks.span_corruption):
-    """Spans of a document moved to its end behind sentinels, as in T5 and UL2."""
+class Spans(Section, check=checks.spans):
+    """Spans of a text that are moved behind sentinels, as in T5."""
 
-    rate: Share = Field(default=0.5, description="Share of the documents.")
     corrupted: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.15, description="Share of such a document's tokens that is moved."
+        default=0.15, description="Share of such a text's tokens that is moved."
     )
     mean_span_tokens: Annotated[float, Field(ge=1.0)] = Field(default=3.0, description="Mean length of a span.")
     sentinel_token: Text = Field(
         default="<extra_id_{}>", description="Control tokens of the tokenizer, with 0, 1, ... for the braces."
     )
+
+
+class SpanCorruption(Spans, check=checks.spans):
+    """Spans of a document moved to its end, as in UL2."""
+
+    rate: Share = Field(default=0.5, description="Share of the documents.")
 
 
 class TokenMasking(Section):
@@ -377,9 +389,17 @@ class ObjectiveConfig(Section):
 
     type: ObjectiveName | None = Field(
         default=None,
-        description="next_token: each token from those before it; masked_lm: hidden tokens from those on either side; "
-        "null: what the family is trained for.",
+        description="next_token: each token from those before it; masked_lm: hidden tokens from those on either "
+        "side; span_corruption: spans that are left out of the text "
+        "that an encoder reads (T5); sequence_to_sequence: the target of each pair from its source; null: what the "
+        "family is trained for.",
     )
+    target_len: Size | None = Field(
+        default=None,
+        description="sequence_to_sequence: tokens of target in a sample, whose tokens of source are data.seq_len; "
+        "null: as many.",
+    )
+    span_corruption: Spans = Field(default=Spans(), description="Which tokens span_corruption moves.")
     masked_lm: MaskedLMConfig = Field(default=MaskedLMConfig(), description="How masked_lm chooses and hides tokens.")
 
     def of(self, model: ModelConfig) -> ObjectiveName:
@@ -704,6 +724,14 @@ class RunConfig(Section, check=checks.across_sections):
     def asked_share(self) -> float:
         """The share of a sample's tokens that the head is asked at."""
         return self.objective.most_targets(self.model, self.data.seq_len) / self.data.seq_len
+
+    @property
+    def target_len(self) -> int | None:
+        """Tokens of target in a sample of an encoder and a decoder; None: the model has one sequence."""
+        objective = self.objective.of(self.model)
+        if objective == "span_corruption":
+            return corrupted_lengths(self.data.seq_len, self.objective.span_corruption).target
+        return (self.objective.target_len or self.data.seq_len) if objective == "sequence_to_sequence" else None
 
     @property
     def gathers_by_layer(self) -> bool:

@@ -71,6 +71,9 @@ class BatchMaker:
             sample_ids_B=torch.from_numpy(numbers),
             document_starts=None if document_ids_BT is None else document_starts(document_ids_BT),
             target_places_BM=_stack([row.target_places_M for row in rows]),
+            source_tokens_BS=_stack([row.source_tokens_S for row in rows]),
+            source_positions_BS=_stack([row.source_positions_S for row in rows]),
+            source_document_ids_BS=_stack([row.source_document_ids_S for row in rows]),
         )
 
 

@@ -18,6 +18,9 @@ from megatrain.data.shard import ScoredRuns
 
 Ints = NDArray[np.int64]
 
+PAIRS = "source_target"
+"""What a manifest's options say of a dataset whose examples are a source and its target."""
+
 
 class Dropped(NamedTuple):
     """What is left out of samples. ``conversations``: of which no whole answer fits, or nothing is scored; of those
@@ -44,7 +47,8 @@ class Dropped(NamedTuple):
 
 def advice(dataset: Dataset, config: DataConfig) -> str | None:
     """How to train on a dataset that says which tokens are scored; None where nothing is to be said."""
-    if not dataset.has_scored or (config.packing == "best_fit" and config.document_mask):
+    is_of_pairs = dataset.manifest.options.get("examples") == PAIRS  # which their objective packs by itself
+    if not dataset.has_scored or is_of_pairs or (config.packing == "best_fit" and config.document_mask):
         return None
     return (
         f"{dataset.path} is of prompts and answers: set data.packing=best_fit and data.document_mask=true, or answers "
@@ -59,6 +63,16 @@ class Documents(NamedTuple):
     lengths: Ints
     num_unscored: Ints
     dropped: Dropped = Dropped()
+
+
+def whole_pairs(starts: Ints, lengths: Ints, runs: ScoredRuns, seq_len: int, target_len: int) -> Documents:
+    """The documents, which lie end to end, of which what is not scored has at most ``seq_len`` tokens, and what is
+    scored, behind it, 1 to ``target_len``."""
+    targets = runs.count_before(starts + lengths) - runs.count_before(starts)
+    sources = lengths - targets
+    is_kept = (targets > 0) & (targets <= target_len) & (sources > 0) & (sources <= seq_len)
+    left_out = Dropped(conversations=int(np.count_nonzero(~is_kept)), tokens=int(lengths[~is_kept].sum()))
+    return Documents(starts[is_kept], lengths[is_kept], sources[is_kept] - 1, left_out)
 
 
 def shortened(starts: Ints, lengths: Ints, runs: ScoredRuns, seq_len: int) -> Documents:

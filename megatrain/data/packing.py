@@ -17,6 +17,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +28,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatrain.atomic import committed
-from megatrain.data.conversations import Documents, Dropped, shortened
+from megatrain.data.conversations import Documents, Dropped, shortened, whole_pairs
 from megatrain.data.dataset import Dataset
 from megatrain.data.format import checksum, file_checksum, map_file
+from megatrain.data.shard import ScoredRuns
 from megatrain.errors import DataError
 
 Ints = NDArray[np.int64]
@@ -149,12 +151,34 @@ def _pack(
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(PLAN_COLUMNS))
 
 
+def pack_pairs(pairs: Documents, seq_len: int, target_len: int) -> pa.RecordBatch:
+    """Samples of whole pairs: what is not scored of each lies in ``seq_len`` tokens, what is in ``target_len``.
+
+    A pair takes of a sample the larger of its two shares; within one, pairs are in the order of the documents.
+    """
+    starts, lengths, num_unscored, _ = pairs
+    capacity, sources = max(seq_len, target_len), num_unscored + 1
+    shares = [-(-sources * capacity // seq_len), -(-(lengths - sources) * capacity // target_len)]
+    bins = best_fit(np.maximum(*shares), capacity)
+    order = np.argsort(bins, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(bins))]) if len(bins) else np.zeros(1, np.int64)
+    scored = (lengths - sources)[order].astype(np.int32)
+    columns = [
+        pa.LargeListArray.from_arrays(offsets, starts[order]),
+        pa.LargeListArray.from_arrays(offsets, (lengths[order] - 1).astype(np.int32)),
+        pa.array(np.add.reduceat(scored, offsets[:-1]) if len(scored) else scored),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(PLAN_COLUMNS))
+
+
 @dataclass(frozen=True)
 class Packing:
-    """A way to cut documents into chunks. ``name``: in the names of plans' files and in their metadata."""
+    """A way to cut documents into chunks. ``name``: in the names of plans' files and in their metadata. ``fit``: where
+    documents that do not fit end, in datasets that say which tokens are scored."""
 
     name: str
     pack: Callable[[Documents, int], pa.RecordBatch]
+    fit: Callable[[Ints, Ints, ScoredRuns, int], Documents] = shortened
 
 
 IN_STREAM = Packing("", pack_documents)
@@ -170,6 +194,12 @@ class Block(NamedTuple):
     chunk_start: Ints
     chunk_targets: NDArray[np.int32]
     targets: NDArray[np.int32]
+
+
+def pairs_of(target_len: int) -> Packing:
+    """For pairs, of which a sample has ``target_len`` tokens of target."""
+    pack, fit = partial(pack_pairs, target_len=target_len), partial(whole_pairs, target_len=target_len)
+    return Packing(f"pairs-{target_len}", pack, fit)
 
 
 class PackingPlan:
@@ -221,7 +251,7 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path, packing: Packing = 
         with committed(path, single_writer=True) as unfinished:
             schema = _schema(dataset, seq_len, packing)
             with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                for documents in _documents(dataset, seq_len):
+                for documents in _documents(dataset, seq_len, packing):
                     dropped = {DROPPED: orjson.dumps(documents.dropped._asdict())} if dataset.has_scored else None
                     writer.write_batch(packing.pack(documents, seq_len), custom_metadata=dropped)
             digest = file_checksum(unfinished)
@@ -237,12 +267,12 @@ def store_plan(dataset: Dataset, seq_len: int, folder: Path, packing: Packing = 
 
 def count_samples(dataset: Dataset, seq_len: int, packing: Packing = IN_STREAM) -> int:
     """Samples that a plan for the dataset would have."""
-    return sum(packing.pack(documents, seq_len).num_rows for documents in _documents(dataset, seq_len))
+    return sum(packing.pack(documents, seq_len).num_rows for documents in _documents(dataset, seq_len, packing))
 
 
 def make_plan(dataset: Dataset, seq_len: int, packing: Packing = IN_STREAM) -> PackingPlan:
     """A plan in memory, for datasets that are small."""
-    found = list(_documents(dataset, seq_len))
+    found = list(_documents(dataset, seq_len, packing))
     blocks = [_block(packing.pack(documents, seq_len)) for documents in found]
     return PackingPlan(blocks, "", Dropped.total(documents.dropped for documents in found), seq_len)
 
@@ -278,10 +308,10 @@ def _block(batch: pa.RecordBatch) -> Block:
     return Block(*(view.to_numpy() for view in views))
 
 
-def _documents(dataset: Dataset, seq_len: int) -> Iterator[Documents]:
+def _documents(dataset: Dataset, seq_len: int, packing: Packing) -> Iterator[Documents]:
     """The documents as far as they go into samples, about BLOCK_DOCUMENTS at a time: whole record batches."""
     held: list[Documents] = []
-    for some in _in_batches(dataset, seq_len):
+    for some in _in_batches(dataset, seq_len, packing):
         held.append(some)
         if sum(len(each.starts) for each in held) >= BLOCK_DOCUMENTS:
             yield _joined(held)
@@ -289,13 +319,13 @@ def _documents(dataset: Dataset, seq_len: int) -> Iterator[Documents]:
     yield _joined(held)
 
 
-def _in_batches(dataset: Dataset, seq_len: int) -> Iterator[Documents]:
+def _in_batches(dataset: Dataset, seq_len: int, packing: Packing) -> Iterator[Documents]:
     base = 0
     runs = dataset.scored_runs() if dataset.has_scored else repeat(None)
     for lengths, scored in zip(dataset.document_lengths(), runs, strict=False):
         found = Documents(np.cumsum(lengths) - lengths, lengths, np.zeros_like(lengths))
         if scored is not None:
-            found = shortened(found.starts, lengths, scored, seq_len)
+            found = packing.fit(found.starts, lengths, scored, seq_len)
         yield found._replace(starts=base + found.starts)
         base += int(lengths.sum())
 

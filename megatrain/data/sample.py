@@ -17,8 +17,8 @@ Ints = NDArray[np.int64]
 class Sample(NamedTuple):
     """A row of a `megatrain.batch.Batch`, whose fields have the same names.
 
-    T: tokens that the model reads, M: targets. ``loss_mask_M``: None where every target counts. ``document_ids_T``:
-    None where each token of the sample may see any other.
+    T: tokens that the model reads, M: targets, S: tokens of a source, which an encoder reads. ``loss_mask_M``: None
+    where every target counts. ``document_ids_T``: None where each token of the sample may see any other.
     """
 
     tokens_T: Ints
@@ -27,6 +27,9 @@ class Sample(NamedTuple):
     positions_T: Ints
     document_ids_T: NDArray[np.int32] | None
     target_places_M: Ints | None = None
+    source_tokens_S: Ints | None = None
+    source_positions_S: Ints | None = None
+    source_document_ids_S: NDArray[np.int32] | None = None
 
 
 class Source(Protocol):

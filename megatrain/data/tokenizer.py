@@ -17,6 +17,7 @@ import orjson
 from megatrain.data.format import TOKENIZER_FILE
 from megatrain.errors import DataError, MegatrainError
 
+_PAD = "<pad>"
 _CONTROL_LIKE = re.compile(r"▁?<\S*\w\S*>")
 """Added tokens that are control tokens although the file does not call them special: <tool_call>, <|fim_prefix|>."""
 _CONTROL_NAMES = re.compile(r"</?s>|<\|\w+\|>|<(pad|unk|mask|bos|eos|cls|sep)>|\[(PAD|UNK|MASK|BOS|EOS|CLS|SEP)\]")
@@ -103,6 +104,11 @@ class Tokenizer:
     def added(self) -> dict[str, int]:
         """The tokens that were added to the model's own, and their ids: control tokens and others."""
         return {token.content: number for number, token in self._library.get_added_tokens_decoder().items()}
+
+    def decoder_start(self, eod_id: int) -> int:
+        """A decoder's first input beside an encoder: as in T5 and Marian the padding token, where there is one; else,
+        as in BART, the token that ends documents."""
+        return self.added.get(_PAD, eod_id)
 
     @cached_property
     def unknown(self) -> str | None:

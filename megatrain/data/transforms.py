@@ -65,7 +65,9 @@ class SpanCorruption:
         num_kept = len(tokens) - 2 * num_spans
         share = num_kept * self.corrupted if num_spans == wanted else num_spans * self.mean_span_tokens
         num_moved = min(max(round(share), num_spans), num_kept - num_spans)
-        lengths = np.stack([_parts(num_kept - num_moved, num_spans, random), _parts(num_moved, num_spans, random)])
+        lengths = np.stack(
+            [random_parts(num_kept - num_moved, num_spans, random), random_parts(num_moved, num_spans, random)]
+        )
         parts = np.split(tokens[:num_kept], np.cumsum(lengths.T.ravel())[:-1])
         marks = [np.array([sentinel]) for sentinel in self.sentinels[:num_spans]]
         around = chain.from_iterable(zip(parts[0::2], marks, strict=True))
@@ -90,7 +92,7 @@ class TokenMasking:
         return np.where(hidden, self.mask, tokens)
 
 
-def _parts(total: int, count: int, random: np.random.Generator) -> Tokens:
+def random_parts(total: int, count: int, random: np.random.Generator) -> Tokens:
     """``count`` positive lengths that add up to ``total``; all such divisions are equally likely."""
     cuts = np.sort(random.choice(total - 1, count - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))

@@ -6,7 +6,7 @@ FLOPs, memory, the tensor-parallel table, the modules, Hugging Face folders, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -15,21 +15,28 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 
-Width = Literal["hidden", "queries", "keys", "ffn", "head", "positions", "segments", "vocab", "rank"]
+Width = Literal[
+    "hidden", "queries", "keys", "ffn", "head", "positions", "segments", "vocab", "rank", "heads", "buckets"
+]
 """A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
-the MLP's inside, of one head, of the positions, of the segments and of the vocabulary. `ModelConfig.sizes` has the
-numbers; of "rank", between the two factors of a LoRA adapter, the config's `lora.rank`."""
+the MLP's inside, of one head, of the positions, of the segments and of the vocabulary; how many query heads there are,
+and how many ranges of distances have a relative bias of their own. `ModelConfig.sizes` has the numbers; of "rank",
+between the two factors of a LoRA adapter, the config's `lora.rank`."""
 
 ADAPTER_FACTORS = ("lora_A", "lora_B")
 """What an adapter's factors are called in the module of the matrix that it adapts: peft's names."""
 
-ObjectiveName = Literal["next_token", "masked_lm"]
+ObjectiveName = Literal["next_token", "masked_lm", "span_corruption", "sequence_to_sequence"]
 """What a model can be trained for: a file of megatrain/objectives."""
 
 WeightKind = Literal["norms", "biases", "positions", "embeddings", "matrices"]
 """What a weight is for: it decides whether it decays (`optimizer.no_weight_decay`)."""
 
-HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {"queries": "query", "keys": "key_value"}
+HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {
+    "queries": "query",
+    "keys": "key_value",
+    "heads": "query",
+}
 SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
 """What tensor-parallel ranks share out; every rank has the other widths whole."""
 
@@ -61,15 +68,16 @@ class Weight(NamedTuple):
 class Split:
     """How tensor parallelism cuts one module's parameters.
 
-    ``kind``: "column" cuts the outputs, "row" the inputs (its bias stays whole), "vocab" the token ids; "shared" cuts
-    nothing, but each rank applies the whole to heads or columns of its own, so that it sees a part of the gradient;
-    "factor" cuts an adapter's factor as the matrix is cut whose module it stands in, which communicates for both.
+    ``kind``: "column" cuts the outputs, "row" the inputs (its bias stays whole), "vocab" the token ids, "heads" what
+    each head has of its own; "shared" cuts nothing, but each rank applies the whole to heads or columns of its own, so
+    that it sees a part of the gradient; "factor" cuts an adapter's factor as the matrix is cut whose module it stands
+    in, which communicates for both.
     ``weight_dim``: the dimension of the weight that is cut (a gpt2 Conv1D is [in, out], a Linear [out, in]).
     ``num_parts``: tensors that lie side by side along it, each of which is cut (three in a fused query-key-value).
     ``by_heads``: "query" or "key_value" where the cut must fall between heads.
     """
 
-    kind: Literal["column", "row", "vocab", "shared", "factor"]
+    kind: Literal["column", "row", "vocab", "heads", "shared", "factor"]
     weight_dim: int
     num_parts: int = 1
     by_heads: Literal["query", "key_value"] | None = None
@@ -90,6 +98,24 @@ class Embedding:
     @property
     def split(self) -> Split | None:
         return Split("vocab", weight_dim=0) if self.rows == "vocab" else None
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """Added to the scores of self-attention in all layers of a stack: a trained number for each head and each range of
+    distances between query and key (Raffel et al. 2020, section 2.1). ``distance_key``: the model's key that has where
+    the last range begins."""
+
+    name: str
+    distance_key: str = "relative_attention_max_distance"
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (Weight(f"{self.name}.weight", (("buckets",), ("heads",)), "positions"),)
+
+    @property
+    def split(self) -> Split:
+        return Split("heads", weight_dim=1, by_heads="query")
 
 
 @dataclass(frozen=True)
@@ -161,11 +187,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention. ``is_causal``: a token sees those before it and itself, else all; next-token prediction needs it.
+    """Self-attention, or where the layer attends to an encoder's output too, that.
+
+    ``is_causal``: a token sees those before it and itself, else all; next-token prediction needs it.
 
     ``inputs``: queries, keys and values, each by a product of its own or all by one. ``head_norms``: of the queries and
     of the keys. ``rotates``: positions enter by rotation of queries and keys. ``window_key``: the model's key that has
-    how many tokens a token attends to, itself among them; None: it attends to all before it.
+    how many tokens a token attends to, itself among them; None: it attends to all before it. ``is_scaled``: scores are
+    divided by the square root of the head's width. ``relative_bias``: what all layers add to them.
     """
 
     name: str
@@ -175,6 +204,8 @@ class Attention:
     rotates: bool = False
     window_key: str | None = None
     is_causal: bool = True
+    is_scaled: bool = True
+    relative_bias: RelativeBias | None = None
 
     @property
     def modules(self) -> tuple[Linear | Norm, ...]:
@@ -219,7 +250,7 @@ class Block:
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)). ``prefix``: what stands before its number.
 
     ``is_post_norm``: norm(x + attention(x)), then norm(x + mlp(x)). ``norms_last``: in the order of the parameters the
-    norms come behind both.
+    norms come behind both. ``cross_attention``: to an encoder's output, between the two, with its norm.
     """
 
     prefix: str
@@ -229,11 +260,16 @@ class Block:
     mlp: Mlp
     norms_last: bool = False
     is_post_norm: bool = False
+    cross_attention_norm: Norm | None = None
+    cross_attention: Attention | None = None
 
     @property
     def branches(self) -> Mapping[str, tuple[Norm, Attention | Mlp]]:
         """What is added to the residual stream, in order, by its role: a norm and what follows it."""
-        return {"attention": (self.attention_norm, self.attention), "mlp": (self.mlp_norm, self.mlp)}
+        found: dict[str, tuple[Norm, Attention | Mlp]] = {"attention": (self.attention_norm, self.attention)}
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            found["cross_attention"] = (self.cross_attention_norm, self.cross_attention)
+        return {**found, "mlp": (self.mlp_norm, self.mlp)}
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -320,6 +356,28 @@ class HeadTransform:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Layers that activations pass through one after the other: the embeddings and their norm, as many blocks as the
+    model's key ``layers_key`` says (null: num_hidden_layers), the norm."""
+
+    embeddings: tuple[Embedding, ...]
+    block: Block
+    norm: Norm | None
+    layers_key: str = "num_hidden_layers"
+    embedding_norm: Norm | None = None
+
+    @property
+    def first_layers(self) -> tuple[Embedding | Norm, ...]:
+        """The layers before the blocks, in order."""
+        return (*self.embeddings, *_present(self.embedding_norm))
+
+    @property
+    def outer_layers(self) -> tuple[Embedding | RelativeBias | Norm, ...]:
+        """Those beside the blocks, in order."""
+        return (*self.first_layers, *_present(self.block.attention.relative_bias), *_present(self.norm))
+
+
+@dataclass(frozen=True)
 class HuggingFace:
     """The family in transformers. Keys of its config.json are "theirs", the model's keys in our config "ours".
 
@@ -328,7 +386,8 @@ class HuggingFace:
     sizes that are not here must be given. ``aliases``: names of ours that its config.json may have too, and that come
     before theirs. ``parameters``: those of ours that have another name there, and what that is. ``unread``: patterns of
     names of tensors that its folders may have and the model does not. ``copies``: further keys of theirs that have the
-    value of one of ours. ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in,
+    value of one of ours. ``implied``: what transformers takes for keys that are left out where that depends on
+    others. ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in,
     why its layers are not ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise,
     each in a sentence.
     """
@@ -341,6 +400,7 @@ class HuggingFace:
     parameters: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda theirs: {}
     constants: Mapping[str, Any] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda theirs: None
     warnings: Callable[[Mapping[str, Any]], list[str]] = lambda theirs: []
@@ -354,6 +414,8 @@ class Family:
     ``asks_at_places``: of a sample only some tokens are asked, which the batch names, not each. ``summary``: what is
     particular to it. ``own_keys``: keys of the model that only such families have, as pydantic's ``create_model`` takes
     them: type and Field. ``objectives``: what it can be trained for; the first where the config does not say.
+    ``encoder``: what reads the source, where the decoder attends to one. ``initial_deviation``: of the initial values
+    of the matrix of a module's name, for the model's sizes; None: as initializer_range and init_scheme say.
     """
 
     summary: str
@@ -367,6 +429,18 @@ class Family:
     asks_at_places: bool = False
     own_keys: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     objectives: tuple[ObjectiveName, ...] = ("next_token",)
+    encoder: Stack | None = None
+    initial_deviation: Callable[[str, Mapping[Width, int]], float] | None = None
+
+    @property
+    def decoder(self) -> Stack:
+        key = "num_hidden_layers" if self.encoder is None else "num_decoder_layers"
+        return Stack(self.embeddings, self.block, self.norm, key, self.embedding_norm)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The encoder, where there is one, and the decoder."""
+        return (self.decoder,) if self.encoder is None else (self.encoder, self.decoder)
 
     @property
     def can_generate(self) -> bool:
@@ -382,12 +456,13 @@ class Family:
         """Those of the model's keys that this family reads and others may not."""
         norms = (leaf for leaf in (*self.block.leaves.values(), *self.outer_layers) if isinstance(leaf, Norm))
         rotary = ("rope_theta", "rope_scaling") if self.block.attention.rotates else ()
-        return {*(norm.eps_key for norm in norms), *rotary, *self.own_keys}
+        drawn = ("initializer_range", "init_scheme") if self.initial_deviation is None else ()
+        return {*(norm.eps_key for norm in norms), *rotary, *drawn, *self.own_keys}
 
     @property
     def first_layers(self) -> tuple[Embedding | Norm, ...]:
         """The layers before the blocks, in order."""
-        return (*self.embeddings, *_present(self.embedding_norm))
+        return self.decoder.first_layers
 
     @property
     def last_layers(self) -> tuple[Norm | HeadTransform | Linear, ...]:
@@ -395,29 +470,40 @@ class Family:
         return (*_present(self.norm), *_present(self.head_transform), self.head)
 
     @property
-    def outer_layers(self) -> tuple[Embedding | Norm | HeadTransform | Linear, ...]:
-        """The layers before and after the blocks, in order."""
-        return (*self.first_layers, *self.last_layers)
+    def outer_layers(self) -> tuple[Embedding | RelativeBias | Norm | HeadTransform | Linear, ...]:
+        """The layers beside the blocks, in order, each once."""
+        layers = (layer for stack in self.stacks for layer in stack.outer_layers)
+        return (*dict.fromkeys(layers), *_present(self.head_transform), self.head)
 
     def kind_of(self, parameter: str) -> WeightKind:
         """Of a parameter by its canonical name, which of a tied head is the embedding's."""
-        return "matrices" if is_adapter(parameter) else self._kinds[self._in_block(parameter) or parameter]
+        if is_adapter(parameter):
+            return "matrices"
+        found = self._in_block(parameter)
+        outer = self._kinds.get(parameter)
+        return outer or self._kinds[found[1] if found else parameter]
 
     @cached_property
     def _kinds(self) -> Mapping[str, WeightKind]:
         """By name; those of a block by their names in the layer."""
         outer = (weight for layer in self.outer_layers for weight in layer.weights)
-        return {weight.name: weight.kind for weight in (*outer, *self.block.weights)}
+        in_layers = (weight for stack in self.stacks for weight in stack.block.weights)
+        return {weight.name: weight.kind for weight in (*in_layers, *outer)}
 
-    def _in_block(self, name: str) -> str:
-        """The name in its layer of what a layer has; empty for all else."""
-        before, _, inside = name.partition(f"{self.block.prefix}.")
-        return "" if before else inside.partition(".")[2]
+    def _in_block(self, name: str) -> tuple[Block, str] | None:
+        """Of what a layer has, the block and the name in its layer."""
+        for block in (stack.block for stack in self.stacks):
+            before, _, inside = name.partition(f"{block.prefix}.")
+            if not before:
+                return block, inside.partition(".")[2]
+        return None
 
     def split_of(self, module_name: str) -> Split | None:
         """How the module of this canonical name is cut; None: not at all."""
-        in_block = self._in_block(module_name)
-        outer: Iterable[Embedding | Linear] = (*self.embeddings, self.head)
-        first = next((layer for layer in outer if layer.name == module_name), None)
-        found = first or self.block.leaves.get(in_block) or self.block.factors.get(in_block)
+        found: Embedding | RelativeBias | Norm | Linear | None
+        outer = (*(layer for stack in self.stacks for layer in stack.outer_layers), self.head)
+        found = next((layer for layer in outer if layer.name == module_name), None)
+        if found is None and (place := self._in_block(module_name)) is not None:
+            block, name = place
+            found = block.leaves.get(name) or block.factors.get(name)
         return found.split if found else None

@@ -44,6 +44,7 @@ _ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
     "llama": {"bos": 1, "eos": 2},
     "mistral": {"bos": 1, "eos": 2},
     "gpt2": {"bos": 50256, "eos": 50256},
+    "t5": {"pad": 0, "eos": 1},
 }
 
 
@@ -162,6 +163,10 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
     """
     files, tokens = assets.files, assets.special_tokens
     ids = {f"{role}_token_id": token.id for role, token in _by_role(tokens) if role != "unk"}
+    if model.description.encoder is not None and tokens.eod is not None:
+        tokenizer = _tokenizer(files)
+        start = tokens.eod.id if tokenizer is None else tokenizer.decoder_start(tokens.eod.id)
+        ids = {"decoder_start_token_id": start, "pad_token_id": start, **ids}
     theirs = _json(files, CONFIG)
     changed: dict[str, dict[str, Any]] = {}
     if theirs is None:

@@ -14,7 +14,7 @@ from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.rendezvous import init_process_group
 from megatrain.distributed.topology import Topology
 from megatrain.errors import ConfigError
-from megatrain.model.decoder import Decoder
+from megatrain.model.encoder_decoder import WholeModel, whole_model
 from megatrain.model.linear import add_adapters
 from megatrain.plan import rules
 
@@ -24,7 +24,7 @@ _LONGEST_SECONDS = 86400.0
 """For them to end: no rank waits before it has done its share, and whoever started them ends all where one fails."""
 
 
-def load_decoder(reader: CheckpointReader, dtype: torch.dtype | None = None) -> Decoder:
+def load_decoder(reader: CheckpointReader, dtype: torch.dtype | None = None) -> WholeModel:
     """The whole model of a checkpoint on this process's device, in evaluation mode.
 
     ``dtype``: None takes bf16 on a GPU and fp32 on a CPU. Raises CheckpointError where it is damaged.
@@ -36,18 +36,18 @@ def load_decoder(reader: CheckpointReader, dtype: torch.dtype | None = None) -> 
     return model
 
 
-def empty_decoder(config: ModelConfig, dtype: torch.dtype | None = None, lora: LoraConfig | None = None) -> Decoder:
+def empty_decoder(config: ModelConfig, dtype: torch.dtype | None = None, lora: LoraConfig | None = None) -> WholeModel:
     """A whole model on this process's device, in evaluation mode; its weights are still to be filled in."""
     device = torch.device("cuda" if has_gpu() else "cpu")
     with torch.device("meta"):
-        model = Decoder(config)
+        model = whole_model(config)
         add_adapters(model, lora)
     model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).to_empty(device=device)
     model.tie_weights()
     return model.eval()
 
 
-def load_on_rank(reader: CheckpointReader, rank: RankInfo | None, tensor: int) -> tuple[Decoder, Groups | None]:
+def load_on_rank(reader: CheckpointReader, rank: RankInfo | None, tensor: int) -> tuple[WholeModel, Groups | None]:
     """This rank's part of the model, in evaluation mode, and its groups: None where there are no other ranks.
 
     ``tensor`` ranks share each of the model's matrices. Collective over the ranks that ``rank`` is one of. Raises
@@ -93,12 +93,12 @@ def _as_run(saved: SavedConfig, world_size: int, tensor: int) -> RunConfig:
     return config
 
 
-def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> Decoder:
+def _load_part(reader: CheckpointReader, config: RunConfig, groups: Groups) -> WholeModel:
     """This rank's part of the model, filled: no rank ever has the whole."""
     from megatrain.parallel.shard import DTYPES, allocate, shard_model
 
     with torch.device("meta"):
-        model = Decoder(config.model)
+        model = whole_model(config.model)
         add_adapters(model, config.lora)
     sharded = shard_model([model], config, groups, recomputed=())
     allocate([model], DTYPES[config.train.precision], groups.device)

@@ -33,7 +33,6 @@ from megatrain.model.generate import (
     LanguageModel,
     Limits,
     Sampling,
-    generate,
     generate_batch,
     require_generative,
 )
@@ -68,8 +67,23 @@ class Writer:
         self.template = assets.template
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
-        """With the token before them that begins a document, where the model knows one."""
+        """With the token before them that begins a document, where the model knows one; as a source, with its end."""
+        if self.model.config.description.encoder is not None:
+            return [*prompt_ids, *self._ends]
         return [*self.assets.prompt_ids, *prompt_ids]
+
+    @property
+    def _ends(self) -> list[int]:
+        """What ends a source, and a target."""
+        eod = self.assets.special_tokens.eod
+        return [] if eod is None else [eod.id]
+
+    def _begun(self, given: Sequence[list[int]]) -> tuple[Sequence[list[int]], Sequence[list[int]] | None]:
+        """What the decoder goes on from, and what an encoder reads: the prompts, where there is one."""
+        if self.model.config.description.encoder is None:
+            return given, None
+        start = self.tokenizer.decoder_start(self._ends[0] if self._ends else 0)
+        return [[start]] * len(given), given
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation up to where the model's answer begins; the template writes all special tokens itself.
@@ -95,9 +109,11 @@ class Writer:
         if settings.beams is not None:
             (found,) = self.write([ids], settings)
             return iter((found.text,))
-        limits = self._limits(settings, ids)
-        tokens = generate(self.model, ids, limits, settings.sampling, settings.seed, self._agree)
-        return self._streamed(ids, tokens, limits, settings, warn)
+        prompts, sources = self._begun([list(ids)])
+        limits = self._limits(settings, prompts[0])
+        step = (self.model, prompts, limits, settings.sampling, settings.seed, self._agree)
+        tokens = (token for (token,) in generate_batch(*step, sources=sources) if token is not None)
+        return self._streamed(prompts[0], tokens, limits, settings, warn)
 
     def _streamed(
         self,
@@ -144,12 +160,14 @@ class Writer:
             advance(len(numbers))
         return [text for text in found if text is not None]
 
-    def _sampled(self, prompts: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
+    def _sampled(self, given: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
+        prompts, sources = self._begun(given)
         rooms = [self._limits(settings, ids).max_new_tokens for ids in prompts]
         streams = [TextStream(self.tokenizer, ids, settings.stops) for ids in prompts]
         texts, counts, ended = [""] * len(prompts), [0] * len(prompts), set[int]()
         limits = self._limits(settings, max(prompts, key=len))._replace(max_new_tokens=max(rooms))
-        for step in generate_batch(self.model, prompts, limits, settings.sampling, settings.seed, self._agree, ended):
+        chosen = settings.sampling, settings.seed, self._agree
+        for step in generate_batch(self.model, prompts, limits, *chosen, ended, sources):
             for row, token in enumerate(step):
                 if token is not None:
                     counts[row] += 1
@@ -161,8 +179,9 @@ class Writer:
             for text, stream, count, room in zip(texts, streams, counts, rooms, strict=True)
         ]
 
-    def _searched(self, prompts: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
+    def _searched(self, given: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
         assert settings.beams is not None
+        prompts, sources = self._begun(given)
         rooms = [self._limits(settings, ids).max_new_tokens for ids in prompts]
         found = []
         for room in sorted(set(rooms)):  # all of a search have the same room: it decides on lengths
@@ -170,7 +189,8 @@ class Writer:
             limits = self._limits(settings, prompts[rows[0]])
             penalty = settings.sampling.repetition_penalty
             batch = [prompts[row] for row in rows]
-            searched = beam_search(self.model, batch, limits, settings.beams, penalty, self._agree)
+            read = None if sources is None else [sources[row] for row in rows]
+            searched = beam_search(self.model, batch, limits, settings.beams, penalty, self._agree, read)
             for row, (best, *_) in zip(rows, searched, strict=True):
                 stream = TextStream(self.tokenizer, prompts[row], settings.stops)
                 text = ""

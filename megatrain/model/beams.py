@@ -109,11 +109,12 @@ def beam_search(
     search: BeamSearch,
     repetition_penalty: float = 1.0,
     agree: Agree | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
     """Each prompt's ``num_beams`` best sequences, best first; each prompt's are those that it would get by itself.
 
-    The model is to be in evaluation mode. Raises ConfigError as `Limits.of` does, and for more beams than there are
-    tokens to begin with.
+    The model is to be in evaluation mode. ``sources``: as in `generate_batch`. Raises ConfigError as `Limits.of` does,
+    and for more beams than there are tokens to begin with.
     """
     limits = limits.of(model, prompts)
     num_beams = search.num_beams
@@ -121,7 +122,7 @@ def beam_search(
         raise ConfigError(f"num_beams is {num_beams}, and there are {limits.num_ids} tokens: give fewer beams.")
     if limits.max_new_tokens < 1 or not prompts:
         return [[] for _ in prompts]
-    cache = make_cache(model, prompts, limits)
+    cache = make_cache(model, prompts, limits, sources)
     states = [_Prompt(search, limits, [_Beam((), 0.0)]) for _ in prompts]
     active, new = list(range(len(prompts))), [list(tokens) for tokens in prompts]
     while active:

@@ -20,6 +20,7 @@ from megatrain.model.attention import CoreAttention
 from megatrain.model.context import Context
 from megatrain.model.dropout import Dropout
 from megatrain.model.linear import Linear
+from megatrain.model.masked_attention import MaskedAttention
 from megatrain.model.norm import LayerNorm, RmsNorm
 from megatrain.model.rope import rotate
 
@@ -64,7 +65,11 @@ class SelfAttention(nn.Module):
         self.head_norm_names = [norm.name for norm in spec.head_norms]
         _attach(self, spec.modules, config)
         dropout = Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3)
-        self.core = CoreAttention(dropout, config.attention_window, is_causal=spec.is_causal)
+        self.core: CoreAttention | MaskedAttention = CoreAttention(
+            dropout, config.attention_window, is_causal=spec.is_causal
+        )
+        if spec.relative_bias is not None:
+            self.core = MaskedAttention(dropout, is_scaled=spec.is_scaled)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         inputs = [self.get_submodule(name) for name in self.input_names]
@@ -80,7 +85,39 @@ class SelfAttention(nn.Module):
             q_BTHD, k_BTGD = rotate(q_BTHD, context.rotary), rotate(k_BTGD, context.rotary)
         if context.cache is not None:
             k_BTGD, v_BTGD = context.cache.update(self.layer, k_BTGD, v_BTGD)
-        y_BTHD = self.core(q_BTHD, k_BTGD, v_BTGD, context)
+        if isinstance(self.core, MaskedAttention):
+            y_BTHD = self.core(q_BTHD, k_BTGD, v_BTGD, context.bias_BHTS, context.sample_ids_B)
+        else:
+            y_BTHD = self.core(q_BTHD, k_BTGD, v_BTGD, context)
+        return self.get_submodule(self.output_name)(y_BTHD.flatten(2), context.sample_ids_B)  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """A decoder's attention to an encoder's output. ``project``: as in SelfAttention, of the queries; what keys and
+    values are made of, a layout has made whole before."""
+
+    def __init__(self, config: ModelConfig, spec: description.Attention, layer: int, seed: int, prefix: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_size
+        self.project = project_each
+        self.input_names = [linear.name for linear in spec.inputs]
+        self.output_name = spec.output.name
+        _attach(self, spec.modules, config)
+        dropout = Dropout(config.attention_dropout, seed, f"{prefix}.core", num_offsets=3)
+        self.core = MaskedAttention(dropout, is_scaled=spec.is_scaled)
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        encoded = context.encoded
+        assert encoded is not None
+        query, *others = [self.get_submodule(name) for name in self.input_names]
+        (q_BTX,) = self.project([query], x_BTC, context.sample_ids_B)
+        known = None if encoded.keys_values is None else encoded.keys_values.get(self.layer)
+        keys_values = known or [linear(encoded.hidden_BSC, context.sample_ids_B) for linear in others]
+        if encoded.keys_values is not None:
+            encoded.keys_values[self.layer] = keys_values
+        heads = [torch.unflatten(y, -1, (-1, self.head_dim)) for y in (q_BTX, *keys_values)]
+        y_BTHD = self.core(*heads, encoded.mask_B1TS, context.sample_ids_B)
         return self.get_submodule(self.output_name)(y_BTHD.flatten(2), context.sample_ids_B)  # type: ignore[no-any-return]
 
 
@@ -115,7 +152,9 @@ class DecoderLayer(nn.Module):
         paths: dict[description.Module, str] = {}
         for module in block.modules:
             paths[module] = path = module.name or "mlp"
-            if isinstance(module, description.Attention):
+            if module is block.cross_attention:
+                attach(self, path, CrossAttention(config, module, layer, seed, f"{prefix}.{path}"))
+            elif isinstance(module, description.Attention):
                 attach(self, path, SelfAttention(config, module, layer, seed, f"{prefix}.{path}"))
             elif isinstance(module, description.Mlp):
                 attach(self, path, Mlp(config, module, None if module.name else self))

@@ -22,6 +22,25 @@ if TYPE_CHECKING:
 TORCH_VERSION = TorchVersion(torch.__version__)
 
 
+class EncoderOutput(NamedTuple):
+    """What a decoder's layers attend to. ``mask``: True where a target token sees a source token; None: all do.
+
+    ``keys_values``: by layer, what generation need not compute again; None while training.
+    """
+
+    hidden_BSC: Tensor
+    mask_B1TS: Tensor | None = None
+    keys_values: dict[int, Sequence[Tensor]] | None = None
+
+    def select(self, rows: Sequence[int]) -> EncoderOutput:
+        """See KeyValueCache.select."""
+        index = torch.tensor(rows, device=self.hidden_BSC.device)
+        kept: dict[int, Sequence[Tensor]] = {
+            layer: [x[index] for x in pair] for layer, pair in (self.keys_values or {}).items()
+        }
+        return EncoderOutput(self.hidden_BSC[index], None if self.mask_B1TS is None else self.mask_B1TS[index], kept)
+
+
 class KeyValueCache:
     """Keys and values of the tokens seen so far, for every layer: what generation need not compute again.
 
@@ -29,9 +48,13 @@ class KeyValueCache:
     what follows them takes the places of the padding. ``lengths``: how many tokens of each row every layer has stored.
     """
 
-    def __init__(self, num_layers: int, capacity: int, num_rows: int = 1) -> None:
+    def __init__(
+        self, num_layers: int, capacity: int, num_rows: int = 1, sources: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self.capacity = capacity
         self.lengths = [0] * num_rows
+        self.sources = sources  # what an encoder is to read
+        self.encoded: EncoderOutput | None = None  # what it has made of them
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._ends_B: Tensor | None = None
 
@@ -82,6 +105,8 @@ class KeyValueCache:
             if stored is not None:
                 index = torch.tensor(rows, device=stored[0].device)
                 self._layers[layer] = (stored[0].index_select(0, index), stored[1].index_select(0, index))
+        if self.encoded is not None:
+            self.encoded = self.encoded.select(rows)
 
     def _places(self, num_new: int, device: torch.device) -> Tensor:
         """[B, T]: where each row's next tokens go."""
@@ -99,6 +124,8 @@ class Context(NamedTuple):
     attention over sequences of unequal length.
     ``cache``: keys and values of earlier tokens; None while training.
     ``segments_BT``: int64, which segment of its document a token is in (BERT's token types); None: all in the first.
+    ``bias``: what a family with relative positions adds to the scores of self-attention, minus infinity where a token
+    is not seen. ``encoded``: what a decoder attends to beside its own tokens.
     """
 
     positions_BT: Tensor
@@ -108,6 +135,8 @@ class Context(NamedTuple):
     document_starts: Tensor | None = None
     cache: KeyValueCache | None = None
     segments_BT: Tensor | None = None
+    bias_BHTS: Tensor | None = None
+    encoded: EncoderOutput | None = None
 
 
 class ContextBuilder:

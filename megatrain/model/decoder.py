@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.batch import Batch, InferenceBatch
-from megatrain.families.description import Embedding, HeadTransform, Linear, Norm
+from megatrain.families.description import Attention, Embedding, HeadTransform, Linear, Norm
 from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation, DecoderLayer, attach, build_norm
 from megatrain.model.context import Context, ContextBuilder
@@ -22,6 +22,7 @@ from megatrain.model.dropout import Dropout
 from megatrain.model.embedding import EmbeddingNorm, PositionEmbedding, SegmentEmbedding, TokenEmbedding
 from megatrain.model.generate import require_generative
 from megatrain.model.loss import OutputHead, token_scores
+from megatrain.model.relative_bias import RelativeBias
 
 if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
@@ -29,30 +30,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer of the stack: ``prefix`` + "." + a parameter's name in it is the parameter's canonical name.
+    """A layer of a stack: ``prefix`` + "." + a parameter's name in it is the parameter's canonical name.
 
-    Every layer is called as ``layer(x, context)`` and returns the next x (the first takes token ids), but for the head,
-    and what transforms its input, which take x alone: ``head(x)`` gives logits, ``head.loss_sum(x, targets,
-    loss_mask)`` the loss.
+    Every layer is called as ``layer(x, context)`` and returns the next x (the first takes token ids), but for a
+    relative bias, which is computed for all layers of its stack, and for the head and what transforms its input, which
+    take x alone: ``head(x)`` gives logits, ``head.loss_sum(x, targets, loss_mask)`` the loss.
     """
 
     prefix: str
-    kind: Literal["embedding", "decoder", "norm", "transform", "head"]
+    kind: Literal["embedding", "decoder", "norm", "bias", "transform", "head"]
     build: Callable[[], nn.Module]
 
 
 def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
-    """The stack of the config's family, in order; nothing is built yet. ``seed`` is that of dropout."""
+    """The stacks of the config's family, in order; nothing is built yet. ``seed`` is that of dropout."""
     family, vocab_size = config.description, config.known_vocab_size
-    embeddings = [LayerSpec(e.name, "embedding", partial(_embedding, config, seed, e)) for e in family.first_layers]
-    numbers = range(config.num_hidden_layers)
-    prefix = family.block.prefix
-    return [
-        *embeddings,
-        *(LayerSpec(f"{prefix}.{i}", "decoder", partial(DecoderLayer, config, family.block, i, seed)) for i in numbers),
-        *(_last_layer(config, layer) for layer in family.last_layers[:-1]),
-        LayerSpec(family.head.name, "head", partial(OutputHead, vocab_size, config.hidden_size, family.head.bias)),
-    ]
+    found: dict[str, LayerSpec] = {}  # two stacks may have an embedding in common
+    for stack in family.stacks:
+        for e in stack.first_layers:
+            found[e.name] = LayerSpec(e.name, "embedding", partial(_embedding, config, seed, e))
+        for number in range(config.num_layers(stack)):
+            name = f"{stack.block.prefix}.{number}"
+            found[name] = LayerSpec(name, "decoder", partial(DecoderLayer, config, stack.block, number, seed))
+        if (bias := stack.block.attention.relative_bias) is not None:
+            found[bias.name] = LayerSpec(bias.name, "bias", partial(_relative_bias, config, stack.block.attention))
+        if stack.norm is not None:
+            found[stack.norm.name] = _last_layer(config, stack.norm)
+    transform = [] if family.head_transform is None else [_last_layer(config, family.head_transform)]
+    head = partial(OutputHead, vocab_size, config.hidden_size, family.head.bias)
+    return [*found.values(), *transform, LayerSpec(family.head.name, "head", head)]
 
 
 def _embedding(config: ModelConfig, seed: int, layer: Embedding | Norm) -> nn.Module:
@@ -93,6 +99,12 @@ class TargetPicker(nn.Module):
     def forward(self, x_BTC: Tensor, places_BM: Tensor) -> Tensor:
         rows_B1 = torch.arange(len(x_BTC), device=x_BTC.device).unsqueeze(1)
         return x_BTC[rows_B1, places_BM]  # unlike gather, keeps no x for the backward pass
+
+
+def _relative_bias(config: ModelConfig, attention: Attention) -> nn.Module:
+    assert attention.relative_bias is not None
+    sizes, distance = config.sizes, getattr(config, attention.relative_bias.distance_key)
+    return RelativeBias(sizes["buckets"], sizes["heads"], distance, is_causal=attention.is_causal)
 
 
 class DecoderStage(nn.Module):

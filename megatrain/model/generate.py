@@ -152,21 +152,26 @@ def generate_batch(
     seed: int = 0,
     agree: Agree | None = None,
     ended: set[int] | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield each prompt's next token, step by step; None for those that have ended.
 
     The model is to be in evaluation mode. The same arguments give the same tokens, and each prompt those that it would
     get by itself. ``ended``: prompts that get no more tokens; the caller may add to it between steps. ``agree``: None
-    where no other ranks share the model. Raises ConfigError, at once, for a seed out of range and as `Limits.of` does.
+    where no other ranks share the model. ``sources``: what an encoder reads for each, if there is one. Raises
+    ConfigError, at once, for a seed out of range and as `Limits.of` does.
     """
     if not 0 <= seed < 1 << 64:
         raise ConfigError(f"The seed is {seed}: it must be from 0 to 2^64 - 1.")
-    return _steps(model, prompts, limits.of(model, prompts), sampling, seed, agree, set() if ended is None else ended)
+    limits, ended = limits.of(model, prompts), set() if ended is None else ended
+    cache = make_cache(model, prompts, limits, sources)
+    return _steps(model, prompts, cache, limits, sampling, seed, agree, ended)
 
 
 def _steps(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
+    cache: KeyValueCache,
     limits: Limits,
     sampling: Sampling,
     seed: int,
@@ -174,7 +179,6 @@ def _steps(
     ended: set[int],
 ) -> Iterator[list[int | None]]:
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    cache = make_cache(model, prompts, limits)
     seen = SeenTokens(prompts, sampling.repetition_penalty)
     active, new = list(range(len(prompts))), [list(tokens) for tokens in prompts]
     for _ in range(limits.max_new_tokens):
@@ -220,10 +224,23 @@ class SeenTokens:
         return scores_BV
 
 
-def make_cache(model: LanguageModel, prompts: Sequence[Sequence[int]], limits: Limits) -> KeyValueCache:
-    """With room for the prompts, what is to follow them, and padding."""
+def make_cache(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+    sources: Sequence[Sequence[int]] | None = None,
+) -> KeyValueCache:
+    """With room for the prompts, what is to follow them, and padding; and with the sources that an encoder is still to
+    read. Raises ConfigError for a source that is empty or longer than the model's positions."""
     capacity = max(map(len, prompts), default=0) + limits.max_new_tokens + model.tokens_multiple - 1
-    return KeyValueCache(model.config.num_hidden_layers, capacity, len(prompts))
+    config = model.config
+    longest = config.max_position_embeddings
+    for source in sources or ():
+        if not 0 < len(source) <= longest:
+            raise ConfigError(
+                f"A source has {len(source)} tokens: it must have 1 to {longest} (model.max_position_embeddings)."
+            )
+    return KeyValueCache(config.num_layers(config.description.decoder), capacity, len(prompts), sources)
 
 
 def next_logits(model: LanguageModel, tokens: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
@@ -231,7 +248,11 @@ def next_logits(model: LanguageModel, tokens: Sequence[Sequence[int]], cache: Ke
     sizes = [len(row) for row in tokens]
     tokens_BT, positions_BT = pad_rows(model, tokens, cache.lengths)
     last_B = torch.tensor(sizes) - 1
-    logits_BV = model.infer(InferenceBatch(tokens_BT, positions_BT, torch.arange(len(sizes)), last_B, cache=cache))
+    batch = InferenceBatch(tokens_BT, positions_BT, torch.arange(len(sizes)), last_B, cache=cache)
+    if cache.sources is not None and cache.encoded is None:
+        tokens_BS, _ = pad_rows(model, cache.sources)
+        batch = batch._replace(source_tokens_BS=tokens_BS, source_lengths_B=torch.tensor([*map(len, cache.sources)]))
+    logits_BV = model.infer(batch)
     cache.advance(sizes)
     return logits_BV
 

@@ -81,11 +81,14 @@ def init_model(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
-    """Of a matrix or embedding: ``initializer_range``, scaled by ``init_scheme`` where it writes to the residual.
+    """Of a matrix or embedding: the family's own, or ``initializer_range``, scaled by ``init_scheme`` where it writes
+    to the residual.
 
     "gpt2": 1 / sqrt(2 x layers) (Radford et al. 2019); "depth": 1 / sqrt(2 x (layer + 1)); "normal": not scaled.
     """
     module = name.rpartition(".")[0]
+    if config.description.initial_deviation is not None:
+        return config.description.initial_deviation(module, config.sizes)
     layer = re.search(r"\.(\d+)\.", name)
     if (
         config.init_scheme == "normal"

@@ -9,6 +9,8 @@ from megatrain.config import ModelConfig, ObjectiveConfig
 from megatrain.objectives.masked_lm import MaskedLM
 from megatrain.objectives.next_token import NextToken
 from megatrain.objectives.objective import DataSettings, Objective
+from megatrain.objectives.sequence_to_sequence import SequenceToSequence
+from megatrain.objectives.span_corruption import SpanCorruption
 
 
 def make_objective(config: ObjectiveConfig, model: ModelConfig, data: DataSettings, seed: int) -> Objective:
@@ -16,4 +18,8 @@ def make_objective(config: ObjectiveConfig, model: ModelConfig, data: DataSettin
     kind = config.of(model)
     if kind == "masked_lm":
         return MaskedLM(data, config.masked_lm, seed)
+    if kind == "span_corruption":
+        return SpanCorruption(config, data, seed)
+    if kind == "sequence_to_sequence":
+        return SequenceToSequence(config, data)
     return NextToken(data)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -44,7 +45,7 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
             specs[path] = _shard_spec(path, parameter, split, config.model, groups)
             empty = parameter.new_empty(specs[path].local_shape)
             module.register_parameter(key, nn.Parameter(empty, parameter.requires_grad))
-        if split is None or split.kind in ("shared", "factor"):
+        if split is None or split.kind in ("shared", "factor", "heads"):
             continue
         if split.kind == "row":
             module.reduce = region.reduce
@@ -53,10 +54,13 @@ def split_model(model: Any, config: RunConfig, groups: Groups) -> dict[str, Shar
             model.set_submodule(name, cut[0](module, specs[f"{name}.weight"], cut[1]))
     for block in [module for module in model.modules() if hasattr(module, "project")]:
         _begin_block(block, region, config)
-    if region.is_sequence_parallel and model.decoder_names and model.decoder_names[0].endswith(".0"):
-        _before(model.get_submodule(model.decoder_names[0]), scatter_to_sequence_parallel_region, region.group)
+    for name in model.decoder_names if region.is_sequence_parallel else ():
+        if name.endswith(".0"):  # the first of a stack
+            _before(model.get_submodule(name), scatter_to_sequence_parallel_region, region.group)
     if region.is_sequence_parallel and model.pick is not None:
         _before(model.pick, gather_alike_from_sequence_parallel_region, region.group)
+    if hasattr(model, "share"):
+        model.share = partial(_entry(region), group=region.group)
     _set_dropout_offsets(model, config, groups)
     return specs
 
@@ -121,10 +125,14 @@ def _slice(shape: tuple[int, ...], dim: int, first: int, count: int) -> TensorSl
 def _begin_block(block: Any, region: Region, config: RunConfig) -> None:
     """Have the input of a block's column-parallel layers made whole, and its gradient summed."""
     if config.gathers_by_layer:
-        enter = gather_from_sequence_parallel_region if region.is_sequence_parallel else copy_to_tensor_parallel_region
-        _before(block, enter, region.group)
+        _before(block, _entry(region), region.group)
     else:
         block.project = ColumnParallel(region)
+
+
+def _entry(region: Region) -> Callable[..., Tensor]:
+    """What makes the input of column-parallel layers whole, and sums its gradient."""
+    return gather_from_sequence_parallel_region if region.is_sequence_parallel else copy_to_tensor_parallel_region
 
 
 def _before(module: nn.Module, collective: Callable[..., Tensor], group: dist.ProcessGroup) -> None:

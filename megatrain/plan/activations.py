@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatrain.families.description import Attention, Linear, Mlp
+from megatrain.plan.pair_activations import pair_activations
 from megatrain.plan.stage_model import Chunk, StageModel, share
 
 _BLOCK_ROWS = 128  # of attention written out: megatrain.model.blockwise_attention
@@ -19,6 +20,8 @@ LARGEST_SOFTMAX_BYTES = 256 << 20
 def activations(stage: StageModel, *, on_cpu: bool = False) -> int:
     """Kept at the most, for all micro-batches in flight. On a GPU attention is fused, on a CPU it is written out."""
     fused = is_fused(stage) and not on_cpu
+    if stage.config.model.description.encoder is not None:
+        return pair_activations(stage, fused)
     return stage.most_held([_chunk(stage, chunk, fused) for chunk in stage.chunks])
 
 

@@ -103,7 +103,7 @@ def _product(rates: Rates, m: int, n: int, k: int) -> float:
 
 def micro_batch_seconds(part: StageModel, rates: Rates) -> float:
     """Forward and backward passes of one micro-batch on a rank, with what recomputation repeats."""
-    if rates.flat is not None:
+    if rates.flat is not None or part.config.model.description.encoder is not None:
         return operations(part) / rates.products
     forward, backward, core = _layer(part, rates)
     recompute = part.config.parallel.recompute
@@ -115,6 +115,10 @@ def micro_batch_seconds(part: StageModel, rates: Rates) -> float:
 def operations(part: StageModel) -> float:
     """FLOPs of one micro-batch on a rank, with those that recomputation repeats."""
     model, parallel, seq_len = part.config.model, part.config.parallel, part.config.data.seq_len
+    if model.description.encoder is not None:
+        repeated = 4 / 3 if parallel.recompute == "full" else 1.0
+        flops = part.tokens * flops_per_token(model, seq_len, target_len=part.config.target_len)
+        return flops * repeated / parallel.tensor
     lora, asked = part.config.lora, part.config.asked_share
     of_weight = flops_of_weight(lora)
     head = flops_of_head(model, lora, asked)

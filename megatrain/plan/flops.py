@@ -5,12 +5,18 @@ from __future__ import annotations
 from math import prod
 
 from megatrain.config.schema import LoraConfig, ModelConfig
+from megatrain.families.description import Stack, Weight
 
 
 def matrix_parameters(model: ModelConfig) -> int:
     """Parameters that tokens are multiplied with: all projections, and the output head whether tied or not."""
-    layer = sum(weight.numel(model.sizes) for weight in model.description.block.weights if weight.is_matrix)
-    return model.num_hidden_layers * layer + head_parameters(model)
+    layers = sum(model.num_layers(stack) * _matrices(model, stack) for stack in model.description.stacks)
+    return layers + head_parameters(model)
+
+
+def _matrices(model: ModelConfig, stack: Stack) -> int:
+    """Elements of the matrices of one of a stack's layers."""
+    return sum(weight.numel(model.sizes) for weight in stack.block.weights if weight.is_matrix)
 
 
 def head_parameters(model: ModelConfig) -> int:
@@ -22,11 +28,11 @@ def head_parameters(model: ModelConfig) -> int:
 
 def num_parameters(model: ModelConfig) -> int:
     """All parameters as a user counts them: unpadded vocabulary, tied weights once, the same under every layout."""
-    family = model.description
-    layer = sum(weight.numel(model.sizes) for weight in family.block.weights)
-    others = sum(weight.numel(model.sizes) for outer in family.outer_layers for weight in outer.weights)
+    family, sizes = model.description, model.sizes
+    layers = sum(model.num_layers(s) * sum(weight.numel(sizes) for weight in s.block.weights) for s in family.stacks)
+    others = sum(weight.numel(sizes) for outer in family.outer_layers for weight in outer.weights)
     shared = model.hidden_size * model.known_vocab_size if model.tie_word_embeddings else 0
-    return model.num_hidden_layers * layer + others - shared
+    return layers + others - shared
 
 
 def num_trained_parameters(model: ModelConfig, lora: LoraConfig | None) -> int:
@@ -48,10 +54,14 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int,
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name and shape of every parameter, in order, tied ones once."""
     family, sizes = model.description, model.sizes
-    weights = [weight for layer in family.first_layers for weight in layer.weights]
-    for number in range(model.num_hidden_layers):
-        weights += [w._replace(name=f"{family.block.prefix}.{number}.{w.name}") for w in family.block.weights]
-    weights += [weight for layer in family.last_layers[:-1] for weight in layer.weights]
+    weights: list[Weight] = []
+    for stack in family.stacks:
+        before = (layer for layer in stack.outer_layers if layer is not stack.norm)
+        weights += [weight for layer in before for weight in layer.weights]
+        for number in range(model.num_layers(stack)):
+            weights += [w._replace(name=f"{stack.block.prefix}.{number}.{w.name}") for w in stack.block.weights]
+        weights += stack.norm.weights if stack.norm else ()
+    weights += family.head_transform.weights if family.head_transform else ()
     weights += family.head.weights[int(model.tie_word_embeddings) :]  # the matrix comes first
     return {weight.name: weight.shape(sizes) for weight in weights}
 
@@ -69,15 +79,38 @@ def flops_of_head(model: ModelConfig, lora: LoraConfig | None, asked: float) -> 
     return flops if asked == 1.0 else round(flops * asked)
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, lora: LoraConfig | None = None, asked: float = 1.0) -> int:
+def flops_per_token(
+    model: ModelConfig,
+    seq_len: int,
+    lora: LoraConfig | None = None,
+    asked: float = 1.0,
+    target_len: int | None = None,
+) -> int:
     """FLOPs of forward and backward for one token: 6 a matrix parameter, and attention's 12 x layers x width x seq_len;
     with ``lora`` 4 a matrix parameter and 6 one of the adapters. ``asked``: the share of the tokens that the head sees.
 
     The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation. A window
-    that is shorter than ``seq_len`` stands in its place.
+    that is shorter than ``seq_len`` stands in its place. Of an encoder and a decoder: the FLOPs of ``seq_len`` tokens
+    of source and ``target_len`` (None: as many) of target, for each token of source.
     """
+    if model.description.encoder is not None:
+        return _flops_of_pair(model, seq_len, target_len or seq_len) // seq_len
     num_keys = min(seq_len, model.attention_window or seq_len)
     attention = 12 * model.num_hidden_layers * model.sizes["queries"] * num_keys
     adapters = 0 if lora is None else num_trained_parameters(model, lora)
     in_layers = flops_of_weight(lora) * (matrix_parameters(model) - head_parameters(model))
     return in_layers + flops_of_head(model, lora, asked) + 6 * adapters + attention
+
+
+def _flops_of_pair(model: ModelConfig, source_len: int, target_len: int) -> int:
+    """By the same accounting. Of cross-attention, keys and values are made of the source, queries of the target."""
+    encoder, decoder = model.description.stacks
+    cross = decoder.block.cross_attention
+    assert cross is not None
+    of_source = sum(weight.numel(model.sizes) for linear in cross.inputs[1:] for weight in linear.weights[:1])
+    num_encoder, num_decoder = model.num_layers(encoder), model.num_layers(decoder)
+    head = model.hidden_size * model.known_vocab_size
+    products = num_encoder * _matrices(model, encoder) * source_len + num_decoder * of_source * source_len
+    products += (num_decoder * (_matrices(model, decoder) - of_source) + head) * target_len
+    scores = num_encoder * source_len**2 + num_decoder * target_len * (target_len + source_len)
+    return 6 * products + 12 * model.sizes["queries"] * scores

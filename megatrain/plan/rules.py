@@ -86,7 +86,16 @@ class Violation:
 
 def _violations(config: RunConfig, world_size: int) -> dict[str, Violation]:
     """By rule, in order."""
-    checks = (_check_ranks, _check_chunks, _check_tensor, _check_sequence, _check_zero, _check_engine, _check_batch)
+    checks = (
+        _check_ranks,
+        _check_chunks,
+        _check_streams,
+        _check_tensor,
+        _check_sequence,
+        _check_zero,
+        _check_engine,
+        _check_batch,
+    )
     return {found.rule: found for check in checks for found in check(config, world_size)}
 
 
@@ -115,6 +124,22 @@ def _check_chunks(config: RunConfig, world_size: int) -> Iterator[Violation]:
         yield Violation("chunks", key, reason, (key, "parallel.pipeline"))
 
 
+def _check_streams(config: RunConfig, world_size: int) -> Iterator[Violation]:
+    """What is not there for an encoder with its decoder."""
+    if config.model.description.encoder is None:
+        return
+    family, parallel = config.model.family, config.parallel
+    if parallel.pipeline > 1:
+        reason = f"family {family} has an encoder and a decoder: stages send each other one stream of activations"
+        yield Violation("streams", "parallel.pipeline", reason, ("parallel.pipeline",))
+    if parallel.engine == "fsdp2":
+        reason = f"family {family} has layers that share a table outside of them, which fsdp2 gathers with the first"
+        yield Violation("shared table", "parallel.engine", reason, ("parallel.engine",))
+    if config.train.compile == "on":
+        reason = f"family {family} is not compiled: lengths of source and target differ between its layers"
+        yield Violation("compiled streams", "train.compile", reason, ("train.compile",))
+
+
 def _check_tensor(config: RunConfig, world_size: int) -> Iterator[Violation]:
     """Fewer key and value heads than ranks are replicated, each on equally many ranks; more are divided evenly."""
     tensor, model, key = config.parallel.tensor, config.model, "parallel.tensor"
@@ -138,6 +163,9 @@ def _check_sequence(config: RunConfig, world_size: int) -> Iterator[Violation]:
     if config.data.seq_len % tensor:
         reason = f"must be divisible by parallel.tensor ({tensor}) where parallel.sequence is true"
         yield Violation("seq_len", "data.seq_len", reason, ("data.seq_len", "parallel.tensor", "parallel.sequence"))
+    if config.target_len is not None and config.target_len % tensor:
+        reason = f"gives {config.target_len} tokens of target, which parallel.tensor ({tensor}) does not divide"
+        yield Violation("target_len", "parallel.sequence", reason, ("parallel.sequence", "parallel.tensor"))
 
 
 def _check_zero(config: RunConfig, world_size: int) -> Iterator[Violation]:

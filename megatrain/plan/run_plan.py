@@ -61,7 +61,7 @@ class RunPlan:
     def flops_per_token(self) -> int:
         """Forward and backward, without recomputation."""
         config = self.config
-        return flops_per_token(config.model, config.data.seq_len, config.lora, config.asked_share)
+        return flops_per_token(config.model, config.data.seq_len, config.lora, config.asked_share, config.target_len)
 
     @property
     def tokens_per_step(self) -> int:

@@ -76,6 +76,14 @@ class StageModel:
         return sum(self.chunk_layers)
 
     @property
+    def num_branches(self) -> int:
+        """What its layers add to the residual stream, each with a message of tensor parallelism."""
+        model = self.config.model
+        *encoder, decoder = model.description.stacks
+        before = sum(model.num_layers(stack) * len(stack.block.branches) for stack in encoder)
+        return before + self.num_layers * len(decoder.block.branches)
+
+    @property
     def element_bytes(self) -> int:
         """Of weights and activations."""
         return 4 if self.config.train.precision == "fp32" else 2
@@ -89,7 +97,8 @@ class StageModel:
     def targets(self) -> int:
         """Of a micro-batch, scored or not."""
         config = self.config
-        return config.train.micro_batch_size * config.objective.most_targets(config.model, config.data.seq_len)
+        most = config.target_len or config.objective.most_targets(config.model, config.data.seq_len)
+        return config.train.micro_batch_size * most
 
     @property
     def border_bytes(self) -> int:
@@ -116,13 +125,25 @@ class StageModel:
     def parameters(self) -> tuple[Parameter, ...]:
         """All tensors that it holds."""
         block = (p._replace(copies=self.num_layers) for p in self.layer_parameters)
-        return (*self.embedding_parameters, *block, *self.head_parameters)
+        return (*self.embedding_parameters, *self.encoder_parameters, *block, *self.head_parameters)
 
     @cached_property
     def embedding_parameters(self) -> tuple[Parameter, ...]:
         """Those of the embeddings, on the first rank."""
         layers = self.config.model.description.first_layers if self.is_first else ()
         return tuple(self._held(weight for layer in layers for weight in layer.weights))
+
+    @cached_property
+    def encoder_parameters(self) -> tuple[Parameter, ...]:
+        """Those of an encoder's layers and norm, and of what the layers of each stack share."""
+        family = self.config.model.description
+        if family.encoder is None:
+            return ()
+        copies = self.config.model.num_layers(family.encoder)
+        layers = (p._replace(copies=copies) for p in self._held(family.encoder.block.weights))
+        tables = (stack.block.attention.relative_bias for stack in family.stacks)
+        others = [layer for layer in (family.encoder.norm, *tables) if layer is not None]
+        return (*layers, *self._held(weight for layer in others for weight in layer.weights))
 
     @cached_property
     def layer_parameters(self) -> tuple[Parameter, ...]:

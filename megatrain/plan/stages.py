@@ -15,11 +15,12 @@ def decoder_stages(model: ModelConfig, seq_len: int, num_stages: int, asked: flo
     Costs are the FLOPs of a token: the head's are those of several layers where the vocabulary is large. ``asked``: the
     share of the tokens that the head sees.
     """
+    num_layers = model.num_layers(model.description.decoder)
     if not model.vocab_size:
-        return balance([1.0] * model.num_hidden_layers, 0, num_stages)
+        return balance([1.0] * num_layers, 0, num_stages)
     head = flops_of_head(model, None, asked)
-    layer = (flops_per_token(model, seq_len, None, asked) - head) / model.num_hidden_layers
-    return balance([layer] * model.num_hidden_layers, head, num_stages)
+    layer = (flops_per_token(model, seq_len, None, asked) - head) / num_layers
+    return balance([layer] * num_layers, head, num_stages)
 
 
 def balance(layers: Sequence[float], head: float, num_stages: int) -> list[int]:

@@ -127,9 +127,9 @@ def _tensor(part: StageModel, cluster: Cluster, rates: Rates) -> tuple[float, fl
         return 0.0, 0.0
     half = _border(part) * (size - 1) / size / cluster.bandwidth(size, 1)
     losses = 2 * 12 * part.targets * part.is_last * (size - 1) / size / cluster.bandwidth(size, 1)  # 3 numbers a token
-    halves = 4 * part.num_layers + 2 * (num_recomputed(part) + part.is_first)
+    halves = 2 * part.num_branches + 2 * (num_recomputed(part) + part.is_first)
     if parallel.sequence:
-        halves += 2 * part.num_layers + num_recomputed(part) + part.is_first + part.is_last
+        halves += part.num_branches + num_recomputed(part) + part.is_first + part.is_last
     waited, hidden = half * halves + losses, 0.0
     for outputs, count in _column_outputs(part):
         product = rates.product(part.tokens, part.config.model.hidden_size, outputs)

@@ -134,6 +134,12 @@ def _find_seen(
 def ask(questions: Sequence[Questions], writer: Writer, groups: Groups | None) -> list[Asked]:
     """This rank's share of each task's examples as token ids. Raises ConfigError, DataError for one that cannot be
     asked."""
+    family = writer.model.config.description
+    if family.encoder is not None and (scoring := [task.name for task, _ in questions if task.kind != "generate"]):
+        raise ConfigError(
+            f"{scoring[0]}: an encoder with its decoder writes answers (kind generate); it scores no continuation of a "
+            "prompt."
+        )
     first, step = (0, 1) if groups is None else groups.batch_share
     found = []
     for task, examples in questions:

@@ -37,9 +37,11 @@ from megatrain.inference.assets import Assets
 from megatrain.model.attention import CoreAttention, attend_alone
 from megatrain.model.block import Activation
 from megatrain.model.decoder import DecoderStage, LayerSpec, build_layers
+from megatrain.model.encoder_decoder import EncoderDecoder
 from megatrain.model.init import InitialWeights
 from megatrain.model.kernels import Use, candidates, forget_flash3, why_missing
 from megatrain.model.linear import add_adapters
+from megatrain.model.masked_attention import MaskedAttention
 from megatrain.objectives import make_objective
 from megatrain.objectives.objective import Objective
 from megatrain.parallel.compile_cache import CompiledGraphs, settle_compile
@@ -62,7 +64,7 @@ SHORTEST_WAIT_SECONDS = 60.0
 """For ranks that have not come: one may start much later than another where nodes are busy."""
 
 
-RECOMPUTED = (CoreAttention, Activation)
+RECOMPUTED = (CoreAttention, MaskedAttention, Activation)
 """What selective recomputation recomputes: it costs memory, not time."""
 
 
@@ -239,6 +241,8 @@ def choose_attention(config: RunConfig, groups: Groups) -> str:
     Collective. Raises ConfigError where the one that is asked for is missing.
     """
     model = config.model
+    if model.description.block.attention.relative_bias is not None:
+        return "auto"  # a trained bias is added to the scores
     has_borders = config.data.document_mask or model.attention_window is not None
     is_causal = model.description.block.attention.is_causal
     heads_per_group = model.num_attention_heads // model.kv_heads
@@ -264,16 +268,22 @@ def build_engine(config: RunConfig, groups: Groups, attention: str | None = None
     num_ranks, rank = groups.topology.pipeline, groups.coordinate.pipeline
     num_stages = num_ranks * config.parallel.pipeline_chunks
     with torch.device("meta"):
-        specs = build_layers(config.model, config.run.seed)
-        stages = range(rank, num_stages, num_ranks)
-        chunks = [DecoderStage(config.model, _stage_layers(config, specs, stage, num_stages)) for stage in stages]
+        chunks = _build_chunks(config, range(rank, num_stages, num_ranks), num_stages)
         for chunk in chunks:
             add_adapters(chunk, config.lora, config.run.seed)
             chunk.use_attention(attention)
     model = shard_model(chunks, config, groups, RECOMPUTED)
     if config.model.tie_word_embeddings and num_ranks > 1 and chunks[-1].head_name is not None:
-        model = tie_across_stages(model, chunks[-1].head_name, specs[0].prefix)
+        model = tie_across_stages(model, chunks[-1].head_name, config.model.description.embeddings[0].name)
     return Engine(config, model, _sharding(config, model, groups), groups)
+
+
+def _build_chunks(config: RunConfig, stages: Sequence[int], num_stages: int) -> Sequence[DecoderStage]:
+    """Of each of these virtual stages its layers; an encoder and its decoder are one."""
+    if config.model.description.encoder is not None:
+        return [EncoderDecoder(config.model, config.run.seed)]
+    specs = build_layers(config.model, config.run.seed)
+    return [DecoderStage(config.model, _stage_layers(config, specs, stage, num_stages)) for stage in stages]
 
 
 def _sharding(config: RunConfig, model: ShardedModel, groups: Groups) -> Sharding:

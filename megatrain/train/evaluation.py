@@ -24,7 +24,7 @@ from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
 from megatrain.inference.loading import load_on_rank
-from megatrain.model.decoder import Decoder
+from megatrain.model.decoder import DecoderStage
 from megatrain.objectives import make_objective
 from megatrain.tasks.bootstrap import Floats, bootstrap, ratio
 
@@ -75,7 +75,7 @@ def evaluate_checkpoint(
     return {**figures, "tokens": batches.num_targets, "seq_len": seq_len}
 
 
-def _answers(model: Decoder, batch: Batch) -> Tensor:
+def _answers(model: DecoderStage, batch: Batch) -> Tensor:
     """Sums over the scored targets, fp64: [1, 1], the batch's loss; or where a model is asked some tokens alone, of
     each sample [B, 3]: loss, targets that are found, targets."""
     if model.pick is None:

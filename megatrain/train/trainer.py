@@ -126,9 +126,9 @@ class Trainer:
         self._asked = self._ask(self._writer) if self._writer else []
         self._spikes = SpikeDetector(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
-        self._flops_per_token = flops_per_token(
-            run.config.model, run.config.data.seq_len, run.config.lora, run.config.asked_share
-        )
+        config = run.config
+        lengths = config.data.seq_len, config.lora, config.asked_share, config.target_len
+        self._flops_per_token = flops_per_token(config.model, *lengths)
         self._peak = peak_flops(run.groups.device, run.config.observe.peak_flops) if observers else None
         self._first_step = progress.step
         self._was_mended = False

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.supervised import SourceAndTarget
 from tests.parity.figures import Pool
 from tests.runs import TinyData
 from tests.supervised import make_answers
@@ -44,3 +45,11 @@ def answers(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Prompts and answers; of one to some sixty tokens of a sample the loss is to be."""
     pairs = [("What is it? " * 6, "\n"), *((f"Count to {k}: ", " ".join(map(str, range(k)))) for k in range(1, 60))]
     return make_answers(tmp_path_factory.mktemp("answers"), pairs * 4, tiny_data.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def translations(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of a source and a target of unequal lengths, 1 to some 40 tokens."""
+    pairs = [(" ".join(map(str, range(k))), f"{k} " * (1 + k % 7)) for k in range(1, 30)]
+    folder = tmp_path_factory.mktemp("translations")
+    return make_answers(folder, pairs * 8, tiny_data.tokenizer, SourceAndTarget("<|endoftext|>"))

@@ -28,6 +28,19 @@ FURTHER_MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "sliding_window": 10,
     },
+    "t5": {
+        "family": "t5",
+        "num_key_value_heads": None,
+        "tie_word_embeddings": False,
+        "head_dim": 24,
+        "num_decoder_layers": 3,
+    },
+    "t5_tied": {
+        "family": "t5",
+        "num_key_value_heads": None,
+        "tie_word_embeddings": True,
+        "scale_decoder_outputs": True,
+    },
 }
 # Trained by masked language modeling, on documents that are packed each alone.
 # Of wider initial weights: from 0.02, one bias has a gradient near Adam's eps, which rounding turns into another step,

@@ -56,9 +56,12 @@ def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
     held = Held(engine, others)
     if mesh.pipeline == 1:
         train = config.train
-        shape = (train.micro_batch_size, config.data.seq_len)
+        shape = (train.micro_batch_size, config.target_len or config.data.seq_len)
         count = train.global_batch_size // (train.micro_batch_size * mesh.data)
         batches = [_asked(_batch(shape, config.model.vocab_size or 0, seed), config) for seed in range(count)]
+        if config.target_len is not None:
+            source = _batch((shape[0], config.data.seq_len), config.model.vocab_size or 0, 0).tokens_BT
+            batches = [batch._replace(source_tokens_BS=source) for batch in batches]
         with held.watch():
             engine.train_batch(batches, count * shape[0] * shape[1], 1e-4)
     else:

@@ -38,6 +38,8 @@ FSDP2 = {"engine": "fsdp2"}
 LORA = {"rank": 3, "alpha": 6.0}
 DROPPING = {"rank": 5, "alpha": 6.0, "dropout": 0.1, "target_modules": ["v_proj", "down_proj", "up_proj"]}
 AVERAGED = {"ema_decay": 0.99}
+T5 = {"family": "t5", "num_key_value_heads": None, "head_dim": 6, "num_decoder_layers": 2}
+PAIRS = {"type": "sequence_to_sequence", "target_len": 20}
 QWEN3 = {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
 
 
@@ -53,12 +55,14 @@ class Case:
     seq_len: int = 32
     lora: dict[str, Any] | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
         return {
             "run": {"dir": "unused", "init_from": "unused"},
             "lora": self.lora,
+            "objective": self.objective,
             "model": {**MODEL, "max_position_embeddings": self.seq_len, **self.model},
             "data": {
                 "train": [{"path": "unused"}],
@@ -119,6 +123,10 @@ CASES = [
     Case("bf16", 2, {"offload": "optimizer"}, GPT2, optimizer={**AVERAGED, "no_weight_decay": ["embeddings"]}),
     Case("bf16", 1, {**FSDP2, "tensor": 2}, GPT2, optimizer=AVERAGED),
 ]
+PAIRED = [  # their activations are an estimate
+    *(Case("bf16", stage, model=T5, objective=PAIRS) for stage in (0, 3)),
+    Case("bf16", 1, {"tensor": 2}, {**T5, "tie_word_embeddings": False}, objective=PAIRS),
+]
 STAGED = [
     *(Case("bf16", stage, {"pipeline": 2}, rank=rank) for stage in (0, 1) for rank in (0, SECOND_STAGE)),
     Case("bf16", 1, {"pipeline": 2, "tensor": 2}, QWEN3, rank=SECOND_STAGE),
@@ -151,7 +159,7 @@ def measure(rank: int, cases: list[Case]) -> list[dict[str, int]]:
 def measured() -> dict[Case, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for rank in (0, SECOND_STAGE):
-        cases = [case for case in [*CASES, *STAGED] if case.rank == rank]
+        cases = [case for case in [*CASES, *PAIRED, *STAGED] if case.rank == rank]
         found |= dict(zip((case.name for case in cases), measure(rank, cases), strict=True))
     return found
 
@@ -162,7 +170,7 @@ def on_either(memory: RankMemory, kind: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, *STAGED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *PAIRED, *STAGED], ids=lambda case: case.name)
 def test_predicted_state_and_checkpoints_match_the_engine(case, measured):
     memory, real = rank_memory(case.part), measured[case.name]
     assert on_either(memory, "optimizer") == real["optimizer"]
@@ -177,7 +185,7 @@ def test_predicted_state_and_checkpoints_match_the_engine(case, measured):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *PAIRED], ids=lambda case: case.name)
 def test_gradients_are_what_the_engine_allocates(case, measured):
     memory = rank_memory(case.part)
     at_the_update = memory.update.get("bucket of gradients", 0)  # those of the passes are in it by then
