@@ -66,7 +66,8 @@ def random_batch(source_len: int, target_len: int) -> Batch:
     )
     positions = torch.arange(target_len).expand(2, -1)
     places = torch.arange(source_len).expand(2, -1)
-    return Batch(inputs, target, None, positions, None, torch.arange(2), None, source, places)
+    batch = Batch(inputs, target, None, positions, None, torch.arange(2))
+    return batch._replace(source_tokens_BS=source, source_positions_BS=places)
 
 
 def logits(model: EncoderDecoder, source: Tensor, inputs: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def test_packed_pairs_are_as_if_each_were_alone(model: EncoderDecoder) -> None:
     ids = torch.tensor([0] * 5 + [1] * 11 + [1] * 3).expand(2, -1)
     mask = torch.tensor([True] * 16 + [False] * 3).expand(2, -1)
     positions = torch.arange(19).expand(2, -1)
-    packed = Batch(inputs, targets, mask, positions, ids, torch.arange(2), None, source, None, source_ids)
+    packed = Batch(inputs, targets, mask, positions, ids, torch.arange(2))
+    packed = packed._replace(source_tokens_BS=source, source_document_ids_BS=source_ids)
     with torch.no_grad():
         alone = sum(float(model(batch)) for _, batch in parts)
         assert float(model(packed)) == pytest.approx(alone, rel=1e-6)

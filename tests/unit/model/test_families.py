@@ -33,9 +33,18 @@ def test_every_parameter_has_a_kind(family: Any, tied: bool) -> None:
     for name, parameter in whole_model(config).named_parameters():
         kind = config.description.kind_of(name)
         assert (kind in ("norms", "biases")) == (parameter.dim() == 1), name
-        assert (kind == "norms") == any(part in name for part in ("norm", "ln_")), name
-        assert (kind == "positions") == name.endswith(("wpe.weight", "attention_bias.weight")), name
-        assert (kind == "embeddings") == name.endswith(("wte.weight", "embed_tokens.weight", "shared.weight")), name
+        assert (kind == "norms") == any(part in name.lower() for part in ("norm", "ln_")), name
+        assert (kind == "positions") == name.endswith(
+            ("wpe.weight", "position_embeddings.weight", "attention_bias.weight")
+        ), name
+        tables = (
+            "wte.weight",
+            "embed_tokens.weight",
+            "shared.weight",
+            "word_embeddings.weight",
+            "type_embeddings.weight",
+        )
+        assert (kind == "embeddings") == name.endswith(tables), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -170,7 +170,7 @@ def test_ranks_ask_the_same_of_a_global_batch(num_ranks: int, source: MaskedSour
     (whole,) = BatchMaker([source], 8).make(order.batch(41))
     parts = [batch for rank in ranks for batch in rank.micro_batches(41)]
     for name in Batch._fields:
-        if name != "document_starts":
+        if name != "document_starts" and getattr(whole, name) is not None:
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
     for rank in ranks:
         rank.close()
