@@ -24,7 +24,7 @@ LAYOUTS = [
     ("t5", PAIRS, 2, {"zero_stage": 1, "recompute": "full"}),
     ("t5", PAIRS, 2, {"tensor": 2, "recompute": "selective"}),
     ("t5_tied", PAIRS, 4, {"tensor": 2, "zero_stage": 3}),
-    ("t5_tied", SPANS, 4, {"tensor": 4, "sequence": True, "recompute": "full"}),
+    ("t5_tied", PAIRS, 4, {"tensor": 4, "sequence": True, "recompute": "full"}),
     ("t5_tied", PAIRS, 4, {"tensor": 2, "zero_stage": 2}),
 ]
 
