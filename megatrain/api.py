@@ -67,12 +67,15 @@ class Model:
     _assets: Assets = field(default_factory=Assets, repr=False)
 
     def logits(self, ids: TokenIds) -> Tensor:
-        """Logits [T, V] of token ids [T], or [B, T, V] of [B, T]: fp32, on the model's device.
+        """Logits [T, V] of token ids [T], or [B, T, V] of [B, T]: fp32, on the model's device. Of a classifier of
+        images, [B, V] of their normalised pixels [B, C, H, W].
 
-        Raises ConfigError for ids out of range, and for more tokens than the model has positions.
+        Raises ConfigError for ids out of range, for more tokens than the model has positions, and for other shapes.
         """
         if isinstance(self.module, EncoderDecoder):
             raise ConfigError(f"A {self.config.family} reads a source and a target: call its module, not logits.")
+        if self.config.description.reads_images:
+            return self._image_logits(ids)
         try:  # a copy: what is read from a dataset is read-only
             tokens = torch.as_tensor(ids if isinstance(ids, Tensor) else np.array(ids), device=self.module.device)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -93,6 +96,21 @@ class Model:
             context = self.module.make_context(positions_BT, None, None, self.module.dtype)
             logits_BTV = self.module.logits(tokens_BT, context).float()
         return logits_BTV if tokens.dim() == 2 else logits_BTV[0]
+
+    def _image_logits(self, images: Any) -> Tensor:
+        assert not isinstance(self.module, EncoderDecoder), "which reads no images"
+        device, model = self.module.device, self.config
+        pixels_BCHW = torch.as_tensor(images if isinstance(images, Tensor) else np.array(images), device=device)
+        size = getattr(model, "image_size")  # noqa: B009 (a family's own key)
+        shape = [model.sizes["channels"], size, size]
+        if not pixels_BCHW.dtype.is_floating_point or list(pixels_BCHW.shape[1:]) != shape:
+            given = f"{pixels_BCHW.dtype} {list(pixels_BCHW.shape)}"
+            raise ConfigError(f"images are {given}: give floating-point numbers, [B, {', '.join(map(str, shape))}].")
+        places_BT = torch.arange(model.num_places or 0, device=device).expand(len(pixels_BCHW), -1)
+        with torch.inference_mode():
+            context = self.module.make_context(places_BT, None, None, self.module.dtype)
+            logits_BTV: Tensor = self.module.logits(pixels_BCHW, context)
+        return logits_BTV[:, 0].float()
 
     def generate(
         self,

@@ -20,7 +20,8 @@ class Batch(NamedTuple):
 
     ``tokens_BT``: int64, what the model reads.
     ``targets_BM``: int64, what it is asked, as the objective says: in next-token prediction each token's successor.
-    ``loss_mask_BM``: bool, False where a target is not scored; None: every target counts.
+    ``loss_mask_BM``: bool, False where a target is not scored; or fp32, how much of one it counts; None: every target
+    counts.
     ``positions_BT``: int64, the position of each token (within its document where documents are masked).
     ``document_ids_BT``: int32, equal for two tokens that may see one another; None: all of a sequence may.
     ``sample_ids_B``: int64, the number of each sample in the run's global order: what seeds its dropout.
@@ -28,6 +29,7 @@ class Batch(NamedTuple):
     ``target_places_BM``: int64, the token of its sequence that each target is asked at; None: one at each token.
     ``source_tokens_BS``, ``source_positions_BS``, ``source_document_ids_BS``: what an encoder reads, if there is one; a
     token of the target sees the source that has its document's id.
+    ``pixels_BCHW``: fp32, normalised, what the model reads where it is images, whose patches ``tokens_BT`` numbers.
     """
 
     tokens_BT: Tensor
@@ -41,6 +43,12 @@ class Batch(NamedTuple):
     source_tokens_BS: Tensor | None = None
     source_positions_BS: Tensor | None = None
     source_document_ids_BS: Tensor | None = None
+    pixels_BCHW: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the first layer reads."""
+        return self.tokens_BT if self.pixels_BCHW is None else self.pixels_BCHW
 
     def packed(self, *, pin: bool) -> Batch:
         """The same tensors in one piece of memory, so that one copy takes them to a device. ``pin``: that copy can be

@@ -19,6 +19,7 @@ from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.distributed.bootstrap import free_port
 from tests.cluster.lab import Lab, missing
+from tests.image_data import make_image_data
 from tests.masked_data import make_masked_data
 from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
@@ -45,6 +46,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 def masked_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Documents that begin with [CLS] and end with [SEP], in several shards."""
     return make_masked_data(tmp_path_factory.mktemp("masked"))
+
+
+@pytest.fixture(scope="session")
+def image_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Small images with three labels."""
+    return make_image_data(tmp_path_factory.mktemp("images"))
 
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<mask>", *(f"<extra_id_{k}>" for k in range(20)))

@@ -17,6 +17,7 @@ from megatrain.units import format_bytes
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"  # of the data, beside the rank files
+LABELS = "label_names.json"  # of a classifier's data; an export has them in its config.json
 NAME = re.compile(r"step-(\d{8,})(?:\.g\d+-[0-9a-f]+)?")  # of a checkpoint's folder; in a store with its generation
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 << 20

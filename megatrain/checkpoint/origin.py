@@ -133,6 +133,23 @@ class Origin:
                 "run.resize_token_embeddings=true."
             )
 
+    def refuse_other_labels(self, dataset: object, label_names: list[str]) -> None:
+        """Raise CheckpointError where ``dataset`` has other labels than the checkpoint, as far as it names its own."""
+        import orjson
+
+        from megatrain.checkpoint.manifest import LABELS
+        from megatrain.checkpoint.transformers_config import label_names as names_in
+
+        files = self.files((LABELS, "config.json"))
+        known: list[str] | None = orjson.loads(files[LABELS]) if LABELS in files else None
+        if known is None and "config.json" in files:
+            known = names_in(orjson.loads(files["config.json"]))
+        if known is not None and known != label_names:
+            raise CheckpointError(
+                f"run.init_from: {dataset} has other labels than {self.folder}, or in another order: they mean "
+                "something else to these weights. Pack the images with --label-names, in the order of the checkpoint."
+            )
+
 
 def find_origin(config: RunConfig) -> Origin | None:
     """What a start of this run would begin from; None where ``run.init_from`` is null, or where the run has

@@ -6,7 +6,7 @@ left out is taken here too. What is particular to a family its description says 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatrain.families import FAMILIES
 from megatrain.families.description import Family
 
 _NAMED_ALIKE = ("vocab_size", "tie_word_embeddings", "initializer_range")  # by every family
+_OF_TOKENS = ("vocab_size", "tie_word_embeddings")  # of these, what a classifier does not have there
 _ABSENT = {"tie_word_embeddings": False, "initializer_range": 0.02}
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -33,6 +34,8 @@ def to_transformers(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_decoder_layers": config.num_layers(family.decoder),
     }
     names = {**{key: key for key in _named_alike(family)}, **known.names}
+    if known.asks_labels:
+        names = {theirs: ours for theirs, ours in names.items() if ours not in _OF_TOKENS}
     rope = {"rope_theta": config.rope_theta, "rope_scaling": values.get("rope_scaling")}
     return {
         "architectures": [known.architecture],
@@ -40,6 +43,7 @@ def to_transformers(config: ModelConfig, dtype: str) -> dict[str, Any]:
         **{theirs: values.get(ours) for ours, theirs in names.items()},
         **{theirs: values.get(ours) for theirs, ours in known.copies.items()},
         **(rope if family.block.attention.rotates else {}),
+        **(labels_by_id([f"LABEL_{i}" for i in range(config.vocab_size or 0)]) if known.asks_labels else {}),
         "torch_dtype": dtype,
         **known.constants,
         **known.required,
@@ -50,6 +54,20 @@ def _named_alike(family: Family) -> list[str]:
     """The keys that have one name here and there, of those that the family has."""
     has_own_values = family.initial_deviation is not None
     return [key for key in _NAMED_ALIKE if not (has_own_values and key == "initializer_range")]
+
+
+def labels_by_id(names: Sequence[str]) -> dict[str, Any]:
+    """The keys of config.json that name labels."""
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def label_names(theirs: Mapping[str, Any]) -> list[str]:
+    """The names of labels in a config.json; where it has none, what transformers calls two."""
+    names = theirs.get("id2label") or {str(number): f"LABEL_{number}" for number in range(2)}
+    return [str(names[key]) for key in sorted(names, key=int)]
 
 
 def laid_over(theirs: Mapping[str, Any], config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -106,6 +124,8 @@ def from_transformers(theirs: Mapping[str, Any], path: Path) -> ModelConfig:
             raise CheckpointError(f"{path}: {key} is {theirs[key]!r}; only {needed!r} can be imported.")
     aliased = {known.names[alias]: theirs[alias] for alias in known.aliases if alias in theirs}
     given = {**_ABSENT, **known.absent, **known.implied(theirs), **theirs, **aliased}
+    if known.asks_labels:
+        given |= {"vocab_size": len(label_names(theirs)), "tie_word_embeddings": False}
     missing = [key for key in known.names.values() if key not in given]
     missing += ["vocab_size"] if given.get("vocab_size") is None else []
     if missing:

@@ -5,6 +5,7 @@ from megatrain.config.problem import Problem
 from megatrain.config.schema import (
     CheckpointConfig,
     DataConfig,
+    ImageClassificationConfig,
     LoraConfig,
     MaskedLMConfig,
     ModelConfig,
@@ -24,6 +25,7 @@ from megatrain.config.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "ImageClassificationConfig",
     "LoraConfig",
     "MaskedLMConfig",
     "ModelConfig",

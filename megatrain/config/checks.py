@@ -74,6 +74,8 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     elif config.description.block.attention.rotates and config.head_size % 2 and not problems:
         reason = "the width of a head must be even for the rotary embedding"
         problems.append(Problem("head_dim", config.head_size, reason, str(config.head_size + 1)))
+    if config.description.reads_images:
+        problems += _of_images(config)
     if config.attention not in ("auto", "math") and config.attention_dropout:
         reason = "no fused kernel drops by seed and position, as model.attention_dropout does"
         problems.append(Problem("attention", config.attention, reason, "auto"))
@@ -99,6 +101,20 @@ def relative_bias(config: schema.ModelConfig) -> list[Problem]:
         reason = f"must be more than half of relative_attention_num_buckets ({num_buckets})"
         return [Problem(table.distance_key, distance, reason, str(num_buckets // 2 + 1))]
     return []
+
+
+def _of_images(config: schema.ModelConfig) -> list[Problem]:
+    """Patches cover the image; a classifier has no token embedding to share."""
+    problems, size, patch = [], getattr(config, "image_size"), getattr(config, "patch_size")  # noqa: B009
+    if size % patch:
+        reason = f"must divide image_size ({size})"
+        problems.append(Problem("patch_size", patch, reason, alternatives(divisors_around(patch, size))))
+    if (channels := config.sizes["channels"]) not in (1, 3):
+        problems.append(Problem("num_channels", channels, "images have 3 channels (color) or 1 (gray)", "3"))
+    if config.tie_word_embeddings:
+        reason = "a classifier of images has no token embedding to share"
+        problems.append(Problem("tie_word_embeddings", True, reason, "false"))
+    return problems
 
 
 def _of_other_families(config: schema.ModelConfig) -> list[Problem]:
@@ -230,8 +246,12 @@ def observe(config: schema.ObserveConfig) -> list[Problem]:
 def across_sections(config: schema.RunConfig) -> list[Problem]:
     """What one section says about another: context against samples, warm-up against steps, DeepSpeed's own keys."""
     problems = []
-    longest = config.model.max_position_embeddings
-    if config.data.seq_len > longest:
+    longest, places = config.model.max_position_embeddings, config.model.num_places
+    if places is not None:
+        if config.data.seq_len != places:
+            reason = "the tokens of an image are its patches and the class token"
+            problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(places)))
+    elif config.data.seq_len > longest:
         reason = f"must be at most model.max_position_embeddings ({longest})"
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
     problems += objective(config)
@@ -280,12 +300,15 @@ def objective(config: schema.RunConfig) -> list[Problem]:
         problems += _unused_below(
             "objective.", own, ("target_len",), f"used with sequence_to_sequence only (it is {kind})"
         )
-    for name, section in (("masked_lm", own.masked_lm), ("span_corruption", own.span_corruption)):
+    for name in ("masked_lm", "span_corruption", "image_classification"):
         if kind != name:
+            section = getattr(own, name)
             why = f"used with objective {name} only (it is {kind})"
             problems += _unused_below(f"objective.{name}.", section, tuple(type(section).model_fields), why)
     if kind == "masked_lm":
         problems += _masked_samples(config)
+    elif kind == "image_classification":
+        problems += _images(config)
     elif kind != "next_token":
         problems += _pairs(config, kind)
     return problems
@@ -333,6 +356,33 @@ def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:
         reason = f"must be at most model.max_position_embeddings ({longest})"
         problems.append(Problem("objective.target_len", target_len, reason, str(longest)))
     return problems
+
+
+def _images(config: schema.RunConfig) -> list[Problem]:
+    """What is there for text alone has no meaning for images; numbers for channels are as many as there are."""
+    problems, channels = [], config.model.sizes["channels"]
+    for key in ("image_mean", "image_std"):
+        given = getattr(config.objective.image_classification, key)
+        if len(given) not in (1, channels):
+            reason = f"must have one number, or one for each of model.num_channels ({channels})"
+            problems.append(Problem(f"objective.image_classification.{key}", list(given), reason, "[0.5]"))
+    data, tasks = config.data, config.train.tasks
+    of_text: dict[str, tuple[object, object]] = {"data.packing": (data.packing, "concat")}
+    of_text |= {"data.document_mask": (data.document_mask, False), "train.tasks": (tasks, None)}
+    for number, dataset in enumerate(config.data.train):
+        for key in ("fill_in_the_middle", "span_corruption", "token_masking", "transform"):
+            of_text[f"data.train.{number}.{key}"] = getattr(dataset, key), None
+    for key, (value, needed) in of_text.items():
+        if value != needed:
+            problems.append(Problem(key, str(value), "is for text, and this run reads images", as_yaml(needed)))
+    return problems
+
+
+def image_classification(config: schema.ImageClassificationConfig) -> list[Problem]:
+    """Nothing is divided by zero."""
+    if all(value > 0.0 for value in config.image_std):
+        return []
+    return [Problem("image_std", list(config.image_std), "every number must be above 0", "[0.5]")]
 
 
 def masked_lm(config: schema.MaskedLMConfig) -> list[Problem]:

@@ -100,8 +100,9 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if options := schema.get("items", {}).get("enum"):
         return f"a list of {', '.join(f'`{value}`' for value in options)}"
-    if schema.get("items", {}).get("type") == "string":
-        return "a list of text"
+    plain = {"string": "text", "number": "numbers"}
+    if (kind := schema.get("items", {}).get("type")) in plain:
+        return f"a list of {plain[kind]}"
     if "items" in schema:
         return f"a list of [{', '.join('integer ' + _bounds(item) for item in schema['items']['prefixItems'])}]"
     if schema["type"] == "array":

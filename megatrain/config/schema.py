@@ -151,7 +151,9 @@ class SharedModelKeys(Section, check=checks.model):
         default=256, description="The longest context in tokens; data.seq_len may not exceed it."
     )
     vocab_size: Size | None = Field(
-        default=None, description="Token ids the model knows, unpadded; null: the dataset's tokenizer decides."
+        default=None,
+        description="Token ids the model knows, unpadded; null: the dataset's tokenizer decides. Of a classifier: its "
+        "labels; null: the dataset's.",
     )
     rms_norm_eps: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0e-5, description="Families with RMSNorm: added to the mean square."
@@ -210,6 +212,19 @@ class SharedModelKeys(Section, check=checks.model):
         return window if window is not None and window < self.max_position_embeddings else None
 
     @property
+    def num_places(self) -> int | None:
+        """Tokens of an image: its patches, and the class token before them; None where the model reads text."""
+        if not self.description.reads_images:
+            return None
+        size, patch = (int(getattr(self, key)) for key in ("image_size", "patch_size"))
+        return (size // patch) ** 2 + 1
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that the model reads at once at the most."""
+        return self.num_places or self.max_position_embeddings
+
+    @property
     def known_vocab_size(self) -> int:
         """The vocabulary's size, which by now must be known."""
         if self.vocab_size is None:
@@ -232,6 +247,10 @@ class SharedModelKeys(Section, check=checks.model):
             "head": self.head_size,
             "positions": self.max_position_embeddings,
             "segments": getattr(self, "type_vocab_size", 0),
+            "one": 1,
+            "places": self.num_places or 0,
+            "channels": getattr(self, "num_channels", 0),
+            "patch": getattr(self, "patch_size", 0),
             "vocab": self.vocab_size or 0,
             "heads": self.num_attention_heads,
             "buckets": getattr(self, "relative_attention_num_buckets", 0),
@@ -384,6 +403,40 @@ class MaskedLMConfig(Section, check=checks.masked_lm):
         return max(round((seq_len - 2) * self.mlm_probability), 1)
 
 
+class RandAugmentConfig(Section):
+    """RandAugment (Cubuk et al. 2019): operations chosen at random for each image, all of one strength."""
+
+    num_ops: Annotated[int, Field(ge=1, le=16)] = Field(default=2, description="Operations on an image, one by one.")
+    magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = Field(
+        default=5.0, description="Their strength; 0: they change nothing, 10: as far as they go."
+    )
+
+
+Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=4)]
+
+
+class ImageClassificationConfig(Section, check=checks.image_classification):
+    """Images and their labels: how pixels become numbers, and what is done to images in training (never in
+    evaluation)."""
+
+    image_mean: Channels = Field(
+        default=(0.5,), description="Subtracted from pixels in [0, 1]: one number, or one for each channel."
+    )
+    image_std: Channels = Field(default=(0.5,), description="What they are then divided by.")
+    min_crop_scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="A random part of each image, of at least this share of its area, is resized to image_size; 1: all "
+        "of it.",
+    )
+    flip_prob: Share = Field(default=0.0, description="Share of the images that are mirrored, left to right.")
+    randaugment: RandAugmentConfig | None = Field(default=None, description="RandAugment.")
+    mixup_alpha: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="Each image is mixed with another one, and so is its label (Zhang et al. 2017), by a share from "
+        "Beta(mixup_alpha, mixup_alpha); 0: none is.",
+    )
+
+
 class ObjectiveConfig(Section):
     """What the model is trained for: what it reads of a sample, and what it is asked."""
 
@@ -391,8 +444,8 @@ class ObjectiveConfig(Section):
         default=None,
         description="next_token: each token from those before it; masked_lm: hidden tokens from those on either "
         "side; span_corruption: spans that are left out of the text "
-        "that an encoder reads (T5); sequence_to_sequence: the target of each pair from its source; null: what the "
-        "family is trained for.",
+        "that an encoder reads (T5); sequence_to_sequence: the target of each pair from its source; "
+        "image_classification: the label of an image; null: what the family is trained for.",
     )
     target_len: Size | None = Field(
         default=None,
@@ -401,6 +454,9 @@ class ObjectiveConfig(Section):
     )
     span_corruption: Spans = Field(default=Spans(), description="Which tokens span_corruption moves.")
     masked_lm: MaskedLMConfig = Field(default=MaskedLMConfig(), description="How masked_lm chooses and hides tokens.")
+    image_classification: ImageClassificationConfig = Field(
+        default=ImageClassificationConfig(), description="How image_classification reads and augments images."
+    )
 
     def of(self, model: ModelConfig) -> ObjectiveName:
         """The objective of a model, derived from its family where type is null."""
@@ -408,7 +464,10 @@ class ObjectiveConfig(Section):
 
     def most_targets(self, model: ModelConfig, seq_len: int) -> int:
         """Targets of a sample, scored or not."""
-        return self.masked_lm.most_targets(seq_len) if self.of(model) == "masked_lm" else seq_len
+        kind = self.of(model)
+        if kind == "image_classification":
+            return 2 if self.image_classification.mixup_alpha else 1
+        return self.masked_lm.most_targets(seq_len) if kind == "masked_lm" else seq_len
 
 
 class ParallelConfig(Section, check=checks.parallel):

@@ -17,6 +17,7 @@ import xxhash
 from megatrain.config import RunConfig, TrainingDataset
 from megatrain.config.problem import as_yaml
 from megatrain.data.dataset import Dataset
+from megatrain.data.images import AnyDataset
 from megatrain.data.transforms import SHORTEST, FillInTheMiddle, SpanCorruption, TokenMasking, Tokens, Transform
 from megatrain.errors import ConfigError, DataError
 
@@ -81,7 +82,7 @@ class Augmentation:
         return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(text.encode(), self.seed)))
 
 
-def open_augmentations(config: RunConfig, datasets: Sequence[Dataset]) -> list[Augmentation | None]:
+def open_augmentations(config: RunConfig, datasets: Sequence[AnyDataset]) -> list[Augmentation | None]:
     """For each training dataset what is done to its documents, None for nothing.
 
     Raises ConfigError where a sentinel is no control token of the dataset's tokenizer, or a function of the user's
@@ -91,10 +92,11 @@ def open_augmentations(config: RunConfig, datasets: Sequence[Dataset]) -> list[A
     return [_open(entry, dataset, config.run.seed, f"data.train.{number}") for number, (entry, dataset) in pairs]
 
 
-def _open(entry: TrainingDataset, dataset: Dataset, seed: int, key: str) -> Augmentation | None:
+def _open(entry: TrainingDataset, dataset: AnyDataset, seed: int, key: str) -> Augmentation | None:
     fill, spans, masking = entry.fill_in_the_middle, entry.span_corruption, entry.token_masking
     if (entry.transform, fill, spans, masking) == (None, None, None, None):
         return None
+    assert isinstance(dataset, Dataset), "megatrain.config.checks refuses them of images"
     rearranging = {"fill_in_the_middle": fill, "span_corruption": spans, "transform": entry.transform}
     if dataset.has_scored and (found := [name for name, value in rearranging.items() if value is not None]):
         raise ConfigError(

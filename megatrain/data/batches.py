@@ -61,7 +61,7 @@ class BatchMaker:
             masks = [np.ones(len(r.targets_M), np.bool_) if r.loss_mask_M is None else r.loss_mask_M for r in rows]
             loss_mask_BM = torch.from_numpy(np.stack(masks))
             if is_scored is not None:
-                loss_mask_BM &= torch.from_numpy(is_scored).unsqueeze(1)
+                loss_mask_BM *= torch.from_numpy(is_scored).unsqueeze(1)
         return Batch(
             tokens_BT=torch.from_numpy(np.stack([row.tokens_T for row in rows])),
             targets_BM=torch.from_numpy(np.stack([row.targets_M for row in rows])),
@@ -74,6 +74,7 @@ class BatchMaker:
             source_tokens_BS=_stack([row.source_tokens_S for row in rows]),
             source_positions_BS=_stack([row.source_positions_S for row in rows]),
             source_document_ids_BS=_stack([row.source_document_ids_S for row in rows]),
+            pixels_BCHW=_stack([row.pixels_CHW for row in rows]),
         )
 
 

@@ -52,8 +52,8 @@ def open_dataset(path: str | Path, cache: Cache | None = None, max_mapped_shards
 
 def require_same_tokenizer(datasets: Sequence[Dataset]) -> None:
     """Raise DataError where datasets for one model are of several tokenizers, or end or begin documents otherwise."""
-    first = datasets[0]
     for other in datasets[1:]:
+        first = datasets[0]
         one, two = first.manifest, other.manifest
         if one.tokenizer_sha256 != two.tokenizer_sha256:
             raise DataError(
@@ -97,6 +97,11 @@ class Dataset(ShardedDataset):
     def contents(self) -> str:
         """In words."""
         return f"{self.num_documents} documents, {self.num_tokens} tokens"
+
+    @property
+    def amount(self) -> str:
+        """How large it is, in words."""
+        return f"{self.num_tokens:,} tokens"
 
     @property
     def num_tokens(self) -> int:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from megatrain.config import RunConfig, checks
 from megatrain.config.problem import Problem, config_error
-from megatrain.data.dataset import Dataset, open_dataset
+from megatrain.data.dataset import Dataset
+from megatrain.data.images import AnyDataset, open_for
 from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.errors import DataError
 
@@ -22,6 +23,8 @@ class Epochs(NamedTuple):
 
     path: str
     epochs: float
+    is_text: bool = True
+    """Images are seen many times, augmented anew each time."""
 
     def text(self) -> str:
         return f"{self.path} {self.epochs:.2f}"
@@ -29,7 +32,7 @@ class Epochs(NamedTuple):
     @property
     def warning(self) -> str | None:
         """What to do about too many; None: they are not."""
-        if self.epochs <= MOST_EPOCHS:
+        if self.epochs <= MOST_EPOCHS or not self.is_text:
             return None
         return (
             f"{self.path} is seen {self.epochs:.1f} times: text that is repeated more than about "
@@ -44,7 +47,7 @@ class Length(NamedTuple):
     epochs: list[Epochs]
 
 
-def planned_length(config: RunConfig, num_samples_of: Callable[[Dataset], int]) -> Length | None:
+def planned_length(config: RunConfig, num_samples_of: Callable[[AnyDataset], int]) -> Length | None:
     """That of a run from its start, by the size of its datasets; None where one of them is not on this machine.
 
     ``num_samples_of``: what the run's objective makes of one. Raises ConfigError as ``num_steps`` does.
@@ -53,7 +56,7 @@ def planned_length(config: RunConfig, num_samples_of: Callable[[Dataset], int]) 
     if not all(Path(path).is_dir() for path in paths):
         return None
     try:
-        datasets = [open_dataset(path) for path in paths]
+        datasets = [open_for(path, images=config.model.description.reads_images) for path in paths]
     except DataError:  # which a start says; a config can be right without its data
         return None
     num_samples = tuple(max(num_samples_of(dataset), 1) for dataset in datasets)
@@ -92,7 +95,7 @@ def with_default_warmup(config: RunConfig, steps: int) -> RunConfig:
     return config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": steps})})
 
 
-def epochs_of(order: DataOrder, num_steps: int, datasets: Sequence[Dataset]) -> list[Epochs]:
+def epochs_of(order: DataOrder, num_steps: int, datasets: Sequence[AnyDataset]) -> list[Epochs]:
     """Those of the first ``num_steps`` in this order."""
-    paths = [str(dataset.path) for dataset in datasets]
-    return [Epochs(path, count) for path, count in zip(paths, order.num_epochs(num_steps), strict=True)]
+    pairs = zip(datasets, order.num_epochs(num_steps), strict=True)
+    return [Epochs(str(dataset.path), count, isinstance(dataset, Dataset)) for dataset, count in pairs]

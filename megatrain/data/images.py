@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from megatrain.data.dataset import Dataset
+from megatrain.data.dataset import Dataset, open_dataset, require_same_tokenizer
 from megatrain.data.format import FORMAT_NAME, manifest_body
 from megatrain.data.image_format import ImageManifest, image_schema
 from megatrain.data.remote import Cache, RemoteFolder
@@ -89,6 +91,16 @@ class ImageDataset(ShardedDataset):
         return self.manifest.num_images
 
     @property
+    def amount(self) -> str:
+        """How large it is, in words."""
+        return f"{self.num_images:,} images"
+
+    @property
+    def vocab_size(self) -> int:
+        """Labels: what a classifier is asked is one of them."""
+        return len(self.label_names)
+
+    @property
     def label_names(self) -> list[str]:
         return self.manifest.label_names
 
@@ -133,6 +145,27 @@ def open_images(path: str | Path, cache: Cache | None = None, max_mapped_shards:
 
 
 AnyDataset = Dataset | ImageDataset
+
+
+def open_for(
+    path: str | Path, *, images: bool, cache: Cache | None = None, max_mapped_shards: int = MAPPED_SHARDS
+) -> AnyDataset:
+    """Open a dataset for a model that reads ``images``, or one that reads text."""
+    return (open_images if images else open_dataset)(path, cache, max_mapped_shards)
+
+
+def require_alike(datasets: Sequence[AnyDataset]) -> None:
+    """Raise DataError where datasets for one model, all of one kind, do not have the same labels in the same order, or
+    as `require_same_tokenizer` says."""
+    images = [each for each in datasets if isinstance(each, ImageDataset)]
+    require_same_tokenizer([each for each in datasets if isinstance(each, Dataset)])
+    for first, other in pairwise(images):
+        if other.label_names != first.label_names:
+            raise DataError(
+                f"{other.path} has other labels than {first.path} ({len(other.label_names)} and "
+                f"{len(first.label_names)}), or in another order: a model knows one list of labels. Pack both with the "
+                "same `megatrain-data images --label-names FILE`."
+            )
 
 
 def open_either(path: str | Path) -> AnyDataset:

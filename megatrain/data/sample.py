@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatrain.data.dataset import Dataset
+from megatrain.data.images import AnyDataset
 from megatrain.data.order import Samples
 from megatrain.data.packing import PackingPlan
 
@@ -23,20 +23,21 @@ class Sample(NamedTuple):
 
     tokens_T: Ints
     targets_M: Ints
-    loss_mask_M: NDArray[np.bool_] | None
+    loss_mask_M: NDArray[np.bool_] | NDArray[np.float32] | None
     positions_T: Ints
     document_ids_T: NDArray[np.int32] | None
     target_places_M: Ints | None = None
     source_tokens_S: Ints | None = None
     source_positions_S: Ints | None = None
     source_document_ids_S: NDArray[np.int32] | None = None
+    pixels_CHW: NDArray[np.float32] | None = None
 
 
 class Source(Protocol):
     """The samples that an objective makes of a dataset, all of one length and kind."""
 
     @property
-    def dataset(self) -> Dataset: ...
+    def dataset(self) -> AnyDataset: ...
 
     @property
     def seq_len(self) -> int: ...

@@ -1,15 +1,16 @@
-"""The vocabulary of a model beside that of its data's tokenizer. Needs no torch."""
+"""The vocabulary of a model beside that of its data's tokenizer, or its labels. Needs no torch."""
 
 from __future__ import annotations
 
 from megatrain.config import RunConfig
 from megatrain.data.dataset import Dataset
 from megatrain.data.format import TOKENIZER_FILE
+from megatrain.data.images import AnyDataset, ImageDataset
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, ConfigError
 
 
-def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
+def resolve_vocabulary(config: RunConfig, dataset: AnyDataset) -> RunConfig:
     """The config with the vocabulary that the dataset's tokenizer decides, where the user left it open.
 
     With ``run.resize_token_embeddings`` the model gets as many ids as the tokenizer has, or keeps its own where they
@@ -19,6 +20,11 @@ def resolve_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
     if given is None or (config.run.resize_token_embeddings and given < dataset.vocab_size):
         model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
         return config.model_copy(update={"model": model})
+    if isinstance(dataset, ImageDataset) and given != dataset.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {given}, but {dataset.path} has {dataset.vocab_size} labels: set it to that, or "
+            "leave it null."
+        )
     if given < dataset.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {given}, but {dataset.path} has token ids up to {dataset.vocab_size - 1}: set it to "

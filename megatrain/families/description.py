@@ -16,17 +16,32 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 LARGEST_SIZE = 2**24  # far beyond any model; keeps arithmetic on sizes, and the search for legal ones, small
 
 Width = Literal[
-    "hidden", "queries", "keys", "ffn", "head", "positions", "segments", "vocab", "rank", "heads", "buckets"
+    "hidden",
+    "queries",
+    "keys",
+    "ffn",
+    "head",
+    "positions",
+    "segments",
+    "vocab",
+    "rank",
+    "heads",
+    "buckets",
+    "one",
+    "places",
+    "channels",
+    "patch",
 ]
 """A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
-the MLP's inside, of one head, of the positions, of the segments and of the vocabulary; how many query heads there are,
-and how many ranges of distances have a relative bias of their own. `ModelConfig.sizes` has the numbers; of "rank",
-between the two factors of a LoRA adapter, the config's `lora.rank`."""
+the MLP's inside, of one head, of the positions, of the segments and of the vocabulary (of a classifier: its labels);
+how many query heads there are, and how many ranges of distances have a relative bias of their own; 1; of an image's
+places (its patches and the class token), of its channels, and of a side of a patch. `ModelConfig.sizes` has the
+numbers; of "rank", between the two factors of a LoRA adapter, the config's `lora.rank`."""
 
 ADAPTER_FACTORS = ("lora_A", "lora_B")
 """What an adapter's factors are called in the module of the matrix that it adapts: peft's names."""
 
-ObjectiveName = Literal["next_token", "masked_lm", "span_corruption", "sequence_to_sequence"]
+ObjectiveName = Literal["next_token", "masked_lm", "span_corruption", "sequence_to_sequence", "image_classification"]
 """What a model can be trained for: a file of megatrain/objectives."""
 
 WeightKind = Literal["norms", "biases", "positions", "embeddings", "matrices"]
@@ -116,6 +131,35 @@ class RelativeBias:
     @property
     def split(self) -> Split:
         return Split("heads", weight_dim=1, by_heads="query")
+
+
+@dataclass(frozen=True)
+class PatchEmbedding:
+    """A vector for each patch of an image, by a convolution, behind that of the class token; with one for each place
+    added (Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words")."""
+
+    name: str
+    class_token: str = "cls_token"
+    positions: str = "position_embeddings"
+    projection: str = "patch_embeddings.projection"
+    rows: Literal["places"] = "places"
+    split: None = None
+    """Every rank has it whole."""
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return (
+            Weight(f"{self.name}.{self.class_token}", (("one",), ("one",), ("hidden",)), "positions"),
+            Weight(f"{self.name}.{self.positions}", (("one",), ("places",), ("hidden",)), "positions"),
+            self.product,
+            Weight(f"{self.name}.{self.projection}.bias", (("hidden",),), "biases"),
+        )
+
+    @property
+    def product(self) -> Weight:
+        """The matrix that each patch is multiplied with."""
+        dims: tuple[tuple[Width, ...], ...] = (("hidden",), ("channels",), ("patch",), ("patch",))
+        return Weight(f"{self.name}.{self.projection}.weight", dims)
 
 
 @dataclass(frozen=True)
@@ -360,19 +404,19 @@ class Stack:
     """Layers that activations pass through one after the other: the embeddings and their norm, as many blocks as the
     model's key ``layers_key`` says (null: num_hidden_layers), the norm."""
 
-    embeddings: tuple[Embedding, ...]
+    embeddings: tuple[Embedding | PatchEmbedding, ...]
     block: Block
     norm: Norm | None
     layers_key: str = "num_hidden_layers"
     embedding_norm: Norm | None = None
 
     @property
-    def first_layers(self) -> tuple[Embedding | Norm, ...]:
+    def first_layers(self) -> tuple[Embedding | PatchEmbedding | Norm, ...]:
         """The layers before the blocks, in order."""
         return (*self.embeddings, *_present(self.embedding_norm))
 
     @property
-    def outer_layers(self) -> tuple[Embedding | RelativeBias | Norm, ...]:
+    def outer_layers(self) -> tuple[Embedding | PatchEmbedding | RelativeBias | Norm, ...]:
         """Those beside the blocks, in order."""
         return (*self.first_layers, *_present(self.block.attention.relative_bias), *_present(self.norm))
 
@@ -385,11 +429,11 @@ class HuggingFace:
     layers to be ours; so it is written, too. ``absent``: what transformers takes for a key of theirs that is left out;
     sizes that are not here must be given. ``aliases``: names of ours that its config.json may have too, and that come
     before theirs. ``parameters``: those of ours that have another name there, and what that is. ``unread``: patterns of
-    names of tensors that its folders may have and the model does not. ``copies``: further keys of theirs that have the
-    value of one of ours. ``implied``: what transformers takes for keys that are left out where that depends on
-    others. ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in,
-    why its layers are not ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise,
-    each in a sentence.
+    names of tensors that its folders may have and the model does not. ``asks_labels``: the vocabulary is that of
+    labels, whose names config.json has under ``id2label``. ``copies``: further keys of theirs that have the value of
+    one of ours. ``implied``: what transformers takes for keys that are left out where that depends on others.
+    ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not
+    ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
     """
 
     architecture: str
@@ -399,6 +443,7 @@ class HuggingFace:
     aliases: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    asks_labels: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
     implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda theirs: {}
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -419,7 +464,7 @@ class Family:
     """
 
     summary: str
-    embeddings: tuple[Embedding, ...]
+    embeddings: tuple[Embedding | PatchEmbedding, ...]
     block: Block
     norm: Norm | None
     head: Linear
@@ -448,6 +493,10 @@ class Family:
         return self.block.attention.is_causal
 
     @property
+    def reads_images(self) -> bool:
+        return any(embedding.rows == "places" for embedding in self.embeddings)
+
+    @property
     def learns_positions(self) -> bool:
         return any(embedding.rows == "positions" for embedding in self.embeddings)
 
@@ -460,7 +509,7 @@ class Family:
         return {*(norm.eps_key for norm in norms), *rotary, *drawn, *self.own_keys}
 
     @property
-    def first_layers(self) -> tuple[Embedding | Norm, ...]:
+    def first_layers(self) -> tuple[Embedding | PatchEmbedding | Norm, ...]:
         """The layers before the blocks, in order."""
         return self.decoder.first_layers
 
@@ -470,7 +519,7 @@ class Family:
         return (*_present(self.norm), *_present(self.head_transform), self.head)
 
     @property
-    def outer_layers(self) -> tuple[Embedding | RelativeBias | Norm | HeadTransform | Linear, ...]:
+    def outer_layers(self) -> tuple[Embedding | PatchEmbedding | RelativeBias | Norm | HeadTransform | Linear, ...]:
         """The layers beside the blocks, in order, each once."""
         layers = (layer for stack in self.stacks for layer in stack.outer_layers)
         return (*dict.fromkeys(layers), *_present(self.head_transform), self.head)
@@ -500,7 +549,7 @@ class Family:
 
     def split_of(self, module_name: str) -> Split | None:
         """How the module of this canonical name is cut; None: not at all."""
-        found: Embedding | RelativeBias | Norm | Linear | None
+        found: Embedding | PatchEmbedding | RelativeBias | Norm | Linear | None
         outer = (*(layer for stack in self.stacks for layer in stack.outer_layers), self.head)
         found = next((layer for layer in outer if layer.name == module_name), None)
         if found is None and (place := self._in_block(module_name)) is not None:

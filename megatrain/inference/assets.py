@@ -5,7 +5,7 @@ They go along from an import through the runs that begin from it to an export. N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -13,9 +13,9 @@ from typing import Any
 
 import orjson
 
-from megatrain.checkpoint.manifest import TOKENIZER, Chat, SpecialTokens, Token
+from megatrain.checkpoint.manifest import LABELS, TOKENIZER, Chat, SpecialTokens, Token
 from megatrain.checkpoint.reader import CheckpointReader
-from megatrain.checkpoint.transformers_config import laid_over, to_transformers
+from megatrain.checkpoint.transformers_config import label_names, labels_by_id, laid_over, to_transformers
 from megatrain.config import ModelConfig
 from megatrain.data.chat import CHAT_DATE, ChatTemplate
 from megatrain.data.tokenizer import Tokenizer
@@ -33,7 +33,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-CARRIED = (CONFIG, GENERATION, *TOKENIZER_FILES)
+PREPROCESSOR = "preprocessor_config.json"
+CARRIED = (CONFIG, GENERATION, PREPROCESSOR, *TOKENIZER_FILES)
 """The files of a Hugging Face folder that are kept as they are, both ways."""
 
 _JSON_STYLE = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
@@ -66,7 +67,8 @@ class Assets:
     def of_checkpoint(cls, reader: CheckpointReader) -> Assets:
         """Those of a checkpoint. Raises CheckpointError where a file is not what was written."""
         manifest = reader.manifest
-        files = {entry.file: reader.read_file(entry.file) for entry in manifest.files if entry.file in CARRIED}
+        known = (*CARRIED, LABELS)
+        files = {entry.file: reader.read_file(entry.file) for entry in manifest.files if entry.file in known}
         chat_date = manifest.chat.date if manifest.chat is not None else None
         if manifest.special_tokens is not None:
             return cls(manifest.special_tokens, files, chat_date)
@@ -97,6 +99,20 @@ class Assets:
         update |= {"pad": self.special_tokens.pad or named.pad, "unk": self.special_tokens.unk or named.unk}
         special_tokens = self.special_tokens.model_copy(update=update)
         return Assets(special_tokens, files, chat_date if template_files else self.chat_date)
+
+    def with_images(self, label_names: Sequence[str], preprocessor: Mapping[str, Any]) -> Assets:
+        """The same for a run on images of these labels; ``preprocessor``: how transformers reads images so."""
+        files = {LABELS: orjson.dumps(list(label_names)), PREPROCESSOR: orjson.dumps(preprocessor, option=_JSON_STYLE)}
+        return replace(self, files={**self.files, **files})
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Of a classifier: those of the data, or of the folder that was imported."""
+        if LABELS in self.files:
+            names: list[str] = orjson.loads(self.files[LABELS])
+            return names
+        theirs = _json(self.files, CONFIG)
+        return label_names(theirs) if theirs and "id2label" in theirs else None
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -169,12 +185,15 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
         ids = {"decoder_start_token_id": start, "pad_token_id": start, **ids}
     theirs = _json(files, CONFIG)
     changed: dict[str, dict[str, Any]] = {}
+    reads_images = model.description.reads_images
     if theirs is None:
-        nothing_known = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        nothing_known = {} if reads_images else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         changed[CONFIG] = {**to_transformers(model, dtype), **nothing_known, **ids}
     else:
         changed[CONFIG] = laid_over(theirs, model, dtype)
-    if theirs is None and GENERATION not in files:
+    if model.description.hugging_face.asks_labels and assets.label_names:
+        changed[CONFIG] |= labels_by_id(assets.label_names)
+    if theirs is None and GENERATION not in files and not reads_images:
         changed[GENERATION] = ids
     if TOKENIZER in files and TOKENIZER_CONFIG not in files:
         changed[TOKENIZER_CONFIG] = {
@@ -208,7 +227,8 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
             value = changed.get(name) or _json(files, name) or {}
             if not {assets.turn_end.id, assets.stop_ids[0]} <= set(_as_list(value.get("eos_token_id"))):
                 changed[name] = {**value, "eos_token_id": assets.stop_ids}
-    return {**files, **{name: orjson.dumps(value, option=_JSON_STYLE) for name, value in changed.items()}}
+    made = {name: orjson.dumps(value, option=_JSON_STYLE) for name, value in changed.items()}
+    return {name: content for name, content in {**files, **made}.items() if name != LABELS}
 
 
 def _naming(settings: dict[str, Any], key: str, token: Token) -> dict[str, Any]:

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.batch import Batch, InferenceBatch
-from megatrain.families.description import Attention, Embedding, HeadTransform, Linear, Norm
+from megatrain.families.description import Attention, Embedding, HeadTransform, Linear, Norm, PatchEmbedding
 from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation, DecoderLayer, attach, build_norm
 from megatrain.model.context import Context, ContextBuilder
 from megatrain.model.dropout import Dropout
-from megatrain.model.embedding import EmbeddingNorm, PositionEmbedding, SegmentEmbedding, TokenEmbedding
+from megatrain.model.embedding import (
+    EmbeddingNorm,
+    ImageEmbedding,
+    PositionEmbedding,
+    SegmentEmbedding,
+    TokenEmbedding,
+)
 from megatrain.model.generate import require_generative
 from megatrain.model.loss import OutputHead, token_scores
 from megatrain.model.relative_bias import RelativeBias
@@ -61,9 +67,11 @@ def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
     return [*found.values(), *transform, LayerSpec(family.head.name, "head", head)]
 
 
-def _embedding(config: ModelConfig, seed: int, layer: Embedding | Norm) -> nn.Module:
+def _embedding(config: ModelConfig, seed: int, layer: Embedding | PatchEmbedding | Norm) -> nn.Module:
     """The last one drops."""
     dropout = Dropout(config.hidden_dropout, seed, layer.name)
+    if isinstance(layer, PatchEmbedding):
+        return ImageEmbedding(layer, config.sizes, dropout)
     if isinstance(layer, Norm):
         return EmbeddingNorm(config.hidden_size, getattr(config, layer.eps_key), dropout)
     is_last = layer is config.description.first_layers[-1]
@@ -137,14 +145,14 @@ class DecoderStage(nn.Module):
         """
         if isinstance(batch, InferenceBatch):
             return self._answer(batch, x_BTC)
-        x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, self.context(batch))
+        x_BTC = self.hidden(batch.inputs if x_BTC is None else x_BTC, self.context(batch))
         if self.head_name is None:
             return x_BTC
         return self.head.loss_sum(self._at_targets(x_BTC, batch), batch.targets_BM, batch.loss_mask_BM)
 
     def target_scores(self, batch: Batch) -> Tensor:
         """The `token_scores` [2, B * M] of a batch's targets, scored or not; of a whole model."""
-        x_BTC = self.hidden(batch.tokens_BT, self.context(batch))
+        x_BTC = self.hidden(batch.inputs, self.context(batch))
         logits_BMV: Tensor = self.head(self._at_targets(x_BTC, batch))
         return token_scores(logits_BMV.flatten(0, 1), batch.targets_BM.flatten())
 

@@ -1,14 +1,19 @@
-"""The layers before the blocks: tokens, and where a family learns them positions and segments, to activations.
+"""The layers before the blocks: tokens, and where a family learns them positions and segments, or images, to
+activations.
 
 B: sequences, T: tokens, C: channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatrain.families.description import PatchEmbedding, Width
+from megatrain.model.block import attach
 from megatrain.model.context import Context
 from megatrain.model.dropout import Dropout
 from megatrain.model.norm import LayerNorm
@@ -57,6 +62,26 @@ class SegmentEmbedding(nn.Module):
             segments_BT = torch.zeros_like(context.positions_BT)
         y_BTC = x_BTC + functional.embedding(segments_BT, self.weight)
         return y_BTC if self.dropout is None else self.dropout(y_BTC, context.sample_ids_B)
+
+
+class ImageEmbedding(nn.Module):
+    """A vector for each patch of an image, and for the class token before them, with those of the places added."""
+
+    def __init__(self, spec: PatchEmbedding, sizes: Mapping[Width, int], dropout: Dropout) -> None:
+        super().__init__()
+        self._spec = spec
+        side, width = sizes["patch"], sizes["hidden"]
+        self.register_parameter(spec.class_token, nn.Parameter(torch.empty(1, 1, width)))
+        self.register_parameter(spec.positions, nn.Parameter(torch.empty(1, sizes["places"], width)))
+        attach(self, spec.projection, nn.Conv2d(sizes["channels"], width, side, stride=side))
+        self.dropout = dropout
+
+    def forward(self, pixels_BCHW: Tensor, context: Context) -> Tensor:
+        """[B, T, C], the class token first."""
+        class_token, positions = getattr(self, self._spec.class_token), getattr(self, self._spec.positions)
+        patches_BCT = self.get_submodule(self._spec.projection)(pixels_BCHW.to(positions.dtype)).flatten(2)
+        x_BTC = torch.cat([class_token.expand(len(pixels_BCHW), -1, -1), patches_BCT.transpose(1, 2)], dim=1)
+        return self.dropout(x_BTC + positions, context.sample_ids_B)  # type: ignore[no-any-return]
 
 
 class EmbeddingNorm(LayerNorm):

@@ -5,7 +5,10 @@ No torch: an objective makes NumPy arrays, `megatrain.data.batches` batches of t
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatrain.config import ModelConfig, ObjectiveConfig
+from megatrain.objectives.image_classification import ImageClassification
 from megatrain.objectives.masked_lm import MaskedLM
 from megatrain.objectives.next_token import NextToken
 from megatrain.objectives.objective import DataSettings, Objective
@@ -13,9 +16,11 @@ from megatrain.objectives.sequence_to_sequence import SequenceToSequence
 from megatrain.objectives.span_corruption import SpanCorruption
 
 
-def make_objective(config: ObjectiveConfig, model: ModelConfig, data: DataSettings, seed: int) -> Objective:
+def make_objective(config: ObjectiveConfig, model: ModelConfig, data: DataSettings, seed: int) -> Objective[Any]:
     """The objective of a run, or of a checkpoint that is evaluated. ``seed``: of what is random in training samples."""
     kind = config.of(model)
+    if kind == "image_classification":
+        return ImageClassification(config.image_classification, model, seed)
     if kind == "masked_lm":
         return MaskedLM(data, config.masked_lm, seed)
     if kind == "span_corruption":

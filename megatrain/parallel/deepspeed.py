@@ -501,7 +501,8 @@ def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: Any) 
         for module in list(chunk.modules()):
             chunk.tie_weights()  # a tied head takes the embedding's weight, once that is there
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                allocate_own(module, dtype, groups.device)
+                for inner in module.modules():  # zero.Init takes the parameters of all of them
+                    allocate_own(inner, dtype, groups.device)
                 deepspeed.zero.Init(
                     module=module, data_parallel_group=data, config_dict_or_path=settings, dtype=dtype, mpu=mpu
                 )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from math import prod
 
 from megatrain.config.schema import LoraConfig, ModelConfig
-from megatrain.families.description import Stack, Weight
+from megatrain.families.description import PatchEmbedding, Stack, Weight
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Parameters that tokens are multiplied with: all projections, and the output head whether tied or not."""
+    """Parameters that tokens are multiplied with: all projections, of patches too, and the output head whether tied or
+    not."""
     layers = sum(model.num_layers(stack) * _matrices(model, stack) for stack in model.description.stacks)
-    return layers + head_parameters(model)
+    patches = sum(e.product.numel(model.sizes) for e in model.description.embeddings if isinstance(e, PatchEmbedding))
+    return layers + head_parameters(model) + patches
 
 
 def _matrices(model: ModelConfig, stack: Stack) -> int:

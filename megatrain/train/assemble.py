@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,11 +15,10 @@ from megatrain.checkpoint.manifest import Base
 from megatrain.checkpoint.store import CheckpointStore
 from megatrain.checkpoint.stores import open_store
 from megatrain.config import RunConfig
-from megatrain.data import Dataset, open_dataset
 from megatrain.data.augmentation import Augmentation, open_augmentations
 from megatrain.data.batches import BatchMaker, EvaluationBatches, TrainingBatches
-from megatrain.data.dataset import require_same_tokenizer
 from megatrain.data.epochs import num_steps, with_default_warmup
+from megatrain.data.images import AnyDataset, open_for, require_alike
 from megatrain.data.order import DataOrder, SamplingSettings
 from megatrain.data.remote import Cache
 from megatrain.data.sample import Source
@@ -77,7 +77,7 @@ class Run:
     groups: Groups
     engine: Engine
     initial_weights: InitialWeights
-    datasets: Sequence[Dataset]
+    datasets: Sequence[AnyDataset]
     order: DataOrder
     maker: BatchMaker
     validation: Mapping[str, EvaluationBatches]
@@ -109,17 +109,18 @@ class Run:
         return TrainingBatches(self.maker, order, *self.groups.batch_share)
 
 
-def open_training_data(config: RunConfig) -> tuple[list[Dataset], list[Dataset]]:
+def open_training_data(config: RunConfig) -> tuple[list[AnyDataset], list[AnyDataset]]:
     """The datasets to train and to validate on.
 
-    Raises DataError where one is broken, or where they are not alike (`require_same_tokenizer`).
+    Raises DataError where one is broken, or where they are not alike (`require_alike`).
     """
     cache = Cache(Path(config.data.cache_dir).expanduser(), config.data.cache_bytes)
     share = MAPPED_SHARDS_IN_ALL // (len(config.data.train) + len(config.data.validation))
-    opened = partial(open_dataset, cache=cache, max_mapped_shards=min(max(share, 1), MAPPED_SHARDS))
+    images = config.model.description.reads_images
+    opened = partial(open_for, images=images, cache=cache, max_mapped_shards=min(max(share, 1), MAPPED_SHARDS))
     train = [opened(entry.path) for entry in config.data.train]
     validation = [opened(entry.path) for entry in config.data.validation]
-    require_same_tokenizer([*train, *validation])
+    require_alike([*train, *validation])
     return train, validation
 
 
@@ -190,7 +191,7 @@ def _num_samples_of_each(config: RunConfig, num_datasets: int) -> int | None:
     return None if batches is None else -(-batches * config.train.max_batch_size // max(num_datasets, 1))
 
 
-def _names(datasets: Sequence[Dataset]) -> list[str]:
+def _names(datasets: Sequence[AnyDataset]) -> list[str]:
     """What figures of these datasets stand under: the last part of each path, or the path where two have the same."""
     paths = [str(dataset.path).rstrip("/") for dataset in datasets]
     last = [path.rsplit("/", 1)[-1] for path in paths]
@@ -211,8 +212,8 @@ def _preflight(config: RunConfig, rank: RankInfo, groups: Groups) -> list[Findin
 
 
 def training_sources(
-    objective: Objective,
-    datasets: Sequence[Dataset],
+    objective: Objective[Any],
+    datasets: Sequence[AnyDataset],
     augmentations: Sequence[Augmentation | None],
     run_dir: Path,
     groups: Groups,

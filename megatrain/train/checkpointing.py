@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token, read_manifest
@@ -20,6 +20,9 @@ from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention
 from megatrain.checkpoint.stores import find_store
+from megatrain.config import RunConfig
+from megatrain.data import Dataset
+from megatrain.data.images import ImageDataset
 from megatrain.data.vocabulary import refuse_other_tokens
 from megatrain.distributed.fragment import Fragment
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
@@ -309,12 +312,34 @@ def _fill(run: Run, reader: CheckpointReader, state: StateReader, num_updates: i
 def assets_of(run: Run) -> Assets:
     """What goes along with the weights of its checkpoints; on rank 0, where the run has what it began with."""
     dataset = run.datasets[0]
+    if isinstance(dataset, ImageDataset):
+        return run.assets.with_images(dataset.label_names, preprocessor(run.config))
+    texts = [each for each in run.datasets if isinstance(each, Dataset)]
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:
         bos = Token(id=dataset.bos_id, token=dataset.manifest.bos_token)
-    talks = next((each for each in run.datasets if each.manifest.template_files), None)
+    talks = next((each for each in texts if each.manifest.template_files), None)
     chat = (talks.template_files(), talks.chat_date) if talks is not None else ()
     return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat)
+
+
+def preprocessor(config: RunConfig) -> dict[str, Any]:
+    """How transformers' ViTImageProcessor makes of images what the run reads: preprocessor_config.json."""
+    seen, size, num_channels = config.objective.image_classification, config.model.sizes, config.model.sizes["channels"]
+    side = getattr(config.model, "image_size")  # noqa: B009 (a family's own key)
+    mean, std = (list(each) * (num_channels if len(each) == 1 else 1) for each in (seen.image_mean, seen.image_std))
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": size["channels"] == 3,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
 
 
 def _fitting_origin(run: Run) -> Origin:
@@ -328,7 +353,9 @@ def _fitting_origin(run: Run) -> Origin:
     origin.refuse_other_model(run.config.model, may_grow=may_grow)
     origin.refuse_other_adapters(run.config.lora)
     for dataset in run.datasets:
-        if may_grow:
+        if not isinstance(dataset, Dataset):
+            origin.refuse_other_labels(dataset.path, dataset.label_names)
+        elif may_grow:
             refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
         else:
             origin.refuse_other_tokenizer(dataset.path, dataset.manifest.tokenizer_sha256)

@@ -131,7 +131,7 @@ def _import_adapter(folder: Path, out: Path, base: Location | None) -> Converted
 
 
 def _manifest(model: ModelConfig, config: Mapping[str, Any], size: int, assets: Assets) -> Manifest:
-    seq_len = min(model.max_position_embeddings, _EVALUATION_TOKENS)
+    seq_len = model.num_places or min(model.max_position_embeddings, _EVALUATION_TOKENS)
     return Manifest(
         step=0,
         tokens=0,

@@ -17,12 +17,14 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
-from megatrain.data import Dataset, open_dataset
+from megatrain.data import Dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches
 from megatrain.data.dataset import document_markers
+from megatrain.data.images import ImageDataset, open_for
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
+from megatrain.inference.assets import Assets
 from megatrain.inference.loading import load_on_rank
 from megatrain.model.decoder import DecoderStage
 from megatrain.objectives import make_objective
@@ -49,12 +51,19 @@ def evaluate_checkpoint(
     ``rank`` is one of, all with the same figures; ``tensor``: so many of them share each of the model's matrices.
     ``ema``: with the averaged weights.
     """
-    dataset = open_dataset(data)
     reader = CheckpointReader(resolve(path), ema=ema)
     saved = reader.saved
-    _check_tokenizer(dataset, reader)
+    dataset = open_for(data, images=saved.model.description.reads_images)
+    if isinstance(dataset, Dataset):
+        _check_tokenizer(dataset, reader)
+    else:
+        _check_labels(dataset, reader)
     seq_len = seq_len or saved.data.seq_len
-    if seq_len > saved.model.max_position_embeddings:
+    if saved.model.num_places not in (None, seq_len):
+        raise ConfigError(
+            f"--seq-len {seq_len}: to this model an image is {saved.model.num_places} tokens: leave it out."
+        )
+    if seq_len > saved.model.longest_sequence:
         raise ConfigError(
             f"--seq-len {seq_len} is more than the model's context: {saved.model.max_position_embeddings} tokens "
             "(model.max_position_embeddings)."
@@ -104,6 +113,15 @@ def _accuracy(sums: Floats) -> dict[str, float]:
 
 def _bits_per_byte(total: float, num_bytes: int) -> dict[str, float]:
     return {"bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan, "bytes": num_bytes}
+
+
+def _check_labels(dataset: ImageDataset, reader: CheckpointReader) -> None:
+    known = Assets.of_checkpoint(reader).label_names
+    if known is not None and known != dataset.label_names:
+        raise DataError(
+            f"{dataset.path} has other labels than {reader.folder} was trained with, or in another order: its figures "
+            "would mean nothing. Pack the images with --label-names, in the order of the training data."
+        )
 
 
 def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:

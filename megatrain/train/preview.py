@@ -30,23 +30,24 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
     paths = [path for path in every if must_exist or Path(path).is_dir()]
     if not paths:
         return notes
-    from megatrain.data import open_dataset
+    from megatrain.data import Dataset
     from megatrain.data.conversations import advice
-    from megatrain.data.dataset import require_same_tokenizer
+    from megatrain.data.images import open_for, require_alike
     from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
 
     datasets = []
     for path in paths:
         try:
-            datasets.append(open_dataset(path))
+            datasets.append(open_for(path, images=config.model.description.reads_images))
         except DataError as error:  # which a start says; a config can be right without its data
             if must_exist:
                 raise DataError(f"{error}{_elsewhere(path, name)}") from None
             return [*notes, str(error)]
-    require_same_tokenizer(datasets)
+    require_alike(datasets)
     resolve_vocabulary(config, datasets[0])
-    found = [unused_vocabulary(config, datasets[0]), *(advice(dataset, config.data) for dataset in datasets)]
-    talks = [dataset for dataset in datasets if dataset.chat_template is not None]
+    texts = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
+    found = [unused_vocabulary(config, texts[0]) if texts else None, *(advice(each, config.data) for each in texts)]
+    talks = [dataset for dataset in texts if dataset.chat_template is not None]
     for other in talks[1:]:
         if (other.chat_template, other.chat_date) != (talks[0].chat_template, talks[0].chat_date):
             found.append(
@@ -78,9 +79,10 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
         return [f"run.init_from: {given} is not here, so whether it fits is not known."]
     if (origin := find_origin(config)) is None:
         return ["run.init_from: not used any more, the run has checkpoints of its own."]
-    from megatrain.data import open_dataset
+    from megatrain.data import Dataset
     from megatrain.data.chat import ChatTemplate
     from megatrain.data.format import TEMPLATE_FILES
+    from megatrain.data.images import open_for
     from megatrain.data.vocabulary import refuse_other_tokens, resolve_vocabulary
 
     may_grow, notes = config.run.resize_token_embeddings, []
@@ -89,7 +91,10 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     origin.refuse_other_adapters(config.lora)
     for entry in config.data.train:
         if must_exist or Path(entry.path).exists():
-            dataset = open_dataset(entry.path)
+            dataset = open_for(entry.path, images=config.model.description.reads_images)
+            if not isinstance(dataset, Dataset):
+                origin.refuse_other_labels(entry.path, dataset.label_names)
+                continue
             if may_grow:
                 refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
                 config = resolve_vocabulary(config, dataset)
@@ -160,11 +165,12 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
     may_grow = config.run.resize_token_embeddings and Path(config.data.train[0].path).is_dir()
     if config.model.vocab_size is not None and not may_grow:
         return config
-    from megatrain.data import open_dataset
+    from megatrain.data.images import open_for
     from megatrain.data.vocabulary import resolve_vocabulary
 
+    images, path = config.model.description.reads_images, config.data.train[0].path
     try:
-        return resolve_vocabulary(config, open_dataset(config.data.train[0].path))
+        return resolve_vocabulary(config, open_for(path, images=images))
     except DataError as error:
         raise DataError(
             f"model.vocab_size is null, so the dataset decides it; set it to plan without data. {error}"

@@ -15,8 +15,8 @@ from megatrain.config import RunConfig
 from megatrain.config.deepspeed_keys import deepspeed
 from megatrain.config.keys import differences
 from megatrain.config.renamed import new_name, with_new_names
-from megatrain.data import Dataset
 from megatrain.data.epochs import num_steps
+from megatrain.data.images import AnyDataset
 from megatrain.data.order import DataOrder, Segment
 from megatrain.errors import CheckpointError
 from megatrain.train.schedule import learning_rate
@@ -255,7 +255,7 @@ def _within_epoch(config: RunConfig, path: str, before: Any, after: Any) -> str 
     return f"within an epoch it must divide {before}" if before % after else None
 
 
-def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[Dataset], order: DataOrder) -> DataOrder:
+def resume_order(config: RunConfig, progress: Progress, datasets: Sequence[AnyDataset], order: DataOrder) -> DataOrder:
     """The order of data from where a run stopped. ``order``: that of the run from its start under this config.
 
     Other settings (weights, batch size, sequence length, new epochs) begin a new segment. Raises CheckpointError where

@@ -165,7 +165,7 @@ def _facts(run: Run, resumed_from: str | None) -> dict[str, str]:
         "device": name,
         "kernels": _kernels_in_words(run),
         "data": ", ".join(
-            f"{dataset.path} ({dataset.num_tokens:,} tokens, {each.epochs:.2f} epochs)"
+            f"{dataset.path} ({dataset.amount}, {each.epochs:.2f} epochs)"
             for dataset, each in zip(run.datasets, _epochs(run), strict=True)
         ),
         "run": config.run.dir,

@@ -16,6 +16,7 @@ import torch
 
 from megatrain.checkpoint.lock import Lease
 from megatrain.checkpoint.saver import SaveResult, SaveStatus
+from megatrain.data import Dataset
 from megatrain.data.batches import TrainingBatches
 from megatrain.distributed.signals import Requests
 from megatrain.errors import CheckpointError, Diverged, MegatrainError, Preempted, RankError
@@ -139,7 +140,9 @@ class Trainer:
         """What answers train.tasks: the engine, with the tokenizer and the small files of its checkpoints."""
         run = self._run
         assets = run.groups.run_on_rank0(lambda: assets_of(run))
-        return Writer(run.engine, run.datasets[0].tokenizer, assets, agreement(run.groups))
+        texts = run.datasets[0]
+        assert isinstance(texts, Dataset), "megatrain.config.checks refuses tasks of models that read images"
+        return Writer(run.engine, texts.tokenizer, assets, agreement(run.groups))
 
     def _ask(self, writer: Writer) -> list[Asked]:
         """train.tasks as token ids: one that cannot be asked is told before the first step."""

@@ -21,7 +21,7 @@ from tests.runs import TinyData
 
 # Adam turns a gradient that is zero but for rounding into a full step. So it is with the bias of attention's keys,
 # which adds the same to all logits of a query: softmax does not see it.
-KEY_BIASES = ("attn.c_attn.bias", "attention.self.key.bias")
+KEY_BIASES = ("attn.c_attn.bias", "attention.self.key.bias", "attention.attention.key.bias")
 NUM_STEPS = 8  # two of warm-up, and six in which a difference would grow
 
 

@@ -14,7 +14,7 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null, attention: auto,
-             type_vocab_size: 2,
+             type_vocab_size: 2, image_size: 224, patch_size: 16, num_channels: 3,
              num_decoder_layers: null, relative_attention_num_buckets: 32, relative_attention_max_distance: 128,
              scale_decoder_outputs: false}
 data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
@@ -25,6 +25,8 @@ objective:
   span_corruption: {corrupted: 0.15, mean_span_tokens: 3.0, sentinel_token: "<extra_id_{}>"}
   masked_lm: {mlm_probability: 0.15, mask_replace_prob: 0.8, random_replace_prob: 0.1, whole_word_mask: false,
               mask_token: "[MASK]"}
+  image_classification: {image_mean: [0.5], image_std: [0.5], min_crop_scale: 1.0, flip_prob: 0.0, randaugment: null,
+                         mixup_alpha: 0.0}
 parallel:   {tensor: 1, pipeline: 1, pipeline_chunks: 1, engine: deepspeed, zero_stage: 1, sequence: false,
              recompute: none, recompute_every: 1, offload: none}
 train:      {micro_batch_size: 2, precision: auto, compile: auto, deterministic: false, gradient_clipping: 1.0,

@@ -43,7 +43,11 @@ def _asked(batch: Batch, config: RunConfig) -> Batch:
         return batch
     num_targets = config.objective.most_targets(config.model, config.data.seq_len)
     places_BM = torch.arange(num_targets).expand(len(batch.tokens_BT), -1).contiguous()
-    return batch._replace(targets_BM=batch.targets_BM[:, :num_targets].contiguous(), target_places_BM=places_BM)
+    batch = batch._replace(targets_BM=batch.targets_BM[:, :num_targets].contiguous(), target_places_BM=places_BM)
+    if not config.model.description.reads_images:
+        return batch
+    size = getattr(config.model, "image_size")  # noqa: B009 (a family's own key)
+    return batch._replace(pixels_BCHW=torch.zeros(len(batch.tokens_BT), config.model.sizes["channels"], size, size))
 
 
 def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ MODEL = {
 GPT2 = {"family": "gpt2", "num_key_value_heads": None}
 QWEN2 = {"family": "qwen2"}
 BERT = {"family": "bert", "num_key_value_heads": None}
+VIT = {"family": "vit", "num_key_value_heads": None, "tie_word_embeddings": False, "image_size": 12, "patch_size": 4}
 ALONE = {"packing": "best_fit", "document_mask": True}
 FSDP2 = {"engine": "fsdp2"}
 LORA = {"rank": 3, "alpha": 6.0}
@@ -107,6 +108,9 @@ CASES = [
     Case("bf16", 1, {}, BERT, seq_len=300),
     Case("bf16", 3, {"tensor": 2}, BERT),
     Case("bf16", 1, {**FSDP2, "tensor": 4, "sequence": True}, {**BERT, "hidden_dropout": 0.1}),
+    Case("bf16", 1, {}, VIT, seq_len=10),
+    Case("bf16", 3, {"tensor": 2, "recompute": "full"}, VIT, seq_len=10),
+    Case("bf16", 1, {**FSDP2, "tensor": 2, "sequence": True}, VIT, seq_len=10),
     *(Case("bf16", stage, FSDP2) for stage in range(4)),
     *(Case("fp32", stage, FSDP2) for stage in (1, 3)),
     Case("fp16", 2, {**FSDP2, "tensor": 2}, QWEN3),
@@ -207,11 +211,13 @@ def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
     assert activations(case.part, on_cpu=True) == pytest.approx(measured[case.name]["activations"], rel=0.02)
 
 
-@pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN2, QWEN3, BERT], ids=str)
+@pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN2, QWEN3, BERT, VIT], ids=str)
 def test_parameters_of_all_ranks_make_the_model(model):
-    (whole,) = stage_models(RunConfig.model_validate(Case("bf16", 1, {}, model).config), 1)
+    seq_len = 10 if model is VIT else 32
+    (whole,) = stage_models(RunConfig.model_validate(Case("bf16", 1, {}, model, seq_len=seq_len).config), 1)
     assert whole.num_parameters == num_parameters(whole.config.model)
-    staged = stage_models(RunConfig.model_validate(Case("bf16", 1, {"pipeline": 3}, model).config), NUM_RANKS)
+    cut = Case("bf16", 1, {"pipeline": 3}, model, seq_len=seq_len)
+    staged = stage_models(RunConfig.model_validate(cut.config), NUM_RANKS)
     without_copies = sum(p.numel * p.copies for part in staged for p in part.parameters if not p.is_tied)
     assert without_copies == num_parameters(whole.config.model)
 
