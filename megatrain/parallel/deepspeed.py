@@ -299,7 +299,8 @@ class DeepSpeedSharding:
         if self._has_fp32_sums:  # the parameters of a group lie one after another
             found: dict[str, Tensor] = {}
             for names, flat in zip(self._flattened, optimizer.get_grads_for_reduction()[0], strict=True):
-                found |= zip(names, flat.split([self._parameters[name].numel() for name in names]), strict=True)
+                sizes = [self._parameters[name].numel() for name in names]
+                found |= zip(names, flat[: sum(sizes)].split(sizes), strict=True)  # padding lies behind
             return found
         if optimizer is self._optimizer:
             return {name: p.grad.view(-1) for name, p in self._parameters.items() if p.grad is not None}
