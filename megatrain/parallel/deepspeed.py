@@ -31,17 +31,15 @@ import itertools
 import logging
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,6 +56,15 @@ from megatrain.parallel.pipeline import seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, allocate_own, tied_weight
 from megatrain.parallel.tensor import partial_gradients, sum_in_backward
+
+# Its autotuner, which is not used, loads MLflow and pandas wherever they are installed: seconds of every start.
+sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+import deepspeed  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+if not sys.modules["mlflow"]:
+    del sys.modules["mlflow"]
 
 OLDEST = "0.19.8"
 _TORCH_LINEAR = functional.linear

@@ -15,7 +15,7 @@ NEEDLESS = (
     "boto3",
     "datasets",
     "matplotlib",
-    "pandas",
+    "mlflow",
     "sympy",
     "tensorboard",
     "torch._dynamo",
