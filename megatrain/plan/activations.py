@@ -57,7 +57,11 @@ def _chunk(stage: StageModel, chunk: Chunk, fused: bool) -> int:
     if family.block.attention.rotates:
         kept += tokens * model.head_size * bytes_  # cosines and sines
     if chunk.is_first and stage.config.lora is None:
-        kept += 8 * tokens * len(family.embeddings)  # ids of tokens and positions
+        if family.reads_images:
+            patches = stage.config.train.micro_batch_size * (stage.sizes["places"] - 1)
+            kept += patches * stage.sizes["channels"] * stage.sizes["patch"] ** 2 * bytes_  # pixels
+        else:
+            kept += 8 * tokens * len(family.embeddings)  # ids of tokens and positions
         if family.embedding_norm is not None:
             kept += tokens * (model.hidden_size * bytes_ + family.embedding_norm.saved_bytes)
         kept += tokens * model.hidden_size if model.hidden_dropout else 0
