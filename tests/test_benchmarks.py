@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def test_the_timeline_counts_a_step_as_formulas_do() -> None:
     assert compiled["head and loss"] == eager["head and loss"]
     assert compiled["layers: products"].flops == eager["layers: products"].flops
     assert timeline.total(compiled).bytes < 0.9 * timeline.total(eager).bytes
+
+
+def test_no_eager_chain_passes_memory_ten_times() -> None:
+    """Forward or backward: norm, rotary, activation, residual; and the loss with its gradient, in fp32."""
+    config = RunConfig.model_validate(config_of(TINY, 2, Path(), "run", "fsdp2", "bf16"))
+    model, moved = config.model, Counter[tuple[str, bool]]()
+    for each in timeline.trace_step(config):
+        if each.product is None:
+            moved[each.place.part, each.place.is_backward] += sum(each.reads.values()) + sum(each.writes.values())
+    num_tokens, layers = timeline.NUM_MICRO_BATCHES * 2 * TINY.seq_len, model.num_hidden_layers
+    heads = model.num_attention_heads + (model.num_key_value_heads or model.num_attention_heads)
+    once = {
+        "norms": 2 * num_tokens * (2 * layers + 1) * model.hidden_size,
+        "layers: rotary": 2 * num_tokens * layers * heads * model.head_size,
+        "layers: activation": 2 * num_tokens * layers * (model.intermediate_size or 0),
+        "layers: residuals": 2 * num_tokens * 2 * layers * model.hidden_size,
+        "head and loss": 4 * num_tokens * (model.vocab_size or 0),
+    }
+    passes = {key: num_bytes / once[key[0]] for key, num_bytes in moved.items() if key[0] in once}
+    assert {part for part, _ in passes} == {*once}
+    assert max(passes.values()) < 10, passes
 
 
 def test_the_timeline_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
