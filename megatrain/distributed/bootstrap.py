@@ -105,7 +105,9 @@ def read_rank(environ: Mapping[str, str] | None = None) -> RankInfo:
             f"{half.rank}={env[half.rank]} is set, but {half.size} is not: of how many ranks this is one is not known. "
             f"Export both, or unset {half.rank} for a process that is alone."
         )
-    return RankInfo(0, 1, 0, 1, "none", env.get("MASTER_ADDR", _THIS_HOST), _master_port(env))
+    # Alone it meets nobody: any port does, so that another such process on this machine is not in its way.
+    port = _master_port(env) if "MASTER_PORT" in env else free_port()
+    return RankInfo(0, 1, 0, 1, "none", env.get("MASTER_ADDR", _THIS_HOST), port)
 
 
 def _from_launcher(env: Mapping[str, str], names: _Variables, step: SlurmStep | None) -> RankInfo:

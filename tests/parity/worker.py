@@ -236,9 +236,11 @@ def flip_a_bit(engine: Any, name: str) -> None:
 
 
 def let_gradients_drift(engine: Any) -> None:
-    """As sums over data ranks that are made in another order for each tensor rank do, only more."""
+    """As sums over data ranks that are made in another order for each tensor rank do, only more; but for parts of
+    gradients, of which the ranks have their own anyway, and which are summed later."""
+    partial = {name for _, names in getattr(engine._sharding, "_partial", ()) for name in names}
     for name, parameter in parameters_of(engine).items():
-        if engine._specs[name].replica:
+        if engine._specs[name].replica and name not in partial:
             parameter.register_hook(lambda gradient: gradient * (1 + 1e-5))
 
 

@@ -34,6 +34,8 @@ LLAMA: dict[str, Any] = {
     "rope_scaling": {**SCALING, "original_max_position_embeddings": 32},
 }
 GPT2 = {"family": "gpt2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+BERT, T5 = {**GPT2, "family": "bert"}, {**GPT2, "family": "t5"}
+VIT = {**GPT2, "family": "vit", "image_size": 32, "patch_size": 8, "tie_word_embeddings": False}
 OTHERS: dict[str, Any] = {
     "family": "qwen3",
     "hidden_size": 32,
@@ -55,6 +57,22 @@ OTHERS: dict[str, Any] = {
     "hidden_dropout": 0.1,
     "initializer_range": 0.1,
     "init_scheme": "depth",
+    "type_vocab_size": 4,
+    "num_decoder_layers": 5,
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 64,
+    "scale_decoder_outputs": True,
+    "image_size": 64,
+    "patch_size": 4,
+    "num_channels": 1,
+}
+OF_OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "layer_norm_epsilon": GPT2,
+    "sliding_window": {**LLAMA, "family": "mistral"},
+    "type_vocab_size": BERT,
+    **dict.fromkeys(("num_decoder_layers", "scale_decoder_outputs"), T5),
+    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), T5),
+    **dict.fromkeys(("image_size", "patch_size", "num_channels"), VIT),
 }
 
 
@@ -75,7 +93,11 @@ def checkpoint(folder: Path, model: dict[str, Any], step: int = 7, tokenizer: by
 def write_config(path: Path, model: Any, init_from: Path | None) -> Path:
     run = {"dir": str(path.parent / "run"), "init_from": str(init_from) if init_from else None}
     train = {"steps": 5, "global_batch_size": 2}
-    data = {"train": [{"path": "data/x"}], "seq_len": 64}
+    data: dict[str, Any] = {"train": [{"path": "data/x"}], "seq_len": 64}
+    if isinstance(model, dict) and model["family"] == "bert":
+        data |= {"packing": "best_fit", "document_mask": True}
+    elif isinstance(model, dict) and model["family"] == "vit":
+        data["seq_len"] = ModelConfig.model_validate(model).num_places
     path.write_text(
         yaml.safe_dump({"run": run, "model": model, "data": data, "train": train, "optimizer": {"lr": 0.1}})
     )
@@ -91,7 +113,7 @@ def begin(tmp_path: Path, saved: dict[str, Any], model: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("key", ModelConfig.model_fields)
 def test_each_key_may_differ_or_is_refused(key: str, tmp_path: Path) -> None:
-    saved = {"layer_norm_epsilon": GPT2, "sliding_window": {**LLAMA, "family": "mistral"}}.get(key, LLAMA)
+    saved = OF_OTHER_FAMILIES.get(key, LLAMA)
     other = {**saved, key: OTHERS[key]}
     if key in MAY_DIFFER and key != "max_position_embeddings":
         return begin(tmp_path, saved, other)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ INTERACTIVE = {**JOB, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, (0, 1, 0, 1, "127.0.0.1", 29500)),
+        ({"MASTER_PORT": "29600"}, (0, 1, 0, 1, "127.0.0.1", 29600)),
         (TORCHRUN, (5, 8, 1, 4, "node0", 29400)),
         (DEEPSPEED, (1, 2, 1, 2, "127.0.0.1", 29501)),
         ({**DEEPSPEED, "RANK": "4", "WORLD_SIZE": "6"}, (4, 6, 1, 2, "127.0.0.1", 29501)),
@@ -84,6 +85,11 @@ def test_each_launchers_variables_give_the_rank(
     info = read_rank(environment)
     found = (info.rank, info.world_size, info.local_rank, info.local_world_size, info.master_addr, info.master_port)
     assert found == expected
+
+
+def test_ranks_that_are_alone_share_no_port() -> None:
+    with socket.create_server(("127.0.0.1", read_rank({}).master_port)) as other:
+        assert read_rank({}).master_port != other.getsockname()[1]
 
 
 def test_what_deepspeed_sets_inside_of_srun_wins() -> None:

@@ -73,8 +73,8 @@ def test_cudnn_is_refused_where_bits_count(deterministic: None) -> None:
 def test_a_kernel_that_varies_is_refused(deterministic: None) -> None:
     calls = iter(range(10))
 
-    def varying(kernel: str, heads: Sequence[Tensor], has_borders: bool) -> Tensor:
-        return attend_alone(kernel, heads, has_borders) * (1 + next(calls) * 2**-7)
+    def varying(kernel: str, heads: Sequence[Tensor], *how: bool) -> Tensor:
+        return attend_alone(kernel, heads, *how) * (1 + next(calls) * 2**-7)
 
     assert why_missing("flash", make_use(), varying) == "it does not compute the same bits twice"
     assert why_missing("flash", make_use(), attend_alone) is None
