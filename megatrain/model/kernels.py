@@ -76,7 +76,8 @@ def why_missing(kernel: str, use: Use, attend: Attend) -> str | None:
 
 def forget_flash3() -> None:
     """Let "flash" be flash attention 2 again."""
-    if attention.current_flash_attention_impl() == "FA3":
+    chosen = getattr(attention, "current_flash_attention_impl", None)  # torch 2.9 has one alone
+    if chosen is not None and chosen() == "FA3":
         attention.restore_flash_attention_impl()
 
 

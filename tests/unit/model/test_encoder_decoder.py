@@ -163,4 +163,6 @@ def test_beams_are_those_of_transformers(
     settings = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": length_penalty, "early_stopping": False}
     expected = twin.generate(**padded(SOURCES), max_new_tokens=9, do_sample=False, **settings)
     assert [list(each.tokens) for row in found for each in row] == [without_padding(row) for row in expected]
-    assert beam_search(model, [[0]], Limits(9, (END,)), search, sources=SOURCES[1:2])[0] == found[1]
+    (alone,) = beam_search(model, [[0]], Limits(9, (END,)), search, sources=SOURCES[1:2])
+    assert [each.tokens for each in alone] == [each.tokens for each in found[1]]
+    assert [each.score for each in alone] == pytest.approx([each.score for each in found[1]], rel=1e-5)

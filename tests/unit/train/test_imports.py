@@ -23,7 +23,6 @@ NEEDLESS = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "transformers",
-    "triton",
 )
 
 
