@@ -203,6 +203,7 @@ class Lab:
             process.kill()
             process.wait()
         for node in self.nodes:
+            _ip("link", "del", f"{self._name}v{node}", check=False)  # at once: that of a network follows at some time
             _ip("netns", "del", f"{self._name}-{node}", check=False)
         _ip("link", "del", self._name, check=False)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from megatrain.data import open_dataset
 from megatrain.data.packing import make_plan
@@ -16,6 +17,7 @@ from tests.served import ServedRanks
 from tests.supervised import make_answers
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_across_epochs_exactly(tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path) -> None:
     (folder := tmp_path / "data").mkdir()
     pairs = [(f"question {k}: " * (k % 7 + 1), f"answer {k}. " * (k % 4 + 1)) for k in range(60)]

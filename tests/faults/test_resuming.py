@@ -148,7 +148,13 @@ def _check_continues(
     assert Metrics.read(tmp_path / "run").losses == pytest.approx(losses, rel=1e-4)
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=[" to ".join(pair) for pair in PAIRS])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(*pair, id=" to ".join(pair), marks=pytest.mark.slow if number % 3 else ())
+        for number, pair in enumerate(PAIRS)
+    ],
+)
 def test_a_checkpoint_goes_on_under_another_layout(
     first: str,
     second: str,
@@ -206,7 +212,7 @@ def test_resuming_a_finished_run_trains_nothing(copy_run: Callable[[], Copy], tw
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", pytest.param("fsdp2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_goes_on_to_the_last_bit(
     precision: str, engine: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:

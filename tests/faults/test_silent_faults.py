@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from megatrain.checkpoint.stores import find_store
@@ -48,6 +49,7 @@ def test_a_flipped_bit_is_found_before_saving(tiny_data: TinyData, two_ranks: Se
     assert step in (max(saved, default=0) + 1, max(saved, default=0) + 2)
 
 
+@pytest.mark.slow
 def test_a_difference_of_tensor_ranks_is_mended_once(
     tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
