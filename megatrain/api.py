@@ -31,7 +31,7 @@ from megatrain.checkpoint.store import CheckpointFolder, is_checkpoint
 from megatrain.checkpoint.stores import find_store, resolve, resolve_best
 from megatrain.config import ModelConfig, RunConfig, recipes
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.distributed.bootstrap import export_rank, job_identity, read_rank
+from megatrain.distributed.bootstrap import job_identity, rank_exported, read_rank
 from megatrain.distributed.signals import Requests, handlers_restored
 from megatrain.errors import CheckpointError, ConfigError, DataError, Preempted
 from megatrain.inference.assets import CARRIED, Assets
@@ -279,7 +279,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), callbacks: Sequence
         ]
         held.enter_context(handlers_restored())
         held.callback(forget_globals)
-        export_rank(rank)
+        held.enter_context(rank_exported(rank))
         setup_logging(run_dir, 0, console=True)
         with contextlib.suppress(Preempted):
             start.train(loaded, rank, Requests(), lease, StartClock(began), overrides=overrides, callbacks=callbacks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pydoc_data.topics
 import shutil
 import subprocess
@@ -132,11 +131,3 @@ def lab() -> Iterator[Lab]:
     yield lab
     lab.down()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def _is_no_rank() -> Iterator[None]:
-    """What a test that trains in this process tells torch is not told to the processes that later tests start."""
-    yield
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)

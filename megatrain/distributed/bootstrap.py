@@ -6,11 +6,12 @@ RANK; `mpirun` (Open MPI, or PMI's for MPICH) and `srun` set theirs for each tas
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -151,19 +152,37 @@ def _from_step(env: Mapping[str, str], step: SlurmStep) -> RankInfo:
 
 def export_rank(info: RankInfo) -> None:
     """Set the variables that torch.distributed and DeepSpeed read, before they are loaded."""
-    os.environ.update(
-        RANK=str(info.rank),
-        WORLD_SIZE=str(info.world_size),
-        LOCAL_RANK=str(info.local_rank),
-        LOCAL_WORLD_SIZE=str(info.local_world_size),
-        MASTER_ADDR=info.master_addr,
-        MASTER_PORT=str(info.master_port),
-    )
+    os.environ.update(_variables(info))
     # Connections between ranks when they are first used: else each rank makes one to each other, in every group.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # Torch warns of each attempt to connect, with a stack of its own; what a user can act on is said by us.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler tells each time that it begins
+
+
+def _variables(info: RankInfo) -> dict[str, str]:
+    return {
+        "RANK": str(info.rank),
+        "WORLD_SIZE": str(info.world_size),
+        "LOCAL_RANK": str(info.local_rank),
+        "LOCAL_WORLD_SIZE": str(info.local_world_size),
+        "MASTER_ADDR": info.master_addr,
+        "MASTER_PORT": str(info.master_port),
+    }
+
+
+@contextlib.contextmanager
+def rank_exported(info: RankInfo) -> Iterator[None]:
+    """`export_rank` for a while: processes that this one starts afterwards are no ranks, and meet at no port of its."""
+    before = {name: os.environ.get(name) for name in _variables(info)}
+    export_rank(info)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def hosts_store(info: RankInfo) -> bool:

@@ -173,11 +173,14 @@ def test_a_callback_sees_a_run_and_stops_it(tiny_data: TinyData, tmp_path: Path)
     sections = {"train": {"steps": 6, "eval_every_steps": 2, "eval_batches": 1}, "checkpoint": {"every_steps": 2}}
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", **sections))
     script = f"""
-import signal, megatrain
+import os, signal, megatrain
 from tests.unit.test_api import Recorder
 recorder, former = Recorder(), signal.getsignal(signal.SIGINT)
+is_rank = lambda: [name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+was_rank = is_rank()
 run = megatrain.train({str(config)!r}, ["optimizer.lr=0.002"], [recorder])
 assert signal.getsignal(signal.SIGINT) is former
+assert is_rank() == was_rank  # processes that it starts now are no ranks of its
 assert [call for call in recorder.calls if call[0] not in ("epochs", "save")] == [
     ("step", 1), ("validation", 2), ("step", 2), ("step", 3), ("validation", 4), ("step", 4), ("end", 4)]
 assert [step for name, step in recorder.calls if name == "save"] == [2, 4]  # in the background: later than its step
