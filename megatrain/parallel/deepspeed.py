@@ -33,7 +33,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -196,7 +196,7 @@ class DeepSpeedSharding:
         if self._has_fp32_sums:
             torch._foreach_mul_(optimizer.get_grads_for_reduction()[0], self._rest)
         self._sum_partial_gradients()
-        for gradient in self._whole_gradients().values() if self._sums_whole else ():
+        for gradient in self._whole_gradients() if self._sums_whole else ():
             dist.all_reduce(gradient, group=self._groups.gradient.get_group())
         self._approve, self._is_approved = approve, None
         engine.step()
@@ -300,8 +300,15 @@ class DeepSpeedSharding:
         self._deepspeed.destroy()
         forget_globals()
 
-    def _whole_gradients(self) -> dict[str, Tensor]:
-        """By name the sums of this rank's micro-batches, flat; of stage 0, and of stage 1 with fp32 sums."""
+    def _whole_gradients(self) -> Iterable[Tensor]:
+        """The sums of this rank's micro-batches: where they are fp32, all of a group in one tensor."""
+        if self._has_fp32_sums:
+            sums: list[Tensor] = self._deepspeed.optimizer.get_grads_for_reduction()[0]
+            return sums
+        return self._gradients_by_name().values()
+
+    def _gradients_by_name(self) -> dict[str, Tensor]:
+        """The same of each parameter, flat; of stage 0, and of stage 1 with fp32 sums."""
         optimizer = self._deepspeed.optimizer
         if self._has_fp32_sums:  # the parameters of a group lie one after another
             found: dict[str, Tensor] = {}
@@ -322,6 +329,7 @@ class DeepSpeedSharding:
             for group, alike in tensor_replicas(self._model.specs, self._groups)
             if dist.get_world_size(group) > 1
         ]
+        partial = [(group, alike) for group, alike in partial if alike]
         if self.is_replicated or self._has_fp32_sums:
             return partial
         for group, alike in partial:
@@ -330,13 +338,12 @@ class DeepSpeedSharding:
 
     def _sum_partial_gradients(self) -> None:
         """In one message for each group, in the type that gradients add up in."""
+        whole = self._gradients_by_name() if self._partial else {}
         for group, names in self._partial:
-            whole = self._whole_gradients()
             parts = [whole[name] for name in names]
-            if parts:
-                total = torch.cat(parts)
-                dist.all_reduce(total, group=group)
-                torch._foreach_copy_(parts, list(torch.split(total, [len(part) for part in parts])))
+            total = torch.cat(parts)
+            dist.all_reduce(total, group=group)
+            torch._foreach_copy_(parts, list(torch.split(total, [len(part) for part in parts])))
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The last moment before an update: its gradient is summed, measured and clipped, and no weight is changed yet.
