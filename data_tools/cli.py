@@ -5,10 +5,11 @@ Only what parses the command line is imported here; each command imports what it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -225,16 +226,10 @@ def images(
     """Pack images and their labels into a dataset. The same command again goes on where it was stopped."""
     from data_tools.images import ImageOptions, pack_images
     from data_tools.inspect_images import describe_labels
-    from data_tools.job import Effort
-    from data_tools.progress import show_progress
 
-    with running.place() as place:
-        if place is None:
-            return
-        effort = Effort(place.pool.count, show_progress, say=tell, place=place, stage=running.stage)
-        with disk_full_as_data_error(out):
-            options = ImageOptions(read, label_names, shard_bytes)
-            manifest = pack_images(inputs, out, options, effort, restart=running.restart)
+    options = ImageOptions(read, label_names, shard_bytes)
+    with _effort(out, running) as effort:
+        manifest = None if effort is None else pack_images(inputs, out, options, effort, restart=running.restart)
     if manifest is None:
         return
     show_text(
@@ -281,6 +276,19 @@ def dedup(
     _clean(out, running, lambda effort: run(inputs, out, options, effort, running.restart))
 
 
+@contextlib.contextmanager
+def _effort(out: Path, running: Running) -> Iterator[Effort | None]:
+    """What the work on ``out`` is done by; None where this process is a worker, whose work is done by then."""
+    from data_tools.job import Effort
+    from data_tools.progress import show_progress
+
+    with running.place() as place, disk_full_as_data_error(out):
+        if place is None:
+            yield None
+        else:
+            yield Effort(place.pool.count, show_progress, say=tell, place=place, stage=running.stage)
+
+
 def _clean(
     out: Path,
     running: Running,
@@ -289,15 +297,9 @@ def _clean(
 ) -> None:
     """Do the work of a command that cleans, or of a worker; show its report (None: in full)."""
     from data_tools.clean.report import render
-    from data_tools.job import Effort
-    from data_tools.progress import show_progress
 
-    with running.place() as place:
-        if place is None:
-            return
-        effort = Effort(place.pool.count, show_progress, say=tell, place=place, stage=running.stage)
-        with disk_full_as_data_error(out):
-            report = work(effort)
+    with _effort(out, running) as effort:
+        report = None if effort is None else work(effort)
     if report is not None:
         dropped = f"This report, and the list of what was dropped: {out / '.report'}"
         show_text(show(report) if show else f"{render(report)}\n{dropped}")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,15 +78,15 @@ class Supervision(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PromptAndAnswer:
-    """A prompt and its answer as they are, one behind the other. Scored: the answer, and the end of the document."""
+class _TwoTexts:
+    """Of two texts in a record; nothing beside them belongs to the dataset."""
 
-    max_tokens: int | None = None
+    examples_name: ClassVar[str]
+    max_tokens: int | None
 
     @property
     def named(self) -> dict[str, str]:
-        return {"examples": "prompt_answer", **max_tokens_named(self.max_tokens)}
+        return {"examples": self.examples_name, **max_tokens_named(self.max_tokens)}
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -95,6 +95,14 @@ class PromptAndAnswer:
     @property
     def notes(self) -> list[str]:
         return []
+
+
+@dataclass(frozen=True)
+class PromptAndAnswer(_TwoTexts):
+    """A prompt and its answer as they are, one behind the other. Scored: the answer, and the end of the document."""
+
+    examples_name = "prompt_answer"
+    max_tokens: int | None = None
 
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         prompt, answer = orjson.loads(record.text)
@@ -108,24 +116,13 @@ class PromptAndAnswer:
 
 
 @dataclass(frozen=True)
-class SourceAndTarget:
+class SourceAndTarget(_TwoTexts):
     """A source and its target, for an encoder and a decoder: both end with ``eod_token``, and each is encoded by
     itself. Scored: the target."""
 
+    examples_name = "source_target"
     eod_token: str
     max_tokens: int | None = None
-
-    @property
-    def named(self) -> dict[str, str]:
-        return {"examples": "source_target", **max_tokens_named(self.max_tokens)}
-
-    @property
-    def files(self) -> Mapping[str, bytes]:
-        return {}
-
-    @property
-    def notes(self) -> list[str]:
-        return []
 
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         source, target = orjson.loads(record.text)

@@ -18,7 +18,15 @@ from megatrain.config import RunConfig, TrainingDataset
 from megatrain.config.problem import as_yaml
 from megatrain.data.dataset import Dataset
 from megatrain.data.images import AnyDataset
-from megatrain.data.transforms import SHORTEST, FillInTheMiddle, SpanCorruption, TokenMasking, Tokens, Transform
+from megatrain.data.transforms import (
+    SHORTEST,
+    FillInTheMiddle,
+    SpanCorruption,
+    TokenMasking,
+    Tokens,
+    Transform,
+    generator_of,
+)
 from megatrain.errors import ConfigError, DataError
 
 
@@ -78,8 +86,7 @@ class Augmentation:
         return None
 
     def _random(self, name: str, part: DocumentPart, epoch: int) -> np.random.Generator:
-        text = f"{self.dataset.digest}/{epoch}/{part.document}/{part.offset}/{name}"
-        return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(text.encode(), self.seed)))
+        return generator_of(f"{self.dataset.digest}/{epoch}/{part.document}/{part.offset}/{name}", self.seed)
 
 
 def open_augmentations(config: RunConfig, datasets: Sequence[AnyDataset]) -> list[Augmentation | None]:

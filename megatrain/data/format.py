@@ -104,14 +104,22 @@ def document_schema(
     scored      only of conversations, prompts and answers: which tokens are scored as targets, as runs
                 [begin, end, begin, end, ...] within the document, ascending; null: all
     """
+    others = [pa.field("text_bytes", pa.uint64(), nullable=False), *([SCORED] if has_scored else [])]
+    return row_schema("tokens", pa.from_numpy_dtype(dtype), others, metadata)
+
+
+def row_schema(
+    content: str, item: pa.DataType, others: Iterable[pa.Field], metadata: dict[str, Any] | None
+) -> pa.Schema:
+    """Columns that every shard has, of text or of images: its content, a list of ``item``; id, hash and source; and
+    ``others``."""
     source = pa.struct([pa.field("file", pa.string(), nullable=False), pa.field("row", pa.uint64(), nullable=False)])
     columns = [
-        pa.field("tokens", pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)), nullable=False),
+        pa.field(content, pa.large_list(pa.field("item", item, nullable=False)), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("hash", pa.binary(16), nullable=False),
         pa.field("source", source, nullable=False),
-        pa.field("text_bytes", pa.uint64(), nullable=False),
-        *([SCORED] if has_scored else []),
+        *others,
     ]
     return pa.schema(columns, metadata=None if metadata is None else {b"megatrain": canonical_json(metadata)})
 

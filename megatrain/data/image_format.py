@@ -21,12 +21,12 @@ from megatrain.data.format import (
     IMAGE_FORMAT_NAME,
     MANIFEST_FILE,
     OTHER_CHECKSUM,
-    canonical_json,
     digest_of,
     dump_manifest,
     manifest_body,
     read_manifest,
     refuse_manifest,
+    row_schema,
     values_problem,
 )
 
@@ -42,16 +42,8 @@ def image_schema(metadata: dict[str, Any] | None = None) -> pa.Schema:
     label       the number of its label's name in the manifest
     width, height, channels: of the image as it is decoded; 1 channel is gray, 3 are red, green and blue
     """
-    source = pa.struct([pa.field("file", pa.string(), nullable=False), pa.field("row", pa.uint64(), nullable=False)])
-    columns = [
-        pa.field("image", pa.large_list(pa.field("item", pa.uint8(), nullable=False)), nullable=False),
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("hash", pa.binary(16), nullable=False),
-        pa.field("source", source, nullable=False),
-        pa.field("label", pa.uint32(), nullable=False),
-        *(pa.field(name, pa.uint32(), nullable=False) for name in ("width", "height", "channels")),
-    ]
-    return pa.schema(columns, metadata=None if metadata is None else {b"megatrain": canonical_json(metadata)})
+    others = [pa.field(name, pa.uint32(), nullable=False) for name in ("label", "width", "height", "channels")]
+    return row_schema("image", pa.uint8(), others, metadata)
 
 
 def label_bytes(label: int) -> bytes:

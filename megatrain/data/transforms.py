@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
@@ -19,6 +20,11 @@ Transform = Callable[[Tokens, np.random.Generator], Tokens]
 
 SHORTEST = 16
 """Shorter parts of documents are not rearranged: too much of them would make room for sentinels."""
+
+
+def generator_of(text: str, seed: int) -> np.random.Generator:
+    """Random numbers that depend on ``text`` and ``seed`` alone: what is read again is transformed alike."""
+    return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(text.encode(), seed)))
 
 
 @dataclass(frozen=True)

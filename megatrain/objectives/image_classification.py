@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from megatrain.config import ImageClassificationConfig, ModelConfig
 from megatrain.data.augmentation import Augmentation
@@ -29,6 +28,7 @@ from megatrain.data.images import ImageDataset, Pixels
 from megatrain.data.order import Samples
 from megatrain.data.packing import PackingPlan
 from megatrain.data.sample import Sample, Source
+from megatrain.data.transforms import generator_of
 
 
 class ImageClassification:
@@ -135,5 +135,4 @@ class LabeledImages:
 
     def _random(self, name: str, number: int) -> np.random.Generator:
         assert self.seed is not None
-        key = xxhash.xxh3_128_intdigest(f"image_classification/{name}/{number}".encode(), self.seed)
-        return np.random.Generator(np.random.Philox(key=key))
+        return generator_of(f"image_classification/{name}/{number}", self.seed)

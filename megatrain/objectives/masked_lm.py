@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from megatrain.config import MaskedLMConfig
@@ -22,6 +21,7 @@ from megatrain.data.dataset import Dataset
 from megatrain.data.order import Samples
 from megatrain.data.packing import ALONE, PackingPlan, count_samples, make_plan, open_plan, store_plan
 from megatrain.data.sample import Ints, Sample, Source
+from megatrain.data.transforms import generator_of
 from megatrain.data.words import Words
 from megatrain.errors import DataError
 from megatrain.objectives.objective import MOST_PACKED_DOCUMENTS, DataSettings
@@ -214,8 +214,7 @@ class MaskedSource:
         return np.maximum(np.rint(num_tokens * self.config.mlm_probability), 1).astype(np.int64)
 
     def _random(self, name: str, number: int) -> np.random.Generator:
-        key = xxhash.xxh3_128_intdigest(f"masked_lm/{name}/{number}".encode(), self.seed)
-        return np.random.Generator(np.random.Philox(key=key))
+        return generator_of(f"masked_lm/{name}/{number}", self.seed)
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
