@@ -25,7 +25,8 @@ def _check(task: Task) -> list[Problem]:
         reason = "kind choices scores each of them" if wants else f"kind {task.kind} has none; leave it out"
         problems.append(Problem("choices", task.choices, reason))
     if task.kind != "generate":
-        problems += unused(task, ("metrics",), f"of kind generate only (it is {task.kind})")
+        keys = ("metrics", "num_beams", "length_penalty")
+        problems += unused(task, keys, f"of kind generate only (it is {task.kind})")
     if task.chat and not task.prompt:
         problems.append(Problem("prompt", task.prompt, "with chat it is the user's message, which may not be empty"))
     return problems
@@ -61,6 +62,12 @@ class Task(Section, check=_check):
             description="Texts that end an answer of kind generate; null: a new line, with chat only the turn's end.",
         ),
     ] = None
+    num_beams: Annotated[
+        Count, Field(description="Of kind generate: 1 for the likeliest token each time, more for beam search.")
+    ] = 1
+    length_penalty: Annotated[
+        float, Field(allow_inf_nan=False, description="Of beam search: above 0, longer texts gain.")
+    ] = 1.0
     metrics: Annotated[
         tuple[Literal["exact_match"] | TextScore, ...],
         Field(strict=False, min_length=1, description="Of kind generate; chrf++ is chrF with words (word_order 2)."),

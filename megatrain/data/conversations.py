@@ -18,9 +18,6 @@ from megatrain.data.shard import ScoredRuns
 
 Ints = NDArray[np.int64]
 
-PAIRS = "source_target"
-"""What a manifest's options say of a dataset whose examples are a source and its target."""
-
 
 class Dropped(NamedTuple):
     """What is left out of samples. ``conversations``: of which no whole answer fits, or nothing is scored; of those
@@ -47,8 +44,7 @@ class Dropped(NamedTuple):
 
 def advice(dataset: Dataset, config: DataConfig) -> str | None:
     """How to train on a dataset that says which tokens are scored; None where nothing is to be said."""
-    is_of_pairs = dataset.manifest.options.get("examples") == PAIRS  # which their objective packs by itself
-    if not dataset.has_scored or is_of_pairs or (config.packing == "best_fit" and config.document_mask):
+    if not dataset.has_scored or dataset.holds_pairs or (config.packing == "best_fit" and config.document_mask):
         return None
     return (
         f"{dataset.path} is of prompts and answers: set data.packing=best_fit and data.document_mask=true, or answers "

@@ -117,6 +117,11 @@ class Dataset(ShardedDataset):
         return self.manifest.num_scored is not None
 
     @property
+    def holds_pairs(self) -> bool:
+        """Whether each document is a source and its target, made for an encoder and a decoder."""
+        return self.manifest.options.get("examples") == "source_target"
+
+    @property
     def eod_id(self) -> int:
         return self.manifest.eod_id
 

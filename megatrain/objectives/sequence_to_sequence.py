@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from megatrain.config import ObjectiveConfig
 from megatrain.data.augmentation import Augmentation
-from megatrain.data.conversations import PAIRS
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import Samples
 from megatrain.data.packing import PackingPlan, count_samples, make_plan, open_plan, pairs_of, store_plan
@@ -51,7 +50,7 @@ class SequenceToSequence:
 
 def _of_pairs(dataset: Dataset) -> Dataset:
     """The dataset. Raises ConfigError where it is none of pairs."""
-    if dataset.manifest.options.get("examples") != PAIRS:
+    if not dataset.holds_pairs:
         raise ConfigError(
             f"{dataset.path} has no pairs of a source and a target, which objective.type=sequence_to_sequence needs: "
             "tokenize the records with `megatrain-data tokenize --source-key KEY --target-key KEY`."

@@ -20,6 +20,7 @@ from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
 from megatrain.inference.writer import TextSettings, Writer, open_writer
+from megatrain.model.beams import BeamSearch
 from megatrain.tasks.baseline import Baseline
 from megatrain.tasks.contamination import find_seen
 from megatrain.tasks.metrics import Metric, Outcome, judge_choices, judge_generation, judge_text, summarize
@@ -201,6 +202,8 @@ class Asked(NamedTuple):
 def _encode(task: Task, example: Example, writer: Writer) -> _AskedExample | None:
     """The example with as many of its solved rows as the context has room for; None where it has none for itself."""
     num_new = task.max_new_tokens if task.kind == "generate" else -1  # the last token of a continuation is not read
+    if writer.model.config.description.encoder is not None:
+        num_new = 0  # a decoder writes where it reads no prompt
     while True:
         requests = _requests(task, example, writer)
         longest = max(len(request.context) + len(request.continuation) for request in requests)
@@ -269,7 +272,8 @@ def _answer_perplexity(
 def _answer_by_generation(
     task: Task, asked: Sequence[_AskedExample], writer: Writer, advance: Callable[[int], None]
 ) -> list[Outcome]:
-    settings = TextSettings(task.max_new_tokens, stops=task.stops)
+    beams = BeamSearch(task.num_beams, task.length_penalty) if task.num_beams > 1 else None
+    settings = TextSettings(task.max_new_tokens, stops=task.stops, beams=beams)
     texts = writer.write([request.context for each in asked for request in each.requests], settings, advance)
     return [judge_generation(task, each.example, text.text) for each, text in zip(asked, texts, strict=True)]
 

@@ -17,6 +17,7 @@ from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
+from megatrain.config import ObjectiveConfig
 from megatrain.data import Dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches
 from megatrain.data.dataset import document_markers
@@ -70,7 +71,7 @@ def evaluate_checkpoint(
         )
     model, groups = load_on_rank(reader, rank, tensor)
     settings = saved.data.model_copy(update={"seq_len": seq_len})
-    source = make_objective(saved.objective, saved.model, settings, seed=0).evaluation_source(dataset)
+    source = make_objective(_objective(reader, dataset), saved.model, settings, seed=0).evaluation_source(dataset)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else groups.batch_share
     batches = EvaluationBatches(maker, *share)
@@ -113,6 +114,14 @@ def _accuracy(sums: Floats) -> dict[str, float]:
 
 def _bits_per_byte(total: float, num_bytes: int) -> dict[str, float]:
     return {"bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan, "bytes": num_bytes}
+
+
+def _objective(reader: CheckpointReader, dataset: Dataset | ImageDataset) -> ObjectiveConfig:
+    """That of the training; but pairs are scored as pairs, by a model that was trained on text alone too."""
+    trained = reader.saved.objective
+    if reader.saved.model.description.encoder and isinstance(dataset, Dataset) and dataset.holds_pairs:
+        return trained.model_copy(update={"type": "sequence_to_sequence"})
+    return trained
 
 
 def _check_labels(dataset: ImageDataset, reader: CheckpointReader) -> None:

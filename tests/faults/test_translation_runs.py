@@ -1,0 +1,146 @@
+"""Whole runs of an encoder and its decoder on pairs: killed, gone on with, evaluated by loss and by BLEU, exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sacrebleu.metrics.bleu import BLEU
+from tokenizers import Tokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import megatrain
+from data_tools.supervised import SourceAndTarget
+from megatrain import cli
+from megatrain.checkpoint.lock import is_alive
+from megatrain.tasks.evaluation import evaluate_tasks
+from megatrain.train.convert import export_checkpoint, import_folder
+from megatrain.train.evaluation import evaluate_checkpoint
+from tests.in_process import Ended, caller
+from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
+from tests.served import ServedRanks
+from tests.supervised import make_answers
+
+CONTEXT = 48
+PAIRS = [(" ".join(map(str, range(k))), f"{k} items.\n" * (1 + k % 3)) for k in range(2, 20)]
+SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {"family": "t5", "num_key_value_heads": None, "max_position_embeddings": CONTEXT},
+    "objective": {"type": "sequence_to_sequence", "target_len": 40},
+    "train": {"steps": 10, "eval_every_steps": 5, "eval_batches": None, "global_batch_size": 4},
+    "optimizer": {"lr": 1.0e-2},
+    "checkpoint": {"every_steps": 1},
+}
+
+
+@pytest.fixture
+def megatrain_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    return caller("megatrain", cli.main, monkeypatch, capfd)
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    return make_answers(folder, PAIRS * 4, tiny_data.tokenizer, SourceAndTarget("<|endoftext|>"))
+
+
+def write_run(folder: Path, data: TinyData, pairs: Path, **train: Any) -> Path:
+    """A config beside the run's folder."""
+    sections = {
+        **SECTIONS,
+        "data": {"train": [{"path": str(pairs)}], "validation": [{"path": str(pairs)}], "seq_len": 48},
+    }
+    sections["train"] |= train
+    return write_config(folder.with_suffix(".yaml"), tiny_config(data, folder, **sections))
+
+
+@pytest.fixture(scope="module")
+def translator(
+    tiny_data: TinyData, pairs: Path, one_rank: ServedRanks, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished run, and its export in `hf` beside it."""
+    run_dir = tmp_path_factory.mktemp("translator") / "run"
+    one_rank.finish(write_run(run_dir, tiny_data, pairs))
+    export_checkpoint(run_dir, run_dir.parent / "hf")
+    return run_dir
+
+
+def by_transformers(folder: Path, num_beams: int) -> list[str]:
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    end, texts = tokenizer.convert_tokens_to_ids("<|endoftext|>"), []
+    for source, _ in PAIRS:
+        ids = torch.tensor([[*tokenizer(source)["input_ids"], end]])
+        found = model.generate(ids, max_new_tokens=12, num_beams=num_beams, do_sample=False)
+        texts.append(tokenizer.decode(found[0], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_bleu_is_that_of_what_transformers_generates(
+    num_beams: int, megatrain_command: Callable[..., Ended], translator: Path, tmp_path: Path
+) -> None:
+    """Half of the references are what is generated; the others differ in the last word."""
+    texts = by_transformers(translator.parent / "hf", num_beams)
+    references = [text if row % 2 else f"{text} indeed" for row, text in enumerate(texts)]
+    rows = [{"s": source, "t": text} for (source, _), text in zip(PAIRS, references, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "pairs", "kind": "generate", "path": str(tmp_path / "rows.jsonl"), "num_beams": num_beams}
+    task |= {"prompt": "{{ s }}", "answer": "{{ t }}", "max_new_tokens": 12, "stop": [], "metrics": ["bleu", "chrf"]}
+    (tmp_path / "tasks.yaml").write_text(json.dumps([task]))
+    options = ("--tasks", tmp_path / "tasks.yaml", "--out", tmp_path / "out.jsonl", "--json")
+    ended = megatrain_command("eval", translator, *options)
+    assert ended.code == 0, ended.err
+    assert [json.loads(line)["generated"] for line in (tmp_path / "out.jsonl").open()] == texts
+    figures = json.loads(ended.out)["tasks"]["pairs"]
+    assert 0 < figures["bleu"]["value"] < 100
+    assert figures["bleu"]["value"] == pytest.approx(BLEU().corpus_score(texts, [references]).score)
+    assert figures["chrf"]["n"] == len(PAIRS)
+
+
+def test_a_source_may_fill_the_context(translator: Path, tmp_path: Path) -> None:
+    """What the decoder writes takes no room of what the encoder reads."""
+    tokenizer = Tokenizer.from_file(str(translator.parent / "hf" / "tokenizer.json"))
+    whole = " ".join(map(str, range(60)))
+    beginnings = [whole[:length] for length in range(len(whole))]
+    texts = {len(tokenizer.encode(text).ids): text for text in beginnings}
+    rows = "".join(json.dumps({"s": texts[count]}) + "\n" for count in (CONTEXT - 1, CONTEXT))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    task = {"name": "t", "kind": "generate", "path": str(tmp_path / "rows.jsonl"), "prompt": "{{ s }}", "answer": "1"}
+    (tmp_path / "tasks.yaml").write_text(json.dumps([task]))
+    (result,) = evaluate_tasks(translator, tmp_path / "tasks.yaml")
+    assert list(result.skipped) == [1]
+
+
+def test_an_imported_model_scores_pairs_as_pairs(translator: Path, pairs: Path, tmp_path: Path) -> None:
+    """No config comes with it that says what it was trained for."""
+    import_folder(translator.parent / "hf", tmp_path / "imported")
+    figures = [
+        evaluate_checkpoint(place, pairs, 48, show_progress=False) for place in (translator, tmp_path / "imported")
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
+def test_a_killed_translator_goes_on_exactly(
+    tiny_data: TinyData, pairs: Path, two_ranks: ServedRanks, megatrain_command: Callable[..., Ended], tmp_path: Path
+) -> None:
+    """`megatrain train --procs 2`, to the last bit. Then `eval` finds the loss of the run's last evaluation."""
+    straight = write_run(tmp_path / "straight", tiny_data, pairs)
+    two_ranks.finish(straight)
+    for again in (False, True):
+        process = TrainProcess(write_run(tmp_path / "killed", tiny_data, pairs), 2)
+        if not again:
+            process.wait_for_step(4)
+            process.kill_all()
+        code, output = process.wait()
+        wait_until(lambda: not is_alive(tmp_path / "killed"))
+        assert again == (code == 0), output
+    whole, killed = (Metrics.read(tmp_path / name) for name in ("straight", "killed"))
+    assert (killed.steps, killed.losses, killed.norms) == (whole.steps, whole.losses, whole.norms)
+    ended = megatrain_command("eval", tmp_path / "killed", "--data", pairs, "--json")
+    validations = megatrain.open_run(tmp_path / "killed").validations
+    assert json.loads(ended.out)["loss"] == pytest.approx(validations["validation_loss"][-1].as_py())
