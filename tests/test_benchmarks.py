@@ -41,15 +41,18 @@ def test_pipelines_wait_no_longer_than_their_bubble() -> None:
 
 
 def test_planned_speed_is_near_published_runs() -> None:
-    """Also where a plan knows neither the run nor its source."""
+    """Runs that nothing was set by; and those in view as constants were set, also where one is set without the run or
+    its source. The largest: 70B on 8 GPUs, short of memory there."""
     script = Path(__file__).parents[1] / "benchmarks" / "plan_speed.py"
     ended = subprocess.run([sys.executable, str(script), "--left-out"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    medians = re.findall(r"^(.+): median ([\d.]+)%, largest ([\d.]+)%, 37 runs$", ended.stdout, re.MULTILINE)
-    assert [name for name, *_ in medians] == ["as planned", "without the run", "without its source"]
-    for name, middle, largest in medians:
-        assert float(middle) <= 12.0, name
-        assert float(largest) <= 34.0, name
+    lines = re.findall(r"^(.+): median ([\d.]+)%, largest ([\d.]+)%, (\d+) runs$", ended.stdout, re.MULTILINE)
+    found = {name: (float(middle), float(largest), int(num)) for name, middle, largest, num in lines}
+    assert found["held out"][0] <= 12.0
+    assert found["held out"][1:] == (pytest.approx(92.9, abs=1.0), 45)
+    for name in ("as planned", "without the run", "without its source"):
+        middle, largest, num = found[name]
+        assert (middle <= 12.0, largest <= 34.0, num) == (True, True, 37), name
 
 
 def test_the_timeline_counts_a_step_as_formulas_do() -> None:

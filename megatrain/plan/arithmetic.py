@@ -20,8 +20,8 @@ from megatrain.plan.hardware import Device
 from megatrain.plan.stage_model import StageModel, num_elements, share
 
 SUSTAINED = 0.82
-"""Of the fastest product that was measured on a device, at which it computes hour by hour, amid other kernels. The one
-figure that is fitted to published runs: best are 0.80 for all of them, 0.84 for megatrain's own."""
+"""Of the fastest product that was measured on a device, at which it computes hour by hour, amid other kernels. Fitted
+to published runs: best are 0.80 for all of the first set, 0.84 for megatrain's own."""
 MEMORY_SHARE = 0.85
 """Of the memory's nominal bandwidth that kernels reach."""
 _ATTENTION_SHARE = 0.85
