@@ -32,7 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-checkpoint_app = typer.Typer(help="List, inspect, verify and rewind the checkpoints of a run.", no_args_is_help=True)
+checkpoint_app = typer.Typer(
+    help="List, inspect, verify, rewind and average the checkpoints of a run.", no_args_is_help=True
+)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 Config = Annotated[
@@ -704,6 +706,19 @@ def rewind_checkpoints(
     for taken in rewind(_place(run), step, job_identity()):
         typer.echo(f"step {taken.step:>8}  set aside: {taken.path}")
     typer.echo(f"The next start of {run} goes on from step {step}.")
+
+
+@checkpoint_app.command("average")
+def average_checkpoints(
+    run: RunPlace,
+    last: Annotated[int, typer.Option(min=2, help="How many of its good checkpoints, counted from the newest.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to make; it must not exist yet.")],
+) -> None:
+    """Make a checkpoint of the mean weights of a run's last ones, for run.init_from, eval, generate and export."""
+    from megatrain.train.average import average_checkpoints
+
+    steps = average_checkpoints(_place(run), last, out)
+    typer.echo(f"{out} holds the mean weights of steps {', '.join(map(str, steps))} of {run}.")
 
 
 @checkpoint_app.command("set-base")

@@ -16,7 +16,7 @@ from megatrain import config
 from megatrain.config import LoraConfig, ModelConfig, RunConfig
 from megatrain.config.keys import differences
 from megatrain.config.problem import as_yaml
-from megatrain.errors import CheckpointError, Unreachable
+from megatrain.errors import CheckpointError, ConfigError, Unreachable
 
 if TYPE_CHECKING:
     from megatrain.checkpoint.location import Location
@@ -153,7 +153,8 @@ class Origin:
 
 def find_origin(config: RunConfig) -> Origin | None:
     """What a start of this run would begin from; None where ``run.init_from`` is null, or where the run has
-    checkpoints of its own and goes on from those. Raises CheckpointError where there is no good checkpoint there."""
+    checkpoints of its own and goes on from those. Raises CheckpointError where there is no good checkpoint there,
+    ConfigError where it has no average, which ``run.init_from_ema`` asks for."""
     if config.run.init_from is None:
         return None
     from megatrain.checkpoint.location import locate
@@ -166,13 +167,20 @@ def find_origin(config: RunConfig) -> Origin | None:
         return None
     with _naming_the_key():
         if is_model_folder(config.run.init_from):
-            return _of_model_folder(Path(config.run.init_from))
-        folder = resolve(locate(config.run.init_from))
-        if (problem := find_problem(folder)) is not None:
-            raise CheckpointError(problem)
-        manifest = read_manifest(folder)
-        saved = saved_config(manifest, folder)
-        return Origin(folder, manifest, saved.model, saved.lora)
+            origin = _of_model_folder(Path(config.run.init_from))
+        else:
+            folder = resolve(locate(config.run.init_from))
+            if (problem := find_problem(folder)) is not None:
+                raise CheckpointError(problem)
+            manifest = read_manifest(folder)
+            saved = saved_config(manifest, folder)
+            origin = Origin(folder, manifest, saved.model, saved.lora)
+    if config.run.init_from_ema and not origin.manifest.has_average:
+        raise ConfigError(
+            f"run.init_from_ema: {origin.folder} holds no averaged weights: its run was trained without "
+            "optimizer.ema_decay. Leave it out to take the weights as they are."
+        )
+    return origin
 
 
 def is_model_folder(path: str) -> bool:

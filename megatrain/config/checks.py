@@ -262,6 +262,12 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     if (rule := config.train.early_stopping) is not None and not config.data.validation:
         problems.append(Problem("train.early_stopping", rule.model_dump(), "needs datasets in data.validation", "null"))
     problems += lora(config)
+    if config.run.init_from_ema and (config.run.init_from is None or config.lora is not None):
+        reason = "takes the averaged weights of run.init_from, which is null"
+        if config.lora is not None:
+            reason = "adapters (lora) stand beside the weights themselves: `megatrain export --ema` makes a folder of "
+            reason += "the averaged ones, for run.init_from"
+        problems.append(Problem("run.init_from_ema", True, reason, "false"))
     if config.run.resize_token_embeddings and (config.run.init_from is None or config.lora is not None):
         reason = "adds rows to the weights of run.init_from, which is null"
         if config.lora is not None:

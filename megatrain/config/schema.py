@@ -97,6 +97,9 @@ class RunSection(Section):
         description="A checkpoint, a run folder or a Hugging Face folder to take the weights from, which must be of "
         "this model and tokenizer; null: initialise them from the seed.",
     )
+    init_from_ema: bool = Field(
+        default=False, description="Take the averaged weights of init_from, where it has them (optimizer.ema_decay)."
+    )
     resize_token_embeddings: bool = Field(
         default=False,
         description="Add rows to the embedding and the head of init_from for the tokens that the data's tokenizer has "
@@ -635,7 +638,11 @@ class OptimizerConfig(Section):
         description="The kinds of weights that do not decay: norms (with their biases), biases (all others), positions "
         "(their embeddings), embeddings (all others; a tied head is one of them), matrices (all else).",
     )
-
+    scale_parameter: bool = Field(
+        default=False,
+        description="As in Adafactor, and for T5: multiply the learning rate of each weight by the root mean square of "
+        "its values (of the whole tensor), and at least by 0.001. Its decay stays lr x weight_decay.",
+    )
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         default=None,
         description="Keep an exponential moving average of the weights in fp32, for eval, generate and export with "

@@ -51,7 +51,7 @@ from megatrain.errors import ConfigError
 from megatrain.parallel.deepspeed_config import deepspeed_config, offload_settings
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
-from megatrain.parallel.optimizer import make_optimizer, reset_state, state_kinds
+from megatrain.parallel.optimizer import ParameterScale, Part, make_optimizer, reset_state, state_kinds
 from megatrain.parallel.pipeline import seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, allocate_own, tied_weight
@@ -140,7 +140,11 @@ class DeepSpeedSharding:
         if self._tied is not None and groups.coordinate.pipeline:
             self._tied_sum = torch.zeros_like(self._tied, dtype=torch.float32)
             self._tied.register_post_accumulate_grad_hook(self._add_to_tied_sum)  # type: ignore[no-untyped-call]
-        self._optimizer = make_optimizer(config, self._parameters, model.specs)
+        self._scale: ParameterScale | None = None
+        if config.optimizer.scale_parameter:
+            updated = {name: model.specs[name] for name in self._parameters}
+            self._scale = ParameterScale(updated, groups, is_replicated=self.is_replicated)
+        self._optimizer = make_optimizer(config, self._parameters, model.specs, self._scale)
         self._state_kinds = state_kinds(config.optimizer)
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._flattened = [[names[id(p)] for p in group["params"]] for group in self._optimizer.param_groups]
@@ -198,6 +202,8 @@ class DeepSpeedSharding:
         self._sum_partial_gradients()
         for gradient in self._whole_gradients() if self._sums_whole else ():
             dist.all_reduce(gradient, group=self._groups.gradient.get_group())
+        if self._scale is not None:
+            self._scale.measure(Part(place.name, place.buffer, place.cut(place.buffer)) for place in self._places())
         self._approve, self._is_approved = approve, None
         engine.step()
         self._copy_tied_weight()

@@ -28,7 +28,7 @@ from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor, power_of_two_below
-from megatrain.parallel.optimizer import make_optimizer, reset_state, state_kinds
+from megatrain.parallel.optimizer import ParameterScale, Part, make_optimizer, reset_state, state_kinds
 from megatrain.parallel.replicas import Replicas, tensor_replicas
 from megatrain.parallel.shard import DTYPES, ShardedModel, tied_weight
 from megatrain.parallel.tensor import partial_gradients
@@ -74,7 +74,10 @@ class FSDP2Sharding:
         self._parameters, self._own, self._frozen = model.parameters(), model.updated(), model.frozen()
         assert all(isinstance(p, DTensor) for p in self._parameters.values())
         assert all(p.dtype == torch.float32 for p in self._own.values())
-        self._optimizer = make_optimizer(config, self._own, self._specs)
+        self._scale: ParameterScale | None = None
+        if config.optimizer.scale_parameter:
+            self._scale = ParameterScale({name: self._specs[name] for name in self._own}, groups, is_replicated=False)
+        self._optimizer = make_optimizer(config, self._own, self._specs, self._scale)
         self._state_kinds = state_kinds(config.optimizer)
         self._partial = partial_gradients(model.chunks, model.specs, config)
         self._tied = tied_weight(model, config, groups)
@@ -108,6 +111,8 @@ class FSDP2Sharding:
         self._sum_tied_gradients()
         self._sum_replicated_gradients()
         norm = self._gradient_norm()
+        if self._scale is not None:
+            self._scale.measure(Part(name, p, _local(p).view(-1)) for name, p in self._own.items())
         skipped = overflow = ~norm.isfinite()
         if approve is not None and math.isfinite(on_host := float(norm)) and not approve(on_host):
             skipped = torch.ones_like(overflow)

@@ -13,20 +13,29 @@ is compiled; tests/unit/train/test_imports.py fails where it has changed:
 from __future__ import annotations
 
 import inspect
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.config import OptimizerConfig, RunConfig
 from megatrain.distributed.fragment import AVERAGE, ShardSpec
+from megatrain.distributed.groups import Groups
+
+SMALLEST_SCALE = 1.0e-3
+"""Adafactor's: so that weights which begin at zero move."""
 
 
 def make_optimizer(
-    config: RunConfig, parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ShardSpec]
+    config: RunConfig,
+    parameters: Mapping[str, nn.Parameter],
+    specs: Mapping[str, ShardSpec],
+    scale: ParameterScale | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW in two groups: what decays, and what ``optimizer.no_weight_decay`` names. Torch's fused one, the fastest
     here."""
@@ -44,7 +53,8 @@ def make_optimizer(
         eps=optimizer.eps,
         fused=True,
     )
-    step = adamw.profile_hook_step(torch.no_grad()(inspect.unwrap(type(adamw).step)))
+    step = inspect.unwrap(type(adamw).step)
+    step = adamw.profile_hook_step(torch.no_grad()(step if scale is None else scale.around(step)))
     adamw.step = MethodType(step, adamw)  # type: ignore[method-assign]
     if optimizer.ema_decay is not None:
         _Average(adamw, optimizer.ema_decay)
@@ -62,6 +72,69 @@ def _keep_compiler_away() -> None:
 def state_kinds(config: OptimizerConfig) -> tuple[str, ...]:
     """What the optimizer keeps of each element, beside the weight itself."""
     return "exp_avg", "exp_avg_sq", *(() if config.ema_decay is None else (AVERAGE,))
+
+
+class Part(NamedTuple):
+    """What this rank updates of a parameter: the tensor that the optimizer has, and the part's elements in it, flat."""
+
+    name: str
+    buffer: Tensor
+    values: Tensor
+
+
+class ParameterScale:
+    """Adafactor's ``scale_parameter`` (Shazeer and Stern 2018, section 8) for AdamW: the steps of a weight are
+    multiplied by the root mean square of its values, and at least by SMALLEST_SCALE; its decay is not.
+
+    The mean is over the whole tensor, wherever its elements are. Adam's step depends on gradients alone: so AdamW gets
+    the weights divided by their scale, and what it makes of them is multiplied again, which needs no further memory.
+    """
+
+    def __init__(self, specs: Mapping[str, ShardSpec], groups: Groups, *, is_replicated: bool) -> None:
+        """``specs``: of what the ranks of this stage update, each in the same order. ``is_replicated``: each data rank
+        holds all of it. Collective."""
+        self._device, self._stage = groups.device, groups.coordinate.pipeline
+        is_counted = not is_replicated or groups.gradient.get_local_rank() == 0
+        self._is_counted = {name: is_counted and spec.replica == 0 for name, spec in specs.items()}
+        sizes = [math.prod(spec.global_shape) for spec in specs.values()]
+        self._sizes = torch.tensor(sizes, dtype=torch.float64, device=groups.device)
+        self._shape = groups.topology.pipeline, int(groups.all_reduce_max([float(len(specs))])[0])
+        self._scaled: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by the buffer's id: its parts with their scales
+
+    @torch.no_grad()
+    def measure(self, parts: Iterable[Part]) -> None:
+        """Find the scales for the next update, the same to the last bit on all ranks. Collective over all of them."""
+        held = [part for part in parts if part.values.numel()]
+        counted = [part for part in held if self._is_counted[part.name]]
+        squares = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
+        if counted:
+            norms = torch._foreach_norm([part.values for part in counted])
+            by_name = dict(zip((part.name for part in counted), norms, strict=True))
+            own = torch.stack([by_name.get(name, torch.zeros_like(norms[0])) for name in self._is_counted])
+            squares[self._stage, : len(own)] = own.to(squares).square()
+        dist.all_reduce(squares)
+        mean_squares = squares[self._stage, : len(self._sizes)] / self._sizes
+        scales = mean_squares.sqrt().clamp(min=SMALLEST_SCALE).float()
+        by_name = dict(zip(self._is_counted, scales.to(held[0].values.device if held else self._device), strict=True))
+        self._scaled = {}
+        for part in held:
+            self._scaled.setdefault(id(part.buffer), []).append((part.values, by_name[part.name]))
+
+    def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The ``step`` of an optimizer with scaled weights."""
+
+        def scaled_step(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+            pairs = [pair for parameter in _updated(optimizer) for pair in self._scaled.get(id(parameter), ())]
+            values, scales = [value for value, _ in pairs], [scale for _, scale in pairs]
+            if pairs and (overflow := getattr(optimizer, "found_inf", None)) is not None:  # to leave every bit
+                scales = list(torch.where(overflow.bool(), 1.0, torch.stack(scales)))
+            if pairs:
+                torch._foreach_div_(values, scales)
+            step(optimizer, *arguments)
+            if pairs:
+                torch._foreach_mul_(values, scales)
+
+        return scaled_step
 
 
 class _Average:
@@ -86,17 +159,17 @@ class _Average:
     @torch.no_grad()
     def _after_update(self, optimizer: Any, *_: Any) -> None:
         """What DeepSpeedSharding leaves out by hiding its gradients is not counted here either."""
-        share: Tensor | None = None  # of the new weights; of all parameters the same
-        for parameter in _updated(optimizer):
-            state = optimizer.state[parameter]
-            if AVERAGE not in state:
-                state[AVERAGE] = self._first.pop(parameter)
-            if share is None:
-                share = 1.0 - ((1.0 + state["step"]) / (10.0 + state["step"])).clamp(max=self._decay)
-                if (overflow := getattr(optimizer, "found_inf", None)) is not None:
-                    share = share * (1.0 - overflow)
-            _own(state[AVERAGE]).lerp_(_own(parameter), share)
-        self._first = {}
+        parameters, begun, self._first = _updated(optimizer), self._first, {}
+        if not parameters:
+            return
+        for parameter, first in begun.items():
+            optimizer.state[parameter][AVERAGE] = first
+        num_updates = optimizer.state[parameters[0]]["step"]  # of all parameters the same
+        share = 1.0 - ((1.0 + num_updates) / (10.0 + num_updates)).clamp(max=self._decay)  # of the new weights
+        if (overflow := getattr(optimizer, "found_inf", None)) is not None:
+            share = share * (1.0 - overflow)
+        averages = [_own(optimizer.state[parameter][AVERAGE]) for parameter in parameters]
+        torch._foreach_lerp_(averages, [_own(parameter) for parameter in parameters], [share] * len(averages))
 
 
 def _updated(optimizer: torch.optim.Optimizer) -> list[Tensor]:

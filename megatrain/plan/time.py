@@ -31,6 +31,7 @@ HOST_BYTES_PER_SECOND = 25e9
 """Between a device and its share of the node's CPU memory, and within that: what PCIe of generation 4 reaches."""
 _UPDATE_BYTES = 30  # a parameter: gradient, master weight and both means read, the last three and the weight written
 _AVERAGE_BYTES = 12  # master weight and average read, the average written
+_SCALE_BYTES = 20  # master weight read for its RMS; read and written as it is divided, and as it is multiplied
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,9 @@ def _tied(part: StageModel, cluster: Cluster) -> float:
 def _update(part: StageModel, cluster: Cluster) -> float:
     is_shared = part.config.parallel.zero_stage > 0 or part.config.parallel.engine == "fsdp2"
     mine = num_elements(part.trained) / (part.data if is_shared else 1)
-    update_bytes = _UPDATE_BYTES + (0 if part.config.optimizer.ema_decay is None else _AVERAGE_BYTES)
+    optimizer = part.config.optimizer
+    update_bytes = _UPDATE_BYTES + (0 if optimizer.ema_decay is None else _AVERAGE_BYTES)
+    update_bytes += _SCALE_BYTES if optimizer.scale_parameter else 0
     if part.config.parallel.offload == "none":
         return update_bytes * mine / cluster.device.bytes_per_second
     moved = (4 + part.element_bytes) * mine  # gradients down, weights up

@@ -279,8 +279,8 @@ def _on_all_ranks(run: Run, action: Callable[[], T]) -> tuple[T | None, str | No
     return (result, None) if first is None else (None, str(first))
 
 
-def _open(run: Run, folder: Location) -> CheckpointReader:
-    return CheckpointReader(folder, (run.rank.rank, run.rank.world_size), run.groups.activity)
+def _open(run: Run, folder: Location, *, ema: bool = False) -> CheckpointReader:
+    return CheckpointReader(folder, (run.rank.rank, run.rank.world_size), run.groups.activity, ema=ema)
 
 
 def _load_frozen(run: Run, reader: CheckpointReader) -> None:
@@ -378,7 +378,7 @@ def _begin(run: Run) -> Progress:
     else:
         origin = _on_rank0(run, partial(_fitting_origin, run))
         run.origin = folder = origin.folder
-        reader = _open(run, folder)
+        reader = _open(run, folder, ema=config.run.init_from_ema)
         if config.lora is not None:
             run.base = origin.base
             _load_frozen(run, reader)

@@ -107,7 +107,7 @@ def import_folder(folder: Path, out: Path, base: Location | None = None) -> Conv
     with new_folder(out, "imported") as unfinished:
         saved = {"model": config.model_dump(mode="json"), "train": {"precision": weights.precision}}
         manifest = _manifest(config, saved, num_parameters(config), assets)
-        _write_checkpoint(unfinished, manifest, weights.batches(), assets)
+        write_checkpoint(unfinished, manifest, map(_fragments, weights.batches()), assets)
     return Converted(folder, num_parameters(config), notes)
 
 
@@ -126,7 +126,7 @@ def _import_adapter(folder: Path, out: Path, base: Location | None) -> Converted
     beside = Base(path=address(reader.folder), digest=known.weights_digest, parameters=known.parameters)
     with new_folder(out, "imported") as unfinished:
         manifest = _manifest(saved.model, config, size, assets).model_copy(update={"base": beside})
-        _write_checkpoint(unfinished, manifest, [tensors], assets)
+        write_checkpoint(unfinished, manifest, [_fragments(tensors)], assets)
     return Converted(folder, size, [])
 
 
@@ -147,12 +147,11 @@ def _manifest(model: ModelConfig, config: Mapping[str, Any], size: int, assets: 
     )
 
 
-def _write_checkpoint(
-    folder: Path, manifest: Manifest, batches: Iterable[Mapping[str, Tensor]], assets: Assets
-) -> None:
+def write_checkpoint(folder: Path, manifest: Manifest, batches: Iterable[Sequence[Fragment]], assets: Assets) -> None:
+    """The files of a checkpoint, one for each batch of fragments, and last ``manifest`` with all of them in it."""
     entries = []
-    for number, tensors in enumerate(batches):
-        entries.append(write_rank_file(folder / rank_file_name(number), _fragments(tensors)))
+    for number, fragments in enumerate(batches):
+        entries.append(write_rank_file(folder / rank_file_name(number), fragments))
     entries += [add_file(folder, name, content) for name, content in assets.files.items()]
     write_file(folder / MANIFEST, manifest.model_copy(update={"files": tuple(entries)}).encode())
 

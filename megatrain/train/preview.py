@@ -107,7 +107,8 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
                 )
     num_new = (config.model.vocab_size or 0) - (origin.model.vocab_size or 0)
     grown = f", with {num_new} rows more in the embedding for new tokens" if may_grow and num_new > 0 else ""
-    return [f"run.init_from: weights of {origin.folder}, the same model{grown}.", *notes]
+    averaged = "averaged " if config.run.init_from_ema else ""
+    return [f"run.init_from: {averaged}weights of {origin.folder}, the same model{grown}.", *notes]
 
 
 def check_tasks(config: RunConfig, must_exist: bool = False) -> list[str]:

@@ -48,6 +48,7 @@ RULES = (
     Rule("run.dir", Change.YES, "a run folder may be moved"),
     Rule("run.seed", Change.NO, "it decides the order of the data"),
     Rule("run.init_from", Change.YES, "it is read at step 0 alone"),
+    Rule("run.init_from_ema", Change.YES, "it is read at step 0 alone"),
     Rule("run.resize_token_embeddings", Change.YES, "it is read at step 0 alone"),
     Rule("model", Change.NO, "another model has no use for these weights"),
     Rule("model.attention", Change.YES, "another kernel computes the same, but for rounding"),

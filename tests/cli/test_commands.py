@@ -293,3 +293,13 @@ def test_a_file_goes_before_a_recipe(megatrain: Megatrain, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny_cpu").write_text("- no config\n")
     assert "is no mapping" in megatrain("check", "tiny_cpu").err
+
+
+def test_average_makes_a_checkpoint_to_use(megatrain: Megatrain, finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "averaged"
+    ended = megatrain("checkpoint", "average", finished_run, "--last", 2, "--out", out)
+    assert ended == (0, f"{out} holds the mean weights of steps 4, 6 of {finished_run}.\n", "")
+    assert megatrain("checkpoint", "verify", out).code == 0
+    assert megatrain("generate", out, "--prompt", "def", "--max-new-tokens", 2).code == 0
+    assert megatrain("checkpoint", "average", finished_run, "--last", 2, "--out", out).code == 2
+    assert megatrain("checkpoint", "average", finished_run, "--last", 4, "--out", tmp_path / "more").code == 4

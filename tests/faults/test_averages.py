@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import megatrain
-from megatrain.checkpoint.manifest import read_manifest
-from megatrain.errors import ConfigError
+from megatrain.checkpoint.inspection import verify
+from megatrain.checkpoint.manifest import MANIFEST, read_manifest
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.train.average import average_checkpoints
 from megatrain.train.convert import export_checkpoint
 from megatrain.train.evaluation import evaluate_checkpoint
 from tests.parity.figures import gather_state
@@ -83,6 +86,51 @@ def test_averaged_weights_are_used_on_demand(run: Path, tiny_data: TinyData, tmp
     shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert shown["loss"] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] != losses[1]
+
+
+def test_a_run_begins_with_averaged_weights(
+    run: Path, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    own = {"init_from": str(run), "init_from_ema": True}
+    sections = {"run": own, "train": {"steps": 1}, "schedule": {"warmup_steps": 0}, "optimizer": {"lr": 0.0}}
+    config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", **sections))
+    two_ranks.finish(config)
+    state, expected = (
+        gather_state(tmp_path / "run/checkpoints/step-00000001"),
+        averages_of(run / "checkpoints/step-00000006"),
+    )
+    assert [name for name, average in expected.items() if not torch.equal(state[name, "weight"], average)] == []
+    plain = two_ranks.train(config, f"run.init_from={tmp_path / 'run'}", f"run.dir={tmp_path / 'second'}")
+    assert (set(plain.codes), "run.init_from_ema" in "".join(plain.output)) == ({2}, True)
+
+
+def test_the_last_checkpoints_are_averaged(run: Path, tiny_data: TinyData, tmp_path: Path) -> None:
+    """Of uneven parts of tensors, so that each is put together from several files."""
+    out = tmp_path / "averaged"
+    assert average_checkpoints(run, 2, out, file_elements=5001) == [3, 6]
+    assert (verify(out)[0], len(list(out.glob("rank-*"))) > 2) == ([], True)
+    three, six = (gather_state(run / "checkpoints" / f"step-0000000{step}") for step in (3, 6))
+    found = gather_state(out)
+    assert found.keys() == {(name, kind) for name, kind in six if kind == "weight"}
+    for key, mean in found.items():
+        assert torch.equal(mean, ((three[key].double() + six[key].double()) / 2).float())
+    assert not read_manifest(out).has_average
+    loss = evaluate_checkpoint(out, tiny_data.held_out, show_progress=False)["loss"]
+    assert loss != evaluate_checkpoint(run, tiny_data.held_out, show_progress=False)["loss"]
+
+
+def test_equal_checkpoints_are_their_mean(run: Path, tmp_path: Path) -> None:
+    """Bit for bit, also where their number is no power of two."""
+    source, copies = run / "checkpoints" / "step-00000006", tmp_path / "checkpoints"
+    for step in range(1, 8):
+        folder = copies / f"step-{step:08d}"
+        shutil.copytree(source, folder)
+        (folder / MANIFEST).write_bytes(read_manifest(source).model_copy(update={"step": step}).encode())
+    assert average_checkpoints(copies, 7, tmp_path / "averaged") == [*range(1, 8)]
+    found, weights = gather_state(tmp_path / "averaged"), gather_state(source)
+    assert [key for key, mean in found.items() if not torch.equal(mean, weights[key])] == []
+    with pytest.raises(CheckpointError, match=r"has 7 good checkpoint\(s\), and --last asks for 8"):
+        average_checkpoints(copies, 8, tmp_path / "more")
 
 
 def test_an_average_that_was_not_kept_is_refused(finished_run: Path, tmp_path: Path) -> None:

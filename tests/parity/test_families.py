@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.image_data import image_config
 from tests.parity.figures import Pool
+from tests.parity.matrix import parity_config
+from tests.parity.test_encoder_decoder import sections as text_of
+from tests.runs import TinyData
 
 slow = pytest.mark.slow
+longer = (pytest.mark.slow, pytest.mark.acceptance)
 NUM_STEPS = 5
 
 
@@ -45,3 +51,21 @@ NUM_STEPS = 5
 def test_a_layout_trains_as_one_rank_does(model: str, num_ranks: int, parallel: dict[str, Any], pool: Pool) -> None:
     config = pool.config(model, parallel=parallel)
     pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone(model, NUM_STEPS))
+
+
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "t5_tied", "vit"))])
+def test_tensor_ranks_hold_the_same_after_twenty_steps(
+    family: str, pool: Pool, sentinel_data: Path, image_data: TinyData, tmp_path: Path
+) -> None:
+    """Norms, positions, segments, what transforms a head's input, biases of rows: the worker compares all of them."""
+    sections: dict[str, Any] = {
+        "parallel": {"tensor": 2, "sequence": True, "zero_stage": 1},
+        "train": {"steps": 20, "micro_batch_size": 2},
+    }
+    if family == "vit":
+        config = image_config(image_data, tmp_path, **sections)
+    elif family == "bert":
+        config = pool.config(family, **sections)
+    else:
+        config = parity_config(pool.data, family, **text_of("span_corruption", sentinel_data, tmp_path), **sections)
+    assert pool.answer(2, {"config": config, "num_steps": 20})["difference"] is None

@@ -1,4 +1,4 @@
-"""What an optimizer could do to the wrong weights without a word: let them decay, or average them."""
+"""What an optimizer could do to the wrong weights without a word: let them decay, scale their steps, average them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatrain.config import RunConfig
 from megatrain.families import FAMILIES
 from megatrain.families.description import WeightKind
+from megatrain.train.schedule import learning_rate
 from tests.parity.figures import Figures, Pool, gather_state
 from tests.parity.matrix import parity_config
 from tests.parity.saves import write_manifest
@@ -71,6 +73,82 @@ def state_after(pool: Pool, num_ranks: int, config: dict[str, Any], folder: Path
     pool.answer(num_ranks, {"config": config, "save": str(folder), **case})
     write_manifest(folder, config, case.get("first_step", 0) + case["num_steps"])
     return gather_state(folder)
+
+
+SCALED: dict[str, Any] = {"lr": 3.0e-2, "weight_decay": DECAY, "scale_parameter": True}
+SCALING = [
+    (1, {"zero_stage": 0}),
+    (2, {"zero_stage": 1}),
+    (2, {"zero_stage": 3}),
+    (2, {"tensor": 2}),
+    (2, {"engine": "fsdp2", "pipeline": 2, "zero_stage": 1}),
+    pytest.param(2, {"zero_stage": 0}, marks=slow),
+    pytest.param(2, {"zero_stage": 2, "offload": "optimizer"}, marks=slow),
+    pytest.param(2, {"zero_stage": 3, "offload": "all"}, marks=slow),
+    pytest.param(4, {"tensor": 4, "sequence": True, "zero_stage": 1}, marks=slow),
+    pytest.param(4, {"tensor": 2, "pipeline": 2, "zero_stage": 0}, marks=slow),
+    pytest.param(4, {"engine": "fsdp2", "tensor": 2, "zero_stage": 3}, marks=slow),
+]
+
+
+def scaled(pool: Pool, parallel: dict[str, Any], **train: Any) -> dict[str, Any]:
+    return parity_config(pool.data, "llama_tied", parallel=parallel, optimizer=SCALED, train=train)
+
+
+@pytest.mark.parametrize(("num_ranks", "parallel"), SCALING, ids=str)
+def test_steps_are_scaled_by_whole_tensors(
+    num_ranks: int, parallel: dict[str, Any], pool: Pool, tmp_path: Path
+) -> None:
+    """A step is made again from the weights before it and the means after it, on one rank each; all are one rank's."""
+    config = RunConfig.model_validate(scaled(pool, parallel))
+    b1, b2 = config.optimizer.betas
+    first = 0 if num_ranks == 1 else 2
+    before = state_after(pool, num_ranks, scaled(pool, parallel), tmp_path / "before", num_steps=first)
+    for n in range(first + 1, 4):
+        state = state_after(pool, num_ranks, scaled(pool, parallel), tmp_path / str(n), num_steps=n)
+        lr = learning_rate(config.schedule, config.optimizer.lr, n - 1, config.train.steps)
+        for name in {name for name, _ in state}:
+            weight = before[name, "weight"].double()
+            mean, square = (state[name, kind].double() for kind in ("exp_avg", "exp_avg_sq"))
+            adam = mean / (1 - b1**n) / ((square / (1 - b2**n)).sqrt() + config.optimizer.eps)
+            decays = config.optimizer.decays(FAMILIES["llama"].kind_of(name))
+            expected = weight * (1 - lr * DECAY * decays) - lr * max(1e-3, float(weight.square().mean().sqrt())) * adam
+            torch.testing.assert_close(state[name, "weight"].double(), expected, rtol=1e-6, atol=1e-7, msg=name)
+        before = state
+    alone = pool.alone("llama_tied", 3, optimizer=SCALED).weights
+    far = [name for name in alone if not torch.allclose(before[name, "weight"], alone[name], rtol=1e-4, atol=1e-5)]
+    assert far == []
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "train"),
+    [
+        ((2, {"zero_stage": 3}), (2, {"tensor": 2, "zero_stage": 0}), {}),
+        ((2, {"engine": "fsdp2", "zero_stage": 1}), (2, {"zero_stage": 1}), {"precision": "bf16"}),
+        pytest.param((4, {"engine": "fsdp2", "tensor": 2, "zero_stage": 2}), (2, {"pipeline": 2}), {}, marks=slow),
+    ],
+    ids=str,
+)
+def test_scaled_steps_go_on_under_another_layout(
+    source: tuple[int, Any], target: tuple[int, Any], train: dict[str, Any], pool: Pool, tmp_path: Path
+) -> None:
+    num_ranks, parallel = source
+    config = scaled(pool, parallel, **train)
+    whole = state_after(pool, num_ranks, config, tmp_path / "whole", num_steps=5)
+    saved = state_after(pool, num_ranks, config, tmp_path / "saved", num_steps=3)
+    resumed = {"load": str(tmp_path / "saved"), "first_step": 3, "num_updates": 3}
+    assert_same(state_after(pool, num_ranks, config, tmp_path / "again", num_steps=2, **resumed), whole)
+    other = scaled(pool, target[1], **train)
+    assert_same(state_after(pool, target[0], other, tmp_path / "other", num_steps=0, **resumed), saved)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_a_skipped_update_leaves_scaled_weights(engine: str, pool: Pool, tmp_path: Path) -> None:
+    config = scaled(pool, {"engine": engine, "zero_stage": 1})
+    before = state_after(pool, 2, config, tmp_path / "before", num_steps=2)
+    for case in ({"poisoned_step": 2}, {"refused_step": 2}):
+        after = state_after(pool, 2, config, tmp_path / next(iter(case)), num_steps=3, **case)
+        assert_same(after, before)
 
 
 AVERAGING = [

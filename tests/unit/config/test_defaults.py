@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from megatrain.config import ModelConfig, RunConfig
 
 DEFAULTS = yaml.safe_load("""
-run:        {seed: 1234, init_from: null, resize_token_embeddings: false}
+run:        {seed: 1234, init_from: null, init_from_ema: false, resize_token_embeddings: false}
 model:      {family: llama, intermediate_size: null, num_key_value_heads: null, head_dim: null,
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
@@ -36,7 +36,7 @@ train:      {micro_batch_size: 2, precision: auto, compile: auto, deterministic:
 spikes:     {action: none, window_steps: 128, num_deviations: 8.0, rewind_steps: 100, margin_batches: 10,
              max_in_a_row: 50}
 optimizer:  {type: adamw, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1,
-             no_weight_decay: [norms, biases, positions], ema_decay: null}
+             no_weight_decay: [norms, biases, positions], scale_parameter: false, ema_decay: null}
 lora:       null
 schedule:   {type: cosine, warmup_steps: 20, min_lr_ratio: 0.1, decay_steps: null, stable_steps: null}
 checkpoint: {every_steps: 50, keep: 3, keep_every_steps: null, keep_best: 0, dir: null, background: true}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.model.beams import BeamSearch, beam_search
 from megatrain.model.encoder_decoder import EncoderDecoder
 from megatrain.model.generate import Limits, Sampling, generate_batch
+from megatrain.model.init import init_model, standard_deviation
 
 VOCAB_SIZE, END = 131, 1
 CONFIG = ModelConfig(
@@ -91,6 +94,26 @@ def test_logits_and_gradients_are_those_of_transformers(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert (parameter.grad - theirs[name].grad).norm() < 1e-4 * theirs[name].grad.norm(), name
+
+
+def test_a_t5_starts_as_in_transformers() -> None:
+    """Each weight as wide, but for a head of its own: that of T5 gives logits of variance 1."""
+    wider = CONFIG.model_copy(update={"hidden_size": 64, "intermediate_size": 160})
+    sizes = {"d_model": 64, "d_kv": 12, "d_ff": 160, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
+    torch.manual_seed(3)
+    theirs = T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB_SIZE, feed_forward_proj="gated-gelu", relative_attention_num_buckets=256, **sizes)
+    )
+    for name, parameter in theirs.named_parameters():
+        if parameter.dim() == 2 and name != "lm_head.weight":
+            expected = standard_deviation(name, wider)
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=5 / parameter.numel() ** 0.5), name
+    ours = EncoderDecoder(wider)
+    init_model(ours, wider, seed=1)
+    batch = random_batch(50, 40)
+    with torch.no_grad():
+        loss = float(ours(batch)) / batch.targets_BM.numel()
+    assert 0.0 < loss - math.log(VOCAB_SIZE) < 1.0  # half of the logits' variance
 
 
 def test_a_target_does_not_see_what_follows_it(model: EncoderDecoder) -> None:

@@ -64,6 +64,22 @@ def test_spans_that_leave_nothing_between_are_refused(tmp_path: Path) -> None:
         RunConfig.model_validate(config)
 
 
+@pytest.mark.parametrize(
+    ("section", "given", "words"),
+    [
+        ("train", {"precision": "fp16"}, r"train.precision: fp16 given; overflows in the layers of family t5"),
+        ("data", {"document_mask": True}, r"data.document_mask: .* not read where objective.type is span_corruption"),
+        ("data", {"packing": "best_fit"}, r"data.packing: .* not read where objective.type is span_corruption"),
+    ],
+)
+def test_what_a_t5_cannot_have_is_refused(section: str, given: dict[str, object], words: str, tmp_path: Path) -> None:
+    config = tiny_config(TinyData(*[tmp_path] * 4), tmp_path)
+    config["model"] |= {"family": "t5", "num_key_value_heads": None}
+    config[section] |= given
+    with pytest.raises(ValidationError, match=words):
+        RunConfig.model_validate(config)
+
+
 def test_every_place_of_the_run_has_other_spans(sentinel_data: Path) -> None:
     dataset = open_dataset(sentinel_data)
     objective = SpanCorruption(ObjectiveConfig(), DataConfig(train=({"path": "x"},), seq_len=40), seed=3)  # type: ignore[arg-type]
