@@ -26,14 +26,31 @@ from tests.served import ServedRanks
 from tests.tiny_data import VOCAB_SIZE, make_tiny_data
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What a marker asks for and this machine or command has not is skipped, and said to be."""
+    _take_samples(items)
     missing = {"gpu": None if torch.cuda.is_available() else "needs a GPU"}
     missing["acceptance"] = None if ACCEPTANCE else "part of `make acceptance`"
     for item in items:
         for name, why in missing.items():
             if why is not None and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _take_samples(items: list[pytest.Item]) -> None:
+    """Of a test marked `sample(n)`, all slow cases but n, spread over their list, are for `make acceptance` alone."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if {"sample", "slow"} <= marks and "acceptance" not in marks:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for some in cases.values():
+        (size,) = next(some[0].iter_markers("sample")).args
+        taken = {place * len(some) // size for place in range(size)}
+        for place, item in enumerate(some):
+            if place not in taken:
+                item.add_marker("acceptance")
 
 
 @pytest.fixture(scope="session")

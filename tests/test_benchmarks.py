@@ -30,6 +30,7 @@ def test_the_checkpoint_benchmark_saves_and_loads_every_way(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_pipelines_wait_no_longer_than_their_bubble() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "pipeline_bubble.py"
     command = [sys.executable, str(script), "--ranks", "2", "--chunks", "1", "2"]

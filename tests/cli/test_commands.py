@@ -121,6 +121,7 @@ def test_eval_gives_validation_loss_and_bits_per_byte(
     assert "bits_per_byte" in megatrain("eval", finished_run, "--data", tiny_data.held_out).out
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("--procs", 2), ("--tensor", 2), ("--procs", 4, "--tensor", 2)], ids=str)
 def test_ranks_sharing_an_evaluation_agree_with_one(
@@ -135,6 +136,7 @@ def test_ranks_sharing_an_evaluation_agree_with_one(
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "words"),
@@ -182,6 +184,7 @@ def test_each_prompt_of_a_file_is_answered(megatrain: Megatrain, finished_run: P
         assert alone.out == row["prompt"] + row["text"] + "\n"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--temperature", 0), ("--temperature", 1, "--top-p", 0.9, "--seed", 5)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -210,6 +213,7 @@ def test_a_model_cut_among_ranks_generates_the_same(
     assert shared == alone
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),

@@ -60,6 +60,7 @@ def run(folder: Path, command: str, out: str, *steps: int) -> list[int]:
 KILLS_IN_ALL = 200 if ACCEPTANCE else 12
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "command",
     [

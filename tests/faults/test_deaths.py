@@ -93,6 +93,7 @@ def by_hand(tiny_data: TinyData, tmp_path: Path) -> Iterator[RanksByHand]:
         process.kill()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_death_during_imports_ends_the_other_rank(rank: int, by_hand: RanksByHand) -> None:
     wait_until(lambda: all(_is_importing(process.pid) for process in by_hand.processes), 0.01)

@@ -24,6 +24,7 @@ def test_a_foreign_mpi_is_refused(variables: dict[str, str], job_folder: JobFold
     assert not (job_folder.path / "refused").exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),

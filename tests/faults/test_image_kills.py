@@ -33,7 +33,9 @@ print_exit_codes(work, out, steps)
 
 
 @pytest.mark.parametrize(
-    "num_kills", [5, pytest.param(50, marks=pytest.mark.slow)], ids=lambda number: f"{number} kills"
+    "num_kills",
+    [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.acceptance])],
+    ids=lambda number: f"{number} kills",
 )
 def test_kills_of_packing_change_no_byte(num_kills: int, tmp_path: Path) -> None:
     write_folder(tmp_path / "in", make_images(40))

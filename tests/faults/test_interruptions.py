@@ -133,6 +133,7 @@ def test_requests_to_stop_change_no_loss_or_norm(stopped: list[Stretch], straigh
     _check_same(stopped[2].metrics, straight)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_kills_and_stops_change_no_bit_under_fsdp2(zero_stage: int, tiny_data: TinyData, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def _check_next_start(folder: Path) -> None:
     assert _check(folder) == 3 > before
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", ["save", "start"])
 def test_kills_leave_the_newest_good_checkpoint_newest(command: str, forks: Forks, ready: Path, tmp_path: Path) -> None:
     killed_at: list[str] = []

@@ -166,6 +166,7 @@ def test_a_checkpoint_goes_on_under_another_layout(
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_a_checkpoint_goes_on_under_every_layout(
     first: str, layouts: Callable[[str], tuple[ServedRanks, Path, Path]], losses: list[float], tmp_path: Path
@@ -211,6 +212,7 @@ def test_resuming_a_finished_run_trains_nothing(copy_run: Callable[[], Copy], tw
     assert orjson.loads(lines[-1])["event"] == "finish"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("engine", ["deepspeed", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_goes_on_to_the_last_bit(

@@ -43,6 +43,7 @@ def told(run_dir: Path, name: str) -> list[tuple[int, str]]:
     return [(e["step"], e["message"]) for e in Metrics.read(run_dir).events if e["event"] == name]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_a_spike_is_skipped_and_statistics_survive_resuming(
@@ -75,6 +76,7 @@ def test_too_many_spikes_in_a_row_end_training(tiny_data: TinyData, two_ranks: S
     assert "(median of the 8 steps before: " in "".join(ended.output)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel", [{"zero_stage": 0}, {"zero_stage": 3}, {"pipeline": 2}, {"engine": "fsdp2"}], ids=str
@@ -104,6 +106,7 @@ def num_spikes(metrics: Metrics, rule: SpikesConfig) -> int:
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_rewinding_skips_the_batches_around_a_spike(

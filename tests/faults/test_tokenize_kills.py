@@ -50,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "num_kills", [5, pytest.param(50, marks=pytest.mark.slow)], ids=lambda number: f"{number} kills"
+    "num_kills",
+    [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.acceptance])],
+    ids=lambda number: f"{number} kills",
 )
 def test_kills_at_random_steps_change_no_byte(num_kills: int, folder: Path) -> None:
     out = f"killed-{num_kills}"

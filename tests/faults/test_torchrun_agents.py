@@ -83,6 +83,7 @@ WAYS: dict[str, tuple[bool, dict[str, str], int]] = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_outlives_a_rank_and_an_agent(way: str, tiny_data: TinyData, tmp_path: Path) -> None:
     sections = {"train": {"steps": 100_000}, "checkpoint": {"every_steps": 5}}

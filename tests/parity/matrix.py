@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -192,5 +193,6 @@ def cover(cases: Sequence[Case], begin: Sequence[Case], at_most: int) -> list[Ca
     return chosen
 
 
+@functools.cache
 def _pairs(case: Case) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
     return set(itertools.combinations(enumerate(astuple(case)), 2))

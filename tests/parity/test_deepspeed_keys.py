@@ -47,6 +47,7 @@ def test_passed_keys_together_change_neither_training_nor_state(stage: int, pool
     check(pool, tmp_path, "data", stage, {key: value for key, value, stages in ROWS if stage in stages})
 
 
+@pytest.mark.sample(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", ["data", *(pytest.param(name, marks=pytest.mark.acceptance) for name in ("offloaded", "tensor"))]

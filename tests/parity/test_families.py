@@ -18,6 +18,7 @@ longer = (pytest.mark.slow, pytest.mark.acceptance)
 NUM_STEPS = 5
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("model", "num_ranks", "parallel"),
     [

@@ -27,6 +27,7 @@ def test_every_row_of_an_indivisible_vocabulary_moves(zero_stage: int, pool: Poo
     assert (before != after).view(config["model"]["vocab_size"], -1).any(1).all()
 
 
+@pytest.mark.sample(2)
 @slow
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 @pytest.mark.parametrize("model", ["llama", "llama_tied"])
@@ -50,6 +51,7 @@ def test_a_skipped_update_leaves_every_bit(precision: str, pool: Pool, tmp_path:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.sample(2)
 @slow
 @pytest.mark.parametrize("parallel", [{"tensor": 2, "sequence": True}, {"tensor": 4}], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

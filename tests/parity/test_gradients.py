@@ -24,6 +24,7 @@ def gradient_config(pool: Pool, engine: str, precision: str, zero_stage: int, **
     return parity_config(pool.data, "llama_tied", parallel=parallel, train=train)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("engine", "precision", "zero_stage"), MARKED)
 def test_no_micro_batch_is_lost(engine: str, precision: str, zero_stage: int, pool: Pool) -> None:
     """DeepSpeed has dropped the last one, or all but the last, under some settings, without a word: of five, the norm
@@ -40,6 +41,7 @@ def test_no_micro_batch_is_lost(engine: str, precision: str, zero_stage: int, po
         assert found["losses"] == pytest.approx(alone["losses"], rel=near)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("engine", "precision", "zero_stage"), MARKED)
 def test_the_updating_gradient_is_clipped_as_configured(
     engine: str, precision: str, zero_stage: int, pool: Pool, tmp_path: Path

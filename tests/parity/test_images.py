@@ -24,6 +24,7 @@ def alone(pool: Pool, image_data: TinyData) -> Figures:
     return pool.train(1, config_of(image_data, {"zero_stage": 0}, micro_batch_size=8), NUM_STEPS)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("num_ranks", "parallel"),
     [

@@ -36,6 +36,7 @@ def answer(pool: Pool, layout: str, train: dict[str, Any], **case: Any) -> dict[
     return pool.answer(num_ranks, {"config": config, **case})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in QUICK else slow) for name in LAYOUTS])
 def test_bf16_gradients_are_proportional_to_one_over_targets(layout: str, pool: Pool) -> None:
     """bf16 rounds 1/344 by 0.26%; 1/510 of any bf16 number is rounded up. 1/512 is exact."""
@@ -47,6 +48,7 @@ def test_bf16_gradients_are_proportional_to_one_over_targets(layout: str, pool: 
         assert norms[count] * count == pytest.approx(norms[512] * 512, rel=1e-6)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "layout", ["zero 2", *(pytest.param(name, marks=slow) for name in LAYOUTS if name != "zero 2")]
 )
@@ -62,6 +64,7 @@ def test_a_growing_loss_scale_leaves_gradients_alone(layout: str, pool: Pool, tm
     assert (moments[0] - moments[1]).norm() < 0.01 * moments[1].norm()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "layout", ["one rank", "zero 2", *(pytest.param(n, marks=slow) for n in ("zero 1", "zero 3", "fsdp2 zero 1"))]
 )

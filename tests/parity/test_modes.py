@@ -44,12 +44,14 @@ def layouts(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("num_ranks", "parallel"), [LAYOUTS[name] for name in names], ids=names)
 
 
+@pytest.mark.sample(3)
 @layouts(*OFFLOADED)
 def test_what_lives_in_cpu_memory_trains_the_same(num_ranks, parallel, pool: Pool):
     config = parity_config(pool.data, "llama_tied", parallel=parallel)
     pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone("llama_tied", NUM_STEPS))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("model", ["llama_tied", "gpt2"])
 @layouts("data", "sequence", "pipeline", "all axes", "fsdp2 sequence, zero 3")
 def test_every_layout_drops_what_one_process_drops(model, num_ranks, parallel, pool: Pool):
@@ -75,6 +77,7 @@ def test_dropout_repeats_between_runs_and_differs_between_steps(pool: Pool):
     pool.train(1, config, NUM_STEPS).assert_is(dropped)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("model", ["llama_tied", "gpt2", "mistral"])
 @layouts("zero 3", "tensor", "sequence", "pipeline", "all axes", "fsdp2 zero 1", "fsdp2 sequence, zero 3")
 def test_documents_are_kept_apart_as_on_one_rank(model, num_ranks, parallel, pool: Pool, short_documents: Path):
@@ -86,6 +89,7 @@ def test_documents_are_kept_apart_as_on_one_rank(model, num_ranks, parallel, poo
     assert max(abs(a - b) for a, b in zip(alone.losses, unmasked.losses, strict=True)) > 1e-4  # the mask matters
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
@@ -110,6 +114,7 @@ def test_recomputation_changes_no_bit(model, layout, pool: Pool):
     train(recompute="full", recompute_every=2).assert_is(kept)
 
 
+@pytest.mark.sample(5)
 @layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline", *FSDP2)
 def test_bf16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     train = {"precision": "bf16"}
@@ -118,6 +123,7 @@ def test_bf16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     pool.train(num_ranks, config).assert_equals(alone, loss=2e-3, norm=2e-2, weight=None)
 
 
+@pytest.mark.sample(2)
 @layouts("sequence", "pipeline", "fsdp2 zero 1", "fsdp2 sequence, zero 3")
 def test_fp16_layouts_train_like_one_rank(num_ranks, parallel, pool: Pool):
     train = {"precision": "fp16", "initial_loss_scale_power": 8}
@@ -136,6 +142,7 @@ RAMP = [[0, 4], [100, 8], [500, 12], [1200, 8]]
 """A step of 4 sequences of 32 tokens, two of 8, two of 12; then 8. With 4 at once: micro-batches 1, 2, 2, 3, 3, 2."""
 
 
+@pytest.mark.sample(6)
 @layouts("data", "zero 1", "zero 2", "zero 3", "sequence", "pipeline", "all axes", *OFFLOADED, *FSDP2)
 def test_a_batch_size_ramp_trains_like_one_process(num_ranks, parallel, pool: Pool):
     train = {"global_batch_size": RAMP, "micro_batch_size": 2}
@@ -152,6 +159,7 @@ def test_micro_batch_gradients_add_up_on_a_ramp(precision, pool: Pool):
     small.assert_equals(whole, loss=loss, norm=norm, weight=None)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 4, 8])
 def test_a_pipeline_takes_any_number_of_micro_batches(num_micro_batches, pool: Pool):
     """Fewer than its four stages, as many, and more."""
@@ -160,6 +168,7 @@ def test_a_pipeline_takes_any_number_of_micro_batches(num_micro_batches, pool: P
     pool.train(4, config, NUM_STEPS).assert_equals(pool.alone("llama_tied", NUM_STEPS))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("num_layers", "num_stages"), [(3, 2), (5, 2), (5, 4), (7, 4)])
 def test_stages_need_not_have_equally_many_layers(num_layers, num_stages, pool: Pool):
     model = {"num_hidden_layers": num_layers}
@@ -167,6 +176,7 @@ def test_stages_need_not_have_equally_many_layers(num_layers, num_stages, pool: 
     pool.train(num_stages, config, NUM_STEPS).assert_equals(pool.alone("gpt2_tied", NUM_STEPS, model=model))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
 @layouts("sequence", "fsdp2 zero 3")
 def test_a_gpus_kernels_train_the_same(documents, num_ranks, parallel, pool: Pool, short_documents: Path):

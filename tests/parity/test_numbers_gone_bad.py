@@ -46,6 +46,7 @@ SAMPLE = (
 )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
 def test_one_non_finite_gradient_skips_the_update_everywhere(layout: str, pool: Pool) -> None:
@@ -60,6 +61,7 @@ def test_one_non_finite_gradient_skips_the_update_everywhere(layout: str, pool: 
     assert abs(found["validation"] - expected["validation"]) < near
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
 def test_an_update_refused_at_the_end_changes_nothing(layout: str, pool: Pool) -> None:
@@ -74,6 +76,7 @@ def test_an_update_refused_at_the_end_changes_nothing(layout: str, pool: Pool) -
     assert expected["losses"][POISONED + 1 :] == without["losses"][POISONED + 1 :]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS if ACCEPTANCE else SAMPLE)
 def test_an_engine_gone_back_repeats_its_steps(layout: str, pool: Pool) -> None:
@@ -93,6 +96,7 @@ FLIPPED = {  # layout: the parameter, and who is told to differ
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FLIPPED)
 def test_a_flipped_bit_in_replicas_is_found(layout: str, pool: Pool) -> None:
@@ -110,6 +114,7 @@ def test_the_differing_one_of_four_ranks_is_named(pool: Pool) -> None:
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_tensor_ranks_share_one_gradient_of_replicated_weights(stage: int, pool: Pool) -> None:

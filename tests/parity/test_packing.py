@@ -46,6 +46,7 @@ def test_two_ranks_leave_out_the_same_targets(parallel: dict[str, int], pool: Po
     assert abs(two.validation - every.validation) > 1e-3
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, {"score_after_eod": False}, {"packing": "best_fit"}], ids=str)
 def test_training_validation_and_eval_score_the_same_targets(

@@ -68,6 +68,7 @@ def rows() -> list[Any]:
     return quick + [pytest.param(*row, id=name, marks=pytest.mark.slow) for name, row in SLOW.items()]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("num_ranks", "parallel", "model", "sections"), rows())
 def test_a_pipeline_trains_as_one_rank_does(
     num_ranks: int, parallel: dict[str, Any], model: str, sections: dict[str, dict[str, Any]], pool: Pool
@@ -80,6 +81,7 @@ def test_a_pipeline_trains_as_one_rank_does(
     pool.train(num_ranks, config, NUM_STEPS).assert_equals(alone)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_interleaved_stages_keep_documents_apart(engine: str, pool: Pool, short_documents: Path) -> None:
@@ -94,6 +96,7 @@ def test_interleaved_stages_keep_documents_apart(engine: str, pool: Pool, short_
     pool.train(2, config, NUM_STEPS).assert_equals(pool.alone("llama_tied", NUM_STEPS, **sections))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -47,6 +47,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tasks.yaml"
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("model", ["llama_tied", pytest.param("gpt2", marks=pytest.mark.acceptance)])
 @pytest.mark.parametrize(("num_ranks", "parallel"), LAYOUTS.values(), ids=LAYOUTS)
 def test_every_layout_answers_as_one_process(

@@ -25,6 +25,7 @@ def validation_losses(run_dir: Path) -> list[float]:
     return [line["validation_loss"] for line in lines if "validation_loss" in line]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_transforms_are_alike_on_ranks_and_after_resuming(

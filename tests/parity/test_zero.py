@@ -24,6 +24,7 @@ def test_every_zero_stage_trains_the_same_in_fp32(engine: str, num_ranks: int, z
     found.assert_equals(expected)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("engine", "precision", "num_ranks", "zero_stage"),
     [  # bf16 takes many times as long on a CPU without units for it: one of each of DeepSpeed's optimizers

@@ -59,6 +59,7 @@ def run(command: str, num_parts: int, folder: Path) -> list[Counter[str]]:
     return count_calls([*script, *arguments], folder, folder / "trace")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_twice_the_parts_take_twice_the_calls(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

@@ -72,7 +72,7 @@ def test_exact_keeps_first_documents_and_locates_the_others(tmp_path: Path) -> N
     assert example["kept"]["id"] == "d0" and example["text"] == "a b c"
 
 
-@pytest.mark.parametrize("num_planted", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_planted", [150, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.acceptance])])
 def test_near_duplicates_are_found_and_hardly_anything_else(num_planted: int, tmp_path: Path) -> None:
     originals = real_paragraphs(3 * num_planted, 400)
     assert len(set(originals)) == len(originals)

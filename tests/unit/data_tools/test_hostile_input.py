@@ -89,6 +89,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -122,6 +123,7 @@ def test_dictionaries_are_expanded_for_few_rows_at_once(kind: str, tmp_path: Pat
     assert int(done.stderr.split()[-1]) < 800, done.stderr
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_much_text_in_little_space_streams_through(kind: str, tmp_path: Path, tokenizer_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_a_dataset_is_split_like_its_texts(
     assert tokens == whole.num_tokens
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["texts", "dataset"])
 def test_any_number_of_workers_splits_alike(

@@ -204,6 +204,7 @@ def test_a_file_named_twice_is_there_twice(tmp_path: Path, documents: list[Docum
     assert twice.num_tokens == 2 * once.num_tokens
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "number",
     [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT))],

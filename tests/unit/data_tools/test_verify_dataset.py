@@ -20,7 +20,7 @@ from megatrain.data import open_dataset
 from megatrain.data.format import shard_name
 from megatrain.errors import DataError
 
-FLIPS = [25, pytest.param(100, marks=pytest.mark.slow)]
+FLIPS = [25, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.acceptance])]
 
 
 @pytest.fixture

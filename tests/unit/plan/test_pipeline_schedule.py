@@ -120,6 +120,7 @@ def counted(schedule: list[list[Action]]) -> Iterator[list[Pass]]:
         yield [action for action in actions if isinstance(action, Pass)]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("shape", CASES)
 def test_every_training_schedule_runs_to_its_end(shape: tuple[int, int]) -> None:
     p, v = shape
@@ -135,6 +136,7 @@ def test_every_training_schedule_runs_to_its_end(shape: tuple[int, int]) -> None
             assert max(held) == most_held(p, v, m, rank, [1] * v) and held[-1] == 0
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("shape", CASES)
 def test_every_evaluation_schedule_runs_to_its_end(shape: tuple[int, int]) -> None:
     p, v = shape

@@ -93,6 +93,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert one == pytest.approx(other, abs=1e-3)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("given", "code", "told"), [("checkpoint=absent", 4, "absent"), ("chekpoint=x", 2, "checkpoint=")]
 )

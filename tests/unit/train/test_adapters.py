@@ -138,6 +138,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "adapters", tmp_path / "merged", merge=True)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {"zero_stage": 3}], ids=str)
 def test_a_run_continues_peft_adapters_under_every_layout(

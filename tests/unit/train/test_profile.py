@@ -55,6 +55,7 @@ def test_the_parts_sum_to_the_step(tiny_data: TinyData, one_rank: ServedRanks, t
     }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "train"),
