@@ -59,15 +59,27 @@ def export_folder(
     one of its own); one tensor at a time is in memory. ``files``: what stands beside them. The folder appears when it
     is whole. Raises ConfigError where ``out`` exists, CheckpointError for a damaged checkpoint or a full disk.
     """
-    renamed = model.description.hugging_face.parameters
+    known = model.description.hugging_face
+    renamed = {**known.parameters, **known.one_row}
     ours = {theirs: name for name, theirs in renamed.items()}
-    shapes = {renamed.get(name, name): shape for name, shape in parameter_shapes(model).items()}
+    own_shapes = parameter_shapes(model)
+    shapes = {renamed.get(name, name): _their_shape(model, name, shape) for name, shape in own_shapes.items()}
     if not model.tie_word_embeddings:  # then both of the names are read, each as a weight of its own
-        shapes |= {name: shapes[theirs] for theirs, name in ours.items()}
+        shapes |= {name: shapes[theirs] for name, theirs in known.parameters.items()}
+
+    def read_as_theirs(name: str, shape: Sequence[int]) -> Tensor:
+        own = ours.get(name, name)
+        return read(own, own_shapes[own]).view(*shape)
+
     with new_folder(out, "exported") as unfinished:
-        _export_weights(lambda name, shape: read(ours.get(name, name), shape), shapes, unfinished, dtype, shard_bytes)
+        _export_weights(read_as_theirs, shapes, unfinished, dtype, shard_bytes)
         for name, content in files.items():
             write_file(unfinished / name, content)
+
+
+def _their_shape(model: ModelConfig, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a parameter of ours, in a folder of transformers."""
+    return (1, *shape) if name in model.description.hugging_face.one_row else tuple(shape)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, list[str]]:
@@ -97,13 +109,14 @@ def _refuse_too_small(folder: Path, config: ModelConfig) -> None:
 
 def _has_head_of_its_own(folder: Path, config: ModelConfig) -> bool:
     """Whether the weights hold an output head that is not the token embedding; compared some rows at a time."""
-    embedding_name = config.description.embeddings[0].name.rpartition(".")[2] + ".weight"
+    embedding_name = f"{config.description.embeddings[0].name}.weight"
+    embedding_names = {embedding_name, embedding_name.partition(".")[2]}  # a base model's names lack the prefix
     head_name = f"{config.description.head.name}.weight"
     with contextlib.ExitStack() as stack:
         found: dict[str, Any] = {}
         for file in _weight_files(folder):
             tensors = stack.enter_context(opened(folder / file))
-            found |= {k: tensors.get_slice(k) for k in tensors.keys() if k == head_name or k.endswith(embedding_name)}  # noqa: SIM118
+            found |= {k: tensors.get_slice(k) for k in tensors.keys() if k == head_name or k in embedding_names}  # noqa: SIM118
         head = found.pop(head_name, None)
         if head is None or not found:
             return False
@@ -128,11 +141,12 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         known = model.description.hugging_face
         self._folder, self._shapes = folder, (shapes := parameter_shapes(model))
-        self._renamed = {theirs: name for name, theirs in known.parameters.items()}
+        self._their_shapes = {name: _their_shape(model, name, shape) for name, shape in shapes.items()}
+        self._renamed = {theirs: name for name, theirs in {**known.parameters, **known.one_row}.items()}
         self._unread = re.compile("|".join((_BUFFERS.pattern, *(f"^{pattern}$" for pattern in known.unread))))
         self._head = f"{model.description.head.name}.weight"
-        self._embedding = next(iter(shapes))
-        self._prefix = self._embedding.partition(".")[0] + "."
+        self._embedding = f"{model.description.embeddings[0].name}.weight"
+        self._prefix = next(iter(shapes)).partition(".")[0] + "."
         keys = {file: _keys(folder / file) for file in _weight_files(folder)}
         every = {key for in_file in keys.values() for key in in_file}
         names = {self._ours(key) for key in every if key != self._head}
@@ -164,7 +178,7 @@ class HuggingFaceWeights:
                 if batch and sum(other.nbytes for other in batch.values()) + tensor.nbytes > batch_bytes:
                     yield batch
                     batch = {}
-                batch[self._ours(key)] = tensor
+                batch[self._ours(key)] = tensor.view(*self._shapes[self._ours(key)])
         yield batch
 
     def _ours(self, key: str) -> str:
@@ -185,7 +199,7 @@ class HuggingFaceWeights:
         return False
 
     def _check(self, path: Path, key: str, tensor: Any) -> str:
-        shape, expected = list(tensor.get_shape()), list(self._shapes[self._ours(key)])
+        shape, expected = list(tensor.get_shape()), list(self._their_shapes[self._ours(key)])
         if shape != expected:
             raise CheckpointError(f"{path}: {key} has shape {shape}; by {CONFIG} it is {expected}.")
         dtype = str(tensor.get_dtype())

@@ -52,8 +52,8 @@ def to_transformers(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def _named_alike(family: Family) -> list[str]:
     """The keys that have one name here and there, of those that the family has."""
-    has_own_values = family.initial_deviation is not None
-    return [key for key in _NAMED_ALIKE if not (has_own_values and key == "initializer_range")]
+    others = {*family.hugging_face.names, *(() if family.initial_deviation is None else ("initializer_range",))}
+    return [key for key in _NAMED_ALIKE if key not in others]
 
 
 def labels_by_id(names: Sequence[str]) -> dict[str, Any]:

@@ -229,15 +229,21 @@ class SharedModelKeys(Section, check=checks.model):
 
     @property
     def known_vocab_size(self) -> int:
-        """The vocabulary's size, which by now must be known."""
-        if self.vocab_size is None:
+        """The size of the vocabulary that the model writes, which by now must be known."""
+        if self.target_vocab_size is None:
             raise ValueError("model.vocab_size must be known before a model is counted or built")
-        return self.vocab_size
+        return self.target_vocab_size
+
+    @property
+    def target_vocab_size(self) -> int | None:
+        """Of the vocabulary that the model writes; it may read another one."""
+        separate: int | None = getattr(self, "decoder_vocab_size", None)
+        return self.vocab_size if separate is None else separate
 
     @property
     def description(self) -> Family:
         """The family's."""
-        return FAMILIES[self.family]
+        return FAMILIES[self.family].of(self)
 
     @property
     def sizes(self) -> Mapping[Width, int]:
@@ -254,7 +260,8 @@ class SharedModelKeys(Section, check=checks.model):
             "places": self.num_places or 0,
             "channels": getattr(self, "num_channels", 0),
             "patch": getattr(self, "patch_size", 0),
-            "vocab": self.vocab_size or 0,
+            "vocab": self.target_vocab_size or 0,
+            "source_vocab": self.vocab_size or 0,
             "heads": self.num_attention_heads,
             "buckets": getattr(self, "relative_attention_num_buckets", 0),
         }
@@ -454,6 +461,12 @@ class ObjectiveConfig(Section):
         default=None,
         description="sequence_to_sequence: tokens of target in a sample, whose tokens of source are data.seq_len; "
         "null: as many.",
+    )
+    label_smoothing: Probability = Field(
+        default=0.0,
+        description="So much of each target's probability is shared out evenly among all token ids (or labels) in "
+        "training, as by torch's cross_entropy. The loss of a step is that of the smoothed targets; validation and "
+        "`megatrain eval` do not smooth.",
     )
     span_corruption: Spans = Field(default=Spans(), description="Which tokens span_corruption moves.")
     masked_lm: MaskedLMConfig = Field(default=MaskedLMConfig(), description="How masked_lm chooses and hides tokens.")

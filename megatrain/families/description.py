@@ -24,6 +24,7 @@ Width = Literal[
     "positions",
     "segments",
     "vocab",
+    "source_vocab",
     "rank",
     "heads",
     "buckets",
@@ -33,7 +34,8 @@ Width = Literal[
     "patch",
 ]
 """A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
-the MLP's inside, of one head, of the positions, of the segments and of the vocabulary (of a classifier: its labels);
+the MLP's inside, of one head, of the positions, of the segments, of the vocabulary that the head writes (of a
+classifier: its labels) and of the one that an encoder reads, where it is another;
 how many query heads there are, and how many ranges of distances have a relative bias of their own; 1; of an image's
 places (its patches and the class token), of its channels, and of a side of a patch. `ModelConfig.sizes` has the
 numbers; of "rank", between the two factors of a LoRA adapter, the config's `lora.rank`."""
@@ -52,7 +54,7 @@ HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {
     "keys": "key_value",
     "heads": "query",
 }
-SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab"})
+SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab", "source_vocab"})
 """What tensor-parallel ranks share out; every rank has the other widths whole."""
 
 
@@ -100,10 +102,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A vector for each token id ("vocab"), position or segment; the vectors of several embeddings are added up."""
+    """A vector for each token id ("vocab"), position or segment; the vectors of several embeddings are added up.
+
+    ``is_scaled``: they are multiplied by the square root of their width.
+    """
 
     name: str
-    rows: Literal["vocab", "positions", "segments"]
+    rows: Literal["vocab", "source_vocab", "positions", "segments"]
+    is_scaled: bool = False
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -112,7 +118,18 @@ class Embedding:
 
     @property
     def split(self) -> Split | None:
-        return Split("vocab", weight_dim=0) if self.rows == "vocab" else None
+        return Split("vocab", weight_dim=0) if self.rows in ("vocab", "source_vocab") else None
+
+
+@dataclass(frozen=True)
+class SinusoidalPositions:
+    """Sines and cosines of each position, added to the tokens' vectors (Vaswani et al. 2017, "Attention Is All You
+    Need", section 3.5). They have no weights."""
+
+    name: str
+    rows: Literal["sinusoids"] = "sinusoids"
+    weights: tuple[Weight, ...] = ()
+    split: None = None
 
 
 @dataclass(frozen=True)
@@ -271,7 +288,7 @@ class Mlp:
     name: str
     inputs: tuple[Linear, ...]
     output: Linear
-    activation: Literal["silu", "gelu", "gelu_tanh"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
 
     @property
     def modules(self) -> tuple[Linear, ...]:
@@ -371,6 +388,7 @@ def _path(module: Attention | Mlp, inner: Linear | Norm) -> str:
     return f"{module.name}.{inner.name}".removeprefix(".")
 
 
+FirstLayer: TypeAlias = Embedding | PatchEmbedding | SinusoidalPositions
 _Layer = TypeVar("_Layer")
 
 
@@ -404,19 +422,19 @@ class Stack:
     """Layers that activations pass through one after the other: the embeddings and their norm, as many blocks as the
     model's key ``layers_key`` says (null: num_hidden_layers), the norm."""
 
-    embeddings: tuple[Embedding | PatchEmbedding, ...]
+    embeddings: tuple[FirstLayer, ...]
     block: Block
     norm: Norm | None
     layers_key: str = "num_hidden_layers"
     embedding_norm: Norm | None = None
 
     @property
-    def first_layers(self) -> tuple[Embedding | PatchEmbedding | Norm, ...]:
+    def first_layers(self) -> tuple[FirstLayer | Norm, ...]:
         """The layers before the blocks, in order."""
         return (*self.embeddings, *_present(self.embedding_norm))
 
     @property
-    def outer_layers(self) -> tuple[Embedding | PatchEmbedding | RelativeBias | Norm, ...]:
+    def outer_layers(self) -> tuple[FirstLayer | RelativeBias | Norm, ...]:
         """Those beside the blocks, in order."""
         return (*self.first_layers, *_present(self.block.attention.relative_bias), *_present(self.norm))
 
@@ -428,9 +446,10 @@ class HuggingFace:
     ``architecture``: its class. ``names``: ours to theirs. ``required``: what of theirs must have one value for the
     layers to be ours; so it is written, too. ``absent``: what transformers takes for a key of theirs that is left out;
     sizes that are not here must be given. ``aliases``: names of ours that its config.json may have too, and that come
-    before theirs. ``parameters``: those of ours that have another name there, and what that is. ``unread``: patterns of
-    names of tensors that its folders may have and the model does not. ``asks_labels``: the vocabulary is that of
-    labels, whose names config.json has under ``id2label``. ``copies``: further keys of theirs that have the value of
+    before theirs. ``parameters``: those of ours that have another name there, and what that is. ``one_row``: so too,
+    of vectors that are matrices of one row there. ``unread``: patterns of names of tensors that its folders may have
+    and the model does not. ``asks_labels``: the vocabulary is that of labels, whose names config.json has under
+    ``id2label``. ``copies``: further keys of theirs that have the value of
     one of ours. ``implied``: what transformers takes for keys that are left out where that depends on others.
     ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not
     ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
@@ -442,6 +461,7 @@ class HuggingFace:
     absent: Mapping[str, Any]
     aliases: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
+    one_row: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     asks_labels: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -461,10 +481,12 @@ class Family:
     them: type and Field. ``objectives``: what it can be trained for; the first where the config does not say.
     ``encoder``: what reads the source, where the decoder attends to one. ``initial_deviation``: of the initial values
     of the matrix of a module's name, for the model's sizes; None: as initializer_range and init_scheme say.
+    ``variant``: the description for a model, where its own keys choose among several. ``never_writes_start``: the
+    decoder's first input, padding, is never its output.
     """
 
     summary: str
-    embeddings: tuple[Embedding | PatchEmbedding, ...]
+    embeddings: tuple[FirstLayer, ...]
     block: Block
     norm: Norm | None
     head: Linear
@@ -476,6 +498,12 @@ class Family:
     objectives: tuple[ObjectiveName, ...] = ("next_token",)
     encoder: Stack | None = None
     initial_deviation: Callable[[str, Mapping[Width, int]], float] | None = None
+    variant: Callable[[Any], Family] | None = None
+    never_writes_start: bool = False
+
+    def of(self, model: Any) -> Family:
+        """The description for a model of these keys."""
+        return self if self.variant is None else self.variant(model)
 
     @property
     def decoder(self) -> Stack:
@@ -509,7 +537,7 @@ class Family:
         return {*(norm.eps_key for norm in norms), *rotary, *drawn, *self.own_keys}
 
     @property
-    def first_layers(self) -> tuple[Embedding | PatchEmbedding | Norm, ...]:
+    def first_layers(self) -> tuple[FirstLayer | Norm, ...]:
         """The layers before the blocks, in order."""
         return self.decoder.first_layers
 
@@ -519,7 +547,7 @@ class Family:
         return (*_present(self.norm), *_present(self.head_transform), self.head)
 
     @property
-    def outer_layers(self) -> tuple[Embedding | PatchEmbedding | RelativeBias | Norm | HeadTransform | Linear, ...]:
+    def outer_layers(self) -> tuple[FirstLayer | RelativeBias | Norm | HeadTransform | Linear, ...]:
         """The layers beside the blocks, in order, each once."""
         layers = (layer for stack in self.stacks for layer in stack.outer_layers)
         return (*dict.fromkeys(layers), *_present(self.head_transform), self.head)
@@ -549,7 +577,7 @@ class Family:
 
     def split_of(self, module_name: str) -> Split | None:
         """How the module of this canonical name is cut; None: not at all."""
-        found: Embedding | PatchEmbedding | RelativeBias | Norm | Linear | None
+        found: FirstLayer | RelativeBias | Norm | Linear | None
         outer = (*(layer for stack in self.stacks for layer in stack.outer_layers), self.head)
         found = next((layer for layer in outer if layer.name == module_name), None)
         if found is None and (place := self._in_block(module_name)) is not None:

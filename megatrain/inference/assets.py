@@ -46,6 +46,7 @@ _ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
     "mistral": {"bos": 1, "eos": 2},
     "gpt2": {"bos": 50256, "eos": 50256},
     "t5": {"pad": 0, "eos": 1},
+    "marian": {"pad": 58100, "eos": 0},
 }
 
 

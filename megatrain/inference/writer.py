@@ -82,8 +82,12 @@ class Writer:
         """What the decoder goes on from, and what an encoder reads: the prompts, where there is one."""
         if self.model.config.description.encoder is None:
             return given, None
-        start = self.tokenizer.decoder_start(self._ends[0] if self._ends else 0)
-        return [[start]] * len(given), given
+        return [[self._start]] * len(given), given
+
+    @property
+    def _start(self) -> int:
+        """A decoder's first input beside an encoder."""
+        return self.tokenizer.decoder_start(self._ends[0] if self._ends else 0)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation up to where the model's answer begins; the template writes all special tokens itself.
@@ -209,8 +213,10 @@ class Writer:
     def _limits(self, settings: TextSettings, ids: Sequence[int]) -> Limits:
         """As many new tokens as there is room for; a prompt without room is refused later."""
         room = self.model.config.max_position_embeddings - len(ids)
-        most = settings.max_new_tokens
-        return Limits(min(most, room) if room > 0 else most, self.assets.stop_ids, self.tokenizer.vocab_size)
+        most, stop_ids = settings.max_new_tokens, self.assets.stop_ids
+        never = [self._start] if self.model.config.description.never_writes_start else []
+        suppress_ids = [token for token in never if token not in stop_ids]
+        return Limits(min(most, room) if room > 0 else most, stop_ids, self.tokenizer.vocab_size, suppress_ids)
 
 
 def batches_by_length(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:

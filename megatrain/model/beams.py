@@ -131,7 +131,7 @@ def beam_search(
             [*prompts[row], *beam.tokens] for row, state in zip(active, of_active, strict=True) for beam in state.beams
         )
         seen = SeenTokens(whole, repetition_penalty)
-        chosen = _candidates(next_logits(model, new, cache)[:, : limits.num_ids], of_active, seen, agree)
+        chosen = _candidates(limits.masked(next_logits(model, new, cache)), of_active, seen, agree)
         rows: list[int] = []
         first, still = 0, []
         for row, state, candidates in zip(active, of_active, chosen, strict=True):

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.batch import Batch, InferenceBatch
-from megatrain.families.description import Attention, Embedding, HeadTransform, Linear, Norm, PatchEmbedding
+from megatrain.families.description import (
+    Attention,
+    FirstLayer,
+    HeadTransform,
+    Linear,
+    Norm,
+    PatchEmbedding,
+    SinusoidalPositions,
+    Stack,
+)
 from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation, DecoderLayer, attach, build_norm
 from megatrain.model.context import Context, ContextBuilder
@@ -24,6 +33,7 @@ from megatrain.model.embedding import (
     ImageEmbedding,
     PositionEmbedding,
     SegmentEmbedding,
+    SinusoidalEmbedding,
     TokenEmbedding,
 )
 from megatrain.model.generate import require_generative
@@ -54,7 +64,7 @@ def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
     found: dict[str, LayerSpec] = {}  # two stacks may have an embedding in common
     for stack in family.stacks:
         for e in stack.first_layers:
-            found[e.name] = LayerSpec(e.name, "embedding", partial(_embedding, config, seed, e))
+            found[e.name] = LayerSpec(e.name, "embedding", partial(_embedding, config, seed, stack, e))
         for number in range(config.num_layers(stack)):
             name = f"{stack.block.prefix}.{number}"
             found[name] = LayerSpec(name, "decoder", partial(DecoderLayer, config, stack.block, number, seed))
@@ -67,16 +77,20 @@ def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
     return [*found.values(), *transform, LayerSpec(family.head.name, "head", head)]
 
 
-def _embedding(config: ModelConfig, seed: int, layer: Embedding | PatchEmbedding | Norm) -> nn.Module:
-    """The last one drops."""
+def _embedding(config: ModelConfig, seed: int, stack: Stack, layer: FirstLayer | Norm) -> nn.Module:
+    """The last one of a stack drops."""
     dropout = Dropout(config.hidden_dropout, seed, layer.name)
     if isinstance(layer, PatchEmbedding):
         return ImageEmbedding(layer, config.sizes, dropout)
     if isinstance(layer, Norm):
         return EmbeddingNorm(config.hidden_size, getattr(config, layer.eps_key), dropout)
-    is_last = layer is config.description.first_layers[-1]
-    kinds = {"vocab": TokenEmbedding, "positions": PositionEmbedding, "segments": SegmentEmbedding}
-    return kinds[layer.rows](config.sizes[layer.rows], config.hidden_size, dropout if is_last else None)
+    size, last = config.hidden_size, dropout if layer is stack.first_layers[-1] else None
+    if isinstance(layer, SinusoidalPositions):
+        return SinusoidalEmbedding(config.max_position_embeddings, size, last)
+    if layer.rows in ("vocab", "source_vocab"):
+        return TokenEmbedding(config.sizes[layer.rows], size, last, size**0.5 if layer.is_scaled else 1.0)
+    kinds = {"positions": PositionEmbedding, "segments": SegmentEmbedding}
+    return kinds[layer.rows](config.sizes[layer.rows], size, last)
 
 
 def _last_layer(config: ModelConfig, layer: Norm | HeadTransform | Linear) -> LayerSpec:
@@ -210,13 +224,19 @@ class DecoderStage(nn.Module):
             if isinstance(module, CoreAttention):
                 module.kernel = kernel
 
+    def smooth_labels(self, amount: float) -> None:
+        """Smooth the targets of training; see OutputHead."""
+        if self.head_name is not None:
+            self.head.label_smoothing = amount
+
     def tie_weights(self) -> None:
         """Let head and token embedding share one parameter, where the config says so and both are in this stage.
 
         To be called again after replacing either.
         """
-        if self.config.tie_word_embeddings and self.head_name is not None and self.embedding_names:
-            self.head.weight = cast(TokenEmbedding, self.get_submodule(self.embedding_names[0])).weight
+        embedding = self.config.description.embeddings[0].name
+        if self.config.tie_word_embeddings and self.head_name is not None and embedding in self.embedding_names:
+            self.head.weight = cast(TokenEmbedding, self.get_submodule(embedding)).weight
 
 
 class Decoder(DecoderStage):

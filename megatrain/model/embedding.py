@@ -1,11 +1,11 @@
-"""The layers before the blocks: tokens, and where a family learns them positions and segments, or images, to
-activations.
+"""The layers before the blocks: tokens, and where a family has them positions and segments, or images, to activations.
 
-B: sequences, T: tokens, C: channels.
+B: sequences, T: tokens, C: channels, P: positions.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -20,16 +20,18 @@ from megatrain.model.norm import LayerNorm
 
 
 class TokenEmbedding(nn.Module):
-    """A vector for each token id."""
+    """A vector for each token id, times ``scale``."""
 
-    def __init__(self, vocab_size: int, size: int, dropout: Dropout | None) -> None:
+    def __init__(self, vocab_size: int, size: int, dropout: Dropout | None, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
         self.dropout = dropout
+        self.scale = scale
 
     def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
         """Look the tokens up."""
         x_BTC = functional.embedding(tokens_BT, self.weight)
+        x_BTC = x_BTC if self.scale == 1.0 else x_BTC * self.scale
         return x_BTC if self.dropout is None else self.dropout(x_BTC, context.sample_ids_B)
 
 
@@ -45,6 +47,32 @@ class PositionEmbedding(nn.Module):
         """Add the positions' vectors."""
         y_BTC = x_BTC + functional.embedding(context.positions_BT, self.weight)
         return y_BTC if self.dropout is None else self.dropout(y_BTC, context.sample_ids_B)
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Sines and cosines of each position, added to the tokens' vectors."""
+
+    def __init__(self, num_positions: int, size: int, dropout: Dropout | None) -> None:
+        super().__init__()
+        self.num_positions, self.size = num_positions, size
+        self.dropout = dropout
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """Add the positions' vectors."""
+        table_PC = sinusoids(self.num_positions, self.size, x_BTC.device)
+        y_BTC = x_BTC + functional.embedding(context.positions_BT, table_PC).to(x_BTC.dtype)
+        return y_BTC if self.dropout is None else self.dropout(y_BTC, context.sample_ids_B)
+
+
+@functools.lru_cache(maxsize=8)
+def sinusoids(num_positions: int, size: int, device: torch.device) -> Tensor:
+    """[P, C] in fp32: sines of p / 10000^(2i / C) for each i < C / 2, then their cosines. Vaswani et al. 2017, section
+    3.5, but not interleaved, as transformers has them."""
+    with torch.inference_mode(mode=False):  # training reads it too
+        places_P1 = torch.arange(num_positions, dtype=torch.float64, device="cpu").unsqueeze(1)
+        exponents_C = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size
+        angles_PC = places_P1 / 10000.0**exponents_C
+        return torch.cat([angles_PC.sin(), angles_PC.cos()[:, : size // 2]], dim=1).float().to(device)
 
 
 class SegmentEmbedding(nn.Module):

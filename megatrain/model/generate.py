@@ -101,11 +101,20 @@ class Sampling:
 
 class Limits(NamedTuple):
     """What ends a row: one of ``stop_ids``, which is left out, or ``max_new_tokens``. Ids from ``num_ids`` on (the
-    tokenizer's; None: the model's) are never chosen."""
+    tokenizer's; None: the model's) are never chosen, nor are ``suppress_ids``: their logits are minus infinity."""
 
     max_new_tokens: int
     stop_ids: Collection[int] = ()
     num_ids: int | None = None
+    suppress_ids: Collection[int] = ()
+
+    def masked(self, logits_BV: Tensor) -> Tensor:
+        """The logits of what can be chosen."""
+        logits_BV = logits_BV[:, : self.num_ids]
+        if not self.suppress_ids:
+            return logits_BV
+        index = torch.tensor(list(self.suppress_ids), device=logits_BV.device)
+        return logits_BV.index_fill(1, index, -math.inf)
 
     def of(self, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Limits:
         """The same with the ids of the model. Raises ConfigError for an empty prompt, an id out of range, or more
@@ -187,7 +196,7 @@ def _steps(
         if not active:
             return
         cache.select(going_on)
-        logits_BV = seen.penalize(next_logits(model, new, cache)[:, : limits.num_ids], active)
+        logits_BV = seen.penalize(limits.masked(next_logits(model, new, cache)), active)
         chosen = sampling.choose(logits_BV, [generators[row] for row in active])
         chosen = chosen if agree is None else agree(chosen)
         ended |= {row for row, token in zip(active, chosen, strict=True) if token in limits.stop_ids}

@@ -2,13 +2,13 @@
 
 The vocabulary is padded to a multiple of the ranks; padding rows are zero, get no gradient, and no probability.
 
-B: sequences, T: tokens, N: B * T, C: channels, V: this rank's part of the vocabulary, padding included.
+B: sequences, T: tokens, N: B * T, C: channels, V: this rank's part of the vocabulary, padding included, S: sums.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, embedding: nn.Module, spec: ShardSpec, region: Region) -> None:
         super().__init__()
         self.weight = embedding.weight
-        self.dropout = embedding.dropout
+        self.dropout, self.scale = embedding.dropout, embedding.scale
         self._range, self._group = _vocabulary(spec), region.group
 
     def forward(self, tokens_BT: Tensor, context: Any) -> Tensor:
@@ -37,6 +37,7 @@ class VocabParallelEmbedding(nn.Module):
         is_here_BT = (local_BT >= 0) & (local_BT < count)
         x_BTC = functional.embedding(local_BT * is_here_BT, self.weight)  # type: ignore[arg-type]
         x_BTC = reduce_from_tensor_parallel_region(x_BTC * is_here_BT.unsqueeze(-1), self._group)
+        x_BTC = x_BTC if self.scale == 1.0 else x_BTC * self.scale  # type: ignore[operator]
         return x_BTC if self.dropout is None else self.dropout(x_BTC, context.sample_ids_B)  # type: ignore[operator, no-any-return]
 
 
@@ -45,7 +46,7 @@ class VocabParallelHead(nn.Module):
 
     def __init__(self, head: nn.Module, spec: ShardSpec, region: Region) -> None:
         super().__init__()
-        self.weight, self.bias = head.weight, head.bias
+        self.weight, self.bias, self.label_smoothing = head.weight, head.bias, head.label_smoothing
         self._range, self._region = _vocabulary(spec), region
         self._num_ids = spec.global_shape[0]
 
@@ -66,8 +67,10 @@ class VocabParallelHead(nn.Module):
         if targets_BT is None:
             return self._logits(x_BTC, at)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
+        share = self.label_smoothing / self._num_ids if self.training else 0.0  # type: ignore[operator]
+        vocabulary = _Vocabulary(*self._range, self._num_ids, share)
         loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x_BTC, self.weight, self.bias, targets_BT.flatten(), mask_N, self._range, self._region
+            x_BTC, self.weight, self.bias, targets_BT.flatten(), mask_N, vocabulary, self._region
         )
         return loss
 
@@ -79,10 +82,21 @@ class VocabParallelHead(nn.Module):
         return torch.cat(parts, -1)[..., : self._num_ids]  # the padding lies behind the last id
 
 
+class _Vocabulary(NamedTuple):
+    """``first``, ``count``: the ids that this rank holds, of ``num_ids``. ``share``: what smoothing gives each id of a
+    target's probability."""
+
+    first: int
+    count: int
+    num_ids: int
+    share: float
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Sum over n of logsumexp(x_n W^T + b) - (x_n W^T + b)[target_n], where rows of W and b are spread over the ranks.
 
-    Each rank sends its largest logit, its sum of exponentials and, if it has it, the target's logit: 3 numbers a token.
+    Each rank sends its largest logit, its sum of exponentials and, if it has it, the target's logit: 3 numbers a token;
+    of smoothed labels the sum of its logits too.
     x is this rank's tokens under sequence parallelism, else all.
     """
 
@@ -94,10 +108,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         mask_N: Tensor | None,
-        vocabulary: tuple[int, int],
+        vocabulary: _Vocabulary,
         region: Region,
     ) -> Tensor:
-        (first, count), group = vocabulary, region.group
+        (first, count, num_ids, share), group = vocabulary, region.group
         x_NC = region.whole(x_BTC).flatten(0, 1)
         logits_NV = x_NC @ weight_VC.t()
         if bias_V is not None:
@@ -111,18 +125,23 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         local_N = targets_N - first
         is_here_N = (local_N >= 0) & (local_N < count)
         local_N = local_N * is_here_N
-        sums_2N = torch.zeros((2, len(x_NC)), dtype=torch.float32, device=x_NC.device)
+        num_sums = 3 if share else 2
+        sums_SN = torch.zeros((num_sums, len(x_NC)), dtype=torch.float32, device=x_NC.device)
         for rows in softmax_blocks(logits_NV):
             shifted_NV = logits_NV[rows] - largest_N[rows].unsqueeze(-1)  # in fp32: the wider type wins
-            sums_2N[1, rows] = shifted_NV.gather(-1, local_N[rows].unsqueeze(-1)).squeeze(-1).nan_to_num(neginf=0.0)
-            sums_2N[0, rows] = shifted_NV.exp_().sum(-1)
-        sums_2N[1].mul_(is_here_N)
-        dist.all_reduce(sums_2N, group=group)
-        losses_N = sums_2N[0].log() - sums_2N[1]
+            sums_SN[1, rows] = shifted_NV.gather(-1, local_N[rows].unsqueeze(-1)).squeeze(-1).nan_to_num(neginf=0.0)
+            if share:
+                sums_SN[2, rows] = shifted_NV[:, :count].sum(-1)
+            sums_SN[0, rows] = shifted_NV.exp_().sum(-1)
+        sums_SN[1].mul_(is_here_N)
+        dist.all_reduce(sums_SN, group=group)
+        losses_N = sums_SN[0].log() - sums_SN[1]
+        if share:
+            losses_N += share * (num_ids * sums_SN[1] - sums_SN[2])
         if any(ctx.needs_input_grad):
-            normalizer_N1 = (largest_N + sums_2N[0].log()).unsqueeze(-1)
+            normalizer_N1 = (largest_N + sums_SN[0].log()).unsqueeze(-1)
             for rows in softmax_blocks(logits_NV):
-                _gradients(logits_NV[rows], local_N[rows], is_here_N[rows], normalizer_N1[rows])
+                _gradients(logits_NV[rows], local_N[rows], is_here_N[rows], normalizer_N1[rows], vocabulary)
             if mask_N is not None:
                 logits_NV.mul_(mask_N.unsqueeze(-1))
             ctx.region = region
@@ -138,13 +157,20 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return *grads, grad_bias_V, None, None, None, None
 
 
-def _gradients(logits_NV: Tensor, targets_N: Tensor, is_here_N: Tensor, normalizer_N1: Tensor) -> None:
-    """Write the softmax in place of the logits; minus one for the targets that are here, before that is rounded."""
+def _gradients(
+    logits_NV: Tensor, targets_N: Tensor, is_here_N: Tensor, normalizer_N1: Tensor, vocabulary: _Vocabulary
+) -> None:
+    """Write the softmax in place of the logits, minus what the labels are: for the targets that are here, before that
+    is rounded."""
+    share = vocabulary.share
     targets_N1 = targets_N.unsqueeze(-1)
     log_probabilities_NV = logits_NV - normalizer_N1
     target_N1 = log_probabilities_NV.gather(-1, targets_N1)
     torch.exp(log_probabilities_NV, out=logits_NV)
-    gradient_N1 = torch.where(is_here_N.unsqueeze(-1), target_N1.expm1(), target_N1.exp())
+    if share:
+        logits_NV[:, : vocabulary.count].copy_(log_probabilities_NV.exp_()[:, : vocabulary.count] - share)
+    of_others = target_N1.exp() - share if vocabulary.count else target_N1.exp()
+    gradient_N1 = torch.where(is_here_N.unsqueeze(-1), target_N1.expm1() + (vocabulary.num_ids - 1) * share, of_others)
     logits_NV.scatter_(-1, targets_N1, gradient_N1.to(logits_NV.dtype))
 
 

@@ -135,14 +135,15 @@ class StageModel:
 
     @cached_property
     def encoder_parameters(self) -> tuple[Parameter, ...]:
-        """Those of an encoder's layers and norm, and of what the layers of each stack share."""
+        """Those of an encoder's embeddings, layers and norm, and of what the layers of each stack share."""
         family = self.config.model.description
         if family.encoder is None:
             return ()
         copies = self.config.model.num_layers(family.encoder)
         layers = (p._replace(copies=copies) for p in self._held(family.encoder.block.weights))
         tables = (stack.block.attention.relative_bias for stack in family.stacks)
-        others = [layer for layer in (family.encoder.norm, *tables) if layer is not None]
+        own = (layer for layer in family.encoder.first_layers if layer not in family.first_layers)
+        others = [layer for layer in (*own, family.encoder.norm, *tables) if layer is not None]
         return (*layers, *self._held(weight for layer in others for weight in layer.weights))
 
     @cached_property

@@ -273,6 +273,7 @@ def build_engine(config: RunConfig, groups: Groups, attention: str | None = None
         for chunk in chunks:
             add_adapters(chunk, config.lora, config.run.seed)
             chunk.use_attention(attention)
+            chunk.smooth_labels(config.objective.label_smoothing)
     model = shard_model(chunks, config, groups, RECOMPUTED)
     if config.model.tie_word_embeddings and num_ranks > 1 and chunks[-1].head_name is not None:
         model = tie_across_stages(model, chunks[-1].head_name, config.model.description.embeddings[0].name)

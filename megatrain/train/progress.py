@@ -73,6 +73,7 @@ RULES = (
     Rule("data.cache_bytes", Change.YES, "it does not touch the training"),
     Rule("data.num_new_epochs", Change.RECORDED, "raised, it begins new epochs; it counts them, so it is never less"),
     Rule("objective", Change.NO, "another objective asks the model something else"),
+    Rule("objective.label_smoothing", Change.YES, _FROM_THAT_STEP_ON),
     Rule("objective.masked_lm", Change.YES, _FROM_THAT_STEP_ON),
     Rule("parallel", Change.YES, "a checkpoint knows no layout"),
     Rule("train", Change.YES, _FROM_THAT_STEP_ON),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from tests.runs import TinyData
 
 # Adam turns a gradient that is zero but for rounding into a full step. So it is with the bias of attention's keys,
 # which adds the same to all logits of a query: softmax does not see it.
-KEY_BIASES = ("attn.c_attn.bias", "attention.self.key.bias", "attention.attention.key.bias")
+KEY_BIASES = re.compile(
+    r"attn\.c_attn\.bias$|attention\.(self|attention)\.key\.bias$|^model\.(en|de)coder\..*attn\.k_proj\.bias$"
+)
 NUM_STEPS = 8  # two of warm-up, and six in which a difference would grow
 
 
@@ -125,9 +128,9 @@ def gather_state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 def _seen(name: str, weight: torch.Tensor) -> torch.Tensor:
     """The part of a parameter that the loss depends on."""
-    if not name.endswith(KEY_BIASES):
+    if not KEY_BIASES.search(name):
         return weight
-    if name.endswith("key.bias"):  # none of it
+    if not name.endswith("c_attn.bias"):  # none of it
         return torch.ones(1)
     query, _, value = weight.chunk(3)
     return torch.cat([query, value])

@@ -42,6 +42,22 @@ FURTHER_MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "scale_decoder_outputs": True,
     },
+    "marian": {
+        "family": "marian",
+        "num_key_value_heads": None,
+        "scale_embedding": True,
+        "activation_function": "relu",
+        "num_decoder_layers": 3,
+        "initializer_range": 0.05,
+    },
+    "marian_untied": {
+        "family": "marian",
+        "num_key_value_heads": None,
+        "share_encoder_decoder_embeddings": False,
+        "decoder_vocab_size": 514,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,
+    },
 }
 # Trained by masked language modeling, on documents that are packed each alone.
 # Of wider initial weights: from 0.02, one bias has a gradient near Adam's eps, which rounding turns into another step,

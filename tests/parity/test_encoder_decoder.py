@@ -17,6 +17,7 @@ SPANS, PAIRS = "span_corruption", "sequence_to_sequence"
 QUICK: list[tuple[str, str, int, dict[str, Any]]] = [
     ("t5", PAIRS, 2, {"tensor": 2, "sequence": True}),
     ("t5_tied", SPANS, 2, {"zero_stage": 3}),
+    ("marian", PAIRS, 2, {"tensor": 2, "sequence": True, "recompute": "full"}),
 ]
 LAYOUTS = [
     *QUICK,
@@ -26,14 +27,20 @@ LAYOUTS = [
     ("t5_tied", PAIRS, 4, {"tensor": 2, "zero_stage": 3}),
     ("t5_tied", PAIRS, 4, {"tensor": 4, "sequence": True, "recompute": "full"}),
     ("t5_tied", PAIRS, 4, {"tensor": 2, "zero_stage": 2}),
+    *(("marian", PAIRS, 2, {"zero_stage": stage}) for stage in range(4)),
+    ("marian", PAIRS, 2, {"tensor": 2, "recompute": "selective"}),
+    ("marian", PAIRS, 4, {"tensor": 2, "zero_stage": 3}),
+    ("marian_untied", PAIRS, 2, {"tensor": 2}),
+    ("marian_untied", PAIRS, 4, {"tensor": 4, "sequence": True, "zero_stage": 2}),
 ]
 
 
-def sections(objective: str, data: Path, folder: Path) -> dict[str, dict[str, Any]]:
+def sections(objective: str, data: Path, folder: Path, model: str = "t5") -> dict[str, dict[str, Any]]:
+    smoothing = {"label_smoothing": 0.1} if model == "marian" else {}
     return {
         "run": {"dir": str(folder)},
         "data": {"train": [str(data)], "validation": [], "seq_len": 44},
-        "objective": {"type": objective, "target_len": 36 if objective == PAIRS else None},
+        "objective": {"type": objective, "target_len": 36 if objective == PAIRS else None, **smoothing},
     }
 
 
@@ -56,7 +63,7 @@ def test_a_layout_trains_as_one_rank_does(
     datasets: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    own = sections(objective, datasets[objective], tmp_path)
+    own = sections(objective, datasets[objective], tmp_path, model)
     train = {"micro_batch_size": 2}
     found = pool.train(num_ranks, parity_config(pool.data, model, **own, parallel=parallel, train=train), NUM_STEPS)
     found.assert_equals(pool.alone(model, NUM_STEPS, **own))

@@ -35,25 +35,53 @@ def cut(head: OutputHead, alone: dist.ProcessGroup) -> VocabParallelHead:
     return VocabParallelHead(head, spec, Region(alone, is_sequence_parallel=False))
 
 
-def reference_loss(head: OutputHead, x_BTC: Tensor, targets_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+def reference_loss(
+    head: OutputHead, x_BTC: Tensor, targets_BT: Tensor, mask_BT: Tensor | None, smoothing: float = 0.0
+) -> Tensor:
     logits = head(x_BTC).float()
     if mask_BT is not None:
         targets_BT = targets_BT.where(mask_BT, -100)
-    return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+    return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("kind", ["whole", "cut"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_fp32_loss_and_gradients_equal_cross_entropy(masked: bool, kind: str, alone: dist.ProcessGroup) -> None:
+@pytest.mark.parametrize(("masked", "smoothing"), [(False, 0.0), (True, 0.0), (True, 0.1)])
+def test_fp32_loss_and_gradients_equal_cross_entropy(
+    masked: bool, smoothing: float, kind: str, alone: dist.ProcessGroup
+) -> None:
     head, x, targets, mask = head_and_inputs()
+    head.label_smoothing = smoothing
     assert len(softmax_blocks(x.new_empty(x.shape[0] * x.shape[1], 20000))) > 1
     loss = (cut(head, alone) if kind == "cut" else head).loss_sum(x, targets, mask if masked else None)
-    expected = reference_loss(head, x, targets, mask if masked else None)
+    expected = reference_loss(head, x, targets, mask if masked else None, smoothing)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     ours = torch.autograd.grad(loss / 7, [x, head.weight])
     theirs = torch.autograd.grad(expected / 7, [x, head.weight])
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
+
+
+def test_padded_rows_get_no_part_of_smoothed_labels(alone: dist.ProcessGroup) -> None:
+    head, x, targets, mask = head_and_inputs(num_tokens=8)
+    head.label_smoothing = 0.1
+    expected = reference_loss(head, x, targets, mask, 0.1)
+    (theirs,) = torch.autograd.grad(expected, [head.weight])
+    spec = ShardSpec.whole("head", head.weight.shape)
+    head.weight = torch.nn.Parameter(functional.pad(head.weight.detach(), (0, 0, 0, 24)))
+    loss = VocabParallelHead(head, spec, Region(alone, is_sequence_parallel=False)).loss_sum(x, targets, mask)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (ours,) = torch.autograd.grad(loss, [head.weight])
+    torch.testing.assert_close(ours, functional.pad(theirs, (0, 0, 0, 24)), atol=1e-6, rtol=1e-5)
+    assert not ours[20000:].any()
+
+
+def test_labels_are_smoothed_in_training_alone(alone: dist.ProcessGroup) -> None:
+    head, x, targets, mask = head_and_inputs(num_tokens=8)
+    head.label_smoothing = 0.1
+    for each in (head, cut(head, alone)):
+        plain, smoothed = (each.train(mode).loss_sum(x, targets, mask).item() for mode in (False, True))
+        assert plain == pytest.approx(reference_loss(head, x, targets, mask).item(), rel=1e-6)
+        assert smoothed != pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("num_targets", [3, 344])  # bf16 rounds 1/3 by 0.2%, 1/344 by 0.26%

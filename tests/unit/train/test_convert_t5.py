@@ -41,13 +41,13 @@ def saved(folder: Path, **changes: Any) -> T5ForConditionalGeneration:
     return loaded
 
 
-def logits(folder: Path) -> torch.Tensor:
+def logits(folder: Path, inputs: torch.Tensor = INPUTS) -> torch.Tensor:
     model = load_decoder(CheckpointReader(folder))
     assert isinstance(model, EncoderDecoder)
     context = model.make_context(torch.arange(30).expand(2, -1), None, None, torch.float32)
     with torch.no_grad():
-        encoded = model.encode(INPUTS, None, None, None)
-        return model.head(model.decode(INPUTS.flip(1), context._replace(encoded=encoded)))
+        encoded = model.encode(inputs, None, None, None)
+        return model.head(model.decode(inputs.flip(1), context._replace(encoded=encoded)))
 
 
 @pytest.mark.parametrize(
