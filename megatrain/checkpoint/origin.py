@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatrain.checkpoint.location import Location
     from megatrain.checkpoint.manifest import Base, Manifest
 
+VOCABULARIES = ("vocab_size", "decoder_vocab_size")
 MAY_DIFFER: Mapping[str, str] = {
     "attention": "another kernel computes the same, but for rounding",
     "attention_dropout": "it is used in training alone",
@@ -88,7 +89,7 @@ class Origin:
         found = [
             f"model.{key} is {as_yaml(theirs)} there and {as_yaml(ours)} here"
             for key, theirs, ours in differences(_resolved(self.model), _resolved(model))
-            if not _may_differ(key, theirs, ours, model) and (key, ours) != ("vocab_size", None)
+            if not _may_differ(key, theirs, ours, model) and not (key in VOCABULARIES and ours is None)
         ]
         if found:
             raise CheckpointError(

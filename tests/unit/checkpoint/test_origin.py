@@ -35,6 +35,7 @@ LLAMA: dict[str, Any] = {
 }
 GPT2 = {"family": "gpt2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
 BERT, T5 = {**GPT2, "family": "bert"}, {**GPT2, "family": "t5"}
+MARIAN = {**GPT2, "family": "marian", "share_encoder_decoder_embeddings": False}
 VIT = {**GPT2, "family": "vit", "image_size": 32, "patch_size": 8, "tie_word_embeddings": False}
 OTHERS: dict[str, Any] = {
     "family": "qwen3",
@@ -62,6 +63,10 @@ OTHERS: dict[str, Any] = {
     "relative_attention_num_buckets": 16,
     "relative_attention_max_distance": 64,
     "scale_decoder_outputs": True,
+    "activation_function": "relu",
+    "scale_embedding": True,
+    "share_encoder_decoder_embeddings": True,
+    "decoder_vocab_size": 500,
     "image_size": 64,
     "patch_size": 4,
     "num_channels": 1,
@@ -72,6 +77,8 @@ OF_OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "type_vocab_size": BERT,
     **dict.fromkeys(("num_decoder_layers", "scale_decoder_outputs"), T5),
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), T5),
+    **dict.fromkeys(("activation_function", "scale_embedding"), MARIAN),
+    **dict.fromkeys(("share_encoder_decoder_embeddings", "decoder_vocab_size"), MARIAN),
     **dict.fromkeys(("image_size", "patch_size", "num_channels"), VIT),
 }
 

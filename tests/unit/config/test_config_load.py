@@ -119,7 +119,7 @@ def test_a_wrong_value_is_refused_with_the_nearest(refused, override, expected):
         (["model.hidden_size=66"], "nearest: 64 or 68"),
         (["model.num_key_value_heads=3"], "must divide num_attention_heads (4); nearest: 2 or 4"),
         (["model.head_dim=15"], "must be even for the rotary embedding; nearest: 16"),
-        (["model.layer_norm_epsilon=1e-6"], "read by bert, gpt2, vit, not by llama"),
+        (["model.layer_norm_epsilon=1e-6"], "read by bert, gpt2, marian, vit, not by llama"),
         (["model.sliding_window=8"], "model.sliding_window (the command line): 8 given; read by family mistral only"),
         (
             ["checkpoint.keep_best=2"],

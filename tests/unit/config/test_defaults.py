@@ -16,12 +16,14 @@ model:      {family: llama, intermediate_size: null, num_key_value_heads: null, 
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null, attention: auto,
              type_vocab_size: 2, image_size: 224, patch_size: 16, num_channels: 3,
              num_decoder_layers: null, relative_attention_num_buckets: 32, relative_attention_max_distance: 128,
-             scale_decoder_outputs: false}
+             scale_decoder_outputs: false, activation_function: gelu, scale_embedding: false,
+             share_encoder_decoder_embeddings: true, decoder_vocab_size: null}
 data:       {validation: [], cache_dir: ~/.cache/megatrain, cache_bytes: 68719476736,
              document_mask: false, packing: concat, score_after_eod: null, num_new_epochs: 0}
 objective:
   type: null
   target_len: null
+  label_smoothing: 0.0
   span_corruption: {corrupted: 0.15, mean_span_tokens: 3.0, sentinel_token: "<extra_id_{}>"}
   masked_lm: {mlm_probability: 0.15, mask_replace_prob: 0.8, random_replace_prob: 0.1, whole_word_mask: false,
               mask_token: "[MASK]"}

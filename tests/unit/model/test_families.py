@@ -20,9 +20,14 @@ POSITIONS = ("wpe.weight", "position_embeddings.weight", "attention_bias.weight"
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "shared.weight", "word_embeddings.weight", "type_embeddings.weight")
 
 
+def small(family: Any, *, tied: bool, **sizes: Any) -> ModelConfig:
+    shares = {} if family != "marian" else {"share_encoder_decoder_embeddings": tied}
+    return ModelConfig(**{**SIZES, **sizes, **shares}, family=family, tie_word_embeddings=tied)
+
+
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_modules_have_the_described_parameters(family: Any, tied: bool) -> None:
-    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=tied)
+    config = small(family, tied=tied)
     built = {name: tuple(parameter.shape) for name, parameter in whole_model(config).named_parameters()}
     described = parameter_shapes(config)
     in_order = list if config.description.encoder is None else sorted  # modules lie by stacks
@@ -32,7 +37,7 @@ def test_modules_have_the_described_parameters(family: Any, tied: bool) -> None:
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_every_parameter_has_a_kind(family: Any, tied: bool) -> None:
-    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=tied)
+    config = small(family, tied=tied)
     for name, parameter in whole_model(config).named_parameters():
         kind = config.description.kind_of(name)
         assert (kind in ("norms", "biases")) == (parameter.dim() == 1), name
@@ -43,7 +48,7 @@ def test_every_parameter_has_a_kind(family: Any, tied: bool) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_but_small_ones_is_split(family: Any) -> None:
-    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
+    config = small(family, tied=False)
     whole = {embedding.name for embedding in config.description.embeddings if embedding.rows != "vocab"}
     if (transform := config.description.head_transform) is not None:
         whole.add(f"{transform.name}.{transform.linear.name}")
@@ -60,7 +65,7 @@ def test_every_matrix_but_small_ones_is_split(family: Any) -> None:
 
 @pytest.mark.parametrize("family", [name for name, each in FAMILIES.items() if each.encoder is None])
 def test_a_stage_builds_only_its_own_layers(family: Any) -> None:
-    config = ModelConfig(**SIZES, family=family, tie_word_embeddings=False)
+    config = small(family, tied=False)
     specs = build_layers(config)
     names = [f"{spec.prefix}.{name}" for spec in specs for name, _ in spec.build().named_parameters()]
     assert names == [name for name, _ in Decoder(config).named_parameters()]
@@ -71,14 +76,8 @@ def test_a_stage_builds_only_its_own_layers(family: Any) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_meta_model_costs_no_memory(family: Any) -> None:
-    config = ModelConfig(
-        family=family,
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        vocab_size=128_256,
-        tie_word_embeddings=False,
-    )
+    large = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "vocab_size": 128_256}
+    config = small(family, tied=False, **large, intermediate_size=None)
     with torch.device("meta"):
         model = whole_model(config)
     assert all(parameter.is_meta for parameter in model.parameters())
