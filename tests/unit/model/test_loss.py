@@ -41,7 +41,9 @@ def reference_loss(
     logits = head(x_BTC).float()
     if mask_BT is not None:
         targets_BT = targets_BT.where(mask_BT, -100)
-    return functional.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum", label_smoothing=smoothing)
+    return functional.cross_entropy(
+        logits.flatten(0, 1), targets_BT.flatten(), reduction="sum", label_smoothing=smoothing
+    )
 
 
 @pytest.mark.parametrize("kind", ["whole", "cut"])
