@@ -46,7 +46,8 @@ class VocabParallelHead(nn.Module):
 
     def __init__(self, head: nn.Module, spec: ShardSpec, region: Region) -> None:
         super().__init__()
-        self.weight, self.bias, self.label_smoothing = head.weight, head.bias, head.label_smoothing
+        self.weight, self.bias = head.weight, head.bias
+        self.label_smoothing: float = head.label_smoothing  # type: ignore[assignment]
         self._range, self._region = _vocabulary(spec), region
         self._num_ids = spec.global_shape[0]
 
@@ -67,7 +68,7 @@ class VocabParallelHead(nn.Module):
         if targets_BT is None:
             return self._logits(x_BTC, at)
         mask_N = None if loss_mask_BT is None else loss_mask_BT.flatten()
-        share = self.label_smoothing / self._num_ids if self.training else 0.0  # type: ignore[operator]
+        share = self.label_smoothing / self._num_ids if self.training else 0.0
         vocabulary = _Vocabulary(*self._range, self._num_ids, share)
         loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
             x_BTC, self.weight, self.bias, targets_BT.flatten(), mask_N, vocabulary, self._region
@@ -83,11 +84,11 @@ class VocabParallelHead(nn.Module):
 
 
 class _Vocabulary(NamedTuple):
-    """``first``, ``count``: the ids that this rank holds, of ``num_ids``. ``share``: what smoothing gives each id of a
+    """``first``, ``num_here``: the ids that this rank holds, of ``num_ids``. ``share``: what smoothing gives each id of a
     target's probability."""
 
     first: int
-    count: int
+    num_here: int
     num_ids: int
     share: float
 
@@ -168,8 +169,8 @@ def _gradients(
     target_N1 = log_probabilities_NV.gather(-1, targets_N1)
     torch.exp(log_probabilities_NV, out=logits_NV)
     if share:
-        logits_NV[:, : vocabulary.count].copy_(log_probabilities_NV.exp_()[:, : vocabulary.count] - share)
-    of_others = target_N1.exp() - share if vocabulary.count else target_N1.exp()
+        logits_NV[:, : vocabulary.num_here].copy_(log_probabilities_NV.exp_()[:, : vocabulary.num_here] - share)
+    of_others = target_N1.exp() - share if vocabulary.num_here else target_N1.exp()
     gradient_N1 = torch.where(is_here_N.unsqueeze(-1), target_N1.expm1() + (vocabulary.num_ids - 1) * share, of_others)
     logits_NV.scatter_(-1, targets_N1, gradient_N1.to(logits_NV.dtype))
 
