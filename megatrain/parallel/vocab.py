@@ -84,8 +84,8 @@ class VocabParallelHead(nn.Module):
 
 
 class _Vocabulary(NamedTuple):
-    """``first``, ``num_here``: the ids that this rank holds, of ``num_ids``. ``share``: what smoothing gives each id of a
-    target's probability."""
+    """``first``, ``num_here``: the ids that this rank holds, of ``num_ids``. ``share``: what smoothing gives each id of
+    a target's probability."""
 
     first: int
     num_here: int
