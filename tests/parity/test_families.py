@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.image_data import image_config
-from tests.parity.figures import Pool
-from tests.parity.matrix import parity_config
+from tests.parity.figures import Figures, Pool
+from tests.parity.matrix import ENCODERS, parity_config
 from tests.parity.test_encoder_decoder import sections as text_of
 from tests.runs import TinyData
 
@@ -54,19 +55,42 @@ def test_a_layout_trains_as_one_rank_does(model: str, num_ranks: int, parallel: 
     pool.train(num_ranks, config, NUM_STEPS).assert_equals(pool.alone(model, NUM_STEPS))
 
 
+@pytest.fixture
+def config_of(pool: Pool, sentinel_data: Path, image_data: TinyData, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The config of a family, on data of its kind."""
+
+    def made(family: str, **sections: Any) -> dict[str, Any]:
+        if family == "vit":
+            return image_config(image_data, tmp_path, **sections)
+        if family in ENCODERS:
+            return pool.config(family, **sections)
+        return parity_config(pool.data, family, **text_of("span_corruption", sentinel_data, tmp_path), **sections)
+
+    return made
+
+
 @pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "t5_tied", "vit"))])
 def test_tensor_ranks_hold_the_same_after_twenty_steps(
-    family: str, pool: Pool, sentinel_data: Path, image_data: TinyData, tmp_path: Path
+    family: str, config_of: Callable[..., dict[str, Any]], pool: Pool
 ) -> None:
     """Norms, positions, segments, what transforms a head's input, biases of rows: the worker compares all of them."""
-    sections: dict[str, Any] = {
-        "parallel": {"tensor": 2, "sequence": True, "zero_stage": 1},
-        "train": {"steps": 20, "micro_batch_size": 2},
-    }
-    if family == "vit":
-        config = image_config(image_data, tmp_path, **sections)
-    elif family == "bert":
-        config = pool.config(family, **sections)
-    else:
-        config = parity_config(pool.data, family, **text_of("span_corruption", sentinel_data, tmp_path), **sections)
+    parallel = {"tensor": 2, "sequence": True, "zero_stage": 1}
+    config = config_of(family, parallel=parallel, train={"steps": 20, "micro_batch_size": 2})
     assert pool.answer(2, {"config": config, "num_steps": 20})["difference"] is None
+
+
+@slow
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "vit"))])
+def test_recomputation_repeats_what_was_dropped(
+    family: str, config_of: Callable[..., dict[str, Any]], pool: Pool
+) -> None:
+    dropping = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+    parallel = {"tensor": 2, "sequence": True, "zero_stage": 1}
+
+    def train(recompute: str) -> Figures:
+        sections = {"parallel": {**parallel, "recompute": recompute}, "train": {"micro_batch_size": 2}}
+        return pool.train(2, config_of(family, model=dropping, **sections), 4)
+
+    kept = train("none")
+    train("selective").assert_is(kept)
+    train("full").assert_is(kept)

@@ -34,7 +34,12 @@ ALLOWED = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_waits_for_no_device(name: str, pool: Pool) -> None:
     num_ranks, parallel, train, data = CASES[name]
-    sections = {"parallel": parallel, "train": train, "data": data, "optimizer": {"ema_decay": 0.9}}
+    sections = {
+        "parallel": parallel,
+        "train": train,
+        "data": data,
+        "optimizer": {"ema_decay": 0.9, "scale_parameter": True},
+    }
     config = parity_config(pool.data, "llama_tied", **sections)
     found = pool.answer(num_ranks, {"config": config, "num_steps": 3, "counts_waits": True})["waits"]
     reasons = ALLOWED if "deepspeed" in name else {}

@@ -111,7 +111,8 @@ WHERE = [
     (page.name, row.rpartition(" | ")[2])
     for page in PAGES
     for row in re.findall(r"^\| (.*) \|$", page.read_text(encoding="utf-8"), re.M)
-    if page.name in ("architecture.md", "glossary.md") and re.search(r"`[\w/]+/[\w/]+\.py`", row.rpartition(" | ")[2])
+    if page.name in ("architecture.md", "glossary.md", "pitfalls.md")
+    and re.search(r"`[\w/]+/[\w/]+\.py`", row.rpartition(" | ")[2])
 ]
 
 

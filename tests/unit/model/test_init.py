@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import pytest
 import torch
 from model_samples import SIZES
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
 from megatrain.config.schema import ModelConfig
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice, shard_views
 from megatrain.distributed.rng import stream_key
 from megatrain.model.decoder import Decoder
 from megatrain.model.init import InitialWeights, _quantiles, normal, standard_deviation
+from megatrain.plan.flops import parameter_shapes
 
 CONFIG = ModelConfig(**SIZES)
 NAME = "model.layers.1.self_attn.q_proj.weight"
@@ -130,6 +135,37 @@ def test_norms_biases_and_matrices_start_as_specified(family: str) -> None:
             assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
         else:
             assert parameter.std().item() == pytest.approx(standard_deviation(name, config), rel=0.05), name
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+TWINS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "bert": (
+        lambda: BertForMaskedLM(BertConfig(**SMALL, vocab_size=300, max_position_embeddings=64)),
+        {"vocab_size": 300, "max_position_embeddings": 64},
+    ),
+    "vit": (
+        lambda: ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=4, num_labels=40)),
+        {"vocab_size": 40, "image_size": 32, "patch_size": 4, "tie_word_embeddings": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_encoders_start_as_in_transformers(family: str, tmp_path: Path) -> None:
+    """With init_scheme normal: each matrix as wide; biases and norms alike. T5: test_encoder_decoder.py."""
+    make, sizes = TWINS[family]
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    theirs = load_file(tmp_path / "model.safetensors")
+    config = ModelConfig(**SMALL, **sizes, family=family, init_scheme="normal")  # type: ignore[arg-type]
+    renamed = config.description.hugging_face.parameters
+    for name in parameter_shapes(config):
+        twin = theirs[renamed.get(name, name)]
+        ours = held(ShardSpec.whole(name, twin.shape), config=config)
+        if twin.dim() == 1:
+            assert torch.equal(ours, twin), name
+        else:
+            assert float(ours.std()) == pytest.approx(float(twin.std()), rel=8 / twin.numel() ** 0.5), name
 
 
 class _Devices(TorchDispatchMode):

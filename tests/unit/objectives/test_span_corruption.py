@@ -90,6 +90,9 @@ def test_every_place_of_the_run_has_other_spans(sentinel_data: Path) -> None:
     assert not np.array_equal(first.tokens_T, later.tokens_T)
     ids = dataset.tokenizer.ids
     assert {ids["<extra_id_0>"], dataset.eod_id} <= set(first.source_tokens_S.tolist())
+    sentinels = [ids[f"<extra_id_{k}>"] for k in range(20)]  # by their names, whatever their ids
+    found = [token for token in first.targets_M.tolist() if token in sentinels]
+    assert found == sentinels[: len(found)] and len(found) > 1
     assert first.tokens_T[0] == dataset.eod_id  # the tokenizer has no <pad>
     assert np.array_equal(first.tokens_T[1:], first.targets_M[:-1])
     assert len(first.source_tokens_S) == 40
