@@ -26,6 +26,11 @@ from tests.served import ServedRanks
 from tests.tiny_data import VOCAB_SIZE, make_tiny_data
 
 
+def pytest_configure() -> None:
+    """One thread for torch: for tensors as small as those of tests a second one costs several times what it saves."""
+    torch.set_num_threads(1)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What a marker asks for and this machine or command has not is skipped, and said to be."""
