@@ -14,6 +14,13 @@ from tests.image_samples import NAMES, Pixels, write_folder
 from tests.runs import TinyData, tiny_config
 from tests.tiny_data import silent
 
+AUGMENTED = {
+    "min_crop_scale": 0.5,
+    "flip_prob": 0.3,
+    "randaugment": {"num_ops": 1, "magnitude": 3.0},
+    "mixup_alpha": 0.3,
+}
+
 
 def make_image_data(folder: Path) -> TinyData:
     """Images in color whose label is their orientation of stripes, of several sizes, in several shards."""
@@ -46,14 +53,7 @@ def image_config(data: TinyData, run_dir: Path, /, **sections: Mapping[str, Any]
         "patch_size": 4,
         "tie_word_embeddings": False,
     }
-    config["objective"] = {
-        "image_classification": {
-            "min_crop_scale": 0.5,
-            "flip_prob": 0.3,
-            "randaugment": {"num_ops": 1, "magnitude": 3.0},
-            "mixup_alpha": 0.3,
-        }
-    }
+    config["objective"] = {"image_classification": AUGMENTED}
     for name, section in sections.items():
         config[name] = {**config.get(name, {}), **section}
     return config

@@ -30,6 +30,7 @@ MAY_DIFFER: Mapping[str, str] = {
     "initializer_range": "the weights are there",
     "init_scheme": "the weights are there",
     "max_position_embeddings": "it may be longer, but where each position has a weight (gpt2)",
+    "image_size": "the positions of the patches are interpolated to their new number (vit); not with lora",
 }
 """The model's keys that may differ from those of the checkpoint in ``run.init_from``; docs/resuming.md has them."""
 
@@ -81,9 +82,12 @@ class Origin:
         if found:
             raise CheckpointError(f"run.init_from: {self.folder} holds other LoRA adapters: {'; '.join(found)}.")
 
-    def refuse_other_model(self, model: ModelConfig, *, may_grow: bool = False) -> None:
+    def refuse_other_model(self, model: ModelConfig, *, may_grow: bool = False, may_resize: bool = True) -> None:
         """Raise CheckpointError, naming each key with both values, where the weights would compute something else in
-        ``model``. A vocabulary that is not known yet is passed over. ``may_grow``: or that is larger."""
+        ``model``. A vocabulary that is not known yet is passed over. ``may_grow``: or that is larger. ``may_resize``:
+        images may have another size."""
+        if may_resize and self.resizes(model):
+            model = model.model_copy(update={"image_size": _image_size(self.model)})
         if may_grow and (model.vocab_size or 0) > (self.model.vocab_size or 0):
             model = model.model_copy(update={"vocab_size": self.model.vocab_size})
         found = [
@@ -104,6 +108,10 @@ class Origin:
                 f"run.init_from: {self.folder} holds {self.base.parameters:,} parameters, and this config's model "
                 f"has {num_parameters(model):,}: there are tensors too many or too few."
             )
+
+    def resizes(self, model: ModelConfig) -> bool:
+        """Whether images have another size in ``model`` than here."""
+        return self.model.description.reads_images and _image_size(self.model) != _image_size(model)
 
     def tokenizer(self) -> bytes | None:
         """The checkpoint's tokenizer.json; None where it has none."""
@@ -230,7 +238,11 @@ def may_differ_table() -> str:
 def _may_differ(key: str, theirs: Any, ours: Any, model: ModelConfig) -> bool:
     if key == "max_position_embeddings":
         return bool(ours > theirs) and not model.description.learns_positions
-    return key in MAY_DIFFER
+    return key in MAY_DIFFER and key != "image_size"
+
+
+def _image_size(model: ModelConfig) -> int:
+    return int(getattr(model, "image_size"))  # noqa: B009 (a family's own key)
 
 
 def _resolved(model: ModelConfig) -> dict[str, Any]:

@@ -167,10 +167,15 @@ class PatchEmbedding:
     def weights(self) -> tuple[Weight, ...]:
         return (
             Weight(f"{self.name}.{self.class_token}", (("one",), ("one",), ("hidden",)), "positions"),
-            Weight(f"{self.name}.{self.positions}", (("one",), ("places",), ("hidden",)), "positions"),
+            self.places,
             self.product,
             Weight(f"{self.name}.{self.projection}.bias", (("hidden",),), "biases"),
         )
+
+    @property
+    def places(self) -> Weight:
+        """What is added at each place."""
+        return Weight(f"{self.name}.{self.positions}", (("one",), ("places",), ("hidden",)), "positions")
 
     @property
     def product(self) -> Weight:

@@ -160,7 +160,11 @@ def _check_sequence(config: RunConfig, world_size: int) -> Iterator[Violation]:
     if tensor == 1:
         reason = "tokens are divided over the ranks of parallel.tensor, which is 1"
         yield Violation("sequence", "parallel.sequence", reason, ("parallel.sequence", "parallel.tensor"))
-    if config.data.seq_len % tensor:
+    if config.data.seq_len % tensor and config.model.num_places is not None:
+        tokens = f"an image is {config.data.seq_len} tokens, its patches and the class token"
+        reason = f"{tokens}, which parallel.tensor ({tensor}) does not divide"
+        yield Violation("seq_len", "parallel.sequence", reason, ("parallel.sequence", "parallel.tensor"))
+    elif config.data.seq_len % tensor:
         reason = f"must be divisible by parallel.tensor ({tensor}) where parallel.sequence is true"
         yield Violation("seq_len", "data.seq_len", reason, ("data.seq_len", "parallel.tensor", "parallel.sequence"))
     if config.target_len is not None and config.target_len % tensor:

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token, read_manifest
 from megatrain.checkpoint.origin import Origin, find_origin, is_model_folder
@@ -24,8 +26,9 @@ from megatrain.config import RunConfig
 from megatrain.data import Dataset
 from megatrain.data.images import ImageDataset
 from megatrain.data.vocabulary import refuse_other_tokens
-from megatrain.distributed.fragment import Fragment
+from megatrain.distributed.fragment import Fragment, ShardSpec
 from megatrain.errors import CheckpointError, Diverged, NotFinite, Unreachable
+from megatrain.families.description import PatchEmbedding
 from megatrain.inference.assets import Assets
 from megatrain.observe.metrics import METRICS_FILE
 from megatrain.observe.record import last_saved_step
@@ -33,6 +36,7 @@ from megatrain.parallel.engine import Engine, StateReader
 from megatrain.plan.flops import num_trained_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.convert import import_folder
+from megatrain.train.image_positions import ReplacedWeight, resized
 from megatrain.train.new_tokens import ResizedWeights, new_rows
 from megatrain.train.progress import (
     Progress,
@@ -349,8 +353,8 @@ def _fitting_origin(run: Run) -> Origin:
     """
     origin = find_origin(run.config)
     assert origin is not None
-    may_grow = run.config.run.resize_token_embeddings
-    origin.refuse_other_model(run.config.model, may_grow=may_grow)
+    may_grow, may_resize = run.config.run.resize_token_embeddings, run.config.lora is None
+    origin.refuse_other_model(run.config.model, may_grow=may_grow, may_resize=may_resize)
     origin.refuse_other_adapters(run.config.lora)
     for dataset in run.datasets:
         if not isinstance(dataset, Dataset):
@@ -367,7 +371,7 @@ def _fitting_origin(run: Run) -> Origin:
     imported = replace(
         origin, folder=out, manifest=(manifest := read_manifest(out)), model=saved_config(manifest, out).model
     )
-    imported.refuse_other_model(run.config.model, may_grow=may_grow)
+    imported.refuse_other_model(run.config.model, may_grow=may_grow, may_resize=may_resize)
     return imported
 
 
@@ -385,6 +389,7 @@ def _begin(run: Run) -> Progress:
         weights = (
             run.initial_weights if config.lora is not None and origin.lora is None else _grown(run, origin, reader)
         )
+        weights = _resized(run, origin, reader, weights) if origin.resizes(config.model) else weights
         _, problem = _on_all_ranks(run, lambda: _fill(run, reader, weights, num_updates=0))
         if problem is not None:
             raise CheckpointError(f"run.init_from cannot be used: {problem}")
@@ -406,6 +411,19 @@ def _grown(run: Run, origin: Origin, reader: CheckpointReader) -> StateReader:
         count = len(next(iter(rows.values())))
         logger.warning("%s: %d rows added to %s for new tokens", origin.folder, count, ", ".join(rows))
     return ResizedWeights(reader, rows)
+
+
+def _resized(run: Run, origin: Origin, reader: CheckpointReader, weights: StateReader) -> StateReader:
+    """``weights``, with positions for images of another size: rank 0 makes them for all. Collective."""
+    (embedding,) = origin.model.description.embeddings
+    assert isinstance(embedding, PatchEmbedding)
+    name, shape = embedding.places.name, embedding.places.shape(origin.model.sizes)
+
+    def interpolated() -> Tensor:
+        positions_1AC = reader.read_parameter(ShardSpec.whole(name, shape), "weight")
+        return resized(positions_1AC.float(), run.config.model.sizes["places"])
+
+    return ReplacedWeight(weights, name, _on_rank0(run, interpolated))
 
 
 def _manifest(run: Run, progress: Progress, files: Sequence[FileEntry]) -> Manifest:

@@ -47,7 +47,8 @@ def evaluate_checkpoint(
     """Loss (nats a token), perplexity, bits per byte, tokens and UTF-8 bytes scored: each window of the dataset once.
 
     Of a model that is asked some tokens alone, in place of bits per byte and bytes, the share of them that it finds,
-    with its 95% interval by bootstrap over the windows. ``seq_len``: tokens a window, the model's context at most;
+    with its 95% interval by bootstrap over the windows. Of a classifier of images: loss, the share of images whose
+    likeliest label is theirs, with its interval, and images. ``seq_len``: tokens a window, the model's context at most;
     None: as many as the model was trained on. The same targets count as in training. Collective over the ranks that
     ``rank`` is one of, all with the same figures; ``tensor``: so many of them share each of the model's matrices.
     ``ema``: with the averaged weights.
@@ -80,6 +81,8 @@ def evaluate_checkpoint(
         answers = torch.cat([_answers(model, batch.to(model.device)) for batch in shown])
     sums = _of_all_ranks(answers.cpu().numpy(), groups)
     loss = float(sums[:, 0].sum()) / batches.num_targets
+    if isinstance(dataset, ImageDataset):
+        return {"loss": loss, **_accuracy(sums), "images": batches.num_targets}
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     figures |= _accuracy(sums) if model.pick else _bits_per_byte(loss * batches.num_targets, source.num_bytes())
     return {**figures, "tokens": batches.num_targets, "seq_len": seq_len}

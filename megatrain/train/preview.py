@@ -87,7 +87,7 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
 
     may_grow, notes = config.run.resize_token_embeddings, []
     template = ChatTemplate.of_files(origin.files(TEMPLATE_FILES))
-    origin.refuse_other_model(config.model, may_grow=may_grow)
+    origin.refuse_other_model(config.model, may_grow=may_grow, may_resize=config.lora is None)
     origin.refuse_other_adapters(config.lora)
     for entry in config.data.train:
         if must_exist or Path(entry.path).exists():
@@ -108,7 +108,11 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     num_new = (config.model.vocab_size or 0) - (origin.model.vocab_size or 0)
     grown = f", with {num_new} rows more in the embedding for new tokens" if may_grow and num_new > 0 else ""
     averaged = "averaged " if config.run.init_from_ema else ""
-    return [f"run.init_from: {averaged}weights of {origin.folder}, the same model{grown}.", *notes]
+    places = [(each.num_places or 1) - 1 for each in (origin.model, config.model)]
+    sized = (
+        ", with the positions of {} patches interpolated to {}".format(*places) if origin.resizes(config.model) else ""
+    )
+    return [f"run.init_from: {averaged}weights of {origin.folder}, the same model{grown}{sized}.", *notes]
 
 
 def check_tasks(config: RunConfig, must_exist: bool = False) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from megatrain.api import load as load_model
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.config import load
-from megatrain.data.images import open_images
+from megatrain.data.images import ImageDataset, open_images
 from megatrain.errors import CheckpointError, ConfigError, DataError
 from megatrain.plan import rules
 from megatrain.plan.flops import num_parameters
@@ -60,6 +60,13 @@ def test_image_runs_resume_bit_exactly(write: Write, two_ranks: ServedRanks) -> 
     assert Metrics.read(other.with_suffix("")).losses[4:] == pytest.approx(losses[4:], abs=1e-4)
 
 
+def in_transformers(folder: Path, images: ImageDataset, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels, as the exported image processor makes them, and labels."""
+    processor = AutoImageProcessor.from_pretrained(folder, **how)
+    pixels = [processor(images.image(k), return_tensors="pt").pixel_values for k in range(images.num_images)]
+    return torch.cat(pixels), torch.tensor([images.label(k) for k in range(images.num_images)])
+
+
 def test_exports_of_tensor_parallel_runs_work_alone(
     write: Write, two_ranks: ServedRanks, image_data: TinyData, tmp_path: Path
 ) -> None:
@@ -68,19 +75,25 @@ def test_exports_of_tensor_parallel_runs_work_alone(
     export_checkpoint(checkpoint(config), folder)
     import_folder(folder, tmp_path / "imported")
     held_out = open_images(image_data.held_out)
-    model, processor = (kind.from_pretrained(folder) for kind in (AutoModelForImageClassification, AutoImageProcessor))
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
     assert [model.config.id2label[k] for k in range(3)] == list(NAMES)
-    images = [held_out.image(k) for k in range(held_out.num_images)]
-    labels = torch.tensor([held_out.label(k) for k in range(held_out.num_images)])
-    pixels = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images])
+    pixels, labels = in_transformers(folder, held_out)
     with torch.no_grad():
-        logits = model.eval()(pixels).logits
+        logits = model(pixels).logits
     torch.testing.assert_close(load_model(folder).logits(pixels), logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"give floating-point numbers, \[B, 3, 12, 12\]"):
         load_model(folder).logits([[1, 2]])
     loss, accuracy = torch.nn.functional.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean()
     for evaluated in (checkpoint(config), tmp_path / "imported"):
         figures = evaluate_checkpoint(evaluated, image_data.held_out, show_progress=False)
+        assert figures.keys() == {
+            "loss",
+            "accuracy",
+            "accuracy_stderr",
+            "accuracy_low",
+            "accuracy_high",
+            "images",
+        }
         assert figures["loss"] == pytest.approx(float(loss), abs=1e-5)
         assert figures["accuracy"] == pytest.approx(float(accuracy), abs=1e-6)
     assert num_parameters(CheckpointReader(checkpoint(config)).saved.model) == sum(
@@ -88,6 +101,34 @@ def test_exports_of_tensor_parallel_runs_work_alone(
     )
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert settings["size"] == {"height": 12, "width": 12}
+
+
+def test_images_of_another_size_begin_with_interpolated_positions(
+    write: Write, two_ranks: ServedRanks, image_data: TinyData, tmp_path: Path
+) -> None:
+    """What the larger model begins with computes what transformers makes of the smaller one."""
+    config = write("small")
+    two_ranks.finish(config)
+    export_checkpoint(checkpoint(config), tmp_path / "small-hf")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "small-hf").eval()
+    size = {"height": 20, "width": 20}
+    pixels, labels = in_transformers(tmp_path / "small-hf", open_images(image_data.held_out), size=size)
+    with torch.no_grad():
+        logits = model(pixels, interpolate_pos_encoding=True).logits
+    expected = float(torch.nn.functional.cross_entropy(logits, labels))
+    larger = {"data": {"seq_len": 26}, "model": {"image_size": 20}, "optimizer": {"lr": 0.0}}
+    larger |= {"schedule": {"warmup_steps": 0}, "train": {"steps": 1}}
+    for origin in (checkpoint(config), tmp_path / "small-hf"):
+        other = write("large", run={"init_from": str(origin)}, **larger)
+        (note,) = check_origin(load(other), must_exist=True)
+        assert "with the positions of 9 patches interpolated to 25" in note
+        two_ranks.finish(other, "parallel.tensor=2", "parallel.sequence=true")
+        figures = evaluate_checkpoint(checkpoint(other, 1), image_data.held_out, show_progress=False)
+        assert figures["loss"] == pytest.approx(expected, abs=1e-5)
+        shutil.rmtree(other.with_suffix(""))
+    with pytest.raises(CheckpointError, match="image_size is 12 there and 20 here"):
+        adapters = {"lora": {"rank": 2, "alpha": 4.0}}
+        check_origin(load(write("adapted", run={"init_from": str(checkpoint(config))}, **larger, **adapters)))
 
 
 WRONG = {
@@ -111,7 +152,7 @@ def test_wrong_image_configs_name_their_key(override: str, write: Write) -> None
 
 def test_layouts_that_images_cannot_have_are_refused(write: Write) -> None:
     odd = load(write("odd", data={"seq_len": 17}, model={"image_size": 16}, parallel={"tensor": 2, "sequence": True}))
-    with pytest.raises(ConfigError, match=r"seq_len: 17 given; must be divisible by parallel.tensor \(2\)"):
+    with pytest.raises(ConfigError, match=r"an image is 17 tokens, .* nearest: parallel.sequence=false"):
         rules.check(odd, 2)
     heads = load(write("heads", model={"num_attention_heads": 6, "hidden_size": 36}, parallel={"tensor": 4}))
     with pytest.raises(ConfigError, match=r"must divide model.num_attention_heads \(6\)"):

@@ -22,7 +22,7 @@ def pool(
     tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Pool]:
     folder = tmp_path_factory.mktemp("weights")
-    ranks = Pool(tiny_data, folder, lambda: request.getfixturevalue("masked_data"))
+    ranks = Pool(tiny_data, folder, request.getfixturevalue)
     yield ranks
     ranks.stop()
 

@@ -16,7 +16,7 @@ import torch
 
 from megatrain.checkpoint.rank_file import RankFile, copy_into, read_written
 from megatrain.distributed.fragment import FlatShard, TensorSlice
-from tests.parity.matrix import ENCODERS, parity_config
+from tests.parity.matrix import DATA_OF, parity_config
 from tests.parity.ranks import Ranks
 from tests.runs import TinyData
 
@@ -68,16 +68,16 @@ class Figures:
 class Pool:
     """Ranks in every number, started when they are first asked for, and what one rank computed of each config."""
 
-    def __init__(self, data: TinyData, folder: Path, data_of_encoders: Callable[[], TinyData]) -> None:
+    def __init__(self, data: TinyData, folder: Path, further_data: Callable[[str], TinyData]) -> None:
         self.data = data
-        self._data_of_encoders = data_of_encoders
+        self._further_data = further_data
         self._folder = folder
         self._ranks: dict[int, Ranks] = {}
         self._alone: dict[str, Figures] = {}
 
     def config(self, model: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
         """A ``parity_config`` on data that suits the model."""
-        data = self._data_of_encoders() if model in ENCODERS else self.data
+        data = self._further_data(DATA_OF[model]) if model in DATA_OF else self.data
         return parity_config(data, model, **{"run": {"dir": str(self._folder / "run")}, **sections})
 
     def train(self, world_size: int, config: dict[str, Any], num_steps: int = NUM_STEPS, **how: Any) -> Figures:

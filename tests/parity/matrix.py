@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.image_data import AUGMENTED
 from tests.runs import TinyData, tiny_config
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -67,6 +68,19 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {**_BERT, "tie_word_embeddings": True},
     "bert_untied": {**_BERT, "tie_word_embeddings": False},
 }
+# Of images, augmented: an image of 3 x 3 patches is 10 tokens, which 2 tensor ranks can share out.
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "vit": {
+        "family": "vit",
+        "num_key_value_heads": None,
+        "image_size": 12,
+        "patch_size": 4,
+        "vocab_size": 3,
+        "tie_word_embeddings": False,
+    },
+}
+DATA_OF = {**dict.fromkeys(ENCODERS, "masked_data"), **dict.fromkeys(CLASSIFIERS, "image_data")}
+"""The fixture that makes a model's data; of all others it is the pool's own."""
 DEGREES = (1, 2, 4)
 WORLD_SIZES = (2, 4, 8)
 ZERO_STAGES = (0, 1, 2, 3)
@@ -136,12 +150,13 @@ class Case:
 def parity_config(data: TinyData, model: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A tiny model that every degree up to 4 divides; ``sections`` are laid over it."""
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
-    kind = {**MODELS, **FURTHER_MODELS, **ENCODERS}[model]
+    kind = {**MODELS, **FURTHER_MODELS, **ENCODERS, **CLASSIFIERS}[model]
     packed = {"packing": "best_fit", "document_mask": True} if model in ENCODERS else {}
     own: dict[str, dict[str, Any]] = {
         "model": {**size, "max_position_embeddings": 64, "vocab_size": ODD_VOCABULARY, **kind},
-        "data": {"seq_len": 32, **packed},
+        "data": {"seq_len": 10 if model in CLASSIFIERS else 32, **packed},
         "train": {"steps": 12, "global_batch_size": SEQUENCES},
+        "objective": {"image_classification": AUGMENTED} if model in CLASSIFIERS else {},
     }
     config = tiny_config(data, Path("unused"))
     for layer in (own, sections):

@@ -24,7 +24,7 @@ NUM_STEPS_BEFORE, NUM_STEPS_AFTER = 2, 2
 
 @dataclass(frozen=True)
 class Layout:
-    """A number of ranks and a section ``parallel``. ``model``: which one it saves (a key of matrix.MODELS)."""
+    """A number of ranks and a section ``parallel``. ``model``: which one it saves (as in `parity_config`)."""
 
     name: str
     num_ranks: int

@@ -45,10 +45,11 @@ TRACED = "aot_eager_decomp_partition"
 
 
 @pytest.mark.slow
-def test_traced_layers_train_as_eager_ones_do(pool: Pool) -> None:
+@pytest.mark.parametrize("model", ["llama_tied", "vit"])
+def test_traced_layers_train_as_eager_ones_do(model: str, pool: Pool) -> None:
     """The sample for CI: all but the generation of code, which takes a C++ compiler most of a minute."""
-    config = parity_config(pool.data, "llama_tied", parallel={"tensor": 2, "sequence": True}, train=COMPILED)
-    pool.train(2, config, NUM_STEPS, backend=TRACED).assert_equals(pool.alone("llama_tied", NUM_STEPS))
+    config = pool.config(model, parallel={"tensor": 2, "sequence": True}, train=COMPILED)
+    pool.train(2, config, NUM_STEPS, backend=TRACED).assert_equals(pool.alone(model, NUM_STEPS))
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Families beside llama and gpt2: qwen3, whose norms of queries and keys see a part of the heads, and others."""
+"""Families beside llama and gpt2: qwen3, whose norms of queries and keys see a part of the heads, and others.
+
+A vit's images are augmented and mixed.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.image_data import image_config
 from tests.parity.figures import Figures, Pool
-from tests.parity.matrix import ENCODERS, parity_config
+from tests.parity.matrix import DATA_OF, parity_config
 from tests.parity.test_encoder_decoder import sections as text_of
-from tests.runs import TinyData
 
 slow = pytest.mark.slow
 longer = (pytest.mark.slow, pytest.mark.acceptance)
@@ -39,6 +40,15 @@ NUM_STEPS = 5
         pytest.param("bert", 4, {"engine": "fsdp2", "tensor": 2, "zero_stage": 3, "sequence": True}, marks=slow),
         pytest.param("bert_untied", 4, {"tensor": 2, "pipeline": 2}, marks=slow),
         pytest.param("bert_untied", 2, {"engine": "fsdp2", "zero_stage": 3}, marks=slow),
+        ("vit", 2, {"tensor": 2, "sequence": True, "recompute": "full"}),
+        ("vit", 2, {"zero_stage": 3}),
+        pytest.param("vit", 2, {"zero_stage": 1}, marks=slow),
+        pytest.param("vit", 2, {"zero_stage": 2, "recompute": "selective"}, marks=slow),
+        pytest.param("vit", 2, {"pipeline": 2}, marks=slow),
+        pytest.param("vit", 2, {"engine": "fsdp2", "zero_stage": 3}, marks=slow),
+        pytest.param("vit", 2, {"engine": "fsdp2", "pipeline": 2, "pipeline_chunks": 2}, marks=slow),
+        pytest.param("vit", 4, {"tensor": 4, "zero_stage": 1}, marks=slow),
+        pytest.param("vit", 4, {"tensor": 2, "pipeline": 2, "sequence": True}, marks=slow),
         ("mistral", 2, {"tensor": 2, "sequence": True}),
         pytest.param("mistral", 2, {"pipeline": 2}, marks=slow),
         pytest.param("mistral", 4, {"tensor": 2, "pipeline": 2, "recompute": "selective"}, marks=slow),
@@ -56,13 +66,11 @@ def test_a_layout_trains_as_one_rank_does(model: str, num_ranks: int, parallel: 
 
 
 @pytest.fixture
-def config_of(pool: Pool, sentinel_data: Path, image_data: TinyData, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def config_of(pool: Pool, sentinel_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """The config of a family, on data of its kind."""
 
     def made(family: str, **sections: Any) -> dict[str, Any]:
-        if family == "vit":
-            return image_config(image_data, tmp_path, **sections)
-        if family in ENCODERS:
+        if family in DATA_OF:
             return pool.config(family, **sections)
         return parity_config(pool.data, family, **text_of("span_corruption", sentinel_data, tmp_path), **sections)
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from megatrain.batch import Batch
 from megatrain.config.schema import ModelConfig
 from megatrain.model.decoder import Decoder
 from megatrain.plan.flops import num_parameters
+from megatrain.train.image_positions import resized
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -76,3 +78,15 @@ def test_logits_loss_and_gradients_are_equal(config: ModelConfig) -> None:
         )
     scores = model.target_scores(batch)
     assert scores[1].tolist() == (expected.logits.argmax(-1) == labels_B).float().tolist()
+
+
+def test_positions_of_another_size_are_transformers_interpolation() -> None:
+    torch.manual_seed(0)
+    embeddings = ViTEmbeddings(ViTConfig(hidden_size=8, image_size=12, patch_size=4, num_channels=1))
+    positions_1AC = torch.randn(1, 10, 8)
+    for size in (20, 12, 8):
+        with torch.no_grad():
+            embeddings.position_embeddings.copy_(positions_1AC)
+            num_places = (size // 4) ** 2 + 1
+            expected = embeddings.interpolate_pos_encoding(torch.empty(1, num_places, 8), size, size)
+        torch.testing.assert_close(resized(positions_1AC, num_places), expected, atol=1e-6, rtol=0)
