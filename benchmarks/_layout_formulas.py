@@ -27,7 +27,7 @@ from megatrain.config import RunConfig
 from megatrain.distributed.topology import Topology
 from megatrain.model.blockwise_attention import BLOCK_ROWS
 from megatrain.plan.pipeline_schedule import most_held
-from megatrain.plan.stages import decoder_stages
+from megatrain.plan.stages import stage_layers
 
 
 def all_reduce(num_bytes: float, size: int) -> float:
@@ -56,8 +56,7 @@ class StageModel:
     @property
     def chunk_layers(self) -> list[int]:
         """Decoder layers of each of its virtual stages."""
-        num_stages = self.mesh.pipeline * self.config.parallel.pipeline_chunks
-        return decoder_stages(self.config.model, self.config.data.seq_len, num_stages)[self.stage :: self.mesh.pipeline]
+        return [len(layers) for (layers,) in stage_layers(self.config)[self.stage :: self.mesh.pipeline]]
 
     @property
     def num_layers(self) -> int:
@@ -224,8 +223,7 @@ def _pipeline(part: StageModel) -> dict[str, float]:
     messages = {"point-to-point": part.num_micro_batches * num_borders * part.activation_bytes / size}
     if not part.config.model.tie_word_embeddings or not (part.is_first or part.is_last):
         return messages
-    table = part.widths[3] * part.config.model.hidden_size
-    if part.config.parallel.engine == "fsdp2":  # of each data rank its rows, in fp32; the gradients by a reduce
-        kind = "broadcast" if part.is_first else "reduce-scatter"
-        return {**messages, kind: 4 * table / part.mesh.data}
-    return {**messages, "broadcast": (part.element_bytes if part.is_first else 4) * table}
+    table, bytes_ = part.widths[3] * part.config.model.hidden_size, part.element_bytes
+    if part.config.parallel.engine == "fsdp2":  # of each data rank its rows, in fp32
+        table, bytes_ = table / part.mesh.data, 4
+    return {**messages, **({"broadcast": bytes_ * table} if part.is_first else {"reduce-scatter": 4 * table})}

@@ -6,6 +6,7 @@ to the process group, whoever called: this project, DeepSpeed or torch.
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatrain.batch import Batch
 from megatrain.config import RunConfig
@@ -28,6 +30,7 @@ from megatrain.distributed.groups import Groups, make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.model.init import InitialWeights
 from megatrain.parallel.deepspeed import start_deepspeed
+from megatrain.plan.stages import shared_weights
 from megatrain.train.assemble import build_engine
 
 TIMEOUT_SECONDS = 300.0
@@ -145,13 +148,13 @@ def measure_cases(rank: RankInfo, cases: Iterable[dict[str, Any]]) -> Iterator[l
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     start_deepspeed(TIMEOUT_SECONDS)
-    made: dict[tuple[Topology, int], Groups] = {}  # a mesh's groups cannot be freed
+    made: dict[tuple[Topology, int, tuple[tuple[int, ...], ...]], Groups] = {}  # a mesh's groups cannot be freed
     for case in cases:
         config = RunConfig.model_validate(case)
         topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-        mesh = topology, config.model.kv_heads
+        mesh = topology, config.model.kv_heads, tuple(shared_weights(config).values())
         if mesh not in made:
-            made[mesh] = make_groups(topology, rank.rank, torch.device("cpu"), TIMEOUT_SECONDS, config.model.kv_heads)
+            made[mesh] = make_groups(topology, rank.rank, torch.device("cpu"), TIMEOUT_SECONDS, *mesh[1:])
         groups = made[mesh]
         others = _live_tensors()
         engine = build_engine(config, groups)
@@ -209,11 +212,25 @@ class Held:
             module.register_forward_pre_hook(lambda *_: self._take_between_passes(), prepend=True)
             for module in self._modules
         ]
+        kept: list[_Saved] = []
+
+        def keep_context(_: Any, arguments: tuple[Any, ...]) -> None:
+            """What a layer that is computed again is called with beside its input, which autograd does not see."""
+            leaves = tree_leaves(arguments[1:])
+            kept.extend(_Saved(x, activations) for x in _tensors(leaves) if x.is_floating_point())
+
+        hooks += [
+            each.register_forward_pre_hook(keep_context)
+            for module in self._modules
+            for each in module.modules()
+            if isinstance(vars(each).get("forward"), functools.partial)
+        ]
         backward = self._pipeline._backward
 
         def measured_backward(*args: Any, **kwargs: Any) -> None:
             self._take_gradients(set())
             backward(*args, **kwargs)
+            kept.clear()
 
         self._optimizer.step, self._pipeline._backward = measured_step, measured_backward
         with activations.watch():

@@ -76,7 +76,7 @@ def run_rank(rank: int, num_ranks: int, port: int, arguments: argparse.Namespace
             torch.autograd.backward(scalar)
 
         pipeline: Pipeline[int] = Pipeline(
-            dist.group.WORLD, num_chunks, torch.device("cpu"), lambda _: FIELDS, forward, backward
+            dist.group.WORLD, num_chunks, torch.device("cpu"), lambda *_: FIELDS, forward, backward
         )
         for _ in range(arguments.turns):
             slept.clear()

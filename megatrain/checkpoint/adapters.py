@@ -45,10 +45,10 @@ _NOT_OURS: Mapping[str, Any] = {
 
 def to_peft(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """adapter_config.json. The base is whatever model it is loaded beside."""
-    adapted = model.description.block.adapted(lora.adapts)
+    adapted = model.description.adapted(lora.adapts)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if model.description.encoder is None else "SEQ_2_SEQ_LM",
         "base_model_name_or_path": None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -71,10 +71,9 @@ def from_peft(folder: Path, model: ModelConfig) -> LoraConfig:
     for key, needed in _NOT_OURS.items():
         if theirs.get(key, needed) != needed and theirs[key]:
             raise CheckpointError(f"{path}: {key} is {theirs[key]!r}; only adapters with {needed!r} can be imported.")
-    block = model.description.block
     with opened(folder / ADAPTER_WEIGHTS) as file:
         modules = {key.removeprefix(PREFIX).rpartition(f".{_A}.")[0] for key in file.keys()}  # noqa: SIM118
-    targets = block.adapted(lambda name: any(module.endswith(f".{name}") for module in modules))
+    targets = model.description.adapted(lambda name: any(module.endswith(f".{name}") for module in modules))
     given = {"rank": theirs.get("r"), "alpha": theirs.get("lora_alpha"), "dropout": theirs.get("lora_dropout", 0.0)}
     try:
         return LoraConfig.model_validate({**given, "target_modules": targets})
@@ -109,12 +108,13 @@ def read_merged(reader: CheckpointReader, name: str, shape: Sequence[int]) -> Te
         return weight
     name_B = f"{module}.{_B}.weight"
     a, b = (reader.read_parameter(ShardSpec.whole(factor, shapes[factor]), "weight") for factor in (name_A, name_B))
-    added, path = b @ a, module.removeprefix(f"{saved.model.description.block.prefix}.").partition(".")[2]
-    scale = saved.lora.alpha / saved.lora.rank
-    return torch.add(weight, added.t() if _is_conv1d(saved.model, path) else added, alpha=scale)
+    place = saved.model.description.in_block(module)
+    assert place is not None, "adapters are within layers"
+    added, scale = b @ a, saved.lora.alpha / saved.lora.rank
+    return torch.add(weight, added.t() if _is_conv1d(saved.model, place[1]) else added, alpha=scale)
 
 
 def _is_conv1d(model: ModelConfig, path: str) -> bool:
     """``path``: of a matrix in its layer."""
-    leaf = model.description.block.leaves[path]
-    return isinstance(leaf, Linear) and leaf.is_conv1d
+    leaves = (stack.block.leaves.get(path) for stack in model.description.stacks)
+    return any(isinstance(leaf, Linear) and leaf.is_conv1d for leaf in leaves)

@@ -74,7 +74,7 @@ class Origin:
                 "`megatrain import`."
             )
         theirs, ours = (
-            {**each.model_dump(mode="json"), "target_modules": self.model.description.block.adapted(each.adapts)}
+            {**each.model_dump(mode="json"), "target_modules": self.model.description.adapted(each.adapts)}
             for each in (self.lora, lora)
         )
         found = [f"{key} is {a} there and {b} here" for key, a, b in differences(theirs, ours, "lora")]

@@ -368,9 +368,6 @@ def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:
     for number, dataset in enumerate(config.data.train):
         keys = ("fill_in_the_middle", "span_corruption", "token_masking", "transform")
         problems += _unused_below(f"data.train.{number}.", dataset, keys, why)
-    if config.train.tasks is not None:
-        reason = "are answered by models with one sequence, not by an encoder and a decoder"
-        problems.append(Problem("train.tasks", config.train.tasks, reason, "null"))
     if kind == "span_corruption":
         problems += _corruption(config.data.seq_len, config.objective.span_corruption)
     if config.train.precision == "fp16" and config.model.description.block.attention.relative_bias:
@@ -438,13 +435,10 @@ def lora(config: schema.RunConfig) -> list[Problem]:
     if config.lora is None:
         return []
     problems = []
-    if config.model.description.encoder is not None:
-        reason = f"family {config.model.family} has an encoder and a decoder, whose matrices get no adapters"
-        return [Problem("lora", config.lora.model_dump(), reason, "null")]
     if config.run.init_from is None:
         problems.append(Problem("run.init_from", None, "names the checkpoint whose weights lora adapts"))
     family = config.model.description
-    names = [factor.rpartition(".")[0] for factor in family.block.factors]
+    names = family.adapted(lambda name: True)
     known = dict.fromkeys([name.rpartition(".")[2] for name in names] + names)
     outer = {layer.name.rpartition(".")[2] for layer in family.outer_layers}
     short = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))

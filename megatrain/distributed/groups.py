@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,7 +29,8 @@ class Groups:
     ``mesh``: its axes have the names of topology.AXES. Two questions have two answers, though both are the data axis by
     now: ``batch`` are the ranks that divide a batch among them, ``gradient`` those that sum the gradient of a weight.
     (Ranks that divided each sequence would sum gradients, and share a batch.) Some groups may be the same, or the
-    default one. ``activity``: what this rank gets done.
+    default one. ``stages``: by some of the pipeline's ranks that hold the same weights, these, if this one is among
+    them. ``activity``: what this rank gets done.
     """
 
     topology: Topology
@@ -41,9 +42,9 @@ class Groups:
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     model_parallel_group: dist.ProcessGroup  # along pipeline and tensor: one copy of the model
-    embedding_group: dist.ProcessGroup  # on the first and last stage: the two of them; elsewhere this rank by itself
     self_group: dist.ProcessGroup  # this rank by itself
     kv_replica_group: dist.ProcessGroup  # tensor ranks with the same key-value heads as this one
+    stages: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     activity: Activity = field(default_factory=Activity)
 
     @property
@@ -148,11 +149,17 @@ def release(groups: Iterable[object]) -> None:
 
 
 def make_groups(
-    topology: Topology, rank: int, device: torch.device, timeout_seconds: float, kv_heads: int | None = None
+    topology: Topology,
+    rank: int,
+    device: torch.device,
+    timeout_seconds: float,
+    kv_heads: int | None = None,
+    stages: Iterable[tuple[int, ...]] = (),
 ) -> Groups:
     """Make this rank's groups; every rank must call it at the same point. The default process group must exist.
 
     ``kv_heads``: how many key-value heads the tensor ranks share out; with fewer heads than ranks, some hold the same.
+    ``stages``: the sets of pipeline ranks that hold the same weights (`megatrain.plan.stages.shared_weights`).
 
     Every rank makes the mesh's groups along each axis, in the same order; those it is not in cost it a name alone
     (1,568 of them on 4,096 ranks of tensor 8 x pipeline 4: 14 ms, no message). An axis that is the whole world is the
@@ -179,7 +186,7 @@ def make_groups(
         made.append(new)
         return new
 
-    here, last = topology.coordinate(rank), topology.pipeline - 1
+    here = topology.coordinate(rank)
     self_group = group_of([rank])
     model_parallel_group = group_of(topology.group(rank, "pipeline", "tensor"))
     kv_replica_group = self_group
@@ -187,8 +194,11 @@ def make_groups(
         num_replicas = topology.tensor // kv_heads
         first = here.tensor // num_replicas * num_replicas
         kv_replica_group = group_of(topology.group(rank, "tensor")[first : first + num_replicas])
-    ends = sorted({0, last} if here.pipeline in (0, last) else {here.pipeline})
-    embedding_group = group_of([topology.rank(here._replace(pipeline=stage)) for stage in ends], is_new=last > 1)
+    made_of = {}
+    for holders in sorted({*stages}):
+        mine = holders if here.pipeline in holders else (here.pipeline,)
+        ranks = [topology.rank(here._replace(pipeline=stage)) for stage in mine]
+        made_of[holders] = group_of(ranks, is_new=len(holders) < topology.pipeline)
     return Groups(
         topology=topology,
         rank=rank,
@@ -199,7 +209,7 @@ def make_groups(
         tensor=along_axis["tensor"],
         pipeline=along_axis["pipeline"],
         model_parallel_group=model_parallel_group,
-        embedding_group=embedding_group,
         self_group=self_group,
         kv_replica_group=kv_replica_group,
+        stages={holders: group for holders, group in made_of.items() if here.pipeline in holders},
     )

@@ -561,7 +561,7 @@ class Family:
         """Of a parameter by its canonical name, which of a tied head is the embedding's."""
         if is_adapter(parameter):
             return "matrices"
-        found = self._in_block(parameter)
+        found = self.in_block(parameter)
         outer = self._kinds.get(parameter)
         return outer or self._kinds[found[1] if found else parameter]
 
@@ -572,7 +572,11 @@ class Family:
         in_layers = (weight for stack in self.stacks for weight in stack.block.weights)
         return {weight.name: weight.kind for weight in (*in_layers, *outer)}
 
-    def _in_block(self, name: str) -> tuple[Block, str] | None:
+    def adapted(self, adapts: Callable[[str], bool]) -> list[str]:
+        """The matrices of all stacks that have an adapter, by their names in the layer."""
+        return list(dict.fromkeys(path for stack in self.stacks for path in stack.block.adapted(adapts)))
+
+    def in_block(self, name: str) -> tuple[Block, str] | None:
         """Of what a layer has, the block and the name in its layer."""
         for block in (stack.block for stack in self.stacks):
             before, _, inside = name.partition(f"{block.prefix}.")
@@ -585,7 +589,7 @@ class Family:
         found: FirstLayer | RelativeBias | Norm | Linear | None
         outer = (*(layer for stack in self.stacks for layer in stack.outer_layers), self.head)
         found = next((layer for layer in outer if layer.name == module_name), None)
-        if found is None and (place := self._in_block(module_name)) is not None:
+        if found is None and (place := self.in_block(module_name)) is not None:
             block, name = place
             found = block.leaves.get(name) or block.factors.get(name)
         return found.split if found else None

@@ -23,7 +23,8 @@ TORCH_VERSION = TorchVersion(torch.__version__)
 
 
 class EncoderOutput(NamedTuple):
-    """What a decoder's layers attend to. ``mask``: True where a target token sees a source token; None: all do.
+    """What a decoder's layers attend to. ``mask``: what is added to the scores, minus infinity where a target token
+    does not see a source token; None: all do.
 
     ``keys_values``: by layer, what generation need not compute again; None while training.
     """
@@ -105,6 +106,8 @@ class KeyValueCache:
             if stored is not None:
                 index = torch.tensor(rows, device=stored[0].device)
                 self._layers[layer] = (stored[0].index_select(0, index), stored[1].index_select(0, index))
+        if self.sources is not None:
+            self.sources = [self.sources[row] for row in rows]
         if self.encoded is not None:
             self.encoded = self.encoded.select(rows)
 

@@ -5,10 +5,10 @@ B: sequences, T: tokens, C: channels, M: targets of a sequence, V: vocabulary, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from megatrain.config.schema import ModelConfig
 
 
+Streams: TypeAlias = Mapping[str, Tensor]
+"""Activations that one pipeline stage gives the next, by name."""
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """A layer of a stack: ``prefix`` + "." + a parameter's name in it is the parameter's canonical name.
@@ -58,20 +62,27 @@ class LayerSpec:
     build: Callable[[], nn.Module]
 
 
-def build_layers(config: ModelConfig, seed: int = 0) -> list[LayerSpec]:
-    """The stacks of the config's family, in order; nothing is built yet. ``seed`` is that of dropout."""
+def build_layers(config: ModelConfig, seed: int = 0, layers: Sequence[range] | None = None) -> list[LayerSpec]:
+    """The stacks of the config's family, in order; nothing is built yet. ``seed`` is that of dropout. ``layers``: of a
+    pipeline stage, the numbers of the layers that it has of each stack; None: all.
+
+    With the first of a stack go its embeddings, with the last its norm, and with the last of all the head.
+    """
     family, vocab_size = config.description, config.known_vocab_size
     found: dict[str, LayerSpec] = {}  # two stacks may have an embedding in common
-    for stack in family.stacks:
-        for e in stack.first_layers:
+    all_layers = [range(config.num_layers(stack)) for stack in family.stacks]
+    for stack, numbers, every in zip(family.stacks, layers or all_layers, all_layers, strict=True):
+        for e in stack.first_layers if every[0] in numbers else ():
             found[e.name] = LayerSpec(e.name, "embedding", partial(_embedding, config, seed, stack, e))
-        for number in range(config.num_layers(stack)):
+        for number in numbers:
             name = f"{stack.block.prefix}.{number}"
             found[name] = LayerSpec(name, "decoder", partial(DecoderLayer, config, stack.block, number, seed))
-        if (bias := stack.block.attention.relative_bias) is not None:
+        if numbers and (bias := stack.block.attention.relative_bias) is not None:
             found[bias.name] = LayerSpec(bias.name, "bias", partial(_relative_bias, config, stack.block.attention))
-        if stack.norm is not None:
+        if stack.norm is not None and every[-1] in numbers:
             found[stack.norm.name] = _last_layer(config, stack.norm)
+    if layers is not None and all_layers[-1][-1] not in layers[-1]:
+        return [*found.values()]
     transform = [] if family.head_transform is None else [_last_layer(config, family.head_transform)]
     head = partial(OutputHead, vocab_size, config.hidden_size, family.head.bias)
     return [*found.values(), *transform, LayerSpec(family.head.name, "head", head)]
@@ -133,8 +144,11 @@ class DecoderStage(nn.Module):
     """Consecutive layers of a decoder: all of them, or those of one pipeline stage.
 
     Parameters have Hugging Face's names; they are not initialised here. Layers are looked up by name in every forward,
-    so that a parallel layout can put others in their places.
+    so that a parallel layout can put others in their places. ``keeps_encoded``: a cache keeps what an encoder made of
+    the sources; not where each pass needs all data ranks, which then must pass through the same layers.
     """
+
+    keeps_encoded = True
 
     def __init__(self, config: ModelConfig, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
@@ -150,19 +164,33 @@ class DecoderStage(nn.Module):
         self.pick = TargetPicker() if config.description.asks_at_places and self.head_name else None
         self.embedding_names = [spec.prefix for spec in specs if spec.kind == "embedding"]
         self.decoder_names = [spec.prefix for spec in specs if spec.kind == "decoder"]
+        self.bias_names = [spec.prefix for spec in specs if spec.kind == "bias"]
 
-    def forward(self, batch: Batch | InferenceBatch, x_BTC: Tensor | None = None) -> Tensor:
-        """Through this stage's layers. ``x_BTC``: what the stage before gave; None in the first one.
+    def forward(self, batch: Batch | InferenceBatch, received: Streams | None = None) -> Tensor | Streams:
+        """Through this stage's layers. ``received``: what the stage before gave; None in the first one.
 
-        Gives [B, T, C]; in the last stage the sum of the cross-entropy (nats) over the batch's scored targets, an fp32
-        scalar, or what an InferenceBatch asks: fp32 logits [N, V], or with its targets their `token_scores` [2, N].
+        Gives activations by the names of ``gives``; in the last stage the sum of the cross-entropy (nats) over the
+        batch's scored targets, an fp32 scalar, or what an InferenceBatch asks: fp32 logits [N, V], or with its targets
+        their `token_scores` [2, N].
         """
         if isinstance(batch, InferenceBatch):
-            return self._answer(batch, x_BTC)
-        x_BTC = self.hidden(batch.inputs if x_BTC is None else x_BTC, self.context(batch))
+            return self._answer(batch, received)
+        x_BTC = self.hidden(batch.inputs if received is None else received["hidden"], self.context(batch))
         if self.head_name is None:
-            return x_BTC
+            return {"hidden": x_BTC}
         return self.head.loss_sum(self._at_targets(x_BTC, batch), batch.targets_BM, batch.loss_mask_BM)
+
+    def takes(self, batch: Batch | InferenceBatch) -> Sequence[str]:
+        """What a stage that is not the first one receives: "hidden", activations of the batch's tokens [B, T, C]."""
+        return ("hidden",)
+
+    def gives(self, batch: Batch | InferenceBatch) -> Sequence[str]:
+        """What the stage behind this one receives."""
+        return ("hidden",)
+
+    def layer_inputs(self, batch: Batch) -> list[tuple[list[str], str, Context]]:
+        """Of each stack, the names of its layers here, that of the stream that they are given, and the context."""
+        return [(self.decoder_names, "hidden", self.context(batch))]
 
     def target_scores(self, batch: Batch) -> Tensor:
         """The `token_scores` [2, B * M] of a batch's targets, scored or not; of a whole model."""
@@ -186,12 +214,14 @@ class DecoderStage(nn.Module):
         places = batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B
         return self.make_context(*places, self.dtype, borders=batch.document_starts)
 
-    def _answer(self, batch: InferenceBatch, x_BTC: Tensor | None) -> Tensor:
+    def _answer(self, batch: InferenceBatch, received: Streams | None) -> Tensor | Streams:
         require_generative(self.config)
         context = self.make_context(batch.positions_BT, None, None, self.dtype, batch.cache)
-        x_BTC = self.hidden(batch.tokens_BT if x_BTC is None else x_BTC, context)
-        if self.head_name is None:
-            return x_BTC
+        x_BTC = self.hidden(batch.tokens_BT if received is None else received["hidden"], context)
+        return {"hidden": x_BTC} if self.head_name is None else self._asked(x_BTC, batch)
+
+    def _asked(self, x_BTC: Tensor, batch: InferenceBatch) -> Tensor:
+        """What an InferenceBatch asks, of the last layer's activations."""
         logits_NV: Tensor = self.head(x_BTC, None, None, (batch.rows_N, batch.columns_N)).float()
         return logits_NV if batch.targets_N is None else token_scores(logits_NV, batch.targets_N)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,15 +27,14 @@ class MaskedAttention(nn.Module):
     def forward(
         self, q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, sample_ids_B: Tensor | None
     ) -> Tensor:
-        """Attend; [B, T, H, D]. ``mask``: broadcasts to [B, H, T, S]; True where a key is seen, or what is added to
-        the scores, whose gradient is computed if it has one. None: all is seen. Each query must see a key."""
+        """Attend; [B, T, H, D]. ``mask``: broadcasts to [B, H, T, S]; what is added to the scores, minus infinity where
+        a key is not seen, whose gradient is computed if it has one. None: all is seen. Each query must see a key."""
         scale = 1.0 / math.sqrt(q_BTHD.shape[-1]) if self.is_scaled else 1.0
         q_BHTD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
         if not self.dropout.is_active:
             return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, mask, scale=scale).transpose(1, 2)
         scores_BHTS = q_BHTD * scale @ k_BHSD.mT
         if mask is not None:
-            is_seen = mask.dtype == torch.bool
-            scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf) if is_seen else scores_BHTS + mask
+            scores_BHTS = scores_BHTS + mask
         weights_BHTS = self.dropout.drop(scores_BHTS.softmax(-1), sample_ids_B)
         return (weights_BHTS @ v_BHSD).transpose(1, 2)

@@ -28,7 +28,8 @@ class RelativeBias(nn.Module):
         """[B, H, T, S] for positions [B, T] and [B, S]."""
         distance_BTS = key_positions_BS.unsqueeze(1) - query_positions_BT.unsqueeze(2)
         bucket_BTS = buckets(distance_BTS, self.weight.shape[0], self.max_distance, is_causal=self.is_causal)
-        return functional.embedding(bucket_BTS, self.weight).permute(0, 3, 1, 2)
+        # Laid out as attention's kernels read it; of a view FSDP2 would warn.
+        return functional.embedding(bucket_BTS, self.weight).permute(0, 3, 1, 2).contiguous()
 
 
 def buckets(distance: Tensor, num_buckets: int, max_distance: int, *, is_causal: bool) -> Tensor:

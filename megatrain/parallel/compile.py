@@ -57,8 +57,6 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
 
 def is_compiled(config: RunConfig, device: torch.device) -> bool:
     """Whether ``train.compile`` asks for it. On a CPU layers take longer to compile than most runs can win back."""
-    if config.model.description.encoder is not None:
-        return False
     if config.train.compile == "auto":
         is_fetched_within = config.parallel.engine == "deepspeed" and config.parallel.zero_stage == 3
         return device.type == "cuda" and not is_fetched_within

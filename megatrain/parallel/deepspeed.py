@@ -33,7 +33,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -52,9 +52,9 @@ from megatrain.parallel.deepspeed_config import deepspeed_config, offload_settin
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
 from megatrain.parallel.optimizer import ParameterScale, Part, make_optimizer, reset_state, state_kinds
-from megatrain.parallel.pipeline import seeded
+from megatrain.parallel.pipeline import Record, seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
-from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, allocate_own, tied_weight
+from megatrain.parallel.shard import DTYPES, ShardedModel, SharedWeight, allocate, allocate_own
 from megatrain.parallel.tensor import partial_gradients, sum_in_backward
 
 # Its autotuner, which is not used, loads MLflow and pandas wherever they are installed: seconds of every start.
@@ -68,7 +68,7 @@ if not sys.modules["mlflow"]:
 
 OLDEST = "0.19.8"
 _TORCH_LINEAR = functional.linear
-_EMBEDDING = -1  # in place of a chunk's index: the embedding's weight itself
+_SHARED = -1  # in place of a chunk's index: the weights themselves that other stages hold copies of
 
 
 def start_deepspeed(timeout_seconds: float) -> None:
@@ -135,11 +135,12 @@ class DeepSpeedSharding:
             marked.model_parallel = spec.num_replicas < groups.topology.tensor and spec.replica == 0
         self._parameters = model.updated()
         self._partial = self._find_partial(config)
-        self._tied = tied_weight(model, config, groups)
-        self._tied_sum: Tensor | None = None  # of the gradients of its copy, which is out of the optimizer
-        if self._tied is not None and groups.coordinate.pipeline:
-            self._tied_sum = torch.zeros_like(self._tied, dtype=torch.float32)
-            self._tied.register_post_accumulate_grad_hook(self._add_to_tied_sum)  # type: ignore[no-untyped-call]
+        self._shared = model.shared_updated()
+        self._copied_sums: dict[str, Tensor] = {}  # of the gradients of copies, which are out of the optimizer
+        for copy in (each for each in self._shared if each.is_copy):
+            self._copied_sums[copy.name] = torch.zeros_like(copy.weight, dtype=torch.float32)
+            hook = functools.partial(_move_gradient, self._copied_sums[copy.name])
+            copy.weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._scale: ParameterScale | None = None
         if config.optimizer.scale_parameter:
             updated = {name: model.specs[name] for name in self._parameters}
@@ -162,7 +163,7 @@ class DeepSpeedSharding:
         settings = deepspeed_config(config, self._mpu.get_data_parallel_world_size(), sum(sizes.values()), num_updated)
         with _as_no_garbage(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it finds
             self._deepspeed: Any = deepspeed.initialize(
-                model=_Chunks(model, self._tied),
+                model=_Chunks(model, [each for each in self._shared if not each.is_copy]),
                 optimizer=self._optimizer,
                 mpu=self._mpu,
                 config=settings,
@@ -184,8 +185,8 @@ class DeepSpeedSharding:
         self._deepspeed.optimizer.override_loss_scale(factor / per_target)
         return per_target
 
-    def forward(self, chunk: int, x: Tensor | None, batch: Batch | InferenceBatch) -> Tensor:
-        output: Tensor = self._deepspeed(chunk, batch, x)
+    def forward(self, chunk: int, received: Record | None, batch: Batch | InferenceBatch) -> Record | Tensor:
+        output: Record | Tensor = self._deepspeed(chunk, batch, received)
         return output
 
     def backward(self, chunk: int, scalar: Tensor, *, is_last_of_chunk: bool, is_last: bool) -> None:
@@ -196,7 +197,7 @@ class DeepSpeedSharding:
         engine, optimizer = self._deepspeed, self._deepspeed.optimizer
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._send_tied_gradient()
+        self._send_shared_gradients()
         if self._has_fp32_sums:
             torch._foreach_mul_(optimizer.get_grads_for_reduction()[0], self._rest)
         self._sum_partial_gradients()
@@ -206,7 +207,7 @@ class DeepSpeedSharding:
             self._scale.measure(Part(place.name, place.buffer, place.cut(place.buffer)) for place in self._places())
         self._approve, self._is_approved = approve, None
         engine.step()
-        self._copy_tied_weight()
+        self._copy_shared_weights()
         norm = self._norm if optimizer is self._optimizer else float(engine.get_global_grad_norm())
         is_skipped = not (math.isfinite(norm) and engine.was_step_applied())
         if self.dynamic_scale is not None:
@@ -285,7 +286,7 @@ class DeepSpeedSharding:
         elif self._deepspeed.optimizer is not self._optimizer:
             self._deepspeed.optimizer.update_lp_params()
         self._send_frozen_shares()
-        self._copy_tied_weight()
+        self._copy_shared_weights()
 
     def replicas(self) -> Iterator[Replicas]:
         """Along the data axis what ZeRO has not cut up; along the tensor axis what is not split."""
@@ -299,8 +300,8 @@ class DeepSpeedSharding:
             yield Replicas(
                 group, {name: getattr(held[name], "ds_tensor", held[name]) for name in names}, may_drift=True
             )
-        if self._tied is not None:
-            yield Replicas(self._groups.embedding_group, {"the tied embedding": self._tied}, may_drift=True)
+        for shared in self._shared:
+            yield Replicas(shared.group, {self._model.specs[shared.name].name: shared.weight}, may_drift=True)
 
     def close(self) -> None:
         self._deepspeed.destroy()
@@ -417,25 +418,22 @@ class DeepSpeedSharding:
             return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
         return [buffer for group in self._optimizer.param_groups for buffer in group["params"]]
 
-    @torch.no_grad()
-    def _add_to_tied_sum(self, weight: Tensor) -> None:
-        assert self._tied_sum is not None and weight.grad is not None
-        self._tied_sum += weight.grad
-        weight.grad = None
-
-    def _send_tied_gradient(self) -> None:
-        """The sum of the last stage's gradients of the tied weight to the first stage, where it enters as one more
+    def _send_shared_gradients(self) -> None:
+        """The sums of copies' gradients to the stages that update the weights, where they enter as one more
         micro-batch's."""
-        if self._tied is None:
-            return
-        group = self._groups.embedding_group
-        total = torch.empty_like(self._tied, dtype=torch.float32) if self._tied_sum is None else self._tied_sum
-        dist.broadcast(total, dist.get_process_group_ranks(group)[-1], group=group)
-        if self._tied_sum is None:
-            weight = self._deepspeed(_EMBEDDING, None, None)
-            self._deepspeed.backward(seeded([weight], [total.to(weight)]), scale_wrt_gas=False)
-        else:
-            self._tied_sum.zero_()
+        totals: list[Tensor] = []
+        for shared in self._shared:
+            total = self._copied_sums.get(shared.name)
+            if total is None:
+                total = torch.zeros_like(shared.weight, dtype=torch.float32)
+                totals.append(total)
+            dist.reduce(total, shared.owner, group=shared.group)
+        if totals:
+            weights = self._deepspeed(_SHARED, None, None)
+            gradients = [total.to(weight) for total, weight in zip(totals, weights, strict=True)]
+            self._deepspeed.backward(seeded(weights, gradients), scale_wrt_gas=False)
+        for total in self._copied_sums.values():
+            total.zero_()
 
     def _send_frozen_shares(self) -> None:
         """Each data rank's to the others, where all hold whole weights."""
@@ -445,11 +443,10 @@ class DeepSpeedSharding:
             for rank, share in zip(dist.get_process_group_ranks(group), shares, strict=False):
                 dist.broadcast(share, rank, group=group)
 
-    def _copy_tied_weight(self) -> None:
-        """The first stage's values to the last stage."""
-        if self._tied is not None:
-            group = self._groups.embedding_group
-            dist.broadcast(self._tied.detach(), dist.get_process_group_ranks(group)[0], group=group)
+    def _copy_shared_weights(self) -> None:
+        """Their values to the stages that have copies."""
+        for shared in self._shared:
+            dist.broadcast(shared.weight.detach(), shared.owner, group=shared.group)
 
 
 class _Place(NamedTuple):
@@ -475,18 +472,26 @@ class _Place(NamedTuple):
 class _Chunks(nn.Module):
     """What DeepSpeed trains: the chunks, each called by its index."""
 
-    def __init__(self, model: ShardedModel, tied: nn.Parameter | None) -> None:
+    def __init__(self, model: ShardedModel, shared: Sequence[SharedWeight]) -> None:
         super().__init__()
         self.chunks = nn.ModuleList(model.chunks)
-        self._tied = [tied]  # no second name for it
+        self._shared = shared  # no second names for them
 
-    def forward(self, chunk: int, batch: Batch | InferenceBatch | None, x: Tensor | None) -> Tensor:
-        if chunk == _EMBEDDING:
-            (weight,) = self._tied
-            assert weight is not None
-            return weight.view_as(weight)
-        output: Tensor = self.chunks[chunk](batch, x)
+    def forward(
+        self, chunk: int, batch: Batch | InferenceBatch | None, received: Record | None
+    ) -> Record | Tensor | list[Tensor]:
+        if chunk == _SHARED:
+            return [each.weight.view_as(each.weight) for each in self._shared]
+        output: Record | Tensor = self.chunks[chunk](batch, received)
         return output
+
+
+@torch.no_grad()
+def _move_gradient(total: Tensor, weight: Tensor) -> None:
+    """What a backward pass has added, to the sum of a step."""
+    assert weight.grad is not None
+    total += weight.grad
+    weight.grad = None
 
 
 def _mpu(groups: Groups, data: dist.ProcessGroup) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -80,9 +80,9 @@ class Sharding(Protocol):
         is that of the mean over ``num_targets``."""
         ...
 
-    def forward(self, chunk: int, x: Tensor | None, batch: Batch | InferenceBatch) -> Tensor:
-        """Run the chunk of that index. ``x``: [B, T, C], what the stage before gave; None in the first virtual stage.
-        Gives [B, T, C]; in the last virtual stage the sum of the cross-entropy, an fp32 scalar, or what an
+    def forward(self, chunk: int, received: Record | None, batch: Batch | InferenceBatch) -> Record | Tensor:
+        """Run the chunk of that index. ``received``: what the stage before gave; None in the first virtual stage. Gives
+        activations by name; in the last virtual stage the sum of the cross-entropy, an fp32 scalar, or what an
         InferenceBatch asks."""
         ...
 
@@ -165,11 +165,13 @@ class Engine:
         self._chunks, self._specs = model.chunks, model.specs
         self.is_compiled = is_compiled(config, groups.device)
         self._sharding = sharding
+        for chunk in model.chunks:
+            chunk.keeps_encoded = not sharding.passes_together
         self.config = config.model
         self.tokens_at_once = config.train.micro_batch_size * config.data.seq_len
         self.tokens_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self._hidden_size, self._dtype = config.model.hidden_size, DTYPES[config.train.precision]
-        self._last_chunk = len(model.chunks) - 1 if groups.coordinate.pipeline == groups.topology.pipeline - 1 else None
+        self._has_loss = groups.coordinate.pipeline == groups.topology.pipeline - 1
         self._factor: float | Tensor = 1.0  # by which losses are multiplied
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=groups.device)
         self._answer: Tensor | None = None  # to the last InferenceBatch, in the last virtual stage
@@ -215,6 +217,7 @@ class Engine:
             finally:
                 nothing = torch.zeros((1, self.tokens_multiple), dtype=torch.int64)
                 idle = InferenceBatch(nothing, nothing, nothing[:, 0], nothing[:, 0], nothing[:, 0])
+                idle = idle._replace(source_tokens_BS=nothing, source_lengths_B=nothing[:, 0] + 1)
                 while self._sharding.passes_together and self.groups.all_reduce_sum([0.0])[0]:
                     self._pass(idle)
 
@@ -247,10 +250,11 @@ class Engine:
             self.evaluate([batch])
             batch = batch.to(self.groups.device)
             for chunk in self._chunks:
-                # What differs between layers becomes a variable of their graph at the second.
-                for layer in [chunk.get_submodule(name) for name in chunk.decoder_names[:2]]:
-                    with self._sharding.gathered(layer):
-                        run_once(layer, self._fields(batch)["hidden"], chunk.context(batch))
+                for names, stream, context in chunk.layer_inputs(batch):
+                    # What differs between layers becomes a variable of their graph at the second.
+                    for layer in [chunk.get_submodule(name) for name in names[:2]]:
+                        with self._sharding.gathered(layer):
+                            run_once(layer, self._field(batch, stream), context)
 
     def name_modules(self) -> list[str]:
         """Let a profiler's trace name the modules: see `megatrain.ranges.name_modules`."""
@@ -364,11 +368,10 @@ class Engine:
         """A chunk's forward pass for the pipeline; from the last virtual stage the loss that its backward pass begins
         with."""
         self.groups.activity.batch()
-        x_BTC = None if record is None else record["hidden"]
         with record_function(FORWARD):
-            output = self._sharding.forward(chunk, x_BTC, batch.to(self.groups.device))
-        if chunk != self._last_chunk:
-            return {"hidden": output}
+            output = self._sharding.forward(chunk, record, batch.to(self.groups.device))
+        if not isinstance(output, Tensor):
+            return output
         if isinstance(batch, InferenceBatch):
             self._answer = output.contiguous()  # as a broadcast needs it
             return output
@@ -379,11 +382,20 @@ class Engine:
         with record_function(BACKWARD):
             self._sharding.backward(chunk, scalar, is_last_of_chunk=is_last_of_chunk, is_last=is_last)
 
-    def _fields(self, batch: Batch | InferenceBatch) -> dict[str, Field]:
+    def _fields(
+        self, batch: Batch | InferenceBatch, chunk: int, kind: Literal["forward", "backward"]
+    ) -> dict[str, Field]:
         """What passes between stages. Document ids, positions and sample ids each rank reads from the batch."""
-        num_sequences, num_tokens = batch.tokens_BT.shape
-        shape = num_sequences, num_tokens // self.tokens_multiple, self._hidden_size
-        return {"hidden": Field(shape, self._dtype)}
+        model = self._chunks[chunk]
+        names = model.takes(batch) if kind == "forward" else model.gives(batch)
+        return {name: self._field(batch, name) for name in names}
+
+    def _field(self, batch: Batch | InferenceBatch, name: str) -> Field:
+        """A stream's: of the tokens that an encoder reads ("source"), or of the others."""
+        tokens = batch.source_tokens_BS if name == "source" else batch.tokens_BT
+        assert tokens is not None
+        num_sequences, num_tokens = tokens.shape
+        return Field((num_sequences, num_tokens // self.tokens_multiple, self._hidden_size), self._dtype)
 
     def _replicated_state(self) -> Iterator[Replicas]:
         """Master weights and optimizer state that tensor ranks hold alike."""
@@ -395,7 +407,7 @@ class Engine:
     def _own_share(self) -> Tensor:
         """Of the loss sum, which the last pipeline stage has. Tensor ranks compute the same: the first of them
         counts."""
-        is_counted = self._last_chunk is not None and self.groups.coordinate.tensor == 0
+        is_counted = self._has_loss and self.groups.coordinate.tensor == 0
         return self._loss_sum.clone() if is_counted else torch.zeros_like(self._loss_sum)
 
     def _saved_range(self, spec: ShardSpec, length: int) -> tuple[int, int]:

@@ -29,8 +29,9 @@ from megatrain.errors import ConfigError
 from megatrain.parallel.engine import MasterSlice, Update
 from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor, power_of_two_below
 from megatrain.parallel.optimizer import ParameterScale, Part, make_optimizer, reset_state, state_kinds
+from megatrain.parallel.pipeline import Record
 from megatrain.parallel.replicas import Replicas, tensor_replicas
-from megatrain.parallel.shard import DTYPES, ShardedModel, tied_weight
+from megatrain.parallel.shard import DTYPES, ShardedModel
 from megatrain.parallel.tensor import partial_gradients
 
 
@@ -80,7 +81,7 @@ class FSDP2Sharding:
         self._optimizer = make_optimizer(config, self._own, self._specs, self._scale)
         self._state_kinds = state_kinds(config.optimizer)
         self._partial = partial_gradients(model.chunks, model.specs, config)
-        self._tied = tied_weight(model, config, groups)
+        self._shared = model.shared_updated()
 
     def begin_step(self, num_micro_batches: int, num_targets: int) -> float | Tensor:
         """See Sharding. In half precision a power of two (see megatrain.parallel.loss_scale)."""
@@ -91,9 +92,9 @@ class FSDP2Sharding:
         self._gradient_scale = rest if self.dynamic_scale is None else rest * self.dynamic_scale.value
         return backward_factor(per_target, self.dynamic_scale)
 
-    def forward(self, chunk: int, x: Tensor | None, batch: Batch | InferenceBatch) -> Tensor:
+    def forward(self, chunk: int, received: Record | None, batch: Batch | InferenceBatch) -> Record | Tensor:
         """See Sharding."""
-        output: Tensor = self._chunks[chunk](batch, x)
+        output: Record | Tensor = self._chunks[chunk](batch, received)
         return output
 
     def backward(self, chunk: int, scalar: Tensor, *, is_last_of_chunk: bool, is_last: bool) -> None:
@@ -108,7 +109,7 @@ class FSDP2Sharding:
     def step(self, lr: float, approve: Callable[[float], bool] | None) -> Update:
         """See Sharding. It waits for the device only where ``approve`` is asked: whether to skip, and by what to clip,
         the device decides."""
-        self._sum_tied_gradients()
+        self._sum_shared_gradients()
         self._sum_replicated_gradients()
         norm = self._gradient_norm()
         if self._scale is not None:
@@ -119,7 +120,7 @@ class FSDP2Sharding:
         else:
             self._update(lr, norm, overflow)
         self._optimizer.zero_grad()
-        self._copy_tied_weight()
+        self._copy_shared_weights()
         if self.dynamic_scale:
             self.dynamic_scale.update(overflow=overflow)
         return Update(norm, skipped)
@@ -178,14 +179,14 @@ class FSDP2Sharding:
     def sync_params_from_master(self) -> None:
         """See Sharding. The next forward pass gathers what was written."""
         self._reshard()
-        self._copy_tied_weight()
+        self._copy_shared_weights()
 
     def replicas(self) -> Iterator[Replicas]:
         """See Sharding. Nothing along the data axis, where each rank has other rows."""
         for group, names in tensor_replicas(self._specs, self._groups):
             yield Replicas(group, {name: _local(self._parameters[name]) for name in names}, may_drift=True)
-        if self._tied is not None:
-            yield Replicas(self._groups.embedding_group, {"the tied embedding": _local(self._tied)}, may_drift=True)
+        for shared in self._shared:
+            yield Replicas(shared.group, {self._specs[shared.name].name: _local(shared.weight)}, may_drift=True)
 
     def close(self) -> None:
         """See Sharding. Nothing is kept outside."""
@@ -229,24 +230,17 @@ class FSDP2Sharding:
                 dist.all_reduce(total, group=group)
                 torch._foreach_copy_(shares, torch.split(total, [share.numel() for share in shares]))
 
-    def _first_stage(self) -> tuple[int, dist.ProcessGroup]:
-        """Its rank among the two ends of this rank's pipeline, and their group."""
-        group = self._groups.embedding_group
-        return dist.get_process_group_ranks(group)[0], group
+    def _sum_shared_gradients(self) -> None:
+        """Add the gradients of copies to those of the weights. Both are cut among the data ranks alike, so that shares
+        are sent, after their sum over the data ranks."""
+        for shared in self._shared:
+            dist.reduce(_local(shared.weight.grad), shared.owner, group=shared.group)
 
-    def _sum_tied_gradients(self) -> None:
-        """Add the last stage's gradient of the tied weight to the first stage's. Both are cut among the data ranks
-        alike, so that shares are sent, after their sum over the data ranks."""
-        if self._tied is not None:
-            first, group = self._first_stage()
-            dist.reduce(_local(self._tied.grad), first, group=group)
-
-    def _copy_tied_weight(self) -> None:
-        """Give the last stage the first one's weight; its own is out of the optimizer."""
-        if self._tied is not None:
-            first, group = self._first_stage()
-            self._tied.grad = None
-            dist.broadcast(_local(self._tied), first, group=group)
+    def _copy_shared_weights(self) -> None:
+        """Give copies the values of the weights; they are out of the optimizer."""
+        for shared in self._shared:
+            shared.weight.grad = None
+            dist.broadcast(_local(shared.weight), shared.owner, group=shared.group)
 
 
 def _local(tensor: Tensor | None) -> Tensor:
@@ -259,9 +253,10 @@ def _local(tensor: Tensor | None) -> Tensor:
 
 def _shard_layers(chunk: Any, shard: Callable[..., Any], *, frees: bool) -> None:
     """Make groups of messages: of each decoder layer, of the embeddings, of the last layers; what is left
-    (tied weights, which torch asks to be in one group) goes with the chunk. ``frees``: weights after a forward pass,
-    but for those that the backward pass begins with."""
-    for name in chunk.decoder_names:
+    (tied weights, which torch asks to be in one group) goes with the chunk. A relative bias is within a layer, but used
+    before it, and by others: a group of its own. ``frees``: weights after a forward pass, but for those that the
+    backward pass begins with."""
+    for name in (*chunk.bias_names, *chunk.decoder_names):
         shard(chunk.get_submodule(name), reshard_after_forward=frees)
     embeddings = [chunk.get_submodule(name) for name in chunk.embedding_names]
     if chunk.head_name is None or not embeddings or not chunk.config.tie_word_embeddings:

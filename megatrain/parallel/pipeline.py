@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,11 @@ Forward: TypeAlias = Callable[[int, Record | None, MicroBatch], Record | Tensor]
 the record for the next stage; in the last virtual stage the loss to begin the backward pass with, a scalar."""
 
 
+Fields: TypeAlias = Callable[[MicroBatch, int, Literal["forward", "backward"]], Mapping[str, Field]]
+"""Of a micro-batch's record that the chunk of an index takes ("forward"), or that it gives, whose gradients come back
+("backward")."""
+
+
 class Backward(Protocol):
     """Run the backward pass from ``scalar``. ``is_last_of_chunk``, ``is_last``: of this step, for the chunk and for the
     rank."""
@@ -56,11 +61,11 @@ class Pipeline(Generic[MicroBatch]):
         group: dist.ProcessGroup,
         num_chunks: int,
         device: torch.device,
-        fields: Callable[[MicroBatch], Mapping[str, Field]],
+        fields: Fields[MicroBatch],
         forward: Forward[MicroBatch],
         backward: Backward,
     ) -> None:
-        """Collective over ``group``, the pipeline's ranks in order. ``fields``: of a micro-batch's records."""
+        """Collective over ``group``, the pipeline's ranks in order. ``fields``: of records that come from another."""
         self._num_ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self._num_chunks = num_chunks
         self._fields, self._forward, self._backward = fields, forward, backward
@@ -92,12 +97,17 @@ class Pipeline(Generic[MicroBatch]):
         for action in actions:
             if isinstance(action, Exchange):
                 with record_function(MESSAGES):
-                    self._messages.exchange(action, lambda index: self._fields(micro_batches[index]))
+                    self._messages.exchange(action, lambda message: self._fields_of(message, micro_batches))
             elif action.kind == "forward":
                 self._run_forward(action, micro_batches[action.micro_batch], begun)
             else:
                 remaining[action.stage // self._num_ranks] -= 1
                 self._run_backward(action, begun.pop(action._replace(kind="forward")), remaining)
+
+    def _fields_of(self, message: Pass, micro_batches: Sequence[MicroBatch]) -> Mapping[str, Field]:
+        """Of the record of a pass on another rank, which is the input or the output of the stage beside it here."""
+        stage = message.stage + (1 if message.kind == "forward" else -1)
+        return self._fields(micro_batches[message.micro_batch], stage // self._num_ranks, message.kind)
 
     def _run_forward(self, each: Pass, micro_batch: MicroBatch, begun: dict[Pass, _Begun]) -> None:
         """``begun`` gets what its backward pass begins with, if there is to be one."""
@@ -107,16 +117,16 @@ class Pipeline(Generic[MicroBatch]):
             if torch.is_grad_enabled():
                 inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
         result = self._forward(each.stage // self._num_ranks, inputs, micro_batch)
-        names: list[str] = []
-        gradients: list[Tensor] = []
-        if isinstance(result, Tensor):
-            scalar = result
-        else:
+        if not isinstance(result, Tensor):
             self._messages.put(each, {name: x.detach() for name, x in result.items()})
+        if not torch.is_grad_enabled():
+            return
+        if isinstance(result, Tensor):
+            begun[each] = _Begun(inputs, result, [], [])
+        else:
+            gradients: list[Tensor] = []
             names = [name for name, x in result.items() if x.is_floating_point()]
-            scalar = seeded([result[name] for name in names], gradients)
-        if torch.is_grad_enabled():
-            begun[each] = _Begun(inputs, scalar, names, gradients)
+            begun[each] = _Begun(inputs, seeded([result[name] for name in names], gradients), names, gradients)
 
     def _run_backward(self, each: Pass, begun: _Begun, remaining: Sequence[int]) -> None:
         chunk = each.stage // self._num_ranks
@@ -183,8 +193,8 @@ class _Messages:
                 work.wait()
         return record
 
-    def exchange(self, exchange: Exchange, fields_of: Callable[[int], Mapping[str, Field]]) -> None:
-        """Start sending and receiving. ``fields_of``: of the records of a micro-batch, by its index."""
+    def exchange(self, exchange: Exchange, fields_of: Callable[[Pass], Mapping[str, Field]]) -> None:
+        """Start sending and receiving. ``fields_of``: of a record that is to be received; there may be none."""
         operations: list[dist.P2POp] = []
         kept: list[Tensor] = []
         for message in exchange.sends:
@@ -195,7 +205,7 @@ class _Messages:
         num_sends = len(operations)
         records: list[tuple[Pass, Record, int]] = []
         for message in exchange.receives:
-            fields = fields_of(message.micro_batch)
+            fields = fields_of(message)
             record = {
                 name: torch.empty(field.shape, dtype=field.dtype, device=self._device)
                 for name, field in sorted(fields.items())
@@ -203,7 +213,7 @@ class _Messages:
             }
             records.append((message, record, len(operations)))
             operations += [self._operation(dist.irecv, x, message.stage) for x in record.values()]
-        works = dist.batch_isend_irecv(operations)
+        works = dist.batch_isend_irecv(operations) if operations else []
         one_each = len(works) == len(operations)  # else the backend gives one for the whole batch
         for message, record, first in records:
             self._received[message] = record, works[first : first + len(record)] if one_each else works

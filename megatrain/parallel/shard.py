@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatrain.config import RunConfig
@@ -23,13 +24,30 @@ Model: TypeAlias = Any
 """A module that tells of its layers by name: megatrain.model.decoder.DecoderStage, which this package does not know."""
 
 
+class SharedWeight(NamedTuple):
+    """A trained weight that several pipeline stages hold, on a rank of one of them. ``is_copy``: another, the first of
+    ``group``, updates it."""
+
+    name: str
+    weight: nn.Parameter
+    group: dist.ProcessGroup
+    is_copy: bool
+
+    @property
+    def owner(self) -> int:
+        """The rank that updates it."""
+        return dist.get_process_group_ranks(self.group)[0]
+
+
 @dataclass(frozen=True)
 class ShardedModel:
     """This rank's part of the model: a chunk for each of its virtual pipeline stages, and by the names of their
-    parameters, tied ones once, what each holds."""
+    parameters, tied ones once, what each holds. ``shared``: of those that other stages hold too, the ranks which do;
+    the first of them updates and saves the weight, and the others have copies."""
 
     chunks: Sequence[Model]
     specs: Mapping[str, ShardSpec]
+    shared: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name, as they are now: what gives them memory may put others in their places."""
@@ -38,6 +56,15 @@ class ShardedModel:
     def updated(self) -> dict[str, nn.Parameter]:
         """Those that this rank's optimizer updates: neither frozen nor the copy of a tied weight."""
         return {name: p for name, p in self.parameters().items() if p.requires_grad and not self.specs[name].is_copy}
+
+    def shared_updated(self) -> list[SharedWeight]:
+        """Those that other stages hold too, and that are trained; in the same order on all ranks."""
+        parameters = self.parameters()
+        return [
+            SharedWeight(name, parameters[name], group, self.specs[name].is_copy)
+            for name, group in self.shared.items()
+            if parameters[name].requires_grad
+        ]
 
     def frozen(self) -> dict[str, nn.Parameter]:
         """Those that are read and never updated: they have no gradient, no master weights, no optimizer state."""
@@ -69,20 +96,16 @@ def shard_model(
     return ShardedModel(chunks, {name: specs[name] for name in names})
 
 
-def tie_across_stages(model: ShardedModel, head: str, embedding: str) -> ShardedModel:
-    """Let the head of the last stage stand for the embedding's weight, which the first stage saves."""
-    name = f"{head}.weight"
-    copy = dataclasses.replace(model.specs[name], name=f"{embedding}.weight", is_copy=True)
-    return dataclasses.replace(model, specs={**model.specs, name: copy})
-
-
-def tied_weight(model: ShardedModel, config: RunConfig, groups: Groups) -> nn.Parameter | None:
-    """The weight that the first and the last pipeline stage have in common and train, on a rank of one of them."""
-    if not config.model.tie_word_embeddings or groups.topology.pipeline == 1 or config.lora is not None:
-        return None
-    embeddings = [f"{chunk.embedding_names[0]}.weight" for chunk in model.chunks if chunk.embedding_names]
-    copies = [name for name, spec in model.specs.items() if spec.is_copy]
-    return next((model.parameters()[name] for name in (*embeddings, *copies)), None)
+def share_across_stages(model: ShardedModel, ranks: Mapping[str, tuple[int, ...]], groups: Groups) -> ShardedModel:
+    """Let each weight that several pipeline ranks hold stand for that of the first of them. ``ranks``: by the weight's
+    canonical name, which on the last stage may be that of a tied head, which stands for an embedding."""
+    stage, specs, shared = groups.coordinate.pipeline, dict(model.specs), {}
+    for name, holders in ranks.items():
+        if stage in holders:
+            own = name if name in specs else f"{model.chunks[-1].head_name}.weight"
+            specs[own] = dataclasses.replace(specs[own], name=name, is_copy=stage != holders[0])
+            shared[own] = groups.stages[holders]
+    return dataclasses.replace(model, specs=specs, shared=shared)
 
 
 def allocate(chunks: Sequence[Model], dtype: torch.dtype, device: torch.device) -> None:

@@ -146,8 +146,10 @@ def _set_dropout_offsets(model: Any, config: RunConfig, groups: Groups) -> None:
     """Where in the whole activation each dropout's slice begins, so that it drops what one process would."""
     size, index = groups.topology.tensor, groups.coordinate.tensor
     first_head = index * (config.model.num_attention_heads // size)
-    first_token = index * (config.data.seq_len // size) if config.parallel.sequence else 0
+    decoder = config.model.description.block.prefix
     for name in model.decoder_names:
+        num_tokens = config.target_len if name.startswith(f"{decoder}.") else None
+        first_token = index * ((num_tokens or config.data.seq_len) // size) if config.parallel.sequence else 0
         for path, module in model.get_submodule(name).named_modules(prefix=name):
             if not hasattr(module, "offsets"):
                 continue

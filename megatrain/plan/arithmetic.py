@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatrain.families.description import Linear
-from megatrain.plan.flops import flops_of_head, flops_of_weight, flops_per_token
+from megatrain.plan.flops import flops_of_head, flops_of_pair_layers, flops_of_weight, flops_per_token
 from megatrain.plan.hardware import Device
 from megatrain.plan.stage_model import StageModel, num_elements, share
 
@@ -115,10 +115,12 @@ def micro_batch_seconds(part: StageModel, rates: Rates) -> float:
 def operations(part: StageModel) -> float:
     """FLOPs of one micro-batch on a rank, with those that recomputation repeats."""
     model, parallel, seq_len = part.config.model, part.config.parallel, part.config.data.seq_len
-    if model.description.encoder is not None:
+    if part.config.target_len is not None:
         repeated = 4 / 3 if parallel.recompute == "full" else 1.0
-        flops = part.tokens * flops_per_token(model, seq_len, target_len=part.config.target_len)
-        return flops * repeated / parallel.tensor
+        of_layers = flops_of_pair_layers(model, seq_len, part.config.target_len)
+        flops = sum(held.num_layers * each for held, each in zip(part.stacks, of_layers, strict=True))
+        of_head = flops_of_head(model, None, 1.0) * part.config.target_len if part.is_last else 0
+        return part.config.train.micro_batch_size * (repeated * flops + of_head) / parallel.tensor
     lora, asked = part.config.lora, part.config.asked_share
     of_weight = flops_of_weight(lora)
     head = flops_of_head(model, lora, asked)
@@ -137,7 +139,7 @@ def num_recomputed(part: StageModel) -> int:
     parallel = part.config.parallel
     if parallel.recompute != "full":
         return 0
-    return sum(share(count, parallel.recompute_every) for count in part.chunk_layers)
+    return sum(share(len(numbers), parallel.recompute_every) for layers in part.layers for numbers in layers)
 
 
 def _layer(part: StageModel, rates: Rates) -> tuple[float, float, float]:

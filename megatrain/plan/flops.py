@@ -44,12 +44,12 @@ def num_trained_parameters(model: ModelConfig, lora: LoraConfig | None) -> int:
 
 def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name and shape of every parameter of the adapters, in order."""
-    block, sizes = model.description.block, {**model.sizes, "rank": lora.rank}
-    weights = block.adapter_weights(lora.adapts)
+    sizes = {**model.sizes, "rank": lora.rank}
     return {
-        f"{block.prefix}.{number}.{weight.name}": weight.shape(sizes)
-        for number in range(model.num_hidden_layers)
-        for weight in weights
+        f"{stack.block.prefix}.{number}.{weight.name}": weight.shape(sizes)
+        for stack in model.description.stacks
+        for number in range(model.num_layers(stack))
+        for weight in stack.block.adapter_weights(lora.adapts)
     }
 
 
@@ -105,14 +105,23 @@ def flops_per_token(
 
 
 def _flops_of_pair(model: ModelConfig, source_len: int, target_len: int) -> int:
-    """By the same accounting. Of cross-attention, keys and values are made of the source, queries of the target."""
+    """By the same accounting."""
+    layers = flops_of_pair_layers(model, source_len, target_len)
+    counts = [model.num_layers(stack) for stack in model.description.stacks]
+    head = flops_of_head(model, None, 1.0) * target_len
+    return sum(count * flops for count, flops in zip(counts, layers, strict=True)) + head
+
+
+def flops_of_pair_layers(model: ModelConfig, source_len: int, target_len: int) -> tuple[int, int]:
+    """Of a sample: those of one layer of the encoder, and of one of the decoder. Of cross-attention, keys and values
+    are made of the source, queries of the target."""
     encoder, decoder = model.description.stacks
     cross = decoder.block.cross_attention
     assert cross is not None
     of_source = sum(weight.numel(model.sizes) for linear in cross.inputs[1:] for weight in linear.weights[:1])
-    num_encoder, num_decoder = model.num_layers(encoder), model.num_layers(decoder)
-    head = model.hidden_size * model.known_vocab_size
-    products = num_encoder * _matrices(model, encoder) * source_len + num_decoder * of_source * source_len
-    products += (num_decoder * (_matrices(model, decoder) - of_source) + head) * target_len
-    scores = num_encoder * source_len**2 + num_decoder * target_len * (target_len + source_len)
-    return 6 * products + 12 * model.sizes["queries"] * scores
+    of_target = _matrices(model, decoder) - of_source
+    scores = 12 * model.sizes["queries"]
+    return (
+        6 * _matrices(model, encoder) * source_len + scores * source_len**2,
+        6 * (of_source * source_len + of_target * target_len) + scores * target_len * (target_len + source_len),
+    )

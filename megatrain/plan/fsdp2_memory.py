@@ -42,13 +42,17 @@ def fsdp2_memory(part: StageModel) -> EngineMemory:
 
 
 def message_groups(part: StageModel) -> Iterator[tuple[Parameter, ...]]:
-    """The parameters that are gathered and reduced together, one of the alike decoder layers: a layer, the embeddings,
-    the last norm and the head; on an only stage with a tied head those two in one."""
-    yield part.layer_parameters
+    """The parameters that are gathered and reduced together, one of the alike layers: a layer, the embeddings, the last
+    norms and the head; on a stage with the embedding and a tied head those two in one."""
+    yield part.layer_parameters or part.encoder_layer_parameters
+    ends = [
+        part.embedding_parameters,
+        (*part.encoder_parameters[len(part.encoder_layer_parameters) :], *part.head_parameters),
+    ]
     if _is_tied(part):
-        yield (*part.embedding_parameters, *part.head_parameters)
-        return
-    yield from (group for group in (part.embedding_parameters, part.head_parameters) if group)
+        ends = [(*ends[0], *ends[1])]
+    further = [part.encoder_layer_parameters] if part.layer_parameters else []
+    yield from (group for group in (*ends, *further, *((p,) for p in part.bias_parameters)) if group)
 
 
 def _whole_at_once(part: StageModel) -> int:
@@ -59,8 +63,8 @@ def _whole_at_once(part: StageModel) -> int:
 
 
 def _is_tied(part: StageModel) -> bool:
-    """Whether embedding and head are one weight, on an only stage."""
-    return part.is_first and part.is_last and part.config.model.tie_word_embeddings
+    """Whether embedding and head are one weight here."""
+    return bool(part.embedding_parameters) and part.is_last and part.config.model.tie_word_embeddings
 
 
 def _rows(part: StageModel, parameter: Parameter) -> int:

@@ -79,7 +79,8 @@ def candidates(config: RunConfig, world_size: int, key: str) -> list[Value]:
     if key == "parallel.tensor":
         values = [*divisors(model.num_attention_heads)]
     elif key == "parallel.pipeline":
-        values = [stages for stages in divisors(world_size) if stages <= model.num_hidden_layers]
+        num_layers = sum(model.num_layers(stack) for stack in model.description.stacks)
+        values = [stages for stages in divisors(world_size) if stages <= num_layers]
     elif key == "parallel.pipeline_chunks":
         values = [*range(1, model.num_hidden_layers // parallel.pipeline + 1)]
     elif key == "parallel.zero_stage":

@@ -100,7 +100,7 @@ def _violations(config: RunConfig, world_size: int) -> dict[str, Violation]:
 
 
 def _check_ranks(config: RunConfig, world_size: int) -> Iterator[Violation]:
-    tensor, pipeline, layers = config.parallel.tensor, config.parallel.pipeline, config.model.num_hidden_layers
+    tensor, pipeline, layers = config.parallel.tensor, config.parallel.pipeline, _num_layers(config)
     if world_size % (tensor * pipeline):
         would_do = alternatives(multiples_around(world_size, tensor * pipeline))
         reason = f"tensor x pipeline ({tensor} x {pipeline}) must divide the {world_size} ranks ({would_do} would do)"
@@ -108,8 +108,16 @@ def _check_ranks(config: RunConfig, world_size: int) -> Iterator[Violation]:
         keys = keys if world_size % tensor else keys[::-1]
         yield Violation("ranks", keys[0], reason, keys)
     if pipeline > layers:
-        reason = f"must be at most model.num_hidden_layers ({layers})"
+        reason = f"must be at most {_LAYERS_KEYS[config.model.description.encoder is not None]} ({layers})"
         yield Violation("stages", "parallel.pipeline", reason, ("parallel.pipeline",))
+
+
+def _num_layers(config: RunConfig) -> int:
+    """Of all stacks."""
+    return sum(config.model.num_layers(stack) for stack in config.model.description.stacks)
+
+
+_LAYERS_KEYS = ("model.num_hidden_layers", "model.num_hidden_layers + model.num_decoder_layers")
 
 
 def _check_chunks(config: RunConfig, world_size: int) -> Iterator[Violation]:
@@ -128,16 +136,12 @@ def _check_streams(config: RunConfig, world_size: int) -> Iterator[Violation]:
     """What is not there for an encoder with its decoder."""
     if config.model.description.encoder is None:
         return
-    family, parallel = config.model.family, config.parallel
-    if parallel.pipeline > 1:
-        reason = f"family {family} has an encoder and a decoder: stages send each other one stream of activations"
-        yield Violation("streams", "parallel.pipeline", reason, ("parallel.pipeline",))
-    if parallel.engine == "fsdp2":
-        reason = f"family {family} has layers that share a table outside of them, which fsdp2 gathers with the first"
-        yield Violation("shared table", "parallel.engine", reason, ("parallel.engine",))
-    if config.train.compile == "on":
-        reason = f"family {family} is not compiled: lengths of source and target differ between its layers"
-        yield Violation("compiled streams", "train.compile", reason, ("train.compile",))
+    if config.parallel.pipeline_chunks > 1:
+        reason = (
+            f"must be 1: a rank with chunks of both would hold weights that family {config.model.family}'s encoder "
+        )
+        reason += "and decoder share twice"
+        yield Violation("streams", "parallel.pipeline_chunks", reason, ("parallel.pipeline_chunks",))
 
 
 def _check_tensor(config: RunConfig, world_size: int) -> Iterator[Violation]:

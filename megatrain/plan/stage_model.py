@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
-from megatrain.config import ModelConfig, RunConfig
-from megatrain.families.description import SHARDED_WIDTHS, Weight, Width, is_adapter
+from megatrain.config import RunConfig
+from megatrain.families.description import SHARDED_WIDTHS, Block, Stack, Weight, Width, is_adapter
 from megatrain.plan import rules
 from megatrain.plan.pipeline_schedule import most_held
-from megatrain.plan.stages import decoder_stages
+from megatrain.plan.stages import StageLayers, shared_weights, stage_layers
 
 
 class Parameter(NamedTuple):
     """``copies`` tensors of ``num_rows`` rows each on this rank, padding of the vocabulary included.
 
     ``decays``: the optimizer has a group of those that do, and one of the others. ``num_replicas``: so many tensor
-    ranks hold the same elements. ``is_tied``: the first stage has and saves them too. ``is_trained``: not frozen.
+    ranks hold the same elements. ``is_shared``: other stages have them too; ``is_tied``: so that one of those before
+    updates and saves them. ``is_trained``: not frozen.
     """
 
     numel: int
@@ -26,28 +27,43 @@ class Parameter(NamedTuple):
     decays: bool
     copies: int = 1
     num_replicas: int = 1
+    is_shared: bool = False
     is_tied: bool = False
     is_trained: bool = True
 
 
 class Chunk(NamedTuple):
-    """A virtual stage: ``is_first``: it has the embedding. ``is_last``: it has the final norm and the head."""
+    """A virtual stage. ``is_first``: it has the embedding. ``is_last``: it has the final norm and the head."""
 
-    num_layers: int
+    layers: StageLayers
     is_first: bool
     is_last: bool
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers[-1])
+
+
+class HeldStack(NamedTuple):
+    """What a rank has of one of the model's stacks. ``begins``, ``ends``: its first, its last layer."""
+
+    stack: Stack
+    num_layers: int
+    begins: bool
+    ends: bool
 
 
 @dataclass(frozen=True)
 class StageModel:
     """What each rank of pipeline stage ``stage`` computes, with its ``data`` - 1 likes. The layout must be legal.
 
-    ``chunk_layers``: decoder layers of each of its virtual stages.
+    ``layers``: of each of its virtual stages.
     """
 
     config: RunConfig
     stage: int
-    chunk_layers: tuple[int, ...]
+    layers: tuple[StageLayers, ...]
     data: int
     num_micro_batches: int
 
@@ -64,24 +80,30 @@ class StageModel:
     @property
     def chunks(self) -> list[Chunk]:
         """Its virtual stages: the embedding is in the first one of the first rank, the head in the last of the last."""
-        last = len(self.chunk_layers) - 1
+        last = len(self.layers) - 1
         return [
-            Chunk(count, self.is_first and index == 0, self.is_last and index == last)
-            for index, count in enumerate(self.chunk_layers)
+            Chunk(layers, self.is_first and index == 0, self.is_last and index == last)
+            for index, layers in enumerate(self.layers)
         ]
 
     @property
     def num_layers(self) -> int:
         """Decoder layers of all its chunks."""
-        return sum(self.chunk_layers)
+        return sum(chunk.num_layers for chunk in self.chunks)
+
+    @cached_property
+    def stacks(self) -> tuple[HeldStack, ...]:
+        """What it has of each of the model's stacks, in order; of some perhaps nothing."""
+        model, found = self.config.model, []
+        for index, stack in enumerate(model.description.stacks):
+            numbers = [number for layers in self.layers for number in layers[index]]
+            found.append(HeldStack(stack, len(numbers), 0 in numbers, model.num_layers(stack) - 1 in numbers))
+        return tuple(found)
 
     @property
     def num_branches(self) -> int:
         """What its layers add to the residual stream, each with a message of tensor parallelism."""
-        model = self.config.model
-        *encoder, decoder = model.description.stacks
-        before = sum(model.num_layers(stack) * len(stack.block.branches) for stack in encoder)
-        return before + self.num_layers * len(decoder.block.branches)
+        return sum(held.num_layers * len(held.stack.block.branches) for held in self.stacks)
 
     @property
     def element_bytes(self) -> int:
@@ -102,9 +124,12 @@ class StageModel:
 
     @property
     def border_bytes(self) -> int:
-        """Of what travels between stages, on each tensor rank: [B, T, hidden], with sequence parallelism its part."""
+        """Of what travels between stages, on each tensor rank: [B, T, hidden], with sequence parallelism its part. From
+        the encoder on also what it gives, beside the decoder's stream."""
         parallel = self.config.parallel
-        num_bytes = self.tokens * self.config.model.hidden_size * self.element_bytes
+        has_both = len(self.stacks) > 1 and self.num_layers > 0
+        tokens = self.tokens + (self.targets if has_both else 0)
+        num_bytes = tokens * self.config.model.hidden_size * self.element_bytes
         return num_bytes // parallel.tensor if parallel.sequence else num_bytes
 
     def most_held(self, chunk_bytes: Sequence[float]) -> int:
@@ -125,43 +150,53 @@ class StageModel:
     def parameters(self) -> tuple[Parameter, ...]:
         """All tensors that it holds."""
         block = (p._replace(copies=self.num_layers) for p in self.layer_parameters)
-        return (*self.embedding_parameters, *self.encoder_parameters, *block, *self.head_parameters)
+        before = (*self.embedding_parameters, *self.encoder_parameters, *self.bias_parameters)
+        return (*before, *block, *self.head_parameters)
 
     @cached_property
     def embedding_parameters(self) -> tuple[Parameter, ...]:
-        """Those of the embeddings, on the first rank."""
-        layers = self.config.model.description.first_layers if self.is_first else ()
+        """Those of the embeddings, on a rank in which a stack begins; what two stacks share once."""
+        layers = dict.fromkeys(layer for held in self.stacks if held.begins for layer in held.stack.first_layers)
         return tuple(self._held(weight for layer in layers for weight in layer.weights))
 
     @cached_property
+    def encoder_layer_parameters(self) -> tuple[Parameter, ...]:
+        """Those of one encoder layer, if there is one."""
+        encoder = self.config.model.description.encoder
+        return () if encoder is None or not self.stacks[0].num_layers else self._of_layer(encoder.block)
+
+    @cached_property
     def encoder_parameters(self) -> tuple[Parameter, ...]:
-        """Those of an encoder's embeddings, layers and norm, and of what the layers of each stack share."""
-        family = self.config.model.description
-        if family.encoder is None:
-            return ()
-        copies = self.config.model.num_layers(family.encoder)
-        layers = (p._replace(copies=copies) for p in self._held(family.encoder.block.weights))
-        tables = (stack.block.attention.relative_bias for stack in family.stacks)
-        own = (layer for layer in family.encoder.first_layers if layer not in family.first_layers)
-        others = [layer for layer in (*own, family.encoder.norm, *tables) if layer is not None]
-        return (*layers, *self._held(weight for layer in others for weight in layer.weights))
+        """Those of an encoder's layers and norm."""
+        layers = (p._replace(copies=self.stacks[0].num_layers) for p in self.encoder_layer_parameters)
+        norms = [held.stack.norm for held in self.stacks[:-1] if held.ends and held.stack.norm is not None]
+        return (*layers, *self._held(weight for norm in norms for weight in norm.weights))
+
+    @cached_property
+    def bias_parameters(self) -> tuple[Parameter, ...]:
+        """The relative biases of the stacks whose layers it has."""
+        biases = [held.stack.block.attention.relative_bias for held in self.stacks if held.num_layers]
+        return tuple(self._held(weight for bias in biases if bias is not None for weight in bias.weights))
 
     @cached_property
     def layer_parameters(self) -> tuple[Parameter, ...]:
-        """Those of one decoder layer."""
-        block, lora = self.config.model.description.block, self.config.lora
+        """Those of one decoder layer; none where it has only an encoder's."""
+        return self._of_layer(self.config.model.description.block) if self.num_layers else ()
+
+    def _of_layer(self, block: Block) -> tuple[Parameter, ...]:
+        lora = self.config.lora
         adapters = () if lora is None else block.adapter_weights(lora.adapts)
         return tuple(self._held([*block.weights, *adapters]))
 
     @cached_property
     def head_parameters(self) -> tuple[Parameter, ...]:
-        """Those of the final norm and the head, on the last rank; an only one has a tied head's matrix already."""
+        """Those of the final norm and the head, on the last rank; one with the embedding has a tied head's already."""
         if not self.is_last:
             return ()
         family, is_tied = self.config.model.description, self.config.model.tie_word_embeddings
         before = self._held(weight for layer in family.last_layers[:-1] for weight in layer.weights)
         matrix, *bias = self._held(family.head.weights)
-        head = [] if is_tied and self.is_first else [matrix._replace(is_tied=is_tied)]
+        head = [] if is_tied and self.embedding_parameters else [matrix._replace(is_tied=is_tied, is_shared=is_tied)]
         return (*before, *head, *bias)
 
     @cached_property
@@ -176,7 +211,7 @@ class StageModel:
 
     @cached_property
     def updated(self) -> tuple[Parameter, ...]:
-        """Those that the optimizer updates here: without the copy of a weight that the first stage updates."""
+        """Those that the optimizer updates here: without copies of weights that an earlier stage updates."""
         return tuple(p for p in self.trained if not p.is_tied)
 
     @property
@@ -185,7 +220,7 @@ class StageModel:
         return max(p.numel for p in self.parameters)
 
     def _held(self, weights: Iterable[Weight]) -> Iterator[Parameter]:
-        tensor = self.config.parallel.tensor
+        tensor, shared = self.config.parallel.tensor, shared_weights(self.config)
         replicas = {None: tensor, "keys": max(tensor // self.config.model.kv_heads, 1)}
         for weight in weights:
             yield Parameter(
@@ -193,22 +228,19 @@ class StageModel:
                 num_rows=weight.shape(self.sizes)[0],
                 decays=self.config.optimizer.decays(weight.kind),
                 num_replicas=replicas.get(weight.sharded_width, 1),
+                is_shared=weight.name in shared,
+                is_tied=weight.name in shared and shared[weight.name][0] != self.stage,
                 is_trained=self.config.lora is None or is_adapter(weight.name),
             )
 
 
 def stage_models(config: RunConfig, world_size: int) -> list[StageModel]:
     """Each stage's: all that is different between ranks of a legal layout."""
-    num_ranks, num_chunks = config.parallel.pipeline, config.parallel.pipeline_chunks
-    counts = _stages(config.model, config.data.seq_len, num_ranks * num_chunks, config.asked_share)
+    num_ranks, layers = config.parallel.pipeline, stage_layers(config)
     data = rules.data_degree(config, world_size)
     num_micro_batches = rules.num_micro_batches(config, world_size)
-    return [StageModel(config, rank, counts[rank::num_ranks], data, num_micro_batches) for rank in range(num_ranks)]
-
-
-@lru_cache(maxsize=64)  # the search for a layout that fits asks for the same ones hundreds of times
-def _stages(model: ModelConfig, seq_len: int, num_stages: int, asked: float) -> tuple[int, ...]:
-    return tuple(decoder_stages(model, seq_len, num_stages, asked))
+    parts = [tuple(layers[rank::num_ranks]) for rank in range(num_ranks)]
+    return [StageModel(config, rank, part, data, num_micro_batches) for rank, part in enumerate(parts)]
 
 
 def num_elements(parameters: Iterable[Parameter]) -> int:

@@ -64,7 +64,7 @@ def step_time(parts: list[StageModel], cluster: Cluster) -> StepTime:
     slowest = max(passes, key=lambda each: each.seconds)
     data = [data_seconds(part, each.compute, cluster) for part, each in zip(parts, passes, strict=True)]
     waited = [
-        each.waited + _tied(part, cluster) + _update(part, cluster) for part, each in zip(parts, data, strict=True)
+        each.waited + _shared(part, cluster) + _update(part, cluster) for part, each in zip(parts, data, strict=True)
     ]
     last = max(range(len(parts)), key=waited.__getitem__)
     others = sum(each.seconds for each in passes) - slowest.seconds
@@ -73,7 +73,7 @@ def step_time(parts: list[StageModel], cluster: Cluster) -> StepTime:
         tensor=count * slowest.tensor,
         pipeline=count * slowest.pipeline,
         bubble=others * _rounds_waited(parts[0]),
-        data=data[last].waited + _tied(parts[last], cluster),
+        data=data[last].waited + _shared(parts[last], cluster),
         update=_update(parts[last], cluster),
         hidden=data[last].hidden,
         hidden_tensor=count * slowest.hidden,
@@ -145,10 +145,13 @@ def _tensor(part: StageModel, cluster: Cluster, rates: Rates) -> tuple[float, fl
 
 def _column_outputs(part: StageModel) -> list[tuple[int, int]]:
     """Outputs on a rank of the column-parallel layers that share an input, and how often there are such."""
-    sizes, block = part.sizes, part.config.model.description.block
-    attention = sizes["queries"] + 2 * sizes["keys"]
-    mlp = len(block.mlp.inputs) * sizes["ffn"]
-    return [(attention, part.num_layers), (mlp, part.num_layers), (sizes["vocab"], int(part.is_last))]
+    sizes = part.sizes
+    attention, found = sizes["queries"] + 2 * sizes["keys"], []
+    for stack, count, *_ in part.stacks:
+        found += [(attention, count), (len(stack.block.mlp.inputs) * sizes["ffn"], count)]
+        if stack.block.cross_attention is not None:
+            found.append((sizes["queries"], count))
+    return [*found, (sizes["vocab"], int(part.is_last))]
 
 
 def _pipeline(part: StageModel, cluster: Cluster) -> float:
@@ -161,13 +164,13 @@ def _pipeline(part: StageModel, cluster: Cluster) -> float:
     return num_borders * part.border_bytes / cluster.border_bandwidth(parallel.pipeline, stride)
 
 
-def _tied(part: StageModel, cluster: Cluster) -> float:
-    """The last stage sends its gradient of the table that it shares with the first one, and gets the weights back."""
-    model, parallel = part.config.model, part.config.parallel
-    is_trained = model.tie_word_embeddings and part.config.lora is None
-    if parallel.pipeline == 1 or not is_trained or not (part.is_first or part.is_last):
+def _shared(part: StageModel, cluster: Cluster) -> float:
+    """Stages send the gradients of their copies to the stage that updates the weight, and get it back: the tied head's
+    to the first, an embedding's of two stacks."""
+    parallel = part.config.parallel
+    if parallel.pipeline == 1:
         return 0.0
-    table = part.sizes["vocab"] * model.hidden_size
+    table = num_elements(p for p in part.trained if p.is_shared)
     link = cluster.border_bandwidth(parallel.pipeline, parallel.tensor * part.data)
     if parallel.engine == "fsdp2":  # of each data rank its rows, in fp32
         return 8 * table / part.data / link

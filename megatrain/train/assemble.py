@@ -36,8 +36,7 @@ from megatrain.errors import ConfigError, RankError
 from megatrain.inference.assets import Assets
 from megatrain.model.attention import CoreAttention, attend_alone
 from megatrain.model.block import Activation
-from megatrain.model.decoder import DecoderStage, LayerSpec, build_layers
-from megatrain.model.encoder_decoder import EncoderDecoder
+from megatrain.model.encoder_decoder import build_stage
 from megatrain.model.init import InitialWeights
 from megatrain.model.kernels import Use, candidates, forget_flash3, why_missing
 from megatrain.model.linear import add_adapters
@@ -47,12 +46,12 @@ from megatrain.objectives.objective import Objective
 from megatrain.parallel.compile_cache import CompiledGraphs, settle_compile
 from megatrain.parallel.deepspeed import DeepSpeedSharding, start_deepspeed
 from megatrain.parallel.engine import Engine, Sharding
-from megatrain.parallel.shard import DTYPES, ShardedModel, shard_model, tie_across_stages
+from megatrain.parallel.shard import DTYPES, ShardedModel, shard_model, share_across_stages
 from megatrain.plan import rules
 from megatrain.plan.engine_memory import weight_state_bytes
 from megatrain.plan.flops import num_trained_parameters
 from megatrain.plan.hardware import resolve_precision
-from megatrain.plan.stages import decoder_stages
+from megatrain.plan.stages import shared_weights, stage_layers
 from megatrain.plan.this_machine import cpu_computes_bf16
 from megatrain.tasks.evaluation import Questions, read_questions
 from megatrain.train.start_clock import StartClock
@@ -146,7 +145,8 @@ def assemble(config: RunConfig, rank: RankInfo, clock: StartClock | None = None)
     start_deepspeed(patience_seconds)
     lap("rendezvous")
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = make_groups(topology, rank.rank, device, patience_seconds, config.model.kv_heads)
+    shared = shared_weights(config).values()
+    groups = make_groups(topology, rank.rank, device, patience_seconds, config.model.kv_heads, shared)
     config = resolve_precision(config, not groups.all_reduce_max([0.0 if computes_bf16(device) else 1.0])[0])
     lap("groups")
     findings = _preflight(config, rank, groups) if is_new_group else []
@@ -266,26 +266,15 @@ def build_engine(config: RunConfig, groups: Groups, attention: str | None = None
     """
     rules.check(config, groups.topology.world_size)
     attention = attention or choose_attention(config, groups)
-    num_ranks, rank = groups.topology.pipeline, groups.coordinate.pipeline
-    num_stages = num_ranks * config.parallel.pipeline_chunks
+    mine = stage_layers(config)[groups.coordinate.pipeline :: groups.topology.pipeline]
     with torch.device("meta"):
-        chunks = _build_chunks(config, range(rank, num_stages, num_ranks), num_stages)
+        chunks = [build_stage(config.model, config.run.seed, layers) for layers in mine]
         for chunk in chunks:
             add_adapters(chunk, config.lora, config.run.seed)
             chunk.use_attention(attention)
             chunk.smooth_labels(config.objective.label_smoothing)
-    model = shard_model(chunks, config, groups, RECOMPUTED)
-    if config.model.tie_word_embeddings and num_ranks > 1 and chunks[-1].head_name is not None:
-        model = tie_across_stages(model, chunks[-1].head_name, config.model.description.embeddings[0].name)
+    model = share_across_stages(shard_model(chunks, config, groups, RECOMPUTED), shared_weights(config), groups)
     return Engine(config, model, _sharding(config, model, groups), groups)
-
-
-def _build_chunks(config: RunConfig, stages: Sequence[int], num_stages: int) -> Sequence[DecoderStage]:
-    """Of each of these virtual stages its layers; an encoder and its decoder are one."""
-    if config.model.description.encoder is not None:
-        return [EncoderDecoder(config.model, config.run.seed)]
-    specs = build_layers(config.model, config.run.seed)
-    return [DecoderStage(config.model, _stage_layers(config, specs, stage, num_stages)) for stage in stages]
 
 
 def _sharding(config: RunConfig, model: ShardedModel, groups: Groups) -> Sharding:
@@ -294,16 +283,6 @@ def _sharding(config: RunConfig, model: ShardedModel, groups: Groups) -> Shardin
 
         return FSDP2Sharding(config, model, groups)
     return DeepSpeedSharding(config, model, groups)
-
-
-def _stage_layers(config: RunConfig, specs: Sequence[LayerSpec], stage: int, num_stages: int) -> list[LayerSpec]:
-    """Those of a virtual stage: consecutive decoder layers, and what comes before the first and after the last."""
-    counts = decoder_stages(config.model, config.data.seq_len, num_stages, config.asked_share)
-    first = sum(counts[:stage])
-    before = [spec for spec in specs if spec.kind == "embedding"] if stage == 0 else []
-    after = [spec for spec in specs if spec.kind in ("norm", "transform", "head")] if stage == num_stages - 1 else []
-    decoders = [spec for spec in specs if spec.kind == "decoder"]
-    return [*before, *decoders[first : first + counts[stage]], *after]
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -89,10 +89,10 @@ FLIPPED = {  # layout: the parameter, and who is told to differ
     "ZeRO 0 bf16": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "ZeRO 2 fp32": ("model.layers.0.mlp.up_proj.weight", "ranks 0 ({host}), 1 ({host}) differ in"),
     "tensor": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
-    "FSDP2 pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in the tied embedding"),
+    "FSDP2 pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in model.embed_tokens.weight"),
     "FSDP2 tensor": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
     "tensor under ZeRO 3": ("model.norm.weight", "ranks 0 ({host}), 1 ({host}) differ in model.norm.weight"),
-    "pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in the tied embedding"),
+    "pipeline": ("lm_head.weight", "ranks 0 ({host}), 1 ({host}) differ in model.embed_tokens.weight"),
 }
 
 

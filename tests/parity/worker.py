@@ -40,6 +40,7 @@ from megatrain.objectives import make_objective
 from megatrain.parallel import compile as compiling
 from megatrain.parallel.deepspeed import start_deepspeed
 from megatrain.parallel.engine import Engine
+from megatrain.plan.stages import shared_weights
 from megatrain.tasks.evaluation import answer, ask, collect, read_questions
 from megatrain.train.assemble import (
     build_engine,
@@ -94,9 +95,9 @@ class Case:
 
 
 @functools.cache
-def groups_of(topology: Topology, kv_heads: int) -> Groups:
+def groups_of(topology: Topology, kv_heads: int, shared: tuple[tuple[int, ...], ...]) -> Groups:
     """The groups of a mesh; made once, for they cannot be freed and each has its own threads."""
-    return make_groups(topology, read_rank().rank, torch.device("cpu"), TIMEOUT_SECONDS, kv_heads)
+    return make_groups(topology, read_rank().rank, torch.device("cpu"), TIMEOUT_SECONDS, kv_heads, shared)
 
 
 def train(case: Case) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def train(case: Case) -> dict[str, Any]:
     RmsNorm.has_own_cpu_kernel = not case.gpu_kernels
     compiling.BACKEND = case.backend or INDUCTOR
     topology = Topology.of(rank.world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = groups_of(topology, config.model.kv_heads)
+    groups = groups_of(topology, config.model.kv_heads, tuple(sorted({*shared_weights(config).values()})))
     engine = build_engine(config, groups)
     engine.load_frozen(InitialWeights(config.model, config.run.seed))
     if case.drifts:

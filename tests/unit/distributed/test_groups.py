@@ -57,7 +57,7 @@ def fake_rank() -> Iterator[Callable[[Topology, int], Groups]]:
         if dist.is_initialized():
             dist.destroy_process_group()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=topology.world_size)
-        return make_groups(topology, rank, torch.device("cpu"), 60.0, kv_heads)
+        return make_groups(topology, rank, torch.device("cpu"), 60.0, kv_heads, shared_by(topology))
 
     yield make
     dist.destroy_process_group()
@@ -77,10 +77,9 @@ def test_groups_hold_the_ranks_of_their_axes(sizes: tuple[int, int, int], fake_r
         assert ranks_of(groups.model_parallel_group) == topology.group(rank, "pipeline", "tensor")
         assert ranks_of(groups.self_group) == [rank]
         stage, along_pipeline = groups.coordinate.pipeline, topology.group(rank, "pipeline")
-        is_end = stage in (0, topology.pipeline - 1)
-        assert ranks_of(groups.embedding_group) == (
-            sorted({along_pipeline[0], along_pipeline[-1]}) if is_end else [rank]
-        )
+        holders = {stages: [along_pipeline[each] for each in stages] for stages in shared_by(topology)}
+        found = {stages: ranks_of(group) for stages, group in groups.stages.items()}
+        assert found == {stages: ranks for stages, ranks in holders.items() if stage in stages}
         first = rank - groups.coordinate.tensor % 2
         assert ranks_of(groups.kv_replica_group) == ([first, first + 1] if topology.tensor == 4 else [rank])
         assert groups.batch_share == (groups.coordinate.data, topology.data)
@@ -103,6 +102,12 @@ def test_every_rank_makes_equally_many_groups(
         monkeypatch.setattr(dist, "new_group", counted)
         fake_rank(topology, rank, 2)
     assert len(set(calls.values())) <= 1
+
+
+def shared_by(topology: Topology) -> set[tuple[int, ...]]:
+    """Pipeline ranks that hold the same weights: the first and the last, and all but the first."""
+    last = topology.pipeline - 1
+    return {stages for stages in ((0, last), tuple(range(1, last + 1))) if len({*stages}) > 1}
 
 
 def ranks_of(group: dist.ProcessGroup) -> list[int]:

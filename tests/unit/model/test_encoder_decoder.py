@@ -3,22 +3,27 @@ generation."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, TypeAlias
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import MarianConfig, MarianMTModel, T5Config, T5ForConditionalGeneration
 
 from megatrain.batch import Batch
 from megatrain.checkpoint.transformers_config import to_transformers
-from megatrain.config.schema import ModelConfig
+from megatrain.config.schema import LoraConfig, ModelConfig
 from megatrain.model.beams import BeamSearch, beam_search
 from megatrain.model.encoder_decoder import EncoderDecoder
 from megatrain.model.generate import Limits, Sampling, generate_batch
 from megatrain.model.init import init_model, standard_deviation
+from megatrain.model.linear import add_adapters
+from megatrain.plan.flops import adapter_shapes
 
 VOCAB_SIZE, START, END = 131, 0, 1
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_decoder_layers": 2}
@@ -92,18 +97,12 @@ def random_batch(source_len: int, target_len: int) -> Batch:
     return batch._replace(source_tokens_BS=source, source_positions_BS=places)
 
 
-def logits(model: EncoderDecoder, source: Tensor, inputs: Tensor) -> Tensor:
-    context = model.make_context(torch.arange(inputs.shape[1]).expand_as(inputs), None, None, model.dtype)
-    encoded = model.encode(source, None, None, None)
-    return model.head(model.decode(inputs, context._replace(encoded=encoded)))
-
-
 def test_logits_and_gradients_are_those_of_transformers(twin: Twin, model: EncoderDecoder) -> None:
     """At distances beyond the last range, and of unequal lengths."""
     batch = random_batch(50, 40)
     assert batch.source_tokens_BS is not None
     expected = twin(input_ids=batch.source_tokens_BS, decoder_input_ids=batch.tokens_BT).logits
-    torch.testing.assert_close(logits(model, batch.source_tokens_BS, batch.tokens_BT), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.logits(batch.source_tokens_BS, batch.tokens_BT), expected, atol=1e-5, rtol=1e-5)
     loss = model(batch)
     loss.backward()
     functional.cross_entropy(expected.flatten(0, 1), batch.targets_BM.flatten(), reduction="sum").backward()
@@ -143,13 +142,41 @@ def test_the_first_loss_is_near_that_of_guessing(config: ModelConfig) -> None:
     assert abs(loss - math.log(config.known_vocab_size)) < (1.0 if config.family == "t5" else 0.1)
 
 
+def test_adapters_compute_what_those_of_peft_do(config: ModelConfig, twin: Twin, model: EncoderDecoder) -> None:
+    targets = ("q", "v", "wi_0", "wo") if config.family == "t5" else ("q_proj", "v_proj", "fc1", "fc2")
+    lora = LoraConfig(rank=6, alpha=21.0, target_modules=targets)
+    ours, batch = copy.deepcopy(model), random_batch(20, 14)
+    assert batch.source_tokens_BS is not None
+    add_adapters(ours, lora)
+    settings = PeftConfig(r=6, lora_alpha=21, target_modules=[*lora.target_modules])
+    theirs = get_peft_model(copy.deepcopy(twin), settings).eval()
+    adapters = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): parameter
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
+    trained = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    assert shapes == {name: tuple(p.shape) for name, p in adapters.items()} == adapter_shapes(config, lora)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            adapters[name].normal_(std=0.1)
+            parameter.copy_(adapters[name])
+    ours(batch).backward()
+    expected = theirs(input_ids=batch.source_tokens_BS, decoder_input_ids=batch.tokens_BT).logits
+    functional.cross_entropy(expected.flatten(0, 1), batch.targets_BM.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(ours.logits(batch.source_tokens_BS, batch.tokens_BT), expected, atol=1e-5, rtol=1e-5)
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, adapters[name].grad, atol=1e-4, rtol=1e-4)
+
+
 def test_a_target_does_not_see_what_follows_it(model: EncoderDecoder) -> None:
     batch = random_batch(9, 12)
     assert batch.source_tokens_BS is not None
     changed = batch.tokens_BT.clone()
     changed[:, 7:] = 3
     with torch.no_grad():
-        before, after = (logits(model, batch.source_tokens_BS, x) for x in (batch.tokens_BT, changed))
+        before, after = (model.logits(batch.source_tokens_BS, x) for x in (batch.tokens_BT, changed))
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
@@ -221,7 +248,7 @@ def test_a_cached_step_is_the_whole_pass(model: EncoderDecoder) -> None:
     tokens = [START]
     for token in cached:
         with torch.no_grad():
-            scores = logits(model, torch.tensor(SOURCES[2:]), torch.tensor([tokens]))[0, -1:]
+            scores = model.logits(torch.tensor(SOURCES[2:]), torch.tensor([tokens]))[0, -1:]
         assert int(limits(model, 1).masked(scores).argmax()) == token
         tokens.append(token)
 

@@ -67,7 +67,7 @@ class Tiny:
         self._outputs: weakref.WeakSet[Tensor] = weakref.WeakSet()
         self.most_inputs = self.most_outputs = 0
         self.pipeline: Pipeline[Tensor] = Pipeline(
-            group, num_chunks, torch.device("cpu"), lambda batch: FIELDS, self.forward, self.backward
+            group, num_chunks, torch.device("cpu"), lambda batch, chunk, kind: FIELDS, self.forward, self.backward
         )
 
     def forward(self, chunk: int, record: Record | None, batch: Tensor) -> Record | Tensor:

@@ -25,6 +25,7 @@ from megatrain.distributed.fragment import FlatShard
 from megatrain.distributed.groups import make_groups
 from megatrain.distributed.topology import Topology
 from megatrain.parallel.deepspeed import start_deepspeed
+from megatrain.plan.stages import shared_weights
 from megatrain.train.assemble import build_engine
 
 
@@ -50,10 +51,21 @@ def _asked(batch: Batch, config: RunConfig) -> Batch:
     return batch._replace(pixels_BCHW=torch.zeros(len(batch.tokens_BT), config.model.sizes["channels"], size, size))
 
 
+def _paired(batch: Batch, config: RunConfig) -> Batch:
+    """With a source, and where several pairs may be in a sample, the ids by which they are told apart."""
+    source = _batch((len(batch.tokens_BT), config.data.seq_len), config.model.vocab_size or 0, 0).tokens_BT
+    batch = batch._replace(source_tokens_BS=source)
+    if config.objective.type != "sequence_to_sequence":
+        return batch
+    ids, source_ids = (torch.zeros(tokens.shape, dtype=torch.int32) for tokens in (batch.tokens_BT, source))
+    return batch._replace(document_ids_BT=ids, source_document_ids_BS=source_ids)
+
+
 def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
     """Bytes of each kind that a rank's engine holds, and of what it would save."""
     mesh = Topology.of(world_size, config.parallel.tensor, config.parallel.pipeline)
-    groups = make_groups(mesh, rank, torch.device("cpu"), 60.0, config.model.kv_heads)
+    shared = shared_weights(config).values()
+    groups = make_groups(mesh, rank, torch.device("cpu"), 60.0, config.model.kv_heads, shared)
     others = _live_tensors()
     engine = build_engine(config, groups)
     engine.load_fragments(Zeros(), num_updates=1)
@@ -64,8 +76,7 @@ def measure(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
         count = train.global_batch_size // (train.micro_batch_size * mesh.data)
         batches = [_asked(_batch(shape, config.model.vocab_size or 0, seed), config) for seed in range(count)]
         if config.target_len is not None:
-            source = _batch((shape[0], config.data.seq_len), config.model.vocab_size or 0, 0).tokens_BT
-            batches = [batch._replace(source_tokens_BS=source) for batch in batches]
+            batches = [_paired(batch, config) for batch in batches]
         with held.watch():
             engine.train_batch(batches, count * shape[0] * shape[1], 1e-4)
     else:

@@ -145,6 +145,19 @@ def test_an_illegal_layout_names_key_reason_and_alternative(layout, overrides, w
         assert problem.nearest == nearest
 
 
+def test_chunks_of_two_stacks_are_refused(layout: Callable[..., RunConfig]) -> None:
+    t5 = ["model.family=t5", "model.num_key_value_heads=null", "objective.type=sequence_to_sequence"]
+    for legal in (["parallel.pipeline=4"], ["parallel.engine=fsdp2"], ["train.compile=on"], ["parallel.pipeline=8"]):
+        assert rules.problems(layout(*t5, *legal), 8) == []
+    (problem,) = rules.problems(layout(*t5, "parallel.pipeline=2", "parallel.pipeline_chunks=2"), 8)
+    assert (problem.key, problem.nearest) == ("parallel.pipeline_chunks", "parallel.pipeline_chunks=1")
+    assert "hold weights that family t5's encoder and decoder share twice" in problem.reason
+    problems = rules.problems(layout(*t5, "parallel.pipeline=16", "train.global_batch_size=16"), 16)
+    assert [problem.reason for problem in problems] == [
+        "must be at most model.num_hidden_layers + model.num_decoder_layers (8)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("sizes", "tensor", "broken"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
@@ -44,10 +45,8 @@ def saved(folder: Path, **changes: Any) -> T5ForConditionalGeneration:
 def logits(folder: Path, inputs: torch.Tensor = INPUTS) -> torch.Tensor:
     model = load_decoder(CheckpointReader(folder))
     assert isinstance(model, EncoderDecoder)
-    context = model.make_context(torch.arange(30).expand(2, -1), None, None, torch.float32)
     with torch.no_grad():
-        encoded = model.encode(inputs, None, None, None)
-        return model.head(model.decode(inputs.flip(1), context._replace(encoded=encoded)))
+        return model.logits(inputs, inputs.flip(1))
 
 
 @pytest.mark.parametrize(
@@ -90,3 +89,31 @@ def test_another_t5_is_refused_by_its_key(changes: dict[str, Any], reason: str, 
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=reason):
         import_folder(tmp_path / "hf", tmp_path / "checkpoint")
+
+
+def test_adapters_of_both_stacks_reach_peft(tmp_path: Path) -> None:
+    """What is adapted has one name in both stacks (q), or another number in each (wi_0)."""
+    base = saved(tmp_path / "base")
+    import_folder(tmp_path / "base", tmp_path / "checkpoint")
+    adapted = get_peft_model(base, LoraConfig(r=6, lora_alpha=21, target_modules=["q", "wi_0", "wo"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "peft")
+    with torch.no_grad():
+        expected = adapted(input_ids=INPUTS, decoder_input_ids=INPUTS.flip(1)).logits
+    import_folder(tmp_path / "peft", tmp_path / "adapters", tmp_path / "checkpoint")
+    torch.testing.assert_close(logits(tmp_path / "adapters"), expected, atol=1e-5, rtol=1e-5)
+    export_checkpoint(tmp_path / "adapters", tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "out"))
+    assert len(after) == 2 * (3 * 3 + 2 * 4)  # with q of cross-attention
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    export_checkpoint(tmp_path / "adapters", tmp_path / "merged", merge=True)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        for model in (PeftModel.from_pretrained(again, tmp_path / "out").eval(), merged):
+            found = model(input_ids=INPUTS, decoder_input_ids=INPUTS.flip(1)).logits
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
