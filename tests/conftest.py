@@ -25,6 +25,9 @@ from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait
 from tests.served import ServedRanks
 from tests.tiny_data import VOCAB_SIZE, make_tiny_data
 
+MOST_SECONDS = 5.0
+"""What a test that is not marked `slow` may take on an idle machine."""
+
 
 def pytest_configure() -> None:
     """One thread for torch: for tensors as small as those of tests a second one costs several times what it saves."""
@@ -41,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, why in missing.items():
             if why is not None and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tells which quick tests took so long that they belong under `slow`."""
+    passed = terminalreporter.getreports("passed")
+    long = [
+        each for each in passed if each.when == "call" and each.duration > MOST_SECONDS and "slow" not in each.keywords
+    ]
+    for each in sorted(long, key=lambda each: -each.duration):
+        terminalreporter.write_line(f"LONG {each.duration:.1f} s {each.nodeid}: not marked slow")
 
 
 def _take_samples(items: list[pytest.Item]) -> None:

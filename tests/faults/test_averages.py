@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import megatrain
+from megatrain import cli
 from megatrain.checkpoint.inspection import verify
 from megatrain.checkpoint.manifest import MANIFEST, read_manifest
 from megatrain.errors import CheckpointError, ConfigError
@@ -57,7 +57,13 @@ def test_a_resumed_run_ends_with_the_same_average(
     assert [r for r in rates if r] == pytest.approx([peak / 2, *(peak * (2 / n) ** 0.5 for n in range(2, 7))])
 
 
-def test_averaged_weights_are_used_on_demand(run: Path, tiny_data: TinyData, tmp_path: Path) -> None:
+def test_averaged_weights_are_used_on_demand(
+    run: Path,
+    tiny_data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     expected = averages_of(run / "checkpoints" / "step-00000006")
     model, plain = megatrain.load(run, ema=True), megatrain.load(run)
     parameters, others = dict(model.module.named_parameters()), dict(plain.module.named_parameters())
@@ -72,18 +78,13 @@ def test_averaged_weights_are_used_on_demand(run: Path, tiny_data: TinyData, tmp
     losses = [
         evaluate_checkpoint(run, tiny_data.held_out, show_progress=False, ema=ema)["loss"] for ema in (False, True)
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "megatrain",
-        "eval",
-        str(run),
-        "--data",
-        str(tiny_data.held_out),
-        "--ema",
-        "--json",
-    ]
-    shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    monkeypatch.setattr(
+        sys, "argv", ["megatrain", "eval", str(run), "--data", str(tiny_data.held_out), "--ema", "--json"]
+    )
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    shown = json.loads(capsys.readouterr().out)
     assert shown["loss"] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] != losses[1]
 

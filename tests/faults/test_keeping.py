@@ -85,7 +85,9 @@ RUINED = ("optimizer.lr=1e39",)  # the first update makes weights that are not f
 SKIPPED = ("train.precision=fp16", "train.initial_loss_scale_power=32")  # no gradient is finite
 
 
-@pytest.mark.parametrize("background", ["checkpoint.background=true", "checkpoint.background=false"])
+@pytest.mark.parametrize(
+    "background", ["checkpoint.background=true", pytest.param("checkpoint.background=false", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("fault", [RUINED, SKIPPED], ids=["ruined", "skipped"])
 def test_no_diverged_state_replaces_a_good_checkpoint(
     fault: tuple[str, ...], background: str, tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path

@@ -29,7 +29,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def grown(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> TinyData:
-    """The prose, tokenized by the same tokenizer with new tokens; and by another one of as many."""
+    """The held-out prose, tokenized by the same tokenizer with new tokens; and by another one of as many."""
     folder = tmp_path_factory.mktemp("grown")
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny_data.tokenizer))
     tokenizer.add_special_tokens(NEW)
@@ -39,7 +39,7 @@ def grown(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Tiny
     found = []
     for name in ("more", "other"):
         effort = Effort(1, "tokenizers", silent, lambda warning: None)
-        text = str(tiny_data.prose.with_name("prose.jsonl"))
+        text = str(tiny_data.prose.with_name("held-out.jsonl"))
         tokenize([text], folder / f"{name}.json", folder / name, TokenizeOptions(), effort)
         found.append(folder / name)
     return TinyData(found[0], found[1], tiny_data.held_out, folder / "more.json")
@@ -80,7 +80,7 @@ def test_new_tokens_get_rows_and_old_ones_stay(
     assert len({tuple(row) for row in rows.tolist()}) == len(NEW)
     torch.testing.assert_close(rows, before.mean(0).expand_as(rows), atol=1e-4, rtol=0)
     # The mean of logits is the logit of the mean, so that by convexity each row adds at most 1/n to the softmax's sum.
-    pairs = ((finished_run, tiny_data.prose), (runs[0], grown.prose))
+    pairs = ((finished_run, tiny_data.held_out), (runs[0], grown.prose))
     before_loss, after_loss = (evaluate_checkpoint(locate(str(r)), d, show_progress=False)["loss"] for r, d in pairs)
     assert 0.0 < after_loss - before_loss <= math.log1p(len(NEW) / VOCAB_SIZE) + 1e-6
 

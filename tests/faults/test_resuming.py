@@ -151,7 +151,7 @@ def _check_continues(
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        pytest.param(*pair, id=" to ".join(pair), marks=pytest.mark.slow if number % 3 else ())
+        pytest.param(*pair, id=" to ".join(pair), marks=pytest.mark.slow if number % 4 else ())
         for number, pair in enumerate(PAIRS)
     ],
 )

@@ -11,8 +11,9 @@ from tests.parity.figures import Pool
 from tests.parity.matrix import ENGINES, parity_config
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("zero_stage", range(4))
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_zero_stage_trains_the_same_in_fp32(engine: str, num_ranks: int, zero_stage: int, pool: Pool) -> None:
     config = parity_config(pool.data, "llama_tied", parallel={"engine": engine, "zero_stage": zero_stage})

@@ -21,6 +21,7 @@ from megatrain.distributed.activity import Activity
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.liveness import LivenessMonitor, has_everyone_joined
 from megatrain.errors import Preempted
+from tests.runs import wait_until
 
 NUM_RANKS = 4
 HANG_SECONDS = 1.0
@@ -69,6 +70,11 @@ class Ranks:
             theirs.close()
             self.processes[rank], self.orders[rank] = process, ours
 
+    def start_all(self) -> None:
+        """Until they have met."""
+        self.start(*range(NUM_RANKS))
+        wait_until(lambda: has_everyone_joined(self._run_dir, "start"))
+
     def hears(self, rank: int, within_seconds: float = 20.0) -> str:
         assert self.orders[rank].poll(within_seconds), f"rank {rank} heard nothing"
         heard: str = self.orders[rank].recv()
@@ -98,8 +104,7 @@ def _kill(ranks: Ranks, *numbers: int) -> None:
 
 @pytest.mark.parametrize("dead", [(2,), (0,), (1, 3)])
 def test_all_hear_within_seconds_who_has_died(dead: tuple[int, ...], ranks: Ranks) -> None:
-    ranks.start(*range(NUM_RANKS))
-    time.sleep(0.7)
+    ranks.start_all()
     _kill(ranks, *dead)
     names = ", ".join(f"rank {rank} on {socket.gethostname()}" for rank in dead)
     for rank in set(range(NUM_RANKS)) - {*dead}:
@@ -117,16 +122,14 @@ def test_a_death_before_all_ranks_joined_is_reported(ranks: Ranks) -> None:
 
 
 def test_a_stopped_rank_is_not_presumed_dead(ranks: Ranks) -> None:
-    ranks.start(*range(NUM_RANKS))
-    time.sleep(0.7)
+    ranks.start_all()
     os.kill(ranks.processes[1].pid or 0, signal.SIGSTOP)
     assert ranks.hear_nothing(0, 2, 3, for_seconds=2.0)
 
 
 @pytest.mark.parametrize("order", ["end", "be preempted"])
 def test_ranks_that_end_well_alarm_nobody(order: str, ranks: Ranks) -> None:
-    ranks.start(*range(NUM_RANKS))
-    time.sleep(0.7)
+    ranks.start_all()
     for rank in (1, 0, 3):  # one after the other, rank 0 before another
         ranks.orders[rank].send(order)
         assert ranks.hears(rank) == "ended by itself"
@@ -136,8 +139,7 @@ def test_ranks_that_end_well_alarm_nobody(order: str, ranks: Ranks) -> None:
 
 
 def test_an_error_leaves_others_time_to_notice_themselves(ranks: Ranks) -> None:
-    ranks.start(*range(NUM_RANKS))
-    time.sleep(0.7)
+    ranks.start_all()
     ranks.orders[2].send("fail")
     assert ranks.hears(2) == "ended by itself"
     assert ranks.hear_nothing(0, 1, 3, for_seconds=2.0)
@@ -146,8 +148,7 @@ def test_an_error_leaves_others_time_to_notice_themselves(ranks: Ranks) -> None:
 
 
 def test_losing_a_peer_in_a_collective_names_it(ranks: Ranks) -> None:
-    ranks.start(*range(NUM_RANKS))
-    time.sleep(0.7)
+    ranks.start_all()
     _kill(ranks, 3)
     ranks.orders[1].send("lose a peer")
     assert "Rank 3 on " in ranks.hears(1)
@@ -200,8 +201,7 @@ def test_a_thousand_ranks_hear_of_a_death_quickly(tmp_path: Path) -> None:
 
 def _stand(ranks: Ranks, **part_of: str) -> None:
     """All are in an exchange, but for those that are named, and get nothing done."""
-    ranks.start(*range(NUM_RANKS))
-    time.sleep(0.7)
+    ranks.start_all()
     for rank in range(NUM_RANKS):
         ranks.orders[rank].send(f"be in {part_of.get(f'rank{rank}', 'exchange')}")
 
