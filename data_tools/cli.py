@@ -162,6 +162,9 @@ def tokenize(
     answer_key: Annotated[str | None, typer.Option(help="The key of its answer, which alone is scored.")] = None,
     source_key: Annotated[str | None, typer.Option(help="The key of what an encoder reads; with --target-key.")] = None,
     target_key: Annotated[str | None, typer.Option(help="The key of its target, which alone is scored.")] = None,
+    target_tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json of targets, where they have another one than sources.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Answers that end behind so many tokens of a document are left out.")
     ] = None,
@@ -179,7 +182,7 @@ def tokenize(
     from data_tools.tokenize import tokenize as run
 
     of_chat = (chat, messages_key, tools_key, loss, train_on_roles or (), chat_date)
-    answers = Answers(*of_chat, prompt_key, answer_key, source_key, target_key, max_tokens)
+    answers = Answers(*of_chat, prompt_key, answer_key, source_key, target_key, target_tokenizer, max_tokens)
     read, supervision = answers.read(read), answers.supervision(tokenizer.expanduser(), eod_token, bos_token)
     options = TokenizeOptions(read, eod_token, bos_token, shard_tokens, supervision)
     with running.place() as place:

@@ -16,7 +16,7 @@ from datetime import date
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import orjson
 
@@ -44,6 +44,8 @@ class _Unclear(Exception):
 @dataclass(frozen=True)
 class Conversations:
     """Which messages are scored of conversations that a template renders."""
+
+    target_tokenizer: ClassVar[None] = None
 
     template: ChatTemplate
     files: Mapping[str, bytes]
@@ -312,6 +314,7 @@ class Answers:
     answer_key: str | None = None
     source_key: str | None = None
     target_key: str | None = None
+    target_tokenizer: Path | None = None
     max_tokens: int | None = None
 
     @classmethod
@@ -336,6 +339,8 @@ class Answers:
             raise ConfigError(
                 "--prompt-key and --answer-key belong together, and so do --source-key and --target-key: give both."
             )
+        if self.target_tokenizer is not None and self.source_key is None:
+            raise ConfigError("--target-tokenizer would do nothing: it is for pairs, --source-key and --target-key.")
         if len(of_pairs) == 4:
             raise ConfigError(
                 "--prompt-key makes examples for a decoder, --source-key for an encoder: give one of them."
@@ -358,7 +363,10 @@ class Answers:
     ) -> Conversations | PromptAndAnswer | SourceAndTarget | None:
         """What makes the examples. Raises ConfigError where the tokenizer has no chat template."""
         if self.source_key:
-            return SourceAndTarget(eod_token, self.max_tokens)
+            target = None
+            if self.target_tokenizer is not None:
+                target = load_tokenizer(self.target_tokenizer.expanduser(), eod_token)
+            return SourceAndTarget(eod_token, self.max_tokens, target)
         if not self.chat:
             return PromptAndAnswer(self.max_tokens) if self.prompt_key else None
         try:

@@ -25,6 +25,7 @@ from megatrain.data.format import (
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
     SKIPPED_FILE,
+    TARGET_TOKENIZER_FILE,
     TEMPLATE_FILES,
     TOKENIZER_FILE,
     manifest_body,
@@ -87,7 +88,7 @@ def make_dataset(
 
 
 def _is_made(path: Path) -> bool:
-    made = {MANIFEST_FILE, TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE, *TEMPLATE_FILES}
+    made = {MANIFEST_FILE, TOKENIZER_FILE, TARGET_TOKENIZER_FILE, SHARD_TABLE_FILE, SKIPPED_FILE, *TEMPLATE_FILES}
     return path.name in made or re.fullmatch(r"shard-\d{6,}\.arrow", path.name) is not None
 
 

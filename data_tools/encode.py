@@ -20,7 +20,7 @@ import pyarrow as pa
 from data_tools.dataset_job import pack_parts
 from data_tools.engines import Engine
 from data_tools.executors import Advance
-from data_tools.supervised import Encoded, Example, ExampleEncoder, Supervision
+from data_tools.supervised import Encoded, Example, ExampleEncoder, PairEncoder, Supervision
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import MAX_LISTED, Part, ReadOptions, Record, Unit
 from data_tools.work import PartStore, write_batches
@@ -72,8 +72,13 @@ class UnitEncoder:
         self._options = options
         self._engine = engine
         self._supervision = supervision
-        self._examples = ExampleEncoder(tokenizer, None if supervision is None else supervision.max_tokens)
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        max_tokens, target = (
+            (None, None) if supervision is None else (supervision.max_tokens, supervision.target_tokenizer)
+        )
+        self._examples: ExampleEncoder | PairEncoder = ExampleEncoder(tokenizer, max_tokens)
+        if target is not None:
+            self._examples = PairEncoder(tokenizer, target, max_tokens)
+        self._dtype = token_dtype(max(tokenizer.vocab_size, 0 if target is None else target.vocab_size))
 
     def __call__(self, unit: Unit, advance: Advance) -> None:
         """Commit the parts of the unit that are not there."""
@@ -117,8 +122,22 @@ class UnitEncoder:
         if self._unknown_text is None:
             return Unknown()
         texts = [document.text for _, document in documents]
-        names = [document.id or unit.files[document.file].name for _, document in documents]
-        return self._unknown_text.count(texts, ids, offsets, names)
+        return self._unknown_text.count(texts, ids, offsets, _names(unit, documents))
+
+    @staticmethod
+    def _count_unknown_of_pairs(
+        encoder: PairEncoder, unit: Unit, documents: Sequence[tuple[int, Example]], encoded: Sequence[Encoded]
+    ) -> Unknown:
+        """Of each side by its own tokenizer."""
+        total, names = Unknown(), _names(unit, documents)
+        texts, ids = ([encoder.sides(each) for _, each in documents], [encoder.split(each) for each in encoded])
+        for number, tokenizer in enumerate((encoder.source, encoder.target)):
+            if not tokenizer.loses_nothing and documents:
+                of_side = [pair[number] for pair in ids]
+                offsets = np.cumsum([0, *map(len, of_side)])
+                counter = UnknownText(Tokenizer(tokenizer.text_json, "the tokenizer"))
+                total += counter.count([pair[number] for pair in texts], np.concatenate(of_side), offsets, names)
+        return total
 
     def _encode(self, unit: Unit, documents: list[tuple[int, Record]]) -> tuple[pa.RecordBatch, Unknown]:
         ids, offsets = self._engine.encode([document.text for _, document in documents])
@@ -135,8 +154,12 @@ class UnitEncoder:
         ids = [document.ids for _, document in pairs]
         offsets = np.cumsum([0, *map(len, ids)])
         tokens = np.concatenate([np.empty(0, np.uint32), *ids])
-        unknown = self._count_unknown(unit, documents, tokens, offsets)
-        return self._batch(documents, tokens.astype(self._dtype), offsets, [document for _, document in pairs]), unknown
+        kept = [document for _, document in pairs]
+        if isinstance(self._examples, PairEncoder):
+            unknown = self._count_unknown_of_pairs(self._examples, unit, documents, kept)
+        else:
+            unknown = self._count_unknown(unit, documents, tokens, offsets)
+        return self._batch(documents, tokens.astype(self._dtype), offsets, kept), unknown
 
     def _batch(
         self,
@@ -181,6 +204,10 @@ class UnitEncoder:
                 tokens[positions] = marker
         tokens[is_text] = ids
         return tokens, offsets
+
+
+def _names(unit: Unit, documents: Documents) -> list[str]:
+    return [document.id or unit.files[document.file].name for _, document in documents]
 
 
 def _without_empty(

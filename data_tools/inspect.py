@@ -20,7 +20,7 @@ from rich.text import Text
 from data_tools.executors import Progress
 from data_tools.supervised import describe_counts, scored_percent
 from megatrain.data import Dataset
-from megatrain.data.format import shard_name
+from megatrain.data.format import Manifest, shard_name
 from megatrain.data.shard import Views
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import ConfigError
@@ -199,6 +199,7 @@ def describe(dataset: Dataset, document: int | None) -> dict[str, Any]:
         "eod_token": manifest.eod_token,
         "bos_id": dataset.bos_id,
         "bos_token": manifest.bos_token,
+        **_of_target(manifest),
         "options": manifest.options,
         "bytes_per_token": dataset.text_bytes / dataset.num_tokens,
         "shards": [{"file": shard_name(index), **row} for index, row in enumerate(dataset.shard_rows())],
@@ -208,6 +209,12 @@ def describe(dataset: Dataset, document: int | None) -> dict[str, Any]:
     if document is not None:
         description["document"] = _describe_document(dataset, document)
     return description
+
+
+def _of_target(manifest: Manifest) -> dict[str, Any]:
+    """Of a tokenizer that the targets of pairs have of their own."""
+    keys = ("target_tokenizer_sha256", "target_vocab_size", "target_eod_id")
+    return {} if manifest.target_tokenizer_sha256 is None else {key: getattr(manifest, key) for key in keys}
 
 
 def describe_json(description: dict[str, Any]) -> bytes:
@@ -235,7 +242,7 @@ def show(dataset: Dataset, document: int | None, counted: dict[str, Any]) -> Non
     place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens"
     console.print(Text(_printable(f"Document {shown['index']}: {shown['id']} ({place})")))
     if dataset.has_scored:
-        _show_scored(console, dataset.tokenizer, shown["tokens"][:MAX_SHOWN_TOKENS], shown["scored"])
+        _show_scored(console, dataset, shown["tokens"][:MAX_SHOWN_TOKENS], shown["scored"])
     else:
         _show_lines(console, dataset, shown["tokens"][:MAX_SHOWN_TOKENS])
 
@@ -284,7 +291,7 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
         "row": info.source_row,
         "hash": info.hash.hex(),
         "text_bytes": info.text_bytes,
-        "text": dataset.tokenizer.decode(tokens[0 if dataset.bos_id is None else 1 : -1].tolist()),
+        "text": dataset.text_of(tokens),
         "tokens": tokens.tolist(),
         **scored,
     }
@@ -300,7 +307,7 @@ def _show_lines(console: Console, dataset: Dataset, tokens: list[int]) -> None:
     console.print(table)
 
 
-def _show_scored(console: Console, tokenizer: Tokenizer, tokens: list[int], scored: list[bool]) -> None:
+def _show_scored(console: Console, dataset: Dataset, tokens: list[int], scored: list[bool]) -> None:
     """Token by token with | between; what is scored stands in brackets, and green where the terminal has colors."""
     line, inside = Text(), False
     for number, (token, is_scored) in enumerate(zip(tokens, scored, strict=False)):
@@ -308,6 +315,7 @@ def _show_scored(console: Console, tokenizer: Tokenizer, tokens: list[int], scor
             line.append("\u27e6" if is_scored else "\u27e7", "bold green")
         elif line:
             line.append("|", "dim")
+        tokenizer = dataset.target_tokenizer if is_scored else dataset.tokenizer
         text, inside = tokenizer.decode([token]), is_scored
         if "\ufffd" in text:  # a part of a character
             text = tokenizer.token_of(token) or text

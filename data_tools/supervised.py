@@ -69,6 +69,11 @@ class Supervision(Protocol):
         ...
 
     @property
+    def target_tokenizer(self) -> TokenizerFile | None:
+        """That of what is scored, where it has one of its own."""
+        ...
+
+    @property
     def notes(self) -> list[str]:
         """What the user should know before the work begins."""
         ...
@@ -83,6 +88,7 @@ class _TwoTexts:
 
     examples_name: ClassVar[str]
     max_tokens: int | None
+    target_tokenizer: TokenizerFile | None = None
 
     @property
     def named(self) -> dict[str, str]:
@@ -118,11 +124,17 @@ class PromptAndAnswer(_TwoTexts):
 @dataclass(frozen=True)
 class SourceAndTarget(_TwoTexts):
     """A source and its target, for an encoder and a decoder: both end with ``eod_token``, and each is encoded by
-    itself. Scored: the target."""
+    itself, the target by ``target_tokenizer`` where it has one of its own. Scored: the target."""
 
     examples_name = "source_target"
     eod_token: str
     max_tokens: int | None = None
+    target_tokenizer: TokenizerFile | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        target = self.target_tokenizer
+        return super().named | ({} if target is None else {"target_tokenizer_sha256": target.sha256})
 
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         source, target = orjson.loads(record.text)
@@ -263,6 +275,64 @@ class ExampleEncoder:
     @cached_property
     def _text_library(self) -> Any:
         return _without_post_processor(self.tokenizer.text_json)
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Sources and targets that have a tokenizer each into documents. A pair of more than ``max_tokens`` is left out."""
+
+    source: TokenizerFile
+    target: TokenizerFile
+    max_tokens: int | None = None
+
+    def encode(self, examples: Sequence[Example], counts: Counter[str]) -> list[Encoded | None]:
+        """As ExampleEncoder does."""
+        texts = [self.sides(example) for example in examples]
+        sides = zip(*texts, strict=True) if texts else ((), ())
+        encoded = (self._ids(library, side) for library, side in zip(self._libraries, sides, strict=True))
+        return [
+            self._document(source, target, sum(len(text.encode()) for text in pair), counts)
+            for source, target, pair in zip(*encoded, texts, strict=True)
+        ]
+
+    @staticmethod
+    def sides(example: Example) -> tuple[str, str]:
+        """Its two texts."""
+        source, target = (example.text[begin:end] for begin, end in example.literal)
+        return source, target
+
+    def split(self, document: Encoded) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+        """The ids of its two texts, without what ends them."""
+        begin = int(document.scored[0])
+        return document.ids[int(self.source.bos_id is not None) : begin - 1], document.ids[begin:-1]
+
+    def _document(
+        self, source: Sequence[int], target: Sequence[int], text_bytes: int, counts: Counter[str]
+    ) -> Encoded | None:
+        begins = [] if self.source.bos_id is None else [self.source.bos_id]
+        before, after = [*begins, *source, self.source.eod_id], [*target, self.target.eod_id]
+        num_tokens = len(before) + len(after)
+        if not (source and target):  # a tokenizer has no tokens for it
+            counts["no_answer"] += 1
+            return None
+        if self.max_tokens is not None and num_tokens > self.max_tokens:
+            counts["no_answer_left"] += 1
+            counts["dropped_tokens"] += num_tokens
+            return None
+        return Encoded(
+            np.array([*before, *after], np.uint32), np.array([len(before), num_tokens], np.uint32), text_bytes
+        )
+
+    @cached_property
+    def _libraries(self) -> tuple[Any, Any]:
+        return _without_post_processor(self.source.text_json), _without_post_processor(self.target.text_json)
+
+    @staticmethod
+    def _ids(library: Any, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return [each.ids for each in library.encode_batch(list(texts), add_special_tokens=False)]
+        except Exception as error:  # noqa: BLE001 (plain Exception)
+            raise cannot_encode(error) from None
 
 
 def _without_post_processor(tokenizer_json: bytes) -> Any:

@@ -344,8 +344,7 @@ def _texts_of_shard(path: Path, options: ReadOptions, batch: pa.RecordBatch) -> 
     """The documents of a shard of a tokenized dataset as text."""
     dataset = _dataset_of(path.parent)
     tokens, offsets = Views.of(batch)
-    begin = 0 if dataset.bos_id is None else 1
-    texts = [dataset.tokenizer.decode(tokens[a + begin : b - 1].tolist()) for a, b in pairwise(offsets.tolist())]
+    texts = [dataset.text_of(tokens[a:b]) for a, b in pairwise(offsets.tolist())]
     return pa.RecordBatch.from_pydict({options.text_key: texts, options.id_key: batch["id"]})
 
 

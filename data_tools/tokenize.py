@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from data_tools import job
@@ -28,6 +29,7 @@ from data_tools.units import PART_BYTES, ReadOptions, Record, Unit, no_text_erro
 from data_tools.work import PartStore
 from megatrain.atomic import commit_bytes
 from megatrain.data.format import (
+    TARGET_TOKENIZER_FILE,
     TOKENIZER_FILE,
     Manifest,
     checksum,
@@ -140,6 +142,28 @@ class TextRecipe:
         return {} if self.supervision is None else self.supervision.files
 
     @property
+    def target_tokenizer(self) -> TokenizerFile | None:
+        return None if self.supervision is None else self.supervision.target_tokenizer
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the ids of both tokenizers."""
+        target = self.target_tokenizer
+        return token_dtype(max(self.tokenizer.vocab_size, 0 if target is None else target.vocab_size))
+
+    @property
+    def of_target(self) -> dict[str, Any]:
+        """What the manifest says of a tokenizer that targets have of their own."""
+        target = self.target_tokenizer
+        if target is None:
+            return {}
+        return {
+            "target_tokenizer_sha256": target.sha256,
+            "target_vocab_size": target.vocab_size,
+            "target_eod_id": target.eod_id,
+        }
+
+    @property
     def same_for_all_shards(self) -> dict[str, Any]:
         """What each shard says of the tokenizer."""
         tokenizer = self.tokenizer
@@ -150,10 +174,11 @@ class TextRecipe:
             "eod_id": tokenizer.eod_id,
             "eod_token": tokenizer.eod_token,
             **bos,
+            **self.of_target,
         }
 
     def schema(self, metadata: dict[str, Any]) -> pa.Schema:
-        return document_schema(token_dtype(self.tokenizer.vocab_size), metadata, has_scored=self.has_scored)
+        return document_schema(self.dtype, metadata, has_scored=self.has_scored)
 
     def nothing_error(self, plan: Plan, skipped: bytes) -> DataError:
         if plan.examples:
@@ -175,7 +200,7 @@ class TextRecipe:
             num_scored=plan.num_scored if self.has_scored else None,
             examples=plan.examples if self.has_scored else None,
             unknown=plan.unknown,
-            dtype=token_dtype(tokenizer.vocab_size).name,
+            dtype=self.dtype.name,
             vocab_size=tokenizer.vocab_size,
             eod_id=tokenizer.eod_id,
             eod_token=tokenizer.eod_token,
@@ -185,6 +210,7 @@ class TextRecipe:
             options=self.options,
             job=made.job,
             shard_table_checksum=made.shard_table_checksum,
+            **self.of_target,
         ).dump()
 
 
@@ -210,11 +236,14 @@ class _Text:
 
     @property
     def shard_bytes(self) -> int:
-        return self.options.shard_tokens * token_dtype(self.tokenizer.vocab_size).itemsize
+        return self.options.shard_tokens * self.recipe.dtype.itemsize
 
     def begin(self, out: Path, folder: Path) -> None:
         if not (out / TOKENIZER_FILE).exists():
             commit_bytes(out / TOKENIZER_FILE, self.tokenizer.json, folder)
+        target = self.recipe.target_tokenizer
+        if target is not None and not (out / TARGET_TOKENIZER_FILE).exists():
+            commit_bytes(out / TARGET_TOKENIZER_FILE, target.json, folder)
 
     def packer(self, store: PartStore, missing: list[Unit]) -> tuple[UnitEncoder, int]:
         supervision = self.options.supervision

@@ -14,7 +14,15 @@ import xxhash
 from data_tools.executors import Advance, Progress
 from data_tools.work import run_tasks
 from megatrain.data import Dataset
-from megatrain.data.format import SKIPPED_FILE, TOKENIZER_FILE, content_digest, document_hash, is_content, shard_name
+from megatrain.data.format import (
+    SKIPPED_FILE,
+    TARGET_TOKENIZER_FILE,
+    TOKENIZER_FILE,
+    content_digest,
+    document_hash,
+    is_content,
+    shard_name,
+)
 from megatrain.data.image_format import image_digest, label_bytes
 from megatrain.data.images import AnyDataset, ImageDataset, open_either
 from megatrain.data.shard import Tokens, Views
@@ -61,6 +69,8 @@ def _files(dataset: AnyDataset) -> Iterator[tuple[str, str]]:
     """What lies beside the shards: names and checksums."""
     if isinstance(dataset, Dataset):
         yield TOKENIZER_FILE, dataset.manifest.tokenizer_sha256
+        if dataset.manifest.target_tokenizer_sha256 is not None:
+            yield TARGET_TOKENIZER_FILE, dataset.manifest.target_tokenizer_sha256
         yield from (dataset.manifest.template_files or {}).items()
     if dataset.manifest.skipped_checksum is not None:
         yield SKIPPED_FILE, dataset.manifest.skipped_checksum

@@ -26,6 +26,7 @@ from megatrain.data.format import (
     BATCH_TOKENS,
     MANIFEST_FILE,
     SHARD_TABLE_FILE,
+    TARGET_TOKENIZER_FILE,
     TOKENIZER_FILE,
     content_digest,
     document_schema,
@@ -102,7 +103,9 @@ class ShardWriter(Reopening):
     def other_files(self) -> dict[str, bytes]:
         """What goes along as it is."""
         dataset = self.source.dataset
-        return {TOKENIZER_FILE: dataset.tokenizer_path.read_bytes(), **dataset.template_files()}
+        target = dataset.target_tokenizer_path
+        of_target = {} if target is None else {TARGET_TOKENIZER_FILE: target.read_bytes()}
+        return {TOKENIZER_FILE: dataset.tokenizer_path.read_bytes(), **of_target, **dataset.template_files()}
 
     def stage(self) -> Stage:
         make_folders(self.folder, len(self.corpus.tasks))
@@ -120,7 +123,8 @@ class ShardWriter(Reopening):
         row = None
         if documents:
             manifest = self.source.dataset.manifest
-            keys = ("tokenizer_sha256", "vocab_size", "eod_id", "eod_token", "bos_id", "bos_token")
+            keys = ["tokenizer_sha256", "vocab_size", "eod_id", "eod_token", "bos_id", "bos_token"]
+            keys += ["target_tokenizer_sha256", "target_vocab_size", "target_eod_id"]
             same_for_all = {key: value for key in keys if (value := getattr(manifest, key)) is not None}
             metadata = shard_metadata(same_for_all, index, documents, tokens, text_bytes)
             dataset = self.source.dataset

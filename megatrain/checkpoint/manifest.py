@@ -17,6 +17,7 @@ from megatrain.units import format_bytes
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"  # of the data, beside the rank files
+TARGET_TOKENIZER = "target_tokenizer.json"  # of the targets of pairs, where they have one of their own
 LABELS = "label_names.json"  # of a classifier's data; an export has them in its config.json
 NAME = re.compile(r"step-(\d{8,})(?:\.g\d+-[0-9a-f]+)?")  # of a checkpoint's folder; in a store with its generation
 FORMAT_VERSION = 1
@@ -50,7 +51,8 @@ class Token(BaseModel):
 
 
 class SpecialTokens(BaseModel):
-    """Which tokens have a meaning of their own; None: there is none, or none is known. ``eod`` ends a document.
+    """Which tokens have a meaning of their own; None: there is none, or none is known. ``eod`` ends a document;
+    ``target_eod`` a target whose tokenizer is another one than its source's.
 
     ``begins_with_bos``: whether ``bos`` begins each document, and so each prompt.
     """
@@ -62,6 +64,7 @@ class SpecialTokens(BaseModel):
     begins_with_bos: bool = False
     pad: Token | None = None
     unk: Token | None = None
+    target_eod: Token | None = None
 
 
 class Chat(BaseModel):

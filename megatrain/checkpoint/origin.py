@@ -128,12 +128,20 @@ class Origin:
         entries = [entry for entry in map(self.manifest.file, names) if entry is not None]
         return {entry.file: read_small_file(self.folder, entry) for entry in entries}
 
-    def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str) -> None:
-        """Raise CheckpointError where ``dataset`` is of another tokenizer. One that the checkpoint lacks is passed
-        over: nothing can be compared."""
-        from megatrain.checkpoint.manifest import TOKENIZER
+    def refuse_other_tokenizer(self, dataset: object, tokenizer_sha256: str, target_sha256: str | None = None) -> None:
+        """Raise CheckpointError where ``dataset`` is of another tokenizer; ``target_sha256``: of one that its targets
+        have of their own. One that the checkpoint lacks is passed over: nothing can be compared."""
+        from megatrain.checkpoint.manifest import TARGET_TOKENIZER, TOKENIZER
 
         content = self.tokenizer()
+        target = self.files([TARGET_TOKENIZER]).get(TARGET_TOKENIZER)
+        known = None if target is None else hashlib.sha256(target).hexdigest()
+        if content is not None and known != target_sha256:
+            raise CheckpointError(
+                f"run.init_from: the targets of {dataset} have another tokenizer than those of {self.folder}: tokenize "
+                f"the pairs again {'without --target-tokenizer' if target is None else 'with --target-tokenizer '}"
+                f"{'' if target is None else self.folder / TARGET_TOKENIZER}."
+            )
         if content is not None and hashlib.sha256(content).hexdigest() != tokenizer_sha256:
             raise CheckpointError(
                 f"run.init_from: {dataset} was tokenized with another tokenizer than that of {self.folder}: its token "

@@ -368,6 +368,9 @@ def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:
     for number, dataset in enumerate(config.data.train):
         keys = ("fill_in_the_middle", "span_corruption", "token_masking", "transform")
         problems += _unused_below(f"data.train.{number}.", dataset, keys, why)
+    if kind == "span_corruption" and config.model.target_vocab_size != config.model.vocab_size:
+        reason = "source and target are one text, and the model has a vocabulary for each"
+        problems.append(Problem("model.decoder_vocab_size", config.model.target_vocab_size, reason, "null"))
     if kind == "span_corruption":
         problems += _corruption(config.data.seq_len, config.objective.span_corruption)
     if config.train.precision == "fp16" and config.model.description.block.attention.relative_bias:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.chat import CHAT_DATE
-from megatrain.data.format import TOKENIZER_FILE, Manifest, document_schema
+from megatrain.data.format import TARGET_TOKENIZER_FILE, TOKENIZER_FILE, Manifest, document_schema
 from megatrain.data.remote import Cache, RemoteFolder
 from megatrain.data.shard import ScoredRuns, Shard, Tokens
 from megatrain.data.shard_table import Ints
@@ -59,6 +59,11 @@ def require_same_tokenizer(datasets: Sequence[Dataset]) -> None:
             raise DataError(
                 f"{other.path} was tokenized with another tokenizer than {first.path}: a model knows one vocabulary. "
                 "Tokenize both with the same tokenizer.json."
+            )
+        if one.target_tokenizer_sha256 != two.target_tokenizer_sha256:
+            raise DataError(
+                f"The targets of {other.path} were tokenized with another tokenizer than those of {first.path}: a "
+                "model writes one vocabulary. Tokenize both with the same --target-tokenizer, or both without."
             )
         if (one.eod_id, one.bos_id) != (two.eod_id, two.bos_id):
             raise DataError(
@@ -145,6 +150,37 @@ class Dataset(ShardedDataset):
         """The tokenizer that made the tokens. Raises DataError where its file is missing or damaged."""
         advice = "Copy it again from where the dataset was made; `megatrain-data verify` checks the whole dataset."
         return Tokenizer.open(self.tokenizer_path, DataError, advice)
+
+    @property
+    def target_tokenizer_path(self) -> Path | None:
+        """The tokenizer.json that made the targets of pairs; None where it is that of the sources."""
+        sha256 = self.manifest.target_tokenizer_sha256
+        return None if sha256 is None else self.storage.file(TARGET_TOKENIZER_FILE, sha256)
+
+    @cached_property
+    def target_tokenizer(self) -> Tokenizer:
+        """The one that made the targets of pairs. Raises DataError as ``tokenizer`` does."""
+        path = self.target_tokenizer_path
+        return self.tokenizer if path is None else Tokenizer.open(path, DataError, "Copy it again.")
+
+    @property
+    def target_eod_id(self) -> int:
+        """What ends the targets of pairs."""
+        own = self.manifest.target_eod_id
+        return self.eod_id if own is None else own
+
+    @property
+    def target_vocab_size(self) -> int:
+        """One more than the largest id of a target."""
+        return self.manifest.target_vocab_size or self.vocab_size
+
+    def text_of(self, document: Tokens) -> str:
+        """The text of a whole document, without what begins and ends it."""
+        ids = document[0 if self.bos_id is None else 1 : -1].tolist()
+        if self.manifest.target_tokenizer_sha256 is None:
+            return self.tokenizer.decode(ids)
+        end = ids.index(self.eod_id) + 1  # of the source, which has no other
+        return self.tokenizer.decode(ids[:end]) + self.target_tokenizer.decode(ids[end:])
 
     def template_files(self) -> dict[str, bytes]:
         """The chat template that wrote the conversations, and what else came with its tokenizer, by file name."""
@@ -273,7 +309,7 @@ class Dataset(ShardedDataset):
     def scored_bytes(self, start: int, length: int) -> int:
         """UTF-8 bytes of the text behind those of the tokens [start, start + length) that count as targets, by
         ``token_bytes``."""
-        return int(self.token_bytes[self.window(start, length)[self.scored(start, length)]].sum())
+        return int(self._target_token_bytes[self.window(start, length)[self.scored(start, length)]].sum())
 
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int64]:
@@ -284,6 +320,15 @@ class Dataset(ShardedDataset):
         """
         lengths = self.tokenizer.token_lengths(self.vocab_size)
         lengths[[marker for marker in (self.eod_id, self.bos_id) if marker is not None]] = 0
+        return lengths
+
+    @cached_property
+    def _target_token_bytes(self) -> npt.NDArray[np.int64]:
+        """The same of the targets of pairs."""
+        if self.manifest.target_tokenizer_sha256 is None:
+            return self.token_bytes
+        lengths = self.target_tokenizer.token_lengths(self.target_vocab_size)
+        lengths[self.target_eod_id] = 0
         return lengths
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int]]:

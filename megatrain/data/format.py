@@ -37,6 +37,7 @@ IMAGE_FORMAT_NAME = "megatrain-images"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+TARGET_TOKENIZER_FILE = "target_tokenizer.json"  # of pairs whose target has a tokenizer of its own
 SHARD_TABLE_FILE = "shards.arrow"
 SKIPPED_FILE = "skipped.jsonl"
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -240,6 +241,11 @@ class Manifest:
     """Tokens that are scored as targets; None: all, and shards have no column `scored`."""
     examples: dict[str, int] | None = None
     """Of conversations, prompts and answers: how many were read, and what was left out or cut, by reason."""
+    target_tokenizer_sha256: str | None = None
+    """Of pairs: of the tokenizer of targets, where it is another one than that of sources; with two numbers of it."""
+    target_vocab_size: int | None = None
+    target_eod_id: int | None = None
+    """Ends targets, under the same name as ``eod_token``."""
     template_files: dict[str, str] | None = None
     """Those of TEMPLATE_FILES that are there, by name, and their checksums."""
     format: str = FORMAT_NAME
@@ -341,8 +347,12 @@ def _manifest_problem(body: dict[str, Any]) -> str | None:
         return f"unknown is {body['unknown']!r:.80}, which cannot be"
     if ("bos_id" in body) != ("bos_token" in body):
         return "bos_id and bos_token belong together"
-    if body["dtype"] != token_dtype(body["vocab_size"]).name:
-        return f"dtype {body['dtype']!r} does not fit a vocabulary of {body['vocab_size']}"
+    of_target = [key in body for key in ("target_tokenizer_sha256", "target_vocab_size", "target_eod_id")]
+    if any(of_target) and not all(of_target):
+        return "target_tokenizer_sha256, target_vocab_size and target_eod_id belong together"
+    largest = max(body["vocab_size"], body.get("target_vocab_size", 0))
+    if body["dtype"] != token_dtype(largest).name:
+        return f"dtype {body['dtype']!r} does not fit a vocabulary of {largest}"
     if not set(body.get("template_files", {})) <= set(TEMPLATE_FILES):
         return f"template_files should be of {', '.join(TEMPLATE_FILES)}"
     return None

@@ -16,6 +16,8 @@ def resolve_vocabulary(config: RunConfig, dataset: AnyDataset) -> RunConfig:
     With ``run.resize_token_embeddings`` the model gets as many ids as the tokenizer has, or keeps its own where they
     are more. Raises ConfigError where the model knows too few ids.
     """
+    if isinstance(dataset, Dataset):
+        config = _with_target_vocabulary(config, dataset)
     given = config.model.vocab_size
     if given is None or (config.run.resize_token_embeddings and given < dataset.vocab_size):
         model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
@@ -29,6 +31,28 @@ def resolve_vocabulary(config: RunConfig, dataset: AnyDataset) -> RunConfig:
         raise ConfigError(
             f"model.vocab_size is {given}, but {dataset.path} has token ids up to {dataset.vocab_size - 1}: set it to "
             f"{dataset.vocab_size} or more, or leave it null."
+        )
+    return config
+
+
+def _with_target_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The same of the vocabulary of the targets of pairs, where it is another one."""
+    if dataset.manifest.target_tokenizer_sha256 is None:
+        return config
+    model, size = config.model, dataset.target_vocab_size
+    if getattr(model, "share_encoder_decoder_embeddings") or model.family != "marian":  # noqa: B009
+        raise ConfigError(
+            f"The sources and the targets of {dataset.path} have a tokenizer each, which a model with one embedding "
+            "cannot read: set model.family=marian with model.share_encoder_decoder_embeddings=false, or tokenize the "
+            "pairs without --target-tokenizer."
+        )
+    given: int | None = getattr(model, "decoder_vocab_size")  # noqa: B009
+    if given is None:
+        return config.model_copy(update={"model": model.model_copy(update={"decoder_vocab_size": size})})
+    if given < size:
+        raise ConfigError(
+            f"model.decoder_vocab_size is {given}, but targets of {dataset.path} have token ids up to {size - 1}: set "
+            f"it to {size} or more, or leave it null."
         )
     return config
 

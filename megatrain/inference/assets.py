@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from megatrain.checkpoint.manifest import LABELS, TOKENIZER, Chat, SpecialTokens, Token
+from megatrain.checkpoint.manifest import LABELS, TARGET_TOKENIZER, TOKENIZER, Chat, SpecialTokens, Token
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import label_names, labels_by_id, laid_over, to_transformers
 from megatrain.config import ModelConfig
@@ -25,6 +25,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, TOKENIZER_MAP = "tokenizer_config.json", "special_tokens_map.json"
 TOKENIZER_FILES = (
     TOKENIZER,
+    TARGET_TOKENIZER,
     TOKENIZER_CONFIG,
     TOKENIZER_MAP,
     "added_tokens.json",
@@ -87,15 +88,19 @@ class Assets:
         bos: Token | None = None,
         template_files: Mapping[str, bytes] = {},
         chat_date: date | None = None,
+        target: tuple[bytes, Token] | None = None,
     ) -> Assets:
         """The same for a run on data of this tokenizer, whose documents end with ``eod``, and begin with ``bos``; with
-        ``template_files``, what wrote its conversations, on ``chat_date``.
+        ``template_files``, what wrote its conversations, on ``chat_date``. ``target``: the tokenizer of targets that
+        have one of their own, and what ends them.
 
         Tokenizer files that came without a tokenizer.json stay behind: whether they are of the same one is not known.
         """
         known = {name: content for name, content in self.files.items() if name not in self.staying_behind}
         update: dict[str, Any] = {"eod": eod, "bos": bos or self.special_tokens.bos, "begins_with_bos": bos is not None}
         files = {**known, TOKENIZER: tokenizer_json, **template_files}
+        if target is not None:
+            files[TARGET_TOKENIZER], update["target_eod"] = target
         named = _read_special_tokens(files)
         update |= {"pad": self.special_tokens.pad or named.pad, "unk": self.special_tokens.unk or named.unk}
         special_tokens = self.special_tokens.model_copy(update=update)
@@ -164,10 +169,27 @@ class Assets:
         return Token(id=tokenizer.control[token], token=token)
 
     @cached_property
+    def target_tokenizer(self) -> Tokenizer | None:
+        """That of what is written, where it is another one than that of what is read."""
+        return _tokenizer(self.files, TARGET_TOKENIZER)
+
+    @property
+    def output_tokens(self) -> SpecialTokens:
+        """The special tokens of what is written."""
+        tokens = self.special_tokens
+        return tokens if tokens.target_eod is None else tokens.model_copy(update={"eod": tokens.target_eod})
+
+    def decoder_start(self, tokenizer: Tokenizer | None) -> int:
+        """A decoder's first input beside an encoder. ``tokenizer``: of what is read."""
+        eod, tokenizer = self.output_tokens.eod, self.target_tokenizer or tokenizer
+        end = 0 if eod is None else eod.id
+        return end if tokenizer is None else tokenizer.decoder_start(end)
+
+    @cached_property
     def stop_ids(self) -> list[int]:
         """The tokens that end what is generated: the folder's own, where that which ends a document is among them, and
         the end of a turn."""
-        eod, theirs = self.special_tokens.eod, _folder_ids(self.files, "eos")
+        eod, theirs = self.output_tokens.eod, _folder_ids(self.files, "eos")
         ends = theirs if eod is None or eod.id in theirs else [eod.id]
         return list(dict.fromkeys([*ends, *([self.turn_end.id] if self.turn_end else [])]))
 
@@ -178,12 +200,14 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
 
     A special token that is not known is null in config.json: left out, transformers would take one of its own.
     """
-    files, tokens = assets.files, assets.special_tokens
+    files, tokens = assets.files, assets.output_tokens
     ids = {f"{role}_token_id": token.id for role, token in _by_role(tokens) if role != "unk"}
+    generation: dict[str, Any] = {}
     if model.description.encoder is not None and tokens.eod is not None:
-        tokenizer = _tokenizer(files)
-        start = tokens.eod.id if tokenizer is None else tokenizer.decoder_start(tokens.eod.id)
+        start = assets.decoder_start(_tokenizer(files))
         ids = {"decoder_start_token_id": start, "pad_token_id": start, **ids}
+        if model.description.never_writes_start and start not in assets.stop_ids:
+            generation = {"bad_words_ids": [[start]], "renormalize_logits": True}
     theirs = _json(files, CONFIG)
     changed: dict[str, dict[str, Any]] = {}
     reads_images = model.description.reads_images
@@ -195,7 +219,7 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
     if model.description.hugging_face.asks_labels and assets.label_names:
         changed[CONFIG] |= labels_by_id(assets.label_names)
     if theirs is None and GENERATION not in files and not reads_images:
-        changed[GENERATION] = ids
+        changed[GENERATION] = {**ids, **generation}
     if TOKENIZER in files and TOKENIZER_CONFIG not in files:
         changed[TOKENIZER_CONFIG] = {
             "tokenizer_class": _PLAIN_CLASS,
@@ -204,6 +228,8 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
             "clean_up_tokenization_spaces": False,
             **{f"{role}_token": token.token for role, token in _by_role(tokens) if token.token is not None},
         }
+        if model.description.encoder is not None:
+            changed[TOKENIZER_CONFIG] |= _of_sources(assets)
         if not model.description.can_generate:
             ends = {"cls": tokens.bos, "sep": tokens.eod}
             texts = {**{role: token and token.token for role, token in ends.items()}, "mask": mask_token}
@@ -232,6 +258,14 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
     return {name: content for name, content in {**files, **made}.items() if name != LABELS}
 
 
+def _of_sources(assets: Assets) -> dict[str, Any]:
+    """Settings of a tokenizer of transformers that ends what an encoder reads, and pads it."""
+    tokenizer, eod = _tokenizer(assets.files), assets.special_tokens.eod
+    if tokenizer is None or eod is None:
+        return {}
+    return {"add_eos_token": True, "pad_token": tokenizer.token_of(tokenizer.decoder_start(eod.id))}
+
+
 def _naming(settings: dict[str, Any], key: str, token: Token) -> dict[str, Any]:
     """Settings of transformers in which ``key`` names this token; of several ends it may be one."""
     value, former = (token.id if key.endswith("_id") else token.token), settings.get(key)
@@ -246,9 +280,11 @@ def _by_role(tokens: SpecialTokens) -> list[tuple[str, Token]]:
 
 
 def _read_special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
-    """By ids of generation_config.json and config.json, and by names of the tokenizer's files."""
-    tokenizer = _tokenizer(files)
-    ids_by_text = tokenizer.ids if tokenizer is not None else {}
+    """By ids of generation_config.json and config.json, which are of what is written, and by names of the tokenizer's
+    files."""
+    tokenizer, of_target = _tokenizer(files), _tokenizer(files, TARGET_TOKENIZER)
+    written = of_target or tokenizer
+    ids_by_text = written.ids if written is not None else {}
     texts_by_id = {number: text for text, number in ids_by_text.items()}
     found: dict[str, Token] = {}
     for role in ("eos", "bos", "pad", "unk"):
@@ -259,6 +295,10 @@ def _read_special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
         if number is not None:
             text = texts_by_id.get(number) if texts_by_id else (named if len(ids) == 1 else None)
             found["eod" if role == "eos" else role] = Token(id=number, token=text)
+    if of_target is not None and "eod" in found:
+        found["target_eod"] = end = found["eod"]
+        if tokenizer is not None and end.token in tokenizer.ids:
+            found["eod"] = Token(id=tokenizer.ids[end.token], token=end.token)
     return SpecialTokens(**found, begins_with_bos="bos" in found and _begins_with(found["bos"], files, tokenizer))
 
 
@@ -276,7 +316,7 @@ def _folder_ids(files: Mapping[str, bytes], role: str) -> list[int]:
     value = (_json(files, GENERATION) or {}).get(key)
     if value is None:
         value = config.get(key) if key in config else _ABSENT_IDS.get(str(config.get("model_type")), {}).get(role)
-    size = config.get("vocab_size")
+    size = config.get("decoder_vocab_size") or config.get("vocab_size")
     return [i for i in _as_list(value) if type(i) is int and 0 <= i < (size if type(size) is int else 1 << 32)]
 
 
@@ -293,10 +333,10 @@ def _folder_text(files: Mapping[str, bytes], role: str) -> str | None:
     return None
 
 
-def _tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
-    """That of tokenizer.json; None where there is none that can be read."""
+def _tokenizer(files: Mapping[str, bytes], name: str = TOKENIZER) -> Tokenizer | None:
+    """That of a tokenizer.json; None where there is none that can be read."""
     try:
-        return Tokenizer(files[TOKENIZER], TOKENIZER) if TOKENIZER in files else None
+        return Tokenizer(files[name], name) if name in files else None
     except DataError:
         return None
 

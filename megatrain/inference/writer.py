@@ -65,29 +65,20 @@ class Writer:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, assets: Assets, agree: Agree | None = None) -> None:
         self.model, self.tokenizer, self.assets, self._agree = model, tokenizer, assets, agree
         self.template = assets.template
+        self.target_tokenizer = assets.target_tokenizer or tokenizer  # of what it writes
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
         """With the token before them that begins a document, where the model knows one; as a source, with its end."""
         if self.model.config.description.encoder is not None:
-            return [*prompt_ids, *self._ends]
+            eod = self.assets.special_tokens.eod
+            return [*prompt_ids, *([] if eod is None else [eod.id])]
         return [*self.assets.prompt_ids, *prompt_ids]
-
-    @property
-    def _ends(self) -> list[int]:
-        """What ends a source, and a target."""
-        eod = self.assets.special_tokens.eod
-        return [] if eod is None else [eod.id]
 
     def _begun(self, given: Sequence[list[int]]) -> tuple[Sequence[list[int]], Sequence[list[int]] | None]:
         """What the decoder goes on from, and what an encoder reads: the prompts, where there is one."""
         if self.model.config.description.encoder is None:
             return given, None
-        return [[self._start]] * len(given), given
-
-    @property
-    def _start(self) -> int:
-        """A decoder's first input beside an encoder."""
-        return self.tokenizer.decoder_start(self._ends[0] if self._ends else 0)
+        return [[self.assets.decoder_start(self.tokenizer)]] * len(given), given
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """A conversation up to where the model's answer begins; the template writes all special tokens itself.
@@ -127,7 +118,7 @@ class Writer:
         settings: TextSettings,
         warn: Callable[[str], None],
     ) -> Iterator[str]:
-        text, num_new = TextStream(self.tokenizer, ids, settings.stops), 0
+        text, num_new = TextStream(self.target_tokenizer, ids, settings.stops), 0
         for token in tokens:
             num_new += 1
             yield text.add(token)
@@ -167,7 +158,7 @@ class Writer:
     def _sampled(self, given: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
         prompts, sources = self._begun(given)
         rooms = [self._limits(settings, ids).max_new_tokens for ids in prompts]
-        streams = [TextStream(self.tokenizer, ids, settings.stops) for ids in prompts]
+        streams = [TextStream(self.target_tokenizer, ids, settings.stops) for ids in prompts]
         texts, counts, ended = [""] * len(prompts), [0] * len(prompts), set[int]()
         limits = self._limits(settings, max(prompts, key=len))._replace(max_new_tokens=max(rooms))
         chosen = settings.sampling, settings.seed, self._agree
@@ -196,7 +187,7 @@ class Writer:
             read = None if sources is None else [sources[row] for row in rows]
             searched = beam_search(self.model, batch, limits, settings.beams, penalty, self._agree, read)
             for row, (best, *_) in zip(rows, searched, strict=True):
-                stream = TextStream(self.tokenizer, prompts[row], settings.stops)
+                stream = TextStream(self.target_tokenizer, prompts[row], settings.stops)
                 text = ""
                 for token in best.tokens:
                     text += "" if stream.has_stopped else stream.add(token)
@@ -214,9 +205,9 @@ class Writer:
         """As many new tokens as there is room for; a prompt without room is refused later."""
         room = self.model.config.max_position_embeddings - len(ids)
         most, stop_ids = settings.max_new_tokens, self.assets.stop_ids
-        never = [self._start] if self.model.config.description.never_writes_start else []
+        never = [self.assets.decoder_start(self.tokenizer)] if self.model.config.description.never_writes_start else []
         suppress_ids = [token for token in never if token not in stop_ids]
-        return Limits(min(most, room) if room > 0 else most, stop_ids, self.tokenizer.vocab_size, suppress_ids)
+        return Limits(min(most, room) if room > 0 else most, stop_ids, self.target_tokenizer.vocab_size, suppress_ids)
 
 
 def batches_by_length(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:

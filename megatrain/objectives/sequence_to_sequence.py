@@ -90,11 +90,11 @@ class PairSource:
     def sample(self, index: int, epoch: int, number: int) -> Sample:
         """Alike at each place of the run."""
         pairs = list(self.pairs(index))
-        eod = self.dataset.eod_id
-        source = _filled([pair for pair, _ in pairs], self.seq_len, eod)
+        eod = self.dataset.target_eod_id
+        source = _filled([pair for pair, _ in pairs], self.seq_len, self.dataset.eod_id)
         target = _filled([pair for _, pair in pairs], self.target_len, eod)
         inputs = np.roll(target.tokens, 1)
-        inputs[target.positions == 0] = self.dataset.tokenizer.decoder_start(eod)
+        inputs[target.positions == 0] = self.dataset.target_tokenizer.decoder_start(eod)
         is_pair = target.document_ids < len(pairs)
         return Sample(
             tokens_T=inputs,

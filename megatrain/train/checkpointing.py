@@ -323,8 +323,11 @@ def assets_of(run: Run) -> Assets:
     if dataset.bos_id is not None:
         bos = Token(id=dataset.bos_id, token=dataset.manifest.bos_token)
     talks = next((each for each in texts if each.manifest.template_files), None)
-    chat = (talks.template_files(), talks.chat_date) if talks is not None else ()
-    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat)
+    chat = (talks.template_files(), talks.chat_date) if talks is not None else ({}, None)
+    target = None
+    if (path := dataset.target_tokenizer_path) is not None:
+        target = path.read_bytes(), Token(id=dataset.target_eod_id, token=dataset.manifest.eod_token)
+    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat, target)
 
 
 def preprocessor(config: RunConfig) -> dict[str, Any]:
@@ -362,7 +365,8 @@ def _fitting_origin(run: Run) -> Origin:
         elif may_grow:
             refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
         else:
-            origin.refuse_other_tokenizer(dataset.path, dataset.manifest.tokenizer_sha256)
+            sha256s = dataset.manifest.tokenizer_sha256, dataset.manifest.target_tokenizer_sha256
+            origin.refuse_other_tokenizer(dataset.path, *sha256s)
     if not is_model_folder(str(origin.folder)):
         return origin
     out = Path(run.config.run.dir) / "imported"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatrain.batch import Batch
 from megatrain.checkpoint.location import Location
-from megatrain.checkpoint.manifest import TOKENIZER
+from megatrain.checkpoint.manifest import TARGET_TOKENIZER, TOKENIZER
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
 from megatrain.config import ObjectiveConfig
@@ -143,6 +143,15 @@ def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
         raise DataError(
             f"{dataset.path} was tokenized with another tokenizer than the one {reader.folder} was trained with: its "
             f"loss would mean nothing. Tokenize the text again with --tokenizer {reader.folder / TOKENIZER}."
+        )
+    path = dataset.target_tokenizer_path
+    known = None if reader.manifest.file(TARGET_TOKENIZER) is None else reader.read_file(TARGET_TOKENIZER)
+    if known != (None if path is None else path.read_bytes()):
+        how = "without" if known is None else "with"
+        raise DataError(
+            f"The targets of {dataset.path} have another tokenizer than {reader.folder} was trained with: their loss "
+            f"would mean nothing. Tokenize the pairs again {how} --target-tokenizer"
+            f"{'' if known is None else f' {reader.folder / TARGET_TOKENIZER}'}."
         )
     special = reader.manifest.special_tokens
     if special is None or special.eod is None or reader.manifest.layout.get("imported"):

@@ -112,20 +112,21 @@ def test_layouts_drop_what_one_rank_does(
 
 
 @pytest.mark.parametrize(
-    ("objective", "parallel"),
+    ("model", "objective", "parallel"),
     [
-        (SPANS, {}),
-        pytest.param(PAIRS, {}, marks=LONGER),
-        pytest.param(PAIRS, {"pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param(SPANS, {**FSDP2, "zero_stage": 3}, marks=LONGER),
+        ("t5", SPANS, {}),
+        pytest.param("t5", PAIRS, {}, marks=LONGER),
+        pytest.param("t5", PAIRS, {"pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param("t5", SPANS, {**FSDP2, "zero_stage": 3}, marks=LONGER),
+        pytest.param("marian", PAIRS, {"tensor": 2}, marks=LONGER),
     ],
     ids=str,
 )
 def test_a_resumed_pair_of_stacks_is_bit_equal(
-    objective: str, parallel: dict[str, Any], pool: Pool, datasets: dict[str, Path], tmp_path: Path
+    model: str, objective: str, parallel: dict[str, Any], pool: Pool, datasets: dict[str, Path], tmp_path: Path
 ) -> None:
-    own = {**sections(objective, datasets[objective], tmp_path), "model": DROPPING, "parallel": parallel}
-    config = parity_config(pool.data, "t5", **own, train={"micro_batch_size": 2})
+    own = {**sections(objective, datasets[objective], tmp_path, model), "model": DROPPING, "parallel": parallel}
+    config = parity_config(pool.data, model, **own, train={"micro_batch_size": 2})
     whole = pool.answer(2, {"config": config, "num_steps": 4, "save": str(tmp_path / "half"), "save_after": 2})
     assert len(set(whole["losses"])) == 4
     write_manifest(tmp_path / "half", config, 2)
@@ -140,26 +141,35 @@ PIPELINE = (4, {"pipeline": 4, "zero_stage": 0})  # each relative bias is on two
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("source", "target"),
+    ("model", "source", "target"),
     [
-        (PIPELINE, (2, {"zero_stage": 3})),
-        pytest.param((2, {"zero_stage": 2}), PIPELINE, marks=pytest.mark.acceptance),
-        pytest.param(PIPELINE, (4, {**FSDP2, "pipeline": 2, "zero_stage": 3}), marks=pytest.mark.acceptance),
-        pytest.param((4, {"pipeline": 2, "tensor": 2}), (1, {"zero_stage": 0}), marks=pytest.mark.acceptance),
-        pytest.param((2, {**FSDP2, "zero_stage": 1}), (4, {"pipeline": 2, "tensor": 2}), marks=pytest.mark.acceptance),
+        pytest.param(model, source, target, marks=pytest.mark.acceptance if number else ())
+        for number, (model, source, target) in enumerate(
+            [
+                ("t5_tied", PIPELINE, (2, {"zero_stage": 3})),
+                ("t5_tied", (2, {"zero_stage": 2}), PIPELINE),
+                ("t5_tied", PIPELINE, (4, {**FSDP2, "pipeline": 2, "zero_stage": 3})),
+                ("t5_tied", (4, {"pipeline": 2, "tensor": 2}), (1, {"zero_stage": 0})),
+                ("t5_tied", (2, {**FSDP2, "zero_stage": 1}), (4, {"pipeline": 2, "tensor": 2})),
+                ("marian", (2, {"zero_stage": 3}), (2, {"tensor": 2, "sequence": True})),
+                ("marian", (2, {"tensor": 2}), PIPELINE),
+                ("marian_untied", PIPELINE, (2, {"zero_stage": 3})),
+            ]
+        )
     ],
     ids=str,
 )
 def test_state_of_both_stacks_goes_on_elsewhere(
+    model: str,
     source: tuple[int, dict[str, Any]],
     target: tuple[int, dict[str, Any]],
     pool: Pool,
     translations: Path,
     tmp_path: Path,
 ) -> None:
-    own = sections(PAIRS, translations, tmp_path)
+    own = sections(PAIRS, translations, tmp_path, model)
     configs = [
-        parity_config(pool.data, "t5_tied", **own, parallel=parallel, train={"micro_batch_size": 2})
+        parity_config(pool.data, model, **own, parallel=parallel, train={"micro_batch_size": 2})
         for _, parallel in (source, target)
     ]
     saved, again = tmp_path / "saved", tmp_path / "again"

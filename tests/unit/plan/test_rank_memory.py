@@ -42,6 +42,8 @@ AVERAGED = {"ema_decay": 0.99}
 T5 = {"family": "t5", "num_key_value_heads": None, "head_dim": 6, "num_decoder_layers": 2}
 T5_APART = {**T5, "tie_word_embeddings": False}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+MARIAN = {"family": "marian", "num_key_value_heads": None, "num_decoder_layers": 2}
+TWO_VOCABULARIES = {**MARIAN, "share_encoder_decoder_embeddings": False, "decoder_vocab_size": 300}
 PAIRS = {"type": "sequence_to_sequence", "target_len": 20}
 QWEN3 = {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": False}
 
@@ -136,6 +138,9 @@ CASES = [
     Case("bf16", 1, {"recompute": "full"}, T5, objective=PAIRS),
     *(Case("bf16", stage, FSDP2, T5, objective=PAIRS) for stage in (1, 3)),
     Case("bf16", 2, {**FSDP2, "tensor": 2}, T5_APART, objective=PAIRS),
+    Case("bf16", 0, model=MARIAN, objective=PAIRS),
+    Case("bf16", 1, {"tensor": 2}, TWO_VOCABULARIES, objective=PAIRS),
+    Case("bf16", 3, model={**TWO_VOCABULARIES, "tie_word_embeddings": False}, objective=PAIRS),
 ]
 STAGED = [
     *(Case("bf16", stage, {"pipeline": 2}, rank=rank) for stage in (0, 1) for rank in (0, SECOND_STAGE)),
