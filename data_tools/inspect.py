@@ -85,7 +85,7 @@ def count(dataset: Dataset, progress: Progress, *, everything: bool) -> Statisti
     """Look at all record batches, or at SAMPLED_BATCHES at even distances; a Statistics of constant size."""
     total = int(dataset.table.batch_starts[-1])
     num_batches = total if everything else min(SAMPLED_BATCHES, total)
-    statistics = Statistics(dataset.vocab_size)
+    statistics = Statistics(dataset.num_ids)
     num_bytes = int(dataset.table.rows["bytes"].to_numpy().sum()) * num_batches // total
     with progress("count", num_bytes) as advance:
         for chosen in range(num_batches):
@@ -114,7 +114,7 @@ def describe_statistics(dataset: Dataset, statistics: Statistics) -> dict[str, A
         "length_histogram": _length_histogram(statistics),
         "sources": [{"source": name, "share": totals["tokens"] / num_tokens, **totals} for name, totals in sources],
         "frequent_tokens": [
-            {"id": token, "text": dataset.tokenizer.decode([token]), "count": number, "share": number / num_tokens}
+            {"id": token, "text": dataset.texts_of_id(token), "count": number, "share": number / num_tokens}
             for token, number in tokens
         ],
     }

@@ -229,8 +229,8 @@ def _text_problem(
         found = places[tokens[places] == marker] if dataset.has_scored else np.flatnonzero(tokens == marker)
         if not np.array_equal(found, places):
             return f"the {problem} of every document, and only there"
-    if int(tokens.max(initial=0)) >= dataset.vocab_size:
-        return f"it holds a token above the vocabulary of {dataset.vocab_size}"
+    if int(tokens.max(initial=0)) >= dataset.num_ids:
+        return f"it holds a token above the vocabulary of {dataset.num_ids}"
     return None
 
 

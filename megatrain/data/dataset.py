@@ -174,6 +174,16 @@ class Dataset(ShardedDataset):
         """One more than the largest id of a target."""
         return self.manifest.target_vocab_size or self.vocab_size
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id of a token, of a source or a target."""
+        return max(self.vocab_size, self.target_vocab_size)
+
+    def texts_of_id(self, token: int) -> str:
+        """What an id stands for; of pairs with two tokenizers, in a source and in a target."""
+        both = {self.tokenizer.name: self.tokenizer, self.target_tokenizer.name: self.target_tokenizer}
+        return " | ".join(each.decode([token]) for each in both.values())
+
     def text_of(self, document: Tokens) -> str:
         """The text of a whole document, without what begins and ends it."""
         ids = document[0 if self.bos_id is None else 1 : -1].tolist()

@@ -229,7 +229,7 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
             **{f"{role}_token": token.token for role, token in _by_role(tokens) if token.token is not None},
         }
         if model.description.encoder is not None:
-            changed[TOKENIZER_CONFIG] |= _of_sources(assets)
+            changed[TOKENIZER_CONFIG] |= {"pad_token": _padding(assets)}
         if not model.description.can_generate:
             ends = {"cls": tokens.bos, "sep": tokens.eod}
             texts = {**{role: token and token.token for role, token in ends.items()}, "mask": mask_token}
@@ -258,12 +258,10 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
     return {name: content for name, content in {**files, **made}.items() if name != LABELS}
 
 
-def _of_sources(assets: Assets) -> dict[str, Any]:
-    """Settings of a tokenizer of transformers that ends what an encoder reads, and pads it."""
+def _padding(assets: Assets) -> str | None:
+    """The token that pads what an encoder reads."""
     tokenizer, eod = _tokenizer(assets.files), assets.special_tokens.eod
-    if tokenizer is None or eod is None:
-        return {}
-    return {"add_eos_token": True, "pad_token": tokenizer.token_of(tokenizer.decoder_start(eod.id))}
+    return None if tokenizer is None or eod is None else tokenizer.token_of(tokenizer.decoder_start(eod.id))
 
 
 def _naming(settings: dict[str, Any], key: str, token: Token) -> dict[str, Any]:

@@ -59,6 +59,10 @@ def export_checkpoint(
     dtype = huggingface.DTYPES[saved.train.precision]
     mask_token = saved.objective.masked_lm.mask_token if saved.objective.of(saved.model) == "masked_lm" else None
     files = exported_files(assets, saved.model, str(dtype).removeprefix("torch."), mask_token)
+    if saved.model.description.encoder is not None and (eod := assets.special_tokens.eod) is not None:
+        notes.append(
+            f"a source ends with {eod.token}, which transformers does not put there: write it behind the text."
+        )
     read = partial(adapters.read_merged, reader)
     huggingface.export_folder(read, saved.model, dtype, files, out, shard_bytes)
     return Converted(reader.folder, num_parameters(saved.model), [*notes, *assets.notes])

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from sacrebleu.metrics.bleu import BLEU
 from tokenizers import Tokenizer
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import megatrain
 from data_tools.supervised import SourceAndTarget
+from data_tools.tokenizer import load_tokenizer, train_tokenizer
+from data_tools.units import ReadOptions
 from megatrain import cli
 from megatrain.checkpoint.lock import is_alive
 from megatrain.tasks.evaluation import evaluate_tasks
@@ -27,8 +28,16 @@ from tests.supervised import make_answers
 
 CONTEXT = 48
 PAIRS = [(" ".join(map(str, range(k))), f"{k} items.\n" * (1 + k % 3)) for k in range(2, 20)]
+MODELS: dict[str, dict[str, Any]] = {
+    "t5": {"family": "t5", "num_key_value_heads": None, "max_position_embeddings": CONTEXT},
+    "marian": {  # of two vocabularies
+        "family": "marian",
+        "num_key_value_heads": None,
+        "max_position_embeddings": CONTEXT,
+        "share_encoder_decoder_embeddings": False,
+    },
+}
 SECTIONS: dict[str, dict[str, Any]] = {
-    "model": {"family": "t5", "num_key_value_heads": None, "max_position_embeddings": CONTEXT},
     "objective": {"type": "sequence_to_sequence", "target_len": 40},
     "train": {"steps": 10, "eval_every_steps": 5, "eval_batches": None, "global_batch_size": 4},
     "optimizer": {"lr": 1.0e-2},
@@ -41,16 +50,27 @@ def megatrain_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
     return caller("megatrain", cli.main, monkeypatch, capfd)
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def pairs(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs")
-    return make_answers(folder, PAIRS * 4, tiny_data.tokenizer, SourceAndTarget("<|endoftext|>"))
+def pairs(family: str, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, target = tmp_path_factory.mktemp("pairs"), None
+    if family == "marian":
+        (folder / "targets.txt").write_text("".join(target for _, target in PAIRS))
+        train_tokenizer([str(folder / "targets.txt")], 290, folder / "target.json", ReadOptions(), ["<pad>"])
+        target = load_tokenizer(folder / "target.json")
+    return make_answers(folder, PAIRS * 4, tiny_data.tokenizer, SourceAndTarget("<|endoftext|>", None, target))
 
 
-def write_run(folder: Path, data: TinyData, pairs: Path, **train: Any) -> Path:
+def write_run(folder: Path, data: TinyData, pairs: Path, family: str, **train: Any) -> Path:
     """A config beside the run's folder."""
     sections = {
         **SECTIONS,
+        "model": MODELS[family],
         "data": {"train": [{"path": str(pairs)}], "validation": [{"path": str(pairs)}], "seq_len": 48},
     }
     sections["train"] |= train
@@ -59,23 +79,24 @@ def write_run(folder: Path, data: TinyData, pairs: Path, **train: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def translator(
-    tiny_data: TinyData, pairs: Path, one_rank: ServedRanks, tmp_path_factory: pytest.TempPathFactory
+    tiny_data: TinyData, pairs: Path, family: str, one_rank: ServedRanks, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of a finished run, and its export in `hf` beside it."""
     run_dir = tmp_path_factory.mktemp("translator") / "run"
-    one_rank.finish(write_run(run_dir, tiny_data, pairs))
+    one_rank.finish(write_run(run_dir, tiny_data, pairs, family))
     export_checkpoint(run_dir, run_dir.parent / "hf")
     return run_dir
 
 
 def by_transformers(folder: Path, num_beams: int) -> list[str]:
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    end, texts = tokenizer.convert_tokens_to_ids("<|endoftext|>"), []
-    for source, _ in PAIRS:
-        ids = torch.tensor([[*tokenizer(source)["input_ids"], end]])
-        found = model.generate(ids, max_new_tokens=12, num_beams=num_beams, do_sample=False)
-        texts.append(tokenizer.decode(found[0], skip_special_tokens=True))
-    return texts
+    sources = [f"{source}<|endoftext|>" for source, _ in PAIRS]
+    batch = tokenizer(sources, return_tensors="pt", padding=True, return_token_type_ids=False)
+    found = model.generate(**batch, max_new_tokens=12, num_beams=num_beams, do_sample=False)
+    if (folder / "target_tokenizer.json").exists():
+        special = {"eos_token": "<|endoftext|>", "pad_token": "<pad>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "target_tokenizer.json"), **special)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in found]
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -126,13 +147,18 @@ def test_an_imported_model_scores_pairs_as_pairs(translator: Path, pairs: Path, 
 @pytest.mark.slow
 @pytest.mark.acceptance
 def test_a_killed_translator_goes_on_exactly(
-    tiny_data: TinyData, pairs: Path, two_ranks: ServedRanks, megatrain_command: Callable[..., Ended], tmp_path: Path
+    tiny_data: TinyData,
+    pairs: Path,
+    family: str,
+    two_ranks: ServedRanks,
+    megatrain_command: Callable[..., Ended],
+    tmp_path: Path,
 ) -> None:
     """`megatrain train --procs 2`, to the last bit. Then `eval` finds the loss of the run's last evaluation."""
-    straight = write_run(tmp_path / "straight", tiny_data, pairs)
+    straight = write_run(tmp_path / "straight", tiny_data, pairs, family)
     two_ranks.finish(straight)
     for again in (False, True):
-        process = TrainProcess(write_run(tmp_path / "killed", tiny_data, pairs), 2)
+        process = TrainProcess(write_run(tmp_path / "killed", tiny_data, pairs, family), 2)
         if not again:
             process.wait_for_step(4)
             process.kill_all()
