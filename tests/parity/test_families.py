@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatrain.families import FAMILIES
 from tests.parity.figures import Figures, Pool
 from tests.parity.matrix import DATA_OF, parity_config
 from tests.parity.test_encoder_decoder import sections as text_of
@@ -66,18 +68,26 @@ def test_a_layout_trains_as_one_rank_does(model: str, num_ranks: int, parallel: 
 
 
 @pytest.fixture
-def config_of(pool: Pool, sentinel_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def config_of(
+    pool: Pool, sentinel_data: Path, translations: Path, tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
     """The config of a family, on data of its kind."""
 
     def made(family: str, **sections: Any) -> dict[str, Any]:
         if family in DATA_OF:
             return pool.config(family, **sections)
-        return parity_config(pool.data, family, **text_of("span_corruption", sentinel_data, tmp_path), **sections)
+        if family == "marian":
+            own = text_of("sequence_to_sequence", translations, tmp_path, family)
+        else:
+            own = text_of("span_corruption", sentinel_data, tmp_path)
+        return parity_config(pool.data, family, **own, **sections)
 
     return made
 
 
-@pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "t5_tied", "vit"))])
+@pytest.mark.parametrize(
+    "family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "t5_tied", "marian", "vit"))]
+)
 def test_tensor_ranks_hold_the_same_after_twenty_steps(
     family: str, config_of: Callable[..., dict[str, Any]], pool: Pool
 ) -> None:
@@ -88,7 +98,7 @@ def test_tensor_ranks_hold_the_same_after_twenty_steps(
 
 
 @slow
-@pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "vit"))])
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "marian", "vit"))])
 def test_recomputation_repeats_what_was_dropped(
     family: str, config_of: Callable[..., dict[str, Any]], pool: Pool
 ) -> None:
@@ -102,3 +112,20 @@ def test_recomputation_repeats_what_was_dropped(
     kept = train("none")
     train("selective").assert_is(kept)
     train("full").assert_is(kept)
+
+
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=slow) for name in ("t5", "marian", "vit"))])
+def test_norms_biases_and_positions_do_not_decay(
+    family: str, config_of: Callable[..., dict[str, Any]], pool: Pool
+) -> None:
+    """In the first step decay takes its share of the initial weight; what the gradient does is not changed by it."""
+
+    def weights(num_steps: int, decay: float) -> dict[str, torch.Tensor]:
+        optimizer = {"lr": 1.0e-2, "weight_decay": decay}
+        config = config_of(family, optimizer=optimizer, schedule={"warmup_steps": 0}, parallel={"zero_stage": 0})
+        return pool.train(1, config, num_steps).weights
+
+    before, plain, decayed = weights(0, 0.0), weights(1, 0.0), weights(1, 4.0)
+    for name, weight in decayed.items():
+        share = 0.0 if FAMILIES[family].kind_of(name) in ("norms", "biases", "positions") else 1.0e-2 * 4.0
+        torch.testing.assert_close(plain[name] - weight, share * before[name], rtol=1e-3, atol=1e-6, msg=name)
