@@ -68,9 +68,7 @@ def test_a_layout_trains_as_one_rank_does(model: str, num_ranks: int, parallel: 
 
 
 @pytest.fixture
-def config_of(
-    pool: Pool, sentinel_data: Path, translations: Path, tmp_path: Path
-) -> Callable[..., dict[str, Any]]:
+def config_of(pool: Pool, sentinel_data: Path, translations: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """The config of a family, on data of its kind."""
 
     def made(family: str, **sections: Any) -> dict[str, Any]:
