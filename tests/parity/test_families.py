@@ -129,11 +129,20 @@ def test_norms_biases_and_positions_do_not_decay(
         torch.testing.assert_close(plain[name] - weight, share * before[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=longer) for name in ("t5", "t5_tied", "bert", "vit")])
-def test_scaled_steps_are_those_of_one_rank(family: str, config_of: Callable[..., dict[str, Any]], pool: Pool) -> None:
+SPLIT = {"tensor": 2, "sequence": True, "zero_stage": 3}
+SCALED = [
+    *((name, SPLIT) for name in ("t5", "bert", "vit")),
+    ("t5_tied", {"pipeline": 2, "zero_stage": 1}),
+    ("t5", {"engine": "fsdp2", "pipeline": 2, "zero_stage": 3}),
+]
+
+
+@pytest.mark.parametrize(("family", "parallel"), [pytest.param(*case, marks=longer) for case in SCALED], ids=str)
+def test_scaled_steps_are_those_of_one_rank(
+    family: str, parallel: dict[str, Any], config_of: Callable[..., dict[str, Any]], pool: Pool
+) -> None:
     def trained(num_ranks: int, parallel: dict[str, Any], micro_batch_size: int) -> Figures:
         optimizer, train = {"lr": 1.0e-2, "scale_parameter": True}, {"micro_batch_size": micro_batch_size}
         return pool.train(num_ranks, config_of(family, optimizer=optimizer, parallel=parallel, train=train), 4)
 
-    found = trained(2, {"tensor": 2, "sequence": True, "zero_stage": 3}, 2)
-    found.assert_equals(trained(1, {"zero_stage": 0}, 8))
+    trained(2, parallel, 2).assert_equals(trained(1, {"zero_stage": 0}, 8))
