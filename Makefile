@@ -3,7 +3,7 @@
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test lint docs acceptance soak clean example-finetune example-fill
+.PHONY: help setup demo test lint docs acceptance soak clean example-finetune example-fill example-images
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 20
@@ -29,6 +29,9 @@ example-finetune: $(READY)  ## LoRA on a small chat model, before and after; see
 
 example-fill: $(READY)  ## a small model fills gaps in Python functions; see examples/fill/README.md
 	@$(BIN)/python -m examples.fill.fill build/example-fill
+
+example-images: $(READY)  ## a small vision transformer on Fashion-MNIST; see examples/images/README.md
+	@$(BIN)/python -m examples.images.images build/example-images
 
 test: $(READY)  ## the tests that are run before every change
 	$(BIN)/pytest -m "not slow"

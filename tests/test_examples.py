@@ -71,6 +71,27 @@ def test_filling_gaps_is_scored_in_two_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.acceptance
+@pytest.mark.timeout(600)
+def test_images_are_classified_after_two_steps(tmp_path: Path) -> None:
+    done = run_short("images", tmp_path / "work", 2)
+    if done.returncode and "Debian's package dataset-fashion-mnist" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ to [\d.]+ \|$", done.stdout, re.MULTILINE)
+    assert [name for name, _ in rows] == ["linear", "plain", "augmented"]
+    assert float(rows[0][1]) > 0.83
+    assert "Augmentation gains" in done.stdout
+
+
+@pytest.mark.slow
+def test_images_without_apt_say_where_from(tmp_path: Path) -> None:
+    done = run_short("images", tmp_path / "work", 2, PATH="")
+    assert done.returncode == 1
+    assert "Debian's package dataset-fashion-mnist, and there is no apt-get here" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(1800)
 def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
     done = run_short("finetune", tmp_path / "work", 2)
