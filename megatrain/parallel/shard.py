@@ -117,10 +117,11 @@ def allocate(chunks: Sequence[Model], dtype: torch.dtype, device: torch.device) 
 
 
 def allocate_own(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """The same for what is the module's own, without its submodules'.
+    """The same for what is the module's own, without its submodules', and has none yet.
 
     As ``to_empty`` does, for which torch computes on the meta device in Python, and loads sympy.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
-        memory = torch.empty(parameter.shape, dtype=dtype, device=device)
-        setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
+        if parameter.is_meta:
+            memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(memory, parameter.requires_grad))

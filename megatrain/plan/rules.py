@@ -122,7 +122,7 @@ _LAYERS_KEYS = ("model.num_hidden_layers", "model.num_hidden_layers + model.num_
 
 def _check_chunks(config: RunConfig, world_size: int) -> Iterator[Violation]:
     parallel, layers, key = config.parallel, config.model.num_hidden_layers, "parallel.pipeline_chunks"
-    if parallel.pipeline_chunks == 1:
+    if parallel.pipeline_chunks == 1 or config.model.description.encoder is not None:
         return
     if parallel.pipeline == 1:
         reason = "chunks are the layers of a pipeline's ranks, and parallel.pipeline is 1"
