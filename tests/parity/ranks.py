@@ -20,7 +20,8 @@ class Ranks:
         self.num_ranks = num_ranks
         self._processes: list[subprocess.Popen[str]] = []
         self._answers: IO[str] | None = None
-        self._logs = Path(tempfile.mkdtemp(prefix=f"parity-{num_ranks}-"))
+        self._folder = tempfile.TemporaryDirectory(prefix=f"parity-{num_ranks}-")
+        self._logs = Path(self._folder.name)
 
     def train(self, case: dict[str, Any]) -> dict[str, Any]:
         """Train one case on all ranks; its losses, gradient norms and validation loss."""

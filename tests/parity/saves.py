@@ -101,6 +101,19 @@ class Saves:
         return Continued(folder, step, state, losses, answer["validation"], answer["saved"])
 
 
+def assert_resumes_exactly(pool: Pool, config: dict[str, Any], folder: Path) -> None:
+    """Two ranks that go on from what they saved in ``folder`` half-way have the losses and norms that they had."""
+    num_steps = NUM_STEPS_BEFORE + NUM_STEPS_AFTER
+    case = {"config": config, "num_steps": num_steps, "save": str(folder), "save_after": NUM_STEPS_BEFORE}
+    whole = pool.answer(2, case)
+    assert len(set(whole["losses"])) == num_steps
+    write_manifest(folder, config, NUM_STEPS_BEFORE)
+    rest = {"first_step": NUM_STEPS_BEFORE, "num_steps": NUM_STEPS_AFTER, "num_updates": NUM_STEPS_BEFORE}
+    found = pool.answer(2, {"config": config, "load": str(folder), **rest})
+    assert found["losses"] == whole["losses"][NUM_STEPS_BEFORE:]
+    assert found["norms"] == whole["norms"][NUM_STEPS_BEFORE:]
+
+
 def write_manifest(folder: Path, config: dict[str, Any], step: int) -> None:
     """Make a checkpoint of the pieces in a folder."""
     resolved = RunConfig.model_validate(config)

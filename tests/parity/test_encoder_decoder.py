@@ -11,7 +11,7 @@ import torch
 
 from tests.parity.figures import Pool, gather_state
 from tests.parity.matrix import parity_config
-from tests.parity.saves import write_manifest
+from tests.parity.saves import assert_resumes_exactly, write_manifest
 from tests.parity.test_compiled import TRACED
 
 LONGER = (pytest.mark.slow, pytest.mark.acceptance)
@@ -127,13 +127,7 @@ def test_a_resumed_pair_of_stacks_is_bit_equal(
 ) -> None:
     own = {**sections(objective, datasets[objective], tmp_path, model), "model": DROPPING, "parallel": parallel}
     config = parity_config(pool.data, model, **own, train={"micro_batch_size": 2})
-    whole = pool.answer(2, {"config": config, "num_steps": 4, "save": str(tmp_path / "half"), "save_after": 2})
-    assert len(set(whole["losses"])) == 4
-    write_manifest(tmp_path / "half", config, 2)
-    rest = {"first_step": 2, "num_steps": 2, "load": str(tmp_path / "half"), "num_updates": 2}
-    found = pool.answer(2, {"config": config, **rest})
-    assert found["losses"] == whole["losses"][2:]
-    assert found["norms"] == whole["norms"][2:]
+    assert_resumes_exactly(pool, config, tmp_path / "half")
 
 
 PIPELINE = (4, {"pipeline": 4, "zero_stage": 0})  # each relative bias is on two stages, the embedding on three

@@ -9,7 +9,7 @@ import pytest
 
 from tests.parity.figures import Pool
 from tests.parity.matrix import parity_config
-from tests.parity.saves import write_manifest
+from tests.parity.saves import assert_resumes_exactly
 
 QUICK: list[tuple[int, dict[str, Any]]] = [
     (2, {"zero_stage": 2}),
@@ -63,10 +63,4 @@ def test_training_on_answers_resumes_to_the_last_bit(
     parallel: dict[str, Any], pool: Pool, answers: Path, tmp_path: Path
 ) -> None:
     config = parity_config(pool.data, "llama_tied", **sections(answers, tmp_path, **parallel))
-    whole = pool.answer(2, {"config": config, "num_steps": 4, "save": str(tmp_path / "half"), "save_after": 2})
-    assert len(set(whole["losses"])) == 4
-    write_manifest(tmp_path / "half", config, 2)
-    rest = {"first_step": 2, "num_steps": 2, "load": str(tmp_path / "half"), "num_updates": 2}
-    found = pool.answer(2, {"config": config, **rest})
-    assert found["losses"] == whole["losses"][2:]
-    assert found["norms"] == whole["norms"][2:]
+    assert_resumes_exactly(pool, config, tmp_path / "half")

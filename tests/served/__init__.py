@@ -31,7 +31,8 @@ class ServedRanks:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self._processes: list[subprocess.Popen[str]] = []
-        self._logs = Path(tempfile.mkdtemp(prefix=f"served-{num_ranks}-"))
+        self._folder = tempfile.TemporaryDirectory(prefix=f"served-{num_ranks}-")
+        self._logs = Path(self._folder.name)
 
     def train(self, config: Path, *overrides: str) -> Ended:
         """What `python -m megatrain.train CONFIG OVERRIDES` does on every rank."""
