@@ -26,7 +26,7 @@ from megatrain.tasks.bootstrap import bootstrap, difference, mean
 
 PACKAGE, FILES = "dataset-fashion-mnist", Path("package/usr/share/datasets/fashion-mnist")
 NAMES = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot"
-STEPS = 6250
+STEPS = 9000
 LEAST_ACCURACY = 0.9
 CONFIG = """
 model: {family: vit, hidden_size: 128, num_hidden_layers: 3, num_attention_heads: 4, image_size: 28, patch_size: 14,
@@ -38,7 +38,7 @@ optimizer: {lr: 1.5e-3, betas: [0.9, 0.99], weight_decay: 0.05}
 schedule: {type: cosine, min_lr_ratio: 0.0}
 observe: {log_every_steps: 100, tensorboard: false}
 """
-MODELS = {"plain": (), "augmented": ("flip_prob=0.5",)}
+MODELS = {"plain": (), "augmented": ("flip_prob=0.5", "mixup_alpha=0.2")}
 
 
 def fetch() -> None:
