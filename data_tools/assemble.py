@@ -115,6 +115,7 @@ class Plan:
     unknown: Unknown
     num_scored: int
     examples: dict[str, int]
+    labels: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def plan_shards(
 ) -> tuple[Plan, list[ShardPlan]]:
     """Which documents go into which shard, and what is left out; `skipped` gets the list of what could not be read."""
     shards: list[list[Slice]] = []
-    unknown, examples = Unknown(), Counter[str]()
+    unknown, examples, labels = Unknown(), Counter[str](), Counter[str]()
     position = num_empty = num_skipped = num_scored = first_row = 0
     last_shard = -1
     for unit, parts in _in_order(units, store):
@@ -232,14 +233,15 @@ def plan_shards(
             num_skipped += part.num_skipped
             num_scored += part.num_scored
             examples.update(part.examples)
+            labels.update(part.labels)
             unknown += Unknown(**part.unknown)
             position += part.num_tokens
     parts_of = [{each.part for each in slices} for slices in shards]
     num_shards = Counter(part for parts in parts_of for part in parts)
     own_parts = [sorted(part for part in parts if num_shards[part] == 1) for parts in parts_of]
-    return Plan(
-        num_empty, num_skipped, unknown, num_scored, {name: count for name, count in examples.items() if count}
-    ), list(map(ShardPlan, shards, own_parts))
+    reasons = {name: count for name, count in examples.items() if count}
+    plan = Plan(num_empty, num_skipped, unknown, num_scored, reasons, dict(labels))
+    return plan, list(map(ShardPlan, shards, own_parts))
 
 
 def _in_order(units: Iterable[Unit], store: PartStore) -> Iterator[tuple[Unit, list[PartFile]]]:

@@ -165,6 +165,14 @@ def tokenize(
     target_tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json of targets, where they have another one than sources.")
     ] = None,
+    label_key: Annotated[str | None, typer.Option(help="The key of a text's label, to classify texts.")] = None,
+    text_pair_key: Annotated[
+        str | None, typer.Option(help="--label-key: the key of a second text, which the label is of as well.")
+    ] = None,
+    label_names: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="--label-key: the labels in order, one a line; sorted unless given."),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Answers that end behind so many tokens of a document are left out.")
     ] = None,
@@ -177,12 +185,13 @@ def tokenize(
     """
     from data_tools.conversations import Answers
     from data_tools.progress import show_progress
-    from data_tools.supervised import describe_scored
+    from data_tools.supervised import describe_counts, describe_scored
     from data_tools.tokenize import Effort, TokenizeOptions
     from data_tools.tokenize import tokenize as run
 
     of_chat = (chat, messages_key, tools_key, loss, train_on_roles or (), chat_date)
-    answers = Answers(*of_chat, prompt_key, answer_key, source_key, target_key, target_tokenizer, max_tokens)
+    of_two = (prompt_key, answer_key, source_key, target_key, target_tokenizer, max_tokens)
+    answers = Answers(*of_chat, *of_two, label_key, text_pair_key, label_names)
     read, supervision = answers.read(read), answers.supervision(tokenizer.expanduser(), eod_token, bos_token)
     options = TokenizeOptions(read, eod_token, bos_token, shard_tokens, supervision)
     with running.place() as place:
@@ -203,6 +212,8 @@ def tokenize(
         tell(f"Warning: the tokenizer has no tokens for {manifest.unknown}")
     if manifest.num_scored is not None:
         show_text(describe_scored(manifest))
+    if manifest.label_names is not None:
+        show_text(f"{len(manifest.label_names)} labels. Texts: {describe_counts(manifest.examples or {})}.")
     if manifest.num_skipped:
         tell(f"{manifest.num_skipped} rows were left out; {out / 'skipped.jsonl'} lists them.")
 

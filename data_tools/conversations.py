@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import orjson
+import pyarrow as pa
 
+from data_tools.image_files import read_label_names
+from data_tools.labeled import LabeledText
 from data_tools.supervised import Example, LeftOut, PromptAndAnswer, SourceAndTarget, Spans, max_tokens_named, replaced
 from data_tools.tokenizer import load_tokenizer
 from data_tools.units import Fields, ReadOptions, Record
 from megatrain.data.chat import CHAT_DATE, CLOCK, ChatTemplate
-from megatrain.data.format import TEMPLATE_FILES
+from megatrain.data.format import SCORED, TEMPLATE_FILES
 from megatrain.errors import ConfigError, DataError
 
 ASSISTANT = "assistant"
@@ -55,6 +58,7 @@ class Conversations:
     roles: tuple[str, ...] = (ASSISTANT,)
     last_only: bool = False
     max_tokens: int | None = None
+    column: ClassVar[pa.Field] = SCORED
 
     @property
     def named(self) -> dict[str, str]:
@@ -302,7 +306,7 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Answers:
-    """What was given on the command line of conversations, prompts and answers."""
+    """What was given on the command line of conversations, prompts and answers, and of labels."""
 
     chat: bool = False
     messages_key: str | None = None
@@ -316,6 +320,9 @@ class Answers:
     target_key: str | None = None
     target_tokenizer: Path | None = None
     max_tokens: int | None = None
+    label_key: str | None = None
+    text_pair_key: str | None = None
+    label_names: str | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Answers:
@@ -328,6 +335,8 @@ class Answers:
         of_chat = {"--messages-key", "--tools-key", "--loss", "--train-on-roles", "--chat-date"} & given.keys()
         of_answers = {"--prompt-key", "--answer-key"} & given.keys()
         of_pairs = of_answers | ({"--source-key", "--target-key"} & given.keys())
+        if of_labels := {"--label-key", "--text-pair-key", "--label-names"} & given.keys():
+            return self._read_labeled(read, of_labels, given.keys() - of_labels)
         if of_chat and not self.chat:
             raise ConfigError(f"{', '.join(sorted(of_chat))} would do nothing: it is for conversations, --chat.")
         if self.chat and of_pairs:
@@ -358,10 +367,21 @@ class Answers:
         kind = Fields((second or "",), is_chat=False, option="--prompt-key" if of_answers else "--source-key")
         return replace(read, text_key=first or "", fields=kind)
 
+    def _read_labeled(self, read: ReadOptions, of_labels: set[str], others: set[str]) -> ReadOptions:
+        if self.label_key is None:
+            raise ConfigError(f"{', '.join(sorted(of_labels))} would do nothing: it is for labels, --label-key.")
+        if others:
+            raise ConfigError(f"--label-key reads texts and their labels: leave out {', '.join(sorted(others))}.")
+        keys = (self.label_key, *([self.text_pair_key] if self.text_pair_key else []))
+        return replace(read, fields=Fields(keys, is_chat=False, option="--text-key"))
+
     def supervision(
         self, tokenizer: Path, eod_token: str, bos_token: str | None
-    ) -> Conversations | PromptAndAnswer | SourceAndTarget | None:
+    ) -> Conversations | PromptAndAnswer | SourceAndTarget | LabeledText | None:
         """What makes the examples. Raises ConfigError where the tokenizer has no chat template."""
+        if self.label_key:
+            names = None if self.label_names is None else read_label_names(self.label_names)
+            return LabeledText(eod_token, self.text_pair_key is not None, names)
         if self.source_key:
             target = None
             if self.target_tokenizer is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,7 +38,7 @@ ENCODE_CHARACTERS = 1 << 20
 """About how much text the encoder is given at once."""
 
 
-def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any], *, has_scored: bool) -> pa.Schema:
+def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any], supervision: pa.Field | None = None) -> pa.Schema:
     """Columns of a part: those of a shard, but for what only the whole input tells.
 
     `file` is the index in the unit's files, `row` is counted from the start of the part.
@@ -51,8 +51,8 @@ def part_schema(dtype: np.dtype[Any], metadata: dict[str, Any], *, has_scored: b
         "row": pa.uint64(),
         "text_bytes": pa.uint64(),
     }
-    if has_scored:
-        columns["scored"] = SCORED.type
+    if supervision is not None:
+        columns[supervision.name] = supervision.type
     return pa.schema(list(columns.items()), metadata={b"megatrain": canonical_json(metadata)})
 
 
@@ -102,13 +102,16 @@ class UnitEncoder:
         counts["num_documents"] = sum(batch.num_rows for batch in batches)
         counts["num_tokens"] = sum(len(batch["tokens"].values) for batch in batches)
         if self._supervision is not None:
-            counts["num_scored"] = sum(count_scored(batch) for batch in batches)
             counts["examples"] = examples
+            if self._supervision.column is SCORED:
+                counts["num_scored"] = sum(map(count_scored, batches))
+            else:
+                counts["labels"] = Counter(chain.from_iterable(batch["label"].to_pylist() for batch in batches))
         unit.refuse_changed()
         write_batches(self._store.part_path(unit, part.number), self._schema(counts), batches)
 
     def _schema(self, metadata: dict[str, Any]) -> pa.Schema:
-        return part_schema(self._dtype, metadata, has_scored=self._supervision is not None)
+        return part_schema(self._dtype, metadata, self._supervision and self._supervision.column)
 
     @cached_property
     def _unknown_text(self) -> UnknownText | None:
@@ -171,14 +174,14 @@ class UnitEncoder:
         """The documents as rows of a part; ``encoded``: of examples."""
         data = tokens.data.cast("B")
         bounds = (offsets * self._dtype.itemsize).tolist()
-        scored = None if encoded is None else [each.scored for each in encoded]
-        runs = [None] * len(documents) if scored is None else [each.data.cast("B") for each in scored]
-        hashes = [document_hash(data[a:b], each) for (a, b), each in zip(pairwise(bounds), runs, strict=True)]
+        schema = self._schema({})
+        beside = None if encoded is None else [each.scored if each.label is None else each.label for each in encoded]
+        behind = [None] * len(documents) if beside is None else list(map(_hashed, beside))
+        hashes = [document_hash(data[a:b], each) for (a, b), each in zip(pairwise(bounds), behind, strict=True)]
         if encoded is None:
             text_bytes = [len(d.text) if d.text.isascii() else len(d.text.encode()) for _, d in documents]
         else:
             text_bytes = [each.text_bytes for each in encoded]
-        schema = self._schema({})
         columns = [
             pa.LargeListArray.from_arrays(offsets, pa.array(tokens), type=schema.field("tokens").type),
             pa.array([document.id for _, document in documents], pa.string()),
@@ -186,7 +189,7 @@ class UnitEncoder:
             pa.array([document.file for _, document in documents], pa.uint32()),
             pa.array([row for row, _ in documents], pa.uint64()),
             pa.array(text_bytes, pa.uint64()),
-            *([] if scored is None else [pa.array(scored, SCORED.type)]),
+            *([] if beside is None else [pa.array(beside, schema.types[-1])]),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -208,6 +211,11 @@ class UnitEncoder:
 
 def _names(unit: Unit, documents: Documents) -> list[str]:
     return [document.id or unit.files[document.file].name for _, document in documents]
+
+
+def _hashed(beside: npt.NDArray[np.uint32] | str) -> memoryview | bytes:
+    """The bytes of scored runs, or of a label."""
+    return beside.encode() if isinstance(beside, str) else beside.data.cast("B")
 
 
 def _without_empty(

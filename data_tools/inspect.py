@@ -205,7 +205,11 @@ def describe(dataset: Dataset, document: int | None) -> dict[str, Any]:
         "shards": [{"file": shard_name(index), **row} for index, row in enumerate(dataset.shard_rows())],
     }
     if dataset.has_scored:
-        description |= {"scored_tokens": manifest.num_scored, "examples": manifest.examples}
+        description |= {"scored_tokens": manifest.num_scored}
+    if dataset.label_names is not None:
+        description |= {"label_names": dataset.label_names}
+    if manifest.examples is not None:
+        description |= {"examples": manifest.examples}
     if document is not None:
         description["document"] = _describe_document(dataset, document)
     return description
@@ -232,14 +236,18 @@ def show(dataset: Dataset, document: int | None, counted: dict[str, Any]) -> Non
     description["unknown"] = dataset.manifest.unknown
     if dataset.has_scored:
         description["scored_tokens"] = f"{dataset.manifest.num_scored} ({scored_percent(dataset.manifest):.1f}%)"
-        description["examples"] = describe_counts(dataset.manifest.examples or {})
+    if dataset.label_names is not None:
+        description["label_names"] = ", ".join(dataset.label_names)
+    if dataset.manifest.examples is not None:
+        description["examples"] = describe_counts(dataset.manifest.examples)
     console = OutputConsole(highlight=False, soft_wrap=True)
     for name, value in description.items():
         show_figure(console, name, f"{value:.3f}" if isinstance(value, float) else str(value))
     show_figure(console, "shards", f"{len(shards)}, {format_bytes(sum(shard['bytes'] for shard in shards))}")
     show_statistics(console, counted)
     console.print()
-    place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens"
+    label = f", label {shown['label']}" if "label" in shown else ""
+    place = f"{shown['file']}, row {shown['row']}, {len(shown['tokens'])} tokens{label}"
     console.print(Text(_printable(f"Document {shown['index']}: {shown['id']} ({place})")))
     if dataset.has_scored:
         _show_scored(console, dataset, shown["tokens"][:MAX_SHOWN_TOKENS], shown["scored"])
@@ -283,7 +291,9 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
         raise ConfigError(str(error)) from None
     info = dataset.document_info(index)
     begin, end = dataset.document_range(index)
-    scored = {"scored": dataset.scored(begin, end - begin).tolist()} if dataset.has_scored else {}
+    beside: dict[str, Any] = {"scored": dataset.scored(begin, end - begin).tolist()} if dataset.has_scored else {}
+    if dataset.label_names is not None:
+        beside = {"label": dataset.label_names[dataset.label_at(begin)]}
     return {
         "index": index,
         "id": info.id,
@@ -293,7 +303,7 @@ def _describe_document(dataset: Dataset, index: int) -> dict[str, Any]:
         "text_bytes": info.text_bytes,
         "text": dataset.text_of(tokens),
         "tokens": tokens.tolist(),
-        **scored,
+        **beside,
     }
 
 

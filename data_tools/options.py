@@ -159,7 +159,8 @@ def _check(inputs: Sequence[str], out: Path, read: Any, running: Running | None 
         others.append(partial(choose_filters, given["filters"], given["config"] and given["config"].expanduser()))
     storage = Storage(out, running is not None, 0.0 if running is None else 1.0)
     num_workers = (running and running.workers) or Ranks().num_cores()
-    resolve = partial(resolve_images, names_file=given["label_names"]) if "label_names" in given else None
+    is_images = "label_names" in given and "tokenizer" not in given
+    resolve = partial(resolve_images, names_file=given["label_names"]) if is_images else None
     check_command(inputs, read, storage, others, num_workers, show_progress, show_text, resolve)
 
 

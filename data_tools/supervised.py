@@ -18,11 +18,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import orjson
+import pyarrow as pa
 
 from data_tools.engines import cannot_encode
 from data_tools.tokenizer import TokenizerFile
 from data_tools.units import Record
-from megatrain.data.format import Manifest
+from megatrain.data.format import SCORED, Manifest
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import DataError
 
@@ -42,6 +43,8 @@ class Example(NamedTuple):
     """Runs of characters that stay text even if they spell control tokens."""
     scores_end: bool
     """Whether the end-of-document token is scored, where the text does not end with one of its own."""
+    label: str | None = None
+    """Of a text that is classified: nothing of it is scored."""
 
 
 class LeftOut(NamedTuple):
@@ -54,6 +57,11 @@ class LeftOut(NamedTuple):
 
 class Supervision(Protocol):
     """Makes examples of records."""
+
+    @property
+    def column(self) -> pa.Field:
+        """What shards have beside the tokens: SCORED or LABEL."""
+        ...
 
     @property
     def max_tokens(self) -> int | None: ...
@@ -87,6 +95,7 @@ class _TwoTexts:
     """Of two texts in a record; nothing beside them belongs to the dataset."""
 
     examples_name: ClassVar[str]
+    column: ClassVar[pa.Field] = SCORED
     max_tokens: int | None
     target_tokenizer: TokenizerFile | None = None
 
@@ -168,19 +177,21 @@ def scored_percent(manifest: Manifest) -> float:
     return 100 * (manifest.num_scored or 0) / manifest.num_tokens
 
 
-def no_answer_error(counts: Mapping[str, int], skipped: bytes) -> DataError:
+def nothing_left_error(column: pa.Field, counts: Mapping[str, int], skipped: bytes) -> DataError:
     """For an input of which no example is left; ``skipped``: what SKIPPED_FILE would list."""
     first = skipped.partition(b"\n")[0]
     why = "row {row} of {file}: {problem}".format(**orjson.loads(first)) if first else "give a larger --max-tokens"
-    return DataError(f"No answer of the input is left to be scored ({describe_counts(counts)}): {why}.")
+    what = "answer of the input is left to be scored" if column is SCORED else "text of the input has a label"
+    return DataError(f"No {what} ({describe_counts(counts)}): {why}.")
 
 
 class Encoded(NamedTuple):
-    """A document: its ids, the runs of tokens that are scored, and the UTF-8 bytes of its text."""
+    """A document: its ids, the runs of tokens that are scored, the UTF-8 bytes of its text, and its label."""
 
     ids: npt.NDArray[np.uint32]
     scored: npt.NDArray[np.uint32]
     text_bytes: int
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -208,8 +219,8 @@ class ExampleEncoder:
         ids = np.array(encoding.ids, np.uint32)
         places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         mask = overlapping(places, example.scored)
-        if not mask.any():  # the tokenizer has no tokens for it
-            counts["no_answer"] += 1
+        if not (mask.any() if example.label is None else len(ids)):  # the tokenizer has no tokens for it
+            counts["no_answer" if example.label is None else "no_text"] += 1
             return None
         begins = np.array([begin for begin, _ in example.scored], np.int64)
         first = places[:, 1].searchsorted(begins, side="right")  # the token that holds the first scored character
@@ -231,7 +242,7 @@ class ExampleEncoder:
             runs = runs[: 2 * int((runs[1::2] <= end).sum())]
         for token, name in self._hidden.items() if example.literal else ():
             text = text.replace(name, token)
-        return Encoded(ids, runs.astype(np.uint32), len(text.encode()))
+        return Encoded(ids, runs.astype(np.uint32), len(text.encode()), example.label)
 
     def _cut(self, ids: npt.NDArray[np.uint32], runs: npt.NDArray[np.int64], counts: Counter[str]) -> int:
         """Where a document that is too long ends: behind the last answer that fits as a whole; 0 if none does."""

@@ -20,15 +20,17 @@ from data_tools.encode import UnitEncoder
 from data_tools.engines import Engine, choose_engine
 from data_tools.executors import Place, Progress
 from data_tools.job import ANY_WORKERS
+from data_tools.labeled import LabeledText
 from data_tools.origin import Origin
 from data_tools.outputs import find_inputs_apart
 from data_tools.readers import read_parts
-from data_tools.supervised import PromptAndAnswer, SourceAndTarget, Supervision, no_answer_error
+from data_tools.supervised import PromptAndAnswer, SourceAndTarget, Supervision, nothing_left_error
 from data_tools.tokenizer import EOD_TOKEN, TokenizerFile, load_tokenizer
 from data_tools.units import PART_BYTES, ReadOptions, Record, Unit, no_text_error
 from data_tools.work import PartStore
 from megatrain.atomic import commit_bytes
 from megatrain.data.format import (
+    SCORED,
     TARGET_TOKENIZER_FILE,
     TOKENIZER_FILE,
     Manifest,
@@ -58,8 +60,8 @@ class TokenizeOptions:
     eod_token: str = EOD_TOKEN
     bos_token: str | None = None
     shard_tokens: int = DEFAULT_SHARD_TOKENS
-    supervision: PromptAndAnswer | SourceAndTarget | Conversations | None = None
-    """Of which answers alone are scored; with `read.fields`."""
+    supervision: PromptAndAnswer | SourceAndTarget | Conversations | LabeledText | None = None
+    """Of which answers alone are scored, or which have labels; with `read.fields`."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class TextRecipe:
     supervision: Supervision | None = None
 
     @property
-    def has_scored(self) -> bool:
-        return self.supervision is not None
+    def column(self) -> pa.Field | None:
+        return None if self.supervision is None else self.supervision.column
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -178,18 +180,19 @@ class TextRecipe:
         }
 
     def schema(self, metadata: dict[str, Any]) -> pa.Schema:
-        return document_schema(self.dtype, metadata, has_scored=self.has_scored)
+        return document_schema(self.dtype, metadata, self.column)
 
     def nothing_error(self, plan: Plan, skipped: bytes) -> DataError:
-        if plan.examples:
-            return no_answer_error(plan.examples, skipped)
+        if self.supervision is not None:
+            return nothing_left_error(self.supervision.column, plan.examples, skipped)
         return no_text_error(plan.num_empty, plan.num_skipped)
 
     def manifest(self, made: Made, plan: Plan) -> bytes:
         tokenizer = self.tokenizer
+        names = self.supervision.names_of(plan.labels) if isinstance(self.supervision, LabeledText) else None
         return Manifest(
             template_files={name: checksum(content).hex() for name, content in self.files.items()} or None,
-            digest=content_digest(tokenizer.sha256, self.options, document_hashes(made.shards)),
+            digest=content_digest(tokenizer.sha256, self.options, names, document_hashes(made.shards)),
             num_shards=len(made.shards),
             num_documents=made.total("documents"),
             num_tokens=made.total("tokens"),
@@ -197,8 +200,9 @@ class TextRecipe:
             num_empty_documents=plan.num_empty,
             num_skipped=plan.num_skipped or None,
             skipped_checksum=made.skipped_checksum,
-            num_scored=plan.num_scored if self.has_scored else None,
-            examples=plan.examples if self.has_scored else None,
+            num_scored=plan.num_scored if self.column is SCORED else None,
+            examples=None if self.supervision is None else plan.examples,
+            label_names=names,
             unknown=plan.unknown,
             dtype=self.dtype.name,
             vocab_size=tokenizer.vocab_size,

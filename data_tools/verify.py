@@ -80,7 +80,8 @@ def _digest(dataset: AnyDataset) -> str:
     """Computed anew."""
     if isinstance(dataset, ImageDataset):
         return image_digest(dataset.label_names, dataset.hashes())
-    return content_digest(dataset.manifest.tokenizer_sha256, dataset.manifest.options, dataset.hashes())
+    known = dataset.manifest
+    return content_digest(known.tokenizer_sha256, known.options, known.label_names, dataset.hashes())
 
 
 def _check_whole_file(dataset: AnyDataset, name: str, checksum: str) -> list[str]:
@@ -219,14 +220,17 @@ def _label_problem(batch: pa.RecordBatch, dataset: ImageDataset) -> str | None:
 def _text_problem(
     batch: pa.RecordBatch, dataset: Dataset, tokens: Tokens, offsets: npt.NDArray[np.int64]
 ) -> str | None:
+    if dataset.label_names is not None and not set(batch["label"].unique().to_pylist()) <= set(dataset.label_names):
+        return "it holds a label that the manifest does not name"
     if dataset.has_scored and not _runs_are_good(batch, offsets):
         return "the runs of scored tokens of a document are not ascending, or end behind it"
     markers = [("end-of-document token is not the last", dataset.eod_id, offsets[1:] - 1)]
     if dataset.bos_id is not None:
         markers.append(("token that begins documents is not the first", dataset.bos_id, offsets[:-1]))
     for problem, marker, places in markers:
-        # A chat template may write it around each turn too.
-        found = places[tokens[places] == marker] if dataset.has_scored else np.flatnonzero(tokens == marker)
+        # A chat template may write it around each turn too, and each of two texts ends with it.
+        is_inside = dataset.has_scored or dataset.has_text_pairs
+        found = places[tokens[places] == marker] if is_inside else np.flatnonzero(tokens == marker)
         if not np.array_equal(found, places):
             return f"the {problem} of every document, and only there"
     if int(tokens.max(initial=0)) >= dataset.num_ids:
@@ -235,9 +239,11 @@ def _text_problem(
 
 
 def _hashed_behind(batch: pa.RecordBatch, dataset: AnyDataset) -> Sequence[memoryview | None]:
-    """What goes into the hash of each row behind its content: labels of images; runs of scored tokens."""
+    """What goes into the hash of each row behind its content: labels; runs of scored tokens."""
     if isinstance(dataset, ImageDataset):
         return [memoryview(label_bytes(label)) for label in batch["label"].to_pylist()]
+    if dataset.label_names is not None:
+        return [memoryview(label.encode()) for label in batch["label"].to_pylist()]
     if not dataset.has_scored:
         return [None] * batch.num_rows
     return [None if not runs.is_valid else runs.values.to_numpy().data.cast("B") for runs in batch["scored"]]

@@ -43,6 +43,8 @@ class PartFile(NamedTuple):
     num_scored: int = 0
     examples: dict[str, int] = {}  # noqa: RUF012 (never written to)
     """See `Manifest.examples`."""
+    labels: dict[str, int] = {}  # noqa: RUF012 (never written to)
+    """Documents of each label."""
 
 
 def write_batches(

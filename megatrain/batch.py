@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     ``target_places_BM``: int64, the token of its sequence that each target is asked at; None: one at each token.
     ``source_tokens_BS``, ``source_positions_BS``, ``source_document_ids_BS``: what an encoder reads, if there is one; a
     token of the target sees the source that has its document's id.
+    ``segments_BT``: int64, which segment of its document a token is in (BERT's token types); None: all in the first.
     ``pixels_BCHW``: fp32, normalised, what the model reads where it is images, whose patches ``tokens_BT`` numbers.
     """
 
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
     source_positions_BS: Tensor | None = None
     source_document_ids_BS: Tensor | None = None
     pixels_BCHW: Tensor | None = None
+    segments_BT: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:

@@ -20,6 +20,7 @@ from data_tools.units import ReadOptions
 from megatrain.distributed.bootstrap import free_port
 from tests.cluster.lab import Lab, missing
 from tests.image_data import make_image_data
+from tests.labeled_data import make_labeled_data
 from tests.masked_data import make_masked_data
 from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
@@ -81,6 +82,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 def masked_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Documents that begin with [CLS] and end with [SEP], in several shards."""
     return make_masked_data(tmp_path_factory.mktemp("masked"))
+
+
+@pytest.fixture(scope="session")
+def labeled_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Pairs of texts with labels, in several shards."""
+    return make_labeled_data(tmp_path_factory.mktemp("labeled"))
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,7 @@ class ShardWriter(Reopening):
             same_for_all = {key: value for key in keys if (value := getattr(manifest, key)) is not None}
             metadata = shard_metadata(same_for_all, index, documents, tokens, text_bytes)
             dataset = self.source.dataset
-            schema = document_schema(dataset.dtype, metadata, has_scored=dataset.has_scored)
+            schema = document_schema(dataset.dtype, metadata, manifest.supervision)
             pieces = groupby(self._pieces(task), key=lambda piece: piece[0])
             batches = (_joined([batch for _, batch in group], schema) for _, group in pieces)
             write_batches(self.staged(task), schema, batches)
@@ -167,9 +167,10 @@ class ShardWriter(Reopening):
         for name, content in self.other_files.items():
             commit_bytes(self.folder / name, content)
         hashes = document_hashes(map(self.staged, tasks))
+        known = dataset.manifest
         manifest = replace(
-            dataset.manifest,
-            digest=content_digest(dataset.manifest.tokenizer_sha256, dataset.manifest.options, hashes),
+            known,
+            digest=content_digest(known.tokenizer_sha256, known.options, known.label_names, hashes),
             num_shards=len(rows),
             num_documents=sum(row["documents"] for row in rows),
             num_tokens=sum(row["tokens"] for row in rows),

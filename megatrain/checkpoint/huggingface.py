@@ -64,7 +64,7 @@ def export_folder(
     ours = {theirs: name for name, theirs in renamed.items()}
     own_shapes = parameter_shapes(model)
     shapes = {renamed.get(name, name): _their_shape(model, name, shape) for name, shape in own_shapes.items()}
-    if not model.tie_word_embeddings:  # then both of the names are read, each as a weight of its own
+    if not model.is_tied:  # then both of the names are read, each as a weight of its own
         shapes |= {name: shapes[theirs] for name, theirs in known.parameters.items()}
 
     def read_as_theirs(name: str, shape: Sequence[int]) -> Tensor:
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     theirs = read_json(folder / CONFIG)
     config, notes = from_transformers(theirs, folder / CONFIG), []
     _refuse_too_small(folder, config)
-    if config.tie_word_embeddings and _has_head_of_its_own(folder, config):
+    if config.is_tied and _has_head_of_its_own(folder, config):
         config = config.model_copy(update={"tie_word_embeddings": False})
         notes.append(f"{CONFIG} ties head and embedding, but the weights have two that differ: they are not tied.")
     return config, notes + not_told_apart(theirs, config)
@@ -153,7 +153,7 @@ class HuggingFaceWeights:
         # What is there under another name too: a tied head, by read_config, and what they name otherwise, which is ours
         # where the two are tied, else theirs.
         both = {theirs for theirs, name in self._renamed.items() if {theirs, name} <= every}
-        self._dropped = {self._renamed[key] for key in both} if model.tie_word_embeddings else both
+        self._dropped = {self._renamed[key] for key in both} if model.is_tied else both
         self._dropped |= {self._head} if self._head not in shapes and self._embedding in names else set()
         self._files = {f: [k for k in in_file if self._is_parameter(folder / f, k)] for f, in_file in keys.items()}
         types: set[str] = set()

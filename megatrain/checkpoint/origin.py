@@ -82,10 +82,12 @@ class Origin:
         if found:
             raise CheckpointError(f"run.init_from: {self.folder} holds other LoRA adapters: {'; '.join(found)}.")
 
-    def refuse_other_model(self, model: ModelConfig, *, may_grow: bool = False, may_resize: bool = True) -> None:
+    def refuse_other_model(
+        self, model: ModelConfig, *, may_grow: bool = False, may_resize: bool = True, new_head: bool = False
+    ) -> None:
         """Raise CheckpointError, naming each key with both values, where the weights would compute something else in
         ``model``. A vocabulary that is not known yet is passed over. ``may_grow``: or that is larger. ``may_resize``:
-        images may have another size."""
+        images may have another size. ``new_head``: what the head alone decides may differ."""
         if may_resize and self.resizes(model):
             model = model.model_copy(update={"image_size": _image_size(self.model)})
         if may_grow and (model.vocab_size or 0) > (self.model.vocab_size or 0):
@@ -93,9 +95,17 @@ class Origin:
         found = [
             f"model.{key} is {as_yaml(theirs)} there and {as_yaml(ours)} here"
             for key, theirs, ours in differences(_resolved(self.model), _resolved(model))
-            if not _may_differ(key, theirs, ours, model) and not (key in VOCABULARIES and ours is None)
+            if not _may_differ(key, theirs, ours, model)
+            and not (key in VOCABULARIES and ours is None)
+            and not (new_head and key in ("tie_word_embeddings", model.description.hugging_face.labels_key))
         ]
         if found:
+            of_head = f"model.{model.description.hugging_face.labels_key}"
+            if all(text.startswith((of_head, "model.tie_word_embeddings")) for text in found):
+                raise CheckpointError(
+                    f"run.init_from: {self.folder} holds a model with another head: {found[0]}. Set run.new_head=true, "
+                    "and this model's begins anew."
+                )
             raise CheckpointError(
                 f"run.init_from: {self.folder} holds the weights of another model than this config's: "
                 f"{'; '.join(found)}. `model: from_checkpoint` takes the whole section from there. To change a key on "
@@ -103,6 +113,8 @@ class Origin:
             )
         from megatrain.plan.flops import num_parameters
 
+        if new_head:
+            model = self.model
         if model.vocab_size is not None and self.base.parameters != num_parameters(model):
             raise CheckpointError(
                 f"run.init_from: {self.folder} holds {self.base.parameters:,} parameters, and this config's model "
@@ -164,7 +176,8 @@ class Origin:
         if known is not None and known != label_names:
             raise CheckpointError(
                 f"run.init_from: {dataset} has other labels than {self.folder}, or in another order: they mean "
-                "something else to these weights. Pack the images with --label-names, in the order of the checkpoint."
+                "something else to these weights. Make it with --label-names, in the order of the checkpoint; or set "
+                "run.new_head=true, and the head begins anew."
             )
 
 
@@ -256,7 +269,7 @@ def _image_size(model: ModelConfig) -> int:
 def _resolved(model: ModelConfig) -> dict[str, Any]:
     """The model with what follows from its keys where they are null."""
     derived = {"intermediate_size": model.ffn_size, "num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
-    return {**model.model_dump(mode="json"), **derived}
+    return {**model.model_dump(mode="json"), **derived, "tie_word_embeddings": model.is_tied}
 
 
 def _saved_model(run_dir: str | None, checkpoint_dir: str | None, init_from: str | None) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ from megatrain.families import FAMILIES
 from megatrain.families.description import Family
 
 _NAMED_ALIKE = ("vocab_size", "tie_word_embeddings", "initializer_range")  # by every family
-_OF_TOKENS = ("vocab_size", "tie_word_embeddings")  # of these, what a classifier does not have there
 _ABSENT = {"tie_word_embeddings": False, "initializer_range": 0.02}
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -34,8 +33,10 @@ def to_transformers(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_decoder_layers": config.num_layers(family.decoder),
     }
     names = {**{key: key for key in _named_alike(family)}, **known.names}
-    if known.asks_labels:
-        names = {theirs: ours for theirs, ours in names.items() if ours not in _OF_TOKENS}
+    if known.labels_key:  # what a classifier does not have there
+        names = {
+            ours: theirs for ours, theirs in names.items() if ours not in (known.labels_key, "tie_word_embeddings")
+        }
     rope = {"rope_theta": config.rope_theta, "rope_scaling": values.get("rope_scaling")}
     return {
         "architectures": [known.architecture],
@@ -43,7 +44,7 @@ def to_transformers(config: ModelConfig, dtype: str) -> dict[str, Any]:
         **{theirs: values.get(ours) for ours, theirs in names.items()},
         **{theirs: values.get(ours) for theirs, ours in known.copies.items()},
         **(rope if family.block.attention.rotates else {}),
-        **(labels_by_id([f"LABEL_{i}" for i in range(config.vocab_size or 0)]) if known.asks_labels else {}),
+        **(labels_by_id([f"LABEL_{i}" for i in range(config.num_answers)]) if known.labels_key else {}),
         "torch_dtype": dtype,
         **known.constants,
         **known.required,
@@ -77,7 +78,7 @@ def laid_over(theirs: Mapping[str, Any], config: ModelConfig, dtype: str) -> dic
     """
     dtype_key = "dtype" if "dtype" in theirs else "torch_dtype"
     before = to_transformers(from_transformers(theirs, Path("config.json")), str(theirs.get(dtype_key)))
-    changed = {key: value for key, value in to_transformers(config, dtype).items() if before[key] != value}
+    changed = {key: value for key, value in to_transformers(config, dtype).items() if before.get(key, key) != value}
     if "torch_dtype" in changed:
         changed[dtype_key] = changed.pop("torch_dtype")
     kept = {key: value for key, value in theirs.items() if key != "auto_map"}  # code of the folder's own is not carried
@@ -118,23 +119,27 @@ def from_transformers(theirs: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(
             f"{path}: the weights are quantized (quantization_config); import the model that was quantized."
         )
-    known = FAMILIES[name].hugging_face
+    family = FAMILIES[name]
+    if family.classifier and theirs.get("architectures") == [family.classifier.hugging_face.architecture]:
+        family = family.classifier
+    known = family.hugging_face
     for key, needed in known.required.items():
         if theirs.get(key, needed) != needed:
             raise CheckpointError(f"{path}: {key} is {theirs[key]!r}; only {needed!r} can be imported.")
     aliased = {known.names[alias]: theirs[alias] for alias in known.aliases if alias in theirs}
     given = {**_ABSENT, **known.absent, **known.implied(theirs), **theirs, **aliased}
-    if known.asks_labels:
-        given |= {"vocab_size": len(label_names(theirs)), "tie_word_embeddings": False}
+    if known.labels_key:
+        given |= {known.labels_key: len(label_names(theirs)), "tie_word_embeddings": False}
     missing = [key for key in known.names.values() if key not in given]
     missing += ["vocab_size"] if given.get("vocab_size") is None else []
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: the model's shape is not known.")
-    ours = {"family": name, **{key: given[key] for key in _named_alike(FAMILIES[name])}}
+    ours = {"family": name, **{key: given[key] for key in _named_alike(family)}}
+    ours |= {known.labels_key: given[known.labels_key]} if known.labels_key else {}
     ours |= {key: given[their_key] for key, their_key in known.names.items()}
     ours["attention_dropout"] = ours["attention_dropout"] or 0.0
     try:
-        if FAMILIES[name].block.attention.rotates:
+        if family.block.attention.rotates:
             ours |= _rope(given, path)
         refusal = known.refuse(given)
     except (TypeError, ValueError) as error:

@@ -123,16 +123,13 @@ def _of_vocabularies(config: schema.ModelConfig) -> list[Problem]:
 
 
 def _of_images(config: schema.ModelConfig) -> list[Problem]:
-    """Patches cover the image; a classifier has no token embedding to share."""
+    """Patches cover the image."""
     problems, size, patch = [], getattr(config, "image_size"), getattr(config, "patch_size")  # noqa: B009
     if size % patch:
         reason = f"must divide image_size ({size})"
         problems.append(Problem("patch_size", patch, reason, alternatives(divisors_around(patch, size))))
     if (channels := config.sizes["channels"]) not in (1, 3):
         problems.append(Problem("num_channels", channels, "images have 3 channels (color) or 1 (gray)", "3"))
-    if config.tie_word_embeddings:
-        reason = "a classifier of images has no token embedding to share"
-        problems.append(Problem("tie_word_embeddings", True, reason, "false"))
     return problems
 
 
@@ -273,7 +270,6 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
     elif config.data.seq_len > longest:
         reason = f"must be at most model.max_position_embeddings ({longest})"
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(longest)))
-    problems += objective(config)
     if config.train.deterministic and config.model.attention == "cudnn":
         reason = "cuDNN's backward pass is not deterministic, as train.deterministic asks for"
         problems.append(Problem("model.attention", "cudnn", reason, "flash"))
@@ -294,6 +290,11 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
                 "adds rows to the embeddings, which adapters (lora) do not train: they would stay as they are drawn"
             )
         problems.append(Problem("run.resize_token_embeddings", True, reason, "false"))
+    if config.run.new_head and (config.run.init_from is None or config.lora is not None):
+        reason = "takes the place of the head of run.init_from, which is null"
+        if config.lora is not None:
+            reason = "begins with a head that adapters (lora) do not train: it would stay as it is drawn"
+        problems.append(Problem("run.new_head", True, reason, "false"))
     if config.train.epochs is not None and not config.data.train[0].weight:
         reason = "counts how often data.train.0 is seen, whose weight is 0"
         nearest = "train.steps in its place"
@@ -318,8 +319,7 @@ def objective(config: schema.RunConfig) -> list[Problem]:
     """The family must have it; and how it makes samples is not said by the keys of another one."""
     kind, known = config.objective.of(config.model), config.model.description.objectives
     if kind not in known:
-        reason = f"family {config.model.family} is trained by {', '.join(known)}"
-        return [Problem("objective.type", kind, reason, known[0])]
+        return [Problem("objective.type", kind, _untrainable(config.model, kind), known[0])]
     problems, own = [], config.objective
     if kind != "sequence_to_sequence":
         problems += _unused_below(
@@ -330,8 +330,8 @@ def objective(config: schema.RunConfig) -> list[Problem]:
             section = getattr(own, name)
             why = f"used with objective {name} only (it is {kind})"
             problems += _unused_below(f"objective.{name}.", section, tuple(type(section).model_fields), why)
-    if kind == "masked_lm":
-        problems += _masked_samples(config)
+    if kind in ("masked_lm", "sequence_classification"):
+        problems += _alone(config, kind)
     elif kind == "image_classification":
         problems += _images(config)
     elif kind != "next_token":
@@ -339,23 +339,34 @@ def objective(config: schema.RunConfig) -> list[Problem]:
     return problems
 
 
-def _masked_samples(config: schema.RunConfig) -> list[Problem]:
+def _untrainable(model: schema.ModelConfig, kind: str) -> str:
+    """Why a model is not trained by an objective."""
+    family, known = FAMILIES[model.family], ", ".join(model.description.objectives)
+    if kind in family.objectives:
+        return f"needs model.num_labels null (it is {model.sizes['labels']}): with it the head classifies texts"
+    if family.classifier and kind in family.classifier.objectives:
+        return "needs model.num_labels: as many labels as the data has"
+    return f"family {model.family} is trained by {known}"
+
+
+def _alone(config: schema.RunConfig, kind: str) -> list[Problem]:
     """Where documents are read from both sides, each is by itself, unchanged."""
     problems = []
     for key, needed in (("packing", "best_fit"), ("document_mask", True)):
         if (value := getattr(config.data, key)) != needed:
-            reason = "masked_lm reads each document of a sample by itself"
+            reason = f"{kind} reads each document of a sample by itself"
             problems.append(Problem(f"data.{key}", value, reason, as_yaml(needed)))
     for number, dataset in enumerate(config.data.train):
         for key in ("fill_in_the_middle", "span_corruption", "token_masking", "transform"):
             if (value := getattr(dataset, key)) is not None:
-                reason = "masked_lm hides tokens itself, and changes no document"
+                reason = f"{kind} changes no document"
+                reason += ": it hides tokens itself" if kind == "masked_lm" else ""
                 problems.append(Problem(f"data.train.{number}.{key}", str(value), reason, "null"))
     if config.data.seq_len < SHORTEST_ALONE:
-        reason = "a sample of masked_lm has a token and what begins and ends its document"
+        reason = f"a sample of {kind} has a token and what begins and ends its document"
         problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(SHORTEST_ALONE)))
     if config.train.tasks is not None:
-        reason = "tasks are answered by models that write, and masked_lm trains none"
+        reason = f"tasks are answered by models that write, and {kind} trains none"
         problems.append(Problem("train.tasks", config.train.tasks, reason, "null"))
     return problems
 
@@ -450,7 +461,7 @@ def lora(config: schema.RunConfig) -> list[Problem]:
             continue
         reason = f"must be all-linear or a matrix of a {config.model.family} layer ({short})"
         if target.rpartition(".")[2] in outer:
-            tied = ": here they are one weight (model.tie_word_embeddings)" if config.model.tie_word_embeddings else ""
+            tied = ": here they are one weight (model.tie_word_embeddings)" if config.model.is_tied else ""
             reason = f"embeddings and the output head get no adapters{tied}"
         close = difflib.get_close_matches(target, [*known, "all-linear"], n=1, cutoff=0.5)
         problems.append(Problem(f"lora.target_modules.{number}", target, reason, next(iter(close), "all-linear")))

@@ -105,6 +105,11 @@ class RunSection(Section):
         description="Add rows to the embedding and the head of init_from for the tokens that the data's tokenizer has "
         "beyond that of init_from; all others must be the same. The rows there are stay as they are.",
     )
+    new_head: bool = Field(
+        default=False,
+        description="Begin with a head of this model's own, drawn by seed, in place of that of init_from: for other "
+        "labels, or to classify with what was pretrained. All other weights come from init_from.",
+    )
 
 
 class RopeScaling(Section, check=checks.rope_scaling):
@@ -170,7 +175,10 @@ class SharedModelKeys(Section, check=checks.model):
     rope_scaling: RopeScaling | None = Field(
         default=None, description="Families with rotary positions: frequencies for longer contexts."
     )
-    tie_word_embeddings: bool = Field(default=True, description="The output head shares the token embedding's weight.")
+    tie_word_embeddings: bool = Field(
+        default=True,
+        description="The output head shares the token embedding's weight, but for a classifier's.",
+    )
     attention: Literal["auto", "flash3", "cudnn", "flash", "math"] = Field(
         default="auto",
         description="The kernel of attention; auto: the first of flash3, cudnn and flash that the devices have, and "
@@ -241,9 +249,19 @@ class SharedModelKeys(Section, check=checks.model):
         return self.vocab_size if separate is None else separate
 
     @property
+    def num_answers(self) -> int:
+        """What the head chooses among: token ids, or labels."""
+        return self.sizes[self.description.head.outputs[0]]
+
+    @property
     def description(self) -> Family:
-        """The family's."""
+        """The family's, with the head that the model has."""
         return FAMILIES[self.family].of(self)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and token embedding are one weight; those of a classifier cannot be."""
+        return self.tie_word_embeddings and self.description.can_tie_head
 
     @property
     def sizes(self) -> Mapping[Width, int]:
@@ -262,6 +280,7 @@ class SharedModelKeys(Section, check=checks.model):
             "patch": getattr(self, "patch_size", 0),
             "vocab": self.target_vocab_size or 0,
             "source_vocab": self.vocab_size or 0,
+            "labels": getattr(self, "num_labels", None) or 0,
             "heads": self.num_attention_heads,
             "buckets": getattr(self, "relative_attention_num_buckets", 0),
         }
@@ -455,7 +474,8 @@ class ObjectiveConfig(Section):
         description="next_token: each token from those before it; masked_lm: hidden tokens from those on either "
         "side; span_corruption: spans that are left out of the text "
         "that an encoder reads (T5); sequence_to_sequence: the target of each pair from its source; "
-        "image_classification: the label of an image; null: what the family is trained for.",
+        "sequence_classification: the label of a text; image_classification: the label of an image; null: what the "
+        "model is trained for.",
     )
     target_len: Size | None = Field(
         default=None,
@@ -483,6 +503,8 @@ class ObjectiveConfig(Section):
         kind = self.of(model)
         if kind == "image_classification":
             return 2 if self.image_classification.mixup_alpha else 1
+        if kind == "sequence_classification":  # as many as the shortest texts that fill it
+            return seq_len // checks.SHORTEST_ALONE
         return self.masked_lm.most_targets(seq_len) if kind == "masked_lm" else seq_len
 
 

@@ -75,6 +75,7 @@ class BatchMaker:
             source_positions_BS=_stack([row.source_positions_S for row in rows]),
             source_document_ids_BS=_stack([row.source_document_ids_S for row in rows]),
             pixels_BCHW=_stack([row.pixels_CHW for row in rows]),
+            segments_BT=_stack([row.segments_T for row in rows]),
         )
 
 

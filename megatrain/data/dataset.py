@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.chat import CHAT_DATE
-from megatrain.data.format import TARGET_TOKENIZER_FILE, TOKENIZER_FILE, Manifest, document_schema
+from megatrain.data.format import LABELED_PAIRS, TARGET_TOKENIZER_FILE, TOKENIZER_FILE, Manifest, document_schema
 from megatrain.data.remote import Cache, RemoteFolder
 from megatrain.data.shard import ScoredRuns, Shard, Tokens
 from megatrain.data.shard_table import Ints
@@ -89,8 +89,7 @@ class Dataset(ShardedDataset):
     def __init__(self, storage: LocalFolder | RemoteFolder) -> None:
         manifest = Manifest.parse(*storage.manifest())
         self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
-        has_scored = manifest.num_scored is not None
-        super().__init__(storage, manifest, document_schema(self.dtype, has_scored=has_scored))
+        super().__init__(storage, manifest, document_schema(self.dtype, supervision=manifest.supervision))
         self._near: dict[int, tuple[int, int, Tokens]] = {}
         """By position >> NEAR_BITS, the record batch that was read there last: its first position, the one behind its
         last, and its tokens; MAX_NEAR of them. Emptied when a shard is opened, as another one may be let go."""
@@ -198,6 +197,16 @@ class Dataset(ShardedDataset):
         return {name: self.storage.content(name, checksum).to_pybytes() for name, checksum in named}
 
     @property
+    def label_names(self) -> list[str] | None:
+        """Of the labels that its documents have, by number; None where they have none."""
+        return self.manifest.label_names
+
+    @property
+    def has_text_pairs(self) -> bool:
+        """Whether its documents are two texts with one label, each with its end."""
+        return self.manifest.options.get("examples") == LABELED_PAIRS
+
+    @property
     def chat_template(self) -> str | None:
         """The SHA-256 of the chat template that wrote the conversations; None where none did."""
         return self.manifest.options.get("chat_template")
@@ -236,6 +245,18 @@ class Dataset(ShardedDataset):
             shard = self.shard(index)
             for number in range(len(shard.batches)):
                 yield np.diff(shard.views(number).offsets)
+
+    def label_at(self, position: int) -> int:
+        """Number of the label of the document that begins at ``position``."""
+        index = self.table.shard_at(position)
+        shard, local = self.shard(index), position - self.table.token_starts[index]
+        batch = shard.batch_at(local)
+        row = int(shard.views(batch).offsets.searchsorted(local - shard.token_starts[batch]))
+        return self._label_numbers[shard.labels(batch)[row].as_py()]
+
+    @cached_property
+    def _label_numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.label_names or [])}
 
     def window(self, start: int, length: int) -> Tokens:
         """Tokens [start, start + length) of the documents laid end to end. IndexError where they do not exist."""

@@ -90,10 +90,13 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 SCORED = pa.field("scored", pa.list_(pa.field("item", pa.uint32(), nullable=False)))
+LABEL = pa.field("label", pa.string(), nullable=False)
+LABELED_PAIRS = "labeled_pairs"
+"""What `Manifest.options` says of two texts with one label, each of which ends with the end-of-document token."""
 
 
 def document_schema(
-    dtype: np.dtype[Any], metadata: dict[str, Any] | None = None, *, has_scored: bool = False
+    dtype: np.dtype[Any], metadata: dict[str, Any] | None = None, supervision: pa.Field | None = None
 ) -> pa.Schema:
     """Columns of a shard, one document a row.
 
@@ -104,8 +107,11 @@ def document_schema(
     text_bytes  UTF-8 bytes of the text behind the tokens
     scored      only of conversations, prompts and answers: which tokens are scored as targets, as runs
                 [begin, end, begin, end, ...] within the document, ascending; null: all
+    label       only of labeled texts: the name of the document's label
+
+    ``supervision``: which of the last two there is, SCORED or LABEL.
     """
-    others = [pa.field("text_bytes", pa.uint64(), nullable=False), *([SCORED] if has_scored else [])]
+    others = [pa.field("text_bytes", pa.uint64(), nullable=False), *([] if supervision is None else [supervision])]
     return row_schema("tokens", pa.from_numpy_dtype(dtype), others, metadata)
 
 
@@ -134,13 +140,13 @@ def checksum(data: bytes | memoryview | pa.Buffer) -> bytes:
     return xxhash.xxh3_128_digest(memoryview(data))
 
 
-def document_hash(tokens: memoryview, scored: memoryview | None = None) -> bytes:
+def document_hash(tokens: memoryview, supervision: memoryview | bytes | None = None) -> bytes:
     """xxh3 (128 bits, big-endian digest) of the tokens' bytes as stored (little-endian), and behind them those of
-    ``scored``, unless it is null.
+    ``supervision``: the runs of scored tokens, unless they are null, or the label's name.
     """
     found = xxhash.xxh3_128(tokens)
-    if scored is not None:
-        found.update(scored)
+    if supervision is not None:
+        found.update(supervision)
     return found.digest()
 
 
@@ -240,7 +246,8 @@ class Manifest:
     num_scored: int | None = None
     """Tokens that are scored as targets; None: all, and shards have no column `scored`."""
     examples: dict[str, int] | None = None
-    """Of conversations, prompts and answers: how many were read, and what was left out or cut, by reason."""
+    """Of conversations, prompts and answers, labeled texts: how many were read, and what was left out or cut, by
+    reason."""
     target_tokenizer_sha256: str | None = None
     """Of pairs: of the tokenizer of targets, where it is another one than that of sources; with two numbers of it."""
     target_vocab_size: int | None = None
@@ -248,8 +255,15 @@ class Manifest:
     """Ends targets, under the same name as ``eod_token``."""
     template_files: dict[str, str] | None = None
     """Those of TEMPLATE_FILES that are there, by name, and their checksums."""
+    label_names: list[str] | None = None
+    """Of the labels that documents have, by number; None: shards have no column `label`."""
     format: str = FORMAT_NAME
     format_version: int = FORMAT_VERSION
+
+    @property
+    def supervision(self) -> pa.Field | None:
+        """See `document_schema`."""
+        return LABEL if self.label_names is not None else SCORED if self.num_scored is not None else None
 
     def dump(self) -> bytes:
         """The bytes of manifest.json, its own checksum included."""
@@ -355,6 +369,15 @@ def _manifest_problem(body: dict[str, Any]) -> str | None:
         return f"dtype {body['dtype']!r} does not fit a vocabulary of {largest}"
     if not set(body.get("template_files", {})) <= set(TEMPLATE_FILES):
         return f"template_files should be of {', '.join(TEMPLATE_FILES)}"
+    if "label_names" in body and (problem := names_problem(body["label_names"])):
+        return problem
+    return None
+
+
+def names_problem(names: list[Any]) -> str | None:
+    """What is wrong with the names of labels."""
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        return "label_names should be different names"
     return None
 
 
@@ -385,12 +408,17 @@ def shard_metadata(
     return {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, "shard": index, **manifest_part, **counts}
 
 
-def content_digest(tokenizer_sha256: str, options: dict[str, str], hashes: Iterable[pa.Array]) -> str:
-    """SHA-256 over tokenizer, options, and the 16-byte `hash` of every document in order; `hashes` come in batches.
+def content_digest(
+    tokenizer_sha256: str, options: dict[str, str], label_names: list[str] | None, hashes: Iterable[pa.Array]
+) -> str:
+    """SHA-256 over tokenizer, options, the names of labels, and the 16-byte `hash` of every document in order; `hashes`
+    come in batches.
 
-    It names tokens, document boundaries, tokenizer and options; not input format, shard size, ids, file names, workers.
+    It names tokens, document boundaries, labels, tokenizer and options; not input format, shard size, ids, file names,
+    workers.
     """
-    return digest_of({"options": options, "tokenizer_sha256": tokenizer_sha256}, hashes)
+    labels = {} if label_names is None else {"label_names": label_names}
+    return digest_of({"options": options, "tokenizer_sha256": tokenizer_sha256, **labels}, hashes)
 
 
 def digest_of(decisive: dict[str, Any], hashes: Iterable[pa.Array]) -> str:

@@ -24,6 +24,7 @@ from megatrain.data.format import (
     digest_of,
     dump_manifest,
     manifest_body,
+    names_problem,
     read_manifest,
     refuse_manifest,
     row_schema,
@@ -106,13 +107,7 @@ class ImageManifest:
     def parse(path: str, data: bytes) -> ImageManifest:
         """Check the bytes of a manifest.json; ``path`` names it in messages. Raises DataError."""
         body = manifest_body(path, data, IMAGE_FORMAT_NAME)
-        refuse_manifest(path, values_problem(body, ImageManifest) or _names_problem(body["label_names"]))
+        refuse_manifest(path, values_problem(body, ImageManifest) or names_problem(body["label_names"]))
         manifest = ImageManifest(**body)
         refuse_manifest(path, None if manifest.dump() == data else OTHER_CHECKSUM)
         return manifest
-
-
-def _names_problem(names: list[Any]) -> str | None:
-    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
-        return "label_names should be different names"
-    return None

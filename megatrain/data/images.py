@@ -157,14 +157,13 @@ def open_for(
 def require_alike(datasets: Sequence[AnyDataset]) -> None:
     """Raise DataError where datasets for one model, all of one kind, do not have the same labels in the same order, or
     as `require_same_tokenizer` says."""
-    images = [each for each in datasets if isinstance(each, ImageDataset)]
     require_same_tokenizer([each for each in datasets if isinstance(each, Dataset)])
-    for first, other in pairwise(images):
+    for first, other in pairwise(datasets):
         if other.label_names != first.label_names:
             raise DataError(
-                f"{other.path} has other labels than {first.path} ({len(other.label_names)} and "
-                f"{len(first.label_names)}), or in another order: a model knows one list of labels. Pack both with the "
-                "same `megatrain-data images --label-names FILE`."
+                f"{other.path} has other labels than {first.path} ({len(other.label_names or [])} and "
+                f"{len(first.label_names or [])}), or in another order: a model knows one list of labels. Make both "
+                "with the same --label-names FILE of `megatrain-data`."
             )
 
 

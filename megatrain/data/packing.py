@@ -7,6 +7,8 @@ space that holds them is left. So each pair of each document is scored once an e
 is. A document's last token is an input as well: it has no target, and divides the document from the next. Of datasets
 that say which tokens are scored, conversations that are too long are shortened instead (`conversations.shortened`).
 
+Texts that are classified (`WHOLE`) have one target each, and are cut as they are read.
+
 Where a sample's documents are read from both sides (`ALONE`), a piece of a document is not continued in another sample:
 each has the tokens that begin and end a document around it, and its targets are all tokens between them.
 """
@@ -171,6 +173,22 @@ def pack_pairs(pairs: Documents, seq_len: int, target_len: int) -> pa.RecordBatc
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(PLAN_COLUMNS))
 
 
+def pack_whole(documents: Documents, seq_len: int) -> pa.RecordBatch:
+    """Samples of documents with one target each, of which a sample holds no more than ``seq_len`` tokens. A chunk's
+    length stands for its targets: all of the document's tokens."""
+    starts, lengths, _, _ = documents
+    bins = best_fit(np.minimum(lengths, seq_len), seq_len)
+    order = np.argsort(bins, kind="stable")
+    counts = np.bincount(bins)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    columns = [
+        pa.LargeListArray.from_arrays(offsets, starts[order]),
+        pa.LargeListArray.from_arrays(offsets, lengths[order].astype(np.int32)),
+        pa.array(counts.astype(np.int32)),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(PLAN_COLUMNS))
+
+
 @dataclass(frozen=True)
 class Packing:
     """A way to cut documents into chunks. ``name``: in the names of plans' files and in their metadata. ``fit``: where
@@ -185,6 +203,8 @@ IN_STREAM = Packing("", pack_documents)
 """For next-token prediction: the plans that have always been."""
 ALONE = Packing("alone", pack_alone)
 """For models that read a document from both sides."""
+WHOLE = Packing("whole", pack_whole)
+"""For texts that are classified."""
 
 
 class Block(NamedTuple):

@@ -31,6 +31,7 @@ class Sample(NamedTuple):
     source_positions_S: Ints | None = None
     source_document_ids_S: NDArray[np.int32] | None = None
     pixels_CHW: NDArray[np.float32] | None = None
+    segments_T: Ints | None = None
 
 
 class Source(Protocol):

@@ -106,6 +106,8 @@ class Shard:
         """Tokens and document offsets of record batch `number`."""
         self.scored = lru_cache(max_views)(partial(_scored, self.record_batch))
         """The scored tokens of record batch `number`, of a dataset that says which they are."""
+        self.labels = lru_cache(max_views)(partial(_labels, self.record_batch))
+        """The names of the labels of record batch `number`, of a dataset that has them."""
 
     def batch_at(self, position: int) -> int:
         """The record batch that holds the shard's token ``position``; the last one for the position behind all."""
@@ -121,6 +123,10 @@ def _views(record_batch: Callable[[int], pa.RecordBatch], number: int) -> Views:
 
 def _scored(record_batch: Callable[[int], pa.RecordBatch], number: int) -> ScoredRuns:
     return ScoredRuns.of(record_batch(number))
+
+
+def _labels(record_batch: Callable[[int], pa.RecordBatch], number: int) -> pa.Array:
+    return record_batch(number)["label"]
 
 
 def _record_batch(

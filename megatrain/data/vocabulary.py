@@ -14,10 +14,11 @@ def resolve_vocabulary(config: RunConfig, dataset: AnyDataset) -> RunConfig:
     """The config with the vocabulary that the dataset's tokenizer decides, where the user left it open.
 
     With ``run.resize_token_embeddings`` the model gets as many ids as the tokenizer has, or keeps its own where they
-    are more. Raises ConfigError where the model knows too few ids.
+    are more. Raises ConfigError where the model knows too few ids, or another number of labels.
     """
     if isinstance(dataset, Dataset):
         config = _with_target_vocabulary(config, dataset)
+        _refuse_other_number(config.model.num_labels, dataset)  # type: ignore[attr-defined]
     given = config.model.vocab_size
     if given is None or (config.run.resize_token_embeddings and given < dataset.vocab_size):
         model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
@@ -55,6 +56,20 @@ def _with_target_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
             f"it to {size} or more, or leave it null."
         )
     return config
+
+
+def _refuse_other_number(num_labels: int | None, dataset: Dataset) -> None:
+    """Raise ConfigError where a classifier of texts has another number of labels than its data."""
+    if num_labels is None:
+        return
+    if dataset.label_names is None:
+        raise ConfigError(
+            f"model.num_labels is {num_labels}, but {dataset.path} has no labels: tokenize records that have some with "
+            "`megatrain-data tokenize --label-key KEY`."
+        )
+    found = len(dataset.label_names)
+    if num_labels != found:
+        raise ConfigError(f"model.num_labels is {num_labels}, but {dataset.path} has {found} labels: set it to that.")
 
 
 def refuse_other_tokens(dataset: Dataset, tokenizer: bytes | None, folder: object) -> None:

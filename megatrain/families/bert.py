@@ -1,8 +1,12 @@
-"""BERT: an encoder that reads a text from both sides, LayerNorm behind each sum, learned positions, segments, GELU."""
+"""BERT: an encoder that reads a text from both sides, LayerNorm behind each sum, learned positions, segments, GELU.
+
+Its head predicts tokens, or classifies a text by what its first token has become.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -22,6 +26,7 @@ from megatrain.families.description import (
 )
 
 SEGMENTS = "type_vocab_size"
+LABELS = "num_labels"
 
 
 def _linear(name: str, inputs: Width, outputs: Width) -> Linear:
@@ -33,8 +38,19 @@ def _refuse(theirs: Mapping[str, Any]) -> str | None:
     return None if kind == "absolute" else f"position_embedding_type is {kind!r}; only 'absolute' is done."
 
 
-FAMILY = Family(
-    summary="an encoder: masked language modeling, learned positions, segments, LayerNorm behind each sum",
+def _refuse_classifier(theirs: Mapping[str, Any]) -> str | None:
+    dropout, rate = theirs.get("classifier_dropout"), theirs.get("hidden_dropout_prob")
+    if dropout not in (None, rate):
+        return f"classifier_dropout is {dropout!r}; it must be null, or as hidden_dropout_prob ({rate!r})."
+    kind = theirs.get("problem_type") or "single_label_classification"
+    if kind != "single_label_classification" or len(theirs.get("id2label") or "ab") < 2:
+        return "a text has one label of several here: problem_type must be 'single_label_classification'."
+    return _refuse(theirs)
+
+
+_MASKED_LM = Family(
+    summary="an encoder: masked language modeling or classification of texts, learned positions, segments, LayerNorm "
+    "behind each sum",
     objectives=("masked_lm",),
     embeddings=(
         Embedding("bert.embeddings.word_embeddings", "vocab"),
@@ -78,7 +94,17 @@ FAMILY = Family(
                 le=LARGEST_SIZE,
                 description="bert: segments that a document can have, such as two sentences (token types).",
             ),
-        )
+        ),
+        LABELS: (
+            int | None,
+            Field(
+                default=None,
+                ge=2,
+                le=LARGEST_SIZE,
+                description="bert: labels of a head that classifies texts, as many as the data's; null: the head "
+                "predicts tokens.",
+            ),
+        ),
     },
     hugging_face=HuggingFace(
         architecture="BertForMaskedLM",
@@ -110,5 +136,23 @@ FAMILY = Family(
         parameters={"cls.predictions.decoder.bias": "cls.predictions.bias"},
         unread=(r"bert\.embeddings\.position_ids", r"bert\.pooler\..*", r"cls\.seq_relationship\..*"),
         refuse=_refuse,
+    ),
+)
+
+FAMILY = replace(
+    _MASKED_LM,
+    classifier=replace(
+        _MASKED_LM,
+        objectives=("sequence_classification",),
+        head_transform=HeadTransform("bert.pooler", _linear("dense", "hidden", "hidden"), "tanh", drops=True),
+        head=_linear("classifier", "hidden", "labels"),
+        hugging_face=replace(
+            _MASKED_LM.hugging_face,
+            architecture="BertForSequenceClassification",
+            parameters={},
+            unread=(r"bert\.embeddings\.position_ids",),
+            labels_key=LABELS,
+            refuse=_refuse_classifier,
+        ),
     ),
 )

@@ -25,6 +25,7 @@ Width = Literal[
     "segments",
     "vocab",
     "source_vocab",
+    "labels",
     "rank",
     "heads",
     "buckets",
@@ -35,7 +36,7 @@ Width = Literal[
 ]
 """A size of the model: of the residual stream, of all query heads, of all key heads (the value heads are as wide), of
 the MLP's inside, of one head, of the positions, of the segments, of the vocabulary that the head writes (of a
-classifier: its labels) and of the one that an encoder reads, where it is another;
+classifier of images: its labels), of the one that an encoder reads, where it is another, and of a classifier's labels;
 how many query heads there are, and how many ranges of distances have a relative bias of their own; 1; of an image's
 places (its patches and the class token), of its channels, and of a side of a patch. `ModelConfig.sizes` has the
 numbers; of "rank", between the two factors of a LoRA adapter, the config's `lora.rank`."""
@@ -43,7 +44,14 @@ numbers; of "rank", between the two factors of a LoRA adapter, the config's `lor
 ADAPTER_FACTORS = ("lora_A", "lora_B")
 """What an adapter's factors are called in the module of the matrix that it adapts: peft's names."""
 
-ObjectiveName = Literal["next_token", "masked_lm", "span_corruption", "sequence_to_sequence", "image_classification"]
+ObjectiveName = Literal[
+    "next_token",
+    "masked_lm",
+    "span_corruption",
+    "sequence_to_sequence",
+    "sequence_classification",
+    "image_classification",
+]
 """What a model can be trained for: a file of megatrain/objectives."""
 
 WeightKind = Literal["norms", "biases", "positions", "embeddings", "matrices"]
@@ -54,7 +62,7 @@ HEAD_WIDTHS: Mapping[Width, Literal["query", "key_value"]] = {
     "keys": "key_value",
     "heads": "query",
 }
-SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab", "source_vocab"})
+SHARDED_WIDTHS: frozenset[Width] = frozenset({*HEAD_WIDTHS, "ffn", "vocab", "source_vocab", "labels"})
 """What tensor-parallel ranks share out; every rank has the other widths whole."""
 
 
@@ -215,7 +223,7 @@ class Linear:
         is_factor = "rank" in (self.inputs, *self.outputs)
         if self.inputs in SHARDED_WIDTHS:
             return Split("factor" if is_factor else "row", 1 - out_dim, by_heads=HEAD_WIDTHS.get(self.inputs))
-        if "vocab" in self.outputs:
+        if self.outputs[0] in ("vocab", "labels"):
             return Split("vocab", out_dim)
         if self.outputs[0] in SHARDED_WIDTHS:
             kind: Literal["factor", "column"] = "factor" if is_factor else "column"
@@ -409,16 +417,20 @@ def _named_weights(modules: Mapping[str, Linear | Norm]) -> Iterator[Weight]:
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What stands before the head: norm(activation(linear(x))), of what a target is asked at."""
+    """What stands before the head: norm(activation(linear(x))), of what a target is asked at.
+
+    ``drops``: of what it gives, the share ``hidden_dropout`` is dropped.
+    """
 
     name: str
     linear: Linear
-    activation: Literal["gelu"]
-    norm: Norm
+    activation: Literal["gelu", "tanh"]
+    norm: Norm | None = None
+    drops: bool = False
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        inner = (*self.linear.weights, *self.norm.weights)
+        inner = (*self.linear.weights, *(self.norm.weights if self.norm else ()))
         return tuple(weight._replace(name=f"{self.name}.{weight.name}") for weight in inner)
 
 
@@ -453,11 +465,11 @@ class HuggingFace:
     sizes that are not here must be given. ``aliases``: names of ours that its config.json may have too, and that come
     before theirs. ``parameters``: those of ours that have another name there, and what that is. ``one_row``: so too,
     of vectors that are matrices of one row there. ``unread``: patterns of names of tensors that its folders may have
-    and the model does not. ``asks_labels``: the vocabulary is that of labels, whose names config.json has under
-    ``id2label``. ``copies``: further keys of theirs that have the value of
-    one of ours. ``implied``: what transformers takes for keys that are left out where that depends on others.
-    ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not
-    ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
+    and the model does not. ``labels_key``: the model's key that has how many labels a classifier has, whose names
+    config.json has under ``id2label``. ``copies``: further keys of theirs that have the value of one of ours.
+    ``implied``: what transformers takes for keys that are left out where that depends on others. ``constants``: what
+    else is written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not ours, or None.
+    ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
     """
 
     architecture: str
@@ -468,7 +480,7 @@ class HuggingFace:
     parameters: Mapping[str, str] = field(default_factory=dict)
     one_row: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
-    asks_labels: bool = False
+    labels_key: str | None = None
     copies: Mapping[str, str] = field(default_factory=dict)
     implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda theirs: {}
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -484,7 +496,8 @@ class Family:
     ``asks_at_places``: of a sample only some tokens are asked, which the batch names, not each. ``summary``: what is
     particular to it. ``own_keys``: keys of the model that only such families have, as pydantic's ``create_model`` takes
     them: type and Field. ``objectives``: what it can be trained for; the first where the config does not say.
-    ``encoder``: what reads the source, where the decoder attends to one. ``initial_deviation``: of the initial values
+    ``encoder``: what reads the source, where the decoder attends to one. ``classifier``: the same with a head that
+    classifies, which a model has where ``num_labels`` is given. ``initial_deviation``: of the initial values
     of the matrix of a module's name, for the model's sizes; None: as initializer_range and init_scheme say.
     ``variant``: the description for a model, where its own keys choose among several. ``never_writes_start``: the
     decoder's first input, padding, is never its output.
@@ -502,12 +515,15 @@ class Family:
     own_keys: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     objectives: tuple[ObjectiveName, ...] = ("next_token",)
     encoder: Stack | None = None
+    classifier: Family | None = None
     initial_deviation: Callable[[str, Mapping[Width, int]], float] | None = None
     variant: Callable[[Any], Family] | None = None
     never_writes_start: bool = False
 
     def of(self, model: Any) -> Family:
         """The description for a model of these keys."""
+        if self.classifier is not None and model.num_labels is not None:
+            return self.classifier
         return self if self.variant is None else self.variant(model)
 
     @property
@@ -528,6 +544,17 @@ class Family:
     @property
     def reads_images(self) -> bool:
         return any(embedding.rows == "places" for embedding in self.embeddings)
+
+    @property
+    def can_tie_head(self) -> bool:
+        """Whether the head's matrix may be that of the token embedding: both have a row for each token id."""
+        return self.head.outputs == (self.embeddings[0].rows,)
+
+    @property
+    def head_weights(self) -> tuple[str, ...]:
+        """Names of what stands behind the last norm: a new head begins with other values of them."""
+        transform = self.head_transform.weights if self.head_transform else ()
+        return tuple(weight.name for weight in (*transform, *self.head.weights))
 
     @property
     def learns_positions(self) -> bool:

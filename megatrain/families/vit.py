@@ -93,7 +93,7 @@ FAMILY = Family(
             "num_channels": 3,
         },
         unread=(r"vit\.pooler\..*",),
-        asks_labels=True,
+        labels_key="vocab_size",
         refuse=_refuse,
     ),
 )

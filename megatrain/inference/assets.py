@@ -108,8 +108,12 @@ class Assets:
 
     def with_images(self, label_names: Sequence[str], preprocessor: Mapping[str, Any]) -> Assets:
         """The same for a run on images of these labels; ``preprocessor``: how transformers reads images so."""
-        files = {LABELS: orjson.dumps(list(label_names)), PREPROCESSOR: orjson.dumps(preprocessor, option=_JSON_STYLE)}
-        return replace(self, files={**self.files, **files})
+        described = {PREPROCESSOR: orjson.dumps(preprocessor, option=_JSON_STYLE)}
+        return replace(self, files={**self.files, **described}).with_labels(label_names)
+
+    def with_labels(self, label_names: Sequence[str]) -> Assets:
+        """The same for a classifier of these labels."""
+        return replace(self, files={**self.files, LABELS: orjson.dumps(list(label_names))})
 
     @property
     def label_names(self) -> list[str] | None:
@@ -216,7 +220,7 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
         changed[CONFIG] = {**to_transformers(model, dtype), **nothing_known, **ids}
     else:
         changed[CONFIG] = laid_over(theirs, model, dtype)
-    if model.description.hugging_face.asks_labels and assets.label_names:
+    if model.description.hugging_face.labels_key and assets.label_names:
         changed[CONFIG] |= labels_by_id(assets.label_names)
     if theirs is None and GENERATION not in files and not reads_images:
         changed[GENERATION] = {**ids, **generation}

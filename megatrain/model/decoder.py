@@ -18,7 +18,6 @@ from megatrain.families.description import (
     Attention,
     FirstLayer,
     HeadTransform,
-    Linear,
     Norm,
     PatchEmbedding,
     SinusoidalPositions,
@@ -68,7 +67,8 @@ def build_layers(config: ModelConfig, seed: int = 0, layers: Sequence[range] | N
 
     With the first of a stack go its embeddings, with the last its norm, and with the last of all the head.
     """
-    family, vocab_size = config.description, config.known_vocab_size
+    config.known_vocab_size  # noqa: B018 (raises where it is not known)
+    family = config.description
     found: dict[str, LayerSpec] = {}  # two stacks may have an embedding in common
     all_layers = [range(config.num_layers(stack)) for stack in family.stacks]
     for stack, numbers, every in zip(family.stacks, layers or all_layers, all_layers, strict=True):
@@ -80,11 +80,11 @@ def build_layers(config: ModelConfig, seed: int = 0, layers: Sequence[range] | N
         if numbers and (bias := stack.block.attention.relative_bias) is not None:
             found[bias.name] = LayerSpec(bias.name, "bias", partial(_relative_bias, config, stack.block.attention))
         if stack.norm is not None and every[-1] in numbers:
-            found[stack.norm.name] = _last_layer(config, stack.norm)
+            found[stack.norm.name] = LayerSpec(stack.norm.name, "norm", partial(build_norm, stack.norm, config))
     if layers is not None and all_layers[-1][-1] not in layers[-1]:
         return [*found.values()]
-    transform = [] if family.head_transform is None else [_last_layer(config, family.head_transform)]
-    head = partial(OutputHead, vocab_size, config.hidden_size, family.head.bias)
+    transform = [] if family.head_transform is None else [_transform(config, seed, family.head_transform)]
+    head = partial(OutputHead, config.num_answers, config.hidden_size, family.head.bias)
     return [*found.values(), *transform, LayerSpec(family.head.name, "head", head)]
 
 
@@ -104,26 +104,28 @@ def _embedding(config: ModelConfig, seed: int, stack: Stack, layer: FirstLayer |
     return kinds[layer.rows](config.sizes[layer.rows], size, last)
 
 
-def _last_layer(config: ModelConfig, layer: Norm | HeadTransform | Linear) -> LayerSpec:
-    if isinstance(layer, Norm):
-        return LayerSpec(layer.name, "norm", partial(build_norm, layer, config))
-    assert isinstance(layer, HeadTransform)
-    return LayerSpec(layer.name, "transform", partial(TransformedInput, config, layer))
+def _transform(config: ModelConfig, seed: int, spec: HeadTransform) -> LayerSpec:
+    dropout = Dropout(config.hidden_dropout if spec.drops else 0.0, seed, spec.name)
+    return LayerSpec(spec.name, "transform", partial(TransformedInput, config, spec, dropout))
 
 
 class TransformedInput(nn.Module):
-    """What a head reads: norm(activation(linear(x))). An ``nn.Linear`` gets no adapter, as the head gets none."""
+    """What a head reads: norm(activation(linear(x))), dropped. An ``nn.Linear`` gets no adapter, as the head gets
+    none."""
 
-    def __init__(self, config: ModelConfig, spec: HeadTransform) -> None:
+    def __init__(self, config: ModelConfig, spec: HeadTransform, dropout: Dropout) -> None:
         super().__init__()
-        self.linear_name, self.norm_name = spec.linear.name, spec.norm.name
+        self.linear_name, self.norm_name = spec.linear.name, spec.norm.name if spec.norm else None
         self.add_module(self.linear_name, nn.Linear(config.hidden_size, config.hidden_size, spec.linear.bias))
-        self.add_module(self.norm_name, build_norm(spec.norm, config))
+        if spec.norm is not None:
+            self.add_module(spec.norm.name, build_norm(spec.norm, config))
         self.activation = Activation(spec.activation)
+        self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sample_ids_B: Tensor | None = None) -> Tensor:
         x = self.activation(self.get_submodule(self.linear_name)(x))
-        return self.get_submodule(self.norm_name)(x)  # type: ignore[no-any-return]
+        x = x if self.norm_name is None else self.get_submodule(self.norm_name)(x)
+        return self.dropout(x, sample_ids_B)  # type: ignore[no-any-return]
 
 
 class TargetPicker(nn.Module):
@@ -203,16 +205,17 @@ class DecoderStage(nn.Module):
         if self.pick is None:
             return x_BTC
         assert batch.target_places_BM is not None
-        return self.transformed(self.pick(x_BTC, batch.target_places_BM))
+        return self.transformed(self.pick(x_BTC, batch.target_places_BM), batch.sample_ids_B)
 
-    def transformed(self, x: Tensor) -> Tensor:
+    def transformed(self, x: Tensor, sample_ids_B: Tensor | None = None) -> Tensor:
         """Activations as the head reads them."""
-        return x if self.transform_name is None else self.get_submodule(self.transform_name)(x)
+        return x if self.transform_name is None else self.get_submodule(self.transform_name)(x, sample_ids_B)
 
     def context(self, batch: Batch) -> Context:
         """What its layers need to know of a batch's tokens."""
         places = batch.positions_BT, batch.document_ids_BT, batch.sample_ids_B
-        return self.make_context(*places, self.dtype, borders=batch.document_starts)
+        context = self.make_context(*places, self.dtype, borders=batch.document_starts)
+        return context._replace(segments_BT=batch.segments_BT)
 
     def _answer(self, batch: InferenceBatch, received: Streams | None) -> Tensor | Streams:
         require_generative(self.config)
@@ -265,7 +268,7 @@ class DecoderStage(nn.Module):
         To be called again after replacing either.
         """
         embedding = self.config.description.embeddings[0].name
-        if self.config.tie_word_embeddings and self.head_name is not None and embedding in self.embedding_names:
+        if self.config.is_tied and self.head_name is not None and embedding in self.embedding_names:
             self.head.weight = cast(TokenEmbedding, self.get_submodule(embedding)).weight
 
 

@@ -12,6 +12,7 @@ from megatrain.objectives.image_classification import ImageClassification
 from megatrain.objectives.masked_lm import MaskedLM
 from megatrain.objectives.next_token import NextToken
 from megatrain.objectives.objective import DataSettings, Objective
+from megatrain.objectives.sequence_classification import SequenceClassification
 from megatrain.objectives.sequence_to_sequence import SequenceToSequence
 from megatrain.objectives.span_corruption import SpanCorruption
 
@@ -23,6 +24,8 @@ def make_objective(config: ObjectiveConfig, model: ModelConfig, data: DataSettin
         return ImageClassification(config.image_classification, model, seed)
     if kind == "masked_lm":
         return MaskedLM(data, config.masked_lm, seed)
+    if kind == "sequence_classification":
+        return SequenceClassification(config, model, data)
     if kind == "span_corruption":
         return SpanCorruption(config, data, seed)
     if kind == "sequence_to_sequence":

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatrain.config import ObjectiveConfig
 from megatrain.data.augmentation import Augmentation
@@ -21,6 +20,7 @@ from megatrain.data.packing import PackingPlan, count_samples, make_plan, open_p
 from megatrain.data.sample import Ints, Sample, Source
 from megatrain.errors import ConfigError, DataError
 from megatrain.objectives.objective import DataSettings
+from megatrain.objectives.rows import filled
 
 
 class SequenceToSequence:
@@ -91,8 +91,8 @@ class PairSource:
         """Alike at each place of the run."""
         pairs = list(self.pairs(index))
         eod = self.dataset.target_eod_id
-        source = _filled([pair for pair, _ in pairs], self.seq_len, self.dataset.eod_id)
-        target = _filled([pair for _, pair in pairs], self.target_len, eod)
+        source = filled([pair for pair, _ in pairs], self.seq_len, self.dataset.eod_id)
+        target = filled([pair for _, pair in pairs], self.target_len, eod)
         inputs = np.roll(target.tokens, 1)
         inputs[target.positions == 0] = self.dataset.target_tokenizer.decoder_start(eod)
         is_pair = target.document_ids < len(pairs)
@@ -114,21 +114,3 @@ class PairSource:
             tokens = self.dataset.window(start, num_targets + 1).astype(np.int64)
             first = int(self.dataset.scored(start, num_targets + 1).argmax())
             yield tokens[:first], tokens[first:]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Documents laid end to end, and filling: a document of its own."""
-
-    tokens: Ints
-    positions: Ints
-    document_ids: NDArray[np.int32]
-
-
-def _filled(documents: Sequence[Ints], length: int, filling: int) -> _Row:
-    lengths = [len(document) for document in documents]
-    rest = length - sum(lengths)
-    tokens = np.concatenate([*documents, np.full(rest, filling)])
-    ids = np.repeat(np.arange(len(lengths) + 1, dtype=np.int32), [*lengths, rest])
-    positions = np.concatenate([np.arange(count) for count in (*lengths, rest)])
-    return _Row(tokens, positions, ids)

@@ -259,7 +259,7 @@ def _shard_layers(chunk: Any, shard: Callable[..., Any], *, frees: bool) -> None
     for name in (*chunk.bias_names, *chunk.decoder_names):
         shard(chunk.get_submodule(name), reshard_after_forward=frees)
     embeddings = [chunk.get_submodule(name) for name in chunk.embedding_names]
-    if chunk.head_name is None or not embeddings or not chunk.config.tie_word_embeddings:
+    if chunk.head_name is None or not embeddings or not chunk.config.is_tied:
         if embeddings:
             shard(embeddings, reshard_after_forward=frees)
         if chunk.head_name is not None:

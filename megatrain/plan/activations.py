@@ -6,6 +6,7 @@ al. 2022 (arXiv:2205.05198). benchmarks/layouts.py measures them on CPUs.
 
 from __future__ import annotations
 
+from megatrain.families.description import HeadTransform
 from megatrain.plan.layer_activations import Stream, layer_bytes, probabilities_bytes, streams
 from megatrain.plan.stage_model import Chunk, StageModel, share
 
@@ -31,7 +32,7 @@ def working_set(stage: StageModel) -> dict[str, int]:
     elif stage.config.parallel.recompute == "selective" and not is_fused(stage):
         held["a recomputed attention"] = max(map(probabilities_bytes, held_streams))
     if stage.is_last:
-        held["softmax in fp32"] = min(LARGEST_SOFTMAX_BYTES, 4 * stage.targets * stage.sizes["vocab"])
+        held["softmax in fp32"] = min(LARGEST_SOFTMAX_BYTES, 4 * stage.targets * stage.answers)
     return held
 
 
@@ -115,10 +116,19 @@ def _before_loss(stream: Stream) -> int:
     kept = 0
     if family.norm is not None:
         kept += bytes_ * stream.between + family.norm.saved_bytes * stream.tokens_between
-    if (transform := family.head_transform) is not None:  # inputs of the product, of the activation, of the norm
-        kept += stage.targets * (3 * bytes_ * model.hidden_size + transform.norm.saved_bytes)
+    if (transform := family.head_transform) is not None:
+        kept += stage.targets * (_transformed(transform, bytes_, model.hidden_dropout > 0.0) * model.hidden_size)
+        kept += stage.targets * (transform.norm.saved_bytes if transform.norm else 0)
     read = stage.targets * model.hidden_size if family.asks_at_places else stream.between
-    return kept + bytes_ * (read + stage.targets * stage.sizes["vocab"])
+    return kept + bytes_ * (read + stage.targets * stage.answers)
+
+
+def _transformed(transform: HeadTransform, bytes_: int, has_dropout: bool) -> int:
+    """Bytes a channel that what stands before the head keeps, beside what the head reads of it: inputs of the product,
+    of the activation and of the norm. tanh keeps what it gives, dropout a mask."""
+    if transform.norm is not None:
+        return 3 * bytes_
+    return bytes_ + (bytes_ + 1 if transform.drops and has_dropout else 0)
 
 
 def _before_gradients(stream: Stream) -> int:

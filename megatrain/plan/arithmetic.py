@@ -217,7 +217,7 @@ def _between(part: StageModel, rates: Rates) -> tuple[float, float]:
 
 def _ends(part: StageModel, rates: Rates) -> float:
     """Seconds of the embedding, the head and the loss, and of the sums of gradients."""
-    hidden, vocab = part.config.model.hidden_size, part.sizes["vocab"]
+    hidden, vocab = part.config.model.hidden_size, part.answers
     seconds = rates.moved(_SUM_BYTES * num_elements(part.trained), len(part.trained))
     if part.is_first:
         seconds += rates.moved(6 * part.element_bytes * part.tokens * hidden, 3)

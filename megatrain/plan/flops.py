@@ -33,7 +33,7 @@ def num_parameters(model: ModelConfig) -> int:
     family, sizes = model.description, model.sizes
     layers = sum(model.num_layers(s) * sum(weight.numel(sizes) for weight in s.block.weights) for s in family.stacks)
     others = sum(weight.numel(sizes) for outer in family.outer_layers for weight in outer.weights)
-    shared = model.hidden_size * model.known_vocab_size if model.tie_word_embeddings else 0
+    shared = model.hidden_size * model.known_vocab_size if model.is_tied else 0
     return layers + others - shared
 
 
@@ -64,7 +64,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             weights += [w._replace(name=f"{stack.block.prefix}.{number}.{w.name}") for w in stack.block.weights]
         weights += stack.norm.weights if stack.norm else ()
     weights += family.head_transform.weights if family.head_transform else ()
-    weights += family.head.weights[int(model.tie_word_embeddings) :]  # the matrix comes first
+    weights += family.head.weights[int(model.is_tied) :]  # the matrix comes first
     return {weight.name: weight.shape(sizes) for weight in weights}
 
 

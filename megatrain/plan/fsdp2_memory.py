@@ -64,7 +64,7 @@ def _whole_at_once(part: StageModel) -> int:
 
 def _is_tied(part: StageModel) -> bool:
     """Whether embedding and head are one weight here."""
-    return bool(part.embedding_parameters) and part.is_last and part.config.model.tie_word_embeddings
+    return bool(part.embedding_parameters) and part.is_last and part.config.model.is_tied
 
 
 def _rows(part: StageModel, parameter: Parameter) -> int:

@@ -123,6 +123,11 @@ class StageModel:
         return config.train.micro_batch_size * most
 
     @property
+    def answers(self) -> int:
+        """Token ids or labels that the head chooses among, on this rank."""
+        return self.sizes[self.config.model.description.head.outputs[0]]
+
+    @property
     def border_bytes(self) -> int:
         """Of what travels between stages, on each tensor rank: [B, T, hidden], with sequence parallelism its part. From
         the encoder on also what it gives, beside the decoder's stream."""
@@ -193,7 +198,7 @@ class StageModel:
         """Those of the final norm and the head, on the last rank; one with the embedding has a tied head's already."""
         if not self.is_last:
             return ()
-        family, is_tied = self.config.model.description, self.config.model.tie_word_embeddings
+        family, is_tied = self.config.model.description, self.config.model.is_tied
         before = self._held(weight for layer in family.last_layers[:-1] for weight in layer.weights)
         matrix, *bias = self._held(family.head.weights)
         head = [] if is_tied and self.embedding_parameters else [matrix._replace(is_tied=is_tied, is_shared=is_tied)]

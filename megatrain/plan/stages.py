@@ -62,7 +62,7 @@ def shared_weights(config: RunConfig) -> Mapping[str, tuple[int, ...]]:
             for layer in (*begin, *([bias] if bias else [])):
                 for weight in layer.weights:
                     held.setdefault(weight.name, set()).add(stage % num_ranks)
-    if config.model.tie_word_embeddings:
+    if config.model.is_tied:
         held[f"{family.embeddings[0].name}.weight"].add(num_ranks - 1)
     return {name: tuple(sorted(ranks)) for name, ranks in held.items() if len(ranks) > 1}
 

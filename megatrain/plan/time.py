@@ -151,7 +151,7 @@ def _column_outputs(part: StageModel) -> list[tuple[int, int]]:
         found += [(attention, count), (len(stack.block.mlp.inputs) * sizes["ffn"], count)]
         if stack.block.cross_attention is not None:
             found.append((sizes["queries"], count))
-    return [*found, (sizes["vocab"], int(part.is_last))]
+    return [*found, (part.answers, int(part.is_last))]
 
 
 def _pipeline(part: StageModel, cluster: Cluster) -> float:

@@ -37,7 +37,7 @@ from megatrain.plan.flops import num_trained_parameters
 from megatrain.train.assemble import Run
 from megatrain.train.convert import import_folder
 from megatrain.train.image_positions import ReplacedWeight, resized
-from megatrain.train.new_tokens import ResizedWeights, new_rows
+from megatrain.train.new_tokens import NewHead, ResizedWeights, new_rows
 from megatrain.train.progress import (
     Progress,
     former_config,
@@ -327,7 +327,9 @@ def assets_of(run: Run) -> Assets:
     target = None
     if (path := dataset.target_tokenizer_path) is not None:
         target = path.read_bytes(), Token(id=dataset.target_eod_id, token=dataset.manifest.eod_token)
-    return run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat, target)
+    assets = run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat, target)
+    classifies = run.config.model.description.hugging_face.labels_key is not None
+    return assets.with_labels(dataset.label_names) if classifies and dataset.label_names else assets
 
 
 def preprocessor(config: RunConfig) -> dict[str, Any]:
@@ -357,12 +359,15 @@ def _fitting_origin(run: Run) -> Origin:
     origin = find_origin(run.config)
     assert origin is not None
     may_grow, may_resize = run.config.run.resize_token_embeddings, run.config.lora is None
-    origin.refuse_other_model(run.config.model, may_grow=may_grow, may_resize=may_resize)
+    new_head = run.config.run.new_head
+    origin.refuse_other_model(run.config.model, may_grow=may_grow, may_resize=may_resize, new_head=new_head)
     origin.refuse_other_adapters(run.config.lora)
     for dataset in run.datasets:
-        if not isinstance(dataset, Dataset):
+        if dataset.label_names is not None and not new_head:
             origin.refuse_other_labels(dataset.path, dataset.label_names)
-        elif may_grow:
+        if not isinstance(dataset, Dataset):
+            continue
+        if may_grow:
             refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
         else:
             sha256s = dataset.manifest.tokenizer_sha256, dataset.manifest.target_tokenizer_sha256
@@ -375,7 +380,7 @@ def _fitting_origin(run: Run) -> Origin:
     imported = replace(
         origin, folder=out, manifest=(manifest := read_manifest(out)), model=saved_config(manifest, out).model
     )
-    imported.refuse_other_model(run.config.model, may_grow=may_grow, may_resize=may_resize)
+    imported.refuse_other_model(run.config.model, may_grow=may_grow, may_resize=may_resize, new_head=new_head)
     return imported
 
 
@@ -391,7 +396,7 @@ def _begin(run: Run) -> Progress:
             run.base = origin.base
             _load_frozen(run, reader)
         weights = (
-            run.initial_weights if config.lora is not None and origin.lora is None else _grown(run, origin, reader)
+            run.initial_weights if config.lora is not None and origin.lora is None else _changed(run, origin, reader)
         )
         weights = _resized(run, origin, reader, weights) if origin.resizes(config.model) else weights
         _, problem = _on_all_ranks(run, lambda: _fill(run, reader, weights, num_updates=0))
@@ -405,11 +410,21 @@ def _begin(run: Run) -> Progress:
     return Progress(0, 0, 0, 0, run.order.segments, tuple(dataset.digest for dataset in run.datasets))
 
 
+def _changed(run: Run, origin: Origin, reader: CheckpointReader) -> StateReader:
+    """The checkpoint's weights, with a head and rows for tokens that it lacks. Collective."""
+    if not run.config.run.new_head:
+        return _grown(run, origin, reader)
+    head = run.config.model.description.head_weights
+    if run.rank.rank == 0:
+        logger.warning("%s: a new head, drawn by run.seed: %s", origin.folder, ", ".join(head))
+    return NewHead(_grown(run, origin, reader), run.initial_weights, head)
+
+
 def _grown(run: Run, origin: Origin, reader: CheckpointReader) -> StateReader:
     """The checkpoint's weights, with rows for the tokens that it lacks: rank 0 draws them for all. Collective."""
-    if origin.model.vocab_size == run.config.model.vocab_size:
-        return reader
     config = run.config
+    if origin.model.vocab_size == config.model.vocab_size or config.model.description.reads_images:
+        return reader
     rows = _on_rank0(run, lambda: new_rows(reader, origin.model, config.model, config.run.seed))
     if run.rank.rank == 0:
         count = len(next(iter(rows.values())))

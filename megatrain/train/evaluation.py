@@ -21,7 +21,7 @@ from megatrain.config import ObjectiveConfig
 from megatrain.data import Dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches
 from megatrain.data.dataset import document_markers
-from megatrain.data.images import ImageDataset, open_for
+from megatrain.data.images import AnyDataset, ImageDataset, open_for
 from megatrain.distributed.bootstrap import RankInfo
 from megatrain.distributed.groups import Groups
 from megatrain.errors import ConfigError, DataError
@@ -58,7 +58,7 @@ def evaluate_checkpoint(
     dataset = open_for(data, images=saved.model.description.reads_images)
     if isinstance(dataset, Dataset):
         _check_tokenizer(dataset, reader)
-    else:
+    if saved.model.description.hugging_face.labels_key:
         _check_labels(dataset, reader)
     seq_len = seq_len or saved.data.seq_len
     if saved.model.num_places not in (None, seq_len):
@@ -72,31 +72,35 @@ def evaluate_checkpoint(
         )
     model, groups = load_on_rank(reader, rank, tensor)
     settings = saved.data.model_copy(update={"seq_len": seq_len})
+    classifies = saved.model.description.hugging_face.labels_key is not None
     source = make_objective(_objective(reader, dataset), saved.model, settings, seed=0).evaluation_source(dataset)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else groups.batch_share
     batches = EvaluationBatches(maker, *share)
     shown = track(batches, "evaluating", total=len(batches), disable=not show_progress, transient=True)
     with torch.inference_mode():
-        answers = torch.cat([_answers(model, batch.to(model.device)) for batch in shown])
+        answers = torch.cat([_answers(model, batch.to(model.device), classifies) for batch in shown])
     sums = _of_all_ranks(answers.cpu().numpy(), groups)
     loss = float(sums[:, 0].sum()) / batches.num_targets
-    if isinstance(dataset, ImageDataset):
-        return {"loss": loss, **_accuracy(sums), "images": batches.num_targets}
+    if classifies:
+        kind = "images" if isinstance(dataset, ImageDataset) else "texts"
+        return {"loss": loss, **_accuracy(sums), kind: batches.num_targets}
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     figures |= _accuracy(sums) if model.pick else _bits_per_byte(loss * batches.num_targets, source.num_bytes())
     return {**figures, "tokens": batches.num_targets, "seq_len": seq_len}
 
 
-def _answers(model: DecoderStage, batch: Batch) -> Tensor:
+def _answers(model: DecoderStage, batch: Batch, classifies: bool) -> Tensor:
     """Sums over the scored targets, fp64: [1, 1], the batch's loss; or where a model is asked some tokens alone, of
-    each sample [B, 3]: loss, targets that are found, targets."""
+    each sample [B, 3]: loss, targets that are found, targets. Of a model that ``classifies``, of each target
+    [B * M, 3]: those of a sample have nothing in common."""
     if model.pick is None:
         loss: Tensor = model(batch)
         return loss.double().view(1, 1)
     scores_BM, is_found_BM = model.target_scores(batch).view(2, *batch.targets_BM.shape).double()
     mask_BM = torch.ones_like(scores_BM) if batch.loss_mask_BM is None else batch.loss_mask_BM.double()
-    return torch.stack([(x_BM * mask_BM).sum(1) for x_BM in (-scores_BM, is_found_BM, torch.ones_like(mask_BM))], 1)
+    figures = torch.stack([x_BM * mask_BM for x_BM in (-scores_BM, is_found_BM, torch.ones_like(mask_BM))], -1)
+    return figures.flatten(0, 1) if classifies else figures.sum(1)
 
 
 def _of_all_ranks(sums: Floats, groups: Groups | None) -> Floats:
@@ -119,7 +123,7 @@ def _bits_per_byte(total: float, num_bytes: int) -> dict[str, float]:
     return {"bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan, "bytes": num_bytes}
 
 
-def _objective(reader: CheckpointReader, dataset: Dataset | ImageDataset) -> ObjectiveConfig:
+def _objective(reader: CheckpointReader, dataset: AnyDataset) -> ObjectiveConfig:
     """That of the training; but pairs are scored as pairs, by a model that was trained on text alone too."""
     trained = reader.saved.objective
     if reader.saved.model.description.encoder and isinstance(dataset, Dataset) and dataset.holds_pairs:
@@ -127,12 +131,12 @@ def _objective(reader: CheckpointReader, dataset: Dataset | ImageDataset) -> Obj
     return trained
 
 
-def _check_labels(dataset: ImageDataset, reader: CheckpointReader) -> None:
+def _check_labels(dataset: AnyDataset, reader: CheckpointReader) -> None:
     known = Assets.of_checkpoint(reader).label_names
     if known is not None and known != dataset.label_names:
         raise DataError(
             f"{dataset.path} has other labels than {reader.folder} was trained with, or in another order: its figures "
-            "would mean nothing. Pack the images with --label-names, in the order of the training data."
+            "would mean nothing. Make it with --label-names, in the order of the training data."
         )
 
 

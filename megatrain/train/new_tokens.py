@@ -1,9 +1,9 @@
-"""Rows for the tokens that a tokenizer has beyond that of the checkpoint in ``run.init_from``."""
+"""What a model has beyond the checkpoint in ``run.init_from``: rows for further tokens, a head of its own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.config import ModelConfig
 from megatrain.distributed import rng
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice
-from megatrain.model.init import normal
+from megatrain.model.init import InitialWeights, normal
+from megatrain.parallel.engine import StateReader
 from megatrain.plan.flops import parameter_shapes
 
 COVARIANCE_SCALE = 1e-9
@@ -22,6 +23,7 @@ _ROWS_AT_ONCE = 8192
 
 def new_rows(reader: CheckpointReader, before: ModelConfig, after: ModelConfig, seed: int) -> dict[str, Tensor]:
     """The rows that the tables of tokens (embedding, and head where it is not tied) have more in ``after``: fp32.
+    What ``before`` does not have is passed over: a new head.
 
     Each is drawn from the normal distribution of the mean of the old rows and 1e-9 of their covariance, as transformers
     does. With x the n old rows less their mean and g standard normal, g x / sqrt(n) has that covariance: no matrix of
@@ -30,7 +32,7 @@ def new_rows(reader: CheckpointReader, before: ModelConfig, after: ModelConfig, 
     former, shapes = parameter_shapes(before), parameter_shapes(after)
     found = {}
     for name, shape in shapes.items():
-        if shape == former[name]:
+        if shape == former.get(name, shape):
             continue
         if len(shape) == 1:
             old = reader.read_parameter(ShardSpec.whole(name, former[name]), "weight")
@@ -80,3 +82,16 @@ class ResizedWeights:
         added = rows[first + num_read - num_old : first + num_rows - num_old, left : left + width].flatten()
         start = max(wanted.start - num_read * width, 0)
         target[count:] = added[start : start + wanted.length - count]
+
+
+class NewHead:
+    """A checkpoint's weights, but for those of the head, which ``initial`` has."""
+
+    is_computed = False
+
+    def __init__(self, reader: StateReader, initial: InitialWeights, head: Sequence[str]) -> None:
+        self._reader, self._initial, self._head = reader, initial, frozenset(head)
+
+    def read_into(self, target: Tensor, wanted: FlatShard, kind: str) -> None:
+        """See ResizedWeights."""
+        (self._initial if wanted.name in self._head else self._reader).read_into(target, wanted, kind)

@@ -85,15 +85,17 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     from megatrain.data.images import open_for
     from megatrain.data.vocabulary import refuse_other_tokens, resolve_vocabulary
 
-    may_grow, notes = config.run.resize_token_embeddings, []
+    may_grow, new_head, notes = config.run.resize_token_embeddings, config.run.new_head, []
     template = ChatTemplate.of_files(origin.files(TEMPLATE_FILES))
-    origin.refuse_other_model(config.model, may_grow=may_grow, may_resize=config.lora is None)
+    resizes = config.lora is None
+    origin.refuse_other_model(config.model, may_grow=may_grow, may_resize=resizes, new_head=new_head)
     origin.refuse_other_adapters(config.lora)
     for entry in config.data.train:
         if must_exist or Path(entry.path).exists():
             dataset = open_for(entry.path, images=config.model.description.reads_images)
-            if not isinstance(dataset, Dataset):
+            if dataset.label_names is not None and not new_head:
                 origin.refuse_other_labels(entry.path, dataset.label_names)
+            if not isinstance(dataset, Dataset):
                 continue
             if may_grow:
                 refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
@@ -108,6 +110,7 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
                 )
     num_new = (config.model.vocab_size or 0) - (origin.model.vocab_size or 0)
     grown = f", with {num_new} rows more in the embedding for new tokens" if may_grow and num_new > 0 else ""
+    grown += ", with a new head" if new_head else ""
     averaged = "averaged " if config.run.init_from_ema else ""
     places = [(each.num_places or 1) - 1 for each in (origin.model, config.model)]
     sized = (

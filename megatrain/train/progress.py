@@ -50,6 +50,7 @@ RULES = (
     Rule("run.init_from", Change.YES, "it is read at step 0 alone"),
     Rule("run.init_from_ema", Change.YES, "it is read at step 0 alone"),
     Rule("run.resize_token_embeddings", Change.YES, "it is read at step 0 alone"),
+    Rule("run.new_head", Change.YES, "it is read at step 0 alone"),
     Rule("model", Change.NO, "another model has no use for these weights"),
     Rule("model.attention", Change.YES, "another kernel computes the same, but for rounding"),
     Rule("model.attention_dropout", Change.YES, _FROM_THAT_STEP_ON),

@@ -135,7 +135,6 @@ WRONG = {
     "data.seq_len=9": "patches and the class token; nearest: 10",
     "model.patch_size=5": "must divide image_size (12)",
     "model.num_channels=2": "3 channels (color) or 1 (gray)",
-    "model.tie_word_embeddings=true": "no token embedding to share",
     "objective.image_classification.image_mean=[0.1,0.2]": "one number, or one for each of model.num_channels (3)",
     "data.packing=best_fit": "this run reads images",
     "objective.type=next_token": "family vit is trained by image_classification",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.image_data import AUGMENTED
+from tests.labeled_data import NUM_LABELS
 from tests.runs import TinyData, tiny_config
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,13 +61,14 @@ FURTHER_MODELS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.05,
     },
 }
-# Trained by masked language modeling, on documents that are packed each alone.
+# Trained by masked language modeling or classification, on documents that are packed each alone.
 # Of wider initial weights: from 0.02, one bias has a gradient near Adam's eps, which rounding turns into another step,
 # on one rank in two micro-batches as well.
 _BERT = {"family": "bert", "num_key_value_heads": None, "initializer_range": 0.05}
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {**_BERT, "tie_word_embeddings": True},
     "bert_untied": {**_BERT, "tie_word_embeddings": False},
+    "bert_classifier": {**_BERT, "num_labels": NUM_LABELS, "hidden_dropout": 0.1},
 }
 # Of images, augmented: an image of 3 x 3 patches is 10 tokens, which 2 tensor ranks can share out.
 CLASSIFIERS: dict[str, dict[str, Any]] = {
@@ -79,7 +81,11 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-DATA_OF = {**dict.fromkeys(ENCODERS, "masked_data"), **dict.fromkeys(CLASSIFIERS, "image_data")}
+DATA_OF = {
+    **dict.fromkeys(ENCODERS, "masked_data"),
+    "bert_classifier": "labeled_data",
+    **dict.fromkeys(CLASSIFIERS, "image_data"),
+}
 """The fixture that makes a model's data; of all others it is the pool's own."""
 DEGREES = (1, 2, 4)
 WORLD_SIZES = (2, 4, 8)

@@ -46,6 +46,8 @@ SAMPLE = (
     Layout("2-tensor2", 2, {"tensor": 2}, "qwen3"),
     Layout("2-tensor2-sequence", 2, {"tensor": 2, "sequence": True}, "bert"),
     Layout("2-tensor2-sequence-zero1", 2, {"tensor": 2, "sequence": True, "zero_stage": 1}, "vit"),
+    Layout("2-zero3-classifier", 2, {"zero_stage": 3}, "bert_classifier"),
+    Layout("2-tensor2-classifier", 2, {"tensor": 2}, "bert_classifier"),
     Layout("2-zero1", 2, {"zero_stage": 1}, "llama"),
     Layout(
         "4-fsdp2-tensor2-sequence-zero3",

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from megatrain.batch import Batch
 from megatrain.config.schema import ModelConfig
@@ -36,6 +42,8 @@ def twin(config: ModelConfig) -> PreTrainedModel:
         keys |= {"head_dim": config.head_size}
         keys["num_key_value_heads"] = config.kv_heads
     kind = AutoModelForCausalLM if config.description.block.attention.is_causal else AutoModelForMaskedLM
+    if known.labels_key:
+        keys["num_labels"], kind = config.num_answers, AutoModelForSequenceClassification
     model = kind.from_config(AutoConfig.for_model(config.family, **keys), torch_dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

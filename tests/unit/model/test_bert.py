@@ -71,3 +71,42 @@ def test_packed_documents_are_computed_as_each_alone() -> None:
         ours = model.logits(torch.cat(documents).unsqueeze(0), context)[0]
         theirs = reference(padded, attention_mask=is_there.long()).logits[is_there]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_classifier_computes_what_transformers_does() -> None:
+    """Loss and every gradient, of packed pairs as of padded ones; dropout of the pooled output where it is asked."""
+    config = bert(num_labels=7)
+    reference = twin(config)
+    model = decoder_like(reference, config)
+    documents = [torch.randint(0, 131, (length,)) for length in LENGTHS]
+    segments = [(torch.arange(length) > length // 2).long() for length in LENGTHS]
+    labels, starts = torch.tensor([[4, 0, 6, 1]]), torch.tensor([[0, 23, 24, 0]])
+    ids_BT = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS)).unsqueeze(0)
+    batch = Batch(
+        torch.cat(documents).unsqueeze(0),
+        labels,
+        torch.tensor([[True, True, True, False]]),
+        torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0),
+        ids_BT,
+        torch.arange(1),
+        document_starts(ids_BT),
+        target_places_BM=starts,
+        segments_BT=torch.cat(segments).unsqueeze(0),
+    )
+    ours = model(batch) / 3
+    padded, types = (
+        torch.stack([functional.pad(each, (0, 40 - len(each))) for each in every]) for every in (documents, segments)
+    )
+    is_there = torch.arange(40) < torch.tensor(LENGTHS).unsqueeze(1)
+    expected = reference(padded, attention_mask=is_there.long(), token_type_ids=types, labels=labels[0, :3]).loss
+    ours.backward()
+    expected.backward()
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-6)
+    theirs = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-5, rtol=1e-4)
+    pooler = model.get_submodule("bert.pooler")
+    x_BMC = torch.ones(1, 4, 64)
+    pooler.dropout.probability = 0.5  # type: ignore[union-attr, assignment]
+    assert not torch.any(pooler(x_BMC, torch.arange(1)) == 0)
+    assert 0.4 < float((pooler.train()(x_BMC, torch.arange(1)) == 0).float().mean()) < 0.6

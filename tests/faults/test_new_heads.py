@@ -1,0 +1,94 @@
+"""A head of its own on weights that were trained for something else: drawn by the seed, the others stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatrain.checkpoint.location import locate
+from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice
+from megatrain.model.init import InitialWeights
+from megatrain.plan.flops import parameter_shapes
+from megatrain.train.convert import export_checkpoint
+from tests.labeled_data import NUM_LABELS
+from tests.runs import TinyData, tiny_config, write_config
+from tests.served import ServedRanks
+
+HEAD = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+ALONE = {"packing": "best_fit", "document_mask": True, "validation": []}
+
+
+def masked_config(data: TinyData, run_dir: Path) -> Path:
+    """Masked language modeling, on texts whose labels it does not look at."""
+    config = tiny_config(data, run_dir, train={"steps": 1})
+    config["model"] |= {"family": "bert", "num_key_value_heads": None}
+    config["data"] |= ALONE
+    config["schedule"] = {"warmup_steps": 0}
+    return write_config(run_dir.with_suffix(".yaml"), config)
+
+
+def classifier(data: TinyData, origin: Path, run_dir: Path, **parallel: int) -> Path:
+    """A config whose only step learns nothing."""
+    sections: dict[str, Any] = tiny_config(data, run_dir, train={"steps": 1}, optimizer={"lr": 0.0}, parallel=parallel)
+    sections["run"] |= {"init_from": str(origin), "new_head": True}
+    sections["data"] |= ALONE
+    sections |= {"model": "from_checkpoint", "schedule": {"warmup_steps": 0}}
+    return write_config(run_dir.with_suffix(".yaml"), sections)
+
+
+@pytest.fixture(scope="module")
+def masked_run(labeled_data: TinyData, one_rank: ServedRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("masked") / "run"
+    one_rank.finish(masked_config(labeled_data, run_dir))
+    return run_dir
+
+
+def weights_of(run_dir: Path) -> tuple[CheckpointReader, dict[str, torch.Tensor]]:
+    reader = CheckpointReader(locate(str(run_dir / "checkpoints" / "step-00000001")))
+    shapes = parameter_shapes(reader.saved.model)
+    whole = {name: ShardSpec.whole(name, shape) for name, shape in shapes.items()}
+    return reader, {name: reader.read_parameter(spec, "weight") for name, spec in whole.items()}
+
+
+def test_a_new_head_is_drawn_and_the_rest_stays(
+    labeled_data: TinyData, masked_run: Path, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path: Path
+) -> None:
+    """The same on one rank, on tensor ranks and under ZeRO 3, and from a folder of transformers."""
+    export_checkpoint(locate(str(masked_run)), tmp_path / "hf")
+    runs = [tmp_path / name for name in ("one", "tensor", "zero3", "folder")]
+    number = f"model.num_labels={NUM_LABELS}"
+    one_rank.finish(classifier(labeled_data, masked_run, runs[0]), number)
+    two_ranks.finish(classifier(labeled_data, masked_run, runs[1], tensor=2), number)
+    two_ranks.finish(classifier(labeled_data, masked_run, runs[2], zero_stage=3), number)
+    one_rank.finish(classifier(labeled_data, tmp_path / "hf", runs[3]), number)
+    _, before = weights_of(masked_run)
+    for run in runs:
+        reader, after = weights_of(run)
+        assert after.keys() - before.keys() == HEAD
+        initial = InitialWeights(reader.saved.model, seed=7)
+        for name, weight in after.items():
+            expected = before.get(name)
+            if expected is None:
+                part = TensorSlice((0,) * weight.dim(), tuple(weight.shape))
+                shard = FlatShard(name, tuple(weight.shape), part, 0, weight.numel())
+                expected = initial.read(shard, "weight").view(weight.shape)
+            assert torch.equal(weight, expected), name
+
+
+def test_another_head_is_refused_unless_asked_for(
+    labeled_data: TinyData, masked_run: Path, one_rank: ServedRanks, tmp_path: Path
+) -> None:
+    config = classifier(labeled_data, masked_run, tmp_path / "run")
+    ended = one_rank.train(config, f"model.num_labels={NUM_LABELS}", "run.new_head=false")
+    assert ended.codes == [4]
+    assert "model.num_labels is null there and 5 here. Set run.new_head=true" in ended.output[0]
+    ended = one_rank.train(config, "model.num_labels=4")
+    assert ended.codes == [2]
+    assert "has 5 labels: set it to that" in ended.output[0]
+    ended = one_rank.train(config, f"model.num_labels={NUM_LABELS}", "model.hidden_size=64")
+    assert ended.codes == [4]
+    assert "model.hidden_size is 32 there and 64 here" in ended.output[0]
