@@ -54,7 +54,8 @@ def weights_of(run_dir: Path) -> tuple[CheckpointReader, dict[str, torch.Tensor]
     return reader, {name: reader.read_parameter(spec, "weight") for name, spec in whole.items()}
 
 
-def test_a_new_head_is_drawn_and_the_rest_stays(
+@pytest.mark.slow
+def test_a_new_head_leaves_other_weights_alone(
     labeled_data: TinyData, masked_run: Path, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path: Path
 ) -> None:
     """The same on one rank, on tensor ranks and under ZeRO 3, and from a folder of transformers."""

@@ -70,11 +70,12 @@ OTHERS: dict[str, Any] = {
     "image_size": 64,
     "patch_size": 4,
     "num_channels": 1,
+    "num_labels": 3,
 }
 OF_OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "layer_norm_epsilon": GPT2,
     "sliding_window": {**LLAMA, "family": "mistral"},
-    "type_vocab_size": BERT,
+    **dict.fromkeys(("type_vocab_size", "num_labels"), BERT),
     **dict.fromkeys(("num_decoder_layers", "scale_decoder_outputs"), T5),
     **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), T5),
     **dict.fromkeys(("activation_function", "scale_embedding"), MARIAN),

@@ -9,12 +9,12 @@ from pydantic import ValidationError
 from megatrain.config import ModelConfig, RunConfig
 
 DEFAULTS = yaml.safe_load("""
-run:        {seed: 1234, init_from: null, init_from_ema: false, resize_token_embeddings: false}
+run:        {seed: 1234, init_from: null, init_from_ema: false, resize_token_embeddings: false, new_head: false}
 model:      {family: llama, intermediate_size: null, num_key_value_heads: null, head_dim: null,
              max_position_embeddings: 256, vocab_size: null, rms_norm_eps: 1.0e-5, layer_norm_epsilon: 1.0e-5,
              rope_theta: 10000.0, tie_word_embeddings: true, attention_dropout: 0.0, hidden_dropout: 0.0,
              rope_scaling: null, initializer_range: 0.02, init_scheme: gpt2, sliding_window: null, attention: auto,
-             type_vocab_size: 2, image_size: 224, patch_size: 16, num_channels: 3,
+             type_vocab_size: 2, num_labels: null, image_size: 224, patch_size: 16, num_channels: 3,
              num_decoder_layers: null, relative_attention_num_buckets: 32, relative_attention_max_distance: 128,
              scale_decoder_outputs: false, activation_function: gelu, scale_embedding: false,
              share_encoder_decoder_embeddings: true, decoder_vocab_size: null}
