@@ -54,8 +54,8 @@ from megatrain.parallel.loss_scale import DynamicLossScale, backward_factor
 from megatrain.parallel.optimizer import ParameterScale, Part, make_optimizer, reset_state, state_kinds
 from megatrain.parallel.pipeline import Record, seeded
 from megatrain.parallel.replicas import Replicas, tensor_replicas
-from megatrain.parallel.shard import DTYPES, ShardedModel, SharedWeight, allocate, allocate_own
-from megatrain.parallel.tensor import partial_gradients, sum_in_backward
+from megatrain.parallel.shard import DTYPES, ShardedModel, allocate, allocate_own
+from megatrain.parallel.tensor import PartialGradients, partial_gradients
 
 # Its autotuner, which is not used, loads MLflow and pandas wherever they are installed: seconds of every start.
 sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
@@ -68,7 +68,9 @@ if not sys.modules["mlflow"]:
 
 OLDEST = "0.19.8"
 _TORCH_LINEAR = functional.linear
-_SHARED = -1  # in place of a chunk's index: the weights themselves that other stages hold copies of
+# In place of a chunk's index, for weights themselves: those that other stages hold copies of, and those of which tensor
+# ranks compute parts of gradients.
+_SHARED, _PARTIAL = -1, -2
 
 
 def start_deepspeed(timeout_seconds: float) -> None:
@@ -134,7 +136,10 @@ class DeepSpeedSharding:
             marked: Any = parameter
             marked.model_parallel = spec.num_replicas < groups.topology.tensor and spec.replica == 0
         self._parameters = model.updated()
-        self._partial = self._find_partial(config)
+        partial = self._find_partial(config)
+        sees_whole = self.is_replicated or self._has_fp32_sums  # the sums, before DeepSpeed cuts them
+        self._partial = partial if sees_whole else []
+        self._kept = [] if sees_whole else [self._keep(group, names) for group, names in partial]
         self._shared = model.shared_updated()
         self._copied_sums: dict[str, Tensor] = {}  # of the gradients of copies, which are out of the optimizer
         for copy in (each for each in self._shared if each.is_copy):
@@ -163,7 +168,7 @@ class DeepSpeedSharding:
         settings = deepspeed_config(config, self._mpu.get_data_parallel_world_size(), sum(sizes.values()), num_updated)
         with _as_no_garbage(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what memory it finds
             self._deepspeed: Any = deepspeed.initialize(
-                model=_Chunks(model, [each for each in self._shared if not each.is_copy]),
+                model=_Chunks(model, self._apart()),
                 optimizer=self._optimizer,
                 mpu=self._mpu,
                 config=settings,
@@ -173,6 +178,8 @@ class DeepSpeedSharding:
         self._tensor_replicas = self._find_tensor_replicas()
 
     def begin_step(self, num_micro_batches: int, num_targets: int) -> float | Tensor:
+        for kept in self._kept:
+            kept.begin_step()
         # DeepSpeed averages over its data ranks; ours is one sum, divided once.
         per_target: float = self._mpu.get_data_parallel_world_size() / num_targets
         if not self._is_half:
@@ -198,6 +205,7 @@ class DeepSpeedSharding:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._send_shared_gradients()
+        self._add_partial_gradients()
         if self._has_fp32_sums:
             torch._foreach_mul_(optimizer.get_grads_for_reduction()[0], self._rest)
         self._sum_partial_gradients()
@@ -328,20 +336,36 @@ class DeepSpeedSharding:
         return {name: optimizer.get_gradient_for_reduction(p).view(-1) for name, p in self._parameters.items()}
 
     def _find_partial(self, config: RunConfig) -> list[tuple[dist.ProcessGroup, list[str]]]:
-        """The parameters of which each tensor rank computes a part of the gradient, to be summed once a step. Where
-        DeepSpeed has cut the sums by then, each part is summed as it is computed, and there are none."""
+        """The parameters of which each tensor rank computes a part of the gradient, to be summed once a step."""
         names = partial_gradients(self._model.chunks, self._model.specs, config)
         partial = [
             (group, [name for name in alike if name in names and name in self._parameters])
             for group, alike in tensor_replicas(self._model.specs, self._groups)
             if dist.get_world_size(group) > 1
         ]
-        partial = [(group, alike) for group, alike in partial if alike]
-        if self.is_replicated or self._has_fp32_sums:
-            return partial
-        for group, alike in partial:
-            sum_in_backward((self._parameters[name] for name in alike), group)
-        return []
+        return [(group, alike) for group, alike in partial if alike]
+
+    def _keep(self, group: dist.ProcessGroup, names: list[str]) -> PartialGradients:
+        sizes = {self._parameters[name]: self._model.specs[name].local_numel for name in names}
+        return PartialGradients(sizes, group, self._groups.device)
+
+    def _apart(self) -> dict[int, list[nn.Parameter]]:
+        """The weights whose gradients do not all come from the chunks' passes."""
+        shared = [each.weight for each in self._shared if not each.is_copy]
+        return {_SHARED: shared, _PARTIAL: [weight for kept in self._kept for weight in kept.parameters]}
+
+    def _add_partial_gradients(self) -> None:
+        """The sums of tensor ranks' parts enter as one more micro-batch's, where DeepSpeed has cut its own sums by now
+        and takes norm and clip of its shares."""
+        if self._kept:
+            self._add_micro_batch(_PARTIAL, [total for kept in self._kept for total in kept.sum()])
+
+    def _add_micro_batch(self, which: int, gradients: Sequence[Tensor]) -> None:
+        """To the gradients of the weights of one kind that are apart."""
+        with deepspeed.zero.GatheredParameters(self._apart()[which], enabled=self._stage == 3):
+            weights = self._deepspeed(which, None, None)
+            seeds = [total.view_as(weight).to(weight) for total, weight in zip(gradients, weights, strict=True)]
+            self._deepspeed.backward(seeded(weights, seeds), scale_wrt_gas=False)
 
     def _sum_partial_gradients(self) -> None:
         """In one message for each group, in the type that gradients add up in."""
@@ -429,9 +453,7 @@ class DeepSpeedSharding:
                 totals.append(total)
             dist.reduce(total, shared.owner, group=shared.group)
         if totals:
-            weights = self._deepspeed(_SHARED, None, None)
-            gradients = [total.to(weight) for total, weight in zip(totals, weights, strict=True)]
-            self._deepspeed.backward(seeded(weights, gradients), scale_wrt_gas=False)
+            self._add_micro_batch(_SHARED, totals)
         for total in self._copied_sums.values():
             total.zero_()
 
@@ -470,18 +492,18 @@ class _Place(NamedTuple):
 
 
 class _Chunks(nn.Module):
-    """What DeepSpeed trains: the chunks, each called by its index."""
+    """What DeepSpeed trains: the chunks, each called by its index; and some weights, as they are."""
 
-    def __init__(self, model: ShardedModel, shared: Sequence[SharedWeight]) -> None:
+    def __init__(self, model: ShardedModel, apart: Mapping[int, Sequence[nn.Parameter]]) -> None:
         super().__init__()
         self.chunks = nn.ModuleList(model.chunks)
-        self._shared = shared  # no second names for them
+        self._apart = apart  # no second names for them
 
     def forward(
         self, chunk: int, batch: Batch | InferenceBatch | None, received: Record | None
     ) -> Record | Tensor | list[Tensor]:
-        if chunk == _SHARED:
-            return [each.weight.view_as(each.weight) for each in self._shared]
+        if chunk < 0:
+            return [weight.view_as(weight) for weight in self._apart[chunk]]
         output: Record | Tensor = self.chunks[chunk](batch, received)
         return output
 

@@ -10,11 +10,12 @@ B: sequences, T: tokens, N: B * T, C: channels, V: vocabulary (this rank's part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -78,16 +79,33 @@ def partial_gradients(chunks: Sequence[Any], specs: Mapping[str, ShardSpec], con
     return parts | on_tokens if config.parallel.sequence else parts
 
 
-def sum_in_backward(parameters: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Have partial gradients summed over ``group`` as they are computed: a message for each, and each micro-batch."""
+class PartialGradients:
+    """Parts of gradients that add up here, in fp32, over a step's micro-batches, to be summed over ``group`` in one
+    message. Autograd passes zeros on in their place, until they are summed. ``sizes``: elements of each parameter."""
 
-    def hook(grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def __init__(self, sizes: Mapping[nn.Parameter, int], group: dist.ProcessGroup, device: torch.device) -> None:
+        self.parameters, self._group = list(sizes), group
+        self._flat = torch.zeros(sum(sizes.values()), device=device)
+        self._parts = torch.split(self._flat, [*sizes.values()])
+        self._is_summed = False
+        for parameter, part in zip(sizes, self._parts, strict=True):
+            parameter.register_hook(partial(self._keep, part))  # type: ignore[no-untyped-call]
 
-    for parameter in parameters:
-        parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+    def begin_step(self) -> None:
+        self._flat.zero_()
+        self._is_summed = False
+
+    def sum(self) -> Sequence[Tensor]:
+        """Of each parameter, flat. What is computed from now on passes by."""
+        dist.all_reduce(self._flat, group=self._group)
+        self._is_summed = True
+        return self._parts
+
+    def _keep(self, part: Tensor, gradient: Tensor) -> Tensor:
+        if self._is_summed:
+            return gradient
+        part += gradient.reshape(-1)
+        return torch.zeros_like(gradient)
 
 
 def _shard_spec(path: str, parameter: Tensor, split: Split | None, model: ModelConfig, groups: Groups) -> ShardSpec:
