@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
 
@@ -138,6 +137,8 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def bucket(s3_server: str) -> str:
     """The URL of an S3 bucket that all tests share: each takes a folder of its own."""
+    import boto3  # not on machines that only train
+
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="megatrain-tests")
     return "s3://megatrain-tests"
 

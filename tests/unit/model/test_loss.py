@@ -104,6 +104,20 @@ def test_bfloat16_gradients_are_scaled_in_fp32(kind: str, num_targets: int, alon
         assert mine.float().flatten() @ reference.flatten() / reference.norm() ** 2 == pytest.approx(1.0, abs=5e-4)
 
 
+@pytest.mark.parametrize("kind", ["whole", "cut"])
+def test_the_number_of_blocks_changes_no_gradient(
+    kind: str, alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum over blocks is no sum in bf16, whose error would grow with their number."""
+    head, x, targets, mask = head_and_inputs(torch.bfloat16)
+    found = {}
+    for num_rows in (192, 96, 12, 3):  # 1, 2, 16 and 64 blocks
+        monkeypatch.setattr("megatrain.fp32._softmax_bytes", lambda _, num_rows=num_rows: 4 * 20000 * num_rows)
+        loss = (cut(head, alone) if kind == "cut" else head).loss_sum(x, targets, mask)
+        found[num_rows] = torch.autograd.grad(loss / 7, [x, head.weight])
+    assert all(torch.equal(a, b) for grads in found.values() for a, b in zip(grads, found[192], strict=True))
+
+
 @pytest.fixture
 def alone() -> Iterator[dist.ProcessGroup]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
