@@ -16,6 +16,7 @@ from megatrain.config.schema import LoraConfig, ModelConfig
 from megatrain.distributed.activity import Activity
 from megatrain.errors import ConfigError
 from megatrain.model.decoder import Decoder
+from megatrain.model.encoder_decoder import EncoderDecoder
 from megatrain.model.init import init_model
 from megatrain.model.linear import add_adapters
 from megatrain.parallel import compile as compiling
@@ -43,10 +44,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.compiler.reset()
 
 
-def make_model(**keys: Any) -> Decoder:
+def make_model(**keys: Any) -> Decoder | EncoderDecoder:
     sizes = {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "vocab_size": 61}
     config = ModelConfig(**{**sizes, "max_position_embeddings": 64, **keys})
-    model = Decoder(config)
+    model = EncoderDecoder(config) if config.description.encoder is not None else Decoder(config)
     init_model(model, config, seed=1)
     model.use_attention(config.attention)
     return model
@@ -59,7 +60,7 @@ def make_batch(num_sequences: int, with_documents: bool = False) -> Batch:
     return Batch(tokens_BT, tokens_BT, None, positions_BT, documents_BT, torch.arange(num_sequences))
 
 
-def compile_model(model: Decoder) -> Decoder:
+def compile_model(model: Any) -> Any:
     compile_layers([model.get_submodule(name) for name in model.decoder_names])
     return model
 
@@ -70,6 +71,31 @@ def test_layers_of_a_kind_are_one_graph(keys: dict[str, Any], graphs: Any) -> No
     eager = make_model(**keys)(batch)
     compiled = compile_model(make_model(**keys))(batch)
     assert graphs.frame_count == 1
+    torch.testing.assert_close(compiled, eager)
+
+
+IMAGES = {"family": "vit", "image_size": 12, "patch_size": 4, "vocab_size": 3, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(("keys", "num_kinds"), [({"family": "bert"}, 1), (IMAGES, 1), ({"family": "t5"}, 2)])
+def test_an_encoders_layers_have_no_break(keys: dict[str, Any], num_kinds: int, graphs: Any) -> None:
+    """A t5's are of two kinds."""
+    batch = make_batch(2, with_documents=True)
+    if keys["family"] == "bert":
+        batch = batch._replace(target_places_BM=batch.positions_BT)
+    elif keys["family"] == "vit":
+        places_BT = torch.arange(10).expand(2, -1)
+        first_B1 = torch.zeros((2, 1), dtype=torch.int64)
+        pixels_BCHW = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+        batch = Batch(places_BT, first_B1, None, places_BT, None, torch.arange(2), None, first_B1)
+        batch = batch._replace(pixels_BCHW=pixels_BCHW)
+    else:
+        sources = batch.tokens_BT, batch.positions_BT, batch.document_ids_BT
+        names = ("source_tokens_BS", "source_positions_BS", "source_document_ids_BS")
+        batch = batch._replace(**dict(zip(names, sources, strict=True)))
+    eager = make_model(**keys)(batch)
+    compiled = compile_model(make_model(**keys))(batch)
+    assert graphs.frame_count == num_kinds
     torch.testing.assert_close(compiled, eager)
 
 
