@@ -261,7 +261,7 @@ class Held:
         gradients = [getattr(x, name, None) for x in owners for name in ("grad", "grad_accum")]
         gradients += [getattr(self._optimizer, name, None) for name in _GRADIENTS]
         gradients += [each.unsharded_accumulated_grad for each in self._fsdp]
-        gradients += [getattr(self._sharding, "_tied_sum", None)]  # of a copy that DeepSpeed knows nothing of
+        gradients += getattr(self._sharding, "_copied_sums", {}).values()  # of copies that DeepSpeed does not update
         self.bytes["gradients"] = max(self.bytes["gradients"], _storage_bytes(_tensors(gradients), seen))
 
     def _weights(self) -> list[Tensor]:
