@@ -22,8 +22,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "FSDP2 tensor": (2, {"engine": "fsdp2", "tensor": 2, "zero_stage": 1}, "fp32"),
     "FSDP2 pipeline": (2, {"engine": "fsdp2", "pipeline": 2, "pipeline_chunks": 2, "zero_stage": 2}, "bf16"),
     "offloaded": (2, {"zero_stage": 2, "offload": "optimizer"}, "fp32"),
-    "tensor": (2, {"tensor": 2, "zero_stage": 1}, "fp32"),
-    "tensor under ZeRO 3": (2, {"tensor": 2, "zero_stage": 3}, "fp32"),
+    "tensor": (2, {"tensor": 2, "zero_stage": 1, "sequence": True}, "fp32"),
+    "tensor under ZeRO 3": (2, {"tensor": 2, "zero_stage": 3, "sequence": True}, "fp32"),
     "pipeline": (2, {"pipeline": 2, "zero_stage": 1}, "fp32"),
     "pipeline without ZeRO": (2, {"pipeline": 2, "zero_stage": 0}, "bf16"),
 }
