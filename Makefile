@@ -3,7 +3,7 @@
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test lint docs acceptance soak clean example-finetune example-fill example-images
+.PHONY: help setup demo test lint docs acceptance soak clean example-finetune example-fill example-images example-translate
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 20
@@ -32,6 +32,9 @@ example-fill: $(READY)  ## a small model fills gaps in Python functions; see exa
 
 example-images: $(READY)  ## a small vision transformer on Fashion-MNIST; see examples/images/README.md
 	@$(BIN)/python -m examples.images.images build/example-images
+
+example-translate: $(READY)  ## French into English with few pairs: what pretraining on text gains; see examples/translate/README.md
+	@$(BIN)/python -m examples.translate.translate build/example-translate
 
 test: $(READY)  ## the tests that are run before every change
 	$(BIN)/pytest -m "not slow"

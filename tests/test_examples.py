@@ -92,6 +92,30 @@ def test_images_without_apt_say_where_from(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.acceptance
+@pytest.mark.timeout(600)
+def test_translation_is_scored_in_two_steps(tmp_path: Path) -> None:
+    done = run_short("translate", tmp_path / "work", 2)
+    if "cannot be had" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (.+?) \| -?[\d.]+ \(.+ to .+\) \| -?[\d.]+ \(.+ to .+\) \|$", done.stdout, re.MULTILINE)
+    assert rows == [
+        "copy of the source",
+        "scratch",
+        "pretrained",
+        "dropout",
+        "pretrained - scratch",
+        "dropout - pretrained",
+    ]
+    assert "Held-out messages with a near copy in the text: 0." in done.stdout
+    parts = {name: (tmp_path / "work" / f"{name}.jsonl").read_text() for name in ("test", "validation", "pairs")}
+    clusters = {name: {json.loads(line)["cluster"] for line in text.splitlines()} for name, text in parts.items()}
+    assert all(clusters.values())
+    assert not clusters["test"] & (clusters["validation"] | clusters["pairs"])
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(1800)
 def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
     done = run_short("finetune", tmp_path / "work", 2)
