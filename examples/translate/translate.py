@@ -32,12 +32,12 @@ SCORES: tuple[TextScore, ...] = ("bleu", "chrf")
 BASELINES = {"pretrained": "scratch", "dropout": "pretrained"}  # what each is compared with
 SENTINELS = ("<pad>", *(f"<extra_id_{number}>" for number in range(40)))
 CONFIG = """
-model: {family: t5, hidden_size: 192, intermediate_size: 384, num_hidden_layers: 3, num_decoder_layers: 3,
-  num_attention_heads: 6, head_dim: 32, max_position_embeddings: 192}
+model: {family: t5, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 3, num_decoder_layers: 3,
+  num_attention_heads: 4, head_dim: 32, max_position_embeddings: 192, tie_word_embeddings: false}
 data: {train: [{path: DATA}], seq_len: 192}
 train: {global_batch_size: 8, micro_batch_size: 4, precision: fp32}
 parallel: {zero_stage: 0}
-optimizer: {lr: 2.0e-3}
+optimizer: {lr: 3.0e-3}
 schedule: {type: cosine}
 observe: {log_every_steps: 50}
 """
