@@ -39,6 +39,7 @@ train: {global_batch_size: 8, micro_batch_size: 4, precision: fp32}
 parallel: {zero_stage: 0}
 optimizer: {lr: 3.0e-3}
 schedule: {type: cosine}
+checkpoint: {every_steps: 1000}
 observe: {log_every_steps: 50}
 """
 SPANS = "objective: {type: span_corruption, span_corruption: {corrupted: 0.4, mean_span_tokens: 4}}\n"
