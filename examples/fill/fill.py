@@ -1,39 +1,42 @@
 """What `make example-fill` runs: a small model learns to fill gaps in the functions of Python's standard library.
 
 Two models are trained on the same functions with the same seed: one from left to right alone, one with half of its
-functions rearranged for fill-in-the-middle. Each is asked for a line of functions from files that neither has seen.
+functions rearranged for fill-in-the-middle. Each is asked for ends of lines of functions, from files that are held out.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
+import keyword
 import sys
 import sysconfig
 import textwrap
 import time
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.commands import enter, run, shown
 
-STEPS, NUM_ASKED = 400, 400
+STEPS, NUM_ASKED = 1000, 600
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 PREFIX, SUFFIX, MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 CONFIG = """
-model: {family: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 4, num_attention_heads: 4,
-  num_key_value_heads: 2, max_position_embeddings: 512, tie_word_embeddings: true}
+model: {family: llama, hidden_size: 192, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 6,
+  num_key_value_heads: 6, max_position_embeddings: 512, tie_word_embeddings: true}
 data: {train: [{path: train}], seq_len: 512, packing: best_fit, document_mask: true}
-train: {global_batch_size: 8, micro_batch_size: 4, precision: fp32}
-optimizer: {lr: 2.0e-3}
+train: {global_batch_size: 4, micro_batch_size: 2, precision: fp32}
+optimizer: {lr: 3.0e-3}
 schedule: {type: cosine}
 observe: {log_every_steps: 20}
 """
-WAYS = {"left to right": "{{ before }}", "both sides": PREFIX + "{{ before }}" + SUFFIX + "{{ behind }}" + MIDDLE}
+WAYS = {"left to right": "{{ before }}", "both sides": PREFIX + SUFFIX + "{{ behind }}" + MIDDLE + "{{ before }}"}
 METRICS = ("exact_match", "edit_similarity")
-MODELS = {"plain": "null", "filling": "{rate: 0.5, spm_rate: 0.0}"}
+MODELS = {"plain": "null", "filling": "{rate: 0.5, spm_rate: 1.0}"}
 
 
 class Function(NamedTuple):
@@ -65,31 +68,37 @@ def number_of(text: str) -> int:
 
 
 def gap_of(text: str) -> dict[str, str] | None:
-    """A line of the body to ask for, drawn by the text's hash, with what stands before and behind it."""
+    """The rest of a line of the body from one of its names on, drawn by the text's hash, and what is on both sides."""
     lines = text.splitlines(keepends=True)
-    worth = [n for n in range(1, len(lines) - 1) if len(lines[n].strip()) >= 8]
-    if not worth:
+    names = [
+        word.start
+        for word in tokenize.generate_tokens(io.StringIO(text).readline)
+        if word.type == tokenize.NAME and not keyword.iskeyword(word.string) and 1 < word.start[0] < len(lines)
+    ]
+    gaps = [(n - 1, at) for n, at in names if lines[n - 1][:at].strip() and 3 <= len(lines[n - 1]) - at <= 24]
+    if not gaps:
         return None
-    n = worth[number_of(text) % len(worth)]
-    return {"before": "".join(lines[:n]), "answer": lines[n].rstrip("\n"), "behind": "".join(lines[n + 1 :])}
+    n, at = gaps[number_of(text) % len(gaps)]
+    at = len(lines[n][:at].rstrip(" "))  # tokens of words begin with the space before them
+    before, behind = "".join(lines[:n]) + lines[n][:at], "\n" + "".join(lines[n + 1 :])
+    return {"before": before, "answer": lines[n][at:].rstrip("\n"), "behind": behind}
 
 
 def write_data(num_asked: int) -> None:
-    """Each tenth file is held out, by a hash of its name; a line that a training function has is not asked for."""
+    """Each tenth file is held out, by a hash of its name."""
     found = list(functions())
     held_out = [each for each in found if number_of(each.file) % 10 == 0]
     training = [each for each in found if number_of(each.file) % 10]
-    known = {line.strip() for each in training for line in each.text.splitlines()}
-    gaps = [gap for each in held_out if (gap := gap_of(each.text)) and gap["answer"].strip() not in known]
+    gaps = [gap for each in held_out if (gap := gap_of(each.text))]
     for name, rows in (("train", [{"text": each.text} for each in training]), ("held-out", gaps[:num_asked])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = [
         {"name": way, "kind": "generate", "path": "held-out.jsonl", "prompt": prompt, "answer": "{{ answer }}",
-         "delimiter": "", "max_new_tokens": 48, "metrics": METRICS}
+         "delimiter": "", "max_new_tokens": 16, "metrics": METRICS}
         for way, prompt in WAYS.items()
     ]  # fmt: skip
     Path("tasks.yaml").write_text(json.dumps(tasks))
-    sys.stderr.write(f"{len(training)} functions to train on, {len(gaps)} lines of held-out functions to ask for\n")
+    sys.stderr.write(f"{len(training)} functions to train on, {len(gaps)} gaps in held-out functions to ask for\n")
 
 
 def main(folder: Path, steps: int) -> None:
