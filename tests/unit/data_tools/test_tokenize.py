@@ -33,13 +33,24 @@ def expected_tokens(tokenizer_path: Path, text: str) -> list[int]:
     return [*plain.encode(text).ids, Tokenizer.from_file(str(tokenizer_path)).token_to_id("<|endoftext|>")]
 
 
+QUICK = {"a.jsonl", "texts"}
+"""Formats that are read by both engines in `make test`; the others in `make acceptance`."""
+
+
 @pytest.fixture(scope="module")
 def expected(documents: list[Document], tokenizer_path: Path) -> dict[str, list[int]]:
     return {text: expected_tokens(tokenizer_path, text) for _, text in documents}
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"), [*((name, "fastokens") for name in WRITERS), ("a.jsonl", "tokenizers"), ("texts", "tokenizers")]
+    ("name", "engine"),
+    [
+        *((name, "fastokens") for name in WRITERS),
+        *(
+            pytest.param(name, "tokenizers", marks=() if name in QUICK else (pytest.mark.slow, pytest.mark.acceptance))
+            for name in WRITERS
+        ),
+    ],
 )
 def test_every_format_gives_the_ids_of_tokenizers(
     name: str,

@@ -189,11 +189,11 @@ def test_the_repetition_penalty_is_that_of_transformers(family: str, penalty: fl
 LENGTH_PENALTIES = (-1.0, 0.0, 0.5, 1.0, 2.0)
 
 
+LONGER = (pytest.mark.slow, pytest.mark.acceptance)
 STOPPING = [
-    ("llama", False),
-    ("llama", True),
-    ("llama", "never"),
-    *((family, False) for family in KEYS if family != "llama"),
+    pytest.param(family, early_stopping, marks=() if family == "llama" or early_stopping is False else LONGER)
+    for family in KEYS
+    for early_stopping in (False, True, "never")
 ]
 
 
