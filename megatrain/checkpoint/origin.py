@@ -269,6 +269,8 @@ def _image_size(model: ModelConfig) -> int:
 def _resolved(model: ModelConfig) -> dict[str, Any]:
     """The model with what follows from its keys where they are null."""
     derived = {"intermediate_size": model.ffn_size, "num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+    if model.description.encoder is not None:
+        derived["num_decoder_layers"] = model.num_layers(model.description.decoder)
     return {**model.model_dump(mode="json"), **derived, "tie_word_embeddings": model.is_tied}
 
 

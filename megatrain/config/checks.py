@@ -290,6 +290,9 @@ def across_sections(config: schema.RunConfig) -> list[Problem]:
                 "adds rows to the embeddings, which adapters (lora) do not train: they would stay as they are drawn"
             )
         problems.append(Problem("run.resize_token_embeddings", True, reason, "false"))
+    elif config.run.resize_token_embeddings and config.model.target_vocab_size != config.model.vocab_size:
+        reason = "adds the tokens of one tokenizer, and the model has a vocabulary of source and one of target"
+        problems.append(Problem("run.resize_token_embeddings", True, reason, "false"))
     if config.run.new_head and (config.run.init_from is None or config.lora is not None):
         reason = "takes the place of the head of run.init_from, which is null"
         if config.lora is not None:

@@ -554,7 +554,6 @@ def _allocate(model: ShardedModel, config: RunConfig, groups: Groups, mpu: Any) 
                 deepspeed.zero.Init(
                     module=module, data_parallel_group=data, config_dict_or_path=settings, dtype=dtype, mpu=mpu
                 )
-        chunk.tie_weights()  # one with a bias has been given a weight of its own beside it
 
 
 def _has_values(parameter: nn.Parameter, held: MasterSlice) -> bool:

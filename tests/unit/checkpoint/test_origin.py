@@ -130,6 +130,11 @@ def test_each_key_may_differ_or_is_refused(key: str, tmp_path: Path) -> None:
     return None
 
 
+def test_layers_of_a_decoder_may_be_left_out(tmp_path: Path) -> None:
+    """As many as the encoder has, which an import writes out."""
+    begin(tmp_path, {**T5, "num_decoder_layers": 2}, T5)
+
+
 def test_a_context_may_be_longer_but_for_gpt2(tmp_path: Path) -> None:
     begin(tmp_path / "llama", LLAMA, {**LLAMA, "max_position_embeddings": 4096})
     with pytest.raises(CheckpointError, match=r"max_position_embeddings is 256 there and 512 here"):

@@ -378,3 +378,7 @@ def test_loading_is_quick_and_imports_no_torch(tmp_path):
 )
 def test_adapters_need_a_base_and_known_matrices(overrides, told, refused):
     assert told in refused(*overrides)
+
+
+def test_a_problem_of_the_objective_is_told_once(refused):
+    assert refused("objective.target_len=5").count("objective.target_len") == 1

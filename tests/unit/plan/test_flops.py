@@ -6,6 +6,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -13,8 +15,11 @@ from transformers import (
 )
 
 from megatrain.batch import Batch
+from megatrain.checkpoint.transformers_config import to_transformers
+from megatrain.config import load
 from megatrain.config.schema import LoraConfig, ModelConfig, ObjectiveConfig
 from megatrain.model.decoder import Decoder
+from megatrain.model.encoder_decoder import EncoderDecoder
 from megatrain.model.linear import add_adapters
 from megatrain.plan.flops import flops_per_token, matrix_parameters, num_parameters
 
@@ -28,6 +33,7 @@ LLAMA_8B = {
     "vocab_size": 128256,
     "tie_word_embeddings": False,
 }
+START = {"pad_token_id": 0, "decoder_start_token_id": 0}
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 172,
@@ -108,6 +114,32 @@ def test_the_base_bert_has_the_published_size():
     assert asked == 76 / 512
     expected = 6 * layers + 6 * head * 76 / 512 + 12 * 12 * 768 * 512
     assert flops_per_token(model, 512, asked=asked) == pytest.approx(expected, abs=1)
+
+
+def test_marian_has_the_parameters_of_transformers():
+    """The recipe's, and one of two vocabularies; the bias of its logits is trained here, and positions have none."""
+    paper = load("marian_base_1xgpu").model
+    two = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 30000}
+    for model in (paper, paper.model_copy(update=two), paper.model_copy(update={**two, "tie_word_embeddings": False})):
+        with torch.device("meta"):
+            reference = MarianMTModel(MarianConfig(**to_transformers(model, "float32"), **START))
+        trained = sum(x.numel() for name, x in reference.named_parameters() if "embed_positions" not in name)
+        assert num_parameters(model) == trained + model.known_vocab_size
+    assert num_parameters(paper) == 63_119_496
+
+
+def test_products_of_a_pair_are_counted():
+    """Both passes of an encoder and its decoder, for a source and a target of unequal lengths."""
+    keys = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 90, "num_decoder_layers": 2}
+    model = ModelConfig(family="marian", **SMALL, **keys)
+    stacks, (source_BS, target_BT) = EncoderDecoder(model), (torch.zeros((1, n), dtype=torch.long) for n in (20, 12))
+    batch = Batch(target_BT, target_BT, None, torch.arange(12)[None], None, torch.zeros(1, dtype=torch.long))
+    with FlopCounterMode(display=False) as counter:
+        stacks(batch._replace(source_tokens_BS=source_BS, source_positions_BS=torch.arange(20)[None])).backward()
+    counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(count for name, count in counts.items() if name in ("aten.mm", "aten.addmm"))
+    attention = 12 * 64 * (3 * 20 * 20 + 2 * 12 * (12 + 20))
+    assert (products + attention) // 20 == flops_per_token(model, 20, target_len=12)
 
 
 def test_matrix_parameters_count_linear_layers_and_tied_heads():
