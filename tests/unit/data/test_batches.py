@@ -174,7 +174,7 @@ def test_evaluation_scores_each_window_exactly_once(
 def test_a_batch_is_moved_by_one_copy(prose: Dataset) -> None:
     (batch,) = BatchMaker([ConcatSource(prose, SEQ_LEN, True, score_after_eod=False)], 3).make(samples_of(np.arange(3)))
     tensors = [x for x in batch if x is not None]
-    own = [name for name in batch._fields if not name.startswith(("source_", "target_places", "pixels"))]
+    own = [name for name in batch._fields if not name.startswith(("source_", "target_places", "pixels", "segments"))]
     assert len(tensors) == len(own)  # of next-token prediction
     assert len({x.untyped_storage().data_ptr() for x in tensors}) == 1
     copies = Counter[str]()

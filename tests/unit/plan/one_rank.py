@@ -44,7 +44,8 @@ def _asked(batch: Batch, config: RunConfig) -> Batch:
         return batch
     num_targets = config.objective.most_targets(config.model, config.data.seq_len)
     places_BM = torch.arange(num_targets).expand(len(batch.tokens_BT), -1).contiguous()
-    batch = batch._replace(targets_BM=batch.targets_BM[:, :num_targets].contiguous(), target_places_BM=places_BM)
+    targets_BM = batch.targets_BM[:, :num_targets] % (config.model.num_answers or 1)
+    batch = batch._replace(targets_BM=targets_BM, target_places_BM=places_BM)
     if not config.model.description.reads_images:
         return batch
     size = getattr(config.model, "image_size")  # noqa: B009 (a family's own key)

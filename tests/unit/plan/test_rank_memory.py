@@ -33,6 +33,7 @@ MODEL = {
 GPT2 = {"family": "gpt2", "num_key_value_heads": None}
 QWEN2 = {"family": "qwen2"}
 BERT = {"family": "bert", "num_key_value_heads": None}
+CLASSIFIER = {**BERT, "num_labels": 7, "hidden_dropout": 0.1}
 VIT = {"family": "vit", "num_key_value_heads": None, "tie_word_embeddings": False, "image_size": 12, "patch_size": 4}
 ALONE = {"packing": "best_fit", "document_mask": True}
 FSDP2 = {"engine": "fsdp2"}
@@ -112,6 +113,9 @@ CASES = [
     Case("bf16", 1, {}, BERT, seq_len=300),
     Case("bf16", 3, {"tensor": 2}, BERT),
     Case("bf16", 1, {**FSDP2, "tensor": 4, "sequence": True}, {**BERT, "hidden_dropout": 0.1}),
+    Case("bf16", 1, {}, CLASSIFIER),
+    Case("bf16", 3, {"tensor": 2, "sequence": True, "recompute": "full"}, CLASSIFIER),
+    Case("bf16", 1, {**FSDP2, "tensor": 2}, CLASSIFIER),
     Case("bf16", 1, {}, VIT, seq_len=10),
     Case("bf16", 3, {"tensor": 2, "recompute": "full"}, VIT, seq_len=10),
     Case("bf16", 1, {**FSDP2, "tensor": 2, "sequence": True}, VIT, seq_len=10),
@@ -147,6 +151,7 @@ STAGED = [
     Case("bf16", 1, {"pipeline": 2, "tensor": 2}, QWEN3, rank=SECOND_STAGE),
     Case("fp32", 0, {"pipeline": 2}, GPT2),
     *(Case("bf16", 1, {"pipeline": 2}, BERT, rank=rank) for rank in (0, SECOND_STAGE)),
+    Case("bf16", 1, {"pipeline": 2}, CLASSIFIER, rank=SECOND_STAGE),
     Case("bf16", 1, {"pipeline": 3, "tensor": 4}),
     Case("bf16", 2, {"pipeline": 2}, rank=SECOND_STAGE),
     Case("bf16", 1, {"pipeline": 2, "pipeline_chunks": 2}, {"num_hidden_layers": 5}, rank=SECOND_STAGE),
@@ -226,7 +231,7 @@ def test_activations_are_what_autograd_keeps_on_a_cpu(case, measured):
 
 
 @pytest.mark.parametrize(
-    "model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN2, QWEN3, BERT, VIT, T5, T5_APART], ids=str
+    "model", [{}, {"tie_word_embeddings": False}, GPT2, QWEN2, QWEN3, BERT, CLASSIFIER, VIT, T5, T5_APART], ids=str
 )
 def test_parameters_of_all_ranks_make_the_model(model):
     seq_len = 10 if model is VIT else 32

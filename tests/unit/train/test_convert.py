@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -43,6 +45,7 @@ from megatrain.checkpoint.transformers_config import (
 )
 from megatrain.config import ModelConfig
 from megatrain.errors import CheckpointError
+from megatrain.inference.assets import Assets
 from megatrain.inference.loading import load_decoder
 from megatrain.train.convert import export_checkpoint, import_folder
 from tests.runs import TinyData
@@ -140,6 +143,31 @@ def test_a_bert_is_read_under_its_old_names(tmp_path: Path) -> None:
     export_checkpoint(tmp_path / "old", tmp_path / "back")
     assert "cls.predictions.bias" in stored(tmp_path / "back")
     assert not any("pooler" in name or "seq_relationship" in name for name in stored(tmp_path / "back"))
+
+
+def test_a_classifier_of_texts_goes_both_ways(tmp_path: Path) -> None:
+    """Of three kinds, by the sentence that each token is in."""
+    torch.manual_seed(3)
+    names = {0: "module", 1: "manual", 2: "mail"}
+    keys = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    theirs = BertForSequenceClassification(BertConfig(**SIZES, **keys)).eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    assert import_folder(save(theirs, tmp_path / "hf"), tmp_path / "checkpoint").notes == []
+    reader = CheckpointReader(tmp_path / "checkpoint")
+    assert Assets.of_checkpoint(reader).label_names == list(names.values())
+    ours = load_decoder(reader)
+    tokens, segments = torch.randint(0, 131, (2, 60)), torch.arange(60).expand(2, 60) // 40
+    context = ours.make_context(torch.arange(60).expand(2, 60), None, None, torch.float32)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "back")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        logits = ours.logits(tokens, context._replace(segments_BT=segments))[:, 0]
+        expected = theirs(tokens, token_type_ids=segments).logits
+        assert torch.equal(again(tokens, token_type_ids=segments).logits, expected)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert stored(tmp_path / "back").keys() == stored(tmp_path / "hf").keys()
+    assert config_of(tmp_path / "back") == config_of(tmp_path / "hf")
 
 
 def test_a_bert_without_its_head_is_refused(tmp_path: Path) -> None:
