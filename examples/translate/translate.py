@@ -170,7 +170,7 @@ def main(folder: Path, steps: int) -> None:
     show_scores(found)
     show_curve(tuple(found))
     sys.stdout.write(f"It took {time.time() - began:.0f} s.\n")
-    low, _ = found["pretrained"]["differences"]["english"]["bleu"]["confidence_interval"]
+    low, _ = found["pretrained"]["differences"]["english"]["chrf"]["confidence_interval"]
     if is_whole and low <= 0:
         sys.exit("Pretraining gains no more than chance may give.")
 
