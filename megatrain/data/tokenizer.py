@@ -136,6 +136,22 @@ class Tokenizer:
         """Whether the file asks for this token before every text (its post-processor), as transformers then puts it."""
         return bool(self._library.encode("a", add_special_tokens=True).ids[:1] == [token_id])
 
+    def with_borders(self, begin: str, end: str) -> bytes:
+        """A tokenizer.json that puts ``begin`` before a text and ``end`` behind it, and behind the second of two, as
+        BERT's does; this one where it puts them already."""
+        from tokenizers import processors
+
+        ids = [(token, self.ids[token]) for token in (begin, end)]
+        bordered = self._library.encode("a", add_special_tokens=True).ids
+        if [*bordered[:1], *bordered[-1:]] == [token_id for _, token_id in ids]:
+            return self.json
+        single, pair = f"{begin} $A {end}", f"{begin} $A {end} $B:1 {end}:1"
+        template = processors.TemplateProcessing(single, pair, ids)
+        description = orjson.loads(self.json)
+        found = [x for x in (description.get("post_processor"), orjson.loads(template.__getstate__())) if x]
+        description["post_processor"] = found[0] if len(found) == 1 else {"type": "Sequence", "processors": found}
+        return orjson.dumps(description)
+
     def comes_from_text(self, token: str) -> bool:
         """Whether text becomes this token when a dataset is made: found out by encoding it."""
         spelled = f"{token} {token} {self.decode([self.ids[token]])}"

@@ -115,6 +115,14 @@ class Assets:
         """The same for a classifier of these labels."""
         return replace(self, files={**self.files, LABELS: orjson.dumps(list(label_names))})
 
+    def between_borders(self) -> Assets:
+        """The same with a tokenizer that puts around a text what begins and ends the data's documents, as models need
+        that read a text from both sides."""
+        tokenizer, begin, end = _tokenizer(self.files), self.special_tokens.bos, self.special_tokens.eod
+        if tokenizer is None or not self.prompt_ids or not begin or not end or not begin.token or not end.token:
+            return self
+        return replace(self, files={**self.files, TOKENIZER: tokenizer.with_borders(begin.token, end.token)})
+
     @property
     def label_names(self) -> list[str] | None:
         """Of a classifier: those of the data, or of the folder that was imported."""
@@ -235,8 +243,10 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
         if model.description.encoder is not None:
             changed[TOKENIZER_CONFIG] |= {"pad_token": _padding(assets)}
         if not model.description.can_generate:
-            ends = {"cls": tokens.bos, "sep": tokens.eod}
+            ends = {"cls": tokens.bos, "sep": tokens.eod, "pad": tokens.pad or tokens.eod}
             texts = {**{role: token and token.token for role, token in ends.items()}, "mask": mask_token}
+            if getattr(model, "type_vocab_size", 1) > 1:
+                changed[TOKENIZER_CONFIG]["model_input_names"] += ["token_type_ids"]
             changed[TOKENIZER_CONFIG] |= {f"{role}_token": text for role, text in texts.items() if text is not None}
     folders_own = _by_role(_read_special_tokens(files))
     for role, token in _by_role(tokens):

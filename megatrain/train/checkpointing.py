@@ -370,8 +370,8 @@ def _fitting_origin(run: Run) -> Origin:
         if may_grow:
             refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
         else:
-            sha256s = dataset.manifest.tokenizer_sha256, dataset.manifest.target_tokenizer_sha256
-            origin.refuse_other_tokenizer(dataset.path, *sha256s)
+            own = dataset.tokenizer_path.read_bytes(), dataset.manifest.target_tokenizer_sha256
+            origin.refuse_other_tokenizer(dataset.path, *own)
     if not is_model_folder(str(origin.folder)):
         return origin
     out = Path(run.config.run.dir) / "imported"

@@ -51,6 +51,8 @@ def export_checkpoint(
     reader = CheckpointReader(resolve(path), ema=ema)
     saved = reader.saved
     assets, notes = Assets.of_checkpoint(reader), not_in_transformers(saved.model)
+    if not saved.model.description.can_generate:
+        assets = assets.between_borders()
     if merge and saved.lora is None:
         raise ConfigError(f"--merge: {reader.folder} holds whole weights, no LoRA adapters: leave it out.")
     if saved.lora is not None and not merge:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatrain.batch import Batch
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import TARGET_TOKENIZER, TOKENIZER
+from megatrain.checkpoint.origin import gives_same_ids
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
 from megatrain.config import ObjectiveConfig
@@ -143,7 +144,7 @@ def _check_labels(dataset: AnyDataset, reader: CheckpointReader) -> None:
 def _check_tokenizer(dataset: Dataset, reader: CheckpointReader) -> None:
     if reader.manifest.file(TOKENIZER) is None:
         return
-    if reader.read_file(TOKENIZER) != dataset.tokenizer_path.read_bytes():
+    if not gives_same_ids(reader.read_file(TOKENIZER), dataset.tokenizer_path.read_bytes()):
         raise DataError(
             f"{dataset.path} was tokenized with another tokenizer than the one {reader.folder} was trained with: its "
             f"loss would mean nothing. Tokenize the text again with --tokenizer {reader.folder / TOKENIZER}."

@@ -101,8 +101,8 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
                 refuse_other_tokens(dataset, origin.tokenizer(), origin.folder)
                 config = resolve_vocabulary(config, dataset)
             else:
-                sha256s = dataset.manifest.tokenizer_sha256, dataset.manifest.target_tokenizer_sha256
-                origin.refuse_other_tokenizer(entry.path, *sha256s)
+                own = dataset.tokenizer_path.read_bytes(), dataset.manifest.target_tokenizer_sha256
+                origin.refuse_other_tokenizer(entry.path, *own)
             if template is not None and dataset.chat_template not in (None, template.sha256):
                 notes.append(
                     f"run.init_from: {entry.path} was written by another chat template than that of {origin.folder}: "

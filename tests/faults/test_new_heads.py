@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import torch
+from transformers import pipeline
 
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.stores import resolve
+from megatrain.data import open_dataset
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice
+from megatrain.inference.loading import load_decoder
 from megatrain.model.init import InitialWeights
 from megatrain.plan.flops import parameter_shapes
 from megatrain.train.convert import export_checkpoint
@@ -93,3 +98,29 @@ def test_another_head_is_refused_unless_asked_for(
     ended = one_rank.train(config, f"model.num_labels={NUM_LABELS}", "model.hidden_size=64")
     assert ended.codes == [4]
     assert "model.hidden_size is 32 there and 64 here" in ended.output[0]
+
+
+def test_exported_encoders_read_texts_as_their_data_does(
+    labeled_data: TinyData, masked_run: Path, one_rank: ServedRanks, tmp_path: Path
+) -> None:
+    """Pipelines of transformers, from the folder alone: ids, segments and scores are those of the run."""
+    run = tmp_path / "run"
+    one_rank.finish(classifier(labeled_data, masked_run, run), f"model.num_labels={NUM_LABELS}")
+    for source, name in ((masked_run, "masked"), (run, "labels")):
+        assert export_checkpoint(locate(str(source)), tmp_path / name).notes == []
+    fill = pipeline("fill-mask", str(tmp_path / "masked"))
+    assert len(fill("The value of [MASK] is a string.", top_k=3)) == 3
+    classify = pipeline("text-classification", str(tmp_path / "labels"), top_k=None)
+    row = orjson.loads(Path(f"{labeled_data.prose}.jsonl").read_bytes().splitlines()[0])
+    pair = {"text": row["text"], "text_pair": row["other"]}
+    read = classify.tokenizer(**pair, return_tensors="pt")
+    tokens, segments = read["input_ids"], read["token_type_ids"]
+    assert tokens[0].tolist() == open_dataset(labeled_data.prose).window(0, tokens.shape[1]).tolist()
+    assert segments.diff().count_nonzero() == 1
+    ours = load_decoder(CheckpointReader(resolve(locate(str(run)))))
+    context = ours.make_context(torch.arange(tokens.shape[1]).unsqueeze(0), None, None, torch.float32)
+    with torch.no_grad():
+        expected = ours.logits(tokens, context._replace(segments_BT=segments))[0, 0].softmax(-1)
+    found = {score["label"]: score["score"] for score in classify([pair])[0]}
+    assert found == pytest.approx({str(number): float(score) for number, score in enumerate(expected)}, abs=1e-5)
+    assert len(classify(["a text", "one that is longer than the other"], batch_size=2)) == 2

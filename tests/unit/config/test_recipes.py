@@ -53,8 +53,8 @@ def fits(plan: dict[str, Any], cluster: Cluster) -> bool:
 def test_recipes_range_from_laptop_to_cluster():
     assert {named_world_size(recipe) for recipe in RECIPES} == {1, 8, 32, 64, 256, 1024}
     configs = [load(recipe) for recipe in RECIPES]
-    assert {config.model.family for config in configs} == {"llama", "gpt2", "qwen3", "marian"}
-    assert {config.schedule.type for config in configs} == {"cosine", "wsd", "inverse_sqrt"}
+    assert {config.model.family for config in configs} == {"llama", "gpt2", "qwen3", "marian", "bert"}
+    assert {config.schedule.type for config in configs} == {"cosine", "wsd", "inverse_sqrt", "linear"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
