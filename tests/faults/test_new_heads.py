@@ -7,9 +7,12 @@ from typing import Any
 
 import orjson
 import pytest
+import tokenizers
 import torch
-from transformers import pipeline
+from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification, pipeline
 
+from data_tools.labeled import LabeledText
 from megatrain.checkpoint.location import locate
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
@@ -19,7 +22,8 @@ from megatrain.inference.loading import load_decoder
 from megatrain.model.init import InitialWeights
 from megatrain.plan.flops import parameter_shapes
 from megatrain.train.convert import export_checkpoint
-from tests.labeled_data import NUM_LABELS
+from tests.image_data import image_config
+from tests.labeled_data import NUM_LABELS, make_labeled
 from tests.runs import TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 
@@ -59,6 +63,13 @@ def weights_of(run_dir: Path) -> tuple[CheckpointReader, dict[str, torch.Tensor]
     return reader, {name: reader.read_parameter(spec, "weight") for name, spec in whole.items()}
 
 
+def drawn(reader: CheckpointReader, name: str, like: torch.Tensor) -> torch.Tensor:
+    """The initial value of a whole parameter, by the seed of the run."""
+    part = TensorSlice((0,) * like.dim(), tuple(like.shape))
+    shard = FlatShard(name, tuple(like.shape), part, 0, like.numel())
+    return InitialWeights(reader.saved.model, seed=7).read(shard, "weight").view(like.shape)
+
+
 @pytest.mark.slow
 def test_a_new_head_leaves_other_weights_alone(
     labeled_data: TinyData, masked_run: Path, one_rank: ServedRanks, two_ranks: ServedRanks, tmp_path: Path
@@ -75,14 +86,49 @@ def test_a_new_head_leaves_other_weights_alone(
     for run in runs:
         reader, after = weights_of(run)
         assert after.keys() - before.keys() == HEAD
-        initial = InitialWeights(reader.saved.model, seed=7)
         for name, weight in after.items():
-            expected = before.get(name)
-            if expected is None:
-                part = TensorSlice((0,) * weight.dim(), tuple(weight.shape))
-                shard = FlatShard(name, tuple(weight.shape), part, 0, weight.numel())
-                expected = initial.read(shard, "weight").view(weight.shape)
+            expected = before[name] if name in before else drawn(reader, name, weight)
             assert torch.equal(weight, expected), name
+
+
+@pytest.mark.slow
+def test_a_new_head_goes_with_a_larger_vocabulary(
+    labeled_data: TinyData, masked_run: Path, one_rank: ServedRanks, tmp_path: Path
+) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(labeled_data.tokenizer))
+    tokenizer.add_special_tokens(["<a>", "<b>", "<c>"])
+    tokenizer.save(str(tmp_path / "more.json"))
+    rows = [orjson.loads(line) for line in Path(f"{labeled_data.prose}.jsonl").read_bytes().splitlines()][:120]
+    grown = make_labeled(rows, tmp_path / "more.json", tmp_path / "more", LabeledText("[SEP]", True))
+    keys = (f"model.num_labels={NUM_LABELS}", "run.resize_token_embeddings=true", f"data.train=[{grown}]")
+    one_rank.finish(classifier(labeled_data, masked_run, tmp_path / "run"), *keys)
+    _, before = weights_of(masked_run)
+    reader, after = weights_of(tmp_path / "run")
+    for name, weight in after.items():
+        expected = before[name] if name in before else drawn(reader, name, weight)
+        assert torch.equal(weight[: len(expected)], expected), name
+        assert len(weight) - len(expected) == (3 if "word_embeddings" in name else 0)
+
+
+@pytest.mark.slow
+def test_an_imported_vit_gets_a_new_head(image_data: TinyData, one_rank: ServedRanks, tmp_path: Path) -> None:
+    """Of 7 labels; the data has 3."""
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=12, patch_size=4, num_labels=7)).save_pretrained(
+        tmp_path / "hf"
+    )
+    config = image_config(image_data, tmp_path / "run", train={"steps": 1}, optimizer={"lr": 0.0})
+    config["run"] |= {"init_from": str(tmp_path / "hf"), "new_head": True}
+    config |= {"model": "from_checkpoint", "schedule": {"warmup_steps": 0}}
+    path = write_config(tmp_path / "run.yaml", config)
+    assert one_rank.train(path, "model.vocab_size=3", "run.new_head=false").codes == [4]
+    one_rank.finish(path, "model.vocab_size=3")
+    before = load_file(tmp_path / "hf" / "model.safetensors")
+    reader, after = weights_of(tmp_path / "run")
+    assert after.keys() == before.keys()
+    for name, weight in after.items():
+        expected = drawn(reader, name, weight) if name.startswith("classifier.") else before[name]
+        assert torch.equal(weight, expected), name
 
 
 def test_another_head_is_refused_unless_asked_for(
