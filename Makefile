@@ -3,7 +3,7 @@
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test lint docs acceptance soak clean example-finetune example-fill example-images example-translate
+.PHONY: help setup demo test lint docs acceptance soak clean example-classify example-finetune example-fill example-images example-translate
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 20
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt tools/setup.sh
 
 demo: $(READY)  ## everything once, on real text: data, training, a kill, a resume, evaluation, a sample, a report
 	@$(BIN)/python tools/demo.py demo
+
+example-classify: $(READY)  ## which part of the kernel's documentation a passage is from, by few labels; see examples/classify/README.md
+	@$(BIN)/python -m examples.classify.classify build/example-classify
 
 example-finetune: $(READY)  ## LoRA on a small chat model, before and after; see examples/finetune/README.md
 	@$(BIN)/python -m examples.finetune.finetune build/example-finetune

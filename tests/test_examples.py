@@ -116,6 +116,29 @@ def test_translation_is_scored_in_two_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.acceptance
+@pytest.mark.timeout(1200)
+def test_passages_are_classified_after_two_steps(tmp_path: Path) -> None:
+    done = run_short("classify", tmp_path / "work", 2)
+    if done.returncode and "Debian's package linux-doc" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (-?[\d.]+) \| -?[\d.]+ to -?[\d.]+ \|$", done.stdout, re.MULTILINE)
+    models = ("bag of words", "scratch", "pretrained", "pretrained - scratch")
+    assert [(number, name) for number, name, _ in rows] == [
+        (number, name) for number in ("100", "1000", "10000") for name in models
+    ]
+    bags = [float(accuracy) for _, name, accuracy in rows if name == "bag of words"]
+    assert 0.1 < bags[0] < bags[1] < bags[2]
+    parts = {name: (tmp_path / "work" / f"{name}.jsonl").read_text() for name in ("test", "10000")}
+    files = {name: {json.loads(line)["file"] for line in text.splitlines()} for name, text in parts.items()}
+    assert files["test"]
+    assert not files["test"] & files["10000"]
+    known = (tmp_path / "work" / "kernel.jsonl").read_text()
+    assert not [line for line in parts["test"].splitlines() if json.dumps(json.loads(line)["text"])[1:-1] in known]
+
+
+@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(1800)
 def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
     done = run_short("finetune", tmp_path / "work", 2)

@@ -7,8 +7,6 @@ transformers, each from its exported folder alone. Beside them, a linear model o
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from examples.commands import enter, run
+from examples.commands import enter, run, unpack
 from megatrain.data.images import ImageDataset, open_images
 from megatrain.tasks.bootstrap import bootstrap, difference, mean
 
-PACKAGE, FILES = "dataset-fashion-mnist", Path("package/usr/share/datasets/fashion-mnist")
+PACKAGE, FILES = "dataset-fashion-mnist", Path("dataset-fashion-mnist/usr/share/datasets/fashion-mnist")
 NAMES = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot"
 STEPS = 9000
 LEAST_ACCURACY = 0.9
@@ -39,18 +37,6 @@ schedule: {type: cosine, min_lr_ratio: 0.0}
 observe: {log_every_steps: 100, tensorboard: false}
 """
 MODELS = {"plain": (), "augmented": ("flip_prob=0.5", "mixup_alpha=0.2")}
-
-
-def fetch() -> None:
-    """The IDX files of Debian's package, which is downloaded and unpacked, not installed."""
-    if missing := [command for command in ("apt-get", "dpkg") if shutil.which(command) is None]:
-        sys.exit(f"Fashion-MNIST comes as Debian's package {PACKAGE}, and there is no {missing[0]} here.")
-    fetched = subprocess.run(["apt-get", "download", PACKAGE], capture_output=True, text=True)
-    if fetched.returncode:
-        last = (fetched.stderr.strip().splitlines() or ["apt-get gives no reason"])[-1]
-        sys.exit(f"Debian's package {PACKAGE} cannot be had ({last}): `apt-get update` makes its name known.")
-    (package,) = Path().glob(f"{PACKAGE}_*.deb")
-    subprocess.run(["dpkg", "-x", str(package), "package"], check=True)
 
 
 def pixels_of(images: ImageDataset) -> NDArray[np.uint8]:
@@ -95,7 +81,7 @@ def exported_answers(folder: str, test: ImageDataset) -> NDArray[np.int64]:
 def main(folder: Path, steps: int) -> None:
     began = time.time()
     enter(folder)
-    fetch()
+    unpack(PACKAGE)
     Path("names.txt").write_text("\n".join(NAMES.split()) + "\n")
     for name, files in (("train", "train"), ("test", "t10k")):
         path = str(FILES / f"{files}-images-idx3-ubyte.gz")

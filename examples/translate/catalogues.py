@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import polib
-import pyarrow as pa
 
-from examples.commands import run
+from examples.commands import near_duplicates
 
 PACKAGES = (
     "Trac-1.6",
@@ -34,7 +32,6 @@ PACKAGES = (
 )
 CATALOGUE = re.compile(r"(?:^|/)fr(?:_FR)?(?:/LC_MESSAGES/[^/]+)?\.(?:po|mo)$")
 LONGEST = 200  # characters of a side
-ALIKE = ("--method", "minhash", "--ngram", "1", "--threshold", "0.7", "--num-permutations", "128")
 
 
 class Message(NamedTuple):
@@ -111,17 +108,3 @@ def near_copies(texts: Sequence[str], held_out: Sequence[str]) -> int:
     ]
     pairs = near_duplicates("checked", named)
     return sum(one.startswith("held") != other.startswith("held") for one, other in pairs)
-
-
-def near_duplicates(name: str, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Of each of the named ``texts`` that `megatrain-data dedup` drops, its name and that of the one kept instead."""
-    write_lines(Path(f"{name}.jsonl"), [{"id": each, "text": text} for each, text in texts])
-    run("megatrain-data", "dedup", f"{name}.jsonl", "--id-key", "id", *ALIKE, "--out", name)
-    for path in sorted(Path(name, ".report").glob("dropped-*.arrow")):
-        dropped = pa.ipc.open_file(path).read_all()
-        yield from zip(dropped["id"].to_pylist(), dropped["kept_id"].to_pylist(), strict=True)
-
-
-def write_lines(path: Path, rows: Iterable[object]) -> None:
-    """As JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

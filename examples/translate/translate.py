@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import megatrain
-from examples.commands import enter, run
-from examples.translate.catalogues import PACKAGES, Message, clusters, messages, near_copies, write_lines
+from examples.commands import enter, run, write_lines
+from examples.translate.catalogues import PACKAGES, Message, clusters, messages, near_copies
 from megatrain.config.tasks import TextScore
 from megatrain.tasks.bootstrap import bootstrap
 from megatrain.tasks.text_scores import text_score
