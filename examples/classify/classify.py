@@ -30,7 +30,7 @@ from megatrain.tasks.bootstrap import Figure, bootstrap, difference, mean
 PACKAGE = "linux-doc"  # depends on the documentation of Debian's kernel
 NUM_PARTS = 24
 MOST_OF_A_PART = {"train": 600, "test": 80}  # passages
-STEPS_OF_PRETRAINING = 1500
+STEPS_OF_PRETRAINING = 4000
 STEPS = {100: 150, 1_000: 300, 10_000: 600}  # by labels
 SEQ_LEN = 128
 CONFIG = """
