@@ -208,10 +208,11 @@ class Held:
             self._take()
             return step(*args, **kwargs)
 
-        hooks = [
-            module.register_forward_pre_hook(lambda *_: self._take_between_passes(), prepend=True)
-            for module in self._modules
-        ]
+        def take_before_pass(_: Any, arguments: tuple[Any, ...]) -> None:
+            if not (isinstance(arguments[0], int) and arguments[0] < 0):  # DeepSpeed's weights that are apart: no pass
+                self._take_between_passes()
+
+        hooks = [module.register_forward_pre_hook(take_before_pass, prepend=True) for module in self._modules]
         kept: list[_Saved] = []
 
         def keep_context(_: Any, arguments: tuple[Any, ...]) -> None:
