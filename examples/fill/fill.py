@@ -85,11 +85,12 @@ def gap_of(text: str) -> dict[str, str] | None:
 
 
 def write_data(num_asked: int) -> None:
-    """Each tenth file is held out, by a hash of its name."""
+    """Each tenth file is held out, by a hash of its name; what is a line of a training function is not asked for."""
     found = list(functions())
     held_out = [each for each in found if number_of(each.file) % 10 == 0]
     training = [each for each in found if number_of(each.file) % 10]
-    gaps = [gap for each in held_out if (gap := gap_of(each.text))]
+    known = {line.strip() for each in training for line in each.text.splitlines()}
+    gaps = [gap for each in held_out if (gap := gap_of(each.text)) and gap["answer"].strip() not in known]
     for name, rows in (("train", [{"text": each.text} for each in training]), ("held-out", gaps[:num_asked])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = [
