@@ -226,6 +226,8 @@ def theirs_of(twin: Twin, sources: list[list[int]], num_new: int, **settings: An
     mask = torch.tensor([[1] * len(source) + [0] * (longest - len(source)) for source in sources])
     if isinstance(twin, MarianMTModel):
         settings |= {"bad_words_ids": [[START]], "renormalize_logits": True}
+        # transformers 5.5 counts the beams' vocabulary by vocab_size, which is the source's.
+        twin.config.vocab_size = twin.config.decoder_vocab_size
     return twin.generate(input_ids=ids, attention_mask=mask, max_new_tokens=num_new, do_sample=False, **settings)
 
 
