@@ -127,7 +127,8 @@ def from_transformers(theirs: Mapping[str, Any], path: Path) -> ModelConfig:
         if theirs.get(key, needed) != needed:
             raise CheckpointError(f"{path}: {key} is {theirs[key]!r}; only {needed!r} can be imported.")
     aliased = {known.names[alias]: theirs[alias] for alias in known.aliases if alias in theirs}
-    given = {**_ABSENT, **known.absent, **known.implied(theirs), **theirs, **aliased}
+    given = {**_ABSENT, **known.absent, **theirs, **aliased}
+    given = {**family.implied(given), **given}
     if known.labels_key:
         given |= {known.labels_key: len(label_names(theirs)), "tie_word_embeddings": False}
     missing = [key for key in known.names.values() if key not in given]

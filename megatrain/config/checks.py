@@ -93,6 +93,15 @@ def model(config: schema.ModelConfig) -> list[Problem]:
     return problems + relative_bias(config) + _of_other_families(config)
 
 
+def with_defaults_of_family(given: Any) -> Any:
+    """The model as given, with what its family takes for keys that are left out."""
+    family = FAMILIES.get(str(given.get("family"))) if isinstance(given, Mapping) else None
+    if family is None:
+        return given
+    given = {**family.defaults, **given}
+    return {**family.implied(given), **given}
+
+
 def relative_bias(config: schema.ModelConfig) -> list[Problem]:
     """Half of the ranges of distances are of one distance each, in both directions of an encoder."""
     table = config.description.block.attention.relative_bias

@@ -177,7 +177,8 @@ class SharedModelKeys(Section, check=checks.model):
     )
     tie_word_embeddings: bool = Field(
         default=True,
-        description="The output head shares the token embedding's weight, but for a classifier's.",
+        description="The output head shares the token embedding's weight, but for a classifier's. Left out, it is "
+        "false in family t5, as in T5 v1.1.",
     )
     attention: Literal["auto", "flash3", "cudnn", "flash", "math"] = Field(
         default="auto",
@@ -199,6 +200,11 @@ class SharedModelKeys(Section, check=checks.model):
         description="Scale of the projections that write to the residual stream: gpt2: 1/sqrt(2 x layers); "
         "normal: 1; depth: 1/sqrt(2 x (layer + 1)).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_left_out_are_the_familys(cls, given: Any) -> Any:
+        return checks.with_defaults_of_family(given)
 
     @property
     def ffn_size(self) -> int:

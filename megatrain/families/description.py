@@ -467,9 +467,8 @@ class HuggingFace:
     of vectors that are matrices of one row there. ``unread``: patterns of names of tensors that its folders may have
     and the model does not. ``labels_key``: the model's key that has how many labels a classifier has, whose names
     config.json has under ``id2label``. ``copies``: further keys of theirs that have the value of one of ours.
-    ``implied``: what transformers takes for keys that are left out where that depends on others. ``constants``: what
-    else is written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not ours, or None.
-    ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
+    ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not
+    ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
     """
 
     architecture: str
@@ -482,7 +481,6 @@ class HuggingFace:
     unread: tuple[str, ...] = ()
     labels_key: str | None = None
     copies: Mapping[str, str] = field(default_factory=dict)
-    implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda theirs: {}
     constants: Mapping[str, Any] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda theirs: None
     warnings: Callable[[Mapping[str, Any]], list[str]] = lambda theirs: []
@@ -499,8 +497,9 @@ class Family:
     ``encoder``: what reads the source, where the decoder attends to one. ``classifier``: the same with a head that
     classifies, which a model has where ``num_labels`` is given. ``initial_deviation``: of the initial values
     of the matrix of a module's name, for the model's sizes; None: as initializer_range and init_scheme say.
-    ``variant``: the description for a model, where its own keys choose among several. ``never_writes_start``: the
-    decoder's first input, padding, is never its output.
+    ``variant``: the description for a model, where its own keys choose among several. ``defaults``: keys of the model
+    that have another default in this family. ``implied``: the defaults of those that follow from others, and have one
+    name in transformers and here. ``never_writes_start``: the decoder's first input, padding, is never its output.
     """
 
     summary: str
@@ -518,6 +517,8 @@ class Family:
     classifier: Family | None = None
     initial_deviation: Callable[[str, Mapping[Width, int]], float] | None = None
     variant: Callable[[Any], Family] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda keys: {}
     never_writes_start: bool = False
 
     def of(self, model: Any) -> Family:

@@ -71,9 +71,9 @@ def _refuse(theirs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _implied(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _implied(keys: Mapping[str, Any]) -> Mapping[str, Any]:
     """T5 v1.0 scaled what its tied head is applied to, and v1.1 told by the head of its own that it does not."""
-    return {"scale_decoder_outputs": theirs.get("tie_word_embeddings") is not False}
+    return {"scale_decoder_outputs": keys["tie_word_embeddings"] is not False}
 
 
 _EMBEDDING = Embedding("shared", "vocab")
@@ -105,6 +105,8 @@ FAMILY = Family(
     head=Linear("lm_head", "hidden", ("vocab",)),
     objectives=("span_corruption", "sequence_to_sequence"),
     initial_deviation=_deviation,
+    defaults={"tie_word_embeddings": False},
+    implied=_implied,
     own_keys={
         "num_decoder_layers": (
             int | None,
@@ -140,8 +142,8 @@ FAMILY = Family(
             bool,
             Field(
                 default=False,
-                description="t5: what the head is applied to is divided by the square root of hidden_size, as in T5 "
-                "v1.0, whose head is the embedding.",
+                description="t5: what the head is applied to is divided by the square root of hidden_size. Left out, "
+                "it is where the head is the embedding (tie_word_embeddings), as in T5 v1.0 and in transformers.",
             ),
         ),
     },
@@ -177,7 +179,6 @@ FAMILY = Family(
             "dropout_rate": 0.1,
             "tie_word_embeddings": True,
         },
-        implied=_implied,
         constants={"is_encoder_decoder": True},
         refuse=_refuse,
     ),

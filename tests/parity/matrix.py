@@ -42,7 +42,6 @@ FURTHER_MODELS: dict[str, dict[str, Any]] = {
         "family": "t5",
         "num_key_value_heads": None,
         "tie_word_embeddings": True,
-        "scale_decoder_outputs": True,
     },
     "marian": {
         "family": "marian",

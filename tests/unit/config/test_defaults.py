@@ -102,6 +102,21 @@ def test_the_mlp_has_the_familys_or_given_width(family, hidden_size, intermediat
     assert model.ffn_size == ffn_size
 
 
+@pytest.mark.parametrize(
+    ("given", "tied", "scaled"),
+    [
+        ({}, False, False),
+        ({"tie_word_embeddings": True}, True, True),
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, True, False),
+    ],
+    ids=str,
+)
+def test_the_head_of_a_t5_is_v1_1s(given, tied, scaled):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = ModelConfig(family="t5", **sizes, **given)
+    assert (model.tie_word_embeddings, model.scale_decoder_outputs) == (tied, scaled)
+
+
 def test_heads_left_out_follow_the_model(loaded):
     model = loaded().model
     assert (model.kv_heads, model.head_size) == (4, 16)

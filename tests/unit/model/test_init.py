@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_samples import SIZES
+from model_samples import SIZES, random_batch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,8 +20,10 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 from megatrain.config.schema import ModelConfig
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice, shard_views
 from megatrain.distributed.rng import stream_key
+from megatrain.families import FAMILIES
 from megatrain.model.decoder import Decoder
-from megatrain.model.init import InitialWeights, _quantiles, normal, standard_deviation
+from megatrain.model.encoder_decoder import whole_model
+from megatrain.model.init import InitialWeights, _quantiles, init_model, normal, standard_deviation
 from megatrain.plan.flops import parameter_shapes
 
 CONFIG = ModelConfig(**SIZES)
@@ -166,6 +168,31 @@ def test_encoders_start_as_in_transformers(family: str, tmp_path: Path) -> None:
             assert torch.equal(ours, twin), name
         else:
             assert float(ours.std()) == pytest.approx(float(twin.std()), rel=8 / twin.numel() ** 0.5), name
+
+
+UNTIED = {"tie_word_embeddings": False}
+NEW_MODELS: list[dict[str, Any]] = [
+    *({"family": family} for family in FAMILIES),
+    *({"family": family, **UNTIED} for family, each in FAMILIES.items() if each.can_tie_head and family != "marian"),
+    {"family": "marian", "share_encoder_decoder_embeddings": False, **UNTIED},
+    {"family": "marian", "scale_embedding": True, "activation_function": "relu"},
+    {"family": "bert", "num_labels": 90},
+]
+
+
+@pytest.mark.parametrize("keys", NEW_MODELS, ids=str)
+def test_a_new_model_begins_with_guessing(keys: dict[str, Any]) -> None:
+    """With the defaults of its family: the logits' variance, half of which is the loss beyond, is small."""
+    config = ModelConfig(**{**SIZES, "hidden_size": 256, "vocab_size": 1000, **keys})
+    model, batch = whole_model(config), random_batch(2, config.num_places or 40, config.num_answers)
+    init_model(model, config, seed=1)
+    if config.description.reads_images:
+        batch = batch._replace(pixels_BCHW=torch.rand(2, 3, 224, 224))
+    if config.description.encoder is not None:
+        batch = batch._replace(source_tokens_BS=batch.tokens_BT.flip(1))
+    with torch.no_grad():
+        loss = float(model(batch)) / batch.targets_BM.numel()
+    assert loss == pytest.approx(math.log(config.num_answers), rel=0.15)
 
 
 class _Devices(TorchDispatchMode):
