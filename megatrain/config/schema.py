@@ -198,7 +198,7 @@ class SharedModelKeys(Section, check=checks.model):
     init_scheme: Literal["gpt2", "normal", "depth"] = Field(
         default="gpt2",
         description="Scale of the projections that write to the residual stream: gpt2: 1/sqrt(2 x layers); "
-        "normal: 1; depth: 1/sqrt(2 x (layer + 1)).",
+        "normal: 1; depth: 1/sqrt(2 x (layer + 1)). transformers draws family gpt2 as gpt2, the others as normal.",
     )
 
     @model_validator(mode="before")

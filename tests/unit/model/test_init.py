@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from model_samples import SIZES, random_batch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
+from transformers import AutoConfig
 
+from megatrain.checkpoint.transformers_config import to_transformers
 from megatrain.config.schema import ModelConfig
 from megatrain.distributed.fragment import FlatShard, ShardSpec, TensorSlice, shard_views
 from megatrain.distributed.rng import stream_key
@@ -139,35 +140,37 @@ def test_norms_biases_and_matrices_start_as_specified(family: str) -> None:
             assert parameter.std().item() == pytest.approx(standard_deviation(name, config), rel=0.05), name
 
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-TWINS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "bert": (
-        lambda: BertForMaskedLM(BertConfig(**SMALL, vocab_size=300, max_position_embeddings=64)),
-        {"vocab_size": 300, "max_position_embeddings": 64},
-    ),
-    "vit": (
-        lambda: ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=4, num_labels=40)),
-        {"vocab_size": 40, "image_size": 32, "patch_size": 4, "tie_word_embeddings": False},
-    ),
+SMALL: dict[str, Any] = {**SIZES, "intermediate_size": 96, "num_hidden_layers": 3}
+NORMAL = {"init_scheme": "normal"}
+OWN: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "t5": {  # whose head of its own is drawn otherwise there: its logits have a variance of hidden_size
+        "tie_word_embeddings": True,
+        "head_dim": 12,  # 4 heads: not as wide as the stream
+        "relative_attention_num_buckets": 256,
+        "relative_attention_max_distance": 512,
+    },
+    "vit": {**NORMAL, "image_size": 32, "patch_size": 4},
 }
 
 
-@pytest.mark.parametrize("family", TWINS)
-def test_encoders_start_as_in_transformers(family: str, tmp_path: Path) -> None:
-    """With init_scheme normal: each matrix as wide; biases and norms alike. T5: test_encoder_decoder.py."""
-    make, sizes = TWINS[family]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_model_is_drawn_as_in_transformers(family: str, tmp_path: Path) -> None:
+    """By init_scheme normal, a gpt2 by gpt2: each matrix as wide; biases and norms alike."""
+    config = ModelConfig(**{**SMALL, **OWN.get(family, NORMAL)}, family=family)
+    known = config.description.hugging_face
+    theirs = to_transformers(config, "float32") | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
-    make().save_pretrained(tmp_path)
-    theirs = load_file(tmp_path / "model.safetensors")
-    config = ModelConfig(**SMALL, **sizes, family=family, init_scheme="normal")  # type: ignore[arg-type]
-    renamed = config.description.hugging_face.parameters
-    for name in parameter_shapes(config):
-        twin = theirs[renamed.get(name, name)]
-        ours = held(ShardSpec.whole(name, twin.shape), config=config)
-        if twin.dim() == 1:
-            assert torch.equal(ours, twin), name
+    twin = getattr(transformers, known.architecture)(AutoConfig.for_model(**theirs))
+    twin.save_pretrained(tmp_path)
+    drawn = load_file(tmp_path / "model.safetensors")
+    for name, shape in parameter_shapes(config).items():
+        theirs_name = known.one_row.get(name, known.parameters.get(name, name))
+        ours, expected = held(ShardSpec.whole(name, shape), config=config), drawn[theirs_name]
+        if len(shape) == 1:
+            assert torch.equal(ours, expected.flatten()), name
         else:
-            assert float(ours.std()) == pytest.approx(float(twin.std()), rel=8 / twin.numel() ** 0.5), name
+            assert float(ours.std()) == pytest.approx(float(expected.std()), rel=8 / expected.numel() ** 0.5), name
 
 
 UNTIED = {"tie_word_embeddings": False}
