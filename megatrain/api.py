@@ -39,7 +39,7 @@ from megatrain.inference.loading import empty_decoder, load_decoder
 from megatrain.inference.writer import TextSettings, Writer, encode_prompt
 from megatrain.model.beams import BeamSearch, beam_search
 from megatrain.model.encoder_decoder import EncoderDecoder, WholeModel
-from megatrain.model.generate import Limits, Sampling, generate
+from megatrain.model.generate import Limits, Sampling, generate, require_generative
 from megatrain.model.init import init_model
 from megatrain.observe.callbacks import Callback
 from megatrain.observe.goodput import Goodput
@@ -67,8 +67,8 @@ class Model:
     _assets: Assets = field(default_factory=Assets, repr=False)
 
     def logits(self, ids: TokenIds) -> Tensor:
-        """Logits [T, V] of token ids [T], or [B, T, V] of [B, T]: fp32, on the model's device. Of a classifier of
-        images, [B, V] of their normalised pixels [B, C, H, W].
+        """Logits [T, V] of token ids [T], or [B, T, V] of [B, T]: fp32, on the model's device. Of a classifier those of
+        labels, [V] or [B, V]; one of images takes their normalised pixels [B, C, H, W].
 
         Raises ConfigError for ids out of range, for more tokens than the model has positions, and for other shapes.
         """
@@ -95,7 +95,8 @@ class Model:
         with torch.inference_mode():
             context = self.module.make_context(positions_BT, None, None, self.module.dtype)
             logits_BTV = self.module.logits(tokens_BT, context).float()
-        return logits_BTV if tokens.dim() == 2 else logits_BTV[0]
+        logits = logits_BTV[:, 0] if self.config.description.classifies else logits_BTV
+        return logits if tokens.dim() == 2 else logits[0]
 
     def _image_logits(self, images: Any) -> Tensor:
         assert not isinstance(self.module, EncoderDecoder), "which reads no images"
@@ -134,6 +135,7 @@ class Model:
         several, or where the context is full. A prompt of several gets what it would get by itself. Characters that the
         tokenizer does not know give a UserWarning. Raises ConfigError.
         """
+        require_generative(self.config)
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         beams = BeamSearch(num_beams, length_penalty, early_stopping) if num_beams > 1 else None
         stops = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -19,6 +19,7 @@ from megatrain.config.renamed import RENAMED, both_given, with_new_names
 from megatrain.config.scalar import scalar
 from megatrain.config.schema import FROM_CHECKPOINT, RunConfig, in_home
 from megatrain.errors import ConfigError
+from megatrain.families import FAMILIES
 
 COMMAND_LINE = "the command line"
 _LENGTHS = ("steps", "epochs")  # a run has one of them
@@ -114,13 +115,20 @@ def _with_one_length(tree: dict[str, Any], given: Mapping[str, str]) -> dict[str
 
 
 def _with_saved_model(tree: dict[str, Any], saved_model: SavedModel) -> dict[str, Any]:
-    """The tree with a saved model's keys where it says `model: from_checkpoint`, if there is such a model."""
+    """The tree with a saved model's keys where it says `model: from_checkpoint`, if there is such a model.
+
+    A new head has as many labels as the data: of a family that always classifies, theirs are not taken.
+    """
     if tree.get("model") != FROM_CHECKPOINT:
         return tree
     values = (_value(tree, *key) for key in (("run", "dir"), ("checkpoint", "dir"), ("run", "init_from")))
     run_dir, checkpoint_dir, init_from = (in_home(v) if isinstance(v, str) and v else None for v in values)
     model = saved_model(run_dir, checkpoint_dir, init_from)
-    return tree if model is None else {**tree, "model": dict(model)}
+    if model is None:
+        return tree
+    labels_key = FAMILIES[model["family"]].hugging_face.labels_key
+    of_new_head = {labels_key: None} if labels_key and _value(tree, "run", "new_head") is True else {}
+    return {**tree, "model": {**model, **of_new_head}}
 
 
 def _value(tree: dict[str, Any], section: str, key: str) -> object:

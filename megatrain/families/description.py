@@ -547,6 +547,11 @@ class Family:
         return any(embedding.rows == "places" for embedding in self.embeddings)
 
     @property
+    def classifies(self) -> bool:
+        """Whether its head chooses among labels, not tokens."""
+        return self.hugging_face.labels_key is not None
+
+    @property
     def can_tie_head(self) -> bool:
         """Whether the head's matrix may be that of the token embedding: both have a row for each token id."""
         return self.head.outputs == (self.embeddings[0].rows,)

@@ -228,7 +228,7 @@ def exported_files(assets: Assets, model: ModelConfig, dtype: str, mask_token: s
         changed[CONFIG] = {**to_transformers(model, dtype), **nothing_known, **ids}
     else:
         changed[CONFIG] = laid_over(theirs, model, dtype)
-    if model.description.hugging_face.labels_key and assets.label_names:
+    if model.description.classifies and assets.label_names:
         changed[CONFIG] |= labels_by_id(assets.label_names)
     if theirs is None and GENERATION not in files and not reads_images:
         changed[GENERATION] = {**ids, **generation}

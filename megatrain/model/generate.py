@@ -40,10 +40,11 @@ class LanguageModel(Protocol):
 
 
 def require_generative(config: ModelConfig) -> None:
-    """Raise ConfigError for a model that reads texts from both sides, and so writes none."""
+    """Raise ConfigError for a model that reads images, or texts from both sides, and so writes none."""
     if not config.description.can_generate:
+        reads = "images" if config.description.reads_images else "a text from both sides"
         raise ConfigError(
-            f"A {config.family} reads a text from both sides, and cannot generate or answer tasks: `megatrain eval "
+            f"A {config.family} reads {reads}, and cannot generate or answer tasks: `megatrain eval "
             "--data` evaluates it."
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,10 +40,8 @@ def _of_step(line: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _of_validation(line: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    loss = line["validation_loss"]
-    yield "validation/loss", loss
-    if isinstance(loss, int | float):
-        yield "validation/perplexity", math.exp(min(loss, 700.0))
+    yield "validation/loss", line["validation_loss"]
+    yield "validation/perplexity", line.get("perplexity")
     for name, of_set in _mapping(line, "validation_losses"):
         yield f"validation_loss/{name}", of_set
 

@@ -1,9 +1,9 @@
 """The figures of a step, and the file they are kept in: RUN/metrics.jsonl, one JSON object a line.
 
-Four kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``validation_loss``, and by dataset
-``validation_losses``), of train.tasks (``step``, ``tasks``: name, metric, value and standard error), and of an event
-(``event``, ``step``). Every line also has ``time``, in seconds since 1970. A
-figure that is not finite is null.
+Four kinds of lines: of a step (``StepMetrics``), of a validation (``step``, ``validation_loss``, by dataset
+``validation_losses``, and of tokens ``perplexity``), of train.tasks (``step``, ``tasks``: name, metric, value and
+standard error), and of an event (``event``, ``step``). Every line also has ``time``, in seconds since 1970. A figure
+that is not finite is null.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ABOVE_FIRST = 1.02
 _KINDS: Mapping[type | UnionType, str] = {
     int
     | float: "time tokens loss grad_norm lr step_seconds tokens_per_second mfu skipped memory_bytes validation_loss "
-    "num_steps",
+    "perplexity num_steps",
     dict: "parts ranks goodput validation_losses tasks",
     str: "event message",
 }
@@ -138,10 +138,18 @@ class MetricsWriter:
         self.trend.add(metrics.loss)
         self._append(metrics.line())
 
-    def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        seconds: float,
+        each: Mapping[str, float] | None = None,
+        perplexity: float | None = None,
+    ) -> None:
         """Append the line of a validation after ``step`` steps that took ``seconds``; ``each``: losses by dataset."""
-        by_dataset = {"validation_losses": {**each}} if each else {}
-        self._append({"step": step, "validation_loss": loss, **by_dataset, "seconds": seconds})
+        further: dict[str, Any] = {"validation_losses": {**each}} if each else {}
+        further |= {} if perplexity is None else {"perplexity": perplexity}
+        self._append({"step": step, "validation_loss": loss, **further, "seconds": seconds})
 
     def tasks(self, step: int, figures: TaskFigures, seconds: float) -> None:
         """Append the figures of train.tasks after ``step`` steps, and the seconds they took."""

@@ -124,14 +124,22 @@ class Observers:
             self._files.do(tracker.report)
         self._notify(callback.on_step(metrics) for callback in self._callbacks)
 
-    def validation(self, step: int, loss: float, seconds: float, each: Mapping[str, float] | None = None) -> None:
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        seconds: float,
+        each: Mapping[str, float] | None = None,
+        perplexity: float | None = None,
+    ) -> None:
         """Record and show the validation loss after ``step`` steps, and the seconds it took.
 
-        ``each``: the loss of each dataset by its name; shown where there are several.
+        ``each``: the loss of each dataset by its name; shown where there are several. ``perplexity``: None: of labels
+        there is none.
         """
-        self._files.do(self._metrics.validation, step, loss, seconds, each)
+        self._files.do(self._metrics.validation, step, loss, seconds, each, perplexity)
         several = each if each and len(each) > 1 else {}
-        self._tell_tensorboard(lambda events: events.validation(step, loss, several))
+        self._tell_tensorboard(lambda events: events.validation(step, loss, several, perplexity))
         text = "".join(f" | {name} {of_set:.4f}" for name, of_set in several.items())
         self._console.line(f"step {step} | validation loss {loss:.4f}{text} ({format_duration(seconds)})")
         self._notify(callback.on_validation(step, loss, each or {}) for callback in self._callbacks)

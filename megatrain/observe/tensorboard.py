@@ -34,9 +34,11 @@ class TensorBoardWriter:
     def step(self, metrics: StepMetrics) -> None:
         self._scalars(metrics.step, figures_of(metrics.line()))
 
-    def validation(self, step: int, loss: float, each: Mapping[str, float] | None = None) -> None:
+    def validation(
+        self, step: int, loss: float, each: Mapping[str, float] | None = None, perplexity: float | None = None
+    ) -> None:
         """Write the validation loss after ``step`` steps, and by its name that of ``each`` dataset."""
-        self._scalars(step, figures_of({"validation_loss": loss, "validation_losses": each}))
+        self._scalars(step, figures_of({"validation_loss": loss, "validation_losses": each, "perplexity": perplexity}))
 
     def tasks(self, step: int, figures: TaskFigures) -> None:
         """Write the figures of train.tasks after ``step`` steps."""

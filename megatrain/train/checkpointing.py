@@ -328,7 +328,7 @@ def assets_of(run: Run) -> Assets:
     if (path := dataset.target_tokenizer_path) is not None:
         target = path.read_bytes(), Token(id=dataset.target_eod_id, token=dataset.manifest.eod_token)
     assets = run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat, target)
-    classifies = run.config.model.description.hugging_face.labels_key is not None
+    classifies = run.config.model.description.classifies
     return assets.with_labels(dataset.label_names) if classifies and dataset.label_names else assets
 
 

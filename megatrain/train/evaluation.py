@@ -59,7 +59,7 @@ def evaluate_checkpoint(
     dataset = open_for(data, images=saved.model.description.reads_images)
     if isinstance(dataset, Dataset):
         _check_tokenizer(dataset, reader)
-    if saved.model.description.hugging_face.labels_key:
+    if saved.model.description.classifies:
         _check_labels(dataset, reader)
     seq_len = seq_len or saved.data.seq_len
     if saved.model.num_places not in (None, seq_len):
@@ -73,7 +73,7 @@ def evaluate_checkpoint(
         )
     model, groups = load_on_rank(reader, rank, tensor)
     settings = saved.data.model_copy(update={"seq_len": seq_len})
-    classifies = saved.model.description.hugging_face.labels_key is not None
+    classifies = saved.model.description.classifies
     source = make_objective(_objective(reader, dataset), saved.model, settings, seed=0).evaluation_source(dataset)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else groups.batch_share

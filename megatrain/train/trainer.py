@@ -335,7 +335,9 @@ class Trainer:
         self.progress = self.progress.after_validation(self._validation_loss, rule.min_gain if rule else 0.0)
         if self._observers:
             losses = {name: total / counts[name] for name, total in zip(counts, sums, strict=True)}
-            self._observers.validation(step, self._validation_loss, time.perf_counter() - began, losses)
+            classifies, seconds = self._config.model.description.classifies, time.perf_counter() - began
+            perplexity = None if classifies else math.exp(min(self._validation_loss, 700.0))
+            self._observers.validation(step, self._validation_loss, seconds, losses, perplexity)
 
     def _evaluate_tasks(self, writer: Writer) -> None:
         """On all ranks. Raises what any of them raises, as for a log-likelihood that is no number."""

@@ -122,7 +122,7 @@ def test_an_imported_vit_gets_a_new_head(image_data: TinyData, one_rank: ServedR
     config |= {"model": "from_checkpoint", "schedule": {"warmup_steps": 0}}
     path = write_config(tmp_path / "run.yaml", config)
     assert one_rank.train(path, "model.vocab_size=3", "run.new_head=false").codes == [4]
-    one_rank.finish(path, "model.vocab_size=3")
+    one_rank.finish(path)
     before = load_file(tmp_path / "hf" / "model.safetensors")
     reader, after = weights_of(tmp_path / "run")
     assert after.keys() == before.keys()

@@ -18,11 +18,11 @@ def test_tensorboard_reads_every_figure(tmp_path, make_step):
     writer = TensorBoardWriter(tmp_path)
     for step in (1, 2):
         writer.step(make_step(step))
-    writer.validation(2, 3.5, {"code": 3.0, "prose": 4.0})
+    writer.validation(2, 3.5, {"code": 3.0, "prose": 4.0}, perplexity=33.0)
     read = scalars(tmp_path)
     assert [step for step, _ in read["train/loss"]] == [1, 2]
     assert read["train/loss"][1][1] == pytest.approx(8.98)
-    assert read["validation/loss"] == [(2, 3.5)]
+    assert (read["validation/loss"], read["validation/perplexity"]) == ([(2, 3.5)], [(2, 33.0)])
     assert (read["validation_loss/code"], read["validation_loss/prose"]) == ([(2, 3.0)], [(2, 4.0)])
     assert read.keys() >= {
         "train/grad_norm",
