@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +18,14 @@ from megatrain.config import MaskedLMConfig
 from megatrain.data.augmentation import Augmentation, Sentinels
 from megatrain.data.dataset import Dataset
 from megatrain.data.order import Samples
-from megatrain.data.packing import ALONE, PackingPlan, count_samples, make_plan, open_plan, store_plan
+from megatrain.data.packing import ALONE, count_samples, make_plan, open_plan, store_plan
 from megatrain.data.sample import Ints, Sample, Source
 from megatrain.data.transforms import generator_of
 from megatrain.data.words import Words
 from megatrain.errors import DataError
 from megatrain.objectives.objective import MOST_PACKED_DOCUMENTS, DataSettings
-
-NUM_MARKERS = 2
-"""Tokens around each piece of a document: the one that begins it and the one that ends it."""
+from megatrain.objectives.planned import PlannedSource
+from megatrain.objectives.rows import Row, filled
 
 
 class MaskedLM:
@@ -69,15 +67,6 @@ def _refuse_unsuited(dataset: Dataset) -> None:
         )
 
 
-class _Layout(NamedTuple):
-    """A sample before anything is hidden. ``is_text``: of each token, whether it is none that begins, ends or fills."""
-
-    tokens: Ints
-    positions: Ints
-    document_ids: NDArray[np.int32]
-    is_text: NDArray[np.bool_]
-
-
 @dataclass(frozen=True)
 class _Vocabulary:
     """``text_ids``: of tokens that text becomes, which are those that can be asked, and put in another's place.
@@ -100,15 +89,13 @@ class _Vocabulary:
 
 
 @dataclass(frozen=True)
-class MaskedSource:
+class MaskedSource(PlannedSource):
     """A dataset packed into samples of ``plan.seq_len`` tokens, of which some are hidden, chosen by ``seed`` and place.
 
     Each sample has ``num_slots`` targets, so that devices need not count them; those that its documents do not fill are
     not scored.
     """
 
-    dataset: Dataset
-    plan: PackingPlan
     config: MaskedLMConfig
     seed: int
 
@@ -116,18 +103,6 @@ class MaskedSource:
         if self.num_samples < 1:
             raise DataError(f"{self.dataset.path} has no text to hide tokens of: tokenize text.")
         self._vocabulary  # noqa: B018 (what is wrong with the tokenizer is told before the first step)
-
-    @property
-    def seq_len(self) -> int:
-        return self.plan.seq_len
-
-    @property
-    def num_samples(self) -> int:
-        return self.plan.num_samples
-
-    @property
-    def all_scored(self) -> bool:
-        return False
 
     @property
     def num_slots(self) -> int:
@@ -139,7 +114,7 @@ class MaskedSource:
         unknown = self.dataset.manifest.unknown
         if self.config.whole_word_mask or unknown is None or unknown.tokens:
             places = zip(samples.index.tolist(), samples.number.tolist(), strict=True)
-            return sum(len(self._chosen(self._layout(index), number)) for index, number in places)
+            return sum(len(self._chosen(self._row(index), number)) for index, number in places)
         return int(self._num_chosen(self.plan.num_targets(samples.index)).sum())
 
     def num_bytes(self) -> int:
@@ -147,47 +122,34 @@ class MaskedSource:
         return 0
 
     def sample(self, index: int, epoch: int, number: int) -> Sample:
-        layout = self._layout(index)
-        chosen = self._chosen(layout, number)
+        row = self._row(index)
+        chosen = self._chosen(row, number)
         slots = np.zeros((2, self.num_slots), dtype=np.int64)
-        slots[:, : len(chosen)] = chosen, layout.tokens[chosen]
+        slots[:, : len(chosen)] = chosen, row.tokens[chosen]
         return Sample(
-            tokens_T=self._hidden(layout.tokens, chosen, number),
+            tokens_T=self._hidden(row.tokens, chosen, number),
             targets_M=slots[1],
             loss_mask_M=np.arange(self.num_slots) < len(chosen),
-            positions_T=layout.positions,
-            document_ids_T=layout.document_ids,
+            positions_T=row.positions,
+            document_ids_T=row.document_ids,
             target_places_M=slots[0],
         )
 
-    def _layout(self, index: int) -> _Layout:
-        """Its free space is a document of its own."""
-        dataset, length = self.dataset, self.seq_len
-        tokens = np.full(length, dataset.eod_id, dtype=np.int64)
-        positions, document_ids = np.arange(length), np.empty(length, dtype=np.int32)
-        is_text = np.zeros(length, dtype=np.bool_)
-        at = number = 0
-        for number, (start, count) in enumerate(self.plan.chunks(index)):
-            end = at + count + NUM_MARKERS
-            assert dataset.bos_id is not None
-            tokens[at], tokens[at + 1 : end - 1] = dataset.bos_id, dataset.window(start, count)
-            is_text[at + 1 : end - 1] = True
-            positions[at:end] -= at
-            document_ids[at:end] = number
-            at = end
-        positions[at:] -= at
-        document_ids[at:] = number + 1
-        return _Layout(tokens, positions, document_ids, is_text)
+    def _row(self, index: int) -> Row:
+        bos, eod = [self.dataset.bos_id], [self.dataset.eod_id]
+        pieces = (self.dataset.window(start, count) for start, count in self.plan.chunks(index))
+        return filled([np.concatenate([bos, piece, eod]) for piece in pieces], self.seq_len, self.dataset.eod_id)
 
-    def _chosen(self, layout: _Layout, number: int) -> Ints:
+    def _chosen(self, row: Row, number: int) -> Ints:
         """The tokens that are asked, by their place in the sample, in order."""
         random = self._random("chosen", number)
-        candidates = np.flatnonzero(layout.is_text & self._vocabulary.is_text[layout.tokens])
-        count = min(int(self._num_chosen(layout.is_text.sum())), len(candidates))
+        is_text = ~row.is_filling & (row.positions > 0) & (np.roll(row.positions, -1) > 0)  # no bos, no eod
+        candidates = np.flatnonzero(is_text & self._vocabulary.is_text[row.tokens])
+        count = min(int(self._num_chosen(is_text.sum())), len(candidates))
         if not self.config.whole_word_mask:
             return np.sort(random.permutation(candidates)[:count])
         is_begin = np.ones(len(candidates), dtype=np.bool_)
-        is_begin[1:] = (np.diff(candidates) > 1) | ~self._vocabulary.words.continues(layout.tokens[candidates])
+        is_begin[1:] = (np.diff(candidates) > 1) | ~self._vocabulary.words.continues(row.tokens[candidates])
         word, lengths = np.cumsum(is_begin) - 1, np.diff(np.flatnonzero(np.append(is_begin, True)))
         is_chosen: NDArray[np.bool_] = np.zeros(len(lengths), dtype=np.bool_)
         for each in random.permutation(len(lengths)).tolist():

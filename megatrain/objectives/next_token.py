@@ -20,6 +20,7 @@ from megatrain.data.packing import PackingPlan, count_samples, make_plan, open_p
 from megatrain.data.sample import Ints, Sample, Source
 from megatrain.errors import DataError
 from megatrain.objectives.objective import MOST_PACKED_DOCUMENTS, DataSettings
+from megatrain.objectives.planned import PlannedSource
 
 
 class NextToken:
@@ -43,8 +44,7 @@ class NextToken:
         data = self._data
         if data.packing == "concat":
             return ConcatSource(dataset, data.seq_len, data.document_mask, data.scores_after_eod, augmentation)
-        plan = open_plan(dataset, data.seq_len, folder)
-        return PackedSource(dataset, plan, data.seq_len, data.document_mask, augmentation)
+        return PackedSource(dataset, open_plan(dataset, data.seq_len, folder), data.document_mask, augmentation)
 
     def evaluation_source(self, dataset: Dataset) -> Source:
         """Concat samples whatever the packing, in which every token counts.
@@ -53,7 +53,7 @@ class NextToken:
         """
         data = self._data
         if dataset.has_scored:
-            return PackedSource(dataset, make_plan(dataset, data.seq_len), data.seq_len, document_mask=True)
+            return PackedSource(dataset, make_plan(dataset, data.seq_len), document_mask=True)
         return ConcatSource(dataset, data.seq_len, data.document_mask, data.scores_after_eod)
 
 
@@ -155,16 +155,13 @@ class ConcatSource:
 
 
 @dataclass(frozen=True)
-class PackedSource:
-    """A dataset packed into samples by a plan for ``seq_len``: a source of samples, as ConcatSource is.
+class PackedSource(PlannedSource):
+    """Documents packed into samples by a plan.
 
     What a sample's chunks leave free is filled with end-of-document tokens, behind them: not scored, seen by none of
     them, and with ``document_mask`` a document of its own.
     """
 
-    dataset: Dataset
-    plan: PackingPlan
-    seq_len: int
     document_mask: bool = False
     augmentation: Augmentation | None = None
 
@@ -173,18 +170,6 @@ class PackedSource:
             raise DataError(
                 f"{self.dataset.path} has no document of two tokens or more, so nothing to predict: tokenize text."
             )
-
-    @property
-    def num_samples(self) -> int:
-        return self.plan.num_samples
-
-    @property
-    def all_scored(self) -> bool:
-        """Ends of documents and filling are not scored."""
-        return False
-
-    def num_targets(self, samples: Samples) -> int:
-        return int(self.plan.num_targets(samples.index).sum())
 
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text behind the scored targets of all samples."""

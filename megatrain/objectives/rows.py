@@ -18,6 +18,7 @@ class Row:
     tokens: Ints
     positions: Ints
     document_ids: NDArray[np.int32]
+    is_filling: NDArray[np.bool_]
 
 
 def filled(documents: Sequence[Ints], length: int, filling: int) -> Row:
@@ -27,4 +28,4 @@ def filled(documents: Sequence[Ints], length: int, filling: int) -> Row:
     tokens = np.concatenate([*documents, np.full(rest, filling)])
     ids = np.repeat(np.arange(len(lengths) + 1, dtype=np.int32), [*lengths, rest])
     positions = np.concatenate([np.arange(count) for count in (*lengths, rest)])
-    return Row(tokens, positions, ids)
+    return Row(tokens, positions, ids, ids == len(lengths))

@@ -7,7 +7,7 @@ next to nothing is padding. A text that is too long for a sample is cut; of two 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,11 +16,11 @@ import numpy as np
 from megatrain.config import ModelConfig, ObjectiveConfig
 from megatrain.data.augmentation import Augmentation
 from megatrain.data.dataset import Dataset
-from megatrain.data.order import Samples
-from megatrain.data.packing import WHOLE, PackingPlan, count_samples, make_plan, open_plan, store_plan
+from megatrain.data.packing import WHOLE, count_samples, make_plan, open_plan, store_plan
 from megatrain.data.sample import Ints, Sample, Source
 from megatrain.errors import ConfigError
 from megatrain.objectives.objective import DataSettings
+from megatrain.objectives.planned import PlannedSource
 from megatrain.objectives.rows import filled
 
 
@@ -65,25 +65,11 @@ class SequenceClassification:
 
 
 @dataclass(frozen=True)
-class LabeledSource:
+class LabeledSource(PlannedSource):
     """Texts packed into samples by a plan. ``num_slots``: targets of each; those that its texts do not fill are not
     scored."""
 
-    dataset: Dataset
-    plan: PackingPlan
     num_slots: int
-    all_scored: bool = field(default=False, init=False)
-
-    @property
-    def seq_len(self) -> int:
-        return self.plan.seq_len
-
-    @property
-    def num_samples(self) -> int:
-        return self.plan.num_samples
-
-    def num_targets(self, samples: Samples) -> int:
-        return int(self.plan.num_targets(samples.index).sum())
 
     def num_bytes(self) -> int:
         """None: what is asked is no text."""

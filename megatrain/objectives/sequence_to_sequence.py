@@ -7,7 +7,7 @@ its own alone, so that it is as if it were alone, and next to nothing is padding
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ import numpy as np
 from megatrain.config import ObjectiveConfig
 from megatrain.data.augmentation import Augmentation
 from megatrain.data.dataset import Dataset
-from megatrain.data.order import Samples
-from megatrain.data.packing import PackingPlan, count_samples, make_plan, open_plan, pairs_of, store_plan
+from megatrain.data.packing import count_samples, make_plan, open_plan, pairs_of, store_plan
 from megatrain.data.sample import Ints, Sample, Source
 from megatrain.errors import ConfigError, DataError
 from megatrain.objectives.objective import DataSettings
+from megatrain.objectives.planned import PlannedSource
 from megatrain.objectives.rows import filled
 
 
@@ -40,12 +40,11 @@ class SequenceToSequence:
             store_plan(_of_pairs(dataset), self._source_len, folder, self._packing)
 
     def training_source(self, dataset: Dataset, folder: Path, augmentation: Augmentation | None) -> Source:
-        plan = open_plan(dataset, self._source_len, folder, self._packing)
-        return PairSource(dataset, plan, self._source_len, self._target_len)
+        return PairSource(dataset, open_plan(dataset, self._source_len, folder, self._packing), self._target_len)
 
     def evaluation_source(self, dataset: Dataset) -> Source:
         plan = make_plan(_of_pairs(dataset), self._source_len, self._packing)
-        return PairSource(dataset, plan, self._source_len, self._target_len)
+        return PairSource(dataset, plan, self._target_len)
 
 
 def _of_pairs(dataset: Dataset) -> Dataset:
@@ -59,14 +58,10 @@ def _of_pairs(dataset: Dataset) -> Dataset:
 
 
 @dataclass(frozen=True)
-class PairSource:
+class PairSource(PlannedSource):
     """Pairs packed into samples by a plan. What they leave free is filled with end-of-document tokens, not scored."""
 
-    dataset: Dataset
-    plan: PackingPlan
-    seq_len: int
     target_len: int
-    all_scored: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -74,13 +69,6 @@ class PairSource:
                 f"No pair of {self.dataset.path} fits into a sample: its source into data.seq_len={self.seq_len}, its "
                 f"target into objective.target_len={self.target_len}. Give more."
             )
-
-    @property
-    def num_samples(self) -> int:
-        return self.plan.num_samples
-
-    def num_targets(self, samples: Samples) -> int:
-        return int(self.plan.num_targets(samples.index).sum())
 
     def num_bytes(self) -> int:
         """UTF-8 bytes of the targets of all samples."""
@@ -95,11 +83,10 @@ class PairSource:
         target = filled([pair for _, pair in pairs], self.target_len, eod)
         inputs = np.roll(target.tokens, 1)
         inputs[target.positions == 0] = self.dataset.target_tokenizer.decoder_start(eod)
-        is_pair = target.document_ids < len(pairs)
         return Sample(
             tokens_T=inputs,
             targets_M=target.tokens,
-            loss_mask_M=is_pair,
+            loss_mask_M=~target.is_filling,
             positions_T=target.positions,
             # Filling sees the last source, for it must see some.
             document_ids_T=np.minimum(target.document_ids, len(pairs) - 1).astype(np.int32),

@@ -44,7 +44,7 @@ def source(request: pytest.FixtureRequest, dataset: Dataset, tmp_path_factory: p
         return ConcatSource(dataset, SEQ_LEN, document_mask=True)
     folder = tmp_path_factory.mktemp("plan")
     store_plan(dataset, SEQ_LEN, folder)
-    return PackedSource(dataset, open_plan(dataset, SEQ_LEN, folder), SEQ_LEN, document_mask=True)
+    return PackedSource(dataset, open_plan(dataset, SEQ_LEN, folder), document_mask=True)
 
 
 def opened(dataset: Dataset, *transforms: dict[str, Any], seed: int = 1) -> Augmentation:

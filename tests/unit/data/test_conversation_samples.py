@@ -41,7 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def packed(dataset: Dataset, folder: Path) -> PackedSource:
     store_plan(dataset, SEQ_LEN, folder)
-    return PackedSource(dataset, open_plan(dataset, SEQ_LEN, folder), SEQ_LEN, document_mask=True)
+    return PackedSource(dataset, open_plan(dataset, SEQ_LEN, folder), document_mask=True)
 
 
 def all_of(source: PackedSource | ConcatSource) -> Samples:

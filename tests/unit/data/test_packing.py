@@ -51,7 +51,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def packed(dataset: Dataset, folder: Path, document_mask: bool = False, seq_len: int = SEQ_LEN) -> PackedSource:
     store_plan(dataset, seq_len, folder)
-    return PackedSource(dataset, open_plan(dataset, seq_len, folder), seq_len, document_mask)
+    return PackedSource(dataset, open_plan(dataset, seq_len, folder), document_mask)
 
 
 def samples_of(windows: Ints) -> Samples:

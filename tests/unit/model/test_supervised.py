@@ -48,7 +48,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 def packed_batches(dataset: Dataset, micro_batch_size: int) -> list[Batch]:
-    source = PackedSource(dataset, make_plan(dataset, SEQ_LEN), SEQ_LEN, document_mask=True)
+    source = PackedSource(dataset, make_plan(dataset, SEQ_LEN), document_mask=True)
     every = np.arange(source.num_samples)
     return BatchMaker([source], micro_batch_size).make(Samples(0 * every, 0 * every, every, every))
 
