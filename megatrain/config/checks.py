@@ -76,8 +76,8 @@ def model(config: schema.ModelConfig) -> list[Problem]:
         problems.append(Problem("head_dim", config.head_size, reason, str(config.head_size + 1)))
     if config.description.reads_images:
         problems += _of_images(config)
-    if config.description.encoder is not None:
-        problems += _of_vocabularies(config)
+    if (misfit := config.description.misfit(config)) is not None:
+        problems.append(Problem(misfit.key, getattr(config, misfit.key), misfit.reason, misfit.nearest))
     if "layer_norm_epsilon" in config.description.some_keys and "layer_norm_epsilon" not in names:
         default = type(config).model_fields["layer_norm_epsilon"].default
         problems += unused(config, ("layer_norm_epsilon",), f"is {default} in family {config.family}")
@@ -115,20 +115,6 @@ def relative_bias(config: schema.ModelConfig) -> list[Problem]:
         reason = f"must be more than half of relative_attention_num_buckets ({num_buckets})"
         return [Problem(table.distance_key, distance, reason, str(num_buckets // 2 + 1))]
     return []
-
-
-def _of_vocabularies(config: schema.ModelConfig) -> list[Problem]:
-    """An embedding that two stacks share has one vocabulary, and so has the head, which is the decoder's embedding."""
-    if not getattr(config, "share_encoder_decoder_embeddings"):  # noqa: B009
-        return []
-    problems, separate = [], getattr(config, "decoder_vocab_size")  # noqa: B009
-    if separate not in (None, config.vocab_size):
-        reason = f"must be model.vocab_size ({config.vocab_size}) where model.share_encoder_decoder_embeddings is true"
-        problems.append(Problem("decoder_vocab_size", separate, reason, "null"))
-    if config.family == "marian" and not config.tie_word_embeddings:
-        reason = "transformers shares no embedding of a marian then: set share_encoder_decoder_embeddings=false too"
-        problems.append(Problem("tie_word_embeddings", False, reason, "true"))
-    return problems
 
 
 def _of_images(config: schema.ModelConfig) -> list[Problem]:

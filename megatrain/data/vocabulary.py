@@ -8,6 +8,7 @@ from megatrain.data.format import TOKENIZER_FILE
 from megatrain.data.images import AnyDataset, ImageDataset
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.families import FAMILIES
 
 
 def resolve_vocabulary(config: RunConfig, dataset: AnyDataset) -> RunConfig:
@@ -41,10 +42,11 @@ def _with_target_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
     if dataset.manifest.target_tokenizer_sha256 is None:
         return config
     model, size = config.model, dataset.target_vocab_size
-    if getattr(model, "share_encoder_decoder_embeddings") or model.family != "marian":  # noqa: B009
+    if not model.description.reads_another_vocabulary:
+        able = " or ".join(name for name, family in FAMILIES.items() if "decoder_vocab_size" in family.own_keys)
         raise ConfigError(
             f"The sources and the targets of {dataset.path} have a tokenizer each, which a model with one embedding "
-            "cannot read: set model.family=marian with model.share_encoder_decoder_embeddings=false, or tokenize the "
+            f"cannot read: set model.family={able} with model.share_encoder_decoder_embeddings=false, or tokenize the "
             "pairs without --target-tokenizer."
         )
     given: int | None = getattr(model, "decoder_vocab_size")  # noqa: B009

@@ -121,6 +121,7 @@ _MASKED_LM = Family(
         },
         required={"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False},
         absent={
+            "pad_token_id": 0,
             "vocab_size": 30522,
             "hidden_size": 768,
             "intermediate_size": 3072,

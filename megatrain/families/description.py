@@ -54,6 +54,15 @@ ObjectiveName = Literal[
 ]
 """What a model can be trained for: a file of megatrain/objectives."""
 
+
+class Misfit(NamedTuple):
+    """A key of the model whose value does not fit the others': why, and the nearest one that does, as in YAML."""
+
+    key: str
+    reason: str
+    nearest: str
+
+
 WeightKind = Literal["norms", "biases", "positions", "embeddings", "matrices"]
 """What a weight is for: it decides whether it decays (`optimizer.no_weight_decay`)."""
 
@@ -497,9 +506,10 @@ class Family:
     ``encoder``: what reads the source, where the decoder attends to one. ``classifier``: the same with a head that
     classifies, which a model has where ``num_labels`` is given. ``initial_deviation``: of the initial values
     of the matrix of a module's name, for the model's sizes; None: as initializer_range and init_scheme say.
-    ``variant``: the description for a model, where its own keys choose among several. ``defaults``: keys of the model
-    that have another default in this family. ``implied``: the defaults of those that follow from others, and have one
-    name in transformers and here. ``never_writes_start``: the decoder's first input, padding, is never its output.
+    ``variant``: the description for a model, where its own keys choose among several. ``misfit``: what of a model's own
+    keys does not fit together, if anything. ``defaults``: keys of the model that have another default in this family.
+    ``implied``: the defaults of those that follow from others, and have one name in transformers and here.
+    ``never_writes_start``: the decoder's first input, padding, is never its output.
     """
 
     summary: str
@@ -519,6 +529,7 @@ class Family:
     variant: Callable[[Any], Family] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda keys: {}
+    misfit: Callable[[Any], Misfit | None] = lambda model: None
     never_writes_start: bool = False
 
     def of(self, model: Any) -> Family:
@@ -536,6 +547,11 @@ class Family:
     def stacks(self) -> tuple[Stack, ...]:
         """The encoder, where there is one, and the decoder."""
         return (self.decoder,) if self.encoder is None else (self.encoder, self.decoder)
+
+    @property
+    def reads_another_vocabulary(self) -> bool:
+        """Whether the encoder has an embedding of its own, of another vocabulary than the one that is written."""
+        return any(layer.rows == "source_vocab" for stack in self.stacks for layer in stack.embeddings)
 
     @property
     def can_generate(self) -> bool:

@@ -50,6 +50,8 @@ FAMILY = Family(
             "add_cross_attention": False,
         },
         absent={
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
             "n_positions": 1024,
             "n_inner": None,
             "layer_norm_epsilon": 1e-5,

@@ -68,6 +68,8 @@ FAMILY = Family(
         names=NAMES,
         required={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
         absent={
+            "bos_token_id": 1,
+            "eos_token_id": 2,
             "num_key_value_heads": None,
             "head_dim": None,
             "max_position_embeddings": 2048,

@@ -20,6 +20,7 @@ from megatrain.families.description import (
     FirstLayer,
     HuggingFace,
     Linear,
+    Misfit,
     Mlp,
     Norm,
     SinusoidalPositions,
@@ -86,6 +87,19 @@ def _variant(model: Any) -> Family:
     return _family(model.activation_function, is_shared=is_shared, is_scaled=is_scaled)
 
 
+def _misfit(model: Any) -> Misfit | None:
+    """An embedding that both stacks share has one vocabulary, and so has the head, which is the decoder's embedding."""
+    if not model.share_encoder_decoder_embeddings:
+        return None
+    if model.decoder_vocab_size not in (None, model.vocab_size):
+        reason = f"must be model.vocab_size ({model.vocab_size}) where model.share_encoder_decoder_embeddings is true"
+        return Misfit("decoder_vocab_size", reason, "null")
+    if not model.tie_word_embeddings:
+        reason = "transformers shares no embedding of a marian then: set share_encoder_decoder_embeddings=false too"
+        return Misfit("tie_word_embeddings", reason, "true")
+    return None
+
+
 def _refuse(theirs: Mapping[str, Any]) -> str | None:
     for key in ("attention_heads", "ffn_dim"):
         if theirs[f"encoder_{key}"] != theirs[f"decoder_{key}"]:
@@ -107,6 +121,7 @@ FAMILY = Family(
     head=Linear("lm_head", "hidden", ("vocab",), bias=True),
     objectives=("sequence_to_sequence", "span_corruption"),
     variant=_variant,
+    misfit=_misfit,
     never_writes_start=True,
     own_keys={
         "num_decoder_layers": t5.FAMILY.own_keys["num_decoder_layers"],
@@ -178,6 +193,8 @@ FAMILY = Family(
             "scale_embedding": False,
             "share_encoder_decoder_embeddings": True,
             "tie_word_embeddings": True,
+            "pad_token_id": 58100,
+            "eos_token_id": 0,
         },
         one_row={"lm_head.bias": "final_logits_bias"},
         unread=(*_POSITIONS, *_SECOND_NAMES),

@@ -51,6 +51,8 @@ FAMILY = replace(
         required={"hidden_act": "silu", "attention_bias": False},
         absent={
             **LLAMA.hugging_face.absent,
+            "bos_token_id": None,
+            "eos_token_id": None,
             "num_key_value_heads": 32,
             "head_dim": 128,
             "max_position_embeddings": 32768,

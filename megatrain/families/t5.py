@@ -178,6 +178,8 @@ FAMILY = Family(
             "relative_attention_max_distance": 128,
             "dropout_rate": 0.1,
             "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
         },
         constants={"is_encoder_decoder": True},
         refuse=_refuse,

@@ -20,6 +20,7 @@ from megatrain.config import ModelConfig
 from megatrain.data.chat import CHAT_DATE, ChatTemplate
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.errors import CheckpointError, DataError
+from megatrain.families import FAMILIES
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, TOKENIZER_MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -41,14 +42,6 @@ CARRIED = (CONFIG, GENERATION, PREPROCESSOR, *TOKENIZER_FILES)
 _JSON_STYLE = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 _FORMER_EOD = "<|endoftext|>"  # what `tokenize` ends documents with unless told otherwise
-# What transformers takes for an id that config.json leaves out.
-_ABSENT_IDS: Mapping[str, Mapping[str, int]] = {
-    "llama": {"bos": 1, "eos": 2},
-    "mistral": {"bos": 1, "eos": 2},
-    "gpt2": {"bos": 50256, "eos": 50256},
-    "t5": {"pad": 0, "eos": 1},
-    "marian": {"pad": 58100, "eos": 0},
-}
 
 
 @dataclass(frozen=True)
@@ -327,7 +320,8 @@ def _folder_ids(files: Mapping[str, bytes], role: str) -> list[int]:
     key, config = f"{role}_token_id", _json(files, CONFIG) or {}
     value = (_json(files, GENERATION) or {}).get(key)
     if value is None:
-        value = config.get(key) if key in config else _ABSENT_IDS.get(str(config.get("model_type")), {}).get(role)
+        family = FAMILIES.get(str(config.get("model_type")))
+        value = {**(family.hugging_face.absent if family else {}), **config}.get(key)
     size = config.get("decoder_vocab_size") or config.get("vocab_size")
     return [i for i in _as_list(value) if type(i) is int and 0 <= i < (size if type(size) is int else 1 << 32)]
 

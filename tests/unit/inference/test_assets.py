@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
@@ -21,6 +21,7 @@ from megatrain.config import ModelConfig
 from megatrain.data import open_dataset
 from megatrain.data.dataset import require_same_tokenizer
 from megatrain.errors import DataError
+from megatrain.families import FAMILIES
 from megatrain.inference.assets import CARRIED, Assets, exported_files
 from megatrain.inference.writer import TextSettings, generate_text
 from megatrain.model.generate import Sampling
@@ -87,6 +88,13 @@ def run_config(tiny_data: TinyData, path: Path, run_dir: Path) -> dict[str, Any]
 def read(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text())
     return value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_left_out_are_those_of_transformers(family: str) -> None:
+    theirs, absent = AutoConfig.for_model(family), FAMILIES[family].hugging_face.absent
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert absent.get(key) == getattr(theirs, key, None), key
 
 
 def test_an_import_carries_all_and_says_what_not(folder: Path, ids: dict[str, int], tmp_path: Path) -> None:
