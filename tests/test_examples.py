@@ -53,6 +53,15 @@ def run_short(
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
 
+def printed(name: str, folder: Path, needs: str) -> str:
+    """What an example prints after two steps. Skips the test where it says that what it ``needs`` cannot be had."""
+    done = run_short(name, folder / "work", 2)
+    if done.returncode and needs in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
@@ -73,14 +82,11 @@ def test_filling_gaps_is_scored_in_two_steps(tmp_path: Path) -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
 def test_images_are_classified_after_two_steps(tmp_path: Path) -> None:
-    done = run_short("images", tmp_path / "work", 2)
-    if done.returncode and "Debian's package dataset-fashion-mnist" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ to [\d.]+ \|$", done.stdout, re.MULTILINE)
+    text = printed("images", tmp_path, needs="Debian's package dataset-fashion-mnist")
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ to [\d.]+ \|$", text, re.MULTILINE)
     assert [name for name, _ in rows] == ["linear", "plain", "augmented"]
     assert float(rows[0][1]) > 0.83
-    assert "Augmentation gains" in done.stdout
+    assert "Augmentation gains" in text
 
 
 @pytest.mark.slow
@@ -94,11 +100,8 @@ def test_images_without_apt_say_where_from(tmp_path: Path) -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
 def test_translation_is_scored_in_two_steps(tmp_path: Path) -> None:
-    done = run_short("translate", tmp_path / "work", 2)
-    if "cannot be had" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (.+?) \| -?[\d.]+ \(.+ to .+\) \| -?[\d.]+ \(.+ to .+\) \|$", done.stdout, re.MULTILINE)
+    text = printed("translate", tmp_path, needs="cannot be had")
+    rows = re.findall(r"^\| (.+?) \| -?[\d.]+ \(.+ to .+\) \| -?[\d.]+ \(.+ to .+\) \|$", text, re.MULTILINE)
     assert rows == [
         "copy of the source",
         "scratch",
@@ -107,7 +110,7 @@ def test_translation_is_scored_in_two_steps(tmp_path: Path) -> None:
         "pretrained - scratch",
         "dropout - pretrained",
     ]
-    assert "Held-out messages with a near copy in the text: 0." in done.stdout
+    assert "Held-out messages with a near copy in the text: 0." in text
     parts = {name: (tmp_path / "work" / f"{name}.jsonl").read_text() for name in ("test", "validation", "pairs")}
     clusters = {name: {json.loads(line)["cluster"] for line in text.splitlines()} for name, text in parts.items()}
     assert all(clusters.values())
@@ -118,11 +121,8 @@ def test_translation_is_scored_in_two_steps(tmp_path: Path) -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(1200)
 def test_passages_are_classified_after_two_steps(tmp_path: Path) -> None:
-    done = run_short("classify", tmp_path / "work", 2)
-    if done.returncode and "Debian's package linux-doc" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (-?[\d.]+) \| -?[\d.]+ to -?[\d.]+ \|$", done.stdout, re.MULTILINE)
+    text = printed("classify", tmp_path, needs="Debian's package linux-doc")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (-?[\d.]+) \| -?[\d.]+ to -?[\d.]+ \|$", text, re.MULTILINE)
     models = ("bag of words", "scratch", "pretrained", "pretrained - scratch")
     assert [(number, name) for number, name, _ in rows] == [
         (number, name) for number in ("100", "1000", "10000") for name in models
@@ -142,13 +142,10 @@ def test_passages_are_classified_after_two_steps(tmp_path: Path) -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(1800)
 def test_finetuning_gains_in_two_steps(tmp_path: Path) -> None:
-    done = run_short("finetune", tmp_path / "work", 2)
-    if "cannot be had, and there is no" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr
+    text = printed("finetune", tmp_path, needs="cannot be had, and there is no")
     assert (tmp_path / "work" / "adapter" / "adapter_model.safetensors").exists()
-    gain = re.search(r"better by (-?[\d.]+) nats a token", done.stdout)
-    assert gain is not None, done.stdout
+    gain = re.search(r"better by (-?[\d.]+) nats a token", text)
+    assert gain is not None, text
     assert float(gain[1]) > 0.0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,6 +78,8 @@ def generate(
     _refuse_no_folder(out)
     rank = read_rank()
     num_ranks = rank.world_size if rank.world_size > 1 else procs or tensor or 1
+    if is_chat and num_ranks > 1 and prompt is None:
+        raise ConfigError("A conversation on several ranks needs its turn from --prompt.")
     if tensor not in (None, num_ranks):
         raise ConfigError(
             f"--tensor {tensor}: generate cuts the model among all of its ranks, and there are {num_ranks}. Give "
@@ -100,37 +102,25 @@ def generate(
         stops=stop or (),
         beams=BeamSearch(num_beams, length_penalty, ends_early) if num_beams > 1 else None,
     )
-    is_first, warnings, place = rank.rank == 0, list[str](), place_of(checkpoint, best)
-
-    def warn() -> None:
-        while warnings and is_first:
-            typer.echo(printable(f"Warning: {warnings.pop(0)}"), err=True)
-
+    is_first, place = rank.rank == 0, place_of(checkpoint, best)
+    screen = _Screen(is_first)
+    warn = screen.warnings.append
     if prompts is not None and out is not None:
         show_progress = sys.stderr.isatty() and is_first
-        lines = generate_file(
-            place, prompts, settings, warn=warnings.append, rank=rank, ema=ema, show_progress=show_progress
-        )
-        warn()
+        lines = generate_file(place, prompts, settings, warn=warn, rank=rank, ema=ema, show_progress=show_progress)
+        screen.warn()
         if is_first:
             commit_bytes(out, lines)
-        return
-    if is_chat:
-        if num_ranks > 1 and prompt is None:
-            raise ConfigError("A conversation on several ranks needs its turn from --prompt.")
+    elif is_chat:
         turns, has_answered = _asked_turns() if prompt is None else [prompt], False
-        for answer in chat(place, turns, settings, system=system, warn=warnings.append, rank=rank, ema=ema):
+        for answer in chat(place, turns, settings, system=system, warn=warn, rank=rank, ema=ema):
             has_answered = True
-            _show(answer if is_first else iter(collections.deque(answer, maxlen=0)), warn)
+            screen.show(answer)
         if prompt is not None and not has_answered:
-            raise DataError(" ".join(warnings))
-        warn()
-        return
-    texts = generate_text(place, prompt or "", settings, warn=warnings.append, rank=rank, ema=ema)
-    if not is_first:
-        collections.deque(texts, maxlen=0)  # its part of the work; rank 0 shows the text
-        return
-    _show(texts, warn)
+            raise DataError(" ".join(screen.warnings))
+        screen.warn()
+    else:
+        screen.show(generate_text(place, prompt or "", settings, warn=warn, rank=rank, ema=ema))
 
 
 def _refuse_no_folder(out: Path | None) -> None:
@@ -140,15 +130,29 @@ def _refuse_no_folder(out: Path | None) -> None:
         raise ConfigError(f"--out {out}: {problem}. Name a file in a folder that exists.")
 
 
-def _show(texts: Iterator[str], warn: Callable[[], None]) -> None:
-    """Print pieces of a text as they come, and warnings before the next of them."""
-    for text in texts:
-        warn()
-        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+class _Screen:
+    """What rank 0 shows: pieces of texts as they come, and warnings before the next of them. The other ranks do their
+    part of the work."""
+
+    def __init__(self, is_shown: bool) -> None:
+        self.warnings: list[str] = []
+        self._is_shown = is_shown
+
+    def show(self, texts: Iterator[str]) -> None:
+        if not self._is_shown:
+            collections.deque(texts, maxlen=0)
+            return
+        for text in texts:
+            self.warn()
+            sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    warn()
+        self.warn()
+
+    def warn(self) -> None:
+        while self.warnings and self._is_shown:
+            typer.echo(printable(f"Warning: {self.warnings.pop(0)}"), err=True)
 
 
 def _asked_turns() -> Iterator[str]:
