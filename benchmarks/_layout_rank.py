@@ -263,6 +263,7 @@ class Held:
         gradients += [getattr(self._optimizer, name, None) for name in _GRADIENTS]
         gradients += [each.unsharded_accumulated_grad for each in self._fsdp]
         gradients += getattr(self._sharding, "_copied_sums", {}).values()  # of copies that DeepSpeed does not update
+        gradients += [kept._flat for kept in getattr(self._sharding, "_kept", ())]  # parts that tensor ranks sum up
         self.bytes["gradients"] = max(self.bytes["gradients"], _storage_bytes(_tensors(gradients), seen))
 
     def _weights(self) -> list[Tensor]:

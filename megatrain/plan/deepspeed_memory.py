@@ -27,7 +27,7 @@ def deepspeed_memory(part: StageModel) -> EngineMemory:
         cpu["optimizer"], optimizer = optimizer, 0
         cpu["gradients"] = (8 if stage == 3 else 4) * mine  # ZeRO 3: the sums, and what the optimizer is given
         if stage == 3:
-            gradients = 0
+            gradients = 4 * partial_elements(part)
         else:
             cpu["weights"] = part.element_bytes * mine  # on their way from the masters to the device
     if offload == "all":
@@ -103,7 +103,16 @@ def _gradients(part: StageModel) -> int:
     whole, mine = _flat(part)
     if uses_bf16_optimizer(part.config):
         return 4 * (whole + _copied(part))
-    return 4 * (mine + _copied(part) if part.config.parallel.zero_stage >= 2 else num_elements(part.trained))
+    sums = mine + _copied(part) if part.config.parallel.zero_stage >= 2 else num_elements(part.trained)
+    return 4 * (sums + partial_elements(part))
+
+
+def partial_elements(part: StageModel) -> int:
+    """Elements whose gradients' parts on tensor ranks add up beside DeepSpeed's sums, where it has cut those before the
+    parts are summed."""
+    if part.config.parallel.zero_stage == 0 or uses_bf16_optimizer(part.config):
+        return 0
+    return num_elements(p for p in part.updated if p.is_partial)
 
 
 def _owned(part: StageModel) -> int:

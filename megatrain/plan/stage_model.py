@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,8 +18,8 @@ class Parameter(NamedTuple):
     """``copies`` tensors of ``num_rows`` rows each on this rank, padding of the vocabulary included.
 
     ``decays``: the optimizer has a group of those that do, and one of the others. ``num_replicas``: so many tensor
-    ranks hold the same elements. ``is_shared``: other stages have them too; ``is_tied``: so that one of those before
-    updates and saves them. ``is_trained``: not frozen.
+    ranks hold the same elements; ``is_partial``: each of them computes a part of the gradient. ``is_shared``: other
+    stages have them too; ``is_tied``: so that one of those before updates and saves them. ``is_trained``: not frozen.
     """
 
     numel: int
@@ -27,6 +27,7 @@ class Parameter(NamedTuple):
     decays: bool
     copies: int = 1
     num_replicas: int = 1
+    is_partial: bool = False
     is_shared: bool = False
     is_tied: bool = False
     is_trained: bool = True
@@ -175,7 +176,7 @@ class StageModel:
         """Those of an encoder's layers and norm."""
         layers = (p._replace(copies=self.stacks[0].num_layers) for p in self.encoder_layer_parameters)
         norms = [held.stack.norm for held in self.stacks[:-1] if held.ends and held.stack.norm is not None]
-        return (*layers, *self._held(weight for norm in norms for weight in norm.weights))
+        return (*layers, *self._held((weight for norm in norms for weight in norm.weights), on_tokens=True))
 
     @cached_property
     def bias_parameters(self) -> tuple[Parameter, ...]:
@@ -191,7 +192,9 @@ class StageModel:
     def _of_layer(self, block: Block) -> tuple[Parameter, ...]:
         lora = self.config.lora
         adapters = () if lora is None else block.adapter_weights(lora.adapts)
-        return tuple(self._held([*block.weights, *adapters]))
+        modules = {**block.leaves, **block.factors}
+        shared = {path for path, each in modules.items() if each.split is not None and each.split.kind == "shared"}
+        return tuple(self._held([*block.weights, *adapters], on_tokens=True, shared=shared))
 
     @cached_property
     def head_parameters(self) -> tuple[Parameter, ...]:
@@ -199,10 +202,11 @@ class StageModel:
         if not self.is_last:
             return ()
         family, is_tied = self.config.model.description, self.config.model.is_tied
-        before = self._held(weight for layer in family.last_layers[:-1] for weight in layer.weights)
+        norm = self._held(() if family.norm is None else family.norm.weights, on_tokens=True)
+        transform = self._held(() if family.head_transform is None else family.head_transform.weights)
         matrix, *bias = self._held(family.head.weights)
         head = [] if is_tied and self.embedding_parameters else [matrix._replace(is_tied=is_tied, is_shared=is_tied)]
-        return (*before, *head, *bias)
+        return (*norm, *transform, *head, *bias)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -224,15 +228,23 @@ class StageModel:
         """Elements of its largest tensor."""
         return max(p.numel for p in self.parameters)
 
-    def _held(self, weights: Iterable[Weight]) -> Iterator[Parameter]:
+    def _held(
+        self, weights: Iterable[Weight], *, on_tokens: bool = False, shared: Container[str] = ()
+    ) -> Iterator[Parameter]:
+        """``on_tokens``: with sequence parallelism each tensor rank applies them to tokens of its own. ``shared``: the
+        modules whose weights it applies to heads or columns of its own."""
         tensor, shared = self.config.parallel.tensor, shared_weights(self.config)
         replicas = {None: tensor, "keys": max(tensor // self.config.model.kv_heads, 1)}
+        on_own_tokens = on_tokens and self.config.parallel.sequence
         for weight in weights:
+            num_replicas = replicas.get(weight.sharded_width, 1)
+            sees_part = on_own_tokens or weight.sharded_width is not None or weight.name.rpartition(".")[0] in shared
             yield Parameter(
                 numel=weight.numel(self.sizes),
                 num_rows=weight.shape(self.sizes)[0],
                 decays=self.config.optimizer.decays(weight.kind),
-                num_replicas=replicas.get(weight.sharded_width, 1),
+                num_replicas=num_replicas,
+                is_partial=num_replicas > 1 and sees_part,
                 is_shared=weight.name in shared,
                 is_tied=weight.name in shared and shared[weight.name][0] != self.stage,
                 is_trained=self.config.lora is None or is_adapter(weight.name),
