@@ -42,11 +42,13 @@ from megatrain.config import RunConfig
 from megatrain.model.attention import CoreAttention
 from megatrain.model.block import Activation, DecoderLayer, SelfAttention
 from megatrain.model.context import Context
-from megatrain.model.decoder import Decoder
-from megatrain.model.embedding import TokenEmbedding
+from megatrain.model.embedding import ImageEmbedding, PositionEmbedding, SegmentEmbedding, TokenEmbedding
+from megatrain.model.encoder_decoder import whole_model
 from megatrain.model.linear import Linear
 from megatrain.model.loss import OutputHead
-from megatrain.model.norm import RmsNorm
+from megatrain.model.masked_attention import MaskedAttention
+from megatrain.model.norm import LayerNorm, RmsNorm
+from megatrain.model.relative_bias import RelativeBias
 from megatrain.plan.arithmetic import Rates
 from megatrain.plan.flops import flops_per_token, num_parameters
 from megatrain.plan.hardware import Device, find_device
@@ -57,11 +59,11 @@ ATTENTION_SHARE = 0.85
 """Of the rate of products, as plan has it for flash attention that uses the device's own instructions."""
 FLASH, FLASH_BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
 PARTS: dict[type[nn.Module], str] = {
-    TokenEmbedding: "embedding",
+    **dict.fromkeys((TokenEmbedding, PositionEmbedding, SegmentEmbedding, ImageEmbedding), "embedding"),
     Linear: "layers: products",
-    CoreAttention: "layers: attention",
+    **dict.fromkeys((CoreAttention, MaskedAttention, RelativeBias), "layers: attention"),
     SelfAttention: "layers: rotary",
-    RmsNorm: "norms",
+    **dict.fromkeys((RmsNorm, LayerNorm), "norms"),
     Activation: "layers: activation",
     DecoderLayer: "layers: residuals",
     OutputHead: "head and loss",
@@ -142,13 +144,14 @@ class Trace(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         changed = [x for k, x in _arguments(func, args, kwargs) if k for x in tree_leaves(x) if isinstance(x, Tensor)]
-        self._kept += [*given, *made]
+        self._kept += [x.untyped_storage() for x in (*given, *made)]  # of a tensor, autograd would copy what is kept
         is_filled = name.strip("_") in ("fill", "zero", "copy", "foreach_zero", "foreach_copy")
         read = [x for x in given if not (is_filled and any(x is y for y in changed))]
         flops = _flops(func, name, args, kwargs, result)
         is_alone = flops > 0 or name.startswith(("_foreach", "_fused_adam", "embedding"))
         sizes = _sizes(read), _sizes([*made, *changed])
-        product = (args[0].shape[0], args[1].shape[1], args[0].shape[1]) if name == "mm" else None
+        left, right = args[-2:] if name in ("mm", "addmm") else (None, None)
+        product = None if left is None else (left.shape[0], right.shape[1], left.shape[1])
         self.operations.append(Operation(name, self.place, flops, *sizes, is_alone, product))
         return result
 
@@ -211,11 +214,29 @@ def _fused_norm(norm: RmsNorm, x_BTC: Tensor, context: Context | None = None) ->
     return out
 
 
+def _meta_batch(config: RunConfig) -> Batch:
+    """What a model reads in a micro-batch; numbers alone, no contents."""
+    model, seq_len, count = config.model, config.data.seq_len, config.train.micro_batch_size
+    tokens, targets = (
+        torch.empty((count, length), dtype=torch.int64)
+        for length in (config.target_len or seq_len, config.target_len or config.objective.most_targets(model, seq_len))
+    )
+    batch = Batch(tokens, targets, None, tokens.clone(), None, torch.empty(count, dtype=torch.int64))
+    if model.description.asks_at_places:
+        batch = batch._replace(target_places_BM=targets.clone())
+    if model.description.encoder is not None:
+        batch = batch._replace(source_tokens_BS=torch.empty((count, seq_len), dtype=torch.int64))
+    if model.description.reads_images:
+        size = getattr(model, "image_size")  # noqa: B009 (a family's own key)
+        batch = batch._replace(pixels_BCHW=torch.empty((count, model.sizes["channels"], size, size)))
+    return batch
+
+
 def trace_step(config: RunConfig) -> list[Operation]:
     """All operations of a step in bf16 with fp32 masters, in their order."""
     with torch.device("meta"):
         torch.set_default_dtype(torch.bfloat16)
-        model = Decoder(config.model)
+        model = whole_model(config.model)
         torch.set_default_dtype(torch.float32)
         for module in model.modules():
             if isinstance(module, CoreAttention):
@@ -225,10 +246,7 @@ def trace_step(config: RunConfig) -> list[Operation]:
         weights = list(model.parameters())
         masters, sums, means, squares = ([torch.empty(p.shape) for p in weights] for _ in range(4))
         steps = [torch.empty(()) for _ in weights]
-        shape = config.train.micro_batch_size, config.data.seq_len
-        tokens = torch.empty(shape, dtype=torch.int64)
-        batch = Batch(tokens, tokens.clone(), None, tokens.clone(), None, torch.empty(shape[:1], dtype=torch.int64))
-        trace = Trace()
+        batch, trace = _meta_batch(config), Trace()
         for module in model.modules():
             if module is not model:
                 trace.name(module)
@@ -380,7 +398,7 @@ def show(timelines: Mapping[str, Timeline], device: Device) -> None:
     titles = [f"{name} ({num_parameters(each.config.model) / 1e9:.2f}B)" for name, each in timelines.items()]
     print(f"| ms of a step: eager / compiled | {' | '.join(titles)} |")
     print(f"|---|{'---|' * len(names)}")
-    for part in (*PARTS.values(), SUMS, UPDATE, OTHER):
+    for part in (*dict.fromkeys(PARTS.values()), SUMS, UPDATE, OTHER):
         pairs = [(each.eager.get(part, Cost()), each.compiled.get(part, Cost())) for each in timelines.values()]
         if any(one.seconds or other.seconds for one, other in pairs):
             cells = [f"{one.seconds * 1e3:,.1f} / {other.seconds * 1e3:,.1f}" for one, other in pairs]
