@@ -119,6 +119,20 @@ def test_recomputation_repeats_what_was_dropped(
     train("full").assert_is(kept)
 
 
+@slow
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("family", ["bert", "t5", "marian", "vit"])
+def test_a_gpus_kernels_train_a_family_the_same(
+    family: str, config_of: Callable[..., dict[str, Any]], pool: Pool
+) -> None:
+    """Fused attention (but under a relative bias) and norms, beside what a CPU computes by itself on one rank."""
+    kernel = "auto" if family == "t5" else "flash"
+    parallel = {"tensor": 2, "sequence": True}
+    alone = pool.train(1, config_of(family, train={"micro_batch_size": 8}), NUM_STEPS)
+    config = config_of(family, model={"attention": kernel}, parallel=parallel, train={"micro_batch_size": 4})
+    pool.train(2, config, NUM_STEPS, gpu_kernels=True).assert_equals(alone)
+
+
 @pytest.mark.parametrize("family", ["bert", *(pytest.param(name, marks=slow) for name in ("t5", "marian", "vit"))])
 def test_norms_biases_and_positions_do_not_decay(
     family: str, config_of: Callable[..., dict[str, Any]], pool: Pool

@@ -55,6 +55,15 @@ def test_the_parts_sum_to_the_step(tiny_data: TinyData, one_rank: ServedRanks, t
     }
 
 
+def test_a_profiled_step_waits_for_no_device(tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path) -> None:
+    """Neither the step nor what the profile does around it; what is read at an exchange is shown as one."""
+    (rank,), _ = profiled(one_rank, tiny_data, tmp_path, parallel={"engine": "fsdp2"})
+    events = json.loads(gzip.decompress((tmp_path / "out" / rank["trace"]).read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert "aten::mm" in names
+    assert names.isdisjoint({"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"})
+
+
 @pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
