@@ -20,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.chat import CHAT_DATE
-from megatrain.data.format import LABELED_PAIRS, TARGET_TOKENIZER_FILE, TOKENIZER_FILE, Manifest, document_schema
+from megatrain.data.format import (
+    LABELED_PAIRS,
+    TARGET_TOKENIZER_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    as_numpy,
+    document_schema,
+)
 from megatrain.data.remote import Cache, RemoteFolder
 from megatrain.data.shard import ScoredRuns, Shard, Tokens
 from megatrain.data.shard_table import Ints
@@ -328,7 +335,7 @@ class Dataset(ShardedDataset):
             return total
         for shard, batch, low, high in self._parts(start, start + length):
             tokens, offsets = shard.views(batch)
-            text_bytes = shard.record_batch(batch).column("text_bytes").to_numpy()
+            text_bytes = as_numpy(shard.record_batch(batch).column("text_bytes"))
             row, last = offsets.searchsorted([low, high - 1], side="right") - 1
             total += int(text_bytes[row : last + 1].sum())
             # What lies outside, of the first document and of the last.

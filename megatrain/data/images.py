@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatrain.data.dataset import Dataset, open_dataset, require_same_tokenizer
-from megatrain.data.format import FORMAT_NAME, manifest_body
+from megatrain.data.format import FORMAT_NAME, as_numpy, manifest_body
 from megatrain.data.image_format import ImageManifest, image_schema
 from megatrain.data.remote import Cache, RemoteFolder
 from megatrain.data.sharded import ShardedDataset, open_storage
@@ -132,7 +132,7 @@ class ImageDataset(ShardedDataset):
         return figures
 
     def _read_labels(self, shard: int, batch: int) -> npt.NDArray[np.uint32]:
-        labels: npt.NDArray[np.uint32] = self.shard(shard).record_batch(batch)["label"].to_numpy().copy()
+        labels: npt.NDArray[np.uint32] = as_numpy(self.shard(shard).record_batch(batch)["label"]).copy()
         return labels
 
 

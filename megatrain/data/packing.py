@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from megatrain.atomic import committed
 from megatrain.data.conversations import Documents, Dropped, shortened, whole_pairs
 from megatrain.data.dataset import Dataset
-from megatrain.data.format import checksum, file_checksum, map_file
+from megatrain.data.format import as_numpy, checksum, file_checksum, map_file
 from megatrain.data.shard import ScoredRuns
 from megatrain.errors import DataError
 
@@ -325,7 +325,7 @@ def open_plan(
 def _block(batch: pa.RecordBatch) -> Block:
     chunks, chunk_targets = batch.column("piece_start"), batch.column("piece_targets")
     views = (chunks.offsets, chunks.values, chunk_targets.values, batch.column("targets"))
-    return Block(*(view.to_numpy() for view in views))
+    return Block(*map(as_numpy, views))
 
 
 def _documents(dataset: Dataset, seq_len: int, packing: Packing) -> Iterator[Documents]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from megatrain.data.format import as_numpy
 from megatrain.data.shard_table import BatchMetadata, Ints
 from megatrain.data.storage import BatchReader
 from megatrain.errors import DataError
@@ -29,8 +30,8 @@ class Views(NamedTuple):
     @staticmethod
     def of(batch: pa.RecordBatch) -> Views:
         column = batch.column(0)
-        bounds = column.offsets.to_numpy()
-        tokens = column.values.to_numpy()[bounds[0] : bounds[-1]]
+        bounds = as_numpy(column.offsets)
+        tokens = as_numpy(column.values)[bounds[0] : bounds[-1]]
         return Views(tokens, bounds - bounds[0] if bounds[0] else bounds)
 
 
@@ -50,8 +51,8 @@ class ScoredRuns(NamedTuple):
         # Of a document that says nothing all is one run.
         whole = pa.array(np.stack([np.zeros(len(column), np.int64), np.diff(offsets)], axis=1).tolist(), column.type)
         runs = pc.coalesce(column, whole)
-        begins = np.repeat(offsets[:-1], pc.list_value_length(runs).to_numpy())
-        bounds = begins + runs.flatten().to_numpy()
+        begins = np.repeat(offsets[:-1], as_numpy(pc.list_value_length(runs)))
+        bounds = begins + as_numpy(runs.flatten())
         num_scored = np.where(np.arange(len(bounds)) % 2, np.diff(bounds, prepend=0), 0)
         return ScoredRuns(bounds, np.cumsum(num_scored))
 

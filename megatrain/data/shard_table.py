@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megatrain.data.format import SHARD_TABLE_SCHEMA, Manifest, checksum, map_file
+from megatrain.data.format import SHARD_TABLE_SCHEMA, Manifest, as_numpy, checksum, map_file
 from megatrain.data.image_format import ImageManifest
 from megatrain.errors import DataError
 
@@ -108,7 +108,7 @@ class ShardTable:
             raise DataError(f"{path} is not the table of the manifest's {manifest.num_shards} shards. {advice}")
         totals = {"documents": manifest.num_documents, "tokens": manifest.num_tokens, "text_bytes": manifest.text_bytes}
         for name, total in totals.items():
-            sums = np.cumsum(column := rows[name].to_numpy())
+            sums = np.cumsum(column := as_numpy(rows[name]))
             # A sum that leaves the range of int64 shows as a negative one on its way.
             if np.any(column < 0) or np.any(sums < 0) or (int(sums[-1]) if len(sums) else 0) != total:
                 raise DataError(f"{path}: the {name} of the shards do not add up to the manifest's {total}. {advice}")
@@ -117,17 +117,17 @@ class ShardTable:
     @cached_property
     def token_starts(self) -> memoryview:
         """Where each shard's tokens begin in the dataset; one entry more than shards."""
-        return _starts(self.rows["tokens"].to_numpy())
+        return _starts(as_numpy(self.rows["tokens"]))
 
     @cached_property
     def document_starts(self) -> memoryview:
         """The number of each shard's first document; one entry more than shards."""
-        return _starts(self.rows["documents"].to_numpy())
+        return _starts(as_numpy(self.rows["documents"]))
 
     @cached_property
     def batch_starts(self) -> Ints:
         """The number of each shard's first record batch among all of the dataset; one entry more than shards."""
-        starts: Ints = self.rows["batches"].offsets.to_numpy()
+        starts: Ints = as_numpy(self.rows["batches"].offsets)
         return starts
 
     def num_bytes(self, shard: int) -> int:

@@ -16,6 +16,7 @@ NEEDLESS = (
     "datasets",
     "matplotlib",
     "mlflow",
+    "pandas",
     "sympy",
     "tensorboard",
     "torch._dynamo",
