@@ -152,8 +152,8 @@ def document_hash(tokens: memoryview, supervision: memoryview | bytes | None = N
 
 
 def as_numpy(column: pa.Array) -> npt.NDArray[Any]:
-    """The numbers of a column without nulls, where they lie. ``to_numpy`` would load pandas where it is installed: 0.2 s
-    of every start."""
+    """The numbers of a column without nulls, where they lie. ``to_numpy`` would load pandas, where it is installed, for
+    0.2 s of every start."""
     return np.from_dlpack(column)
 
 
