@@ -52,11 +52,12 @@ def test_a_long_target_leaves_the_encoder_fewer_stages() -> None:
 def test_copies_are_where_several_stages_need_a_weight() -> None:
     assert shared_weights(config_of(1)) == {}
     assert stage_layers(config_of(2)) == [(range(4), range(1)), (range(0), range(1, 4))]
-    assert shared_weights(config_of(2)) == {EMBEDDING: (0, 1), BIASES[1]: (0, 1)}
+    assert shared_weights(config_of(2)) == {BIASES[1]: (0, 1)}
+    assert shared_weights(config_of(2, tie_word_embeddings=True)) == {EMBEDDING: (0, 1), BIASES[1]: (0, 1)}
     stages = stage_layers(config_of(4, num_decoder_layers=4))
     begins = next(stage for stage, (_, decoder) in enumerate(stages) if 0 in decoder)
     holders = [tuple(stage for stage, layers in enumerate(stages) if len(layers[stack])) for stack in range(2)]
     assert all(len(each) > 1 for each in holders)
     biases = dict(zip(BIASES, holders, strict=True))
-    assert shared_weights(config_of(4)) == {EMBEDDING: (0, begins, 3), **biases}
-    assert shared_weights(config_of(4, tie_word_embeddings=False)) == {EMBEDDING: (0, begins), **biases}
+    assert shared_weights(config_of(4, tie_word_embeddings=True)) == {EMBEDDING: (0, begins, 3), **biases}
+    assert shared_weights(config_of(4)) == {EMBEDDING: (0, begins), **biases}
