@@ -386,10 +386,13 @@ def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:
         reason = f"overflows in the layers of family {config.model.family}"
         problems.append(Problem("train.precision", "fp16", reason, "bf16"))
     longest = config.model.max_position_embeddings
-    if (target_len := config.target_len or 0) > longest:
-        reason = f"must be at most model.max_position_embeddings ({longest})"
-        problems.append(Problem("objective.target_len", target_len, reason, str(longest)))
-    return problems
+    if config.data.seq_len > longest or (target_len := config.target_len or 0) <= longest:
+        return problems
+    if kind == "span_corruption":
+        reason = f"makes targets of {target_len} tokens, more than model.max_position_embeddings ({longest})"
+        return [*problems, Problem("data.seq_len", config.data.seq_len, reason)]
+    reason = f"must be at most model.max_position_embeddings ({longest})"
+    return [*problems, Problem("objective.target_len", target_len, reason, str(longest))]
 
 
 def _images(config: schema.RunConfig) -> list[Problem]:
@@ -413,10 +416,14 @@ def _images(config: schema.RunConfig) -> list[Problem]:
 
 
 def image_classification(config: schema.ImageClassificationConfig) -> list[Problem]:
-    """Nothing is divided by zero."""
-    if all(value > 0.0 for value in config.image_std):
-        return []
-    return [Problem("image_std", list(config.image_std), "every number must be above 0", "[0.5]")]
+    """Nothing is divided by zero; and a mean is one of pixels in [0, 1], not of those up to 255."""
+    problems = []
+    if not all(value > 0.0 for value in config.image_std):
+        problems.append(Problem("image_std", list(config.image_std), "every number must be above 0", "[0.5]"))
+    if not all(0.0 <= value <= 1.0 for value in config.image_mean):
+        reason = "every number must be in [0, 1], as pixels are: divide those of pixels up to 255 by 255"
+        problems.append(Problem("image_mean", list(config.image_mean), reason, "[0.5]"))
+    return problems
 
 
 def masked_lm(config: schema.MaskedLMConfig) -> list[Problem]:

@@ -92,7 +92,7 @@ def _misfit(model: Any) -> Misfit | None:
     if not model.share_encoder_decoder_embeddings:
         return None
     if model.decoder_vocab_size not in (None, model.vocab_size):
-        reason = f"must be model.vocab_size ({model.vocab_size}) where model.share_encoder_decoder_embeddings is true"
+        reason = "must be model.vocab_size where model.share_encoder_decoder_embeddings is true"
         return Misfit("decoder_vocab_size", reason, "null")
     if not model.tie_word_embeddings:
         reason = "transformers shares no embedding of a marian then: set share_encoder_decoder_embeddings=false too"

@@ -37,6 +37,9 @@ class ImageClassification:
     def __init__(self, config: ImageClassificationConfig, model: ModelConfig, seed: int) -> None:
         self._config, self._model, self._seed = config, model, seed
 
+    def refuse_unsuited(self, dataset: ImageDataset) -> None:
+        """Each has images and labels."""
+
     def num_samples(self, dataset: ImageDataset) -> int:
         return dataset.num_documents
 

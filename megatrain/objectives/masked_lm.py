@@ -34,6 +34,20 @@ class MaskedLM:
     def __init__(self, data: DataSettings, config: MaskedLMConfig, seed: int) -> None:
         self._seq_len, self._config, self._seed = data.seq_len, config, seed
 
+    def refuse_unsuited(self, dataset: Dataset) -> None:
+        if dataset.bos_id is None:
+            raise DataError(
+                f"{dataset.path} has no token that begins its documents, which masked language modeling needs: "
+                "tokenize the text with --bos-token '[CLS]' --eod-token '[SEP]', or what they are called in the "
+                "tokenizer."
+            )
+        if dataset.has_scored:
+            raise DataError(
+                f"{dataset.path} says which of its tokens are scored, and masked language modeling chooses them "
+                "itself: tokenize plain text."
+            )
+        _mask_id(dataset, self._config)
+
     def num_samples(self, dataset: Dataset) -> int:
         if dataset.num_documents <= MOST_PACKED_DOCUMENTS:
             return count_samples(dataset, self._seq_len, ALONE)
@@ -41,7 +55,7 @@ class MaskedLM:
 
     def store_plans(self, datasets: Sequence[Dataset], folder: Path) -> None:
         for dataset in datasets:
-            _refuse_unsuited(dataset)
+            self.refuse_unsuited(dataset)
             store_plan(dataset, self._seq_len, folder, ALONE)
 
     def training_source(self, dataset: Dataset, folder: Path, augmentation: Augmentation | None) -> Source:
@@ -50,21 +64,12 @@ class MaskedLM:
 
     def evaluation_source(self, dataset: Dataset) -> Source:
         """Each run is asked the same tokens, whatever its seed."""
-        _refuse_unsuited(dataset)
+        self.refuse_unsuited(dataset)
         return MaskedSource(dataset, make_plan(dataset, self._seq_len, ALONE), self._config, seed=0)
 
 
-def _refuse_unsuited(dataset: Dataset) -> None:
-    if dataset.bos_id is None:
-        raise DataError(
-            f"{dataset.path} has no token that begins its documents, which masked language modeling needs: tokenize "
-            "the text with --bos-token '[CLS]' --eod-token '[SEP]', or what they are called in the tokenizer."
-        )
-    if dataset.has_scored:
-        raise DataError(
-            f"{dataset.path} says which of its tokens are scored, and masked language modeling chooses them itself: "
-            "tokenize plain text."
-        )
+def _mask_id(dataset: Dataset, config: MaskedLMConfig) -> int:
+    return Sentinels(dataset).id_of(config.mask_token, "objective.masked_lm.mask_token")
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,7 @@ class _Vocabulary:
         is_text[[number for token, number in tokenizer.ids.items() if number < size]] = True
         markers = [number for number in (dataset.bos_id, dataset.eod_id) if number is not None]
         is_text[[*tokenizer.control.values(), *markers]] = False
-        mask_id = Sentinels(dataset).id_of(config.mask_token, "objective.masked_lm.mask_token")
-        return _Vocabulary(mask_id, np.flatnonzero(is_text), is_text, Words(tokenizer, size))
+        return _Vocabulary(_mask_id(dataset, config), np.flatnonzero(is_text), is_text, Words(tokenizer, size))
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class MaskedSource(PlannedSource):
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise DataError(f"{self.dataset.path} has no text to hide tokens of: tokenize text.")
-        self._vocabulary  # noqa: B018 (what is wrong with the tokenizer is told before the first step)
+        self._vocabulary  # noqa: B018 (made before the first step)
 
     @property
     def num_slots(self) -> int:

@@ -29,6 +29,9 @@ class NextToken:
     def __init__(self, data: DataSettings) -> None:
         self._data = data
 
+    def refuse_unsuited(self, dataset: Dataset) -> None:
+        """Each has tokens."""
+
     def num_samples(self, dataset: Dataset) -> int:
         """Of many documents, packed samples are counted as if no space was left free in them."""
         if self._data.packing == "best_fit" and dataset.num_documents <= MOST_PACKED_DOCUMENTS:

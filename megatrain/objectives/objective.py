@@ -39,6 +39,10 @@ class Objective(Protocol[DatasetT]):
     It has no state: every layout, and a run that was resumed, gets the same samples.
     """
 
+    def refuse_unsuited(self, dataset: DatasetT) -> None:
+        """Raise ConfigError or DataError where a dataset has not what the samples are made of."""
+        ...
+
     def num_samples(self, dataset: DatasetT) -> int:
         """About so many samples a training dataset has, without a plan being made of a large one."""
         ...

@@ -23,6 +23,9 @@ from megatrain.objectives.objective import DataSettings
 from megatrain.objectives.planned import PlannedSource
 from megatrain.objectives.rows import filled
 
+SHORTEST_PAIR = 5
+"""A token of each text, what begins the first, and what ends both."""
+
 
 class SequenceClassification:
     """The objective of a classifier of texts."""
@@ -37,18 +40,18 @@ class SequenceClassification:
 
     def store_plans(self, datasets: Sequence[Dataset], folder: Path) -> None:
         for dataset in datasets:
-            store_plan(self._suited(dataset), self._seq_len, folder, WHOLE)
+            self.refuse_unsuited(dataset)
+            store_plan(dataset, self._seq_len, folder, WHOLE)
 
     def training_source(self, dataset: Dataset, folder: Path, augmentation: Augmentation | None) -> Source:
         assert augmentation is None, "megatrain.config.checks refuses them"
         return LabeledSource(dataset, open_plan(dataset, self._seq_len, folder, WHOLE), self._num_slots)
 
     def evaluation_source(self, dataset: Dataset) -> Source:
-        plan = make_plan(self._suited(dataset), self._seq_len, WHOLE)
-        return LabeledSource(dataset, plan, self._num_slots)
+        self.refuse_unsuited(dataset)
+        return LabeledSource(dataset, make_plan(dataset, self._seq_len, WHOLE), self._num_slots)
 
-    def _suited(self, dataset: Dataset) -> Dataset:
-        """The dataset. Raises ConfigError where it cannot be classified."""
+    def refuse_unsuited(self, dataset: Dataset) -> None:
         if dataset.label_names is None or dataset.bos_id is None:
             lacking = "labels" if dataset.label_names is None else "token that begins its documents"
             raise ConfigError(
@@ -61,7 +64,11 @@ class SequenceClassification:
                 f"{dataset.path} is of two texts each, which are two segments: model.type_vocab_size must be 2 or more "
                 f"(it is {num_segments})."
             )
-        return dataset
+        if dataset.has_text_pairs and self._seq_len < SHORTEST_PAIR:
+            raise ConfigError(
+                f"data.seq_len is {self._seq_len}, and of the two texts of {dataset.path} with what begins and ends "
+                f"them a sample holds something from {SHORTEST_PAIR} tokens on: set it to that or more."
+            )
 
 
 @dataclass(frozen=True)

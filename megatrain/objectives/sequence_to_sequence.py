@@ -31,30 +31,29 @@ class SequenceToSequence:
         self._source_len, self._target_len = data.seq_len, config.target_len or data.seq_len
         self._packing = pairs_of(self._target_len)
 
+    def refuse_unsuited(self, dataset: Dataset) -> None:
+        if not dataset.holds_pairs:
+            raise ConfigError(
+                f"{dataset.path} has no pairs of a source and a target, which objective.type=sequence_to_sequence "
+                "needs: tokenize the records with `megatrain-data tokenize --source-key KEY --target-key KEY`."
+            )
+
     def num_samples(self, dataset: Dataset) -> int:
         """Exact, which takes a second for a million pairs."""
-        return count_samples(_of_pairs(dataset), self._source_len, self._packing)
+        self.refuse_unsuited(dataset)
+        return count_samples(dataset, self._source_len, self._packing)
 
     def store_plans(self, datasets: Sequence[Dataset], folder: Path) -> None:
         for dataset in datasets:
-            store_plan(_of_pairs(dataset), self._source_len, folder, self._packing)
+            self.refuse_unsuited(dataset)
+            store_plan(dataset, self._source_len, folder, self._packing)
 
     def training_source(self, dataset: Dataset, folder: Path, augmentation: Augmentation | None) -> Source:
         return PairSource(dataset, open_plan(dataset, self._source_len, folder, self._packing), self._target_len)
 
     def evaluation_source(self, dataset: Dataset) -> Source:
-        plan = make_plan(_of_pairs(dataset), self._source_len, self._packing)
-        return PairSource(dataset, plan, self._target_len)
-
-
-def _of_pairs(dataset: Dataset) -> Dataset:
-    """The dataset. Raises ConfigError where it is none of pairs."""
-    if not dataset.holds_pairs:
-        raise ConfigError(
-            f"{dataset.path} has no pairs of a source and a target, which objective.type=sequence_to_sequence needs: "
-            "tokenize the records with `megatrain-data tokenize --source-key KEY --target-key KEY`."
-        )
-    return dataset
+        self.refuse_unsuited(dataset)
+        return PairSource(dataset, make_plan(dataset, self._source_len, self._packing), self._target_len)
 
 
 @dataclass(frozen=True)

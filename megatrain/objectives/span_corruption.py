@@ -49,11 +49,19 @@ class SpanCorruption:
         self._spans, self._seed = config.span_corruption, seed
         self._lengths = corrupted_lengths(data.seq_len, config.span_corruption)
 
+    def refuse_unsuited(self, dataset: Dataset) -> None:
+        if dataset.target_tokenizer_path is not None:
+            raise ConfigError(
+                f"{dataset.path} is of pairs whose sources and targets have a tokenizer each, and span corruption "
+                "reads one text: tokenize plain text, or pairs without --target-tokenizer."
+            )
+        self._sentinels(dataset)
+
     def num_samples(self, dataset: Dataset) -> int:
         return dataset.num_tokens // self._lengths.text
 
     def store_plans(self, datasets: Sequence[Dataset], folder: Path) -> None:
-        pass
+        """Where samples begin follows from their length."""
 
     def training_source(self, dataset: Dataset, folder: Path, augmentation: Augmentation | None) -> Source:
         return self._source(dataset, self._seed)
@@ -62,6 +70,11 @@ class SpanCorruption:
         return self._source(dataset, 0)
 
     def _source(self, dataset: Dataset, seed: int) -> SpanSource:
+        self.refuse_unsuited(dataset)
+        return SpanSource(dataset, self._lengths, self._sentinels(dataset), seed)
+
+    def _sentinels(self, dataset: Dataset) -> tuple[int, ...]:
+        """Raises ConfigError where they are too few."""
         key = "objective.span_corruption.sentinel_token"
         sentinels = Sentinels(dataset).numbered(self._spans.sentinel_token, key)
         if len(sentinels) < self._lengths.num_spans:
@@ -70,7 +83,7 @@ class SpanCorruption:
                 f"data.seq_len={self._lengths.source} has {self._lengths.num_spans} spans: set data.seq_len to less, "
                 "or objective.span_corruption.mean_span_tokens to more."
             )
-        return SpanSource(dataset, self._lengths, tuple(sentinels), seed)
+        return sentinels
 
 
 @dataclass(frozen=True)

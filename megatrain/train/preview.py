@@ -5,6 +5,7 @@ What reads them is imported where they are here: a config is checked without it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,8 @@ PROFILE_FILE = "profile.json"
 
 
 def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[str]:
-    """Refuse datasets that are missing or broken (if they must exist), not alike, or with more ids than the vocabulary,
-    as far as they are here; what there is to say of them. ``name``: the config's, or a recipe's."""
+    """Refuse datasets that are missing or broken (if they must exist), not alike, or that the model or its objective
+    cannot read, as far as they are here; what there is to say of them. ``name``: the config's, or a recipe's."""
     every = [*(entry.path for entry in config.data.train), *(entry.path for entry in config.data.validation)]
     missing = [path for path in dict.fromkeys(every) if "://" not in path and not Path(path).exists()]
     notes = []
@@ -34,17 +35,21 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
     from megatrain.data.conversations import advice
     from megatrain.data.images import open_for, require_alike
     from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
+    from megatrain.objectives import make_objective
 
     datasets = []
     for path in paths:
         try:
             datasets.append(open_for(path, images=config.model.description.reads_images))
         except DataError as error:  # which a start says; a config can be right without its data
-            if must_exist:
+            if must_exist or _is_dataset(path):
                 raise DataError(f"{error}{_elsewhere(path, name)}") from None
             return [*notes, str(error)]
     require_alike(datasets)
     resolve_vocabulary(config, datasets[0])
+    objective = make_objective(config.objective, config.model, config.data, config.run.seed)
+    for dataset in datasets:
+        objective.refuse_unsuited(dataset)
     texts = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
     found = [unused_vocabulary(config, texts[0]) if texts else None, *(advice(each, config.data) for each in texts)]
     talks = [dataset for dataset in texts if dataset.chat_template is not None]
@@ -55,6 +60,15 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
                 f"checkpoints have that of {talks[0].path}."
             )
     return [*notes, *(note for note in found if note is not None)]
+
+
+def _is_dataset(path: str) -> bool:
+    """Whether it is a whole dataset, of whatever kind."""
+    from megatrain.data.images import open_either
+
+    with suppress(DataError):
+        return bool(open_either(path))
+    return False
 
 
 def _elsewhere(path: str, name: str) -> str:

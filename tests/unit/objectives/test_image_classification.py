@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 
 from megatrain.config import ImageClassificationConfig, ModelConfig, ObjectiveConfig
@@ -99,6 +100,11 @@ def test_mixed_labels_count_by_their_shares(dataset: ImageDataset) -> None:
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, model.get_parameter("classifier.weight").grad)
+
+
+def test_means_of_pixels_to_255_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"image_mean: .*127.5.* given; every number must be in \[0, 1\]"):
+        ImageClassificationConfig(image_mean=(127.5,))
 
 
 def test_each_image_is_evaluated_once(image_data: TinyData) -> None:

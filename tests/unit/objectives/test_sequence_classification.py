@@ -112,3 +112,5 @@ def test_what_cannot_be_classified_is_refused(labeled_data: TinyData, tiny_data:
         source_of(open_dataset(tiny_data.prose), tmp_path)
     with pytest.raises(ConfigError, match=r"two segments: model.type_vocab_size must be 2 or more \(it is 1\)"):
         source_of(open_dataset(labeled_data.prose), tmp_path, type_vocab_size=1)
+    with pytest.raises(ConfigError, match=r"data.seq_len is 4, .* a sample holds something from 5 tokens on"):
+        source_of(open_dataset(labeled_data.prose), tmp_path, seq_len=4)

@@ -22,6 +22,7 @@ from megatrain.data.order import Samples
 from megatrain.data.vocabulary import resolve_vocabulary
 from megatrain.errors import ConfigError, DataError
 from megatrain.objectives.sequence_to_sequence import PairSource, SequenceToSequence
+from megatrain.objectives.span_corruption import SpanCorruption
 from tests.runs import TinyData, tiny_config
 from tests.supervised import make_answers
 from tests.tiny_data import silent
@@ -146,6 +147,9 @@ def test_a_model_of_one_vocabulary_refuses_two(
         resolve_vocabulary(configs["shared"], two_tokenizers)
     with pytest.raises(ConfigError, match=r"model\.decoder_vocab_size is 257"):
         resolve_vocabulary(configs["small"], two_tokenizers)
+    data = configs["open"].data
+    with pytest.raises(ConfigError, match="span corruption reads one text"):
+        SpanCorruption(ObjectiveConfig(), data, seed=0).refuse_unsuited(two_tokenizers)
     with pytest.raises(DataError, match="--target-tokenizer"):
         require_same_tokenizer([two_tokenizers, dataset])
 

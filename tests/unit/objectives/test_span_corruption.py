@@ -70,12 +70,18 @@ def test_spans_that_leave_nothing_between_are_refused(tmp_path: Path) -> None:
         ("train", {"precision": "fp16"}, r"train.precision: fp16 given; overflows in the layers of family t5"),
         ("data", {"document_mask": True}, r"data.document_mask: .* not read where objective.type is span_corruption"),
         ("data", {"packing": "best_fit"}, r"data.packing: .* not read where objective.type is span_corruption"),
+        (
+            "objective",
+            {"span_corruption": {"corrupted": 0.8}},
+            r"data.seq_len: 64 given; makes targets of 1\d\d",
+        ),
+        ("objective", {"type": "sequence_to_sequence", "target_len": 65}, r"objective.target_len: 65 given; must be"),
     ],
 )
 def test_what_a_t5_cannot_have_is_refused(section: str, given: dict[str, object], words: str, tmp_path: Path) -> None:
     config = tiny_config(TinyData(*[tmp_path] * 4), tmp_path)
     config["model"] |= {"family": "t5", "num_key_value_heads": None}
-    config[section] |= given
+    config[section] = {**config.get(section, {}), **given}
     with pytest.raises(ValidationError, match=words):
         RunConfig.model_validate(config)
 

@@ -1,0 +1,45 @@
+"""What a check of a config finds in its datasets, before a run starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatrain.config import RunConfig
+from megatrain.errors import MegatrainError
+from megatrain.train.preview import check_data
+from tests.labeled_data import CLASSIFIER
+from tests.runs import TinyData, tiny_config
+
+ALONE = {"packing": "best_fit", "document_mask": True}
+BERT: dict[str, Any] = {"family": "bert", "num_key_value_heads": None}
+T5 = {**BERT, "family": "t5"}
+VIT = {**BERT, "family": "vit", "image_size": 28, "patch_size": 4, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "objective", "words"),
+    [
+        (BERT, ALONE, {}, "has no token that begins its documents"),
+        (CLASSIFIER, ALONE, {}, "has no labels"),
+        (T5, {}, {}, "sentinel_token: <extra_id_0> given"),
+        (T5, {}, {"type": "sequence_to_sequence"}, "has no pairs of a source and a target"),
+        (VIT, {"seq_len": 50}, {}, "is a dataset of tokenized text"),
+    ],
+)
+def test_unsuited_datasets_are_refused(
+    model: dict[str, Any], data: dict[str, Any], objective: dict[str, Any], words: str, tiny_data: TinyData
+) -> None:
+    given = tiny_config(tiny_data, Path("run"), model=model, data=data, objective=objective)
+    with pytest.raises(MegatrainError, match=words):
+        check_data("text", RunConfig.model_validate(given))
+
+
+def test_a_masks_token_is_looked_for(masked_data: TinyData) -> None:
+    given = tiny_config(masked_data, Path("run"), model=BERT, data=ALONE)
+    assert check_data("text", RunConfig.model_validate(given)) == []
+    given["objective"] = {"masked_lm": {"mask_token": "<mask>"}}
+    with pytest.raises(MegatrainError, match=r"mask_token: <mask> given"):
+        check_data("text", RunConfig.model_validate(given))
