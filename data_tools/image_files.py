@@ -254,7 +254,7 @@ class Labels:
 def read_label_names(path: str) -> tuple[str, ...]:
     """The names in a file, one a line. Raises ConfigError."""
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 (the name is the user's)
+        with open(path, encoding="utf-8-sig") as file:  # noqa: PTH123 (the name is the user's)
             names = tuple(line.strip() for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(

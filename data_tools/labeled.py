@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import pyarrow as pa
 from data_tools.supervised import Example, LeftOut
 from data_tools.units import Record
 from megatrain.data.format import LABEL, LABELED_PAIRS, checksum
+
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class LabeledText:
         return {"examples": LABELED_PAIRS if self.has_pairs else "labeled", **given}
 
     def names_of(self, found: Iterable[str]) -> list[str]:
-        """The labels' names by number, where these were found: numbers are sorted as such."""
+        """The labels' names by number, where these were found: numbers are sorted as such, of equal ones by text."""
         if self.names is not None:
             return list(self.names)
-        names = set(found)
-        return sorted(names, key=int if all(map(str.isdecimal, names)) else None)
+        names = sorted(set(found))
+        return sorted(names, key=float) if all(map(_NUMBER.fullmatch, names)) else names
 
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         first, label, *second = orjson.loads(record.text)

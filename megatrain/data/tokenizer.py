@@ -136,20 +136,22 @@ class Tokenizer:
         """Whether the file asks for this token before every text (its post-processor), as transformers then puts it."""
         return bool(self._library.encode("a", add_special_tokens=True).ids[:1] == [token_id])
 
-    def with_borders(self, begin: str, end: str) -> bytes:
-        """A tokenizer.json that puts ``begin`` before a text and ``end`` behind it, and behind the second of two, as
-        BERT's does; this one where it puts them already."""
+    def with_borders(self, begin: str | None, end: str) -> bytes:
+        """A tokenizer.json that puts ``begin`` before a text (None: nothing) and ``end`` behind it, and behind the
+        second of two, as those of BERT and T5 do; this one where it puts them already."""
         from tokenizers import processors
 
-        ids = [(token, self.ids[token]) for token in (begin, end)]
-        bordered = self._library.encode("a", add_special_tokens=True).ids
-        if [*bordered[:1], *bordered[-1:]] == [token_id for _, token_id in ids]:
+        ids = [(token, self.ids[token]) for token in (begin, end) if token is not None]
+        before = [] if begin is None else [self.ids[begin]]
+        if self._library.encode("a", add_special_tokens=True).ids == [*before, *self.encode("a"), self.ids[end]]:
             return self.json
-        single, pair = f"{begin} $A {end}", f"{begin} $A {end} $B:1 {end}:1"
+        single = f"$A {end}" if begin is None else f"{begin} $A {end}"
+        pair = f"{single} $B:1 {end}:1"
         template = processors.TemplateProcessing(single, pair, ids)
         description = orjson.loads(self.json)
-        found = [x for x in (description.get("post_processor"), orjson.loads(template.__getstate__())) if x]
-        description["post_processor"] = found[0] if len(found) == 1 else {"type": "Sequence", "processors": found}
+        kept = [x for x in _parts(description.get("post_processor")) if x["type"] == "ByteLevel"]  # it adds no token
+        found = [*kept, orjson.loads(template.__getstate__())]
+        description["post_processor"] = {"type": "Sequence", "processors": found} if kept else found[0]
         return orjson.dumps(description)
 
     def comes_from_text(self, token: str) -> bool:

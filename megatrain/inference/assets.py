@@ -109,12 +109,13 @@ class Assets:
         return replace(self, files={**self.files, LABELS: orjson.dumps(list(label_names))})
 
     def between_borders(self) -> Assets:
-        """The same with a tokenizer that puts around a text what begins and ends the data's documents, as models need
-        that read a text from both sides."""
-        tokenizer, begin, end = _tokenizer(self.files), self.special_tokens.bos, self.special_tokens.eod
-        if tokenizer is None or not self.prompt_ids or not begin or not end or not begin.token or not end.token:
+        """The same with a tokenizer that puts around a text what begins and ends the data's documents, as encoders
+        need."""
+        tokenizer, bos, end = _tokenizer(self.files), self.special_tokens.bos, self.special_tokens.eod
+        begin = bos.token if bos is not None and self.prompt_ids else None
+        if tokenizer is None or end is None or not end.token:
             return self
-        return replace(self, files={**self.files, TOKENIZER: tokenizer.with_borders(begin.token, end.token)})
+        return replace(self, files={**self.files, TOKENIZER: tokenizer.with_borders(begin, end.token)})
 
     @property
     def label_names(self) -> list[str] | None:

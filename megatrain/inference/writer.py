@@ -66,17 +66,16 @@ class Writer:
         self.model, self.tokenizer, self.assets, self._agree = model, tokenizer, assets, agree
         self.template = assets.template
         self.target_tokenizer = assets.target_tokenizer or tokenizer  # of what it writes
+        self.has_encoder = model.config.description.encoder is not None
 
     def begin(self, prompt_ids: Sequence[int]) -> list[int]:
         """With the token before them that begins a document, where the model knows one; as a source, with its end."""
-        if self.model.config.description.encoder is not None:
-            eod = self.assets.special_tokens.eod
-            return [*prompt_ids, *([] if eod is None else [eod.id])]
-        return [*self.assets.prompt_ids, *prompt_ids]
+        eod = self.assets.special_tokens.eod if self.has_encoder else None
+        return [*self.assets.prompt_ids, *prompt_ids, *([] if eod is None else [eod.id])]
 
     def _begun(self, given: Sequence[list[int]]) -> tuple[Sequence[list[int]], Sequence[list[int]] | None]:
         """What the decoder goes on from, and what an encoder reads: the prompts, where there is one."""
-        if self.model.config.description.encoder is None:
+        if not self.has_encoder:
             return given, None
         return [[self.assets.decoder_start(self.tokenizer)]] * len(given), given
 
@@ -118,7 +117,7 @@ class Writer:
         settings: TextSettings,
         warn: Callable[[str], None],
     ) -> Iterator[str]:
-        text, num_new = TextStream(self.target_tokenizer, ids, settings.stops), 0
+        text, num_new = self._text_after(ids, settings), 0
         for token in tokens:
             num_new += 1
             yield text.add(token)
@@ -158,7 +157,7 @@ class Writer:
     def _sampled(self, given: Sequence[list[int]], settings: TextSettings) -> list[Generated]:
         prompts, sources = self._begun(given)
         rooms = [self._limits(settings, ids).max_new_tokens for ids in prompts]
-        streams = [TextStream(self.target_tokenizer, ids, settings.stops) for ids in prompts]
+        streams = [self._text_after(ids, settings) for ids in prompts]
         texts, counts, ended = [""] * len(prompts), [0] * len(prompts), set[int]()
         limits = self._limits(settings, max(prompts, key=len))._replace(max_new_tokens=max(rooms))
         chosen = settings.sampling, settings.seed, self._agree
@@ -187,7 +186,7 @@ class Writer:
             read = None if sources is None else [sources[row] for row in rows]
             searched = beam_search(self.model, batch, limits, settings.beams, penalty, self._agree, read)
             for row, (best, *_) in zip(rows, searched, strict=True):
-                stream = TextStream(self.target_tokenizer, prompts[row], settings.stops)
+                stream = self._text_after(prompts[row], settings)
                 text = ""
                 for token in best.tokens:
                     text += "" if stream.has_stopped else stream.add(token)
@@ -195,6 +194,10 @@ class Writer:
                 shown = self._generated(text, stream, len(best.tokens), room, settings)
                 found.append((row, shown._replace(score=best.score)))
         return [shown for _, shown in sorted(found)]
+
+    def _text_after(self, ids: Sequence[int], settings: TextSettings) -> TextStream:
+        """What is written after these ids; beside an encoder nothing comes before it but the decoder's start."""
+        return TextStream(self.target_tokenizer, [] if self.has_encoder else ids, settings.stops)
 
     def _generated(self, text: str, stream: TextStream, count: int, room: int, settings: TextSettings) -> Generated:
         if stream.has_stopped or count < room:
@@ -240,7 +243,7 @@ def generate_text(
     rank: RankInfo | None = None,
     ema: bool = False,
 ) -> Iterator[str]:
-    """Yield the prompt, then what the model goes on with, piece by piece as it can be shown.
+    """Yield the prompt (not where an encoder reads it), then what the model writes, piece by piece as it can be shown.
 
     Raises ConfigError for a prompt with bytes that are no text. ``warn`` hears of characters that have no tokens, and
     in the end of a context that was full before the text had come to its end. Collective over the ranks that ``rank``
@@ -248,7 +251,7 @@ def generate_text(
     """
     writer, groups = open_writer(path, rank, 1 if rank is None else rank.world_size, ema=ema)
     texts = writer.stream(writer.begin(encode_prompt(writer.tokenizer, prompt, warn)), settings, warn)
-    yield prompt
+    yield "" if writer.has_encoder else prompt
     yield from texts
     if groups is not None:
         dist.destroy_process_group()
@@ -329,7 +332,7 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 
 def _prompt_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut within a text, at U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut within a text, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The prompts {path} cannot be read: {error}") from None
     return [{"prompt": line} for line in lines if line]

@@ -241,7 +241,7 @@ def make_cache(
     sources: Sequence[Sequence[int]] | None = None,
 ) -> KeyValueCache:
     """With room for the prompts, what is to follow them, and padding; and with the sources that an encoder is still to
-    read. Raises ConfigError for a source that is empty or longer than the model's positions."""
+    read. Raises ConfigError for a source that is empty, longer than the model's positions, or has ids out of range."""
     capacity = max(map(len, prompts), default=0) + limits.max_new_tokens + model.tokens_multiple - 1
     config = model.config
     longest = config.max_position_embeddings
@@ -249,6 +249,11 @@ def make_cache(
         if not 0 < len(source) <= longest:
             raise ConfigError(
                 f"A source has {len(source)} tokens: it must have 1 to {longest} (model.max_position_embeddings)."
+            )
+        if not 0 <= min(source) <= max(source) < (config.vocab_size or 0):
+            raise ConfigError(
+                f"A source has token ids outside of 0 to {(config.vocab_size or 0) - 1}: was it made by another "
+                "tokenizer?"
             )
     return KeyValueCache(config.num_layers(config.description.decoder), capacity, len(prompts), sources)
 

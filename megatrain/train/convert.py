@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatrain.checkpoint import adapters, huggingface
 from megatrain.checkpoint.location import Location, address, new_folder, refuse_existing, write_file
-from megatrain.checkpoint.manifest import MANIFEST, Base, Manifest
+from megatrain.checkpoint.manifest import MANIFEST, TOKENIZER, Base, Manifest
 from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.store import add_file
@@ -51,7 +51,8 @@ def export_checkpoint(
     reader = CheckpointReader(resolve(path), ema=ema)
     saved = reader.saved
     assets, notes = Assets.of_checkpoint(reader), not_in_transformers(saved.model)
-    if not saved.model.description.can_generate:
+    has_encoder = saved.model.description.encoder is not None
+    if has_encoder or (assets.prompt_ids and not saved.model.description.can_generate):
         assets = assets.between_borders()
     if merge and saved.lora is None:
         raise ConfigError(f"--merge: {reader.folder} holds whole weights, no LoRA adapters: leave it out.")
@@ -61,9 +62,10 @@ def export_checkpoint(
     dtype = huggingface.DTYPES[saved.train.precision]
     mask_token = saved.objective.masked_lm.mask_token if saved.objective.of(saved.model) == "masked_lm" else None
     files = exported_files(assets, saved.model, str(dtype).removeprefix("torch."), mask_token)
-    if saved.model.description.encoder is not None and (eod := assets.special_tokens.eod) is not None:
+    eod = assets.special_tokens.eod
+    if has_encoder and eod is not None and TOKENIZER not in assets.files:
         notes.append(
-            f"a source ends with {eod.token}, which transformers does not put there: write it behind the text."
+            f"a source ends with {eod.token or eod.id}, which no tokenizer of this folder puts there: add it yourself."
         )
     read = partial(adapters.read_merged, reader)
     huggingface.export_folder(read, saved.model, dtype, files, out, shard_bytes)

@@ -91,8 +91,7 @@ def translator(
 
 def by_transformers(folder: Path, num_beams: int) -> list[str]:
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    sources = [f"{source}<|endoftext|>" for source, _ in PAIRS]
-    batch = tokenizer(sources, return_tensors="pt", padding=True, return_token_type_ids=False)
+    batch = tokenizer([source for source, _ in PAIRS], return_tensors="pt", padding=True, return_token_type_ids=False)
     found = model.generate(**batch, max_new_tokens=12, num_beams=num_beams, do_sample=False)
     if (folder / "target_tokenizer.json").exists():
         special = {"eos_token": "<|endoftext|>", "pad_token": "<pad>"}
@@ -127,7 +126,7 @@ def test_a_source_may_fill_the_context(translator: Path, tmp_path: Path) -> None
     tokenizer = Tokenizer.from_file(str(translator.parent / "hf" / "tokenizer.json"))
     whole = " ".join(map(str, range(60)))
     beginnings = [whole[:length] for length in range(len(whole))]
-    texts = {len(tokenizer.encode(text).ids): text for text in beginnings}
+    texts = {len(tokenizer.encode(text, add_special_tokens=False).ids): text for text in beginnings}
     rows = "".join(json.dumps({"s": texts[count]}) + "\n" for count in (CONTEXT - 1, CONTEXT))
     (tmp_path / "rows.jsonl").write_text(rows)
     task = {"name": "t", "kind": "generate", "path": str(tmp_path / "rows.jsonl"), "prompt": "{{ s }}", "answer": "1"}

@@ -45,7 +45,9 @@ def test_labels_are_sorted_and_rows_without_left_out(labeled_data: TinyData, tmp
 
 
 def test_numbers_are_sorted_as_numbers() -> None:
-    assert LabeledText("[SEP]").names_of(["10", "9", "0"]) == ["0", "9", "10"]
+    for names in (["0", "9", "10"], ["-10", "-9", "2"], ["1e-07", "0.5", "10.0"], ["03", "3", "3.0", "9" * 5000]):
+        assert LabeledText("[SEP]").names_of(names[::-1]) == names
+    assert LabeledText("[SEP]").names_of(["\u0663", "10", "9"]) == ["10", "9", "\u0663"]
 
 
 def test_given_names_keep_their_order(labeled_data: TinyData, tmp_path: Path) -> None:

@@ -9,15 +9,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from megatrain.checkpoint.manifest import SpecialTokens, Token
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, ConfigError
+from megatrain.inference.assets import Assets
 from megatrain.inference.loading import load_decoder
 from megatrain.inference.text_stream import TextStream
-from megatrain.inference.writer import TextSettings, generate_text
-from megatrain.model.generate import Limits, Sampling, generate
+from megatrain.inference.writer import TextSettings, Writer, generate_text, open_writer
+from megatrain.model.beams import BeamSearch
+from megatrain.model.generate import Limits, Sampling, generate, generate_batch
 from megatrain.train.convert import import_folder
 from tests.tokenizer_samples import bert, gemma, llama2, llama3, numbered, t5
 
@@ -132,3 +135,49 @@ def test_what_only_begins_a_stop_is_shown() -> None:
     stream = TextStream(tokenizer, [], ["END"])
     pieces = [stream.add(token) for token in tokenizer.encode("the EN")]
     assert "".join([*pieces, stream.end()]) == "the EN"
+
+
+def translator(folder: Path, **special: object) -> Path:
+    """A checkpoint of a T5 with random weights; ``special``: what its folder says of its tokens."""
+    library, ids = t5(), {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    sizes = {"vocab_size": library.get_vocab_size(), "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1}
+    T5ForConditionalGeneration(
+        T5Config(**sizes, num_heads=2, feed_forward_proj="gated-gelu", **{**ids, **special})
+    ).save_pretrained(folder / "hf")
+    library.save(str(folder / "hf" / "tokenizer.json"))
+    import_folder(folder / "hf", folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def test_a_decoders_text_stands_by_itself(tmp_path: Path) -> None:
+    """Without the source, and as transformers decodes it: nothing stands before its first word."""
+    path, tokenizer = translator(tmp_path), Tokenizer(t5().to_str().encode(), "tokenizer")
+    source, limits = [*tokenizer.encode("to be"), 1], Limits(6, [1], tokenizer.vocab_size)
+    steps = generate_batch(load_decoder(CheckpointReader(path)), [[0]], limits, Sampling(), sources=[source])
+    expected = tokenizer.decode([token for (token,) in steps if token is not None])
+    for beams in (None, BeamSearch(1)):  # one beam is greedy
+        settings = TextSettings(6, beams=beams)
+        assert "".join(generate_text(path, "to be", settings, warn=pytest.fail)) == expected
+        assert [text.text for text in open_writer(path)[0].write([source], settings)] == [expected]
+
+
+def test_a_source_begins_and_ends_as_trained(tmp_path: Path) -> None:
+    bos, eod = Token(id=2, token="<unk>"), Token(id=1, token="</s>")
+    writer, _ = open_writer(translator(tmp_path))
+    assert writer.begin([7, 8]) == [7, 8, eod.id]
+    assets = Assets(SpecialTokens(bos=bos, eod=eod, begins_with_bos=True), writer.assets.files)
+    assert Writer(writer.model, writer.tokenizer, assets).begin([7, 8]) == [bos.id, 7, 8, eod.id]
+    exported = Library.from_buffer(assets.between_borders().files["tokenizer.json"])
+    text = writer.tokenizer.encode("to be")
+    assert exported.encode("to be").ids == [bos.id, *text, eod.id]
+    again = Tokenizer(assets.between_borders().files["tokenizer.json"], "tokenizer").with_borders("<unk>", "</s>")
+    assert again == assets.between_borders().files["tokenizer.json"]
+    ended = Library.from_buffer(writer.assets.between_borders().files["tokenizer.json"])
+    assert ended.encode("to be").ids == [*text, eod.id]
+
+
+def test_a_sources_ids_are_those_of_the_model(tmp_path: Path) -> None:
+    writer, _ = open_writer(translator(tmp_path))
+    with pytest.raises(ConfigError, match="A source has token ids outside of 0 to"):
+        writer.write([[5, 500]], TextSettings(3))
