@@ -1,7 +1,8 @@
 """LoRA's adapters in peft's folders, both ways, and merged into the weights that they adapt.
 
 A folder has adapter_config.json and adapter_model.safetensors. The factors have our names behind a prefix, and peft's
-shapes: A [rank, in], B [out, rank], also where the weight is [in, out] (gpt2's Conv1D, ``fan_in_fan_out``).
+shapes: A [rank, in], B [out, rank], also where the weight is [in, out] (gpt2's Conv1D, ``fan_in_fan_out``). Where
+transformers has other names for modules than for their weights in files (vit), peft's are the modules'.
 """
 
 from __future__ import annotations
@@ -43,17 +44,31 @@ _NOT_OURS: Mapping[str, Any] = {
 """What an adapter that is imported may say of these keys; empty is as good as left out."""
 
 
+def name_in_peft(model: ModelConfig, name: str) -> str:
+    """``name``: ours, of a matrix in its layer or of a factor."""
+    for ours, theirs in model.description.hugging_face.modules.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _our_name(model: ModelConfig, name: str) -> str:
+    for ours, theirs in model.description.hugging_face.modules.items():
+        name = name.replace(theirs, ours)
+    return name.removeprefix(PREFIX)
+
+
 def to_peft(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """adapter_config.json. The base is whatever model it is loaded beside."""
-    adapted = model.description.adapted(lora.adapts)
+    family = model.description
+    adapted, of_decoders = family.adapted(lora.adapts), "CAUSAL_LM" if family.can_generate else None
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if model.description.encoder is None else "SEQ_2_SEQ_LM",
+        "task_type": of_decoders if family.encoder is None else "SEQ_2_SEQ_LM",
         "base_model_name_or_path": None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": adapted,
+        "target_modules": [name_in_peft(model, path) for path in adapted],
         "fan_in_fan_out": all(_is_conv1d(model, path) for path in adapted),
         "bias": "none",
         "modules_to_save": None,
@@ -72,7 +87,7 @@ def from_peft(folder: Path, model: ModelConfig) -> LoraConfig:
         if theirs.get(key, needed) != needed and theirs[key]:
             raise CheckpointError(f"{path}: {key} is {theirs[key]!r}; only adapters with {needed!r} can be imported.")
     with opened(folder / ADAPTER_WEIGHTS) as file:
-        modules = {key.removeprefix(PREFIX).rpartition(f".{_A}.")[0] for key in file.keys()}  # noqa: SIM118
+        modules = {_our_name(model, key).rpartition(f".{_A}.")[0] for key in file.keys()}  # noqa: SIM118
     targets = model.description.adapted(lambda name: any(module.endswith(f".{name}") for module in modules))
     given = {"rank": theirs.get("r"), "alpha": theirs.get("lora_alpha"), "dropout": theirs.get("lora_dropout", 0.0)}
     try:
@@ -86,7 +101,7 @@ def read_adapter(folder: Path, model: ModelConfig, lora: LoraConfig) -> dict[str
     """The factors as fp32 under our names. Raises CheckpointError for tensors missing, unknown, or of other shapes."""
     path, shapes = folder / ADAPTER_WEIGHTS, adapter_shapes(model, lora)
     with opened(path) as file:
-        tensors = {key.removeprefix(PREFIX): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        tensors = {_our_name(model, key): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     if unknown := sorted(tensors.keys() - shapes.keys()):
         raise CheckpointError(f"{path} has {len(unknown)} tensors that the model does not adapt, as {unknown[0]}.")
     if missing := [name for name in shapes if name not in tensors]:

@@ -478,6 +478,7 @@ class HuggingFace:
     config.json has under ``id2label``. ``copies``: further keys of theirs that have the value of one of ours.
     ``constants``: what else is written. ``refuse``: of a config.json with ``absent`` filled in, why its layers are not
     ours, or None. ``warnings``: of one that is written, what transformers makes of it otherwise, each in a sentence.
+    ``modules``: parts of names of tensors in files, which are ours, and what transformers calls the modules; in order.
     """
 
     architecture: str
@@ -493,6 +494,7 @@ class HuggingFace:
     constants: Mapping[str, Any] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda theirs: None
     warnings: Callable[[Mapping[str, Any]], list[str]] = lambda theirs: []
+    modules: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

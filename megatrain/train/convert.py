@@ -78,12 +78,14 @@ def _export_adapter(reader: CheckpointReader, lora: LoraConfig, assets: Assets, 
     model = reader.saved.model
     exported = exported_files(assets, model, "float32")
     with new_folder(out, "exported") as unfinished:
-        shapes = {f"{adapters.PREFIX}{name}": shape for name, shape in adapter_shapes(model, lora).items()}
+        shapes = adapter_shapes(model, lora)
+        ours = {f"{adapters.PREFIX}{adapters.name_in_peft(model, name)}": name for name in shapes}
 
         def read(name: str, shape: Sequence[int]) -> Tensor:
-            return reader.read_parameter(ShardSpec.whole(name.removeprefix(adapters.PREFIX), shape), "weight")
+            return reader.read_parameter(ShardSpec.whole(ours[name], shape), "weight")
 
-        huggingface.write_safetensors(read, shapes, unfinished / adapters.ADAPTER_WEIGHTS, torch.float32)
+        named = {name: shapes[our_name] for name, our_name in ours.items()}
+        huggingface.write_safetensors(read, named, unfinished / adapters.ADAPTER_WEIGHTS, torch.float32)
         huggingface.write_json(unfinished / adapters.ADAPTER_CONFIG, adapters.to_peft(model, lora))
         for name in TOKENIZER_FILES:
             if name in exported:

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "gpt2-attention": ({"family": "gpt2"}, ["c_attn"]),
     "gpt2-square": ({"family": "gpt2"}, ["c_proj"]),
     "qwen3-all": ({"family": "qwen3", "head_dim": 24}, "all-linear"),
+    "bert": ({"family": "bert"}, ["query", "value", "intermediate.dense", "output.dense"]),
 }
 
 

@@ -13,7 +13,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_convert import model_of, save
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import megatrain
 from megatrain.errors import CheckpointError, ConfigError
@@ -75,6 +82,58 @@ def test_adapters_go_to_peft_and_back(case: str, tmp_path: Path) -> None:
     assert (ours - plain).abs().max() > 0.1
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert written["fan_in_fan_out"] == (family == "gpt2")
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.1,
+}
+ENCODERS: dict[str, tuple[Any, Any, Any, list[str]]] = {
+    "bert": (BertForMaskedLM, BertConfig(**TINY, vocab_size=131), TOKENS, ["query", "output.dense"]),
+    "classifier": (
+        BertForSequenceClassification,
+        BertConfig(**TINY, vocab_size=131, num_labels=3),
+        TOKENS,
+        ["key", "intermediate.dense"],
+    ),
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig(**TINY, image_size=12, patch_size=4, num_labels=3),
+        torch.linspace(-1, 1, 864).view(2, 3, 12, 12),
+        ["v_proj", "o_proj", "fc1", "fc2"],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("error:.*(missing|unexpected|Missing|Unexpected)")
+@pytest.mark.parametrize("case", ENCODERS)
+def test_adapters_of_encoders_reach_peft(case: str, tmp_path: Path) -> None:
+    kind, config, inputs, targets = ENCODERS[case]
+    torch.manual_seed(3)
+    model = kind(config).eval()
+    if case == "vit" and not hasattr(model.vit, "layers"):
+        pytest.skip("this transformers' ViT has modules of other names")
+    model.save_pretrained(tmp_path / "base")
+    import_folder(tmp_path / "base", tmp_path / "checkpoint")
+    adapted = get_peft_model(model, LoraConfig(r=6, lora_alpha=21, target_modules=targets)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "peft")
+    import_folder(tmp_path / "peft", tmp_path / "adapters", tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "adapters", tmp_path / "out")
+    export_checkpoint(tmp_path / "adapters", tmp_path / "merged", merge=True)
+    again = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
+    merged = kind.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = adapted(inputs).logits
+        torch.testing.assert_close(again(inputs).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged(inputs).logits, expected, atol=1e-5, rtol=1e-5)
+        with adapted.disable_adapter():
+            assert (adapted(inputs).logits - expected).abs().max() > 0.01
 
 
 def test_merging_rounds_half_precision_once(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
