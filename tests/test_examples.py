@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
+from examples.translate.catalogues import messages
 from tests.runs import TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 
@@ -94,6 +96,46 @@ def test_images_without_apt_say_where_from(tmp_path: Path) -> None:
     done = run_short("images", tmp_path / "work", 2, PATH="")
     assert done.returncode == 1
     assert "Debian's package dataset-fashion-mnist, and there is no apt-get here" in done.stderr
+
+
+CATALOGUE = """
+msgid ""
+msgstr "Content-Type: text/plain; charset=UTF-8\\n"
+
+msgid "%(name)s and <b>others</b>"
+msgstr "%(name)s et <b>d'autres</b>"
+
+#, fuzzy
+msgid "A guess"
+msgstr "Une supposition"
+
+msgid "Not done yet"
+msgstr ""
+
+msgid "Same"
+msgstr "Same"
+
+msgid "one file"
+msgid_plural "%d files"
+msgstr[0] "un fichier"
+msgstr[1] "%d fichiers"
+
+#~ msgid "Gone"
+#~ msgstr "Disparu"
+"""
+
+
+def test_translations_that_are_not_sure_are_skipped(tmp_path: Path) -> None:
+    """Fuzzy, obsolete, empty and equal ones; of plural forms the first and the last are taken, placeholders as they
+    are."""
+    with zipfile.ZipFile(tmp_path / "some-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some/locale/fr/LC_MESSAGES/django.po", CATALOGUE)
+        wheel.writestr("some/locale/de/LC_MESSAGES/django.po", CATALOGUE.replace("one file", "eine Datei"))
+    assert [tuple(message) for message in messages(["some-1.0"], tmp_path)] == [
+        ("%(name)s et <b>d'autres</b>", "%(name)s and <b>others</b>"),
+        ("un fichier", "one file"),
+        ("%d fichiers", "%d files"),
+    ]
 
 
 @pytest.mark.slow

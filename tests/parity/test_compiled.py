@@ -36,6 +36,9 @@ ROWS: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
         {"engine": "fsdp2", "tensor": 2, "pipeline": 2, "sequence": True, "zero_stage": 3},
         {},
     ),
+    "bert": (2, "bert", {"tensor": 2, "sequence": True, "recompute": "selective"}, DROPOUT),
+    "a classifier of texts": (2, "bert_classifier", {"zero_stage": 1}, {}),
+    "vit": (2, "vit", {"engine": "fsdp2", "zero_stage": 3, "recompute": "full"}, DROPOUT),
 }
 COMPILED = {"compile": "on"}
 
@@ -57,7 +60,7 @@ def test_traced_layers_train_as_eager_ones_do(model: str, pool: Pool) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_compiled_layers_train_as_eager_ones_do(row: str, pool: Pool) -> None:
     num_ranks, model, parallel, dropout = ROWS[row]
-    config = parity_config(pool.data, model, parallel=parallel, model=dropout, train=COMPILED)
+    config = pool.config(model, parallel=parallel, model=dropout, train=COMPILED)
     alone = pool.alone(model, NUM_STEPS, model=dropout)
     pool.train(num_ranks, config, NUM_STEPS).assert_equals(alone)
 

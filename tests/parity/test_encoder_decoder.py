@@ -204,27 +204,29 @@ def test_adapters_of_both_stacks_train_alike(
 
 
 COMPILED = [
-    ("t5", 2, {"tensor": 2, "sequence": True}),
-    ("t5_tied", 2, {"pipeline": 2, "recompute": "selective"}),
-    ("t5_tied", 2, {**FSDP2, "zero_stage": 3, "recompute": "full"}),
-    ("marian", 2, {"pipeline": 2}),
+    ("t5", {"tensor": 2, "sequence": True}, TRACED),
+    ("t5_tied", {"pipeline": 2, "recompute": "selective"}, TRACED),
+    ("t5_tied", {**FSDP2, "zero_stage": 3, "recompute": "full"}, TRACED),
+    ("marian", {"pipeline": 2}, TRACED),
+    ("t5", {"zero_stage": 1}, None),
+    ("marian", {"tensor": 2, "sequence": True}, None),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "num_ranks", "parallel"),
+    ("model", "parallel", "backend"),
     [pytest.param(*row, marks=pytest.mark.acceptance if number else ()) for number, row in enumerate(COMPILED)],
     ids=str,
 )
-def test_traced_stacks_train_as_eager_ones_do(
-    model: str, num_ranks: int, parallel: dict[str, Any], pool: Pool, translations: Path, tmp_path: Path
+def test_compiled_stacks_train_as_eager_ones_do(
+    model: str, parallel: dict[str, Any], backend: str | None, pool: Pool, translations: Path, tmp_path: Path
 ) -> None:
-    """As tests/parity/test_compiled.py: all but the generation of code."""
-    own = sections(PAIRS, translations, tmp_path)
+    """As tests/parity/test_compiled.py: ``TRACED`` is all but the generation of code, None is that too."""
+    own = sections(PAIRS, translations, tmp_path, model)
     train = {"micro_batch_size": 2, "compile": "on"}
     config = parity_config(pool.data, model, **own, parallel=parallel, train=train)
-    pool.train(num_ranks, config, NUM_STEPS, backend=TRACED).assert_equals(pool.alone(model, NUM_STEPS, **own))
+    pool.train(2, config, NUM_STEPS, backend=backend).assert_equals(pool.alone(model, NUM_STEPS, **own))
 
 
 TASKS = """

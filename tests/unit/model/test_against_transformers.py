@@ -43,20 +43,15 @@ def test_state_dict_has_transformers_names_in_its_order(config: ModelConfig) -> 
     assert [(name, x.shape) for name, x in ours.items()] == [(name, x.shape) for name, x in theirs.items()]
 
 
-def test_logits_are_equal(config: ModelConfig) -> None:
-    reference = twin(config)
-    tokens_BT = random_batch(2, 300).tokens_BT
-    with torch.no_grad():
-        ours, theirs = logits(decoder_like(reference, config), tokens_BT), reference(tokens_BT).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_loss_and_every_gradient_are_equal(config: ModelConfig) -> None:
+def test_logits_loss_and_gradients_are_equal(config: ModelConfig) -> None:
     reference = twin(config)
     batch = random_batch(2, 200)
     model = decoder_like(reference, config)
+    theirs_BTV = reference(batch.tokens_BT).logits
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, batch.tokens_BT), theirs_BTV, atol=1e-5, rtol=1e-5)
     loss = model(batch) / batch.targets_BM.numel()
-    expected = functional.cross_entropy(reference(batch.tokens_BT).logits.flatten(0, 1), batch.targets_BM.flatten())
+    expected = functional.cross_entropy(theirs_BTV.flatten(0, 1), batch.targets_BM.flatten())
     loss.backward()
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
