@@ -29,6 +29,9 @@ from megatrain.data.transforms import (
 )
 from megatrain.errors import ConfigError, DataError
 
+MAX_LISTED = 20
+"""Of a tokenizer's tokens, in a message."""
+
 
 class DocumentPart(NamedTuple):
     """Tokens [begin, end) of a sample, which are those of a document from its token number ``offset`` on."""
@@ -145,9 +148,10 @@ class Sentinels:
     def id_of(self, token: str, key: str) -> int:
         if token in self.ids:
             return self.ids[token]
+        known = [*self.ids][:MAX_LISTED] + ["..."] * (len(self.ids) > MAX_LISTED)
         raise ConfigError(
             f"{key}: {as_yaml(token)} given; it must be an added token of the tokenizer of {self._path} that no text "
-            f"becomes, other than those that begin and end documents (it has: {', '.join(self.ids) or 'none'}). "
+            f"becomes, other than those that begin and end documents (it has: {', '.join(known) or 'none'}). "
             "Tokenize the text with a tokenizer that has it, or name another."
         )
 

@@ -122,7 +122,7 @@ class EvaluationBatches:
     """
 
     def __init__(self, maker: BatchMaker, data_rank: int, num_data_ranks: int, limit: int | None = None) -> None:
-        self._maker = maker
+        self._maker, self.sources = maker, maker.sources
         each = None if limit is None else -(-limit // len(maker.sources))
         chosen = [_evenly_spaced(source.num_samples, each) for source in maker.sources]
         dataset = np.repeat(np.arange(len(chosen)), [len(indices) for indices in chosen])

@@ -52,6 +52,11 @@ class Source(Protocol):
         ...
 
     @property
+    def left_out(self) -> str | None:
+        """What of the dataset is in no sample because it fits into none, in words; None: nothing."""
+        ...
+
+    @property
     def all_scored(self) -> bool:
         """Whether every target of every sample counts."""
         ...

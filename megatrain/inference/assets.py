@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from megatrain.checkpoint.image_processor import PREPROCESSOR
 from megatrain.checkpoint.manifest import LABELS, TARGET_TOKENIZER, TOKENIZER, Chat, SpecialTokens, Token
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.transformers_config import label_names, labels_by_id, laid_over, to_transformers
@@ -35,7 +36,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-PREPROCESSOR = "preprocessor_config.json"
 CARRIED = (CONFIG, GENERATION, PREPROCESSOR, *TOKENIZER_FILES)
 """The files of a Hugging Face folder that are kept as they are, both ways."""
 
@@ -55,8 +55,29 @@ class Assets:
 
     @classmethod
     def of_folder(cls, files: Mapping[str, bytes]) -> Assets:
-        """Those of an imported folder: its special tokens as transformers reads them."""
-        return cls(_read_special_tokens(files), files)
+        """Those of an imported folder: its special tokens as transformers reads them. Raises CheckpointError where a
+        decoder begins with another token there."""
+        assets = cls(_read_special_tokens(files), files)
+        assets._refuse_other_start()
+        return assets
+
+    def _refuse_other_start(self) -> None:
+        config, tokenizer = _json(self.files, CONFIG) or {}, self.target_tokenizer or _tokenizer(self.files)
+        theirs = (_json(self.files, GENERATION) or {}).get("decoder_start_token_id")
+        theirs = config.get("decoder_start_token_id") if theirs is None else theirs
+        family = FAMILIES.get(str(config.get("model_type")))
+        if theirs is None or family is None or family.encoder is None or tokenizer is None:
+            return
+        if theirs != (ours := self.decoder_start(tokenizer)):
+            raise CheckpointError(
+                f"{CONFIG}: decoder_start_token_id is {theirs}; only {ours} can be imported, the id of <pad>, or where "
+                "the tokenizer has none, of the end of text."
+            )
+
+    @property
+    def mask_token(self) -> str | None:
+        """What a folder's tokenizer hides tokens by."""
+        return _folder_text(self.files, "mask")
 
     @classmethod
     def of_checkpoint(cls, reader: CheckpointReader) -> Assets:

@@ -76,6 +76,7 @@ class LabeledImages:
     shape: ImageShape
     seed: int | None
     plan: PackingPlan | None = field(default=None, init=False)
+    left_out: str | None = field(default=None, init=False)
 
     @property
     def seq_len(self) -> int:

@@ -76,6 +76,7 @@ class ConcatSource:
     score_after_eod: bool = True
     augmentation: Augmentation | None = None
     plan: PackingPlan | None = field(default=None, init=False)
+    left_out: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

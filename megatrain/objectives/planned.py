@@ -25,5 +25,9 @@ class PlannedSource:
     def num_samples(self) -> int:
         return self.plan.num_samples
 
+    @property
+    def left_out(self) -> str | None:
+        return self.plan.dropped.text(self.seq_len) if self.plan.dropped.tokens else None
+
     def num_targets(self, samples: Samples) -> int:
         return int(self.plan.num_targets(samples.index).sum())

@@ -69,6 +69,16 @@ class PairSource(PlannedSource):
                 f"target into objective.target_len={self.target_len}. Give more."
             )
 
+    @property
+    def left_out(self) -> str | None:
+        dropped = self.plan.dropped
+        if not dropped.conversations:
+            return None
+        return (
+            f"{dropped.conversations:,} pairs of {dropped.tokens:,} tokens are left out: their sources do not fit into "
+            f"data.seq_len={self.seq_len}, or their targets into objective.target_len={self.target_len}"
+        )
+
     def num_bytes(self) -> int:
         """UTF-8 bytes of the targets of all samples."""
         every = (piece for sample in range(self.num_samples) for piece in self.plan.chunks(sample))

@@ -96,6 +96,7 @@ class SpanSource:
     seed: int
     all_scored: bool = field(default=True, init=False)
     plan: PackingPlan | None = field(default=None, init=False)
+    left_out: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

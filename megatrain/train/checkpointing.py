@@ -10,10 +10,11 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
+from megatrain.checkpoint.image_processor import to_transformers
 from megatrain.checkpoint.location import Location
 from megatrain.checkpoint.manifest import FileEntry, Manifest, Token, read_manifest
 from megatrain.checkpoint.origin import Origin, find_origin, is_model_folder
@@ -22,7 +23,6 @@ from megatrain.checkpoint.saved_config import saved_config
 from megatrain.checkpoint.saver import CheckpointSaver, SaveResult, SaveStatus
 from megatrain.checkpoint.store import CheckpointFolder, CheckpointStore, Retention
 from megatrain.checkpoint.stores import find_store
-from megatrain.config import RunConfig
 from megatrain.data import Dataset
 from megatrain.data.images import ImageDataset
 from megatrain.data.vocabulary import refuse_other_tokens
@@ -317,7 +317,8 @@ def assets_of(run: Run) -> Assets:
     """What goes along with the weights of its checkpoints; on rank 0, where the run has what it began with."""
     dataset = run.datasets[0]
     if isinstance(dataset, ImageDataset):
-        return run.assets.with_images(dataset.label_names, preprocessor(run.config))
+        seen = to_transformers(run.config.objective.image_classification, run.config.model)
+        return run.assets.with_images(dataset.label_names, seen)
     texts = [each for each in run.datasets if isinstance(each, Dataset)]
     eod, bos = Token(id=dataset.eod_id, token=dataset.manifest.eod_token), None
     if dataset.bos_id is not None:
@@ -330,25 +331,6 @@ def assets_of(run: Run) -> Assets:
     assets = run.assets.with_data(dataset.tokenizer_path.read_bytes(), eod, bos, *chat, target)
     classifies = run.config.model.description.classifies
     return assets.with_labels(dataset.label_names) if classifies and dataset.label_names else assets
-
-
-def preprocessor(config: RunConfig) -> dict[str, Any]:
-    """How transformers' ViTImageProcessor makes of images what the run reads: preprocessor_config.json."""
-    seen, size, num_channels = config.objective.image_classification, config.model.sizes, config.model.sizes["channels"]
-    side = getattr(config.model, "image_size")  # noqa: B009 (a family's own key)
-    mean, std = (list(each) * (num_channels if len(each) == 1 else 1) for each in (seen.image_mean, seen.image_std))
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": size["channels"] == 3,
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
 
 
 def _fitting_origin(run: Run) -> Origin:

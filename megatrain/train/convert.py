@@ -9,10 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint import adapters, huggingface
+from megatrain.checkpoint import adapters, huggingface, image_processor
+from megatrain.checkpoint.image_processor import PREPROCESSOR
 from megatrain.checkpoint.location import Location, address, new_folder, refuse_existing, write_file
 from megatrain.checkpoint.manifest import MANIFEST, TOKENIZER, Base, Manifest
 from megatrain.checkpoint.rank_file import rank_file_name, write_rank_file
@@ -111,14 +113,30 @@ def import_folder(folder: Path, out: Path, base: Location | None = None) -> Conv
         raise ConfigError(f"--base belongs to a folder of peft's: {folder} has no {adapters.ADAPTER_CONFIG}.")
     config, notes = huggingface.read_config(folder)
     assets = Assets.of_folder(huggingface.read_files(folder, CARRIED))
+    objective = _objective(config, assets, notes)
     weights = huggingface.HuggingFaceWeights(folder, config)
     if others := huggingface.left_out(folder, CARRIED):
         notes.append(f"left out: {', '.join(others)}.")
     with new_folder(out, "imported") as unfinished:
-        saved = {"model": config.model_dump(mode="json"), "train": {"precision": weights.precision}}
+        saved = {
+            "model": config.model_dump(mode="json"),
+            "train": {"precision": weights.precision},
+            "objective": objective,
+        }
         manifest = _manifest(config, saved, num_parameters(config), assets)
         write_checkpoint(unfinished, manifest, map(_fragments, weights.batches()), assets)
     return Converted(folder, num_parameters(config), notes)
+
+
+def _objective(config: ModelConfig, assets: Assets, notes: list[str]) -> dict[str, Any]:
+    """What of a folder's files decides what the model reads; ``notes``: is told what is done otherwise."""
+    if config.description.reads_images and PREPROCESSOR in assets.files:
+        seen, others = image_processor.from_transformers(orjson.loads(assets.files[PREPROCESSOR]), config)
+        notes += others
+        return {"image_classification": seen.model_dump(mode="json", exclude_defaults=True)}
+    if "masked_lm" in config.description.objectives and assets.mask_token is not None:
+        return {"masked_lm": {"mask_token": assets.mask_token}}
+    return {}
 
 
 def _import_adapter(folder: Path, out: Path, base: Location | None) -> Converted:

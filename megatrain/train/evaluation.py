@@ -50,7 +50,8 @@ def evaluate_checkpoint(
     Of a model that is asked some tokens alone, in place of bits per byte and bytes, the share of them that it finds,
     with its 95% interval by bootstrap over the windows. Of a classifier of images: loss, the share of images whose
     likeliest label is theirs, with its interval, and images. ``seq_len``: tokens a window, the model's context at most;
-    None: as many as the model was trained on. The same targets count as in training. Collective over the ranks that
+    None: as many as the model was trained on; ``left_out``: pairs or conversations that fit into none, if there are
+    any. The same targets count as in training. Collective over the ranks that
     ``rank`` is one of, all with the same figures; ``tensor``: so many of them share each of the model's matrices.
     ``ema``: with the averaged weights.
     """
@@ -82,13 +83,15 @@ def evaluate_checkpoint(
     with torch.inference_mode():
         answers = torch.cat([_answers(model, batch.to(model.device), classifies) for batch in shown])
     sums = _of_all_ranks(answers.cpu().numpy(), groups)
+    left_out = 0 if source.plan is None else source.plan.dropped.conversations
     loss = float(sums[:, 0].sum()) / batches.num_targets
     if classifies:
         kind = "images" if isinstance(dataset, ImageDataset) else "texts"
         return {"loss": loss, **_accuracy(sums), kind: batches.num_targets}
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     figures |= _accuracy(sums) if model.pick else _bits_per_byte(loss * batches.num_targets, source.num_bytes())
-    return {**figures, "tokens": batches.num_targets, "seq_len": seq_len}
+    figures |= {"tokens": batches.num_targets, "seq_len": seq_len}
+    return {**figures, "left_out": left_out} if left_out else figures
 
 
 def _answers(model: DecoderStage, batch: Batch, classifies: bool) -> Tensor:

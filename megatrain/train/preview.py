@@ -5,6 +5,7 @@ What reads them is imported where they are here: a config is checked without it.
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,6 +85,7 @@ def _elsewhere(path: str, name: str) -> str:
 def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     """Refuse a checkpoint in run.init_from that is of another model or tokenizer, as far as it and the data are here;
     what there is to say of it."""
+    from megatrain.checkpoint.image_processor import PREPROCESSOR, differences, from_transformers
     from megatrain.checkpoint.origin import find_origin
 
     given = config.run.init_from
@@ -126,6 +128,13 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     grown = f", with {num_new} rows more in the embedding for new tokens" if may_grow and num_new > 0 else ""
     grown += ", with a new head" if new_head else ""
     averaged = "averaged " if config.run.init_from_ema else ""
+    if (file := origin.files([PREPROCESSOR]).get(PREPROCESSOR)) is not None and config.model.description.reads_images:
+        theirs, _ = from_transformers(json.loads(file), origin.model)
+        if others := differences(theirs, config.objective.image_classification):
+            notes.append(
+                f"run.init_from: {origin.folder} reads other numbers of a pixel: {'; '.join(others)}. Set them below "
+                "objective.image_classification, unless that is what you want."
+            )
     places = [(each.num_places or 1) - 1 for each in (origin.model, config.model)]
     sized = (
         ", with the positions of {} patches interpolated to {}".format(*places) if origin.resizes(config.model) else ""

@@ -119,10 +119,10 @@ def _observed(
         for each in _epochs(run) if clock is not None else ():
             if each.warning:
                 observers.event("epochs", progress.step, each.warning)
-        for source in run.maker.sources if clock is not None else ():
-            if source.plan is not None and source.plan.dropped.tokens:
-                text = source.plan.dropped.text(source.seq_len)
-                observers.event("packing", progress.step, f"{source.dataset.path}: {text}")
+        validated = (source for each in run.validation.values() for source in each.sources)
+        for path, text in {(s.dataset.path, s.left_out): None for s in (*run.maker.sources, *validated)}:
+            if text is not None and clock is not None:
+                observers.event("packing", progress.step, f"{path}: {text}")
         for complaint in complaints:
             observers.event("damaged checkpoint", progress.step, f"passed over a damaged checkpoint: {complaint}")
         if progress.rewinds and progress.rewinds[-1].to_step == progress.step:

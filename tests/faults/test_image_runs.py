@@ -22,7 +22,7 @@ from megatrain.plan.flops import num_parameters
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
 from megatrain.train.preview import check_data, check_origin
-from tests.image_data import image_config
+from tests.image_data import AUGMENTED, image_config
 from tests.image_samples import NAMES
 from tests.runs import Metrics, TinyData, write_config
 from tests.served import ServedRanks
@@ -70,7 +70,8 @@ def in_transformers(folder: Path, images: ImageDataset, **how: Any) -> tuple[tor
 def test_exports_of_tensor_parallel_runs_work_alone(
     write: Write, two_ranks: ServedRanks, image_data: TinyData, tmp_path: Path
 ) -> None:
-    config, folder = write("run"), tmp_path / "exported"
+    seen = {**AUGMENTED, "image_mean": [0.3, 0.5, 0.6], "image_std": [0.4]}
+    config, folder = write("run", objective={"image_classification": seen}), tmp_path / "exported"
     two_ranks.finish(config, "parallel.tensor=2")
     export_checkpoint(checkpoint(config), folder)
     import_folder(folder, tmp_path / "imported")
@@ -99,6 +100,9 @@ def test_exports_of_tensor_parallel_runs_work_alone(
     assert num_parameters(CheckpointReader(checkpoint(config)).saved.model) == sum(
         p.numel() for p in model.parameters()
     )
+    tuned = load(write("tuned", run={"init_from": str(tmp_path / "imported")}))
+    note = check_origin(tuned, must_exist=True)[1]
+    assert "image_mean is [0.3, 0.5, 0.6] there and [0.5] here; image_std is [0.4] there and [0.5] here" in note
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert settings["size"] == {"height": 12, "width": 12}
 

@@ -181,3 +181,8 @@ def test_a_sources_ids_are_those_of_the_model(tmp_path: Path) -> None:
     writer, _ = open_writer(translator(tmp_path))
     with pytest.raises(ConfigError, match="A source has token ids outside of 0 to"):
         writer.write([[5, 500]], TextSettings(3))
+
+
+def test_another_decoder_start_is_not_imported(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="decoder_start_token_id is 5; only 0 can be imported, the id of <pad>"):
+        translator(tmp_path, decoder_start_token_id=5)

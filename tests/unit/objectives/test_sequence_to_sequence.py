@@ -61,6 +61,8 @@ def test_every_pair_is_in_one_sample(dataset: Dataset, tmp_path: Path) -> None:
     fitting = [pair for pair in expected if len(pair[0]) <= 64 and len(pair[1]) <= 40]
     assert sorted((source.tolist(), target.tolist()) for source, target in found) == sorted(fitting)
     assert samples.plan.dropped.conversations == len(expected) - len(fitting) > 0
+    assert f"{len(expected) - len(fitting)} pairs of " in (samples.left_out or "")
+    assert "fit into data.seq_len=64, or their targets into objective.target_len=40" in (samples.left_out or "")
     every = np.arange(samples.num_samples)
     counted = samples.num_targets(Samples(every, every, every, every))
     masks = [samples.sample(index, 0, 0).loss_mask_M for index in every.tolist()]

@@ -123,7 +123,9 @@ def test_a_bert_is_read_under_its_old_names(tmp_path: Path) -> None:
     """With gamma and beta, positions as a buffer, the decoder's bias under both names, and the heads of pretraining."""
     theirs = model_of("bert", tied=True)
     folder = save(theirs, tmp_path / "hf")
+    (folder / "tokenizer_config.json").write_text('{"mask_token": "<mask>"}')
     import_folder(folder, tmp_path / "plain")
+    assert CheckpointReader(tmp_path / "plain").saved.objective.masked_lm.mask_token == "<mask>"
 
     def with_old_names(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
