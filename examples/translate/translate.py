@@ -24,7 +24,7 @@ from megatrain.config.tasks import TextScore
 from megatrain.tasks.bootstrap import bootstrap
 from megatrain.tasks.text_scores import text_score
 
-STEPS, STEPS_ON_TEXT = 300, 2000
+STEPS, STEPS_ON_TEXT = 240, 1500
 NUM_TEST, NUM_VALIDATION, NUM_PAIRS = 500, 250, 4000
 LARGEST = 8  # messages of a cluster that is translated: larger ones say the same again and again
 DROPPED, COPIES = 0.15, 3  # the share of words that a source lacks; other words in each copy
