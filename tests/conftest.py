@@ -8,22 +8,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
+from megatrain import cli
 from megatrain.distributed.bootstrap import free_port
 from tests.cluster.lab import Lab, missing
 from tests.image_data import make_image_data
+from tests.in_process import Ended, caller
 from tests.labeled_data import make_labeled_data
 from tests.masked_data import make_masked_data
 from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
-from tests.tiny_data import VOCAB_SIZE, make_tiny_data
+from tests.tiny_data import VOCAB_SIZE, make_tiny_data, silent
 
 MOST_SECONDS = 5.0
 """What a test that is not marked `slow` may take on an idle machine."""
@@ -71,6 +74,12 @@ def _take_samples(items: list[pytest.Item]) -> None:
                 item.add_marker("acceptance")
 
 
+@pytest.fixture
+def run_megatrain(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs `megatrain` in this process."""
+    return caller("megatrain", cli.main, monkeypatch, capfd)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Prose (this Python's help topics), code (two modules of its library) and held-out prose, with one tokenizer."""
@@ -108,8 +117,8 @@ def sentinel_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     tokenizer = folder / "tokenizer.json"
     train_tokenizer([str(folder / "in.jsonl")], VOCAB_SIZE, tokenizer, ReadOptions(), SENTINELS)
-    options = [str(folder / "in.jsonl"), "--tokenizer", str(tokenizer), "--out", str(folder / "set")]
-    subprocess.run([sys.executable, "-m", "data_tools", "tokenize", *options], check=True, capture_output=True)
+    effort = Effort(1, "tokenizers", silent, lambda warning: None)
+    tokenize([str(folder / "in.jsonl")], tokenizer, folder / "set", TokenizeOptions(), effort)
     return folder / "set"
 
 

@@ -4,13 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from megatrain import cli
-from tests.in_process import Ended, caller
+from tests.in_process import Ended
 
 Megatrain = Callable[..., Ended]
 
 
 @pytest.fixture
-def megatrain(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Megatrain:
-    """Runs `megatrain` in this process."""
-    return caller("megatrain", cli.main, monkeypatch, capfd)
+def megatrain(run_megatrain: Megatrain) -> Megatrain:
+    return run_megatrain

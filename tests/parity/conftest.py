@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_tools.supervised import SourceAndTarget
+from data_tools.tokenize import Effort, TokenizeOptions, tokenize
 from tests.parity.figures import Pool
 from tests.runs import TinyData
 from tests.supervised import make_answers
+from tests.tiny_data import silent
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,8 @@ def short_documents(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactor
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines[:2000] if line)
     source, dataset = folder / "short.jsonl", folder / "set"
     source.write_text(text, encoding="utf-8")
-    options = [str(source), "--tokenizer", str(tiny_data.tokenizer), "--out", str(dataset)]
-    subprocess.run([sys.executable, "-m", "data_tools", "tokenize", *options], check=True, capture_output=True)
+    effort = Effort(1, "tokenizers", silent, lambda warning: None)
+    tokenize([str(source)], tiny_data.tokenizer, dataset, TokenizeOptions(), effort)
     return dataset
 
 

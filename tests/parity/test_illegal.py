@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatrain.config import RunConfig
 from megatrain.plan import rules
+from tests.in_process import Ended
 from tests.parity.matrix import DEGREES, ENGINES, WORLD_SIZES, ZERO_STAGES, Case, parity_config
 from tests.runs import TinyData, write_config
 
@@ -50,28 +50,28 @@ def test_exactly_the_illegal_layouts_are_refused():
         ("parallel.zero_stage=1 parallel.offload=all", 2, "offload", "needs parallel.zero_stage 3", "zero_stage=3"),
     ],
 )
-def test_an_illegal_mix_names_key_reason_and_alternative(overrides, num_ranks, key, reason, nearest, tmp_path: Path):
+def test_an_illegal_mix_names_key_reason_and_alternative(
+    overrides, num_ranks, key, reason, nearest, tmp_path: Path, run_megatrain: Callable[..., Ended]
+):
+    def check(*words: str) -> Ended:
+        return run_megatrain("check", config, *words, "--procs", num_ranks)
+
     config = write_config(tmp_path / "run.yaml", parity_config(NO_DATA, "llama_tied"))
-    refused = check(config, overrides.split(), num_ranks)
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-    assert "Traceback" not in refused.stderr
+    refused = check(*overrides.split())
+    assert refused.code == 2
+    assert refused.out == ""
+    assert "Traceback" not in refused.err
     for expected in (f"parallel.{key}", reason, f"parallel.{nearest}"):
-        assert expected in refused.stderr, refused.stderr
+        assert expected in refused.err, refused.err
     mended = dict(override.split("=") for override in [*overrides.split(), f"parallel.{nearest}"])
-    legal = check(config, [f"{name}={value}" for name, value in mended.items()], num_ranks)
-    assert legal.returncode == 0, legal.stderr
+    legal = check(*(f"{name}={value}" for name, value in mended.items()))
+    assert legal.code == 0, legal.err
 
 
-def test_all_problems_are_told_with_one_legal_layout(tmp_path: Path):
+def test_all_problems_are_told_with_one_legal_layout(tmp_path: Path, run_megatrain: Callable[..., Ended]):
     config = write_config(tmp_path / "run.yaml", parity_config(NO_DATA, "llama_tied"))
     wrong = ["parallel.sequence=true", "parallel.pipeline=2", "parallel.zero_stage=3", "parallel.offload=optimizer"]
-    refused = check(config, [*wrong, "train.micro_batch_size=3"], 2)
-    assert refused.returncode == 2
+    refused = run_megatrain("check", config, *wrong, "train.micro_batch_size=3", "--procs", 2)
+    assert refused.code == 2
     for key in ("parallel.sequence", "parallel.zero_stage", "train.global_batch_size", "nearest legal layout"):
-        assert key in refused.stderr, refused.stderr
-
-
-def check(config: Path, overrides: list[str], num_ranks: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatrain", "check", str(config), *overrides, "--procs", str(num_ranks)]
-    return subprocess.run(command, capture_output=True, text=True)
+        assert key in refused.err, refused.err

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from megatrain.plan.cluster import Cluster
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.run_plan import Interruptions, make_plan
 from megatrain.train.convert import export_checkpoint
+from tests.in_process import Ended
 from tests.runs import TinyData, tiny_config, write_config
 
 PROMPT = "The statement"
@@ -64,11 +65,13 @@ def test_a_huggingface_folder_is_the_same_model(model: megatrain.Model, exported
     assert loaded.generate(PROMPT, 8) == model.generate(PROMPT, 8)
 
 
-def test_text_is_generated_as_the_command_does(model: megatrain.Model, finished_run: Path) -> None:
-    command = [sys.executable, "-m", "megatrain", "generate", str(finished_run), "--prompt", PROMPT]
+def test_text_is_generated_as_the_command_does(
+    model: megatrain.Model, finished_run: Path, run_megatrain: Callable[..., Ended]
+) -> None:
     options = ["--max-new-tokens", "8", "--temperature", "1", "--top-k", "20", "--seed", "3"]
-    shown = subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
-    assert shown == PROMPT + model.generate(PROMPT, 8, temperature=1.0, top_k=20, seed=3) + "\n"
+    ended = run_megatrain("generate", finished_run, "--prompt", PROMPT, *options)
+    assert ended.code == 0, ended.err
+    assert ended.out == PROMPT + model.generate(PROMPT, 8, temperature=1.0, top_k=20, seed=3) + "\n"
 
 
 def test_token_ids_are_generated_after_token_ids(model: megatrain.Model) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +39,12 @@ def command_lines(text: str) -> list[list[str]]:
 
 @cache
 def help_of(command: str, *subcommands: str) -> str:
-    words = [sys.executable, "-m", MODULES[command], *subcommands, "--help"]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True, env={"COLUMNS": "200", "TERM": "dumb"})
-    return shown.stdout
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as shown:
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", [command, *subcommands, "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            import_module(f"{MODULES[command]}.cli").main()
+    return shown.getvalue()
 
 
 def names_in(help_text: str) -> set[str]:

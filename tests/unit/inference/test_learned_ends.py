@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import orjson
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from data_tools import cli
 from megatrain.data import open_dataset
 from megatrain.inference.writer import TextSettings, open_writer
+from tests.in_process import caller
 from tests.runs import TinyData, tiny_config, write_config
 from tests.served import ServedRanks
 from tests.tokenizer_samples import qwen3
@@ -35,14 +35,18 @@ TALK = [
     [{"eos_token": "<|endoftext|>"}, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}],
     ids=["the closer is not the end", "padding is the closer"],
 )
-def test_an_overfitted_model_ends_its_turns(tokens, tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path):
+def test_an_overfitted_model_ends_its_turns(
+    tokens, tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path, monkeypatch, capfd
+):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=qwen3(), **tokens)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "talks.jsonl").write_bytes(orjson.dumps({"messages": TALK}) + b"\n")
     words = ["tokenize", "talks.jsonl", "--chat", "--tokenizer", "tokenizer", "--eod-token", "<|endoftext|>"]
     words += ["--chat-date", "2031-05-06"]
-    subprocess.run([sys.executable, "-m", "data_tools", *words, "--out", "talks"], check=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ended = caller("megatrain-data", cli.main, monkeypatch, capfd)(*words, "--out", "talks")
+    assert ended.code == 0, ended.err
     config = tiny_config(
         tiny_data,
         tmp_path / "run",

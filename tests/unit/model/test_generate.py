@@ -186,9 +186,6 @@ def test_the_repetition_penalty_is_that_of_transformers(family: str, penalty: fl
     assert list(generate(model, PROMPT, Limits(20), Sampling(repetition_penalty=penalty))) == expected
 
 
-LENGTH_PENALTIES = (-1.0, 0.0, 0.5, 1.0, 2.0)
-
-
 LONGER = (pytest.mark.slow, pytest.mark.acceptance)
 STOPPING = [
     pytest.param(family, early_stopping, marks=() if family == "llama" or early_stopping is False else LONGER)
@@ -205,7 +202,8 @@ def test_beams_and_scores_are_those_of_transformers(num_beams: int, family: str,
     model = decoder_like(reference, config)
     greedy = list(generate(model, PROMPT, Limits(12), GREEDY))
     ends = [greedy[2], 11]
-    for length_penalty in LENGTH_PENALTIES:
+    every = (-1.0, 0.0, 0.5, 1.0, 2.0)  # all where scores decide when it ends, and of the rest the formula's two sides
+    for length_penalty in every if early_stopping != "never" and family == "llama" else (-1.0, 2.0):
         found = beam_search(model, PROMPTS, Limits(12, ends), BeamSearch(num_beams, length_penalty, early_stopping))
         for prompt, hypotheses in zip(PROMPTS, found, strict=True):
             expected = reference.generate(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatrain.tasks.metrics import judge_choices, summarize
 from megatrain.tasks.prompts import Example
 from megatrain.tasks.scoring import Request, score
 from megatrain.train.convert import export_checkpoint
+from tests.in_process import Ended
 from tests.runs import TinyData
 
 ROWS = [
@@ -84,15 +84,15 @@ def test_generated_text_ends_at_a_stop(finished_run: Path, tasks: Path) -> None:
         assert outcome.record["generated"] == whole.partition("\n")[0]
 
 
-def test_ranks_share_examples_with_equal_results(finished_run: Path, tasks: Path, tmp_path: Path) -> None:
+def test_ranks_share_examples_with_equal_results(
+    finished_run: Path, tasks: Path, tmp_path: Path, run_megatrain: Callable[..., Ended]
+) -> None:
     shown, lines = [], []
     for procs in (1, 2):
         out = tmp_path / f"{procs}.jsonl"
-        command = [sys.executable, "-m", "megatrain", "eval", str(finished_run), "--tasks", str(tasks), "--json"]
-        ran = subprocess.run(
-            [*command, "--out", str(out), "--procs", str(procs)], capture_output=True, text=True, check=True
-        )
-        shown.append(json.loads(ran.stdout)["tasks"])
+        ran = run_megatrain("eval", finished_run, "--tasks", tasks, "--json", "--out", out, "--procs", procs)
+        assert ran.code == 0, ran.err
+        shown.append(json.loads(ran.out)["tasks"])
         lines.append([(row["task"], row["row"], row["prompt"]) for row in map(json.loads, out.open(encoding="utf-8"))])
     assert lines[0] == lines[1]
     assert shown[0].keys() == {"choose", "text", "write"}

@@ -48,6 +48,7 @@ from megatrain.errors import CheckpointError
 from megatrain.inference.assets import Assets
 from megatrain.inference.loading import load_decoder
 from megatrain.train.convert import export_checkpoint, import_folder
+from tests.in_process import Ended
 from tests.runs import TinyData
 
 SIZES: dict[str, Any] = {
@@ -446,14 +447,13 @@ def test_unsupported_imports_are_refused_with_the_reason(what: str, tmp_path: Pa
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_refused_import_exits_4_with_a_paragraph(tmp_path: Path) -> None:
+def test_a_refused_import_exits_4_with_a_paragraph(tmp_path: Path, run_megatrain: Callable[..., Ended]) -> None:
     hf = save(model_of("qwen3", tied=False), tmp_path / "hf")
     change_config(hf, use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2)
-    command = [sys.executable, "-m", "megatrain", "import", str(hf), "--out", str(tmp_path / "out")]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 4
-    assert "sliding_window" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    ended = run_megatrain("import", hf, "--out", tmp_path / "out")
+    assert ended.code == 4
+    assert "sliding_window" in ended.err
+    assert "Traceback" not in ended.err
 
 
 MEASURE = """
