@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -226,13 +227,16 @@ class Labels:
         self.ordered: set[tuple[str, ...]] = set()
         self.names: set[str] = set()
         self.num_numbers = 0
+        self.others: set[str] = set()
 
     def add(self, values: Iterable[object]) -> None:
         for value in values:
             if isinstance(value, str):
-                self.names.add(value)
+                self.names |= {value} - {""}
             elif isinstance(value, int):
                 self.num_numbers = max(self.num_numbers, value + 1)
+            elif value is not None:
+                self.others.add(type(value).__name__)
 
     def resolve(self) -> tuple[str, ...]:
         """The names by number. Raises DataError where they cannot be told, or are fewer than two."""
@@ -244,10 +248,13 @@ class Labels:
             raise DataError(f"The inputs have labels of several kinds, or in several orders. {advice}")
         if len(found[0]) < 2:
             listed = ", ".join(map(repr, found[0])) or "none"
+            others = f"; those of type {', '.join(sorted(self.others))} are none" if self.others else ""
             raise DataError(
-                f"The images have fewer than two labels ({listed}): an image's label is the name of its folder, or in "
-                f"a table the column of --label-key. {advice}"
+                f"The images have fewer than two labels ({listed}{others}): an image's label is the name of its "
+                f"folder, or in a table the column of --label-key, text or whole numbers. {advice}"
             )
+        if repeated := [name for name, count in Counter(found[0]).items() if count > 1 or not name]:
+            raise DataError(f"Two labels of a table have the name {repeated[0]!r}, or one has none. {advice}")
         return found[0]
 
 

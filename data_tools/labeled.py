@@ -14,6 +14,7 @@ import pyarrow as pa
 from data_tools.supervised import Example, LeftOut
 from data_tools.units import Record
 from megatrain.data.format import LABEL, LABELED_PAIRS, checksum
+from megatrain.errors import DataError
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?")
 
@@ -43,6 +44,14 @@ class LabeledText:
             return list(self.names)
         names = sorted(set(found))
         return sorted(names, key=float) if all(map(_NUMBER.fullmatch, names)) else names
+
+    def refuse_few(self, found: Iterable[str]) -> None:
+        """Raise DataError for the only label of an input: what is classified has two or more."""
+        if len(names := self.names_of(found)) == 1:
+            raise DataError(
+                f"All texts have the label {names[0]!r:.60}, and what is classified has two or more. Give the names of "
+                "all labels, one a line in their order, in a file: --label-names FILE."
+            )
 
     def examples(self, record: Record, counts: Counter[str]) -> Iterator[Example | LeftOut]:
         first, label, *second = orjson.loads(record.text)

@@ -260,6 +260,8 @@ class _Text:
 
     def refuse(self, plan: Plan) -> None:
         refuse_above(self.effort.max_unknown, plan.unknown, "the text")
+        if isinstance(self.options.supervision, LabeledText):
+            self.options.supervision.refuse_few(plan.labels)
 
     def choose_engine(self, units: list[Unit]) -> Engine:
         """The engine for these units. Raises DataError where the tokenizer does not know most of a sample of them."""

@@ -360,13 +360,23 @@ def _alone(config: schema.RunConfig, kind: str) -> list[Problem]:
                 reason = f"{kind} changes no document"
                 reason += ": it hides tokens itself" if kind == "masked_lm" else ""
                 problems.append(Problem(f"data.train.{number}.{key}", str(value), reason, "null"))
-    if config.data.seq_len < SHORTEST_ALONE:
-        reason = f"a sample of {kind} has a token and what begins and ends its document"
-        problems.append(Problem("data.seq_len", config.data.seq_len, reason, str(SHORTEST_ALONE)))
+    if (problem := too_short(kind, config.data.seq_len)) is not None:
+        problems.append(Problem("data.seq_len", config.data.seq_len, problem, str(SHORTEST_ALONE)))
     if config.train.tasks is not None:
         reason = f"tasks are answered by models that write, and {kind} trains none"
         problems.append(Problem("train.tasks", config.train.tasks, reason, "null"))
     return problems
+
+
+def too_short(kind: str, seq_len: int) -> str | None:
+    """Why an objective makes no samples of ``seq_len``; None: it does."""
+    if seq_len >= SHORTEST_ALONE:
+        return None
+    reasons = dict.fromkeys(
+        ("masked_lm", "sequence_classification"),
+        f"a sample of {kind} has a token and what begins and ends its document",
+    )
+    return {**reasons, "span_corruption": "must hold a token that stays, a sentinel and the end"}.get(kind)
 
 
 def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:
@@ -437,8 +447,8 @@ def masked_lm(config: schema.MaskedLMConfig) -> list[Problem]:
 
 def _corruption(seq_len: int, spans: schema.Spans) -> list[Problem]:
     """There must be a text whose source fills a sample."""
-    if seq_len < 3:
-        return [Problem("data.seq_len", seq_len, "must hold a token that stays, a sentinel and the end", "3")]
+    if (reason := too_short("span_corruption", seq_len)) is not None:
+        return [Problem("data.seq_len", seq_len, reason, str(SHORTEST_ALONE))]
     if corrupted_lengths(seq_len, spans).source == seq_len:
         return []
     reason = f"spans so short leave no token between them where {spans.corrupted} of the text is in spans"

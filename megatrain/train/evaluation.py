@@ -18,7 +18,7 @@ from megatrain.checkpoint.manifest import TARGET_TOKENIZER, TOKENIZER
 from megatrain.checkpoint.origin import gives_same_ids
 from megatrain.checkpoint.reader import CheckpointReader
 from megatrain.checkpoint.stores import resolve
-from megatrain.config import ObjectiveConfig
+from megatrain.config import ObjectiveConfig, checks
 from megatrain.data import Dataset
 from megatrain.data.batches import BatchMaker, EvaluationBatches
 from megatrain.data.dataset import document_markers
@@ -72,10 +72,13 @@ def evaluate_checkpoint(
             f"--seq-len {seq_len} is more than the model's context: {saved.model.max_position_embeddings} tokens "
             "(model.max_position_embeddings)."
         )
+    objective = _objective(reader, dataset)
+    if (problem := checks.too_short(objective.of(saved.model), seq_len)) is not None:
+        raise ConfigError(f"--seq-len {seq_len}: {problem}. Give {checks.SHORTEST_ALONE} or more.")
     model, groups = load_on_rank(reader, rank, tensor)
     settings = saved.data.model_copy(update={"seq_len": seq_len})
     classifies = saved.model.description.classifies
-    source = make_objective(_objective(reader, dataset), saved.model, settings, seed=0).evaluation_source(dataset)
+    source = make_objective(objective, saved.model, settings, seed=0).evaluation_source(dataset)
     maker = BatchMaker([source], max(1, _TOKENS_AT_ONCE // seq_len))
     share = (0, 1) if groups is None else groups.batch_share
     batches = EvaluationBatches(maker, *share)

@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -198,6 +199,28 @@ def test_wrong_input_is_told_in_one_paragraph(case: str, tmp_path: Path, run_com
     code, _, err = run_command("images", str(path), *more, "--out", str(tmp_path / "out"))
     assert code == 3, err
     assert WRONG[case] in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "told"),
+    [
+        ([0, 1, 2], ["cat", "dog", "cat"], "Two labels of a table have the name 'cat'"),
+        ([0.0, 1.0, 2.0], None, "fewer than two labels (none; those of type float are none)"),
+        (["dog", "cat", ""], None, "row 2: the label '' is none of the 2 labels"),
+    ],
+)
+def test_labels_that_name_nothing_are_refused(
+    labels: list[Any], names: list[str] | None, told: str, tmp_path: Path, run_command: RunCommand
+) -> None:
+    (pixels, _), *_ = make_images(1)
+    write_parquet(tmp_path / "a.parquet", [(pixels[:8], 0)] * 3, "numbers")
+    table = pq.read_table(tmp_path / "a.parquet").set_column(1, "label", pa.array(labels))
+    metadata = {b"huggingface": orjson.dumps({"info": {"features": {"label": {"names": names}}}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    code, _, err = run_command("images", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out"))
+    assert code == 3
+    assert told in err
+    assert not (tmp_path / "out" / "manifest.json").exists()
     assert "Traceback" not in err
 
 

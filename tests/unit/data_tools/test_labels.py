@@ -75,3 +75,5 @@ def test_another_label_is_another_document(labeled_data: TinyData, tmp_path: Pat
 def test_an_input_without_labels_is_refused(labeled_data: TinyData, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"No text of the input has a label .* the record has no label"):
         make_labeled([{"text": "one"}], labeled_data.tokenizer, tmp_path / "set", LabeledText("[SEP]"))
+    with pytest.raises(DataError, match="All texts have the label 'b', and what is classified has two or more"):
+        make_labeled([{"text": "one", "label": "b"}] * 2, labeled_data.tokenizer, tmp_path / "b", LabeledText("[SEP]"))

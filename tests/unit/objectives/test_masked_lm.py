@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import BertConfig, BertForMaskedLM
 
 from megatrain.batch import Batch
 from megatrain.config import DataConfig, MaskedLMConfig
@@ -19,6 +20,8 @@ from megatrain.data.order import DataOrder, Samples, SamplingSettings
 from megatrain.data.sample import Sample
 from megatrain.errors import ConfigError, DataError
 from megatrain.objectives.masked_lm import MaskedLM, MaskedSource
+from megatrain.train.convert import import_folder
+from megatrain.train.evaluation import evaluate_checkpoint
 from tests.runs import TinyData
 
 SEQ_LEN = 96
@@ -198,3 +201,11 @@ def test_datasets_that_cannot_be_masked_are_refused(tiny_data: TinyData, dataset
         source_of(open_dataset(tiny_data.prose), tmp_path)
     with pytest.raises(ConfigError, match=r"objective.masked_lm.mask_token: <mask> given; it must be an added token"):
         source_of(dataset, tmp_path, mask_token="<mask>").sample(0, 0, 0)
+
+
+def test_samples_without_text_are_not_evaluated(dataset: Dataset, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=dataset.vocab_size, **sizes)).save_pretrained(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "bert")
+    with pytest.raises(ConfigError, match=r"--seq-len 2: a sample of masked_lm has a token and what .* Give 3 or more"):
+        evaluate_checkpoint(tmp_path / "bert", dataset.path, 2, show_progress=False)
