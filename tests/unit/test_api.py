@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ import megatrain
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.config.load import load as load_config
 from megatrain.errors import CheckpointError, ConfigError, DataError
-from megatrain.observe.metrics import StepMetrics
 from megatrain.plan.cluster import Cluster
 from megatrain.plan.flops import num_parameters
 from megatrain.plan.run_plan import Interruptions, make_plan
@@ -146,38 +145,12 @@ def test_the_best_checkpoint_is_loaded(finished_run: Path, tmp_path: Path) -> No
         megatrain.load(manifest.parent, best=True)
 
 
-class Recorder(megatrain.Callback):
-    """Keeps what it was called with; asks for the end after step 3."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, int]] = []
-
-    def on_step(self, metrics: StepMetrics) -> bool:
-        self.calls.append(("step", metrics.step))
-        return metrics.step == 3
-
-    def on_validation(self, step: int, loss: float, losses: Mapping[str, float]) -> None:
-        assert loss > 0
-        assert len(losses) == 1
-        self.calls.append(("validation", step))
-
-    def on_save(self, step: int, path: str) -> None:
-        assert path.endswith(f"step-{step:08}")
-        self.calls.append(("save", step))
-
-    def on_event(self, name: str, step: int, message: str) -> None:
-        self.calls.append((name, step))
-
-    def on_end(self, step: int, message: str) -> None:
-        self.calls.append(("end", step))
-
-
 def test_a_callback_sees_a_run_and_stops_it(tiny_data: TinyData, tmp_path: Path) -> None:
     sections = {"train": {"steps": 6, "eval_every_steps": 2, "eval_batches": 1}, "checkpoint": {"every_steps": 2}}
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", **sections))
     script = f"""
 import os, signal, megatrain
-from tests.unit.test_api import Recorder
+from tests.recorder import Recorder
 recorder, former = Recorder(), signal.getsignal(signal.SIGINT)
 is_rank = lambda: [name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
 was_rank = is_rank()
