@@ -36,6 +36,7 @@ def to_transformers(seen: ImageClassificationConfig, model: ModelConfig) -> dict
 
 def from_transformers(theirs: Mapping[str, Any], model: ModelConfig) -> tuple[ImageClassificationConfig, list[str]]:
     """How images are read, and what is done otherwise here. Raises CheckpointError where it has no meaning here."""
+    theirs = {key: value for key, value in theirs.items() if value is not None}
     factor = theirs.get("rescale_factor", RESCALED) if theirs.get("do_rescale", True) else 1.0
     given = {"image_mean": theirs.get("image_mean", 0.5), "image_std": theirs.get("image_std", 0.5)}
     if not theirs.get("do_normalize", True):

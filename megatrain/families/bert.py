@@ -23,6 +23,7 @@ from megatrain.families.description import (
     Mlp,
     Norm,
     Width,
+    not_one_label,
 )
 
 SEGMENTS = "type_vocab_size"
@@ -42,10 +43,7 @@ def _refuse_classifier(theirs: Mapping[str, Any]) -> str | None:
     dropout, rate = theirs.get("classifier_dropout"), theirs.get("hidden_dropout_prob")
     if dropout not in (None, rate):
         return f"classifier_dropout is {dropout!r}; it must be null, or as hidden_dropout_prob ({rate!r})."
-    kind = theirs.get("problem_type") or "single_label_classification"
-    if kind != "single_label_classification" or len(theirs.get("id2label") or "ab") < 2:
-        return "a text has one label of several here: problem_type must be 'single_label_classification'."
-    return _refuse(theirs)
+    return not_one_label(theirs, "a text") or _refuse(theirs)
 
 
 _MASKED_LM = Family(

@@ -405,6 +405,14 @@ def is_adapter(parameter: str) -> bool:
     return parameter.rpartition(".")[0].rpartition(".")[2] in ADAPTER_FACTORS
 
 
+def not_one_label(theirs: Mapping[str, Any], what: str) -> str | None:
+    """Why ``what`` has not one label of several in a config.json of a classifier; None: it has."""
+    kind = theirs.get("problem_type") or "single_label_classification"
+    if kind == "single_label_classification" and len(theirs.get("id2label") or "ab") > 1:
+        return None
+    return f"{what} has one label of several here: problem_type must be 'single_label_classification'."
+
+
 def _path(module: Attention | Mlp, inner: Linear | Norm) -> str:
     """The name in the layer of a part of ``module``."""
     return f"{module.name}.{inner.name}".removeprefix(".")

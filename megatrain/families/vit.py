@@ -18,6 +18,7 @@ from megatrain.families.description import (
     Norm,
     PatchEmbedding,
     Width,
+    not_one_label,
 )
 
 
@@ -33,7 +34,7 @@ def _refuse(theirs: Mapping[str, Any]) -> str | None:
     for key in ("image_size", "patch_size"):
         if isinstance(theirs[key], list | tuple):
             return f"{key} is {theirs[key]!r}; only squares can be imported, whose {key} is one number."
-    return None
+    return not_one_label(theirs, "an image")
 
 
 FAMILY = Family(

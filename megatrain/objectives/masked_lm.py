@@ -27,6 +27,9 @@ from megatrain.objectives.objective import MOST_PACKED_DOCUMENTS, DataSettings
 from megatrain.objectives.planned import PlannedSource
 from megatrain.objectives.rows import Row, filled
 
+NUM_TRIED = 8
+"""Samples of a dataset that are looked at for words before training."""
+
 
 class MaskedLM:
     """The objective of an encoder."""
@@ -107,6 +110,13 @@ class MaskedSource(PlannedSource):
         if self.num_samples < 1:
             raise DataError(f"{self.dataset.path} has no text to hide tokens of: tokenize text.")
         self._vocabulary  # noqa: B018 (made before the first step)
+        first = range(min(self.num_samples, NUM_TRIED))
+        if self.config.whole_word_mask and not any(len(self._chosen(self._row(k), k)) for k in first):
+            raise DataError(
+                f"{self.dataset.path} has no word that is asked in its first {len(first)} samples: each has more "
+                f"tokens than {self.config.mlm_probability:g} of a sample's, as in text without spaces. Set "
+                "objective.masked_lm.whole_word_mask=false."
+            )
 
     @property
     def num_slots(self) -> int:

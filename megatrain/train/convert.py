@@ -134,7 +134,7 @@ def _objective(config: ModelConfig, assets: Assets, notes: list[str]) -> dict[st
         seen, others = image_processor.from_transformers(orjson.loads(assets.files[PREPROCESSOR]), config)
         notes += others
         return {"image_classification": seen.model_dump(mode="json", exclude_defaults=True)}
-    if "masked_lm" in config.description.objectives and assets.mask_token is not None:
+    if "masked_lm" in config.description.objectives and assets.mask_token:
         return {"masked_lm": {"mask_token": assets.mask_token}}
     return {}
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from numpy.typing import NDArray
 from transformers import BertConfig, BertForMaskedLM
 
+from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.units import ReadOptions
 from megatrain.batch import Batch
 from megatrain.config import DataConfig, MaskedLMConfig
 from megatrain.data import Dataset, open_dataset
@@ -23,6 +26,7 @@ from megatrain.objectives.masked_lm import MaskedLM, MaskedSource
 from megatrain.train.convert import import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
 from tests.runs import TinyData
+from tests.tiny_data import silent
 
 SEQ_LEN = 96
 
@@ -201,6 +205,18 @@ def test_datasets_that_cannot_be_masked_are_refused(tiny_data: TinyData, dataset
         source_of(open_dataset(tiny_data.prose), tmp_path)
     with pytest.raises(ConfigError, match=r"objective.masked_lm.mask_token: <mask> given; it must be an added token"):
         source_of(dataset, tmp_path, mask_token="<mask>").sample(0, 0, 0)
+
+
+def test_text_without_spaces_has_no_words(dataset: Dataset, tmp_path: Path) -> None:
+    """It would train on nothing."""
+    text = b"".join(orjson.dumps({"text": chr(0x4E00 + k) * 40}) + b"\n" for k in range(9))
+    (tmp_path / "text.jsonl").write_bytes(text)
+    options = TokenizeOptions(ReadOptions(), "[SEP]", "[CLS]")
+    effort = Effort(1, "tokenizers", silent, lambda warning: None)
+    tokenize([str(tmp_path / "text.jsonl")], dataset.tokenizer_path, tmp_path / "set", options, effort)
+    source_of(open_dataset(tmp_path / "set"), tmp_path)
+    with pytest.raises(DataError, match="has no word that is asked in its first 8 samples: each has more tokens than"):
+        source_of(open_dataset(tmp_path / "set"), tmp_path, whole_word_mask=True)
 
 
 def test_samples_without_text_are_not_evaluated(dataset: Dataset, tmp_path: Path) -> None:

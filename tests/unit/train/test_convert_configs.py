@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatrain.checkpoint.reader import CheckpointReader
+from megatrain.checkpoint.transformers_config import from_transformers
 from megatrain.errors import CheckpointError
 from megatrain.families import FAMILIES
 from megatrain.inference.loading import load_decoder
@@ -163,3 +165,24 @@ def test_every_imported_config_has_the_logits_of_transformers(case: tuple[dict[s
             torch.testing.assert_close(ours.logits(TOKENS, context), expected, atol=1e-4, rtol=1e-4)
         export_checkpoint(Path(name) / "checkpoint", Path(name) / "back")
         assert torch.equal(logits_of(Path(name) / "back"), expected)
+
+
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+CLASSIFIERS = {
+    "vit": {**SMALL, "model_type": "vit", "image_size": 8, "patch_size": 4},
+    "bert": {**SMALL, "model_type": "bert", "architectures": ["BertForSequenceClassification"]},
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "labels", [{"a": "x", "b": "y"}, {"0": "x", "2": "y"}, {"0": "x", "1": None}, ["x", "y"], "xy"], ids=str
+)
+def test_labels_without_names_are_not_imported(kind: str, labels: object) -> None:
+    """Row k of the head would get the name of another label."""
+    known = from_transformers({**CLASSIFIERS[kind], "id2label": {"1": "y", "0": "x"}}, Path("config.json"))
+    assert known.num_answers == 2
+    with pytest.raises(CheckpointError, match="id2label must have a text for each label, from 0 on"):
+        from_transformers({**CLASSIFIERS[kind], "id2label": labels}, Path("config.json"))
+    with pytest.raises(CheckpointError, match="has one label of several here"):
+        from_transformers({**CLASSIFIERS[kind], "problem_type": "regression"}, Path("config.json"))
