@@ -132,7 +132,7 @@ class PromptAndAnswer(_TwoTexts):
 
 @dataclass(frozen=True)
 class SourceAndTarget(_TwoTexts):
-    """A source and its target, for an encoder and a decoder: both end with ``eod_token``, and each is encoded by
+    """A source and its target, for an encoder-decoder model: both end with ``eod_token``, and each is encoded by
     itself, the target by ``target_tokenizer`` where it has one of its own. Scored: the target."""
 
     examples_name = "source_target"

@@ -380,7 +380,7 @@ def too_short(kind: str, seq_len: int) -> str | None:
 
 
 def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:
-    """What an encoder with its decoder is trained on is cut into samples in a way of its own."""
+    """What an encoder-decoder model is trained on is cut into samples in a way of its own."""
     problems = []
     why = f"not read where objective.type is {kind}"
     problems += _unused_below("data.", config.data, ("document_mask", "packing", "score_after_eod"), why)

@@ -424,13 +424,13 @@ class MaskedLMConfig(Section, check=checks.masked_lm):
     """Masked language modeling: which tokens are hidden and asked, by the names of Hugging Face's data collator."""
 
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        default=0.15, description="Share of a sample's tokens that are asked."
+        default=0.15, description="Share of a sample's tokens that are selected to be predicted."
     )
-    mask_replace_prob: Share = Field(default=0.8, description="Of these, the share that mask_token stands for.")
+    mask_replace_prob: Share = Field(default=0.8, description="Of these, the share replaced by mask_token.")
     random_replace_prob: Share = Field(
-        default=0.1, description="The share that a random token stands for; the rest stays as it is."
+        default=0.1, description="The share replaced by a random token; the rest stays as it is."
     )
-    whole_word_mask: bool = Field(default=False, description="All tokens of a word are asked, or none.")
+    whole_word_mask: bool = Field(default=False, description="All tokens of a word are selected, or none.")
     mask_token: Text = Field(default="[MASK]", description="A control token of the tokenizer.")
 
     def most_targets(self, seq_len: int) -> int:
@@ -834,7 +834,7 @@ class RunConfig(Section, check=checks.across_sections):
 
     @property
     def target_len(self) -> int | None:
-        """Tokens of target in a sample of an encoder and a decoder; None: the model has one sequence."""
+        """Tokens of target in a sample of an encoder-decoder model; None: the model has one sequence."""
         objective = self.objective.of(self.model)
         if objective == "span_corruption":
             return corrupted_lengths(self.data.seq_len, self.objective.span_corruption).target

@@ -129,7 +129,7 @@ class Dataset(ShardedDataset):
 
     @property
     def holds_pairs(self) -> bool:
-        """Whether each document is a source and its target, made for an encoder and a decoder."""
+        """Whether each document is a source and its target, made for an encoder-decoder model."""
         return self.manifest.options.get("examples") == "source_target"
 
     @property

@@ -1,4 +1,4 @@
-"""T5 v1.1: an encoder and a decoder with relative positions, RMSNorm, GEGLU, no biases (Raffel et al. 2020)."""
+"""T5 v1.1: an encoder-decoder model with relative positions, RMSNorm, GEGLU, no biases (Raffel et al. 2020)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An encoder and its decoder, whole on one device or the layers of one pipeline stage, built from the family's
+"""An encoder-decoder model, whole on one device or the layers of one pipeline stage, built from the family's
 description.
 
 B: pairs of a source and a target, S: tokens of source, T: tokens of target, C: channels.
@@ -38,7 +38,7 @@ class _Part(NamedTuple):
 
 
 class EncoderDecoderStage(DecoderStage):
-    """Consecutive layers of an encoder and its decoder: all of them, or those of one pipeline stage.
+    """Consecutive layers of an encoder-decoder model: all of them, or those of one pipeline stage.
 
     Two streams travel between stages: "source", activations of the source's tokens and then what the encoder made of
     them, for all of the decoder's layers; and "hidden", those of the target's tokens, once the decoder has begun.
@@ -186,7 +186,7 @@ class EncoderDecoderStage(DecoderStage):
 
 
 class EncoderDecoder(EncoderDecoderStage):
-    """A whole encoder with its decoder. In use a `megatrain.model.generate.LanguageModel`."""
+    """A whole encoder-decoder model. In use a `megatrain.model.generate.LanguageModel`."""
 
     tokens_at_once = 8192
     tokens_multiple = 1

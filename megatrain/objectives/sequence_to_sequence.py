@@ -24,7 +24,7 @@ from megatrain.objectives.rows import filled
 
 
 class SequenceToSequence:
-    """The objective of an encoder and a decoder on pairs: ``data.seq_len`` tokens of source a sample, and
+    """The objective of an encoder-decoder model on pairs: ``data.seq_len`` tokens of source a sample, and
     ``objective.target_len`` of target."""
 
     def __init__(self, config: ObjectiveConfig, data: DataSettings) -> None:

@@ -43,7 +43,7 @@ def corrupt(
 
 
 class SpanCorruption:
-    """The objective of an encoder and a decoder on text; ``data.seq_len`` tokens of source a sample."""
+    """The objective of an encoder-decoder model on text; ``data.seq_len`` tokens of source a sample."""
 
     def __init__(self, config: ObjectiveConfig, data: DataSettings, seed: int) -> None:
         self._spans, self._seed = config.span_corruption, seed

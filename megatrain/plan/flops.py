@@ -92,7 +92,7 @@ def flops_per_token(
     with ``lora`` 4 a matrix parameter and 6 one of the adapters. ``asked``: the share of the tokens that the head sees.
 
     The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation. A window
-    that is shorter than ``seq_len`` stands in its place. Of an encoder and a decoder: the FLOPs of ``seq_len`` tokens
+    that is shorter than ``seq_len`` stands in its place. Of an encoder-decoder model: the FLOPs of ``seq_len`` tokens
     of source and ``target_len`` (None: as many) of target, for each token of source.
     """
     if model.description.encoder is not None:

@@ -133,7 +133,7 @@ def _check_chunks(config: RunConfig, world_size: int) -> Iterator[Violation]:
 
 
 def _check_streams(config: RunConfig, world_size: int) -> Iterator[Violation]:
-    """What is not there for an encoder with its decoder."""
+    """What is not there for an encoder-decoder model."""
     if config.model.description.encoder is None:
         return
     if config.parallel.pipeline_chunks > 1:

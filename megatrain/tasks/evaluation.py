@@ -138,7 +138,7 @@ def ask(questions: Sequence[Questions], writer: Writer, groups: Groups | None) -
     family = writer.model.config.description
     if family.encoder is not None and (scoring := [task.name for task, _ in questions if task.kind != "generate"]):
         raise ConfigError(
-            f"{scoring[0]}: an encoder with its decoder writes answers (kind generate); it scores no continuation of a "
+            f"{scoring[0]}: an encoder-decoder model writes answers (kind generate); it scores no continuation of a "
             "prompt."
         )
     first, step = (0, 1) if groups is None else groups.batch_share

@@ -16,6 +16,7 @@ from megatrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatrain.data.epochs import Length
+    from megatrain.data.images import AnyDataset
 
 PROFILE_FILE = "profile.json"
 
@@ -175,14 +176,20 @@ def check_profile_folder(out: Path) -> None:
 
 def length(config: RunConfig) -> Length | None:
     """How many steps the run has, and how often it sees each dataset; None where one is not here, and without loading
-    what reads them."""
+    what reads them. Raises DataError for one of which no sample can be made."""
     if not all(Path(entry.path).is_dir() for entry in config.data.train):
         return None
     from megatrain.data.epochs import planned_length
     from megatrain.objectives import make_objective
 
     objective = make_objective(config.objective, config.model, config.data, config.run.seed)
-    return planned_length(config, objective.num_samples)
+
+    def num_samples(dataset: AnyDataset) -> int:
+        if not (count := objective.num_samples(dataset)):
+            objective.evaluation_source(dataset)  # it says why
+        return count
+
+    return planned_length(config, num_samples)
 
 
 def with_steps(config: RunConfig, length: Length | None) -> RunConfig:

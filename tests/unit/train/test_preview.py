@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_tools.supervised import SourceAndTarget
 from megatrain.config import RunConfig
-from megatrain.errors import MegatrainError
-from megatrain.train.preview import check_data
+from megatrain.errors import DataError, MegatrainError
+from megatrain.train.preview import check_data, length
 from tests.labeled_data import CLASSIFIER
 from tests.runs import TinyData, tiny_config
+from tests.supervised import make_answers
 
 ALONE = {"packing": "best_fit", "document_mask": True}
 BERT: dict[str, Any] = {"family": "bert", "num_key_value_heads": None}
@@ -35,6 +38,16 @@ def test_unsuited_datasets_are_refused(
     given = tiny_config(tiny_data, Path("run"), model=model, data=data, objective=objective)
     with pytest.raises(MegatrainError, match=words):
         check_data("text", RunConfig.model_validate(given))
+
+
+def test_datasets_without_a_sample_are_refused(tmp_path: Path) -> None:
+    pairs = make_answers(tmp_path, [("a source", "target")] * 3, None, SourceAndTarget("<|endoftext|>"))
+    data, objective = {"train": [str(pairs)], "validation": [], "seq_len": 8}, {"type": "sequence_to_sequence"}
+    given = tiny_config(TinyData(*[pairs] * 4), Path("run"), model=T5, objective=objective)
+    for seq_len in (9, 8):
+        config = RunConfig.model_validate({**given, "data": {**data, "seq_len": seq_len}})
+        with pytest.raises(DataError, match=r"No pair of .* fits into a sample") if seq_len == 8 else nullcontext():
+            assert length(config) is not None
 
 
 def test_a_masks_token_is_looked_for(masked_data: TinyData) -> None:
