@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -76,6 +76,9 @@ RULES = (
     Rule("objective", Change.NO, "another objective asks the model something else"),
     Rule("objective.label_smoothing", Change.YES, _FROM_THAT_STEP_ON),
     Rule("objective.masked_lm", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("objective.image_classification", Change.YES, _FROM_THAT_STEP_ON),
+    Rule("objective.image_classification.image_mean", Change.NO, "it decides what the model reads of a pixel"),
+    Rule("objective.image_classification.image_std", Change.NO, "it decides what the model reads of a pixel"),
     Rule("parallel", Change.YES, "a checkpoint knows no layout"),
     Rule("train", Change.YES, _FROM_THAT_STEP_ON),
     Rule("train.global_batch_size", Change.RECORDED, "every epoch goes on where it stood"),
@@ -175,6 +178,13 @@ def resume_table() -> str:
     return "\n".join(["| key, and all below it | may change | |", "|---|---|---|", *rows])
 
 
+_DERIVED: Mapping[str, Callable[[RunConfig], Any]] = {
+    "objective.type": lambda config: config.objective.of(config.model),
+    "objective.target_len": lambda config: config.target_len,
+}
+"""What null stands for."""
+
+
 def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming all of them, if the config changes what a run cannot change as it goes on."""
     former, problems, ways_out = former_config(saved), [], []
@@ -182,6 +192,8 @@ def refuse_changes(config: RunConfig, saved: Mapping[str, Any]) -> None:
     is_new_epoch = config.data.num_new_epochs > asked
     for path, before, after in differences(former.model_dump(mode="json"), config.model_dump(mode="json")):
         rule, text = rule_of(path), f"{path} was {before} and is now {after}"
+        if path in _DERIVED and _DERIVED[path](former) == _DERIVED[path](config):
+            continue
         if rule.change is Change.NO or (rule.key == "data.num_new_epochs" and not is_new_epoch):
             problems.append(f"{text} ({rule.why})")
         elif (

@@ -113,6 +113,18 @@ def changed(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate({**now, **laid_over})
 
 
+def test_null_may_become_what_it_stands_for() -> None:
+    t5 = {"family": "t5", "num_key_value_heads": None, "tie_word_embeddings": False, "scale_decoder_outputs": False}
+    before = changed(model=t5, data={"document_mask": False}, objective={"type": "sequence_to_sequence"})
+    saved, length = json.loads(before.model_dump_json()), before.data.seq_len
+    now = {**saved, "objective": {**saved["objective"], "target_len": length}}
+    refuse_changes(RunConfig.model_validate(now), saved)
+    refuse_changes(changed(objective={"type": "next_token"}), SAVED)
+    with pytest.raises(CheckpointError, match=r"objective.target_len was None and is now 5"):
+        now["objective"]["target_len"] = 5
+        refuse_changes(RunConfig.model_validate(now), saved)
+
+
 SAVED = json.loads(CONFIG.model_dump_json())
 OTHER_VALUES = {
     "steps": 200,
