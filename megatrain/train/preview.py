@@ -35,14 +35,14 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
         return notes
     from megatrain.data import Dataset
     from megatrain.data.conversations import advice
-    from megatrain.data.images import open_for, require_alike
+    from megatrain.data.images import require_alike
     from megatrain.data.vocabulary import resolve_vocabulary, unused_vocabulary
     from megatrain.objectives import make_objective
 
     datasets = []
     for path in paths:
         try:
-            datasets.append(open_for(path, images=config.model.description.reads_images))
+            datasets.append(_opened(path, config))
         except DataError as error:  # which a start says; a config can be right without its data
             if must_exist or _is_dataset(path):
                 raise DataError(f"{error}{_elsewhere(path, name)}") from None
@@ -62,6 +62,15 @@ def check_data(name: str, config: RunConfig, must_exist: bool = False) -> list[s
                 f"checkpoints have that of {talks[0].path}."
             )
     return [*notes, *(note for note in found if note is not None)]
+
+
+def _opened(path: str, config: RunConfig) -> AnyDataset:
+    """A dataset for the model; the files of one at an address come through the run's own cache."""
+    from megatrain.data.images import open_for
+    from megatrain.data.remote import Cache
+
+    cache = Cache(Path(config.data.cache_dir).expanduser(), config.data.cache_bytes)
+    return open_for(path, images=config.model.description.reads_images, cache=cache)
 
 
 def _is_dataset(path: str) -> bool:
@@ -99,7 +108,6 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     from megatrain.data import Dataset
     from megatrain.data.chat import ChatTemplate
     from megatrain.data.format import TEMPLATE_FILES
-    from megatrain.data.images import open_for
     from megatrain.data.vocabulary import refuse_other_tokens, resolve_vocabulary
 
     may_grow, new_head, notes = config.run.resize_token_embeddings, config.run.new_head, []
@@ -109,7 +117,7 @@ def check_origin(config: RunConfig, must_exist: bool = False) -> list[str]:
     origin.refuse_other_adapters(config.lora)
     for entry in config.data.train:
         if must_exist or Path(entry.path).exists():
-            dataset = open_for(entry.path, images=config.model.description.reads_images)
+            dataset = _opened(entry.path, config)
             if dataset.label_names is not None and not new_head:
                 origin.refuse_other_labels(entry.path, dataset.label_names)
             if not isinstance(dataset, Dataset):

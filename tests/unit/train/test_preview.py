@@ -50,6 +50,14 @@ def test_datasets_without_a_sample_are_refused(tmp_path: Path) -> None:
             assert length(config) is not None
 
 
+def test_addresses_are_read_through_the_cache(masked_data: TinyData, tmp_path: Path) -> None:
+    """The run's own: another place may not be writable."""
+    data = {**ALONE, "train": [masked_data.prose.as_uri()], "validation": [], "cache_dir": str(tmp_path)}
+    given = tiny_config(masked_data, Path("run"), model=BERT, data=data)
+    assert check_data("text", RunConfig.model_validate(given), must_exist=True) == []
+    assert (tmp_path / "objects").is_dir()
+
+
 def test_a_masks_token_is_looked_for(masked_data: TinyData) -> None:
     given = tiny_config(masked_data, Path("run"), model=BERT, data=ALONE)
     assert check_data("text", RunConfig.model_validate(given)) == []
