@@ -19,14 +19,14 @@ class Batch(NamedTuple):
     """One micro-batch of one data rank.
 
     ``tokens_BT``: int64, what the model reads.
-    ``targets_BM``: int64, what it is asked, as the objective says: in next-token prediction each token's successor.
+    ``targets_BM``: int64, what it predicts, as the objective says: in next-token prediction each token's successor.
     ``loss_mask_BM``: bool, False where a target is not scored; or fp32, how much of one it counts; None: every target
     counts.
     ``positions_BT``: int64, the position of each token (within its document where documents are masked).
     ``document_ids_BT``: int32, equal for two tokens that may see one another; None: all of a sequence may.
     ``sample_ids_B``: int64, the number of each sample in the run's global order: what seeds its dropout.
     ``document_starts``: int32, where each document begins in the B*T tokens laid end to end, and B*T; None: as above.
-    ``target_places_BM``: int64, the token of its sequence that each target is asked at; None: one at each token.
+    ``target_places_BM``: int64, the token of its sequence that each target is predicted at; None: one at each token.
     ``source_tokens_BS``, ``source_positions_BS``, ``source_document_ids_BS``: what an encoder reads, if there is one; a
     token of the target sees the source that has its document's id.
     ``segments_BT``: int64, which segment of its document a token is in (BERT's token types); None: all in the first.

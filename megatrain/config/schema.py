@@ -473,7 +473,7 @@ class ImageClassificationConfig(Section, check=checks.image_classification):
 
 
 class ObjectiveConfig(Section):
-    """What the model is trained for: what it reads of a sample, and what it is asked."""
+    """What the model is trained for: what it reads of a sample, and what it predicts."""
 
     type: ObjectiveName | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""Classification of images: the label of each is asked at the class token.
+"""Classification of images: the label of each is predicted at the class token.
 
 An image becomes pixels, the model's size and channels, normalised. In training it is augmented, by the seed and its
 place in the run alone: the image that it is mixed with, too, so that no batch decides it.

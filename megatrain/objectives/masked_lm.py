@@ -1,4 +1,5 @@
-"""Masked language modeling: some tokens of each document are hidden from the model, and asked (Devlin et al. 2018).
+"""Masked language modeling: some tokens of each document are hidden from the model, to be predicted (Devlin et al.
+2018).
 
 A sample holds documents, or pieces of those that are too long, each alone: it begins with the token that begins
 documents ([CLS]), ends with the one that ends them ([SEP]), and neither attention nor positions cross its border.
@@ -66,7 +67,7 @@ class MaskedLM:
         return MaskedSource(dataset, open_plan(dataset, self._seq_len, folder, ALONE), self._config, self._seed)
 
     def evaluation_source(self, dataset: Dataset) -> Source:
-        """Each run is asked the same tokens, whatever its seed."""
+        """Each run predicts the same tokens, whatever its seed."""
         self.refuse_unsuited(dataset)
         return MaskedSource(dataset, make_plan(dataset, self._seq_len, ALONE), self._config, seed=0)
 
@@ -77,7 +78,7 @@ def _mask_id(dataset: Dataset, config: MaskedLMConfig) -> int:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """``text_ids``: of tokens that text becomes, which are those that can be asked, and put in another's place.
+    """``text_ids``: of tokens that text becomes, which are those that can be selected, and put in another's place.
     ``is_text``: of each id, whether it is one of them."""
 
     mask_id: int
@@ -113,8 +114,8 @@ class MaskedSource(PlannedSource):
         first = range(min(self.num_samples, NUM_TRIED))
         if self.config.whole_word_mask and not any(len(self._chosen(self._row(k), k)) for k in first):
             raise DataError(
-                f"{self.dataset.path} has no word that is asked in its first {len(first)} samples: each has more "
-                f"tokens than {self.config.mlm_probability:g} of a sample's, as in text without spaces. Set "
+                f"{self.dataset.path} has no word that can be selected in its first {len(first)} samples: each has "
+                f"more tokens than {self.config.mlm_probability:g} of a sample's, as in text without spaces. Set "
                 "objective.masked_lm.whole_word_mask=false."
             )
 
@@ -132,7 +133,7 @@ class MaskedSource(PlannedSource):
         return int(self._num_chosen(self.plan.num_targets(samples.index)).sum())
 
     def num_bytes(self) -> int:
-        """None: hidden tokens are asked beside those on either side, so that bits per byte would mean nothing."""
+        """None: hidden tokens are predicted from those on either side, so that bits per byte would mean nothing."""
         return 0
 
     def sample(self, index: int, epoch: int, number: int) -> Sample:
@@ -155,7 +156,7 @@ class MaskedSource(PlannedSource):
         return filled([np.concatenate([bos, piece, eod]) for piece in pieces], self.seq_len, self.dataset.eod_id)
 
     def _chosen(self, row: Row, number: int) -> Ints:
-        """The tokens that are asked, by their place in the sample, in order."""
+        """The tokens that are selected, by their place in the sample, in order."""
         random = self._random("chosen", number)
         is_text = ~row.is_filling & (row.positions > 0) & (np.roll(row.positions, -1) > 0)  # no bos, no eod
         candidates = np.flatnonzero(is_text & self._vocabulary.is_text[row.tokens])

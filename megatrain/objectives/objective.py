@@ -1,4 +1,4 @@
-"""What an objective is: how the samples of a dataset become what a model reads, and what is asked of it."""
+"""What an objective is: how the samples of a dataset become what a model reads, and what it predicts."""
 
 from __future__ import annotations
 

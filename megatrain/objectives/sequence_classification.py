@@ -1,4 +1,4 @@
-"""Classification of texts: the label of each is asked at its first token ([CLS]).
+"""Classification of texts: the label of each is predicted at its first token ([CLS]).
 
 A sample holds several texts, each alone, laid end to end: neither attention nor positions cross their borders, so that
 next to nothing is padding. A text that is too long for a sample is cut; of two texts first the longer one.
@@ -79,7 +79,7 @@ class LabeledSource(PlannedSource):
     num_slots: int
 
     def num_bytes(self) -> int:
-        """None: what is asked is no text."""
+        """None: what is predicted is no text."""
         return 0
 
     def sample(self, index: int, epoch: int, number: int) -> Sample:
