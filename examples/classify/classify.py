@@ -85,13 +85,13 @@ def drawn(found: Iterable[Passage], most: int) -> list[Passage]:
 
 
 def write_data() -> dict[str, list[Passage]]:
-    """Datasets, with one tokenizer; the passages of each. Each fifth file of a part that is asked is held out."""
+    """Datasets, with one tokenizer; the passages of each. Each fifth passage of these parts is held out."""
     found = passages(documentation())
     parts = largest_parts(found, NUM_PARTS)
     found = without_near_copies(without_names(found, parts))
-    held_out = {passage.file for passage in found if passage.part in parts and number_of(passage.file) % 5 == 0}
-    sides = {"train": [each for each in found if each.file not in held_out]}
-    sides["test"] = [each for each in found if each.file in held_out]
+    sides: dict[str, list[Passage]] = {"train": [], "test": []}
+    for each in found:
+        sides["test" if each.part in parts and number_of(each.text) % 5 == 0 else "train"].append(each)
     write_lines(Path("kernel.jsonl"), ({"text": each.text} for each in sides["train"]))
     run("megatrain-data", "corpus", "corpus")
     inputs = {"kernel": "kernel.jsonl", "prose": "corpus/prose.jsonl.zst"}
