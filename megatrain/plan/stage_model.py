@@ -193,8 +193,8 @@ class StageModel:
         lora = self.config.lora
         adapters = () if lora is None else block.adapter_weights(lora.adapts)
         modules = {**block.leaves, **block.factors}
-        shared = {path for path, each in modules.items() if each.split is not None and each.split.kind == "shared"}
-        return tuple(self._held([*block.weights, *adapters], on_tokens=True, shared=shared))
+        apart = {path for path, each in modules.items() if each.split is not None and each.split.kind == "shared"}
+        return tuple(self._held([*block.weights, *adapters], on_tokens=True, applied_apart=apart))
 
     @cached_property
     def head_parameters(self) -> tuple[Parameter, ...]:
@@ -229,16 +229,18 @@ class StageModel:
         return max(p.numel for p in self.parameters)
 
     def _held(
-        self, weights: Iterable[Weight], *, on_tokens: bool = False, shared: Container[str] = ()
+        self, weights: Iterable[Weight], *, on_tokens: bool = False, applied_apart: Container[str] = ()
     ) -> Iterator[Parameter]:
-        """``on_tokens``: with sequence parallelism each tensor rank applies them to tokens of its own. ``shared``: the
-        modules whose weights it applies to heads or columns of its own."""
+        """``on_tokens``: with sequence parallelism each tensor rank applies them to tokens of its own.
+        ``applied_apart``: the modules whose weights it applies to heads or columns of its own."""
         tensor, shared = self.config.parallel.tensor, shared_weights(self.config)
         replicas = {None: tensor, "keys": max(tensor // self.config.model.kv_heads, 1)}
         on_own_tokens = on_tokens and self.config.parallel.sequence
         for weight in weights:
             num_replicas = replicas.get(weight.sharded_width, 1)
-            sees_part = on_own_tokens or weight.sharded_width is not None or weight.name.rpartition(".")[0] in shared
+            sees_part = (
+                on_own_tokens or weight.sharded_width is not None or weight.name.rpartition(".")[0] in applied_apart
+            )
             yield Parameter(
                 numel=weight.numel(self.sizes),
                 num_rows=weight.shape(self.sizes)[0],
