@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from examples.commands import enter, run, shown
 
-STEPS, NUM_ASKED = 1500, 600
+STEPS, NUM_ASKED = 800, 600
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 PREFIX, SUFFIX, MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 CONFIG = """
