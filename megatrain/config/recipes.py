@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from megatrain.errors import ConfigError
@@ -41,4 +42,5 @@ def summary(name: str) -> str:
     """What a recipe says of itself: the first sentence of its header."""
     lines = text(name).splitlines()
     header = [line.lstrip("# ") for line in lines[: next(k for k, line in enumerate(lines) if line[:1] != "#")]]
-    return " ".join(header).partition(". ")[0].rstrip(".") + "."
+    first, *_ = re.split(r"(?<!et al)\. ", " ".join(header))
+    return first.rstrip(".") + "."

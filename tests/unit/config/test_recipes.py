@@ -58,6 +58,15 @@ def test_recipes_range_from_laptop_to_cluster():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_a_summary_is_a_whole_sentence(recipe):
+    """One that names a source, "et al. 2018", goes on behind it."""
+    said = recipes.summary(recipe)
+    assert said.count("(") == said.count(")")
+    assert said.count('"') % 2 == 0
+    assert ". " not in said.replace("et al. ", "")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_legal_at_its_size(recipe, tmp_path):
     config = load(recipe)
     rules.check(config, named_world_size(recipe))
