@@ -70,13 +70,10 @@ def label_names(theirs: Mapping[str, Any]) -> list[str]:
     where a label has none."""
     names = theirs.get("id2label") or {str(number): f"LABEL_{number}" for number in range(2)}
     numbers = [str(number) for number in range(len(names))]
-    if not isinstance(names, Mapping) or names.keys() != set(numbers) or not all(map(_is_text, names.values())):
+    is_whole = isinstance(names, Mapping) and names.keys() == set(numbers)
+    if not is_whole or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"config.json: id2label must have a text for each label, from 0 on, not {names!r:.80}.")
     return [names[number] for number in numbers]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def laid_over(theirs: Mapping[str, Any], config: ModelConfig, dtype: str) -> dict[str, Any]:

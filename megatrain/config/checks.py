@@ -372,11 +372,9 @@ def too_short(kind: str, seq_len: int) -> str | None:
     """Why an objective makes no samples of ``seq_len``; None: it does."""
     if seq_len >= SHORTEST_ALONE:
         return None
-    reasons = dict.fromkeys(
-        ("masked_lm", "sequence_classification"),
-        f"a sample of {kind} has a token and what begins and ends its document",
-    )
-    return {**reasons, "span_corruption": "must hold a token that stays, a sentinel and the end"}.get(kind)
+    if kind in ("masked_lm", "sequence_classification"):
+        return f"a sample of {kind} has a token and what begins and ends its document"
+    return "must hold a token that stays, a sentinel and the end" if kind == "span_corruption" else None
 
 
 def _pairs(config: schema.RunConfig, kind: str) -> list[Problem]:

@@ -50,11 +50,6 @@ class SpanCorruption:
         self._lengths = corrupted_lengths(data.seq_len, config.span_corruption)
 
     def refuse_unsuited(self, dataset: Dataset) -> None:
-        if dataset.target_tokenizer_path is not None:
-            raise ConfigError(
-                f"{dataset.path} is of pairs whose sources and targets have a tokenizer each, and span corruption "
-                "reads one text: tokenize plain text, or pairs without --target-tokenizer."
-            )
         self._sentinels(dataset)
 
     def num_samples(self, dataset: Dataset) -> int:
@@ -70,11 +65,15 @@ class SpanCorruption:
         return self._source(dataset, 0)
 
     def _source(self, dataset: Dataset, seed: int) -> SpanSource:
-        self.refuse_unsuited(dataset)
         return SpanSource(dataset, self._lengths, self._sentinels(dataset), seed)
 
     def _sentinels(self, dataset: Dataset) -> tuple[int, ...]:
-        """Raises ConfigError where they are too few."""
+        """Raises ConfigError where they are too few, or the dataset has no one text."""
+        if dataset.target_tokenizer_path is not None:
+            raise ConfigError(
+                f"{dataset.path} is of pairs whose sources and targets have a tokenizer each, and span corruption "
+                "reads one text: tokenize plain text, or pairs without --target-tokenizer."
+            )
         key = "objective.span_corruption.sentinel_token"
         sentinels = Sentinels(dataset).numbered(self._spans.sentinel_token, key)
         if len(sentinels) < self._lengths.num_spans:
