@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -58,6 +59,11 @@ def near_duplicates(name: str, texts: Iterable[tuple[str, str]]) -> Iterator[tup
     for path in sorted(Path(name, ".report").glob("dropped-*.arrow")):
         dropped = pa.ipc.open_file(path).read_all()
         yield from zip(dropped["id"].to_pylist(), dropped["kept_id"].to_pylist(), strict=True)
+
+
+def number_of(text: str) -> int:
+    """The same for the same text, and as good as random."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def write_lines(path: Path, rows: Iterable[object]) -> None:

@@ -6,7 +6,6 @@ from 100, 1,000 and 10,000 labels. Beside them, logistic regression on bags of w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification
 
 from examples.classify.passages import Passage, largest_parts, passages, without_names
-from examples.commands import enter, near_duplicates, run, unpack, write_lines
+from examples.commands import enter, near_duplicates, number_of, run, unpack, write_lines
 from megatrain.data import Dataset, open_dataset
 from megatrain.tasks.bootstrap import Figure, bootstrap, difference, mean
 
@@ -51,11 +50,6 @@ PRETRAINING = (
 )
 FINE_TUNING = ("model.hidden_dropout=0.1",)
 MODELS: dict[str, tuple[str, ...]] = {"scratch": (), "pretrained": ("run.init_from=pretraining", "run.new_head=true")}
-
-
-def number_of(text: str) -> int:
-    """The same for the same text, and as good as random."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def documentation() -> Path:

@@ -7,7 +7,6 @@ functions rearranged for fill-in-the-middle. Each is asked for ends of lines of 
 from __future__ import annotations
 
 import ast
-import hashlib
 import io
 import json
 import keyword
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.commands import enter, run, shown
+from examples.commands import enter, number_of, run, shown
 
 STEPS, NUM_ASKED = 800, 600
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
@@ -61,11 +60,6 @@ def functions() -> Iterator[Function]:
                 if 4 <= text.count("\n") <= 40 and len(text) < 900 and text not in seen:
                     seen.add(text)
                     yield Function(str(file), text)
-
-
-def number_of(text: str) -> int:
-    """The same for the same text, and as good as random."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def gap_of(text: str) -> dict[str, str] | None:
