@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain import cli
@@ -26,7 +26,7 @@ from tests.labeled_data import make_labeled_data
 from tests.masked_data import make_masked_data
 from tests.runs import ACCEPTANCE, TinyData, finished_config, is_listening, wait_until, write_config
 from tests.served import ServedRanks
-from tests.tiny_data import VOCAB_SIZE, make_tiny_data, silent
+from tests.tiny_data import QUIET, VOCAB_SIZE, make_tiny_data
 
 MOST_SECONDS = 5.0
 """What a test that is not marked `slow` may take on an idle machine."""
@@ -117,8 +117,7 @@ def sentinel_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     tokenizer = folder / "tokenizer.json"
     train_tokenizer([str(folder / "in.jsonl")], VOCAB_SIZE, tokenizer, ReadOptions(), SENTINELS)
-    effort = Effort(1, "tokenizers", silent, lambda warning: None)
-    tokenize([str(folder / "in.jsonl")], tokenizer, folder / "set", TokenizeOptions(), effort)
+    tokenize([str(folder / "in.jsonl")], tokenizer, folder / "set", TokenizeOptions(), QUIET)
     return folder / "set"
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import orjson
 
 from data_tools.labeled import LabeledText
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import Fields, ReadOptions
 from tests.runs import TinyData
-from tests.tiny_data import VOCAB_SIZE, silent
+from tests.tiny_data import QUIET, VOCAB_SIZE
 
 NUM_LABELS = 5
 CLASSIFIER: dict[str, Any] = {"family": "bert", "num_key_value_heads": None, "num_labels": NUM_LABELS}
@@ -27,7 +27,7 @@ def make_labeled(rows: list[dict[str, Any]], tokenizer: Path, out: Path, supervi
     keys = ("label", "other") if supervision.has_pairs else ("label",)
     read = ReadOptions(fields=Fields(keys, is_chat=False, option="--text-key"))
     options = TokenizeOptions(read, "[SEP]", "[CLS]", shard_tokens=4000, supervision=supervision)
-    tokenize([str(source)], tokenizer, out, options, Effort(1, "tokenizers", silent, lambda warning: None))
+    tokenize([str(source)], tokenizer, out, options, QUIET)
     return out
 
 

@@ -6,11 +6,11 @@ import json
 import pydoc_data.topics
 from pathlib import Path
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from tests.runs import TinyData
-from tests.tiny_data import VOCAB_SIZE, silent
+from tests.tiny_data import QUIET, VOCAB_SIZE
 
 
 def make_masked_data(folder: Path) -> TinyData:
@@ -26,6 +26,5 @@ def make_masked_data(folder: Path) -> TinyData:
     special = ["[CLS]", "[SEP]", "[MASK]", "[PAD]"]
     train_tokenizer([str(folder / "prose.jsonl")], VOCAB_SIZE, tokenizer, ReadOptions(), special)
     for name in texts:
-        effort = Effort(1, "tokenizers", silent, lambda warning: None)
-        tokenize([str(folder / f"{name}.jsonl")], tokenizer, folder / name, options, effort)
+        tokenize([str(folder / f"{name}.jsonl")], tokenizer, folder / name, options, QUIET)
     return TinyData(folder / "prose", folder / "code", folder / "held-out", tokenizer)

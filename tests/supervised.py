@@ -8,10 +8,10 @@ from pathlib import Path
 import orjson
 
 from data_tools.supervised import PromptAndAnswer, SourceAndTarget
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import Fields, ReadOptions
-from tests.tiny_data import silent
+from tests.tiny_data import QUIET
 
 READ = ReadOptions(text_key="prompt", fields=Fields(("completion",), is_chat=False, option="--prompt-key"))
 
@@ -29,6 +29,5 @@ def make_answers(
         tokenizer = folder / "tokenizer.json"
         train_tokenizer([str(folder / "pairs.jsonl")], 257, tokenizer, READ)
     options = TokenizeOptions(READ, shard_tokens=4000, supervision=supervision or PromptAndAnswer())
-    effort = Effort(1, "tokenizers", silent, lambda warning: None)
-    tokenize([str(folder / "pairs.jsonl")], tokenizer, folder / "pairs", options, effort)
+    tokenize([str(folder / "pairs.jsonl")], tokenizer, folder / "pairs", options, QUIET)
     return folder / "pairs"

@@ -32,8 +32,7 @@ def make_tiny_data(folder: Path) -> TinyData:
     tokenizer = folder / "tokenizer.json"
     train_tokenizer([str(folder / "prose.jsonl"), str(folder / "code.jsonl")], VOCAB_SIZE, tokenizer, ReadOptions())
     for name in texts:
-        effort = Effort(1, "tokenizers", silent, lambda warning: None)
-        tokenize([str(folder / f"{name}.jsonl")], tokenizer, folder / name, TokenizeOptions(), effort)
+        tokenize([str(folder / f"{name}.jsonl")], tokenizer, folder / name, TokenizeOptions(), QUIET)
     return TinyData(folder / "prose", folder / "code", folder / "held-out", tokenizer)
 
 
@@ -41,3 +40,7 @@ def make_tiny_data(folder: Path) -> TinyData:
 def silent(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Tells nobody how far it is."""
     yield lambda amount: None
+
+
+QUIET = Effort(1, "tokenizers", silent, lambda warning: None)
+"""One process that says nothing."""

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import pytest
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from tests.cli.conftest import Megatrain
 from tests.runs import TinyData, finished_config, tiny_config, write_config
 from tests.served import ServedRanks
-from tests.tiny_data import silent
+from tests.tiny_data import QUIET
 
 
 class Place(NamedTuple):
@@ -157,8 +157,7 @@ def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     (folder / "text.txt").write_text("some other words " * 500)
     train_tokenizer([str(folder / "text.txt")], 270, folder / "tokenizer.json", ReadOptions())
-    effort = Effort(1, "tokenizers", silent, lambda warning: None)
-    tokenize([str(folder / "text.txt")], folder / "tokenizer.json", folder / "set", TokenizeOptions(), effort)
+    tokenize([str(folder / "text.txt")], folder / "tokenizer.json", folder / "set", TokenizeOptions(), QUIET)
     return folder / "set"
 
 

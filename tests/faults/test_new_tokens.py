@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.checkpoint.location import locate
@@ -21,7 +21,7 @@ from megatrain.train.evaluation import evaluate_checkpoint
 from megatrain.train.new_tokens import ResizedWeights, new_rows
 from tests.runs import TinyData, tiny_config, write_config
 from tests.served import ServedRanks
-from tests.tiny_data import VOCAB_SIZE, silent
+from tests.tiny_data import QUIET, VOCAB_SIZE
 
 NEW = ["<|user|>", "<|assistant|>", "<|end|>"]
 EMBEDDING = "model.embed_tokens.weight"
@@ -38,9 +38,8 @@ def grown(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Tiny
     train_tokenizer([code], VOCAB_SIZE + len(NEW), folder / "other.json", ReadOptions())
     found = []
     for name in ("more", "other"):
-        effort = Effort(1, "tokenizers", silent, lambda warning: None)
         text = str(tiny_data.prose.with_name("held-out.jsonl"))
-        tokenize([text], folder / f"{name}.json", folder / name, TokenizeOptions(), effort)
+        tokenize([text], folder / f"{name}.json", folder / name, TokenizeOptions(), QUIET)
         found.append(folder / name)
     return TinyData(found[0], found[1], tiny_data.held_out, folder / "more.json")
 

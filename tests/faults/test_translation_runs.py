@@ -16,12 +16,11 @@ import megatrain
 from data_tools.supervised import SourceAndTarget
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from data_tools.units import ReadOptions
-from megatrain import cli
 from megatrain.checkpoint.lock import is_alive
 from megatrain.tasks.evaluation import evaluate_tasks
 from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
-from tests.in_process import Ended, caller
+from tests.in_process import Ended
 from tests.runs import Metrics, TinyData, TrainProcess, tiny_config, wait_until, write_config
 from tests.served import ServedRanks
 from tests.supervised import make_answers
@@ -44,11 +43,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "optimizer": {"lr": 1.0e-2},
     "checkpoint": {"every_steps": 1},
 }
-
-
-@pytest.fixture
-def megatrain_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    return caller("megatrain", cli.main, monkeypatch, capfd)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -101,7 +95,7 @@ def by_transformers(folder: Path, num_beams: int) -> list[str]:
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_bleu_is_that_of_what_transformers_generates(
-    num_beams: int, megatrain_command: Callable[..., Ended], translator: Path, tmp_path: Path
+    num_beams: int, run_megatrain: Callable[..., Ended], translator: Path, tmp_path: Path
 ) -> None:
     """Half of the references are what is generated; the others differ in the last word."""
     texts = by_transformers(translator.parent / "hf", num_beams)
@@ -112,7 +106,7 @@ def test_bleu_is_that_of_what_transformers_generates(
     task |= {"prompt": "{{ s }}", "answer": "{{ t }}", "max_new_tokens": 12, "stop": [], "metrics": ["bleu", "chrf"]}
     (tmp_path / "tasks.yaml").write_text(json.dumps([task]))
     options = ("--tasks", tmp_path / "tasks.yaml", "--out", tmp_path / "out.jsonl", "--json")
-    ended = megatrain_command("eval", translator, *options)
+    ended = run_megatrain("eval", translator, *options)
     assert ended.code == 0, ended.err
     assert [json.loads(line)["generated"] for line in (tmp_path / "out.jsonl").open()] == texts
     figures = json.loads(ended.out)["tasks"]["pairs"]
@@ -151,7 +145,7 @@ def test_a_killed_translator_goes_on_exactly(
     pairs: Path,
     family: str,
     two_ranks: ServedRanks,
-    megatrain_command: Callable[..., Ended],
+    run_megatrain: Callable[..., Ended],
     tmp_path: Path,
 ) -> None:
     """`megatrain train --procs 2`, to the last bit. Then `eval` finds the loss of the run's last evaluation."""
@@ -167,6 +161,6 @@ def test_a_killed_translator_goes_on_exactly(
         assert again == (code == 0), output
     whole, killed = (Metrics.read(tmp_path / name) for name in ("straight", "killed"))
     assert (killed.steps, killed.losses, killed.norms) == (whole.steps, whole.losses, whole.norms)
-    ended = megatrain_command("eval", tmp_path / "killed", "--data", pairs, "--json")
+    ended = run_megatrain("eval", tmp_path / "killed", "--data", pairs, "--json")
     validations = megatrain.open_run(tmp_path / "killed").validations
     assert json.loads(ended.out)["loss"] == pytest.approx(validations["validation_loss"][-1].as_py())

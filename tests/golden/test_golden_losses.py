@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from tests.runs import Metrics
 from tests.served import ServedRanks
-from tests.tiny_data import silent
+from tests.tiny_data import QUIET
 
 STORED = Path(__file__).parent / "losses.json"
 TOLERANCE = 1e-4
@@ -40,8 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": text(seed, 300)}) + "\n" for seed in range(300)))
     train_tokenizer([str(folder / "in.jsonl")], 512, folder / "tokenizer.json", ReadOptions())
-    effort = Effort(1, "tokenizers", silent, lambda warning: None)
-    tokenize([str(folder / "in.jsonl")], folder / "tokenizer.json", folder / "set", TokenizeOptions(), effort)
+    tokenize([str(folder / "in.jsonl")], folder / "tokenizer.json", folder / "set", TokenizeOptions(), QUIET)
     return folder / "set"
 
 

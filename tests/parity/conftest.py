@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from data_tools.supervised import SourceAndTarget
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from tests.parity.figures import Pool
 from tests.runs import TinyData
 from tests.supervised import make_answers
-from tests.tiny_data import silent
+from tests.tiny_data import QUIET
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,7 @@ def short_documents(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactor
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines[:2000] if line)
     source, dataset = folder / "short.jsonl", folder / "set"
     source.write_text(text, encoding="utf-8")
-    effort = Effort(1, "tokenizers", silent, lambda warning: None)
-    tokenize([str(source)], tiny_data.tokenizer, dataset, TokenizeOptions(), effort)
+    tokenize([str(source)], tiny_data.tokenizer, dataset, TokenizeOptions(), QUIET)
     return dataset
 
 

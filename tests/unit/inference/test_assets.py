@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.tokenizer import train_tokenizer
 from data_tools.units import ReadOptions
 from megatrain.checkpoint.manifest import MANIFEST, SpecialTokens, Token, read_manifest
@@ -29,7 +29,7 @@ from megatrain.train.convert import export_checkpoint, import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
 from tests.runs import Metrics, TinyData, tiny_config, write_config
 from tests.served import ServedRanks
-from tests.tiny_data import silent
+from tests.tiny_data import QUIET
 
 SPECIAL = ("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|pad|>")
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -74,9 +74,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Pat
 
 
 def dataset(folder: Path, tiny_data: TinyData, out: Path, eod_token: str, bos_token: str | None = None) -> Path:
-    effort = Effort(1, "tokenizers", silent, lambda warning: None)
     text = str(tiny_data.prose.parent / "prose.jsonl")
-    tokenize([text], folder / "tokenizer.json", out, TokenizeOptions(eod_token=eod_token, bos_token=bos_token), effort)
+    tokenize([text], folder / "tokenizer.json", out, TokenizeOptions(eod_token=eod_token, bos_token=bos_token), QUIET)
     return out
 
 

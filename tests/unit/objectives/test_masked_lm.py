@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import BertConfig, BertForMaskedLM
 
-from data_tools.tokenize import Effort, TokenizeOptions, tokenize
+from data_tools.tokenize import TokenizeOptions, tokenize
 from data_tools.units import ReadOptions
 from megatrain.batch import Batch
 from megatrain.config import DataConfig, MaskedLMConfig
@@ -26,7 +26,7 @@ from megatrain.objectives.masked_lm import MaskedLM, MaskedSource
 from megatrain.train.convert import import_folder
 from megatrain.train.evaluation import evaluate_checkpoint
 from tests.runs import TinyData
-from tests.tiny_data import silent
+from tests.tiny_data import QUIET
 
 SEQ_LEN = 96
 
@@ -212,8 +212,7 @@ def test_text_without_spaces_has_no_words(dataset: Dataset, tmp_path: Path) -> N
     text = b"".join(orjson.dumps({"text": chr(0x4E00 + k) * 40}) + b"\n" for k in range(9))
     (tmp_path / "text.jsonl").write_bytes(text)
     options = TokenizeOptions(ReadOptions(), "[SEP]", "[CLS]")
-    effort = Effort(1, "tokenizers", silent, lambda warning: None)
-    tokenize([str(tmp_path / "text.jsonl")], dataset.tokenizer_path, tmp_path / "set", options, effort)
+    tokenize([str(tmp_path / "text.jsonl")], dataset.tokenizer_path, tmp_path / "set", options, QUIET)
     source_of(open_dataset(tmp_path / "set"), tmp_path)
     with pytest.raises(DataError, match="has no word that can be selected in its first 8 samples: each has more"):
         source_of(open_dataset(tmp_path / "set"), tmp_path, whole_word_mask=True)
