@@ -74,10 +74,21 @@ def test_filling_gaps_is_scored_in_two_steps(tmp_path: Path) -> None:
         r"^\| (plain|filling) \| (.+?) \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \|$", done.stdout, re.MULTILINE
     )
     assert rows == [(model, way) for model in ("plain", "filling") for way in ("left to right", "both sides")]
-    gaps, known = ((tmp_path / "work" / f"{name}.jsonl").read_text().splitlines() for name in ("held-out", "train"))
-    lines = {line.strip() for text in known for line in json.loads(text)["text"].splitlines()}
+    assert re.findall(r"^(.+) gains -?[\d.]+ of exact matches", done.stdout, re.MULTILINE) == [
+        "The text behind a gap",
+        "Fill-in-the-middle",
+    ]
+    gaps, training = (
+        [json.loads(line) for line in (tmp_path / "work" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("held-out", "train")
+    )
+    texts = {function["text"] for function in training}
     assert gaps
-    assert not [gap for gap in gaps if json.loads(gap)["answer"].strip() in lines]
+    for gap in gaps:
+        name = re.compile(rf"\b{gap['answer'].strip()}\b")
+        assert name.search(gap["behind"])
+        assert not name.search(gap["before"])
+        assert gap["before"] + gap["answer"] + gap["behind"] not in texts
 
 
 @pytest.mark.slow
