@@ -29,7 +29,7 @@ from megatrain.tasks.bootstrap import Figure, bootstrap, difference, mean
 PACKAGE = "linux-doc"  # depends on the documentation of Debian's kernel
 NUM_PARTS = 12
 MOST_OF_A_PART = {"train": 1200, "test": 150}  # passages
-STEPS_OF_PRETRAINING = 3000
+STEPS_OF_PRETRAINING = 5500
 STEPS = {100: 150, 1_000: 300, 10_000: 600}  # by labels
 SEQ_LEN = 128
 CONFIG = """
@@ -56,7 +56,7 @@ def documentation() -> Path:
     """That of the kernel."""
     depends = subprocess.run(["dpkg", "-f", unpack(PACKAGE), "Depends"], capture_output=True, text=True, check=True)
     package = depends.stdout.split()[0]
-    unpack(package)
+    sys.stdout.write(f"The documentation is {unpack(package).stem}.\n")
     return Path(package, "usr/share/doc", package, "Documentation")
 
 

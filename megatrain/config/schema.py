@@ -421,7 +421,7 @@ class DataConfig(Section, check=checks.data):
 
 
 class MaskedLMConfig(Section, check=checks.masked_lm):
-    """Masked language modeling: which tokens are hidden and asked, by the names of Hugging Face's data collator."""
+    """Masked language modeling: which tokens are hidden and predicted, by the names of Hugging Face's data collator."""
 
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.15, description="Share of a sample's tokens that are selected to be predicted."
@@ -828,8 +828,8 @@ class RunConfig(Section, check=checks.across_sections):
         return checks.with_default_warmup(given)
 
     @property
-    def asked_share(self) -> float:
-        """The share of a sample's tokens that the head is asked at."""
+    def predicted_share(self) -> float:
+        """The share of a sample's tokens that the head predicts at, at most."""
         return self.objective.most_targets(self.model, self.data.seq_len) / self.data.seq_len
 
     @property

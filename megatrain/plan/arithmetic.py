@@ -121,10 +121,10 @@ def operations(part: StageModel) -> float:
         flops = sum(held.num_layers * each for held, each in zip(part.stacks, of_layers, strict=True))
         of_head = flops_of_head(model, None, 1.0) * part.config.target_len if part.is_last else 0
         return part.config.train.micro_batch_size * (repeated * flops + of_head) / parallel.tensor
-    lora, asked = part.config.lora, part.config.asked_share
+    lora, predicted = part.config.lora, part.config.predicted_share
     of_weight = flops_of_weight(lora)
-    head = flops_of_head(model, lora, asked)
-    layer = (flops_per_token(model, seq_len, lora, asked) - head) / model.num_hidden_layers
+    head = flops_of_head(model, lora, predicted)
+    layer = (flops_per_token(model, seq_len, lora, predicted) - head) / model.num_hidden_layers
     attention = 4 * model.num_attention_heads * model.head_size * seq_len  # forward
     layers = part.num_layers * layer
     if parallel.recompute == "full":

@@ -75,21 +75,22 @@ def flops_of_weight(lora: LoraConfig | None) -> int:
     return 6 if lora is None else 4
 
 
-def flops_of_head(model: ModelConfig, lora: LoraConfig | None, asked: float) -> int:
+def flops_of_head(model: ModelConfig, lora: LoraConfig | None, predicted: float) -> int:
     """Of ``flops_per_token`` the head's."""
     flops = flops_of_weight(lora) * head_parameters(model)
-    return flops if asked == 1.0 else round(flops * asked)
+    return flops if predicted == 1.0 else round(flops * predicted)
 
 
 def flops_per_token(
     model: ModelConfig,
     seq_len: int,
     lora: LoraConfig | None = None,
-    asked: float = 1.0,
+    predicted: float = 1.0,
     target_len: int | None = None,
 ) -> int:
     """FLOPs of forward and backward for one token: 6 a matrix parameter, and attention's 12 x layers x width x seq_len;
-    with ``lora`` 4 a matrix parameter and 6 one of the adapters. ``asked``: the share of the tokens that the head sees.
+    with ``lora`` 4 a matrix parameter and 6 one of the adapters. ``predicted``: the share of the tokens that the head
+    sees.
 
     The accounting of "PaLM" (arXiv:2204.02311, appendix B): no credit for causality, none for recomputation. A window
     that is shorter than ``seq_len`` stands in its place. Of an encoder-decoder model: the FLOPs of ``seq_len`` tokens
@@ -101,7 +102,7 @@ def flops_per_token(
     attention = 12 * model.num_hidden_layers * model.sizes["queries"] * num_keys
     adapters = 0 if lora is None else num_trained_parameters(model, lora)
     in_layers = flops_of_weight(lora) * (matrix_parameters(model) - head_parameters(model))
-    return in_layers + flops_of_head(model, lora, asked) + 6 * adapters + attention
+    return in_layers + flops_of_head(model, lora, predicted) + 6 * adapters + attention
 
 
 def _flops_of_pair(model: ModelConfig, source_len: int, target_len: int) -> int:

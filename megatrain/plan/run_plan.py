@@ -61,7 +61,9 @@ class RunPlan:
     def flops_per_token(self) -> int:
         """Forward and backward, without recomputation."""
         config = self.config
-        return flops_per_token(config.model, config.data.seq_len, config.lora, config.asked_share, config.target_len)
+        return flops_per_token(
+            config.model, config.data.seq_len, config.lora, config.predicted_share, config.target_len
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -18,23 +18,23 @@ def stage_layers(config: RunConfig) -> Sequence[StageLayers]:
     """Those of each virtual stage, in order: the encoder's layers, if there is one, then the decoder's. A stage in
     which a stack begins has its embedding too, one in which it ends its norm, and the last one the head."""
     num_stages = config.parallel.pipeline * config.parallel.pipeline_chunks
-    return _stage_layers(config.model, config.data.seq_len, config.target_len, num_stages, config.asked_share)
+    return _stage_layers(config.model, config.data.seq_len, config.target_len, num_stages, config.predicted_share)
 
 
 @lru_cache(maxsize=64)  # the search for a layout that fits asks for the same ones hundreds of times
 def _stage_layers(
-    model: ModelConfig, seq_len: int, target_len: int | None, num_stages: int, asked: float
+    model: ModelConfig, seq_len: int, target_len: int | None, num_stages: int, predicted: float
 ) -> Sequence[StageLayers]:
-    """Costs are the FLOPs of a sample: the head's are those of several layers where the vocabulary is large. ``asked``:
-    the share of the tokens that the head sees."""
+    """Costs are the FLOPs of a sample: the head's are those of several layers where the vocabulary is large.
+    ``predicted``: the share of the tokens that the head sees."""
     counts = [model.num_layers(stack) for stack in model.description.stacks]
     costs, head = [1.0] * len(counts), 0.0
     if model.vocab_size and target_len is not None:
         costs = [*flops_of_pair_layers(model, seq_len, target_len)]
         head = flops_of_head(model, None, 1.0) * target_len
     elif model.vocab_size:
-        head = flops_of_head(model, None, asked)
-        costs = [(flops_per_token(model, seq_len, None, asked) - head) / counts[0]]
+        head = flops_of_head(model, None, predicted)
+        costs = [(flops_per_token(model, seq_len, None, predicted) - head) / counts[0]]
     layers = [cost for cost, count in zip(costs, counts, strict=True) for _ in range(count)]
     places = [(stack, number) for stack, count in enumerate(counts) for number in range(count)]
     found, first = [], 0

@@ -215,25 +215,25 @@ def _encode(task: Task, example: Example, writer: Writer) -> _AskedExample | Non
 
 
 def _requests(task: Task, example: Example, writer: Writer) -> list[Request]:
-    """See _AskedExample. A context without tokens is what a document begins after: its end, or its beginning."""
+    """See _AskedExample."""
     if task.chat:
         return _chat_requests(task, example, writer)
     if task.kind == "generate":
-        return [Request(tuple(writer.begin(writer.tokenizer.encode(example.prompt))), ())]
-    tokens = writer.assets.special_tokens
-    found = []
-    for text in example.continuations:
-        context, continuation = encode_pair(writer.tokenizer, example.prompt, text)
-        context = writer.begin(context)
-        if not context:
-            if tokens.eod is None:
-                raise ConfigError(
-                    "An example without a prompt needs a token to begin after, and the model's tokenizer names no "
-                    "beginning and no end of a document: give the task a prompt."
-                )
-            context = [tokens.eod.id]
-        found.append(Request(tuple(context), tuple(continuation)))
-    return found
+        return [Request(_context(writer.tokenizer.encode(example.prompt), writer), ())]
+    pairs = [encode_pair(writer.tokenizer, example.prompt, text) for text in example.continuations]
+    return [Request(_context(context, writer), tuple(continuation)) for context, continuation in pairs]
+
+
+def _context(ids: list[int], writer: Writer) -> tuple[int, ...]:
+    """A prompt as documents begin. Without tokens it is what a document begins after: its end."""
+    if context := writer.begin(ids):
+        return tuple(context)
+    if (eod := writer.assets.special_tokens.eod) is None:
+        raise ConfigError(
+            "An example without a prompt needs a token to begin after, and the model's tokenizer names no "
+            "beginning and no end of a document: give the task a prompt."
+        )
+    return (eod.id,)
 
 
 def _chat_requests(task: Task, example: Example, writer: Writer) -> list[Request]:

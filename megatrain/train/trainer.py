@@ -128,7 +128,7 @@ class Trainer:
         self._spikes = SpikeDetector(run.config.spikes, run.groups, progress.recent)
         self._watch = Stopwatch(self._note_part)
         config = run.config
-        lengths = config.data.seq_len, config.lora, config.asked_share, config.target_len
+        lengths = config.data.seq_len, config.lora, config.predicted_share, config.target_len
         self._flops_per_token = flops_per_token(config.model, *lengths)
         self._peak = peak_flops(run.groups.device, run.config.observe.peak_flops) if observers else None
         self._first_step = progress.step

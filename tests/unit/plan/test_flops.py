@@ -110,10 +110,10 @@ def test_the_base_bert_has_the_published_size():
     model = ModelConfig(family="bert", vocab_size=30522, **keys)
     assert num_parameters(model) == 109_514_298
     layers, head = 12 * (4 * 768**2 + 2 * 768 * 3072), 768**2 + 768 * 30522
-    asked = ObjectiveConfig().most_targets(model, 512) / 512
-    assert asked == 76 / 512
+    predicted = ObjectiveConfig().most_targets(model, 512) / 512
+    assert predicted == 76 / 512
     expected = 6 * layers + 6 * head * 76 / 512 + 12 * 12 * 768 * 512
-    assert flops_per_token(model, 512, asked=asked) == pytest.approx(expected, abs=1)
+    assert flops_per_token(model, 512, predicted=predicted) == pytest.approx(expected, abs=1)
 
 
 def test_marian_has_the_parameters_of_transformers():

@@ -84,6 +84,19 @@ def test_generated_text_ends_at_a_stop(finished_run: Path, tasks: Path) -> None:
         assert outcome.record["generated"] == whole.partition("\n")[0]
 
 
+def test_an_empty_prompt_begins_a_document(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"q": "", "a": "i"}\n')
+    tasks = [
+        {"name": kind, "kind": kind, "path": str(tmp_path / "rows.jsonl"), "prompt": "{{ q }}", "answer": "{{ a }}"}
+        for kind in ("perplexity", "generate")
+    ]
+    (tmp_path / "tasks.yaml").write_text(json.dumps(tasks))
+    _, written = evaluate_tasks(finished_run, tmp_path / "tasks.yaml")
+    model = megatrain.load(finished_run)
+    end = model._assets.special_tokens.eod.text
+    assert written.outcomes[0].record["generated"] == model.generate(end, 64).partition("\n")[0]
+
+
 def test_ranks_share_examples_with_equal_results(
     finished_run: Path, tasks: Path, tmp_path: Path, run_megatrain: Callable[..., Ended]
 ) -> None:
