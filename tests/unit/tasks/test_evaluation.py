@@ -90,11 +90,12 @@ def test_an_empty_prompt_begins_a_document(finished_run: Path, tmp_path: Path) -
         {"name": kind, "kind": kind, "path": str(tmp_path / "rows.jsonl"), "prompt": "{{ q }}", "answer": "{{ a }}"}
         for kind in ("perplexity", "generate")
     ]
+    tasks[1]["max_new_tokens"] = 4
     (tmp_path / "tasks.yaml").write_text(json.dumps(tasks))
     _, written = evaluate_tasks(finished_run, tmp_path / "tasks.yaml")
     model = megatrain.load(finished_run)
-    end = model._assets.special_tokens.eod.text
-    assert written.outcomes[0].record["generated"] == model.generate(end, 64).partition("\n")[0]
+    end = model._assets.special_tokens.eod.token
+    assert written.outcomes[0].record["generated"] == model.generate(end, 4).partition("\n")[0]
 
 
 def test_ranks_share_examples_with_equal_results(
