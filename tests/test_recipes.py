@@ -62,6 +62,7 @@ def places(data: TinyData, run_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_a_recipe_scaled_down_learns_on_the_cpu(
     recipe: str, data: TinyData, one_rank: ServedRanks, tmp_path: Path
 ) -> None:

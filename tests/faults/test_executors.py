@@ -21,9 +21,14 @@ Alone = Callable[[str], dict[str, bytes]]
 slow, acceptance = pytest.mark.slow, pytest.mark.acceptance
 
 
-QUICK = {("4 MPI ranks", "tokenize")}
 SAMPLED = {
-    *(("4 workers", "chat"), ("4 workers", "images"), ("shares", "representative"), ("4 MPI ranks", "split")),
+    *(
+        ("4 MPI ranks", "tokenize"),
+        ("4 workers", "chat"),
+        ("4 workers", "images"),
+        ("shares", "representative"),
+        ("4 MPI ranks", "split"),
+    ),
     *(("3 Dask workers", "tokenize"), ("3 Dask workers", "filter")),
 }
 """Every kind of command, and every executor; the rest is left to acceptance."""
@@ -32,7 +37,7 @@ SAMPLED = {
 def cases(sampled: set[tuple[str, str]]) -> list[object]:
     every = [(executor, name) for executor in EXECUTORS for name in COMMANDS]
     marks = {each: (slow,) if each in sampled else (slow, acceptance) for each in every}
-    return [pytest.param(*each, marks=() if each in QUICK and sampled is SAMPLED else marks[each]) for each in every]
+    return [pytest.param(*each, marks=marks[each]) for each in every]
 
 
 @pytest.mark.parametrize(("executor", "name"), cases(SAMPLED))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.observe.metrics import read_lines
 from tests.runs import TinyData, tiny_config, write_config
@@ -24,6 +26,7 @@ def _train(tiny_data: TinyData, two_ranks: ServedRanks, run_dir: Path, log_every
     return list(read_lines(run_dir))
 
 
+@pytest.mark.slow
 def test_rare_fetches_change_no_figure(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     """fp16's scale is too large at first, so that updates are left out, which each is told."""
     each, rare = (_train(tiny_data, two_ranks, tmp_path / f"every-{count}", count) for count in (1, 3))

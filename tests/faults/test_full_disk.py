@@ -39,6 +39,7 @@ def test_a_full_disk_during_saving_loses_nothing(level: int, tmp_path: Path) -> 
         assert save(store, 3) is not None
 
 
+@pytest.mark.slow
 def test_saving_succeeds_again_once_there_is_room(tiny_data: TinyData, two_ranks: ServedRanks, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
         _check_save_without_room(disk, tiny_data, two_ranks, tmp_path)

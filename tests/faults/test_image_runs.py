@@ -107,6 +107,7 @@ def test_exports_of_tensor_parallel_runs_work_alone(
     assert settings["size"] == {"height": 12, "width": 12}
 
 
+@pytest.mark.slow
 def test_images_of_another_size_begin_with_interpolated_positions(
     write: Write, two_ranks: ServedRanks, image_data: TinyData, tmp_path: Path
 ) -> None:

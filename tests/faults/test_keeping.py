@@ -55,6 +55,7 @@ def _validations(run_dir: Path) -> list[dict[str, float]]:
     return [line for line in lines if "validation_loss" in line]
 
 
+@pytest.mark.slow
 def test_rewinding_trains_the_same_from_that_step(
     copy_run: object, two_ranks: ServedRanks, losses: list[float]
 ) -> None:

@@ -39,6 +39,7 @@ def adapting(copy_run: Callable[[], Copy], tiny_data: TinyData, tmp_path: Path) 
     return write
 
 
+@pytest.mark.slow
 def test_adapters_resume_bit_exactly_beside_their_base(adapting: Callable[..., Copy], two_ranks: ServedRanks) -> None:
     whole, cut = adapting("whole"), adapting("cut")
     two_ranks.finish(whole.config)

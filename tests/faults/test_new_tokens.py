@@ -58,6 +58,7 @@ def table(run_dir: Path, step: int, rows: int) -> torch.Tensor:
     return reader.read_parameter(ShardSpec.whole(EMBEDDING, (rows, 32)), "weight")
 
 
+@pytest.mark.slow
 def test_new_tokens_get_rows_and_old_ones_stay(
     tiny_data: TinyData,
     grown: TinyData,

@@ -91,6 +91,7 @@ def test_changed_batch_size_and_weights_begin_a_segment(
     assert Metrics.read(run.run_dir).losses[:6] == losses
 
 
+@pytest.mark.slow
 def test_windows_lengthen_only_in_a_new_epoch(
     copy_run: Callable[[], Copy], two_ranks: ServedRanks, losses: list[float]
 ) -> None:
@@ -239,6 +240,7 @@ def test_weights_are_taken_from_another_runs_checkpoint(
     assert begun.events[0]["init_from"] == str(finished_run / "checkpoints" / "step-00000006")
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_begins_a_run(
     finished_run: Path, two_ranks: ServedRanks, tiny_data: TinyData, tmp_path: Path
 ) -> None:

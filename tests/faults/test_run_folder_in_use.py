@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megatrain.checkpoint.lock import locked
 from megatrain.distributed.bootstrap import job_identity
 from tests.runs import TinyData, tiny_config, write_config
@@ -48,6 +50,7 @@ def test_a_refused_rank_leaves_the_other_records_alone(tiny_data: TinyData, tmp_
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_two_runs_never_share_a_place_for_checkpoints(tiny_data: TinyData, tmp_path: Path) -> None:
     place = tmp_path / "checkpoints-of-both"
     sections = {"checkpoint": {"dir": str(place)}}

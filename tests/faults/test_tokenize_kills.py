@@ -78,6 +78,7 @@ def test_kills_during_assembly_lose_no_shard_or_part(folder: Path) -> None:
     assert folder_bytes(out) == folder_bytes(folder / "alone")
 
 
+@pytest.mark.slow
 def test_restart_removes_only_what_tokenize_made(folder: Path) -> None:
     out = folder / "again"
     command = tokenize_command(folder, "--out", "again")

@@ -93,6 +93,7 @@ def config_of(pool: Pool, sentinel_data: Path, translations: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "family", ["bert", *(pytest.param(name, marks=longer) for name in ("t5", "t5_tied", "marian", "vit"))]
 )
+@pytest.mark.slow
 def test_tensor_ranks_hold_the_same_after_twenty_steps(
     family: str, config_of: Callable[..., dict[str, Any]], pool: Pool
 ) -> None:

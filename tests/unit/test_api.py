@@ -145,6 +145,7 @@ def test_the_best_checkpoint_is_loaded(finished_run: Path, tmp_path: Path) -> No
         megatrain.load(manifest.parent, best=True)
 
 
+@pytest.mark.slow
 def test_a_callback_sees_a_run_and_stops_it(tiny_data: TinyData, tmp_path: Path) -> None:
     sections = {"train": {"steps": 6, "eval_every_steps": 2, "eval_batches": 1}, "checkpoint": {"every_steps": 2}}
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", **sections))

@@ -61,6 +61,7 @@ def test_a_held_folder_is_refused_naming_the_holder(tmp_path: Path) -> None:
         refuse_if_locked(tmp_path / "run", OTHER)  # at once, though it takes a moment to die
 
 
+@pytest.mark.slow
 def test_a_later_start_takes_over_from_an_earlier(tmp_path: Path) -> None:
     with locked(tmp_path, FIRST) as earlier:
         with pytest.raises(CheckpointError, match="in use"):
@@ -83,6 +84,7 @@ def test_an_active_holder_elsewhere_is_respected(tmp_path: Path) -> None:
             refuse_if_locked(tmp_path, OTHER)
 
 
+@pytest.mark.slow
 def test_an_idle_holder_elsewhere_loses_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LEASE_SECONDS", 3.0)
     with _held(tmp_path) as pid:

@@ -214,6 +214,7 @@ def test_rewinding_without_a_good_checkpoint_lists_alternatives(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints"])
+@pytest.mark.slow
 def test_no_run_is_rewound_while_it_goes_on(name: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10)
     with locked(tmp_path, {"host": "elsewhere"}), pytest.raises(CheckpointError, match="in use"):

@@ -107,6 +107,7 @@ def test_files_that_are_missing_or_swapped_are_found(dataset_path: Path, run_com
     assert run_command("verify", dataset_path)[0] == 3
 
 
+@pytest.mark.slow
 def test_the_corpus_is_real_text_split_by_name(tmp_path: Path, run_command: RunCommand) -> None:
     assert run_command("corpus", tmp_path / "one")[0] == 0
     texts: dict[str, dict[str, str]] = {}

@@ -107,7 +107,8 @@ def test_memory_bombs_are_refused_in_bounded_memory(name: str, tmp_path: Path, t
     assert memory_mib < 800, memory_mib
 
 
-@pytest.mark.parametrize("kind", ["parquet", pytest.param("arrow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_dictionaries_are_expanded_for_few_rows_at_once(kind: str, tmp_path: Path, tokenizer_path: Path) -> None:
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["so it goes " * (MIB // 2)]))
     table, path = pa.table({"text": texts}), tmp_path / f"a.{kind}"

@@ -86,6 +86,7 @@ def test_buffers_follow_from_the_bound() -> None:
     assert small.fitting(100, 1 << 21) * 100 + OWN_BYTES < LEAST_BYTES
 
 
+@pytest.mark.slow
 def test_the_bound_may_change_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = real_paragraphs(60, 80)
     source = write_records(tmp_path / "in.jsonl", [*texts, *texts[::2], *(f"{text} more" for text in texts[::3])])

@@ -83,6 +83,7 @@ def test_an_operation_that_cannot_is_told_plainly() -> None:
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+@pytest.mark.slow
 def test_a_cpu_run_loses_no_bit_by_it(engine: str, tiny_data: TinyData, tmp_path: Path) -> None:
     found = []
     for deterministic in (False, True):

@@ -138,6 +138,7 @@ def test_ranks_that_end_well_alarm_nobody(order: str, ranks: Ranks) -> None:
     assert ranks.hears(2) == "ended by itself"
 
 
+@pytest.mark.slow
 def test_an_error_leaves_others_time_to_notice_themselves(ranks: Ranks) -> None:
     ranks.start_all()
     ranks.orders[2].send("fail")
@@ -217,6 +218,7 @@ def test_a_lagging_rank_is_named_stacks_are_dumped(ranks: Ranks, tmp_path: Path)
 
 
 @pytest.mark.parametrize("stopped", [3, 0])
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_by_the_others(stopped: int, ranks: Ranks) -> None:
     _stand(ranks)
     os.kill(ranks.processes[stopped].pid or 0, signal.SIGSTOP)

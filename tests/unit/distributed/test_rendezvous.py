@@ -57,6 +57,7 @@ def told(*ranks: Rank) -> list[str]:
     return answers
 
 
+@pytest.mark.slow
 def test_ranks_meet_or_learn_who_is_missing() -> None:
     here = "127.0.0.1"
     silent, taken = socket.create_server(("", 0)), socket.create_server(("", 0))

@@ -35,6 +35,7 @@ TALK = [
     [{"eos_token": "<|endoftext|>"}, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}],
     ids=["the closer is not the end", "padding is the closer"],
 )
+@pytest.mark.slow
 def test_an_overfitted_model_ends_its_turns(
     tokens, tiny_data: TinyData, one_rank: ServedRanks, tmp_path: Path, monkeypatch, capfd
 ):

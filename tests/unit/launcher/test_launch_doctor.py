@@ -139,6 +139,7 @@ def test_only_nodes_that_srun_names_are_excluded(
     assert said in found.findings[0]
 
 
+@pytest.mark.slow
 def test_patience_is_that_of_the_first_ranks(allocation: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without their word it would have ended here; a rank 0 that stays silent is named then."""
     monkeypatch.setattr(doctor, "_START_SECONDS", 0.8)

@@ -63,6 +63,7 @@ def _end_node(launcher: psutil.Process, host: str) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.slow
 def test_waiting_ranks_learn_that_a_node_has_ended(
     host: str, launcher: psutil.Process, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

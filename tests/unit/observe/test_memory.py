@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import torch
 from megatrain.observe.memory import peak_memory_bytes
@@ -18,6 +20,7 @@ def child_peak() -> tuple[int, int]:
     return grown, before
 
 
+@pytest.mark.slow
 def test_the_peak_is_of_this_process_alone():
     # How much an import of torch maps differs from build to build, so it is measured, not assumed.
     grown, alone = child_peak()

@@ -102,6 +102,7 @@ def _log(run_dir: Path, make_step: MakeStep, steps: range, end: str = "finish", 
         observers.end(end, steps[-1], "why")
 
 
+@pytest.mark.slow
 def test_wandb_gets_a_run_across_its_starts(
     run_dir: Path, tiny_data: TinyData, make_step: MakeStep, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,6 +121,7 @@ def test_wandb_gets_a_run_across_its_starts(
     assert all("No API key" in text and "wandb sync" in text for text in told)
 
 
+@pytest.mark.slow
 def test_mlflow_gets_a_run_across_its_starts(run_dir: Path, tiny_data: TinyData, make_step: MakeStep) -> None:
     _log(run_dir, make_step, range(1, 5), "stop", trackers=["mlflow"])
     _record_config(tiny_data, run_dir, lr=5e-4)
@@ -152,6 +154,7 @@ def test_a_tracker_added_late_gets_all_steps(run_dir: Path, make_step: MakeStep)
     assert _steps_at_mlflow(run_dir) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_told_once(
     run_dir: Path, make_step: MakeStep, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ RANK = """
 """
 
 
+@pytest.mark.slow
 def test_a_start_loads_no_compiler() -> None:
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(RANK)], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

@@ -196,6 +196,7 @@ def test_all_problems_are_listed_with_one_remedy(layout):
     rules.check(layout(*wrong, *mended), 8)
 
 
+@pytest.mark.slow
 def test_every_suggestion_mends_its_problem_and_breaks_nothing(layout):
     """Over a grid of layouts: each suggestion, applied, removes its problem; the whole's suggestion is legal."""
     grid = itertools.product((1, 3, 8), (1, 2, 5), (1, 3), (False, True), ("none", "all"), (12, 16), (1, 6, 8))

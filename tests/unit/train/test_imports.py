@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatrain.distributed.bootstrap import free_port
 from tests.runs import TinyData, tiny_config, write_config
 
@@ -27,6 +29,7 @@ NEEDLESS = (
 )
 
 
+@pytest.mark.slow
 def test_a_rank_loads_no_more_than_needed(tiny_data: TinyData, tmp_path: Path) -> None:
     """No compiler above all, which torch's optimizers load to say that it is not to compile them."""
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", train={"steps": 2}))
