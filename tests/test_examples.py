@@ -37,6 +37,7 @@ def test_notebooks_are_kept_without_outputs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.acceptance
 def test_a_notebook_runs_twice(notebook: Path, tmp_path: Path) -> None:
     for _ in range(2):  # the second time over what the first has left
         command = [sys.executable, "-c", code_of(notebook)]

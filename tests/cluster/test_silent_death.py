@@ -82,7 +82,8 @@ def test_a_cut_off_node_ends_ranks_everywhere(node: int, lab: Lab, ranks: RanksO
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("node", [1, pytest.param(2, marks=acceptance)])
+@acceptance
+@pytest.mark.parametrize("node", [1, 2])
 def test_the_others_end_when_a_node_loses_power(node: int, lab: Lab, ranks: RanksOnNodes) -> None:
     ranks.wait_for_step(5)
     lab.cut(node)  # first: its kernel, which is ours and lives on, would tell the others

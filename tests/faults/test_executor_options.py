@@ -52,6 +52,7 @@ def test_workers_option_is_refused_under_mpi(job_folder: JobFolder) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_late_task_finds_nothing_missing(job_folder: JobFolder, alone: Callable[[str], dict[str, bytes]]) -> None:
     """What SLURM tells an array's tasks; a resubmission of some has another count."""
     command = job_folder.command("tokenize", "array", "--workers", "1", "--stage", "encode")

@@ -147,6 +147,7 @@ def test_a_rank_without_data_is_named(run: HangingRun) -> None:
     assert "stand_still" in run.stacks(1)
 
 
+@acceptance
 def test_slow_disks_and_long_evaluations_are_no_hang(tiny_data: TinyData, tmp_path: Path) -> None:
     hang_seconds = 6.0
     config = tiny_config(
@@ -182,6 +183,7 @@ def test_slow_disks_and_long_evaluations_are_no_hang(tiny_data: TinyData, tmp_pa
     assert longest > hang_seconds, (parts, validation, restored, saved)
 
 
+@acceptance
 def test_a_stuck_disk_is_reported_with_bytes_written(tiny_data: TinyData, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_data,

@@ -133,9 +133,9 @@ def test_requests_to_stop_change_no_loss_or_norm(stopped: list[Stretch], straigh
     _check_same(stopped[2].metrics, straight)
 
 
-@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.acceptance
 def test_kills_and_stops_change_no_bit_under_fsdp2(zero_stage: int, tiny_data: TinyData, tmp_path: Path) -> None:
     """Rank 1 is killed; then the run is asked to save and end; then it goes on to its end."""
     under = ("parallel.engine=fsdp2", f"parallel.zero_stage={zero_stage}")
@@ -232,6 +232,7 @@ def test_a_kill_during_saving_resumes_identically(
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_object_store_checkpoints_resume_by_run_folder(
     tiny_data: TinyData, straight: Stretch, bucket: str, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from tests.runs import TinyData, TrainProcess, tiny_config, write_config
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_busy_port_is_named_stale_locks_removed(tiny_data: TinyData, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_config(tiny_data, tmp_path / "run", train={"steps": 2}))
     with socket.create_server(("", 0)) as taken:

@@ -28,7 +28,7 @@ def measured() -> dict[str, list[dict[str, Any]]]:
     return dict(zip((layout.name for layout in LAYOUTS), measure(LAYOUTS), strict=True))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_each_stage_holds_what_the_plan_says(layout: Layout, measured: dict[str, list[dict[str, Any]]]) -> None:

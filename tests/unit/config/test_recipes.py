@@ -107,7 +107,7 @@ def test_nothing_is_recomputed_where_all_fits(recipe):
     assert fits(plan_of(config, cluster), cluster)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PLANNED)
 def test_no_other_layout_is_much_faster(recipe):

@@ -59,8 +59,8 @@ def run(command: str, num_parts: int, folder: Path) -> list[Counter[str]]:
     return count_calls([*script, *arguments], folder, folder / "trace")
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.acceptance
 def test_twice_the_parts_take_twice_the_calls(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     once, twice = (run(command, factor * NUM_PARTS, tmp_path / str(factor)) for factor in (1, 2))

@@ -130,5 +130,6 @@ def test_all_ranks_learn_what_the_first_did() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_first_rank_work_may_exceed_the_hang_timeout() -> None:
     assert run_two_ranks(timeout_seconds=10, work_seconds=15) == ["the disk is full"] * 2

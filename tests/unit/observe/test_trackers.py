@@ -169,6 +169,7 @@ def test_a_server_that_is_gone_is_told_once(
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_wandb_without_network_records_the_run(
     run_dir: Path, make_step: MakeStep, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

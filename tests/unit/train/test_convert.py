@@ -473,6 +473,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_exporting_takes_a_fraction_of_the_model_memory(tmp_path: Path) -> None:
     """A model of 0.7 GB, the largest tensor of which has 34 MB: what the process grows by, mapped pages included."""
     keys = {**SIZES, "hidden_size": 2048, "intermediate_size": 4096, "vocab_size": 4096, "num_hidden_layers": 4}
