@@ -73,12 +73,10 @@ def gaps_of(function: Function, tokenizer: Tokenizer) -> Iterator[dict[str, str]
     """A name of one token in the body for each that stands again behind its first place, and what is on both sides."""
     lines = function.text.splitlines(keepends=True)
     begins = [0, *accumulate(map(len, lines))]
-    seen = set()
     for word in tokenize.generate_tokens(io.StringIO(function.text).readline):
         name, (line, column) = word.string, word.start
-        if word.type != tokenize.NAME or keyword.iskeyword(name) or name in seen:
+        if word.type != tokenize.NAME or keyword.iskeyword(name):
             continue
-        seen.add(name)
         begin, answer = begins[line - 1] + column - 1, f" {name}"  # tokens of words begin with the space before them
         before, behind = function.text[:begin], function.text[begin + len(answer) :]
         known, told = (re.search(rf"\b{re.escape(name)}\b", side) for side in (before, behind))

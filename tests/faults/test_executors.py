@@ -36,8 +36,7 @@ SAMPLED = {
 
 def cases(sampled: set[tuple[str, str]]) -> list[object]:
     every = [(executor, name) for executor in EXECUTORS for name in COMMANDS]
-    marks = {each: (slow,) if each in sampled else (slow, acceptance) for each in every}
-    return [pytest.param(*each, marks=marks[each]) for each in every]
+    return [pytest.param(*each, marks=(slow,) if each in sampled else (slow, acceptance)) for each in every]
 
 
 @pytest.mark.parametrize(("executor", "name"), cases(SAMPLED))
